@@ -1,0 +1,123 @@
+"""The tensors and models of every pipeline, written once. All else (ONNX names, config.pbtxt, checks, clients) is derived.
+
+    recommend:  features -> user_encoder -> recall -> ranker -> reranking
+
+To add a model before recall, say text_encoder: define its tensors, add its ModelSpec, and, if recall shall search with
+its output, name that tensor in QUERY_TENSORS.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+from ensemble.schema import Schema
+from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
+
+PIPELINE = "recommend"  # the alias that clients call
+
+# Recall's sources, in the order of candidate_scores' last axis.
+SOURCES = ("user_embeddings", "transitions", "popular")
+# Tensors [B, *, D] that recall searches the index with.
+QUERY_TENSORS = ("user_embeddings",)
+
+MAX_ID_BYTES = 128
+MAX_LIST = 1000  # items or categories in one list of a request's options
+
+
+class Degraded(IntFlag):
+    """Bits of the answer's `degraded`: what was missing while this list was made. 0 = nothing."""
+
+    UNKNOWN_USER = 1  # not in the snapshot: answered from the session's items, or with a cold list
+    FEATURES_STALE = 2  # reserved: a row past its soft TTL was used
+    FEATURES_MISSING = 4  # reserved: no tier answered, the default row was used
+    RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
+    UNKNOWN_ITEMS = 16  # items in the request's options that the release does not know; they were dropped
+
+
+def recommend(schema: Schema) -> PipelineSpec:
+    """The pipeline behind `recommend` for one shop."""
+    t = _tensors(schema)
+    features = ModelSpec(
+        "features",
+        "ensemble.features:FeatureLookup",
+        (t["user_id"],),
+        tuple(t[n] for n in ("seen_rows", "history_mask", "history_embeddings", "user_codes", "user_values", "user_features", "user_status")),
+    )
+    user_encoder = ModelSpec("user_encoder", ENGINE_STEP, tuple(t[n] for n in USER_ENCODER_INPUTS), (t["user_embeddings"],))
+    recall = ModelSpec(
+        "recall",
+        "ensemble.recall:Recall",
+        (*(t[n] for n in QUERY_TENSORS), t["seen_rows"]),
+        tuple(t[n] for n in ("candidate_rows", "candidate_embeddings", "candidate_features", "candidate_scores")),
+    )
+    ranker = ModelSpec("ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],))
+    reranking = ModelSpec(
+        "reranking",
+        "ensemble.reranking:Reranking",
+        (t["candidate_rows"], t["candidate_probabilities"], t["user_status"]),
+        tuple(t[n] for n in ANSWER),
+    )
+    return PipelineSpec(
+        PIPELINE,
+        inputs=(t["user_id"],),
+        models=(features, user_encoder, recall, ranker, reranking),
+        outputs=tuple(t[n] for n in ANSWER),
+        max_batch=schema.sizes.max_batch,
+    )
+
+
+USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
+RANKER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values", "user_features", "candidate_embeddings", "candidate_features", "candidate_scores")
+ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
+ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
+ANSWER = ("item_ids", "scores", "probabilities", "degraded", "release")
+
+
+def item_encoder(schema: Schema) -> ModelSpec:
+    """The engine that turns an item's id row and features into the row the snapshot holds. Runs offline (and for new items)."""
+    t = _tensors(schema)
+    return ModelSpec("item_encoder", ENGINE_STEP, tuple(t[n] for n in ITEM_ENCODER_INPUTS), tuple(t[n] for n in ITEM_ENCODER_OUTPUTS))
+
+
+def _tensors(schema: Schema) -> dict[str, TensorSpec]:
+    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F item and U user features, T tasks, K returned."""
+    s = schema.sizes
+    w = Axis("W", "seen", s.seen)
+    b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
+    h, d, m = Axis("H", "history", s.history), Axis("D", "embedding", s.embedding), Axis("M", "interests", s.interests)
+    n, f, u = Axis("N", "candidates", s.candidates), Axis("F", "item features", s.item_features), Axis("U", "user features", s.user_features)
+    task, k, src = Axis("T", "tasks", len(schema.tasks)), Axis("K", "returned", None), Axis("S", "recall sources", len(SOURCES))
+    e = Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features)
+    ic, iv = Axis("C", "item codes", schema.items.code_width), Axis("R", "item values", schema.items.value_width)
+    uc, uv = Axis("C", "user codes", schema.users.code_width), Axis("R", "user values", schema.users.value_width)
+
+    def tensor(name: str, dtype: Dtype, meaning: str, *axes: Axis) -> TensorSpec:
+        return TensorSpec(name, dtype, (b, *axes), meaning)
+
+    every = (
+        tensor("user_id", "bytes", "UTF-8, at most 128 bytes; an unknown one is answered with a cold list", one),
+        tensor("seen_rows", "int64", "item rows of the user's past, oldest first, left-padded with -1; the session's items come last", w),
+        tensor("history_mask", "bool", "true where the history, the last H of seen_rows, holds an item", h),
+        tensor("history_embeddings", "float32", "item embeddings of the history, 0 where padded", h, d),
+        tensor("user_codes", "int32", "category and text features, 0 = nothing", uc),
+        tensor("user_values", "float32", "number and vector features, standardized", uv),
+        tensor("user_features", "float32", "the user's own learned row; 0 for an unknown user", u),
+        tensor("user_status", "int64", "bits of contract.Degraded", one),
+        tensor("user_embeddings", "float32", "interest vectors; inner product with item embeddings is recall's score", m, d),
+        tensor("candidate_rows", "int64", "eligible item rows, best first, padded with -1", n),
+        tensor("candidate_embeddings", "float32", "0 where padded", n, d),
+        tensor("candidate_features", "float32", "what the ranker sees of an item beside its embedding, 0 where padded", n, f),
+        tensor("candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src),
+        tensor("candidate_probabilities", "float32", "one value per task: calibrated probability, or the predicted number", n, task),
+        tensor("item_ids", "bytes", "best first, padded with empty ids", k),
+        tensor("scores", "float32", "the blended number that sorts, 0 where padded", k),
+        tensor("probabilities", "float32", "one value per task, 0 where padded", k, task),
+        tensor("degraded", "int64", "bits of contract.Degraded", one),
+        tensor("release", "bytes", "the release that answered", one),
+        tensor("item_id_embedding", "float32", "the item's id row; row 0 when it is new", e),
+        tensor("item_codes", "int32", "category and text features, 0 = nothing", ic),
+        tensor("item_values", "float32", "number and vector features, standardized", iv),
+        tensor("item_embedding", "float32", "the vector that recall searches", d),
+        tensor("item_features", "float32", "the vector that only the ranker sees", f),
+    )
+    return {spec.name: spec for spec in every}

@@ -1,0 +1,115 @@
+"""What a shop looks like to the engines: features, tasks and sizes. Written by builders into every release."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ensemble.errors import ReleaseError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A column of the items or users table, packed into codes (category, text) or values (number, vector).
+
+    Codes of all features of a table share one range: feature f owns [offset, offset + size); code 0 is "nothing here".
+    `offset` itself is "seen, but not in the vocabulary"; category value v of the vocabulary is offset + 1 + v.
+    """
+
+    name: str
+    kind: Literal["category", "text", "number", "vector"]
+    start: int  # first column it fills in codes or values
+    width: int  # columns it fills
+    offset: int = 0  # first code it owns (category, text)
+    size: int = 0  # codes it owns (category: 1 + vocabulary; text: hash buckets)
+
+    @property
+    def is_code(self) -> bool:
+        return self.kind in ("category", "text")
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.width)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features of one table, in column order."""
+
+    features: tuple[Feature, ...] = ()
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the joint code range, code 0 included."""
+        return 1 + sum(f.size for f in self.features if f.is_code)
+
+    @property
+    def code_width(self) -> int:
+        """Columns of `codes`; at least 1, so that no tensor is empty."""
+        return max(1, sum(f.width for f in self.features if f.is_code))
+
+    @property
+    def value_width(self) -> int:
+        """Columns of `values`; at least 1, so that no tensor is empty."""
+        return max(1, sum(f.width for f in self.features if not f.is_code))
+
+    def category(self, name: str) -> Feature | None:
+        """The category feature called `name`, or None."""
+        return next((f for f in self.features if f.name == name and f.kind == "category"), None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something the ranker predicts: a probability (binary) or a number (regression).
+
+    `given` names the task it is conditional on (buy given click); its value then enters the blend times that
+    task's probability. `weight` is its default share in the score.
+    """
+
+    name: str
+    kind: Literal["binary", "regression"]
+    given: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every size in the contract, once. Letters as in contract.py."""
+
+    seen: int = 200  # W, what the snapshot keeps of a user's past items
+    history: int = 50  # H, the last of them, which engines read
+    embedding: int = 128  # D
+    interests: int = 1  # M
+    candidates: int = 256  # N
+    item_features: int = 32  # F, what the ranker sees of an item beside its embedding
+    user_features: int = 32  # U, what the ranker sees of a user beside the history
+    max_batch: int = 64  # users per request and per dynamic batch
+    max_top_k: int = 100  # K at most
+
+
+@dataclass(frozen=True)
+class Schema:
+    """One shop's columns, tasks and sizes; with contract.py it determines every tensor."""
+
+    shop: str
+    items: Table
+    users: Table
+    tasks: tuple[Task, ...]
+    sizes: Sizes = field(default_factory=Sizes)
+    version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+
+def schema_from_json(text: str) -> Schema:
+    """Inverse of Schema.to_json; ReleaseError if it was written by another version of Peregrine."""
+    raw: dict[str, Any] = json.loads(text)
+    if raw.get("version") != SCHEMA_VERSION:
+        raise ReleaseError(f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; build the release again")
+    tables = {name: Table(tuple(Feature(**f) for f in raw[name]["features"])) for name in ("items", "users")}
+    return Schema(raw["shop"], tables["items"], tables["users"], tuple(Task(**t) for t in raw["tasks"]), Sizes(**raw["sizes"]))
