@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ensemble.schema import Schema
+from ensemble.schema import Schema, schema_from_json
 
 Array = np.ndarray
 
@@ -69,3 +72,43 @@ class Dataset:
     @property
     def num_users(self) -> int:
         return len(self.user_ids)
+
+
+def save_dataset(dataset: Dataset, folder: Path) -> None:
+    """One .npy an array, named by its path in the dataset; schema and vocabularies as JSON."""
+    for name, value in _leaves(dataset, ""):
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    (folder / "schema.json").write_text(dataset.schema.to_json())
+    (folder / "vocabularies.json").write_text(json.dumps(dataset.vocabularies))
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Memory-maps what save_dataset wrote."""
+    arrays: dict[str, Any] = {}
+    for path in folder.glob("*.npy"):
+        place, *rest = path.stem.split(".")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays[place] = {**arrays.get(place, {}), rest[0]: array} if rest else array
+    for place, kind in _PARTS.items():
+        arrays[place] = kind(**arrays[place]) if place in arrays else None
+    vocabularies = json.loads((folder / "vocabularies.json").read_text())
+    return Dataset(schema=schema_from_json((folder / "schema.json").read_text()), vocabularies=vocabularies, **arrays)
+
+
+_PARTS: dict[str, Any] = {
+    "histories": Histories,
+    "validation": Targets,
+    "test": Targets,
+    "train_impressions": Impressions,
+    "validation_impressions": Impressions,
+    "test_impressions": Impressions,
+}
+
+
+def _leaves(part: Any, prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for entry in fields(part):
+        value = getattr(part, entry.name)
+        found += _leaves(value, f"{prefix}{entry.name}.") if entry.name in _PARTS and value is not None else [(prefix + entry.name, value)]
+    return found

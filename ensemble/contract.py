@@ -8,6 +8,7 @@ its output, name that tensor in QUERY_TENSORS.
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntFlag
 
 from ensemble.schema import Schema
@@ -67,7 +68,16 @@ def recommend(schema: Schema) -> PipelineSpec:
 
 
 USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
-RANKER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values", "user_features", "candidate_embeddings", "candidate_features", "candidate_scores")
+RANKER_INPUTS = (
+    "history_embeddings",
+    "history_mask",
+    "user_codes",
+    "user_values",
+    "user_features",
+    "candidate_embeddings",
+    "candidate_features",
+    "candidate_scores",
+)
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
 ANSWER = ("item_ids", "scores", "probabilities", "degraded", "release")
@@ -80,7 +90,8 @@ def item_encoder(schema: Schema) -> ModelSpec:
 
 
 def _tensors(schema: Schema) -> dict[str, TensorSpec]:
-    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F item and U user features, T tasks, K returned."""
+    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U item and user features,
+    S recall sources, T tasks, K returned, C codes, R values, E id embedding."""
     s = schema.sizes
     w = Axis("W", "seen", s.seen)
     b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
@@ -121,3 +132,10 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
         tensor("item_features", "float32", "the vector that only the ranker sees", f),
     )
     return {spec.name: spec for spec in every}
+
+
+def fingerprint(schema: Schema) -> str:
+    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was built for."""
+    pipeline = recommend(schema)
+    wiring = [(m.name, m.step, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in (*pipeline.models, item_encoder(schema))]
+    return hashlib.sha256(repr(wiring).encode()).hexdigest()[:16]

@@ -1,0 +1,290 @@
+"""The whole build, top to bottom: a shop's folder in, a release in the model repository out.
+
+    data -> encoders -> index -> ranker -> export -> verify -> repository
+
+The ranker learns from what recall offers, so the index comes before it; engines are exported when all training is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from builders import report as reports
+from builders.checkpoint import read_encoders, read_ranker, save_encoders, save_ranker
+from builders.data import load_dataset
+from builders.dataset import Array, Dataset, open_dataset, save_dataset
+from builders.export import export_model
+from builders.index import OfflineRecall, training_histories, write_recall
+from builders.own_model import own_model
+from builders.presets import Preset, encoder_config
+from builders.ranker_data import history_windows
+from builders.repository import next_release_name, publish, sweep
+from builders.rows import write_items, write_users
+from builders.stages import Done, Report, Stages
+from builders.train_encoders import Sequences, Validation, encode_items, encode_users, train_encoders
+from builders.train_ranker import RankerCheckpoint, train_ranker
+from builders.triton_config import write_members
+from builders.verify import Verifier, ranking_report
+from ensemble import contract
+from ensemble.ids import write_ids
+from ensemble.release import file_sha256
+from ensemble.schema import Schema, schema_from_json
+
+_FROM_INDEX = ("index.faiss", "transitions.npy", "popular.npy", "recall.json", "schema.json", "vocabularies.json", "item_ids.npy")
+_CHECKED = 64  # users and items whose feeds the exported engines are checked on
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `peregrine build` was asked for."""
+
+    shop: Path
+    repository: Path
+    preset: Preset
+    release: str | None = None  # None: the next free rN
+    seed: int = 0
+    user_encoder: str | None = None  # the user's own, "module:Class"
+    ranker: str | None = None
+
+
+def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
+    """Runs all stages; returns the new release's name and the stages, for the closing table."""
+    options.repository.mkdir(parents=True, exist_ok=True)
+    sweep(options.repository)
+    torch.manual_seed(options.seed)
+    name = options.release or next_release_name(options.repository)
+    stages = Stages(options.repository.resolve() / ".build" / options.shop.resolve().name, console)
+    sizes, encoder_options, ranker_options = (
+        dataclasses.asdict(part) for part in (options.preset.sizes, options.preset.encoders, options.preset.ranker)
+    )
+    own_encoder, own_ranker = _source_digest(options.user_encoder), _source_digest(options.ranker)
+
+    data = stages.run("data", lambda *to: make_data(options, *to), [_shop_digest(options.shop), sizes])
+    encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
+    index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
+    ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
+    export = stages.run("export", lambda *to: make_engines(options, data, encoders, index, ranker, *to), None, (ranker,))
+    verify = stages.run("verify", lambda *to: make_report(data, ranker, export, *to), None, (export,))
+    stages.run("repository", lambda *to: make_release(options, name, export, verify, *to), None, (verify,), always=True)
+    return name, stages
+
+
+def make_data(options: BuildOptions, folder: Path, report: Report) -> None:
+    """Shop files -> dataset arrays."""
+    save_dataset(load_dataset(options.shop, sizes=options.preset.sizes, progress=lambda text: report(0.3, text)), folder)
+
+
+def make_encoders(options: BuildOptions, data: Done, folder: Path, report: Report) -> None:
+    """Histories up to the split -> item encoder and user encoder."""
+    dataset = open_dataset(data.folder)
+    config = encoder_config(options.preset.encoders, dataset.schema)
+    checkpoint = train_encoders(
+        Sequences(*training_histories(dataset)),
+        *_features(dataset),
+        config=config,
+        seed=options.seed,
+        validation=_validation(dataset),
+        progress=lambda log: report(log["epoch"] / config.epochs, ", ".join(f"{name} {value:.4g}" for name, value in log.items())),
+    )
+    save_encoders(checkpoint, folder)
+
+
+def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, report: Report) -> None:
+    """Item embeddings -> the index and everything else that recall reads."""
+    dataset = open_dataset(data.folder)
+    checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, dataset.schema, "user_encoder"))
+    item_embeddings = encode_items(checkpoint, dataset.item_codes, dataset.item_values)
+    np.save(folder / "item_embeddings.npy", item_embeddings)
+    report(0.2, "embedding held-out users")
+    user_embeddings = _UserEncoding(options, dataset, encoders, item_embeddings)(dataset.validation.user_rows, dataset.validation.history_ends)
+    report(0.4, "index, transitions, popular, weights of the sources")
+    tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed)
+    (folder / "tried.json").write_text(json.dumps(tried))
+
+
+def make_ranker(options: BuildOptions, data: Done, encoders: Done, index: Done, folder: Path, report: Report) -> None:
+    """Impressions, or recall's own candidates -> the ranker and the learned rows of users and items."""
+    dataset, item_embeddings = open_dataset(data.folder), np.load(index.folder / "item_embeddings.npy")
+    offline = OfflineRecall(dataset, index.folder, _UserEncoding(options, dataset, encoders, item_embeddings))
+    trained = train_ranker(
+        dataset,
+        item_embeddings,
+        scores=offline.scores,
+        candidates=offline.candidates,
+        source_weights=offline.recall.settings.source_weights,
+        config=options.preset.ranker,
+        ranker=_own(options.ranker, dataset.schema, "ranker"),
+        seed=options.seed,
+        progress=report,
+    )
+    save_ranker(trained, folder)
+
+
+def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done, ranker: Done, folder: Path, report: Report) -> None:
+    """Checkpoints -> ONNX engines, and the staged release: all that will be served, in one folder."""
+    dataset = open_dataset(data.folder)
+    schema, pipeline = dataset.schema, contract.recommend(dataset.schema)
+    checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, schema, "user_encoder"))
+    trained = read_ranker(ranker.folder, schema, options.preset.ranker.model, _own(options.ranker, schema, "ranker"))
+    for name in _FROM_INDEX:
+        _link(index.folder / name, folder / name)
+    errors = {}
+    item_encoder = ItemRows(checkpoint.item_encoder(), trained.item_head, schema.sizes.embedding)
+    id_rows = np.concatenate([checkpoint.item_ids, trained.item_id_features], axis=1)
+    feeds = _feeds(dataset, index, trained, options)
+    modules = (
+        (item_encoder, contract.item_encoder(schema)),
+        (checkpoint.user_encoder(), pipeline.model("user_encoder")),
+        (trained.ranker, pipeline.model("ranker")),
+    )
+    feeds["item_id_embedding"] = id_rows[1 : 1 + _CHECKED]
+    for step, (module, model) in enumerate(modules):
+        report(step / 4, f"{model.name} -> ONNX")
+        (folder / "engines" / model.name).mkdir(parents=True)
+        errors[model.name] = export_model(module, model, folder / "engines" / model.name / "model.onnx", feeds)
+    report(0.75, "rows of items and users")
+    write_items(dataset, np.load(index.folder / "item_embeddings.npy", mmap_mode="r"), trained.item_features, folder)
+    write_users(dataset, trained.user_features, folder)
+    write_ids(folder / "user_ids.npy", dataset.user_ids)
+    np.save(folder / "item_titles.npy", dataset.item_titles)
+    np.save(folder / "new_item_id_embedding.npy", id_rows[:1])
+    (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
+
+
+def make_report(data: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
+    """The staged release, asked about held-out users -> report.json and report.md."""
+    dataset = open_dataset(data.folder)
+    verifier = Verifier(dataset, export.folder)
+    users, ranks = verifier.ranks(dataset.test, report)
+    found: dict[str, Any] = {"ranking": ranking_report(users, ranks, dataset.schema.sizes.candidates)}
+    report(0.9, "held-out impressions")
+    if dataset.test_impressions is not None:
+        found["tasks"] = verifier.task_metrics(dataset.test_impressions)
+    found |= {"ranker": json.loads((ranker.folder / "report.json").read_text()), "export": json.loads((export.folder / "export.json").read_text())}
+    found |= {"recall": dataclasses.asdict(verifier.recall.settings)}
+    (folder / "report.json").write_text(json.dumps(found, indent=1))
+    (folder / "report.md").write_text(reports.markdown(dataset, found))
+
+
+def make_release(options: BuildOptions, name: str, export: Done, verify: Done, folder: Path, report: Report) -> None:
+    """The staged release and its report -> the model repository, whole or not at all."""
+    schema = _schema(export.folder)
+    pipeline, item_encoder = contract.recommend(schema), contract.item_encoder(schema)
+    members = write_members(pipeline, [item_encoder], name, [task.name for task in schema.tasks], folder)
+    for model in (*pipeline.models, item_encoder):
+        if model.is_engine:
+            _link(export.folder / "engines" / model.name / "model.onnx", members[model.name] / "1" / "model.onnx")
+    own = folder / name
+    for path in (*export.folder.iterdir(), *verify.folder.iterdir()):
+        if path.is_file() and path.name != "export.json":
+            _link(path, own / path.name)
+    report(0.5, f"publishing {name}")
+    found = json.loads((verify.folder / "report.json").read_text())
+    manifest = {"shop": schema.shop, "preset": options.preset.name, "seed": options.seed, "contract": contract.fingerprint(schema), "report": found}
+    publish(options.repository, name, members, own, manifest)
+
+
+class ItemRows(nn.Module):
+    """The item_encoder engine: both heads over one id row. The ids' table itself stays outside."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, embedding: int) -> None:
+        super().__init__()
+        self.encoder, self.head, self.embedding = encoder, head, embedding
+
+    def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> tuple[Tensor, Tensor]:
+        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D], item_features [B, F]."""
+        embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
+        return embedding, self.head(item_id_embedding[:, self.embedding :], item_codes, item_values)
+
+
+class _UserEncoding:
+    """Torch's user encoder over any users at any point of the history: [L], [L] -> user_embeddings [L, M, D]."""
+
+    def __init__(self, options: BuildOptions, dataset: Dataset, encoders: Done, item_embeddings: Array) -> None:
+        self.checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, dataset.schema, "user_encoder"))
+        self.dataset, self.item_embeddings = dataset, item_embeddings
+
+    def __call__(self, user_rows: Array, history_ends: Array) -> Array:
+        histories, data = _known(self.dataset, user_rows, history_ends), self.dataset
+        return encode_users(self.checkpoint, self.item_embeddings, histories, data.user_codes[user_rows], data.user_values[user_rows])
+
+
+def _known(dataset: Dataset, user_rows: Array, history_ends: Array) -> Sequences:
+    """The last H items of each history before its end, as sequences."""
+    windows = history_windows(dataset.histories, user_rows, history_ends, dataset.schema.sizes.history)
+    return Sequences(np.concatenate([[0], np.cumsum((windows > 0).sum(axis=1))]), windows[windows > 0])
+
+
+def _validation(dataset: Dataset) -> Validation | None:
+    targets = dataset.validation
+    if not len(targets.user_rows):
+        return None
+    return Validation(_known(dataset, targets.user_rows, targets.history_ends), targets.item_rows, targets.user_rows)
+
+
+def _features(dataset: Dataset) -> tuple[Array, Array, Array, Array]:
+    return dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values
+
+
+def _feeds(dataset: Dataset, index: Done, trained: RankerCheckpoint, options: BuildOptions) -> dict[str, Array]:
+    """Real inputs by tensor name for _CHECKED users and items: held-out users where there are any, with recall's candidates."""
+    sizes, count = dataset.schema.sizes, min(_CHECKED, dataset.num_users)
+    user_rows = np.arange(1, count + 1)
+    ends = dataset.histories.offsets[user_rows + 1]
+    windows = history_windows(dataset.histories, user_rows, ends, sizes.history)
+    embeddings = np.load(index.folder / "item_embeddings.npy", mmap_mode="r")
+    rng = np.random.default_rng(options.seed)
+    candidates = rng.integers(1, dataset.num_items + 1, (count, sizes.candidates))
+    return {
+        "history_embeddings": embeddings[np.maximum(windows, 0)] * (windows > 0)[..., None].astype(np.float32),
+        "history_mask": windows > 0,
+        "user_codes": np.asarray(dataset.user_codes[user_rows]),
+        "user_values": np.asarray(dataset.user_values[user_rows]),
+        "user_features": trained.user_features[user_rows],
+        "candidate_embeddings": embeddings[candidates],
+        "candidate_features": trained.item_features[candidates],
+        "candidate_scores": rng.standard_normal((count, sizes.candidates, len(contract.SOURCES)), dtype=np.float32),
+        "item_codes": np.asarray(dataset.item_codes[1 : 1 + _CHECKED]),
+        "item_values": np.asarray(dataset.item_values[1 : 1 + _CHECKED]),
+    }
+
+
+def _own(source: str | None, schema: Schema, model: str) -> Any:
+    return None if source is None else own_model(source, schema, contract.recommend(schema).model(model))
+
+
+def _schema(folder: Path) -> Schema:
+    return schema_from_json((folder / "schema.json").read_text())
+
+
+def _shop_digest(shop: Path) -> list[tuple[str, str]]:
+    """Digests of a shop's tables and shop.toml (images are not read yet)."""
+    return [(path.name, file_sha256(path)) for path in sorted(shop.glob("*")) if path.is_file()]
+
+
+def _source_digest(source: str | None) -> str | None:
+    """The option itself and its module's text: a changed module is another model."""
+    if source is None:
+        return None
+    path = Path(source.partition(":")[0].replace(".", "/") + ".py")
+    return source + (file_sha256(path) if path.is_file() else "")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it: stages never write into a finished file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,52 @@
+"""`peregrine build`: reads what was asked for, runs the build, shows what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def build(
+    shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
+    preset: Annotated[str, typer.Option(help="Sizes and training: `tiny` (seconds, for demos and tests) or `base` (real shops).")] = "base",
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = Path("model_repository"),
+    release: Annotated[str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")] = None,
+    activate: Annotated[bool, typer.Option("--activate", help="Serve it from now on.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed, data and machine give the same release.")] = 0,
+    user_encoder: Annotated[str | None, typer.Option(help="Your own user encoder, MODULE:CLASS.")] = None,
+    ranker: Annotated[str | None, typer.Option(help="Your own ranker, MODULE:CLASS.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Builds a release: data, encoders, index, ranker, export, verify, repository.
+
+    Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it was:
+
+        peregrine shop generate shops/demo
+        peregrine build shops/demo --preset tiny --activate
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from builders.build import BuildOptions, build
+    from builders.presets import preset as preset_named
+
+    console = Console(stderr=True)
+    options = BuildOptions(shop, repository, preset_named(preset), release, seed, user_encoder, ranker)
+    name, stages = build(options, console)
+    if activate:
+        from clients.releases import activate as activate_release
+
+        activate_release(repository, name)
+    if as_json:
+        facts = [{"stage": s.name, "skipped": s.skipped, "duration_s": round(s.duration_s, 3), "peak_bytes": s.peak_bytes} for s in stages.done]
+        print(
+            json.dumps({"release": name, "active": activate, "stages": facts, "report": json.loads((repository / name / "report.json").read_text())})
+        )
+        return
+    console.print(stages.table())
+    console.print(Markdown((repository / name / "report.md").read_text()))
+    after = "serve it: peregrine serve" if activate else f"activate it: peregrine release activate {name}"
+    console.print(f"release {name} is in {repository}; {after} --repository {repository}")

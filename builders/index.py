@@ -1,0 +1,181 @@
+"""Stage `index`: item embeddings and training events -> everything recall reads.
+
+Also StagedRelease, through which the offline stages run the very steps that will be served, before a release exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from builders import metrics
+from builders.dataset import Dataset
+from builders.ranker_data import history_windows
+from builders.rows import write_items
+from builders.transitions import item_transitions
+from ensemble.contract import SOURCES
+from ensemble.ids import write_ids
+from ensemble.options import default_options
+from ensemble.recall import Recall, RecallSettings
+from ensemble.release import Release
+from ensemble.schema import Schema
+from ensemble.snapshot import gather
+
+Array = np.ndarray
+EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
+FLAT_BELOW = 100_000  # items; above, a full scan costs more than it finds
+RECALL_TARGET, RECALL_DEPTH = 0.98, 100  # nprobe: the smallest power of two that finds this share of the exact best 100
+_TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+_POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
+
+
+class StagedRelease(Release):
+    """A release that is still being built: its files lie in one folder, and there is no manifest to hold them against."""
+
+    def __init__(self, folder: Path, name: str = "staged") -> None:
+        super().__init__(folder.parent, name, {})
+        self.path = folder
+
+    def verify(self, paths: Iterable[Path] | None = None) -> None:
+        """Nothing to compare with yet."""
+
+    def member_file(self, model: str, file: str) -> Path:
+        """Engines of a staged release lie beside its data."""
+        return self.path / "engines" / model / file
+
+
+def build_index(embeddings: Array, queries: Array, seed: int = 0) -> tuple[faiss.Index, int, list[dict[str, Any]]]:
+    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> (index, nprobe, the table of tried settings)."""
+    num_items, dim = embeddings.shape
+    exact = faiss.IndexFlatIP(dim)
+    exact.add(embeddings)
+    if num_items < FLAT_BELOW:
+        return exact, 1, [{"index": "Flat", "recall_at_100": 1.0, "bytes_per_item": 4 * dim}]
+    num_lists = 1 << int(np.log2(2 * np.sqrt(num_items)))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 10, seed + 1, 128
+    rng = np.random.default_rng(seed)
+    index.train(embeddings[rng.choice(num_items, min(num_items, 128 * num_lists), replace=False)])
+    index.add(embeddings)
+    truth = exact.search(queries, RECALL_DEPTH)[1]
+    tried = []
+    for nprobe in (1 << p for p in range(int(np.log2(num_lists)) + 1)):
+        index.nprobe = nprobe
+        found = index.search(queries, RECALL_DEPTH)[1]
+        share = float(np.mean([np.isin(f, t).mean() for f, t in zip(found, truth, strict=True)]))
+        tried.append({"index": f"IVF{num_lists},Flat", "nprobe": nprobe, "recall_at_100": share, "bytes_per_item": 4 * dim + 8})
+        if share >= RECALL_TARGET:
+            break
+    return index, nprobe, tried
+
+
+def training_histories(dataset: Dataset) -> tuple[Array, Array]:
+    """The part of every history that may be trained on: (offsets [U + 2], item_rows)."""
+    histories = dataset.histories
+    lengths = np.maximum(dataset.train_ends - histories.offsets[:-1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    source = np.repeat(histories.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return offsets, histories.item_rows[source]
+
+
+def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Array, folder: Path, seed: int = 0) -> list[dict[str, Any]]:
+    """Writes all that Recall opens into `folder`; user_embeddings [Q, M, D] are those of dataset.validation, in its order.
+
+    Trained on the training part of the histories only. Returns the index's table of tried settings.
+    """
+    faiss.omp_set_num_threads(faiss.omp_get_max_threads())
+    queries = np.ascontiguousarray(user_embeddings[:512, 0]) if len(user_embeddings) else item_embeddings[1:513]
+    index, nprobe, tried = build_index(np.ascontiguousarray(item_embeddings[1:]), queries, seed)
+    faiss.write_index(index, str(folder / "index.faiss"))
+    offsets, rows = training_histories(dataset)
+    neighbour_rows, neighbour_scores = item_transitions(offsets, rows, dataset.num_items)
+    transitions = np.zeros(len(neighbour_rows), [("rows", "<i4", neighbour_rows.shape[1:]), ("scores", "<f4", neighbour_scores.shape[1:])])
+    transitions["rows"], transitions["scores"] = neighbour_rows, neighbour_scores
+    np.save(folder / "transitions.npy", transitions)
+    counts = np.bincount(rows, minlength=dataset.num_items + 1)
+    counts[0] = 0
+    np.save(folder / "popular.npy", np.log1p(counts).astype(np.float32))
+    write_items(dataset, item_embeddings, None, folder)
+    write_schema(dataset.schema, dataset.vocabularies, folder)
+    write_ids(folder / "item_ids.npy", dataset.item_ids)
+    settings = RecallSettings(nprobe=nprobe, **quotas(dataset.schema.sizes.candidates))
+    (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
+    (folder / "recall.json").write_text(_with_fitted_weights(dataset, user_embeddings, folder, settings).to_json())
+    return tried
+
+
+def quotas(num_candidates: int) -> dict[str, int]:
+    """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for popular."""
+    return {"transition_quota": num_candidates * 3 // 8, "popular_quota": num_candidates // 16}
+
+
+def write_schema(schema: Schema, vocabularies: dict[str, dict[str, list[str]]], folder: Path) -> None:
+    """schema.json and vocabularies.json."""
+    (folder / "schema.json").write_text(schema.to_json())
+    (folder / "vocabularies.json").write_text(json.dumps(vocabularies))
+
+
+def _with_fitted_weights(dataset: Dataset, user_embeddings: Array, folder: Path, settings: RecallSettings) -> RecallSettings:
+    """Source weights with the best NDCG@10 on (a sample of) the validation targets: a small grid, user_embeddings' weight 1."""
+    targets = dataset.validation
+    chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:4000])
+    if not len(chosen):
+        return settings
+    offline = OfflineRecall(dataset, folder, lambda user_rows, history_ends: np.zeros(0))
+    rows, scores = offline.candidates_for(user_embeddings[chosen], targets.user_rows[chosen], targets.history_ends[chosen])
+    is_target = rows == targets.item_rows[chosen][:, None]
+    column = np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
+    grid = [(1.0, transition, popular) for transition in _TRANSITION_WEIGHTS for popular in _POPULAR_WEIGHTS]
+    values = [metrics.ndcg(metrics.ranks_from_scores(fused(rows, scores, weights), column), 10) for weights in grid]
+    return dataclasses.replace(settings, source_weights=grid[int(np.argmax(values))])
+
+
+def fused(rows: Array, scores: Array, weights: tuple[float, ...]) -> Array:
+    """Candidates [Q, N] and source scores [Q, N, S] -> recall's own score [Q, N], -inf where padded."""
+    return np.where(rows > 0, scores @ np.array(weights, np.float32), -np.inf)
+
+
+class OfflineRecall:
+    """The Recall that will be served, asked about any user at any point of the history (a ScoreFunction and a CandidateFunction)."""
+
+    def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
+        staged = StagedRelease(folder)
+        self.recall = Recall(staged.model("recall"), staged)
+        self.dataset, self.encode_users = dataset, encode_users
+
+    def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
+        """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""
+        return self.candidates_for(self.encode_users(user_rows, history_ends), user_rows, history_ends)
+
+    def candidates_for(self, user_embeddings: Array, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
+        """candidates(), with the users' embeddings [L, M, D] already there."""
+        sizes = self.recall.sizes
+        rows, scores = (
+            np.full((len(user_rows), sizes.candidates), -1, np.int64),
+            np.zeros((len(user_rows), sizes.candidates, len(SOURCES)), np.float32),
+        )
+        for piece in _pieces(len(user_rows)):
+            seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], sizes.seen)
+            found = self.recall.run(default_options(len(seen)), seen_rows=seen, user_embeddings=user_embeddings[piece])
+            rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
+        return rows, scores
+
+    def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+        """[L], [L], item_rows [L, N] (-1 padded) -> every source's score [L, N, S] float32."""
+        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+        query = self.encode_users(user_rows, history_ends)
+        for piece in _pieces(len(user_rows)):
+            seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], self.recall.sizes.seen)
+            embeddings = gather(item_rows[piece], self.recall.items, "embedding")
+            out[piece] = self.recall.source_scores(query[piece], item_rows[piece], embeddings, self.recall.transition_offers(seen))
+        return out
+
+
+def _pieces(count: int, size: int = 256) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]

@@ -1,0 +1,59 @@
+"""Sizes and training settings by name: `tiny` for demos and tests (seconds), `base` for real shops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from builders.train_encoders import EncoderConfig
+from builders.ranker_trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
+from ensemble.errors import InvalidInput
+from ensemble.schema import Schema, Sizes, Table
+
+Slices = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One name for all that a build may choose."""
+
+    name: str
+    sizes: Sizes
+    encoders: EncoderConfig
+    ranker: RankerTraining
+
+
+PRESETS = {
+    "tiny": Preset(
+        "tiny",
+        Sizes(seen=50, history=20, embedding=32, candidates=64, item_features=8, user_features=8, max_top_k=50),
+        EncoderConfig.tiny(),
+        TINY_TRAINING,
+    ),
+    "base": Preset("base", Sizes(), EncoderConfig(), BASE_TRAINING),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`; InvalidInput lists the known ones."""
+    if name not in PRESETS:
+        raise InvalidInput(f"--preset {name}: unknown; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def encoder_config(config: EncoderConfig, schema: Schema) -> EncoderConfig:
+    """The preset's settings with this shop's sizes filled in."""
+    return replace(
+        config,
+        num_item_codes=schema.items.num_codes,
+        item_code_slices=code_slices(schema.items),
+        num_user_codes=schema.users.num_codes,
+        user_code_slices=code_slices(schema.users),
+        dim=schema.sizes.embedding,
+        max_history=schema.sizes.history,
+        interests=schema.sizes.interests,
+    )
+
+
+def code_slices(table: Table) -> Slices:
+    """(start, stop) columns of each code feature."""
+    return tuple((f.start, f.start + f.width) for f in table.features if f.is_code)

@@ -1,0 +1,160 @@
+"""State of one training of the ranker, and its one loop: feeds, epochs, early stop. What is trained on is train_ranker's affair."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from builders.dataset import Dataset
+from builders.ranker import TINY, CalibratedRanker, ItemFeatures, Ranker, RankerConfig
+from builders.ranker_data import Lists, history_windows
+from builders.ranker_loss import Loss
+
+Array = np.ndarray
+Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
+_HEAD_CHUNK = 65_536  # items the head computes at once
+
+
+@dataclass(frozen=True)
+class RankerTraining:
+    """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
+
+    model: RankerConfig = field(default_factory=RankerConfig)
+    epochs: int = 12  # at most
+    patience: int = 2  # epochs without a better validation before it stops; each also cuts the learning rates
+    batch: int = 4096
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    row_rate: float = 2e-3  # learning rate of user and item rows
+    row_decay: float = 1e-3  # pull of the rows in a batch towards 0
+    row_scale: float = 0.05  # standard deviation of new rows
+    id_dropout: float = 0.1  # users and items made unknown, so that unknown ones are served well
+    score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
+    conditional: float = 0.0  # weight of a conditional task's loss on its own rows, beside the product's
+    list_negatives: int = 128  # `interact`: recalled items a list and epoch
+    uniform_negatives: int = 16  # `interact`: uniform items a list
+    held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates
+    test_lists: int = 4096  # `interact`: at most this many test targets are reported on here (verify reports on all)
+
+
+BASE_TRAINING = RankerTraining()
+TINY_TRAINING = RankerTraining(
+    model=TINY, epochs=3, batch=1024, learning_rate=3e-3, row_rate=1e-2, list_negatives=32, uniform_negatives=8, test_lists=512
+)
+
+
+class RankerTrainer:
+    """The model, the item head, the two tables of rows, the frozen tensors they read, and the optimizers."""
+
+    def __init__(
+        self, dataset: Dataset, item_embeddings: Array, model: CalibratedRanker, config: RankerTraining, rng: np.random.Generator, progress: Progress
+    ):
+        s, self.dataset, self.model, self.config, self.rng, self.progress = dataset.schema.sizes, dataset, model, config, rng, progress
+        self.head = ItemFeatures(dataset.schema, config.model)
+        self.item_rows = nn.Embedding(dataset.num_items + 1, s.item_features, sparse=True)
+        self.user_rows = nn.Embedding(dataset.num_users + 1, s.user_features, sparse=True)
+        for table in (self.item_rows, self.user_rows):
+            nn.init.normal_(table.weight, std=config.row_scale)
+            table.weight.data[0] = 0
+        self.embeddings = torch.from_numpy(np.ascontiguousarray(item_embeddings, dtype=np.float32))
+        self.item_codes, self.item_values = torch.from_numpy(dataset.item_codes), torch.from_numpy(dataset.item_values)
+        self.user_codes, self.user_values = torch.from_numpy(dataset.user_codes), torch.from_numpy(dataset.user_values)
+        self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
+        if isinstance(model, Ranker) and len(self.embeddings) > 1:
+            model.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
+        dense = [*self.model.parameters(), *self.head.parameters()]
+        self.optimizers = (
+            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.SparseAdam([self.item_rows.weight, self.user_rows.weight], lr=config.row_rate),
+        )
+
+    def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The eight tensors of the ranker's forward for some lists, and the mean square of the id rows they read."""
+        c, training = self.config, self.trained.training
+        windows = torch.from_numpy(history_windows(self.dataset.histories, lists.user_rows, lists.history_ends, self.dataset.schema.sizes.history))
+        users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
+        mask, present = windows > 0, (items > 0).unsqueeze(-1)
+        item_features, square = self._item_features(items)
+        known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
+        user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)
+        history = self.embeddings[windows.clamp(min=0)] * mask.unsqueeze(-1)
+        scores = torch.from_numpy(lists.scores)
+        if training and c.score_dropout:
+            scores = scores * (torch.rand(*scores.shape[:2], 1) >= c.score_dropout)
+        user = (self.user_codes[users], self.user_values[users], user_features)
+        tensors = (history, mask, *user, self.embeddings[items] * present, item_features * present, scores)
+        return tensors, square + user_features.square().mean()
+
+    def _item_features(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [L, N] -> item_features [L, N, F], the head run once per distinct item; and the mean square of their id rows."""
+        distinct, place = torch.unique(rows, return_inverse=True)
+        known = distinct if not self.trained.training else distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
+        id_rows = self.item_rows(known)
+        features = self.head(id_rows, self.item_codes[distinct], self.item_values[distinct])
+        return features[place], id_rows.square().mean()
+
+    def item_features(self) -> Array:
+        """The head's output for every item [I + 1, F] float32; row 0 is 0."""
+        self.trained.eval()
+        out = np.zeros(self.item_rows.weight.shape, np.float32)
+        with torch.no_grad():
+            for start in range(0, len(out), _HEAD_CHUNK):
+                part = slice(start, start + _HEAD_CHUNK)
+                out[part] = self.head(self.item_rows.weight[part], self.item_codes[part], self.item_values[part]).numpy()
+        out[0] = 0
+        return out
+
+    def user_features(self) -> Array:
+        """The users' rows [U + 1, U'] float32; row 0 (unknown) is 0."""
+        rows = self.user_rows.weight.detach().numpy().copy()
+        rows[0] = 0
+        return rows
+
+    def logits(self, lists: Lists, chunk: int = 8192) -> Array:
+        """Logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time."""
+        self.trained.eval()
+        step = max(1, chunk // max(1, lists.item_rows.shape[1]))
+        out = np.zeros(lists.labels.shape, np.float32)
+        with torch.no_grad():
+            for start in range(0, len(lists), step):
+                part = np.arange(start, min(start + step, len(lists)))
+                out[part] = self.model.logits(*self.tensors(lists.take(part))[0]).numpy()
+        return out
+
+    def epoch(self, lists: Lists, loss_function: Loss) -> None:
+        """One pass over the lists in random order."""
+        self.trained.train()
+        order = self.rng.permutation(len(lists))
+        num_batches = max(1, round(lists.item_rows.size / self.config.batch))
+        for part in np.array_split(order, num_batches):
+            batch = lists.take(part)
+            tensors, square = self.tensors(batch)
+            loss = loss_function(self.model.logits(*tensors), torch.from_numpy(batch.labels)) + self.config.row_decay * square
+            self.trained.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
+        """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the first included. -> epochs run."""
+        best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
+        while epoch < self.config.epochs and waited < self.config.patience:
+            self.epoch(draw(), loss_function)
+            figure, epoch = judge(), epoch + 1
+            self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
+            if figure < best:
+                best, best_state, waited = figure, copy.deepcopy(self.trained.state_dict()), 0
+                continue
+            waited += 1
+            self.trained.load_state_dict(best_state)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.3
+        self.trained.load_state_dict(best_state)
+        return epoch

@@ -1,0 +1,122 @@
+"""Runs the stages of a build: skips those whose inputs and options are unchanged, times the others, survives being killed.
+
+A stage is a function that fills a folder. Its key is the digest of its name, its options, the keys of the stages it reads and
+the source of this package, so a changed option, input or line of code makes it run again, and those behind it. The folder
+gets its final name by rename when the stage is done; a killed stage leaves only a temporary folder, removed by the next build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Report = Callable[[float, str], None]  # share done 0..1, what is being done
+_KEPT = 3  # finished folders kept of each stage
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage."""
+
+    name: str
+    key: str
+    folder: Path
+    skipped: bool
+    duration_s: float
+    peak_bytes: int
+
+
+@dataclass
+class Stages:
+    """The stages of one build, in the order they ran; `root` holds their folders."""
+
+    root: Path
+    console: Console
+    done: list[Done] = field(default_factory=list)
+
+    def run(self, name: str, work: Callable[[Path, Report], None], options: Any, after: tuple[Done, ...] = (), *, always: bool = False) -> Done:
+        """Runs `work(folder, report)` unless a folder with the same key is there (`always`: even then). `options` must be JSON-able."""
+        facts = [name, options, [stage.key for stage in after], source_digest()]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        folder = self.root / f"{name}-{key}"
+        start = time.monotonic()
+        if always:
+            shutil.rmtree(folder, ignore_errors=True)
+        skipped = folder.is_dir()
+        if skipped:
+            os.utime(folder)
+        else:
+            self._fill(name, folder, work)
+        self.done.append(Done(name, key, folder, skipped, time.monotonic() - start, 0 if skipped else peak_bytes()))
+        return self.done[-1]
+
+    def _fill(self, name: str, folder: Path, work: Callable[[Path, Report], None]) -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        reset_peak()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.fields[stage]:<11}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("", total=1.0, stage=name)
+            work(partial, lambda share, text: bar.update(task, completed=share, description=text))
+        partial.rename(folder)
+        self._drop_old(name)
+
+    def _drop_old(self, name: str) -> None:
+        finished = [path for path in self.root.glob(f"{name}-*") if not path.name.endswith(".partial")]
+        for path in sorted(finished, key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def table(self) -> Table:
+        """Time and peak memory of each stage."""
+        table = Table(title=None, box=None, pad_edge=False)
+        for column, justify in (("stage", "left"), ("time", "right"), ("peak memory", "right"), ("", "left")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for stage in self.done:
+            peak = "" if stage.skipped else f"{stage.peak_bytes / 2**20:,.0f} MiB"
+            table.add_row(stage.name, f"{stage.duration_s:.1f} s", peak, "unchanged, skipped" if stage.skipped else "")
+        return table
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Digest of the Python sources that make a release."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("builders/**/*.py"), *root.glob("ensemble/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def reset_peak() -> None:
+    """Restarts the kernel's record of this process's peak memory (Linux), so that each stage has its own."""
+    with contextlib.suppress(OSError):  # another system: the peak is then of the whole run
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory since reset_peak; 0 where the kernel does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

@@ -1,0 +1,84 @@
+"""AsyncClient: clients.client.Client for asyncio, with the same arguments, results and errors.
+
+A cancelled task stops waiting, nothing more: the call itself lives in gRPC's own threads and runs to its end, because a
+cancelled call can kill an old server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from clients.client import ClientCore, left_s
+from clients.errors import CallError
+from clients.results import Recommendations
+from clients.wire import Answer, Call, Id, call_from_options
+
+
+class AsyncClient(ClientCore):
+    """Asks a served release for ranked lists; arguments as Client's."""
+
+    async def recommend(
+        self,
+        user_id: Id,
+        *,
+        top_k: int | None = None,
+        session_items: Sequence[Id] | None = None,
+        exclude_items: Sequence[Id] | None = None,
+        exclude_seen: bool | None = None,
+        allow: Mapping[str, Sequence[str]] | None = None,
+        deny: Mapping[str, Sequence[str]] | None = None,
+        weights: Mapping[str, float] | None = None,
+        caps: Mapping[str, int] | None = None,
+        diversity: float | None = None,
+        budget_ms: float | None = None,
+    ) -> Recommendations:
+        """One user's list; options and errors as Client.recommend's."""
+        options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
+        return (await self._answer(call_from_options([user_id], options, budget_ms, per_user=False)))[0]
+
+    async def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
+        """Lists of several users in one request; as Client.recommend_many."""
+        return await self._answer(call_from_options(user_ids, options, budget_ms, per_user=True))
+
+    async def aclose(self) -> None:
+        """close(), without holding up the loop."""
+        await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def _answer(self, call: Call) -> list[Recommendations]:
+        started, attempt = time.perf_counter(), 0
+        self._count_call()
+        while True:
+            try:
+                answer = await self._wait(call, started)
+                break
+            except CallError as error:
+                delay_s = self._retry_delay_s(error, attempt, left_s(call, started))
+                if delay_s is None:
+                    raise
+                await asyncio.sleep(delay_s)
+                attempt += 1
+        latency_ms = (time.perf_counter() - started) * 1000
+        if release := self._unknown_release(answer):
+            await asyncio.to_thread(self._learn_tasks, release)
+        return self._results(call, answer, latency_ms)
+
+    async def _wait(self, call: Call, started: float) -> Answer:
+        future = self._transport.start(call)
+        waiting = asyncio.wrap_future(future)
+        try:
+            return await asyncio.wait_for(waiting, left_s(call, started))
+        except asyncio.TimeoutError:
+            raise self._budget_exceeded(call, future) from None
+        except asyncio.CancelledError:
+            self._transport.give_up(future)
+            raise

@@ -1,0 +1,170 @@
+"""Client(url).recommend(user) -> Recommendations. The asyncio twin is clients.aio.AsyncClient, with the same arguments.
+
+    from clients.client import Client
+
+    with Client("127.0.0.1:8001") as client:
+        for item in client.recommend("u42", top_k=5, session_items=["lipstick-7"]).items:
+            print(item.item_id, item.score, item.probabilities)
+
+Options, all optional (an option of recommend_many is shared by its users, or a list with one value each):
+
+    top_k          items wanted; default 10
+    session_items  ids the user looked at just now, newest last; read after the stored history
+    exclude_items  ids never to be returned
+    exclude_seen   leave out what the user has had; default True
+    allow, deny    {category feature: [values]}: only these, none of these
+    weights        {task: weight in the score}
+    caps           {category feature: how many items of one value a list may hold}
+    diversity      0..1: how much unlikeness counts against score; default 0
+    budget_ms      how long to wait; BudgetExceeded after that
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import Any
+
+from clients.errors import BudgetExceeded, CallError
+from clients.results import Recommendations
+from clients.transport import GrpcTransport, Transport
+from clients.wire import Answer, Call, Id, call_from_options, recommendations_from_answer
+
+RETRY_SHARE = 0.1  # retries per call, in the long run
+_RETRY_BURST = 10.0
+_RECONNECT_S = 0.05
+
+
+class ClientCore:
+    """What the sync and the asyncio client share: everything but the waiting."""
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        *,
+        tasks: Sequence[str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        self._transport = transport or GrpcTransport(url, headers=headers)
+        self._tasks = tuple(tasks) if tasks else None
+        self._tasks_of: dict[str, tuple[str, ...] | None] = {}
+        self._retries = 1.0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the connection; waits a little for calls that were given up, since ending them could end an old server."""
+        self._transport.close()
+
+    def _count_call(self) -> None:
+        with self._lock:
+            self._retries = min(_RETRY_BURST, self._retries + RETRY_SHARE)
+
+    def _retry_delay_s(self, error: CallError, attempt: int, left_s: float | None) -> float | None:
+        """Seconds until the one retry, or None when the error is the answer. A recommendation changes nothing, so asking again is safe."""
+        delay_s = _RECONNECT_S * random.uniform(0.5, 1.5) if error.status == "UNAVAILABLE" else 0.0
+        if attempt or not error.retryable or (left_s is not None and left_s <= delay_s):
+            return None
+        with self._lock:
+            if self._retries < 1:
+                return None
+            self._retries -= 1
+        return delay_s
+
+    def _budget_exceeded(self, call: Call, future: Future[Answer] | None) -> BudgetExceeded:
+        if future is not None:
+            self._transport.give_up(future)
+        return BudgetExceeded(f"budget_ms: no answer within {call.budget_ms:g} ms", "DEADLINE_EXCEEDED")
+
+    def _unknown_release(self, answer: Answer) -> str | None:
+        """A release in the answer whose task names have not been asked for yet."""
+        if self._tasks is not None:
+            return None
+        return next((name for raw in set(answer["release"]) if (name := raw.decode()) not in self._tasks_of), None)
+
+    def _learn_tasks(self, release: str) -> None:
+        self._tasks_of[release] = self._transport.tasks(release)
+
+    def _results(self, call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
+        num_values = len(call.user_ids) * max(1, len(answer["item_ids"]) // len(call.user_ids))
+        num_tasks = answer["probabilities"].size // num_values
+        names = self._tasks or self._tasks_of.get(answer["release"][0].decode())
+        if names is None or len(names) != num_tasks:
+            names = tuple(f"task_{number}" for number in range(1, num_tasks + 1))
+        return recommendations_from_answer(call, answer, names, latency_ms)
+
+
+def left_s(call: Call, started: float) -> float | None:
+    """Seconds of the call's budget that are left; None without a budget."""
+    return None if call.budget_ms is None else call.budget_ms / 1000 - (time.perf_counter() - started)
+
+
+class Client(ClientCore):
+    """Asks a served release for ranked lists; safe to share between threads.
+
+    url        host:port of the server's gRPC endpoint
+    tasks      names of the release's tasks, for servers that keep their model configurations to themselves
+    headers    sent with every call, for example the control header of .server.json
+    transport  another way to the server: clients.transport.FakeTransport in an application's tests
+    """
+
+    def recommend(
+        self,
+        user_id: Id,
+        *,
+        top_k: int | None = None,
+        session_items: Sequence[Id] | None = None,
+        exclude_items: Sequence[Id] | None = None,
+        exclude_seen: bool | None = None,
+        allow: Mapping[str, Sequence[str]] | None = None,
+        deny: Mapping[str, Sequence[str]] | None = None,
+        weights: Mapping[str, float] | None = None,
+        caps: Mapping[str, int] | None = None,
+        diversity: float | None = None,
+        budget_ms: float | None = None,
+    ) -> Recommendations:
+        """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable, ServerFault."""
+        options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
+        return self._answer(call_from_options([user_id], options, budget_ms, per_user=False))[0]
+
+    def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
+        """Lists of several users in one request; each option of `recommend` is shared, or a list with one value per user."""
+        return self._answer(call_from_options(user_ids, options, budget_ms, per_user=True))
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _answer(self, call: Call) -> list[Recommendations]:
+        started, attempt = time.perf_counter(), 0
+        self._count_call()
+        while True:
+            try:
+                answer = self._wait(call, started)
+                break
+            except CallError as error:
+                delay_s = self._retry_delay_s(error, attempt, left_s(call, started))
+                if delay_s is None:
+                    raise
+                time.sleep(delay_s)
+                attempt += 1
+        latency_ms = (time.perf_counter() - started) * 1000
+        if release := self._unknown_release(answer):
+            self._learn_tasks(release)
+        return self._results(call, answer, latency_ms)
+
+    def _wait(self, call: Call, started: float) -> Answer:
+        if call.budget_ms is None:
+            return self._transport.send(call)
+        future = self._transport.start(call)
+        try:
+            return future.result(left_s(call, started))
+        except FutureTimeoutError:
+            raise self._budget_exceeded(call, future) from None

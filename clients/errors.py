@@ -1,0 +1,89 @@
+"""Errors of a call to `recommend`: one class per thing the caller can do. All are ensemble.errors.PeregrineError.
+
+PeregrineError
+├── InvalidInput
+│   └── InvalidArgument   fix the request: "<field>: <rule>"
+└── CallError             the request was fine; `status` has the gRPC code
+    ├── Overloaded        ask again later, or show something else
+    ├── BudgetExceeded    the time budget is over; the server may still be at it
+    ├── Unavailable       nobody there who can answer: wait for the server, or start it
+    └── ServerFault       a bug or a broken server: its log has the details
+
+Triton's texts carry its own prefixes, shared-memory keys, paths and tracebacks; none of these leaves this module.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ensemble.errors import InvalidArgument, PeregrineError
+
+__all__ = ["BudgetExceeded", "CallError", "InvalidArgument", "Overloaded", "ServerFault", "Unavailable", "error_from_status"]
+
+
+class CallError(PeregrineError):
+    """A call that could not be answered. `retryable`: the same request, sent again, may well succeed."""
+
+    def __init__(self, message: str, status: str = "", retryable: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retryable = retryable
+
+
+class Overloaded(CallError):
+    """The server, or this client, has more to do than it can."""
+
+
+class BudgetExceeded(CallError):
+    """No answer within budget_ms."""
+
+
+class Unavailable(CallError):
+    """No server, no such model, or a dead step."""
+
+
+class ServerFault(CallError):
+    """The server failed in a way that no request should be able to cause."""
+
+
+_PREFIX = re.compile(r"^(?:\[request id: [^\]]*\] *|in ensemble '[^']*', *|[Ee]xecution of model '[^']*' failed: *)+")
+_SECRETS = re.compile(r"'[^']*(?:shm|/)[^']*'|/[\w./+-]{2,}|\b(?:\w*shm_\w+|0x[0-9a-fA-F]+)\b")
+_BATCH = re.compile(r"batch-size must be <= (\d+)")
+_MAX_TEXT = 300
+
+
+def stripped(text: str) -> str:
+    """The part of Triton's text that says what is wrong: ensemble prefixes and further lines (tracebacks) gone."""
+    lines = text.strip().splitlines()
+    return _PREFIX.sub("", lines[0] if lines else "")[:_MAX_TEXT]
+
+
+def scrubbed(text: str) -> str:
+    """`stripped`, with shared-memory keys, paths and addresses replaced by …"""
+    return _SECRETS.sub("…", stripped(text))
+
+
+def error_from_status(status: str, text: str, target: str) -> PeregrineError:
+    """The exception for a failed call; `status` is gRPC's name of the code, `target` the server's address."""
+    if status == "INVALID_ARGUMENT":
+        return _invalid_argument(text)
+    if status == "RESOURCE_EXHAUSTED" or "Exceeds maximum queue size" in text or "memory pool size" in text:
+        return Overloaded(f"server {target} is overloaded: {scrubbed(text)}", status)
+    if status == "DEADLINE_EXCEEDED" or "Request timeout expired" in text:
+        return BudgetExceeded(f"budget_ms: server {target} gave up within the request's own timeout", status)
+    if "This protocol is restricted" in text:
+        return Unavailable(f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json", status)
+    if status == "UNAVAILABLE":
+        return Unavailable(f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?", status, retryable=True)
+    if "Stub process" in text and "is not healthy" in text:
+        return Unavailable(f"server {target}: a step's process died; restart the server if this goes on", status, retryable=True)
+    if status == "NOT_FOUND":
+        return Unavailable(f"server {target}: {scrubbed(text)}; activate a release with `peregrine release activate`", status)
+    return ServerFault(f"server {target} failed ({status}): {scrubbed(text)}; its log has the details", status)
+
+
+def _invalid_argument(text: str) -> InvalidArgument:
+    limit = _BATCH.search(text)
+    if limit:
+        return InvalidArgument(f"user_id: at most {limit[1]} users in one request; send several requests")
+    return InvalidArgument(scrubbed(text))

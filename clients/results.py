@@ -1,0 +1,31 @@
+"""What a call to `recommend` gives back: small, typed, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ensemble.contract import Degraded
+
+
+class Item(NamedTuple):
+    """One recommended item."""
+
+    item_id: str
+    score: float  # the blended number that sorts
+    probabilities: dict[str, float]  # by task: a calibrated probability, or the predicted number of a regression
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """One user's list, best first."""
+
+    user_id: str
+    items: tuple[Item, ...]
+    degraded: Degraded  # what was missing while the list was made; 0 = nothing
+    release: str  # the release that answered
+    latency_ms: float  # of the whole call, retry included, as this process saw it
+
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        return tuple(item.item_id for item in self.items)

@@ -1,0 +1,266 @@
+"""How a Call reaches a server: over gRPC, or, in an application's tests, not at all.
+
+A transport's `start(call)` gives a Future and never blocks. Both clients use the same one: the asyncio client waits for
+the same futures, so a cancelled task or a closed loop cannot reach the call.
+
+Below Triton 2.59 a gRPC deadline or cancel can kill the server. So no deadline is ever set, and a call that nobody
+waits for any more is cancelled only where the server is known to be newer; elsewhere it runs to its end, and the number
+of such calls is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from clients.errors import Overloaded, Unavailable, error_from_status
+from clients.wire import Answer, Call, decode_bytes, encode_bytes
+from ensemble.contract import PIPELINE
+
+CANCEL_IS_SAFE_FROM = (2, 59)
+MAX_ABANDONED = 64
+# Pings closer than this are answered with GOAWAY by the server's defaults.
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_retries", 0),
+)
+_CLOSE_TIMEOUT_S = 10.0
+_TASKS_TIMEOUT_S = 2.0
+_DTYPES: dict[str, type] = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
+_FIELDS: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+
+
+@dataclass
+class _Running:
+    """A call that the server has not answered yet."""
+
+    rpc: Any  # held here, because gRPC cancels a call that is garbage
+    may_be_given_up: bool  # it has a budget
+    given_up: bool = False
+
+
+class Transport(Protocol):
+    """What a client needs of the way to its server."""
+
+    def start(self, call: Call) -> Future[Answer]:
+        """Sends the call and returns at once; the future fails with a PeregrineError."""
+
+    def send(self, call: Call) -> Answer:
+        """Sends a call without a budget and waits for its answer: spares a lone caller the way through another thread."""
+
+    def give_up(self, future: Future[Answer]) -> None:
+        """Nobody waits for this future any more."""
+
+    def tasks(self, release: str) -> tuple[str, ...] | None:
+        """Names of the release's tasks in the order of `probabilities`, or None if the server does not tell."""
+
+    def close(self) -> None:
+        """Ends the connection, once what was given up has ended."""
+
+
+class GrpcTransport:
+    """Triton's gRPC endpoint, with nothing of tritonclient but its protocol."""
+
+    def __init__(self, url: str, model: str = PIPELINE, headers: Mapping[str, str] | None = None, max_abandoned: int = MAX_ABANDONED) -> None:
+        import grpc
+        from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+        self.url, self._model, self._max_abandoned = url, model, max_abandoned
+        self._pb, self._metadata = service_pb2, tuple((headers or {}).items()) or None
+        self._rpc_error: Any = grpc.RpcError
+        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._lock = threading.Lock()
+        self._running: dict[Future[Answer], _Running] = {}
+        self._cancel_is_safe: bool | None = None  # None: not known yet
+        self._version_call: Any = None
+        self._tasks_call: Any = None
+
+    def start(self, call: Call) -> Future[Answer]:
+        future: Future[Answer] = Future()
+        future.set_running_or_notify_cancel()  # so that an asyncio task that ends cannot cancel it
+        with self._lock:
+            self._refuse_beyond_limit(call)
+            rpc = self._stub.ModelInfer.future(proto_from_call(call, self._model), metadata=self._metadata)
+            self._running[future] = _Running(rpc, call.budget_ms is not None)
+        rpc.add_done_callback(lambda done: self._finish(future, done))
+        if call.budget_ms is not None and self._version_call is None:
+            self._ask_version()
+        return future
+
+    def send(self, call: Call) -> Answer:
+        try:
+            return answer_from_proto(self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata))
+        except self._rpc_error as error:
+            raise error_from_status(error.code().name, error.details() or "", self.url) from None
+
+    def give_up(self, future: Future[Answer]) -> None:
+        with self._lock:
+            running = self._running.get(future)
+            if running is not None:
+                running.given_up = True
+        if running is not None and self._cancel_is_safe:
+            running.rpc.cancel()
+
+    def tasks(self, release: str) -> tuple[str, ...] | None:
+        import json
+
+        import grpc
+
+        request = self._pb.ModelConfigRequest(name=f"{release}_{self._model}")
+        self._tasks_call = self._stub.ModelConfig.future(request, metadata=self._metadata)  # kept: gRPC cancels what is garbage
+        try:
+            config = self._tasks_call.result(_TASKS_TIMEOUT_S).config
+            return tuple(json.loads(config.parameters["tasks"].string_value))
+        except (grpc.RpcError, grpc.FutureTimeoutError, ValueError):
+            return None  # restricted, or a release without names: the client numbers them
+
+    def close(self) -> None:
+        until = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._running and not self._cancel_is_safe and time.monotonic() < until:
+            time.sleep(0.01)
+        self._channel.close()
+
+    @property
+    def num_abandoned(self) -> int:
+        """Calls that run on although nobody waits for them."""
+        with self._lock:
+            return sum(running.given_up for running in self._running.values())
+
+    def _refuse_beyond_limit(self, call: Call) -> None:
+        """Where calls cannot be cancelled, one with a budget may have to be given up: no more of them than may be abandoned."""
+        if call.budget_ms is None or self._cancel_is_safe is not False or len(self._running) < self._max_abandoned:
+            return
+        if sum(running.may_be_given_up or running.given_up for running in self._running.values()) >= self._max_abandoned:
+            raise Overloaded(f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to stop; ask again later")
+
+    def _finish(self, future: Future[Answer], rpc: Any) -> None:
+        """Runs in gRPC's thread when the call has ended."""
+        with self._lock:
+            self._running.pop(future, None)
+        status = rpc.code().name
+        if status != "OK":
+            future.set_exception(error_from_status(status, rpc.details() or "", self.url))
+            return
+        try:
+            future.set_result(answer_from_proto(rpc.result()))
+        except Exception as error:  # an answer that cannot be read must not leave its caller waiting
+            future.set_exception(error_from_status("INTERNAL", f"unreadable answer: {error}", self.url))
+
+    def _ask_version(self) -> None:
+        """Once, without waiting: until the answer is there, the server is taken for an old one."""
+        self._version_call = self._stub.ServerMetadata.future(self._pb.ServerMetadataRequest(), metadata=self._metadata)
+        self._version_call.add_done_callback(self._note_version)
+
+    def _note_version(self, rpc: Any) -> None:
+        if rpc.code().name != "OK":
+            self._version_call = None  # ask again with the next call
+            return
+        numbers = tuple(int(part) for part in rpc.result().version.split(".")[:2] if part.isdigit())
+        self._cancel_is_safe = numbers >= CANCEL_IS_SAFE_FROM
+
+
+def proto_from_call(call: Call, model: str) -> Any:
+    """Call -> ModelInferRequest."""
+    from tritonclient.grpc import service_pb2
+
+    request = service_pb2.ModelInferRequest(model_name=model)
+    request.inputs.add(name="user_id", datatype="BYTES", shape=(len(call.user_ids), 1))
+    request.raw_input_contents.append(encode_bytes(call.user_ids))
+    for name, value in call.parameters.items():
+        setattr(request.parameters[name], _FIELDS[type(value)], value)
+    if call.budget_ms is not None:
+        request.parameters["timeout"].int64_param = max(1, int(call.budget_ms * 1000))
+    return request
+
+
+def answer_from_proto(response: Any) -> Answer:
+    """ModelInferResponse -> tensors by name."""
+    answer: dict[str, Any] = {}
+    for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        if tensor.datatype == "BYTES":
+            answer[tensor.name] = decode_bytes(raw, math.prod(tensor.shape))
+        else:
+            answer[tensor.name] = np.frombuffer(raw, _DTYPES[tensor.datatype])
+    return answer
+
+
+class FakeTransport:
+    """For an application's tests: answers from a table, without server or network.
+
+    lists     user id -> [(item id, score, {task: probability}), …] or just [item id, …]; users who are not in it get `default`
+    failures  exceptions raised by the next calls, one each, before any list is given
+    delay_s   time until an answer arrives; `calls` keeps every Call that was made
+    """
+
+    def __init__(
+        self,
+        lists: Mapping[str, Sequence[Any]] | None = None,
+        default: Sequence[Any] = (),
+        failures: Sequence[Exception] = (),
+        delay_s: float = 0.0,
+        release: str = "fake",
+        degraded: Callable[[str], int] = lambda user: 0,
+    ) -> None:
+        self._lists, self._default, self._release, self._degraded = dict(lists or {}), list(default), release, degraded
+        self._failures, self._delay_s = list(failures), delay_s
+        self.calls: list[Call] = []
+        self.closed = False
+
+    def start(self, call: Call) -> Future[Answer]:
+        if self.closed:
+            raise Unavailable("this client is closed; make another one")
+        self.calls.append(call)
+        future: Future[Answer] = Future()
+        future.set_running_or_notify_cancel()
+        failure = self._failures.pop(0) if self._failures else None
+        finish = (lambda: future.set_exception(failure)) if failure else (lambda: future.set_result(self._answer(call)))
+        if self._delay_s:
+            threading.Timer(self._delay_s, finish).start()
+        else:
+            finish()
+        return future
+
+    def send(self, call: Call) -> Answer:
+        return self.start(call).result()
+
+    def give_up(self, future: Future[Answer]) -> None:
+        pass
+
+    def tasks(self, release: str) -> tuple[str, ...] | None:
+        rows = [row for rows in (*self._lists.values(), self._default) for row in rows]
+        return tuple(rows[0][2]) if rows and not isinstance(rows[0], str) else None
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _answer(self, call: Call) -> Answer:
+        users = [user.decode() for user in call.user_ids]
+        rows = [[_row(entry, place) for place, entry in enumerate(self._lists.get(user, self._default))] for user in users]
+        depth = max((len(r) for r in rows), default=0)
+        num_tasks = max((len(row[2]) for r in rows for row in r), default=1)
+        padding = ("", 0.0, (0.0,) * num_tasks)
+        padded = [row for r in rows for row in r + [padding] * (depth - len(r))]
+        return {
+            "item_ids": [row[0].encode() for row in padded],
+            "scores": np.array([row[1] for row in padded], np.float32),
+            "probabilities": np.array([row[2] for row in padded], np.float32).reshape(len(users), depth, num_tasks),
+            "degraded": np.array([self._degraded(user) for user in users], np.int64),
+            "release": [self._release.encode()] * len(users),
+        }
+
+
+def _row(entry: Any, place: int) -> tuple[str, float, tuple[float, ...]]:
+    """An entry of FakeTransport's lists; a bare id gets a score that falls with its place."""
+    if isinstance(entry, str):
+        return entry, 1.0 / (1 + place), (0.0,)
+    return entry[0], float(entry[1]), tuple(entry[2].values())

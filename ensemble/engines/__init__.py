@@ -1,0 +1,69 @@
+"""The seam between steps and runtimes: an Engine runs named arrays; open_engine chooses by the file's suffix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ensemble.errors import ReleaseError
+from ensemble.options import Options
+from ensemble.release import Release
+from ensemble.spec import ModelSpec, TensorSpec
+
+Tensors = dict[str, np.ndarray]
+
+
+class Engine(Protocol):
+    """A loaded model. `inputs` and `outputs` give (name, numpy dtype name, dims without batch; None = varies)."""
+
+    inputs: list[tuple[str, str, tuple[int | None, ...]]]
+    outputs: list[tuple[str, str, tuple[int | None, ...]]]
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """Arrays by name in, arrays by name out; first axis is the batch."""
+        ...
+
+
+def open_engine(path: Path, threads: int = 1) -> Engine:
+    """Opens a model file; ReleaseError names the file when it cannot be."""
+    if path.suffix == ".onnx":
+        from ensemble.engines.onnx import OnnxEngine
+
+        return OnnxEngine(path, threads)
+    raise ReleaseError(f"{path}: no engine runs {path.suffix or 'this file'}; known: .onnx")
+
+
+def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
+    """ReleaseError unless the engine takes and gives exactly the model's tensors."""
+    for what, found, wanted in (("takes", engine.inputs, model.inputs), ("gives", engine.outputs, model.outputs)):
+        differing = signature_difference(found, wanted)
+        if differing:
+            raise ReleaseError(f"{path}: the model {what} {differing}; the contract of {model.name} wants {', '.join(str(t) for t in wanted)}")
+
+
+def signature_difference(found: list[tuple[str, str, tuple[int | None, ...]]], wanted: tuple[TensorSpec, ...]) -> str:
+    """Names the first tensor that is missing, extra or shaped otherwise; empty when all fit."""
+    have = {name: (dtype, dims) for name, dtype, dims in found}
+    for spec in wanted:
+        if spec.name not in have:
+            return f"no tensor {spec.name}"
+        dtype, dims = have.pop(spec.name)
+        if dtype != spec.dtype or len(dims) != len(spec.dims) or any(d not in (None, s) for d, s in zip(dims, spec.dims, strict=True)):
+            return f"{spec.name} as {dtype} {list(dims)} instead of {spec.dtype} {list(spec.dims)}"
+    return f"an extra tensor {next(iter(have))}" if have else ""
+
+
+class EngineStep:
+    """The step of every engine model: verifies and opens the release's model file, then hands tensors through."""
+
+    def __init__(self, model: ModelSpec, release: Release) -> None:
+        path = release.member_file(model.name, "model.onnx")
+        release.verify([path])
+        self.engine = open_engine(path)
+        check_signature(self.engine, model, path)
+
+    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
+        """The model's input tensors by name -> its output tensors by name."""
+        return self.engine.run(tensors)

@@ -1,0 +1,57 @@
+"""The local twin: the whole pipeline in one process, the same steps under the same names, no server."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ensemble.options import Options, parse_options, stack
+from ensemble.release import Release
+from ensemble.spec import ModelSpec
+
+Tensors = dict[str, np.ndarray]
+
+
+class Step(Protocol):
+    """What every step is: opened once on a release, then run on whole batches."""
+
+    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
+        """The model's inputs by name -> its outputs by name; first axis is the batch."""
+        ...
+
+
+def open_step(model: ModelSpec, release: Release) -> Step:
+    """The step that ModelSpec.step names ("module:Class"), opened on `release`."""
+    module, _, name = model.step.partition(":")
+    step: Step = getattr(importlib.import_module(module), name)(model, release)
+    return step
+
+
+class LocalPipeline:
+    """recommend, answered in this process."""
+
+    def __init__(self, release: Release) -> None:
+        self.release, self.spec = release, release.pipeline
+        self.steps = {model.name: open_step(model, release) for model in self.spec.models}
+
+    def recommend(self, user_ids: Sequence[bytes | str], parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None) -> Tensors:
+        """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B, …]."""
+        if parameters is None or isinstance(parameters, Mapping):
+            options = parse_options(json.dumps(dict(parameters or {})), len(user_ids), self.release.schema)
+        else:
+            options = stack([parse_options(json.dumps(dict(one)), 1, self.release.schema) for one in parameters])
+        ids = np.array([u.encode() if isinstance(u, str) else u for u in user_ids], dtype="S")
+        return self.run(options, {"user_id": ids[:, None]})
+
+    def run(self, options: Options, tensors: Tensors) -> Tensors:
+        """From whatever tensors are given through all steps whose outputs are not yet there -> the answer's tensors."""
+        known = dict(tensors)
+        for model in self.spec.models:
+            if all(t.name in known for t in model.outputs):
+                continue
+            known.update(self.steps[model.name].run(options, **{t.name: known[t.name] for t in model.inputs}))
+        return {t.name: known[t.name] for t in self.spec.outputs}

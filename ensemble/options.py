@@ -1,0 +1,218 @@
+"""What a request may ask beside its user: parsed from Triton request parameters into columns for the whole batch.
+
+Parameters, unlike optional tensors, do not split Triton's dynamic batches, so traffic whose options all differ still batches.
+A string value holds JSON. For several users in one request a value is shared, or is a JSON array with one value per user.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ensemble.contract import MAX_ID_BYTES, MAX_LIST
+from ensemble.errors import InvalidArgument
+from ensemble.schema import Schema
+
+DEFAULT_TOP_K = 10
+# Triton's own, which may travel along with ours.
+_FOREIGN = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output", "triton_enable_empty_final_response")
+
+Category = tuple[str, tuple[str, ...]]  # a feature and values of it
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Items must have a value of every allowed feature, and none of the denied values."""
+
+    allow: tuple[Category, ...] = ()
+    deny: tuple[Category, ...] = ()
+
+
+@dataclass(frozen=True)
+class UserOptions:
+    """The options of one user of one request."""
+
+    top_k: int = DEFAULT_TOP_K
+    session_items: tuple[bytes, ...] = ()
+    exclude_items: tuple[bytes, ...] = ()
+    exclude_seen: bool = True
+    allow: tuple[Category, ...] = ()
+    deny: tuple[Category, ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()
+    caps: tuple[tuple[str, int], ...] = ()
+    diversity: float = 0.0
+
+    @property
+    def filter(self) -> Filter | None:
+        return Filter(self.allow, self.deny) if self.allow or self.deny else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a batch of B users, one entry each, in the batch's order."""
+
+    users: tuple[UserOptions, ...]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def top_k(self) -> np.ndarray:
+        """[B] int64."""
+        return np.array([u.top_k for u in self.users], np.int64)
+
+    @property
+    def exclude_seen(self) -> np.ndarray:
+        """[B] bool."""
+        return np.array([u.exclude_seen for u in self.users], bool)
+
+    def ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """session_items or exclude_items of all users, flat: (owners [L] int64, ids [L] S)."""
+        lists = [getattr(u, name) for u in self.users]
+        owners = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
+        return owners, np.array([i for ids in lists for i in ids], dtype="S") if len(owners) else np.zeros(0, "S1")
+
+
+def default_options(num_users: int) -> Options:
+    """Nothing asked for."""
+    return Options((UserOptions(),) * num_users)
+
+
+def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
+    """One request's parameters (a JSON object, as Triton hands it on) -> Options; InvalidArgument names the field."""
+    return default_options(num_users) if parameters in ("", "{}", "null") else _parse(parameters, num_users, schema)
+
+
+@lru_cache(maxsize=4096)  # the same page asks the same question again and again
+def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
+    raw = {name: value for name, value in json.loads(parameters).items() if name not in _FOREIGN}
+    unknown = sorted(set(raw) - set(_READERS))
+    if unknown:
+        raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(_READERS)}")
+    columns = {name: _column(name, value, num_users, schema) for name, value in raw.items()}
+    return Options(tuple(UserOptions(**{name: column[i] for name, column in columns.items()}) for i in range(num_users)))
+
+
+def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
+    """One parameter, read for each user of the request."""
+    read, is_list = _READERS[name]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(f"{name}: not JSON: {error}") from None
+    one_each = isinstance(value, list) and (not is_list or (bool(value) and all(isinstance(v, list) for v in value)))
+    if not one_each:
+        return [read(name, value, schema)] * num_users
+    if len(value) != num_users:
+        raise InvalidArgument(f"{name}: {len(value)} values for {num_users} users; give one value for all, or one each")
+    return [read(name, v, schema) for v in value]
+
+
+def _top_k(name: str, value: Any, schema: Schema) -> int:
+    most = schema.sizes.max_top_k
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InvalidArgument(f"{name}: must be 1..{most}, got {value!r}")
+    return value
+
+
+def _ids(name: str, value: Any, schema: Schema) -> tuple[bytes, ...]:
+    if not isinstance(value, list):
+        raise InvalidArgument(f"{name}: must be a JSON array of item ids, got {_short(value)}")
+    if len(value) > MAX_LIST:
+        raise InvalidArgument(f"{name}: at most {MAX_LIST} items, got {len(value)}")
+    return tuple(_id(name, v) for v in value)
+
+
+def _id(name: str, value: Any) -> bytes:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise InvalidArgument(f"{name}: an id must be a string or an integer, got {_short(value)}")
+    try:
+        encoded = str(value).encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{name}: an id is not UTF-8: {_short(value)}") from None
+    if len(encoded) > MAX_ID_BYTES:
+        raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {len(encoded)}")
+    return encoded
+
+
+def _switch(name: str, value: Any, schema: Schema) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name}: must be true or false, got {_short(value)}")
+    return value
+
+
+def _share(name: str, value: Any, schema: Schema) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise InvalidArgument(f"{name}: must be 0..1, got {value!r}")
+    return float(value)
+
+
+def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], ...]:
+    known = {task.name for task in schema.tasks}
+    for task, weight in _object(name, value, known, "task"):
+        if not _is_number(weight) or abs(weight) > 1e6:
+            raise InvalidArgument(f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {weight!r}")
+    return tuple((task, float(weight)) for task, weight in value.items())
+
+
+def _caps(name: str, value: Any, schema: Schema) -> tuple[tuple[str, int], ...]:
+    for feature, cap in _object(name, value, _categories(schema), "item category"):
+        if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
+            raise InvalidArgument(f"{name}: the cap of {feature!r} must be a whole number from 1, got {cap!r}")
+    return tuple(value.items())
+
+
+def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
+    for feature, values in _object(name, value, _categories(schema), "item category"):
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values) or len(values) > MAX_LIST:
+            raise InvalidArgument(f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got {_short(values)}")
+    return tuple((feature, tuple(sorted(set(values)))) for feature, values in sorted(value.items()))
+
+
+def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{name}: must be a JSON object, got {_short(value)}")
+    for key in value:
+        if key not in known:
+            raise InvalidArgument(f"{name}: no {what} {_short(key)}; known: {', '.join(sorted(known)) or 'none'}")
+    return list(value.items())
+
+
+def _categories(schema: Schema) -> set[str]:
+    return {feature.name for feature in schema.items.features if feature.kind == "category"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+Reader = Callable[[str, Any, Schema], Any]
+_READERS: dict[str, tuple[Reader, bool]] = {  # name: (reader of one user's value, whether that value is itself an array)
+    "top_k": (_top_k, False),
+    "session_items": (_ids, True),
+    "exclude_items": (_ids, True),
+    "exclude_seen": (_switch, False),
+    "allow": (_filter, False),
+    "deny": (_filter, False),
+    "weights": (_weights, False),
+    "caps": (_caps, False),
+    "diversity": (_share, False),
+}
+PARAMETERS: Sequence[str] = tuple(_READERS)
+
+
+def stack(options: Sequence[Options]) -> Options:
+    """Options of consecutive requests -> one batch's."""
+    return options[0] if len(options) == 1 else Options(tuple(u for one in options for u in one.users))

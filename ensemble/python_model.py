@@ -1,0 +1,110 @@
+"""The only user of Triton's Python backend API: requests <-> arrays, batching, errors.
+
+One adapter serves every step. It joins the requests of a dynamic batch, runs the step once, and splits the answer. A bad
+request is answered INVALID_ARG and left out; its batch-mates go on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from ensemble.contract import MAX_ID_BYTES
+from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
+from ensemble.local import open_step
+from ensemble.options import Options, default_options, parse_options, stack
+from ensemble.release import open_release
+from ensemble.spec import TensorSpec
+
+RETURNED = "K"  # the axis that is cut to each request's own top_k
+
+
+class PythonModel:
+    """TritonPythonModel of every member; which step it runs stands in its config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Opens the release's files, verified; an error here fails the load, not a request."""
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old(args):
+            raise ReleaseError(f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install numpy 1.26")
+        parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
+        release = open_release(Path(args["model_repository"]).parent, parameters["release"])
+        self.schema = release.schema
+        self.model = release.model(parameters["step"])
+        self.step = open_step(self.model, release)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request, in order."""
+        responses: list[Any] = [None] * len(requests)
+        good: list[int] = []
+        feeds: list[dict[str, np.ndarray]] = []
+        options: list[Options] = []
+        for i, request in enumerate(requests):
+            try:
+                tensors = {spec.name: _array(request, spec) for spec in self.model.inputs}
+                options.append(self._options(request, len(next(iter(tensors.values())))))
+            except InvalidArgument as error:
+                responses[i] = _failed(error, pb_utils.TritonError.INVALID_ARG)
+                continue
+            good.append(i)
+            feeds.append(tensors)
+        if good:
+            for i, response in zip(good, self._answer(feeds, options), strict=True):
+                responses[i] = response
+        return responses
+
+    def _options(self, request: Any, num_users: int) -> Options:
+        return default_options(num_users) if self.model.is_engine else parse_options(request.parameters(), num_users, self.schema)
+
+    def _answer(self, feeds: list[dict[str, np.ndarray]], options: list[Options]) -> list[Any]:
+        """Joins, runs once, splits."""
+        joined = feeds[0] if len(feeds) == 1 else {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]}
+        try:
+            outputs = self.step.run(stack(options), **joined)
+        except PeregrineError as error:
+            return [_failed(error, pb_utils.TritonError.INTERNAL)] * len(feeds)
+        ends = np.cumsum([len(o) for o in options])
+        responses = []
+        for start, end, asked in zip([0, *ends[:-1]], ends, options, strict=True):
+            tensors = [pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, asked)) for spec in self.model.outputs]
+            responses.append(pb_utils.InferenceResponse(tensors))
+        return responses
+
+
+def _array(request: Any, spec: TensorSpec) -> np.ndarray:
+    array = pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+    return _checked_ids(spec.name, array) if spec.dtype == "bytes" else array
+
+
+def _checked_ids(name: str, ids: np.ndarray) -> np.ndarray:
+    """[B, 1] object of bytes -> [B, 1] S; InvalidArgument unless they are UTF-8 of at most MAX_ID_BYTES."""
+    flat = ids.ravel().tolist()
+    if max(map(len, flat), default=0) > MAX_ID_BYTES:
+        raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {max(map(len, flat))}")
+    try:
+        b"\n".join(flat).decode()  # one check for all: no UTF-8 sequence spans a newline
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"{name}: an id is not UTF-8: byte {error.object[error.start]:#04x}") from None
+    if any(i.endswith(b"\0") for i in flat):
+        raise InvalidArgument(f"{name}: an id ends in a NUL byte")  # NumPy would drop it and find another user
+    return np.array(flat, dtype="S").reshape(ids.shape)
+
+
+def _part(array: np.ndarray, spec: TensorSpec, start: int, end: int, asked: Options) -> np.ndarray:
+    """The rows of one request, cut along K to the most it asked for."""
+    part = array[start:end]
+    if len(spec.axes) > 1 and spec.axes[1].letter == RETURNED:
+        part = part[:, : int(asked.top_k.max(initial=1))]
+    return np.ascontiguousarray(part)
+
+
+def _failed(error: Exception, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def _server_is_old(args: dict[str, str]) -> bool:
+    """True where numpy 2 silently empties every output (Triton 2.51's stubs); newer stubs are built against numpy 2."""
+    return not hasattr(pb_utils, "TritonModelException") or getattr(pb_utils, "PEREGRINE_OLD_STUB", False)

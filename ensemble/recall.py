@@ -1,0 +1,272 @@
+"""Step 3, recall: which N items could this user want? Several sources, merged; only eligible items come out.
+
+    index         Faiss inner product with each interest vector      (Flat, or IVFFlat on large catalogues)
+    transitions   what followed the user's last items, item to item
+    popular       the same list for everyone; fills what the others leave
+
+Each source offers its best; an item offered twice counts once; quotas keep a place for each source. All candidates then get
+every source's score, and their order is the fused score (weights fitted at build time), ties by row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from ensemble.contract import QUERY_TENSORS, SOURCES
+from ensemble.errors import ReleaseError
+from ensemble.filters import ItemFilters
+from ensemble.options import Options
+from ensemble.release import Release
+from ensemble.snapshot import gather
+from ensemble.spec import ModelSpec
+
+Tensors = dict[str, np.ndarray]
+_EXACT_BELOW = 0.02  # share of items left by a filter under which a search of just these rows is cheaper and exact
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """What the builder chose; recall.json of a release."""
+
+    nprobe: int = 1  # IVF lists visited; Flat ignores it
+    transition_items: int = 5  # last items of the past that transitions are read for
+    transition_decay: float = 0.7  # weight of each step back in time
+    transition_quota: int = 96  # places kept among the N candidates
+    popular_quota: int = 16
+    source_weights: tuple[float, ...] = (1.0, 1.0, 0.0)  # of SOURCES in the fused score
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__, indent=1)
+
+
+def settings_from_json(text: str) -> RecallSettings:
+    """Inverse of RecallSettings.to_json."""
+    raw = json.loads(text)
+    return RecallSettings(**{**raw, "source_weights": tuple(raw["source_weights"])})
+
+
+def open_index(path: Path, num_items: int, embedding: int) -> faiss.Index:
+    """Memory-maps a Faiss index and holds it against what the release promises; position p of the index is item row p + 1."""
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
+    if (index.ntotal, index.d, index.metric_type) != (num_items, embedding, faiss.METRIC_INNER_PRODUCT):
+        raise ReleaseError(
+            f"{path}: has {index.ntotal} vectors of {index.d}, metric {index.metric_type}; the release has {num_items} of {embedding}, inner product"
+        )
+    return index
+
+
+class Recall:
+    """State: the index, item rows, transition lists and popular list of one release, all memory-mapped."""
+
+    def __init__(self, model: ModelSpec, release: Release) -> None:
+        release.verify_data("index.faiss", "recall.json", "items.npy", "item_ids.npy", "transitions.npy", "popular.npy", "vocabularies.json")
+        self.sizes = release.schema.sizes
+        self.settings = settings_from_json((release.path / "recall.json").read_text())
+        self.items, self.item_ids = release.items, release.item_ids
+        self.num_rows = len(self.items)
+        self.index = open_index(release.path / "index.faiss", self.num_rows - 1, self.sizes.embedding)
+        self.transitions = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)  # [I + 1] {rows i4[L], scores f4[L]}
+        popularity = np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False)  # [I + 1] f4, log(1 + events); row 0 is 0
+        self.popularity = np.asarray(popularity)
+        self.popular_rows = np.lexsort((np.arange(self.num_rows), -self.popularity))
+        self.popular_rows = self.popular_rows[self.popular_rows > 0]
+        self.filters = ItemFilters(release.schema, release.vocabularies.get("items", {}), self.items["codes"])
+        faiss.omp_set_num_threads(1)
+
+    def run(self, options: Options, *, seen_rows: np.ndarray, **queries: np.ndarray) -> Tensors:
+        """seen_rows [B, W] and query tensors [B, *, D] -> candidate_* [B, N…] (contract.py)."""
+        query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
+        excluded = self._excluded(options, seen_rows)
+        transitions = self.transition_offers(seen_rows)
+        rows = self._merge(*self._offers(options, query, transitions[0], excluded))
+        return self._scored(query, rows, transitions)
+
+    # --- what must not come out
+
+    def _excluded(self, options: Options, seen_rows: np.ndarray) -> np.ndarray:
+        """Sorted keys (user * rows + row) [X] int64 of items a user has seen (unless wanted again) or excluded."""
+        users, columns = np.nonzero((seen_rows > 0) & options.exclude_seen[:, None])
+        keys = users * self.num_rows + seen_rows[users, columns]
+        owners, ids = options.ids("exclude_items")
+        if len(owners):
+            keys = np.concatenate([keys, owners * self.num_rows + self.item_ids.rows_from_ids(ids)])
+        return np.unique(keys)
+
+    def _eligible(self, rows: np.ndarray, excluded: np.ndarray, masks: list[np.ndarray | None]) -> np.ndarray:
+        """rows [B, X] with those replaced by -1 that are excluded or do not pass their user's filter."""
+        keys = rows + np.arange(len(rows))[:, None] * self.num_rows
+        bad = rows <= 0
+        if len(excluded):
+            place = np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)
+            bad |= excluded[place] == keys
+        for user, mask in enumerate(masks):
+            if mask is not None:
+                bad[user] |= ~mask[np.maximum(rows[user], 0)]
+        return np.where(bad, -1, rows)
+
+    # --- what each source offers
+
+    def _offers(self, options: Options, query: np.ndarray, transition_rows: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Eligible rows [B, X] of all sources side by side, and each one's place in line [B, X] (smaller comes first)."""
+        num_users, interests, wanted = len(query), query.shape[1], self.sizes.candidates
+        masks = [None if u.filter is None else self.filters.mask(u.filter) for u in options.users]
+        num_excluded = np.bincount(excluded // self.num_rows, minlength=num_users)
+        depth = min(wanted + int(num_excluded.max(initial=0)), self.num_rows - 1)
+        found = self._search(query, depth, masks)  # [B, M, depth], best first
+        line_index = np.broadcast_to(np.arange(found.shape[2]) * interests, found.shape).reshape(num_users, -1)
+        popular = np.broadcast_to(self.popular_rows[:depth], (num_users, min(depth, len(self.popular_rows))))
+        parts = [found.reshape(num_users, -1), transition_rows, popular]
+        sources = np.repeat(np.arange(3), [p.shape[1] for p in parts])
+        rows = self._eligible(np.concatenate(parts, axis=1), excluded, masks)
+        order = np.concatenate(
+            [line_index[0] if num_users else np.zeros(0, np.int64), np.arange(transition_rows.shape[1]), np.arange(popular.shape[1])]
+        )
+        return rows, self._places(rows, sources, order)
+
+    def _places(self, rows: np.ndarray, sources: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Place in line [B, X]: eligible offers within their source's quota first, then the rest; -1 rows last.
+
+        A source's offers are counted after filtering, so that a quota is filled by items that can be shown.
+        """
+        quotas = np.array(
+            [
+                self.sizes.candidates - self.settings.transition_quota - self.settings.popular_quota,
+                self.settings.transition_quota,
+                self.settings.popular_quota,
+            ]
+        )
+        rank = np.empty(rows.shape, np.int64)
+        for source in range(3):  # sources, not rows: the loop has three turns
+            columns = np.flatnonzero(sources == source)
+            by_order = columns[np.argsort(order[columns], kind="stable")]
+            rank[:, by_order] = np.cumsum(rows[:, by_order] > 0, axis=1) - 1
+        beyond = (rank >= quotas[sources]).astype(np.int64) * (1 + (sources == 2))  # popular beyond its quota only fills up
+        place = beyond * 10_000_000 + rank * 4 + sources
+        return np.where(rows > 0, place, np.iinfo(np.int64).max)
+
+    def _search(self, query: np.ndarray, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
+        """Index rows [B, M, depth] int64, best first, padded with -1. Users with the same filter are searched together."""
+        num_users, interests, embedding = query.shape
+        out = np.full((num_users, interests, depth), -1, np.int64)
+        groups: dict[int, list[int]] = {}
+        for user, mask in enumerate(masks):
+            groups.setdefault(0 if mask is None else id(mask), []).append(user)
+        for users in groups.values():
+            flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
+            out[users] = self._search_group(flat, depth, masks[users[0]]).reshape(len(users), interests, depth)
+        return out
+
+    def _search_group(self, query: np.ndarray, depth: int, mask: np.ndarray | None) -> np.ndarray:
+        """[Q, D] -> rows [Q, depth]; exact over the rows that pass when few do."""
+        if mask is not None:
+            passing = np.flatnonzero(mask)
+            if len(passing) <= max(depth, _EXACT_BELOW * self.num_rows):
+                return self._search_exact(query, depth, passing)
+        rows: np.ndarray = self.index.search(query, depth, params=self._parameters(mask))[1] + 1
+        short = np.flatnonzero((rows <= 0).any(axis=1))
+        if isinstance(self.index, faiss.IndexIVF) and len(short):  # the visited lists held too few: nothing may be lost for it
+            rows[short] = self._search_exact(query[short], depth, np.flatnonzero(mask) if mask is not None else np.arange(1, self.num_rows))
+        return np.where(rows > 0, rows, -1)
+
+    def _parameters(self, mask: np.ndarray | None) -> Any:
+        """Search parameters of this index; `mask` [I + 1] becomes a bitmap over index positions."""
+        asked: dict[str, Any] = {} if mask is None else {"sel": faiss.IDSelectorBitmap(np.packbits(mask[1:], bitorder="little"))}  # type: ignore[call-arg, arg-type]
+        if isinstance(self.index, faiss.IndexIVF):
+            return faiss.SearchParametersIVF(nprobe=self.settings.nprobe, **asked)
+        return faiss.SearchParameters(**asked)
+
+    def _search_exact(self, query: np.ndarray, depth: int, rows: np.ndarray) -> np.ndarray:
+        """[Q, D] against the items in `rows` [P] only -> [Q, depth], best first, padded with -1."""
+        out = np.full((len(query), depth), -1, np.int64)
+        scores = query @ self.items["embedding"][rows].T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        out[:, : best.shape[1]] = rows[best]
+        return out
+
+    def transition_offers(self, seen_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What followed the last items of each user: rows [B, P] best first, distinct, padded with -1; scores [B, P]."""
+        s = self.settings
+        last = seen_rows[:, : -s.transition_items - 1 : -1]  # newest first
+        lists = self.transitions[np.maximum(last, 0)]
+        decay = (s.transition_decay ** np.arange(last.shape[1], dtype=np.float32))[None, :, None] * (last > 0)[:, :, None]
+        rows = lists["rows"].astype(np.int64).reshape(len(seen_rows), -1)
+        scores = (lists["scores"] * decay).reshape(len(seen_rows), -1)
+        rows = np.where(scores > 0, rows, -1)
+        rows, scores = _sum_by_row(rows, np.where(rows > 0, scores, 0))
+        best = np.lexsort((rows, -scores), axis=-1)
+        return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+
+    # --- one list
+
+    def _merge(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Offers [B, X] and places -> distinct rows [B, N], those first in line, in any order, padded with -1."""
+        by_row = np.lexsort((places, rows), axis=-1)
+        rows, places = np.take_along_axis(rows, by_row, axis=1), np.take_along_axis(places, by_row, axis=1)
+        places[:, 1:][rows[:, 1:] == rows[:, :-1]] = np.iinfo(np.int64).max  # the same item, later in line
+        wanted = self.sizes.candidates
+        if rows.shape[1] < wanted:
+            gap = ((0, 0), (0, wanted - rows.shape[1]))
+            rows, places = np.pad(rows, gap, constant_values=-1), np.pad(places, gap, constant_values=np.iinfo(np.int64).max)
+        first = np.argpartition(places, wanted - 1, axis=1)[:, :wanted]
+        kept = np.take_along_axis(places, first, axis=1) < np.iinfo(np.int64).max
+        return np.where(kept, np.take_along_axis(rows, first, axis=1), -1)
+
+    def _scored(self, query: np.ndarray, rows: np.ndarray, transitions: tuple[np.ndarray, np.ndarray]) -> Tensors:
+        """Candidates [B, N] in any order -> all candidate_* tensors, by fused score, ties by row, padding last."""
+        embeddings = gather(rows, self.items, "embedding")
+        scores = self.source_scores(query, rows, embeddings, transitions)
+        fused = np.where(rows > 0, scores @ np.array(self.settings.source_weights, np.float32), -np.inf)
+        order = np.lexsort((rows, -fused), axis=-1)
+        rows = np.take_along_axis(rows, order, axis=1)
+        return {
+            "candidate_rows": rows,
+            "candidate_embeddings": np.take_along_axis(embeddings, order[:, :, None], axis=1),
+            "candidate_features": gather(rows, self.items, "features"),
+            "candidate_scores": np.take_along_axis(scores, order[:, :, None], axis=1),
+        }
+
+    def source_scores(self, query: np.ndarray, rows: np.ndarray, embeddings: np.ndarray, transitions: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Every source's score of every candidate: [B, N, S] float32, S in the order of contract.SOURCES, 0 where padded."""
+        scores = np.zeros((*rows.shape, len(SOURCES)), np.float32)
+        scores[..., 0] = np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2)
+        scores[..., 1] = np.log1p(_look_up(rows, *transitions, self.num_rows))
+        scores[..., 2] = self.popularity[np.maximum(rows, 0)]
+        scores[rows <= 0] = 0
+        return scores
+
+
+def _sum_by_row(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1 and 0."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    last = np.ones(rows.shape, bool)
+    last[:, :-1] = rows[:, 1:] != rows[:, :-1]
+    flat_last = np.flatnonzero(last.ravel())
+    starts = np.concatenate([[0], flat_last[:-1] + 1]) if len(flat_last) else flat_last
+    sums = np.zeros(rows.size, scores.dtype)
+    if len(starts):
+        sums[flat_last] = np.add.reduceat(scores.ravel(), starts)
+    sums = sums.reshape(rows.shape)
+    kept = last & (rows > 0)
+    return np.where(kept, rows, -1), np.where(kept, sums, 0)
+
+
+def _look_up(rows: np.ndarray, known_rows: np.ndarray, known_scores: np.ndarray, num_rows: int) -> np.ndarray:
+    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in it."""
+    owner = np.arange(len(rows))[:, None] * num_rows
+    keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()
+    order = np.argsort(known, kind="stable")
+    sorted_keys = known[order]
+    if not len(sorted_keys):
+        return np.zeros(rows.shape, np.float32)
+    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return np.where((sorted_keys[place] == keys) & (rows > 0), known_scores.ravel()[order][place], 0).astype(np.float32)

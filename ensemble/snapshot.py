@@ -1,0 +1,46 @@
+"""Packed rows of users and items: fixed width, memory-mapped, one gather for a whole batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ensemble.schema import Schema
+
+
+def item_dtype(schema: Schema) -> np.dtype:
+    """One item: embedding [D] and features [F] from the item_encoder, codes [C] and values [R] from the catalogue."""
+    sizes = schema.sizes
+    return np.dtype(
+        [
+            ("embedding", "<f4", (sizes.embedding,)),
+            ("features", "<f4", (sizes.item_features,)),
+            ("codes", "<i4", (schema.items.code_width,)),
+            ("values", "<f4", (schema.items.value_width,)),
+        ]
+    )
+
+
+def user_dtype(schema: Schema) -> np.dtype:
+    """One user: seen item rows [W], oldest first, left-padded with -1; learned features [U]; codes [C]; values [R]."""
+    sizes = schema.sizes
+    return np.dtype(
+        [
+            ("seen", "<i4", (sizes.seen,)),
+            ("features", "<f4", (sizes.user_features,)),
+            ("codes", "<i4", (schema.users.code_width,)),
+            ("values", "<f4", (schema.users.value_width,)),
+        ]
+    )
+
+
+def gather(rows: np.ndarray, table: np.ndarray, field: str) -> np.ndarray:
+    """Field of the packed `table` at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is negative.
+
+    Indexing the field's view copies each row's field once; np.take would first copy the whole table.
+    """
+    padded = rows < 0
+    if not padded.any():
+        return table[field][rows]
+    out = table[field][np.where(padded, 0, rows)]
+    out[padded] = 0
+    return out

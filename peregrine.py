@@ -1,0 +1,100 @@
+"""The one console command. Each subcommand is imported when it is called, so `peregrine --help` needs nothing but Python."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand lives: a typer app, or a function that becomes one."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "shop": Command("builders.shop_cli", "app", "Generate, import or check a shop: interactions, items, users."),
+    "build": Command("builders.build_cli", "build", "Train, export, index and verify a shop's models; publish a release."),
+    "release": Command("clients.releases_cli", "app", "List, show, activate or remove releases."),
+    "serve": Command("ensemble.serve_cli", "serve", "Serve the active release with Triton, over gRPC."),
+    "recommend": Command("clients.recommend_cli", "recommend", "Ask for ranked lists."),
+    "bench": Command("clients.bench_cli", "bench", "Measure latency, throughput and cost of a served release."),
+}
+# What a missing import means: the extra that brings it.
+_EXTRAS = {
+    "serve": ("faiss", "onnxruntime", "typer", "rich"),
+    "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL"),
+}
+
+
+def main() -> None:
+    """Runs the command line and exits: 0, 2 for what the caller can fix (one line on stderr), 130 after Ctrl-C."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(_version())
+        sys.exit(0)
+    if arguments[0] not in COMMANDS:
+        _fail(f"peregrine has no command {arguments[0]!r}; it has: {', '.join(COMMANDS)}")
+    _run(arguments[0], arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    from ensemble.errors import PeregrineError
+
+    try:
+        _app(COMMANDS[name])(arguments, prog_name=f"peregrine {name}")
+    except PeregrineError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in _EXTRAS.items() if missing in modules), None)
+        if extra is None:
+            raise
+        _fail(f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install 'peregrine-recommender[{extra}]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _app(command: Command) -> Any:
+    import typer
+
+    found = getattr(importlib.import_module(command.module), command.attribute)
+    if isinstance(found, typer.Typer):
+        return found
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=found.__doc__ or command.help)(found)
+    return app
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
+    head = "Usage: peregrine COMMAND …\n\nA shop's interactions, catalogue and PyTorch models in; ranked lists over gRPC out of Triton.\n\nCommands:"
+    return "\n".join(
+        [head, *lines, "", "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says what), 130 interrupted."]
+    )
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("peregrine-recommender")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree, not installed"
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

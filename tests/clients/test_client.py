@@ -1,0 +1,280 @@
+"""The sync client, against the fake transport and against a small gRPC server that answers as Triton does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_triton import FakeTriton
+
+from clients.client import Client
+from clients.errors import BudgetExceeded, CallError, InvalidArgument, Overloaded, ServerFault, Unavailable, error_from_status, scrubbed
+from clients.transport import FakeTransport, GrpcTransport
+from clients.wire import call_from_options, decode_bytes, encode_bytes
+from ensemble.contract import Degraded
+from ensemble.errors import PeregrineError
+
+LISTS = {"u1": [("lipstick", 0.9, {"click": 0.5, "buy": 0.1}), ("remover", 0.4, {"click": 0.2, "buy": 0.05})]}
+
+
+def ask(user: object = "u1", **options: object) -> FakeTransport:
+    transport = FakeTransport(LISTS, default=["popular"])
+    Client(transport=transport).recommend(user, **options)  # type: ignore[arg-type]
+    return transport
+
+
+def test_recommend_gives_typed_items_best_first() -> None:
+    result = Client(transport=FakeTransport(LISTS)).recommend("u1")
+    assert result.item_ids == ("lipstick", "remover")
+    assert result.items[0].probabilities == pytest.approx({"click": 0.5, "buy": 0.1})
+    assert (result.user_id, result.release, result.degraded) == ("u1", "fake", Degraded(0))
+    with pytest.raises(AttributeError):
+        result.release = "r2"  # type: ignore[misc]
+
+
+def test_recommend_many_cuts_padding_of_each_user() -> None:
+    transport = FakeTransport({"a": ["x", "y", "z"], "b": ["x"]})
+    first, second, third = Client(transport=transport).recommend_many(["a", "b", 3])
+    assert (first.item_ids, second.item_ids, third.item_ids) == (("x", "y", "z"), ("x",), ())
+    assert transport.calls[0].user_ids == (b"a", b"b", b"3")
+
+
+def test_options_become_parameters_and_what_is_not_given_is_not_sent() -> None:
+    options = {"top_k": 5, "session_items": ["a", 7], "exclude_seen": False, "allow": {"brand": ["X"]}, "weights": {"buy": 2.0}, "diversity": 0.5}
+    sent = ask(**options).calls[0].parameters
+    assert sent == {
+        "top_k": 5,
+        "session_items": '["a","7"]',
+        "exclude_seen": False,
+        "allow": '{"brand":["X"]}',
+        "weights": '{"buy":2.0}',
+        "diversity": 0.5,
+    }
+    assert ask().calls[0].parameters == {}
+
+
+def test_recommend_many_takes_one_value_per_user() -> None:
+    options = {"top_k": [1, 2], "session_items": [["a"], None], "caps": {"brand": 1}, "exclude_seen": [True, None]}
+    sent = call_from_options(["u", "v"], options, None, per_user=True).parameters
+    assert {name: json.loads(value) for name, value in sent.items()} == {  # type: ignore[arg-type]
+        "top_k": [1, 2],
+        "session_items": [["a"], []],
+        "caps": {"brand": 1},
+        "exclude_seen": [True, True],
+    }
+
+
+@pytest.mark.parametrize(
+    ("user", "options", "message"),
+    [
+        (1.5, {}, "user_id: an id must be a string or an integer, got 1.5"),
+        (True, {}, "user_id: an id must be a string or an integer, got True"),
+        ("x" * 129, {}, "user_id: an id has at most 128 bytes, got 129"),
+        ("\ud800", {}, r"user_id: an id must be valid UTF-8, got '\ud800'"),
+        ("u", {"session_items": "abc"}, "session_items: must be a list of item ids, got 'abc'"),
+        ("u", {"exclude_items": [None]}, "exclude_items: an id must be a string or an integer, got None"),
+        ("u", {"weights": {"buy": float("nan")}}, "weights: numbers must be finite, got {'buy': nan}"),
+        ("u", {"diversity": float("nan")}, "diversity: numbers must be finite, got nan"),
+        ("u", {"allow": object}, "allow: cannot be written as JSON: <class 'object'>"),
+        ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
+    ],
+)
+def test_bad_options_are_refused_before_they_are_sent(user: object, options: dict, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        ask(user, **options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("users", "options", "message"),
+    [
+        ([], {}, "user_id: at least one user is needed, got none"),
+        (["u", "v"], {"top_k": [1]}, "top_k: one value per user is needed: 2 users, got 1 values"),
+        (["u", "v"], {"top_k": [1, None]}, "top_k: None is no value; give one to every user, or leave top_k out"),
+    ],
+)
+def test_bad_batches_are_refused(users: list[str], options: dict, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        Client(transport=FakeTransport()).recommend_many(users, **options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "message"),
+    [
+        (
+            "INVALID_ARGUMENT",
+            "in ensemble 'recommend', in ensemble 'r1_recommend', top_k: must be 1..100, got 0",
+            InvalidArgument,
+            "top_k: must be 1..100, got 0",
+        ),
+        ("INVALID_ARGUMENT", "[request id: 7] in ensemble 'recommend', caps: no", InvalidArgument, "caps: no"),
+        (
+            "INVALID_ARGUMENT",
+            "[request id: <id_unknown>] inference request batch-size must be <= 64 for 'recommend'",
+            InvalidArgument,
+            "user_id: at most 64 users in one request; send several requests",
+        ),
+        (
+            "INTERNAL",
+            "in ensemble 'recommend', Stub process 'r1_features_0_0' is not healthy.",
+            Unavailable,
+            "server s:1: a step's process died; restart the server if this goes on",
+        ),
+        (
+            "INTERNAL",
+            "Failed to increase the shared memory pool size for key 'triton_python_backend_shm_region_7' to 1 bytes",
+            Overloaded,
+            "server s:1 is overloaded: Failed to increase the shared memory pool size for key … to 1 bytes",
+        ),
+        (
+            "INTERNAL",
+            "KeyError: 'x'\n\nAt:\n  /srv/model.py(3): execute",
+            ServerFault,
+            "server s:1 failed (INTERNAL): KeyError: 'x'; its log has the details",
+        ),
+        ("UNAVAILABLE", "Exceeds maximum queue size", Overloaded, "server s:1 is overloaded: Exceeds maximum queue size"),
+        ("UNAVAILABLE", "Request timeout expired", BudgetExceeded, "budget_ms: server s:1 gave up within the request's own timeout"),
+        (
+            "UNAVAILABLE",
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-x'",
+            Unavailable,
+            "server s:1 keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json",
+        ),
+    ],
+)
+def test_errors_say_what_to_do_and_leak_nothing(status: str, text: str, kind: type[Exception], message: str) -> None:
+    error = error_from_status(status, text, "s:1")
+    assert type(error) is kind
+    assert str(error) == message
+    assert isinstance(error, PeregrineError)
+
+
+def test_scrubbed_removes_keys_paths_and_addresses() -> None:
+    assert scrubbed("open /dev/shm/triton_python_backend_shm_region_1 at 0x7f00 failed") == "open … at … failed"
+
+
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "INTERNAL"])
+def test_what_may_pass_is_asked_once_more(status: str) -> None:
+    error = Unavailable("away", status, retryable=True)
+    transport = FakeTransport(LISTS, failures=[error])
+    assert Client(transport=transport).recommend("u1").items
+    assert len(transport.calls) == 2
+    with pytest.raises(Unavailable):
+        Client(transport=FakeTransport(LISTS, failures=[error, error])).recommend("u1")
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("top_k: no"), ServerFault("bug", "INTERNAL"), Overloaded("full", "RESOURCE_EXHAUSTED")])
+def test_what_will_not_pass_is_not_asked_again(error: Exception) -> None:
+    transport = FakeTransport(LISTS, failures=[error])
+    with pytest.raises(type(error)):
+        Client(transport=transport).recommend("u1")
+    assert len(transport.calls) == 1
+
+
+def test_retries_stay_within_a_tenth_of_the_traffic() -> None:
+    transport = FakeTransport(LISTS, failures=[Unavailable("away", "INTERNAL", retryable=True)] * 1000)
+    client = Client(transport=transport)
+    for _ in range(100):
+        with pytest.raises(CallError):
+            client.recommend("u1")
+    assert len(transport.calls) <= 111
+
+
+def test_a_budget_ends_the_waiting() -> None:
+    started = time.perf_counter()
+    with pytest.raises(BudgetExceeded) as caught:
+        Client(transport=FakeTransport(LISTS, delay_s=0.5)).recommend("u1", budget_ms=20)
+    assert str(caught.value) == "budget_ms: no answer within 20 ms"
+    assert time.perf_counter() - started < 0.3
+
+
+@pytest.mark.parametrize("values", [[b"a"] * 100, [b"abc", b"", b"de"] * 40, [b""] * 100, [], [b"x\0"] * 100, ["é".encode()] * 3])
+def test_bytes_survive_the_wire(values: list[bytes]) -> None:
+    assert decode_bytes(encode_bytes(values), len(values)) == values
+
+
+@pytest.fixture
+def triton() -> Iterator[FakeTriton]:
+    server = FakeTriton()
+    yield server
+    server.stop()
+
+
+def test_grpc_answers_become_results(triton: FakeTriton) -> None:
+    with Client(triton.url) as client:
+        first, second = client.recommend_many(["u1", "ü2"], top_k=3, diversity=0.5, exclude_seen=True)
+    assert first.item_ids == second.item_ids == ("i1", "item-2")
+    assert first.items[1].probabilities == {"click": 0.5, "buy": 0.5}
+    assert (first.degraded, second.degraded, second.user_id) == (Degraded(0), Degraded.UNKNOWN_USER, "ü2")
+    sent = triton.requests[0]
+    assert (sent.model_name, len(sent.inputs), sent.inputs[0].name, list(sent.inputs[0].shape)) == ("recommend", 1, "user_id", [2, 1])
+    assert sent.parameters["top_k"].int64_param == 3
+    assert sent.parameters["diversity"].double_param == 0.5
+    assert sent.parameters["exclude_seen"].bool_param is True
+
+
+def test_grpc_errors_are_stripped(triton: FakeTriton) -> None:
+    triton.failures = [("INVALID_ARGUMENT", "in ensemble 'recommend', in ensemble 'r1_recommend', top_k: must be 1..100, got 0")]
+    with Client(triton.url) as client, pytest.raises(InvalidArgument) as caught:
+        client.recommend("u1", top_k=0)
+    assert str(caught.value) == "top_k: must be 1..100, got 0"
+
+
+def test_a_dead_stub_is_asked_around(triton: FakeTriton) -> None:
+    triton.failures = [("INTERNAL", "in ensemble 'recommend', Stub process 'r1_features_0_0' is not healthy.")]
+    with Client(triton.url) as client:
+        assert client.recommend("u1").items
+    assert len(triton.requests) == 2
+
+
+def test_an_old_server_sees_neither_deadline_nor_cancel(triton: FakeTriton) -> None:
+    with Client(triton.url) as client:
+        client.recommend("u1", budget_ms=5000)
+        triton.delay_s = 0.3
+        with pytest.raises(BudgetExceeded):
+            client.recommend("u1", budget_ms=20)
+    # close() has waited for the call that was given up
+    assert (triton.deadlines, triton.cancelled, len(triton.requests)) == ([], 0, 2)
+    assert triton.requests[1].parameters["timeout"].int64_param == 20_000
+
+
+def test_a_new_server_is_told_to_stop() -> None:
+    triton = FakeTriton("2.73.0")
+    with Client(triton.url) as client:
+        client.recommend("u1", budget_ms=5000)
+        time.sleep(0.1)
+        triton.delay_s = 0.2
+        with pytest.raises(BudgetExceeded):
+            client.recommend("u1", budget_ms=20)
+        time.sleep(0.4)
+    assert (triton.deadlines, triton.cancelled) == ([], 1)
+    triton.stop()
+
+
+def test_calls_that_were_given_up_are_bounded(triton: FakeTriton) -> None:
+    transport = GrpcTransport(triton.url, max_abandoned=4)
+    with Client(transport=transport) as client:
+        client.recommend("u1", budget_ms=5000)
+        time.sleep(0.1)
+        triton.delay_s = 0.5
+        for _ in range(4):
+            with pytest.raises(BudgetExceeded):
+                client.recommend("u1", budget_ms=5)
+        with pytest.raises(Overloaded) as caught:
+            client.recommend("u1", budget_ms=5)
+        assert str(caught.value) == f"4 calls to {triton.url} are still running, and it cannot be told to stop; ask again later"
+        assert transport.num_abandoned == 4
+        triton.delay_s = 0.0
+        assert client.recommend("u1").items  # without a budget nothing can be given up
+    assert (transport.num_abandoned, triton.cancelled) == (0, 0)
+
+
+def test_no_server_is_one_clear_line() -> None:
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(Unavailable, match=r"^server 127\.0\.0\.1:1 is not available: .*is `peregrine serve` running\?$"),
+    ):
+        client.recommend("u1")
