@@ -47,7 +47,7 @@ class Catalogue:
     texture: Array
     scene: Array
     price: Array  # currency units
-    dearness: Array  # log price over its category's typical, in deviations
+    dearness: Array  # log1p(price), standardized
     popularity: Array  # weights of the logging policy, sum 1
     click_quality: Array  # logit
     buy_quality: Array  # logit
@@ -111,8 +111,8 @@ def _catalogue(rng: np.random.Generator, num: int) -> Catalogue:
     brand = rng.choice(num_brands, num, p=_zipf(num_brands, 0.6))
     shade, texture, scene = (rng.integers(0, n, num) for n in (len(SHADES), len(TEXTURES), 3))
     tier = rng.normal(0, 0.6, num_brands)  # a brand's price level
-    dearness = tier[brand] + rng.normal(0, 0.8, num)
-    price = np.round(np.array(TYPICAL_PRICE)[category] * np.exp(0.45 * dearness), 2)
+    price = np.round(np.array(TYPICAL_PRICE)[category] * np.exp(0.45 * (tier[brand] + rng.normal(0, 0.8, num))), 2)
+    dearness = (np.log1p(price) - np.log1p(price).mean()) / np.log1p(price).std()
     popularity = rng.permutation(_zipf(num, 0.7))
     click_quality = rng.normal(0, 0.3, num_brands)[brand] + rng.normal(0, 0.15, num)
     buy_quality = rng.normal(0, 0.25, num_brands)[brand] + rng.normal(0, 0.3, len(CATEGORIES))[category]

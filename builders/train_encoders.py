@@ -283,12 +283,12 @@ def evaluate_encoders(
 ) -> dict[str, float]:
     """Full ranking, items of the history removed, score = best dot product over interests -> {hit_rate_at_10, ndcg_at_10}."""
     items = encode_items(checkpoint, item_codes, item_values)
-    histories, rows = validation.histories, validation.user_rows
+    histories, rows, catalogue = validation.histories, validation.user_rows, torch.from_numpy(items).T
     users = encode_users(checkpoint, items, histories, user_codes[rows], user_values[rows])
     ranks = []
     for start in range(0, len(rows), 512):
         part = np.arange(start, min(start + 512, len(rows)))
-        scores = np.matmul(users[part], items.T).max(1)
+        scores = (torch.from_numpy(users[part]).flatten(0, 1) @ catalogue).numpy().reshape(len(part), -1, len(items)).max(1)
         lengths = np.diff(histories.offsets)[part]
         scores[np.repeat(part - start, lengths), histories.rows[histories.offsets[start] : histories.offsets[part[-1] + 1]]] = -np.inf
         scores[:, 0] = -np.inf

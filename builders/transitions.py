@@ -1,30 +1,73 @@
-"""Item-to-item transitions: what people took up after an item, from training histories (a short-window item kNN)."""
+"""Item-to-item transitions: what people took soon after an item. Seconds to count, and a source of recall of its own.
 
-from __future__ import annotations
+Axes: U users, I items, L neighbours, B batch, H history, K newest items looked at.
+"""
 
 import numpy as np
 
 Array = np.ndarray
+_PAIRS_AT_ONCE = 1 << 25  # about 1.5 GB of work space
 
 
-def item_transitions(offsets: Array, rows: Array, num_items: int, *, window: int = 3, neighbours: int = 50) -> tuple[Array, Array]:
-    """Histories (offsets [U + 1], rows [P]) -> neighbour rows [I + 1, L] int32 (best first, -1 padded), scores [I + 1, L] float32."""
-    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+def item_transitions(offsets: Array, rows: Array, num_items: int, *, window: int = 3, neighbours: int = 100) -> tuple[Array, Array]:
+    """Counts b after a at distance d <= window as 1/d, and divides by the root of all that followed a.
+
+    The root stands between a plain count (which lets popular items speak loudest) and a probability (which believes a rare
+    item's single follower). Sequences as in builders.sequences: offsets [U + 1] int64, rows int64 in time order.
+    Returns neighbour_rows [I + 1, L] int32, best first, padded with -1, and neighbour_scores [I + 1, L] float32, padded with 0.
+    """
+    owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    neighbour_rows = np.full((num_items + 1, neighbours), -1, np.int32)
+    neighbour_scores = np.zeros((num_items + 1, neighbours), np.float32)
+    shards = 1 + len(rows) * window // _PAIRS_AT_ONCE
+    for shard in range(shards):
+        sources, targets, weights = _summed_pairs(owner, rows, num_items, window, shard, shards)
+        total = np.bincount(sources, weights, minlength=num_items + 1)
+        scores = weights / np.sqrt(total[sources])
+        order = np.lexsort((targets, -scores, sources))
+        sources = sources[order]
+        place = np.arange(len(sources)) - np.searchsorted(sources, sources)
+        kept = place < neighbours
+        neighbour_rows[sources[kept], place[kept]] = targets[order][kept]
+        neighbour_scores[sources[kept], place[kept]] = scores[order][kept]
+    return neighbour_rows, neighbour_scores
+
+
+def _summed_pairs(owner: Array, rows: Array, num_items: int, window: int, shard: int, shards: int) -> tuple[Array, Array, Array]:
+    """Each (source, target) of the sources with row % shards == shard once, with its summed weight; [n] int64, int64, float64."""
     keys, weights = [], []
-    for distance in range(1, window + 1):
-        same = users[:-distance] == users[distance:]
-        keys.append(rows[:-distance][same] * (num_items + 1) + rows[distance:][same])
-        weights.append(np.full(int(same.sum()), 1 / distance, np.float32))
-    pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
-    scores = np.bincount(place.ravel(), np.concatenate(weights), len(pairs)).astype(np.float32)
-    sources, targets = pairs // (num_items + 1), pairs % (num_items + 1)
-    kept = sources != targets
-    sources, targets, scores = sources[kept], targets[kept], scores[kept]
-    order = np.lexsort((targets, -scores, sources))
-    sources, targets, scores = sources[order], targets[order], scores[order]
-    rank = np.arange(len(sources)) - np.searchsorted(sources, sources)
-    kept = rank < neighbours
-    width = max(1, min(neighbours, int(rank.max(initial=0)) + 1))
-    out_rows, out_scores = np.full((num_items + 1, width), -1, np.int32), np.zeros((num_items + 1, width), np.float32)
-    out_rows[sources[kept], rank[kept]], out_scores[sources[kept], rank[kept]] = targets[kept], scores[kept]
-    return out_rows, out_scores
+    for distance in range(1, min(window, len(rows) - 1) + 1):
+        before, after = rows[:-distance], rows[distance:]
+        chosen = (owner[:-distance] == owner[distance:]) & (before != after) & (before % shards == shard)
+        keys.append(before[chosen] * np.int64(num_items + 1) + after[chosen])
+        weights.append(np.full(len(keys[-1]), 1 / distance, np.float32))
+    if not keys:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    key, weight = np.concatenate(keys), np.concatenate(weights)
+    order = np.argsort(key, kind="stable")
+    key, weight = key[order], weight[order]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    summed = np.add.reduceat(weight.astype(np.float64), first) if len(first) else np.zeros(0)
+    return key[first] // (num_items + 1), key[first] % (num_items + 1), summed
+
+
+def transition_scores(history: Array, neighbour_rows: Array, neighbour_scores: Array, *, newest: int = 5) -> tuple[Array, Array]:
+    """Follows the `newest` items of each history, the k-th newest with weight 1/k, and sums what meets at one item.
+
+    history [B, H] int64, left padded with 0 -> candidate_rows [B, newest * L] int64, best first, padded with -1, each item
+    once, and their scores float32, padded with 0. The history's own items are not removed here.
+    """
+    recent = history[:, : -newest - 1 : -1]  # newest first; shorter where H is
+    weights = np.where(recent > 0, 1 / np.arange(1, recent.shape[1] + 1), 0.0).astype(np.float32)
+    rows = neighbour_rows[recent].reshape(len(history), -1).astype(np.int64)
+    scores = (neighbour_scores[recent] * weights[:, :, None]).reshape(rows.shape)
+    rows = np.where(scores > 0, rows, -1)
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+    first = np.diff(rows, axis=1, prepend=-2) != 0
+    group = np.cumsum(first.ravel()) - 1  # one number for each run of equal items; a row's start begins a run
+    sums = np.bincount(group, scores.ravel())[group].reshape(rows.shape).astype(np.float32)
+    sums = np.where(first & (rows >= 0), sums, 0.0).astype(np.float32)
+    best = np.argsort(-sums, axis=1, kind="stable")
+    rows, sums = np.take_along_axis(rows, best, 1), np.take_along_axis(sums, best, 1)
+    return np.where(sums > 0, rows, -1), sums

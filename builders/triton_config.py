@@ -15,9 +15,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from ensemble.repository import ALIAS_FILE
 from ensemble.spec import Dtype, ModelSpec, PipelineSpec, TensorSpec
 
-ALIAS_FILE = "alias.pbtxt"  # in the release's own folder: what activation makes recommend/config.pbtxt
 MODEL_PY = (
     "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
     "from ensemble.python_model import PythonModel as TritonPythonModel  # noqa: F401\n"

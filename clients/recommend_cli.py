@@ -35,7 +35,9 @@ def recommend(
     url: Annotated[
         str | None, typer.Option(help=f"host:port of the server; default: the one that serves the repository, else {DEFAULT_URL}.")
     ] = None,
-    repository: Annotated[Path, typer.Option(help="Where titles and recent items are read, if it is there.")] = DEFAULT_REPOSITORY,
+    repository: Annotated[
+        Path, typer.Option("--repository", "-r", help="Where titles and recent items are read, if it is there.")
+    ] = DEFAULT_REPOSITORY,
 ) -> None:
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
     from clients.client import Client

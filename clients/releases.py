@@ -13,11 +13,10 @@ from clients.control import Control
 from ensemble import contract
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
 from ensemble.release import active_release, open_release
-from ensemble.repository import check_name, locked, point_alias, release_names
+from ensemble.repository import ALIAS_FILE, check_name, locked, point_alias, release_names
 from ensemble.repository import remove as remove_files
 from ensemble.server_file import running_server
 
-ALIAS_FILE = "alias.pbtxt"
 DRAIN_S = 2.0  # between the flip and the unloading of the old release: its ensembles in flight still need their members
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +80,14 @@ def _counters(model: Any) -> dict[str, int]:
     }
 
 
-def steps_between(before: Snapshot, after: Snapshot) -> dict[str, dict[str, float]]:
-    """By model that ran as a step: mean batch, and milliseconds a request spent in each phase."""
+def steps_between(before: Snapshot, after: Snapshot, release: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By step of the release, in the order of `names`: mean batch, and milliseconds a request spent in each phase."""
     steps = {}
-    for name, now in after.models.items():
-        then = before.models.get(name, dict.fromkeys(now, 0))
-        delta = {key: now[key] - then[key] for key in now}
-        if delta["executions"] > 0 and delta["compute_infer"] > 0:  # an ensemble computes nothing itself
+    for name in names:
+        now = after.models.get(f"{release}_{name}", {})
+        then = before.models.get(f"{release}_{name}", {})
+        delta = {key: value - then.get(key, 0) for key, value in now.items()}
+        if delta.get("executions", 0) > 0:
             phases = {f"{phase}_ms": delta[phase] / 1e6 / max(1, delta["requests"]) for phase in _PHASES}
             steps[name] = {"mean_batch": delta["users"] / delta["executions"], "failed": delta["failed"], **phases}
     return steps

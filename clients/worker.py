@@ -28,7 +28,8 @@ class Worker:
         self._process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self._send(json.dumps(spec))
         if (line := self._read()) != "ready":
-            raise PeregrineError(f"{module} could not start: {line or 'it ended; see the lines above'}")
+            reason = json.loads(line)["error"] if line.startswith("{") else "it ended; see the lines above"
+            raise PeregrineError(f"{module} could not start: {reason}")
 
     def go(self) -> None:
         self._send("go")

@@ -7,6 +7,7 @@ request is answered INVALID_ARG and left out; its batch-mates go on.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class PythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the release's files, verified; an error here fails the load, not a request."""
-        if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old(args):
+        if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
             raise ReleaseError(f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install numpy 1.26")
         parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
         release = open_release(Path(args["model_repository"]).parent, parameters["release"])
@@ -105,6 +106,6 @@ def _failed(error: Exception, code: int) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
-def _server_is_old(args: dict[str, str]) -> bool:
-    """True where numpy 2 silently empties every output (Triton 2.51's stubs); newer stubs are built against numpy 2."""
-    return not hasattr(pb_utils, "TritonModelException") or getattr(pb_utils, "PEREGRINE_OLD_STUB", False)
+def _server_is_old() -> bool:
+    """True where numpy 2 silently empties every output: 2.51's stubs, which are built against numpy 1."""
+    return os.environ.get("TRITON_SERVER_VERSION", "").startswith("2.51")

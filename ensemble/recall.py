@@ -226,12 +226,13 @@ class Recall:
         scores = self.source_scores(query, rows, embeddings, transitions)
         fused = np.where(rows > 0, scores @ np.array(self.settings.source_weights, np.float32), -np.inf)
         order = np.lexsort((rows, -fused), axis=-1)
-        rows = np.take_along_axis(rows, order, axis=1)
+        users = np.arange(len(rows))[:, None]
+        rows = rows[users, order]  # whole rows move; take_along_axis would move element by element
         return {
             "candidate_rows": rows,
-            "candidate_embeddings": np.take_along_axis(embeddings, order[:, :, None], axis=1),
+            "candidate_embeddings": embeddings[users, order],
             "candidate_features": gather(rows, self.items, "features"),
-            "candidate_scores": np.take_along_axis(scores, order[:, :, None], axis=1),
+            "candidate_scores": scores[users, order],
         }
 
     def source_scores(self, query: np.ndarray, rows: np.ndarray, embeddings: np.ndarray, transitions: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

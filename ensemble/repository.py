@@ -25,6 +25,7 @@ from ensemble.release import active_release
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 STAGING = ".staging-"
+ALIAS_FILE = "alias.pbtxt"  # in a release's own folder: what activation makes recommend/config.pbtxt
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
 
@@ -120,19 +121,22 @@ def sweep(repository: Path) -> list[str]:
 
 
 def _orphans(repository: Path) -> Iterator[Path]:
-    """Staging folders without a living owner, and members whose release does not exist and is not the active one.
+    """Staging folders without a living owner, and parts of a release that does not exist and is not the active one.
 
-    A member counts only if its own config.pbtxt says which release it belongs to: other people's models stay.
+    A member counts only if its own config.pbtxt says which release it belongs to, a release's own folder only if it
+    holds an alias: other people's models stay.
     """
     spared = {*release_names(repository), active_release(repository) if _alias(repository).exists() else None}
     for path in sorted(repository.iterdir()):
         if path.name.startswith(STAGING):
-            if not _has_owner(path):
-                yield path
-        elif path.name.startswith(".new-") and path.is_dir():
-            if time.time() - path.stat().st_mtime > 60 and not any(path.iterdir()):
-                yield path
-        elif (match := _MEMBER.fullmatch(path.name)) and match[1] not in spared and _release_of(path) == match[1]:
+            orphan = not _has_owner(path)
+        elif path.name.startswith(".new-"):
+            orphan = time.time() - path.stat().st_mtime > 60  # a staging folder lives under this name for a moment only
+        elif match := _MEMBER.fullmatch(path.name):
+            orphan = match[1] not in spared and _release_of(path) == match[1]
+        else:
+            orphan = path.name not in spared and (path / ALIAS_FILE).exists()
+        if orphan:
             yield path
 
 

@@ -77,6 +77,10 @@ def _environment(installation: Installation) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages in again
+        "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "TRITON_SERVER_VERSION": str(installation.level or ""),  # images set it; python_model.py knows old stubs by it
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),
     }

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from builders.repository import publish
-from builders.triton_config import ALIAS_FILE, write_members
+from builders.triton_config import write_members
 from ensemble import contract
-from ensemble.repository import point_alias
+from ensemble.repository import ALIAS_FILE, point_alias
 from ensemble.schema import Schema, Sizes, Table, Task
 
 SCHEMA = Schema(

@@ -13,14 +13,14 @@ from clients.wire import encode_bytes
 class FakeTriton:
     """KServe's gRPC service with one model; keeps what it was sent, and whether a call came with a deadline or was cancelled."""
 
-    def __init__(self, version: str = "2.51.0") -> None:
+    def __init__(self, version: str = "2.51.0", workers: int = 40) -> None:
         import grpc
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
         outer = self
         self.version, self.delay_s, self.failures, self.requests = version, 0.0, [], []
         self.deadlines: list[float] = []
-        self.cancelled = 0
+        self.cancelled, self.is_empty = 0, False
 
         class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
             def ServerMetadata(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
@@ -35,7 +35,7 @@ class FakeTriton:
                 return outer._infer(request, context)
 
         self._grpc, self._pb = grpc, service_pb2
-        self._server = grpc.server(ThreadPoolExecutor(40))
+        self._server = grpc.server(ThreadPoolExecutor(workers))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), self._server)
         self.url = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
@@ -52,7 +52,7 @@ class FakeTriton:
             context.abort(getattr(self._grpc.StatusCode, status), text)
         users, depth = request.inputs[0].shape[0], 3
         response = self._pb.ModelInferResponse(model_name="recommend")
-        ids = [b"i1", b"item-2", b""] * users
+        ids = [b"" if self.is_empty else b"i1", b"item-2", b""] * users
         for name, kind, shape, raw in (
             ("item_ids", "BYTES", (users, depth), encode_bytes(ids)),
             ("scores", "FP32", (users, depth), np.array([3, 2, 0] * users, np.float32).tobytes()),
