@@ -8,13 +8,14 @@ Python API that Peregrine does not use (of the wheel only tritonserver is starte
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = "peregrine-recommender"
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 EXTRAS = ("serve", "build", "triton", "test")
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton",)
 HEAD = """\
@@ -26,17 +27,23 @@ HEAD = """\
 def main() -> None:
     """Prints nothing and writes the file, or says what the environment lacks and exits with 2."""
     try:
-        pins = locked_versions(ROOT, EXTRAS)
+        pins = locked_versions(direct_requirements())
     except (LookupError, PackageNotFoundError) as error:
         sys.exit(f"error: {error}; cure: pip install '.[serve,build,test]' into this environment, then make lock")
     lines = "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
     Path(sys.argv[1] if len(sys.argv) > 1 else "requirements.lock").write_text(HEAD + lines, "utf-8")
 
 
-def locked_versions(root: str, extras: tuple[str, ...]) -> dict[str, str]:
-    """{package: version} of all that `root` with `extras` needs, itself left out."""
+def direct_requirements() -> list[str]:
+    """What pyproject.toml asks for, all extras together."""
+    project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+    return [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
+
+
+def locked_versions(direct: list[str]) -> dict[str, str]:
+    """{package: version} of the direct requirements and all that they need."""
     pins: dict[str, str] = {}
-    waiting = [(Requirement(f"{root}[{','.join(extras)}]"), "")]
+    waiting = [(Requirement(text), "pyproject.toml") for text in direct]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         wanted, by = waiting.pop()
@@ -53,7 +60,6 @@ def locked_versions(root: str, extras: tuple[str, ...]) -> dict[str, str]:
         pins[name] = found.version.partition("+")[0]  # torch 2.13.0+cpu: which build it is, is pip's configuration
         if name not in WITHOUT_REQUIREMENTS:
             waiting += [(one, name) for one in _requirements(found.requires or [], wanted.extras)]
-    del pins[root]
     return pins
 
 

@@ -45,6 +45,8 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, codes: Tensor) -> list[Tensor]:
         """codes [B, C] int32, 0 = padding -> per slice [B, D] float32, zero where the slice is empty."""
+        if not self.slices:
+            return []
         present = (codes != 0).unsqueeze(-1).to(self.table.weight.dtype)
         vectors = self.table(codes) * present
         return [vectors[:, start:stop].sum(1) / present[:, start:stop].sum(1).clamp(min=1.0) for start, stop in self.slices]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from builders.models import CodeEmbedding
+from builders.models import CodeEmbedding, Dropout
 from ensemble.contract import SOURCES
 from ensemble.schema import Schema, Table
 
@@ -115,7 +115,7 @@ class Ranker(CalibratedRanker):
         self.towers = nn.ModuleList(nn.Sequential(_mlp((c.expert[-1], c.tower)), nn.Linear(c.tower, 1)) for _ in range(tasks))
         self.products_out = nn.Linear(c.products, tasks, bias=False)
         self.wide = nn.Linear(len(SOURCES), tasks)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         for layer in (*(tower[-1] for tower in self.towers), self.products_out, self.wide):
             nn.init.zeros_(layer.weight)  # training starts at the wide path, which starts at recall's own order
 
@@ -145,13 +145,13 @@ class Ranker(CalibratedRanker):
 
 
 class UserSide(nn.Module):
-    """All that is known of the user alone, as one vector: own row, features, mean of the history and how long it is."""
+    """All that is known of the user alone, as one vector: own row, features, the history's mean, newest item and length."""
 
     def __init__(self, schema: Schema, config: RankerConfig):
         super().__init__()
         self.codes = _codes(schema.users, config.codes)
         num_codes = len(self.codes.slices)
-        inside = schema.sizes.user_features + num_codes * config.codes + schema.users.value_width + config.attention + 1
+        inside = schema.sizes.user_features + num_codes * config.codes + schema.users.value_width + 2 * config.attention + 1
         self.width = config.hidden
         self.layer = nn.Linear(inside, self.width)
 
@@ -160,7 +160,8 @@ class UserSide(nn.Module):
         present = mask.unsqueeze(-1).to(values.dtype)
         length = present.sum(1)  # [B, 1]
         mean = (values * present).sum(1) / length.clamp(min=1.0)
-        parts = [user_features, *self.codes(user_codes), user_values, mean, torch.log1p(length)]
+        newest = values[:, -1] * present[:, -1]
+        parts = [user_features, *self.codes(user_codes), user_values, mean, newest, torch.log1p(length)]
         return torch.relu(self.layer(torch.cat(parts, -1)))
 
 
@@ -245,7 +246,7 @@ def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
     layers: list[nn.Module] = []
     for place, (inside, outside) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         if place and dropout:
-            layers.append(nn.Dropout(dropout))
+            layers.append(Dropout(dropout))
         layers += [nn.Linear(inside, outside), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -253,4 +254,6 @@ def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 def _codes(table: Table, dim: int) -> CodeEmbedding:
     """One pooled vector for each category and text feature of a table."""
     slices = tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
-    return CodeEmbedding(table.num_codes, slices, dim)
+    codes = CodeEmbedding(table.num_codes, slices, dim)
+    nn.init.normal_(codes.table.weight, std=0.3)  # the ranker trains for few steps: codes must be told apart from the first one on
+    return codes

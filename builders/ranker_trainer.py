@@ -35,6 +35,7 @@ class RankerTraining:
     row_scale: float = 0.05  # standard deviation of new rows
     id_dropout: float = 0.1  # users and items made unknown, so that unknown ones are served well
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
+    bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
     conditional: float = 0.0  # weight of a conditional task's loss on its own rows, beside the product's
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
     uniform_negatives: int = 16  # `interact`: uniform items a list
@@ -134,7 +135,9 @@ class RankerTrainer:
         for part in np.array_split(order, num_batches):
             batch = lists.take(part)
             tensors, square = self.tensors(batch)
-            loss = loss_function(self.model.logits(*tensors), torch.from_numpy(batch.labels)) + self.config.row_decay * square
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+                logits = self.model.logits(*tensors)
+            loss = loss_function(logits.float(), torch.from_numpy(batch.labels)) + self.config.row_decay * square
             self.trained.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)

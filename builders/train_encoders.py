@@ -111,6 +111,9 @@ class _Trainer:
     """The state of one training: weights, optimizers, the shop's features as tensors, the clock of the schedule."""
 
     def __init__(self, sequences: Sequences, features: tuple[Array, ...], config: EncoderConfig, seed: int):
+        for name, codes, size in (("item", features[0], config.num_item_codes), ("user", features[2], config.num_user_codes)):
+            if codes.max(initial=0) >= size:
+                raise ValueError(f"{name}_codes go up to {codes.max()}, EncoderConfig.num_{name}_codes is {size}: it must be larger")
         self.config, self.sequences = config, sequences
         self.item_codes, self.item_values, self.user_codes, self.user_values = (torch.from_numpy(np.ascontiguousarray(x)) for x in features)
         self.rng, self.steps, self.total_steps = np.random.default_rng(seed), 0, 1

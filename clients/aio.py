@@ -15,7 +15,7 @@ from typing import Any
 from clients.client import ClientCore, left_s
 from clients.errors import CallError
 from clients.results import Recommendations
-from clients.wire import Answer, Call, Id, call_from_options
+from clients.wire import Answer, Call, Id
 
 
 class AsyncClient(ClientCore):
@@ -38,11 +38,11 @@ class AsyncClient(ClientCore):
     ) -> Recommendations:
         """One user's list; options and errors as Client.recommend's."""
         options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
-        return (await self._answer(call_from_options([user_id], options, budget_ms, per_user=False)))[0]
+        return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
 
     async def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
         """Lists of several users in one request; as Client.recommend_many."""
-        return await self._answer(call_from_options(user_ids, options, budget_ms, per_user=True))
+        return await self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     async def aclose(self) -> None:
         """close(), without holding up the loop."""
@@ -77,7 +77,7 @@ class AsyncClient(ClientCore):
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.wait_for(waiting, left_s(call, started))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise self._budget_exceeded(call, future) from None
         except asyncio.CancelledError:
             self._transport.give_up(future)

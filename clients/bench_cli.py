@@ -10,6 +10,8 @@ import typer
 
 from ensemble.errors import InvalidInput
 
+_WIDTH = 130  # of what is written into a file or a pipe
+
 
 def bench(
     repository: Annotated[Path, typer.Option("--repository", "-r", help="The repository that is being served.")] = Path("model_repository"),
@@ -61,7 +63,8 @@ def bench(
         bench_report.write_json(report, json_file)
     if plot:
         bench_report.write_plot(report, plot)
-    bench_report.print_report(report, Console())
+    wide = Console()
+    bench_report.print_report(report, wide if wide.is_terminal else Console(width=_WIDTH))
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PACKAGES = ("numpy", "onnxruntime", "faiss-cpu", "tritonclient", "grpcio", "nvidia-pytriton", "peregrine-recommender")
+_BUSY = 0.5  # load average per core from which a machine's times are not worth publishing
 _LATENCIES = ("p50_ms", "p95_ms", "p99_ms", "p999_ms")
 # Okabe and Ito: told apart by the colour-blind too
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -67,6 +68,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     m, r = report["machine"], report["release"]
     console.print(f"[bold]{r['shop']}[/] release {r['name']}: {r['users']:,} users, {r['items']:,} items, {r['candidates']} candidates")
     console.print(f"{m['cpu']}, {m['cores']} cores, load {m['load_average_1min']:.1f} before; tritonserver {r['tritonserver']}; {report['date']}")
+    if m["load_average_1min"] > m["cores"] * _BUSY:
+        console.print("[yellow]Other work kept this machine busy: times are too long and ratios of times unsure; CPU milliseconds hold.[/]")
     for table in (_versus_table(report), _load_table(report), _steps_table(report)):
         console.print(table)
     console.print(_figures_table(report))
@@ -79,7 +82,7 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
 
 
@@ -99,12 +102,12 @@ def _versus_table(report: Mapping[str, Any]) -> Table:
 def _load_table(report: Mapping[str, Any]) -> Table:
     """Closed loops, open loops, perf_analyzer."""
     columns = ("offered/s", "achieved/s", "p50 ms", "p95 ms", "p99 ms", "p99.9 ms", "failed", "batch", "CPU ms", "of twins")
-    table = _table("Under load", "load", *columns)
+    table = _table("Under load (* the generator could not send in time: what it shared the machine with was measured too)", "load", *columns)
     twins = report["saturation"]["twins"]["users_per_s"]
     for kind, rows in (("closed", report["closed"]), ("open", report["open"]), ("perf_analyzer", report["perf_analyzer"] or [])):
         for row in rows:
             name = f"{kind} {row['concurrency']}" if "concurrency" in row else kind
-            name += "" if row.get("kept_up", True) else " (generator too slow)"
+            name += "" if row.get("kept_up", True) else " *"
             cells = [row.get("offered_per_s"), row["achieved_per_s"], *(row.get(key) for key in _LATENCIES)]
             rest = [row.get("mean_batch"), row.get("cpu_ms"), row["achieved_per_s"] / twins]
             table.add_row(name, *map(_number, cells), str(row.get("failed", "")), *map(_number, rest))
@@ -115,12 +118,13 @@ def _load_table(report: Mapping[str, Any]) -> Table:
 def _steps_table(report: Mapping[str, Any]) -> Table:
     """Where a request's time goes, lone and at saturation, from Triton's statistics."""
     phases = ("queue_ms", "compute_input_ms", "compute_infer_ms", "compute_output_ms")
-    columns = [f"{load} {name}" for load in ("lone", "sat.") for name in ("batch", "queue", "input", "infer", "output")]
-    table = _table("Milliseconds per request and step, by Triton's statistics", "step", *columns, "twin lone")
-    lone, best = report["lone"]["triton"]["steps"], max(report["closed"], key=lambda row: row["achieved_per_s"])["steps"]
-    for step in report["release"]["steps"]:
-        cells = [_number(steps.get(step, {}).get(key)) for steps in (lone, best) for key in ("mean_batch", *phases)]
-        table.add_row(step, *cells, _number(report["lone"]["twin"]["steps_ms"].get(step)))
+    table = _table("Milliseconds per request and step, by Triton's statistics", "step", "batch", "queue", "input", "infer", "output", "twin's run")
+    best = max(report["closed"], key=lambda row: row["achieved_per_s"])
+    for name, row, twin in (("lone", report["lone"]["triton"], report["lone"]["twin"]["steps_ms"]), ("saturated", best, {})):
+        for step in report["release"]["steps"]:
+            cells = [row["steps"].get(step, {}).get(key) for key in ("mean_batch", *phases)]
+            table.add_row(f"{name} {step}", *map(_number, [*cells, twin.get(step)]))
+        table.add_section()
     return table
 
 
@@ -153,6 +157,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     _line(axes, report["open"], "p99_ms", "open loop, p99", _ORANGE, "o-")
@@ -170,10 +175,10 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.axvline(twins["users_per_s"], color=_GREEN, linestyle="-.", linewidth=1, label=label)
     axes.set(xlabel="answered requests per second (one user each)", ylabel="latency, ms (log scale)", yscale="log")
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.tick_params(axis="y", which="minor", labelsize=7)
-    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="best")
     release, computer = report["release"], report["machine"]
     subject = f"{release['shop']}, {release['items']:,} items, {release['candidates']} candidates"
@@ -187,6 +192,6 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _line(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str, style: str) -> None:
-    points = sorted((row["achieved_per_s"], row[key]) for row in rows if row.get(key))
+    points = [(row["achieved_per_s"], row[key]) for row in rows if row.get(key)]
     if points:
         axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
 from typing import Any
 
@@ -47,11 +46,13 @@ class ClientCore:
         self,
         url: str = "127.0.0.1:8001",
         *,
+        budget_ms: float | None = None,
         tasks: Sequence[str] | None = None,
         headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._transport = transport or GrpcTransport(url, headers=headers)
+        self._budget_ms = budget_ms
         self._tasks = tuple(tasks) if tasks else None
         self._tasks_of: dict[str, tuple[str, ...] | None] = {}
         self._retries = 1.0
@@ -60,6 +61,9 @@ class ClientCore:
     def close(self) -> None:
         """Ends the connection; waits a little for calls that were given up, since ending them could end an old server."""
         self._transport.close()
+
+    def _call(self, user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool) -> Call:
+        return call_from_options(user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user)
 
     def _count_call(self) -> None:
         with self._lock:
@@ -108,6 +112,7 @@ class Client(ClientCore):
     """Asks a served release for ranked lists; safe to share between threads.
 
     url        host:port of the server's gRPC endpoint
+    budget_ms  of calls that name none; None: such a call waits until it is answered
     tasks      names of the release's tasks, for servers that keep their model configurations to themselves
     headers    sent with every call, for example the control header of .server.json
     transport  another way to the server: clients.transport.FakeTransport in an application's tests
@@ -130,11 +135,11 @@ class Client(ClientCore):
     ) -> Recommendations:
         """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable, ServerFault."""
         options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
-        return self._answer(call_from_options([user_id], options, budget_ms, per_user=False))[0]
+        return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
 
     def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
         """Lists of several users in one request; each option of `recommend` is shared, or a list with one value per user."""
-        return self._answer(call_from_options(user_ids, options, budget_ms, per_user=True))
+        return self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     def __enter__(self) -> Client:
         return self
@@ -166,5 +171,5 @@ class Client(ClientCore):
         future = self._transport.start(call)
         try:
             return future.result(left_s(call, started))
-        except FutureTimeoutError:
+        except TimeoutError:
             raise self._budget_exceeded(call, future) from None

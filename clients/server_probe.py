@@ -49,7 +49,7 @@ class ServerProbe:
         return Snapshot(time.perf_counter(), self.cpu_s(), {model.name: _counters(model) for model in response.model_stats})
 
     def cpu_s(self) -> float | None:
-        """CPU seconds so far of tritonserver and everything below it."""
+        """CPU seconds so far of tritonserver and everything below it; the kernel counts each process in steps of 10 ms."""
         processes = self._processes()
         return None if processes is None else sum(sum(process.cpu_times()[:2]) for process in processes)
 

@@ -97,6 +97,16 @@ class GrpcTransport:
             self._ask_version()
         return future
 
+    def connect(self, timeout_s: float) -> bool:
+        """Whether the connection stands, at most `timeout_s` from now; the first call then need not wait for it."""
+        import grpc
+
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout_s)
+        except grpc.FutureTimeoutError:
+            return False
+        return True
+
     def send(self, call: Call) -> Answer:
         try:
             return answer_from_proto(self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata))

@@ -69,6 +69,8 @@ def serve_measurement(prepare: Callable[[dict[str, Any]], Measure]) -> None:
             print(json.dumps(measure()), file=out, flush=True)
     except PeregrineError as error:
         print(json.dumps({"error": str(error)}), file=out, flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the parent was interrupted too, and says so
 
 
 def run_worker(module: str, spec: dict[str, Any]) -> dict[str, Any]:

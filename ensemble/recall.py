@@ -181,7 +181,7 @@ class Recall:
         """Search parameters of this index; `mask` [I + 1] becomes a bitmap over index positions."""
         asked: dict[str, Any] = {} if mask is None else {"sel": faiss.IDSelectorBitmap(np.packbits(mask[1:], bitorder="little"))}  # type: ignore[call-arg, arg-type]
         if isinstance(self.index, faiss.IndexIVF):
-            return faiss.SearchParametersIVF(nprobe=self.settings.nprobe, **asked)
+            return faiss.SearchParametersIVF(nprobe=self.settings.nprobe, **asked)  # type: ignore[call-arg]
         return faiss.SearchParameters(**asked)
 
     def _search_exact(self, query: np.ndarray, depth: int, rows: np.ndarray) -> np.ndarray:

@@ -123,11 +123,14 @@ def open_release(repository: Path, name: str) -> Release:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReleaseError(f"no release {name!r} in {repository}: {path} does not exist; `peregrine release list` shows what there is") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ReleaseError(f"cannot read {path}: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+        raise ReleaseError(f"{path} is not a manifest; build the release again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ReleaseError(f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads; build the release again")
-    release = Release(repository, name, manifest)
+    release = Release(repository, name, {"files": {}, **manifest})
+    release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
     if manifest.get("contract") != contract.fingerprint(release.schema):
         raise ReleaseError(f"release {name} was built for another contract (tensors or steps differ); build it again with this Peregrine")
     return release

@@ -36,7 +36,10 @@ class Server:
         self.launch, self.log = launch, log
         self._claim, self._installation, self._start_timeout_s = claim, installation, start_timeout_s
         self._stopping, self._settled = threading.Event(), threading.Event()  # settled: ready for the first time, or failed
+        # Not Thread.join: a signal that interrupts it makes the next join return at once (CPython 3.10 to 3.12), thread alive.
+        self._ended = threading.Event()
         self._failure: PeregrineError | None = None
+        self._run = make_run_folder(installation)
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -88,8 +91,7 @@ class Server:
 
     def wait(self) -> None:
         """Returns when the server was stopped; ServerError if it kept dying."""
-        while self._thread.is_alive():
-            self._thread.join(0.5)
+        self._ended.wait()
         if self._failure:
             raise self._failure
 
@@ -97,16 +99,19 @@ class Server:
         """Answers what is in flight, then ends every process and removes what they left."""
         self._stopping.set()
         if self._thread.ident is None:
-            self._claim.drop()
+            self._clear()
         else:
-            self._thread.join()
+            self._ended.wait()
+
+    def _clear(self) -> None:
+        self._run.remove()
+        self._claim.drop()
 
     def _supervise(self) -> None:
         deaths: collections.deque[float] = collections.deque(maxlen=MAX_DEATHS)
-        run = make_run_folder(self._installation)
         try:
             while not self._stopping.is_set():
-                self._process = TritonProcess(self._installation, run, self.launch, self._hear)
+                self._process = TritonProcess(self._installation, self._run, self.launch, self._hear)
                 try:
                     end = self._run_once(self._process)
                 finally:
@@ -118,9 +123,9 @@ class Server:
         except Exception as error:  # a fault of ours must not leave start() waiting for ever
             self._failure = ServerError(f"the supervisor failed: {error!r}")
         finally:
-            run.remove()
-            self._claim.drop()
+            self._clear()
             self._settled.set()
+            self._ended.set()
 
     def _run_once(self, process: TritonProcess) -> str:
         """Until the process has to be replaced (returns why) or we are stopped (returns nothing)."""
@@ -128,6 +133,7 @@ class Server:
         problem = self._wait_until_ready(process)
         if problem:
             return problem
+        process.note_environments()
         self._settled.set()
         while not self._stopping.wait(_WATCH_EVERY_S):
             if process.exit_code is not None:

@@ -93,6 +93,7 @@ class TritonProcess:
     def __init__(self, installation: Installation, run: RunFolder, launch: Launch, on_line: Callable[[str], None]) -> None:
         self.run, self.log = run, collections.deque[str](maxlen=400)
         self._on_line = on_line
+        self._before, self._environments = _environments(), set[Path]()
         launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *command_line(installation, run, launch)]
         self._process = subprocess.Popen(
             launcher,
@@ -114,6 +115,10 @@ class TritonProcess:
         for line in self._process.stdout:
             self.log.append(line.rstrip())
             self._on_line(line.rstrip())
+
+    def note_environments(self) -> None:
+        """Call when it is ready: the folder it has made for packed Python environments, which it removes unless it is killed."""
+        self._environments = _environments() - self._before
 
     def log_tail(self) -> str:
         """What it last complained of: errors and tracebacks, not the banner of flags."""
@@ -138,7 +143,6 @@ class TritonProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._end_group()
-        self._process.wait()
 
     def _end_group(self) -> None:
         """Orphan stubs end by themselves within a second, mostly; the rest are killed."""
@@ -148,6 +152,10 @@ class TritonProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._wait_for_stubs(5.0)
         remove_regions(self.run.region_prefix)
+        if self._process.wait() != 0:
+            for folder in self._environments or _environments() - self._before:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # ours is empty: we pack no environment
 
     def _wait_for_stubs(self, limit_s: float) -> None:
         deadline = time.monotonic() + limit_s
@@ -161,6 +169,10 @@ class TritonProcess:
                 state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
                 if int(group) == self.pid and int(folder.name) != self.pid and state != "Z":
                     yield _stub(int(folder.name), (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"))
+
+
+def _environments() -> set[Path]:
+    return set(Path("/tmp").glob("python_env_*"))  # the path is Triton's, whatever TMPDIR says
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,29 @@
-"""What all tests share: this folder on the import path, and skips that name what is missing."""
+"""What all tests share: this folder on the import path, skips that name what is missing, and releases built once."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from shops import SHOPS, ReleaseCache, private_copy
+
+if TYPE_CHECKING:
+    from ensemble.local import LocalPipeline
+    from ensemble.release import Release
+    from ensemble.server import Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = {"triton": _missing_triton(), "redis": "" if shutil.which("redis-server") else "redis-server is not installed"}
+    marks = {mark.name for item in items for mark in item.iter_markers()}
+    missing = {name: reason for name, find in _MACHINES.items() if name in marks and (reason := find())}
     for item in items:
         for mark, reason in missing.items():
-            if reason and item.get_closest_marker(mark):
+            if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -24,3 +36,108 @@ def _missing_triton() -> str:
     except ServerError as error:
         return str(error)
     return ""
+
+
+def _missing_redis() -> str:
+    if not shutil.which("redis-server"):
+        return "redis-server is not installed"
+    return "" if importlib.util.find_spec("redis") else "the Python package redis is not installed"
+
+
+def _missing_gpu() -> str:
+    return "" if shutil.which("nvidia-smi") else "no NVIDIA GPU: nvidia-smi is not on PATH"
+
+
+_MACHINES = {"triton": _missing_triton, "redis": _missing_redis, "gpu": _missing_gpu}
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def release_cache(request: pytest.FixtureRequest) -> Iterator[ReleaseCache]:
+    """Builds the shops of this run's tests when the first of them is asked for."""
+    used = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    wanted = [name for name in SHOPS if f"{name}_repository" in used]
+    cache = ReleaseCache(Path(request.config.cache.mkdir("peregrine")), wanted)
+    yield cache
+    cache.close()
+
+
+# --- the labelled shop: three tasks, user features
+
+
+@pytest.fixture(scope="session")
+def tiny_shop(release_cache: ReleaseCache) -> Path:
+    """The generated shop's folder; read it only."""
+    return release_cache.folder("tiny") / "shop"
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the active release r1; shared by the run's tests: read it only, private_copy() to change it."""
+    return private_copy(release_cache.folder("tiny") / "repository", tmp_path_factory.mktemp("tiny") / "repository")
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tiny_repository: Path) -> Release:
+    return _open(tiny_repository)
+
+
+@pytest.fixture(scope="session")
+def twin(tiny_release: Release) -> LocalPipeline:
+    return _twin(tiny_release)
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_repository: Path) -> Iterator[Server]:
+    yield from _serve(tiny_repository)
+
+
+# --- the shop like Beauty: sequences without labels, one task `interact`
+
+
+@pytest.fixture(scope="session")
+def sequences_shop(release_cache: ReleaseCache) -> Path:
+    return release_cache.folder("sequences") / "shop"
+
+
+@pytest.fixture(scope="session")
+def sequences_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return private_copy(release_cache.folder("sequences") / "repository", tmp_path_factory.mktemp("sequences") / "repository")
+
+
+@pytest.fixture(scope="session")
+def sequences_release(sequences_repository: Path) -> Release:
+    return _open(sequences_repository)
+
+
+@pytest.fixture(scope="session")
+def sequences_twin(sequences_release: Release) -> LocalPipeline:
+    return _twin(sequences_release)
+
+
+@pytest.fixture(scope="session")
+def sequences_server(sequences_repository: Path) -> Iterator[Server]:
+    yield from _serve(sequences_repository)
+
+
+def _open(repository: Path) -> Release:
+    from ensemble.release import open_release
+
+    return open_release(repository, "r1")
+
+
+def _twin(release: Release) -> LocalPipeline:
+    from ensemble.local import LocalPipeline
+
+    return LocalPipeline(release)
+
+
+def _serve(repository: Path) -> Iterator[Server]:
+    from ensemble.server import serve
+
+    with serve(repository, port=0, metrics_port=None) as server:
+        yield server

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clients import bench, bench_cli, bench_report, perf_analyzer
@@ -72,7 +73,7 @@ def test_report_is_printed_written_and_drawn(report: dict[str, Any], tmp_path: P
     bench_report.print_report(report, console)
     text = console.export_text()
     assert "throughput at saturation, of the twins'" in text
-    assert "(generator too slow)" in text
+    assert "open *" in text
     bench_report.write_json(report, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["cores"] >= 1
     bench_report.write_plot(report, tmp_path / "bench.png")
@@ -178,6 +179,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
     from ensemble.server import serve
 
     publish_toy(tmp_path / "repository", "r1", tmp_path, activate=True)
+    np.save(tmp_path / "repository" / "r1" / "item_ids.npy", np.array([b"item"]))
     monkeypatch.setattr(bench.Bench, "twin", lambda self, size, processes=1: twin_row(size, processes))
     monkeypatch.setattr(bench, "MAX_CONCURRENCY", 4)
     options = bench.BenchOptions(tmp_path / "repository", seconds=0.5, rates=[20, 40], concurrency=(1, 2), batch_sizes=(2,))
@@ -191,7 +193,8 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
         assert (row["failed"], row["failures"]) == (0, {})
         assert list(row["steps"]) == steps
         assert row["achieved_per_s"] > 5
-        assert row["cpu_ms"] > 0.1
+        assert row["cpu_ms"] >= 0  # the kernel counts in steps of 10 ms a process
+    assert sum(row["cpu_ms"] for row in report["closed"]) > 0.1
     assert report["lone"]["triton"]["steps"]["recall"]["mean_batch"] == 1.0
     assert report["batches"][0]["triton"]["steps"]["recall"]["mean_batch"] == 2.0
     if perf_analyzer.find():

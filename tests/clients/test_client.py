@@ -188,7 +188,9 @@ def test_a_budget_ends_the_waiting() -> None:
     with pytest.raises(BudgetExceeded) as caught:
         Client(transport=FakeTransport(LISTS, delay_s=0.5)).recommend("u1", budget_ms=20)
     assert str(caught.value) == "budget_ms: no answer within 20 ms"
-    assert time.perf_counter() - started < 0.3
+    with pytest.raises(BudgetExceeded):
+        Client(transport=FakeTransport(LISTS, delay_s=0.5), budget_ms=20).recommend("u1")
+    assert time.perf_counter() - started < 0.4
 
 
 @pytest.mark.parametrize("values", [[b"a"] * 100, [b"abc", b"", b"de"] * 40, [b""] * 100, [], [b"x\0"] * 100, ["é".encode()] * 3])

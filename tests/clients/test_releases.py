@@ -124,7 +124,7 @@ def test_turning_there_and_back_under_load_fails_no_request(repository):
 def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_path):
     publish_toy(repository, "r3", tmp_path, broken="raise ValueError('no such planet')")
     with serve(repository, port=0, metrics_port=None) as server, Callers(server.url, 2) as callers:
-        with pytest.raises(ReleaseError, match="release r3 is not activated, the old one goes on: .*no such planet"):
+        with pytest.raises(ReleaseError, match=r"release r3 is not activated, the old one goes on: .*no such planet"):
             releases.activate(repository, "r3")
         assert active_release(repository) == "r1"
         with Control(running_server(repository)) as control:

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -59,9 +60,17 @@ def eventually(check, within_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime if path.exists() else 0.0
+
+
 def traces(pid: int) -> list[Path]:
     """Run folders and shared memory of the supervising process `pid`."""
-    return [*server_folder._SHM.glob(f"{server_folder._SHM_PREFIX}{pid}_*"), *Path("/tmp").glob(f"peregrine-{pid}-*")]
+    places = {tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()}
+    return [
+        *server_folder._SHM.glob(f"{server_folder._SHM_PREFIX}{pid}_*"),
+        *(path for base in places for path in Path(base).glob(f"peregrine-{pid}-*")),
+    ]
 
 
 # -- refusals: no server needed ------------------------------------------------------------------------------------
@@ -228,6 +237,7 @@ def test_a_release_that_cannot_start_is_told_with_its_reason(tmp_path):
 @pytest.mark.triton
 def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository):
     said: list[str] = []
+    environments = set(Path("/tmp").glob("python_env_*"))
     with serve(repository, port=0, metrics_port=None, log=said.append) as server:
         first = server.pid
         os.kill(first, signal.SIGKILL)
@@ -241,6 +251,9 @@ def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository)
         os.kill(other, signal.SIGKILL)
         eventually(lambda: server.pid != second and is_model_ready(server.url, "recommend"))
         assert ask(server.url) == ["r1", "r1"]
+    assert not [path for path in set(Path("/tmp").glob("python_env_*")) - environments if _age_s(path) > 5], (
+        "Triton's folder of a killed server is left"
+    )
     assert any("tritonserver died (signal 9); starting it again" in line for line in said)
     assert any("every instance of r1_recall died; starting it again" in line for line in said)
     assert traces(os.getpid()) == []
@@ -267,7 +280,7 @@ def test_sigterm_answers_what_is_in_flight_and_exits_with_0(repository):
         thread.start()
     eventually(lambda: len(answered) > 50)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     for thread in threads:
         thread.join()
     assert process.returncode == 0, err

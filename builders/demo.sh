@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The demo, as a newcomer would type it: a shop, a release of it, a server, three lists. `make demo` and `make bench` run it.
+# Run again it is quick: the shop and every stage of the build that is unchanged are kept in demo/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export PATH="$PWD/.venv/bin:$PATH"
+SHOP=demo/shop
+REPOSITORY=demo/model_repository
+LOG=demo/serve.log
+START_S=$SECONDS
+
+show() { # prints a command, then runs it
+  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  "$@"
+}
+
+make_release() {
+  mkdir -p demo
+  [ -f $SHOP/shop.toml ] || show peregrine shop generate $SHOP --users 3000 --items 1000 --events 120000
+  if [ ! -f $REPOSITORY/recommend/config.pbtxt ]; then
+    show peregrine build $SHOP --preset tiny --repository $REPOSITORY --activate
+  fi
+}
+
+start_server() { # in the background, on a free port; `peregrine recommend` finds it through the repository
+  printf '\n\033[1m$ peregrine serve --repository %s --port 0 --metrics-port 0 &\033[0m\n' $REPOSITORY
+  peregrine serve --repository $REPOSITORY --port 0 --metrics-port 0 >$LOG 2>&1 &
+  SERVER=$!
+  trap stop_server EXIT
+  until grep -q '^serving release' $LOG; do
+    kill -0 $SERVER 2>/dev/null || { cat $LOG >&2; exit 2; }
+    sleep 0.1
+  done
+  sed '/^  try /d; /^Ctrl-C/d' $LOG
+}
+
+stop_server() { # SIGTERM: what is in flight is answered, and nothing stays behind
+  trap - EXIT
+  if kill -TERM $SERVER 2>/dev/null; then
+    wait $SERVER && echo "the server has stopped"
+  fi
+}
+
+demo() {
+  make_release
+  start_server
+  show peregrine recommend u1 u2 --top-k 5 --repository $REPOSITORY
+  show peregrine recommend newcomer --session i1,i2 --top-k 5 --repository $REPOSITORY
+  echo
+  stop_server
+  cat <<END
+
+Done in $((SECONDS - START_S)) s. To go on:
+  . .venv/bin/activate
+  peregrine serve --repository $REPOSITORY              # then, in another terminal:
+  peregrine recommend u42 --repository $REPOSITORY      # any of u1 … u3000
+  make bench                                               # what an answer costs
+  README.md, "Your own shop", says how to do this with your data
+END
+}
+
+bench() {
+  make_release
+  start_server
+  show peregrine bench --repository $REPOSITORY --auto --json demo/bench.json --plot demo/bench.png
+  stop_server
+}
+
+case "${1:-}" in
+  demo | bench) "$1" ;;
+  *) echo "usage: builders/demo.sh demo | bench" >&2; exit 2 ;;
+esac
