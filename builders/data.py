@@ -66,9 +66,12 @@ def read_shop(folder: Path, *, now_s: float | None = None, progress: Callable[[s
     dropped = interactions.item_ids[interactions.items[first]].decode() if first >= 0 else ""
     kept = interactions.where(keep)
     if not len(kept):
-        raise InvalidInput(f"{shop.interactions.file}: no row's item is in {shop.items.file if shop.items else ''}, for example {dropped!r}; do both use the same ids?")
+        file = shop.items.file if shop.items else ""
+        raise InvalidInput(f"{shop.interactions.file}: no row's item is in {file}, for example {dropped!r}; do both use the same ids?")
     if len(items.ids) < 2:
-        raise InvalidInput(f"{shop.items.file if shop.items else shop.interactions.file} has one item, {items.ids[0].decode()!r}; at least 2 are needed to rank")
+        raise InvalidInput(
+            f"{shop.items.file if shop.items else shop.interactions.file} has one item, {items.ids[0].decode()!r}; at least 2 are needed to rank"
+        )
     return ShopTables(shop, items, users, kept, user_rows[keep], item_rows[keep], int((~keep).sum()), dropped)
 
 
@@ -161,7 +164,7 @@ def _titles(shop: Shop, items: Rows) -> Array:
         return np.zeros(len(items.ids) + 1, "S1")
     texts = pc.fill_null(texts_from_column(items.columns[shop.items.title]), "")
     cut = pc.utf8_slice_codeunits(texts, 0, TITLE_BYTES).cast(pa.large_binary())
-    titles = np.array([""] + cut.to_pylist(), dtype="O")
+    titles = np.array(["", *cut.to_pylist()], dtype="O")
     titles[0] = b""
     for row in 1 + np.flatnonzero(pc.binary_length(cut).to_numpy(zero_copy_only=False) > TITLE_BYTES):
         titles[row] = titles[row][:TITLE_BYTES].decode(errors="ignore").encode()

@@ -38,7 +38,9 @@ class Interactions:
             return self
         events = None if self.events is None else self.events[keep]
         truth = None if self.truth is None else self.truth[keep]
-        return Interactions(self.user_ids, self.item_ids, self.users[keep], self.items[keep], self.times[keep], self.labels[keep], self.event_names, events, truth)
+        return Interactions(
+            self.user_ids, self.item_ids, self.users[keep], self.items[keep], self.times[keep], self.labels[keep], self.event_names, events, truth
+        )
 
     def is_event(self, name: str) -> Array:
         """[n] bool: rows of the event called `name`."""
@@ -76,7 +78,8 @@ def _check_event_names(shop: Shop, names: list[str]) -> None:
     wanted += [("interactions.impression", entry.impression)] if entry.impression else []
     for who, name in wanted:
         if name not in names:
-            raise InvalidInput(f"{entry.file}: {who} wants the event {name!r}, which no row has; column {entry.event!r} holds {', '.join(map(repr, sorted(names)[:10]))}")
+            there = ", ".join(map(repr, sorted(names)[:10]))
+            raise InvalidInput(f"{entry.file}: {who} wants the event {name!r}, which no row has; column {entry.event!r} holds {there}")
 
 
 def _row_labels(task: ShopTask, columns: dict[str, Column], names: list[str], events: Array | None, num_rows: int) -> Array:
@@ -85,7 +88,7 @@ def _row_labels(task: ShopTask, columns: dict[str, Column], names: list[str], ev
     if label is None:
         return np.full(num_rows, np.nan, np.float32)
     if label.event is not None:
-        return (events == names.index(label.event)).astype(np.float32)
+        return np.equal(events, names.index(label.event)).astype(np.float32)
     assert label.column is not None
     column = columns[label.column]
     numbers = numbers_from_column(column)
@@ -166,7 +169,9 @@ def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:
         known = labels[~np.isnan(labels[:, at]), at]
         source = f"event {task.label.event!r}" if task.label.event else f"column {task.label.column!r}"
         given = f" where {task.given!r} happened" if task.given else ""
-        if task.kind == "binary" and not (known == 1).any():
-            raise InvalidInput(f"{shop.interactions.file}: nobody has the label of task {task.name!r} ({source} is never 1{given}); correct the label in shop.toml or drop the task")
-        if not len(known):
-            raise InvalidInput(f"{shop.interactions.file}: nobody has the label of task {task.name!r} ({source} is always empty{given}); correct the label in shop.toml or drop the task")
+        wanting = "1" if task.kind == "binary" and len(known) else ""
+        if (wanting and not (known == 1).any()) or not len(known):
+            what = f"({source} is {'never 1' if wanting else 'always empty'}{given})"
+            raise InvalidInput(
+                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct the label in shop.toml or drop the task"
+            )

@@ -90,7 +90,7 @@ def _best_width(group_sizes: Array) -> int:
     """Items a list so that total work is least: a list's history costs about as much as four items."""
     if not len(group_sizes):
         return 1
-    widths = (1, 2, 4, 8, 16, 32)
+    widths = (1, 2, 4, 8)  # wider ones would make batches of few users
     return min(widths, key=lambda width: int(np.ceil(group_sizes / width).sum()) * (width + 4))
 
 

@@ -25,8 +25,8 @@ class RankerTraining:
     """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 12  # at most
-    patience: int = 2  # epochs without a better validation before it stops; each also cuts the learning rates
+    epochs: int = 6  # at most; learning rates fall linearly to 0 over them
+    patience: int = 3  # epochs without a better validation before it stops
     batch: int = 4096
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -45,7 +45,7 @@ class RankerTraining:
 
 BASE_TRAINING = RankerTraining()
 TINY_TRAINING = RankerTraining(
-    model=TINY, epochs=3, batch=1024, learning_rate=3e-3, row_rate=1e-2, list_negatives=32, uniform_negatives=8, test_lists=512
+    model=TINY, epochs=4, batch=512, learning_rate=5e-3, row_rate=1e-2, list_negatives=32, uniform_negatives=8, test_lists=512
 )
 
 
@@ -127,12 +127,13 @@ class RankerTrainer:
                 out[part] = self.model.logits(*self.tensors(lists.take(part))[0]).numpy()
         return out
 
-    def epoch(self, lists: Lists, loss_function: Loss) -> None:
-        """One pass over the lists in random order."""
+    def epoch(self, lists: Lists, loss_function: Loss, epoch: int) -> None:
+        """Pass number `epoch` (from 0) over the lists, in random order."""
         self.trained.train()
         order = self.rng.permutation(len(lists))
         num_batches = max(1, round(lists.item_rows.size / self.config.batch))
-        for part in np.array_split(order, num_batches):
+        for step, part in enumerate(np.array_split(order, num_batches)):
+            self._set_rates(1 - (epoch + step / num_batches) / self.config.epochs)
             batch = lists.take(part)
             tensors, square = self.tensors(batch)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
@@ -144,20 +145,20 @@ class RankerTrainer:
             for optimizer in self.optimizers:
                 optimizer.step()
 
+    def _set_rates(self, share: float) -> None:
+        """Learning rates at `share` of their start."""
+        for optimizer, rate in zip(self.optimizers, (self.config.learning_rate, self.config.row_rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+
     def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
         """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the first included. -> epochs run."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
         while epoch < self.config.epochs and waited < self.config.patience:
-            self.epoch(draw(), loss_function)
-            figure, epoch = judge(), epoch + 1
+            self.epoch(draw(), loss_function, epoch)
+            figure, epoch, waited = judge(), epoch + 1, waited + 1
             self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
             if figure < best:
                 best, best_state, waited = figure, copy.deepcopy(self.trained.state_dict()), 0
-                continue
-            waited += 1
-            self.trained.load_state_dict(best_state)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= 0.3
         self.trained.load_state_dict(best_state)
         return epoch

@@ -1,21 +1,21 @@
 """A shop's folder: `shop.toml` says which columns of which files are what. This page is that file's reference.
 
-    name = "beauty"
-    split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
-    [interactions]                       # one row per shown item, or one row per event
-    file = "interactions.parquet"        # parquet or CSV
-    user = "user_id"
-    item = "item_id"
-    time = "time"                        # Unix seconds, a timestamp column, or any number that orders
-    [items]
-    file = "items.parquet"
-    id = "item_id"
-    title = "title"
-    features = [{name = "brand", kind = "category"}, {name = "price", kind = "number", log1p = true}]
-    [[tasks]]
-    name = "ctr"
-    kind = "binary"
-    label = {column = "clicked"}
+name = "beauty"
+split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
+[interactions]                       # one row per shown item, or one row per event
+file = "interactions.parquet"        # parquet or CSV
+user = "user_id"
+item = "item_id"
+time = "time"                        # Unix seconds, a timestamp column, or any number that orders
+[items]
+file = "items.parquet"
+id = "item_id"
+title = "title"
+features = [{name = "brand", kind = "category"}, {name = "price", kind = "number", log1p = true}]
+[[tasks]]
+name = "ctr"
+kind = "binary"
+label = {column = "clicked"}
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def open_shop(folder: Path) -> Shop:
     """Reads and checks `folder`/shop.toml; InvalidInput names the first wrong key."""
     path = folder / SHOP_FILE
     if not path.is_file():
-        raise InvalidInput(f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)")
+        raise InvalidInput(
+            f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)"
+        )
     try:
         return Shop.model_validate(tomllib.loads(path.read_text("utf-8")))
     except tomllib.TOMLDecodeError as error:

@@ -53,8 +53,8 @@ def _leave_one_out(histories: Histories) -> Splits:
     train_ends[held] -= 2
     cuts = (np.full(len(starts), NEVER), np.full(len(starts), NEVER))
     cuts[0][held], cuts[1][held] = histories.times[last - 1], histories.times[last]
-    targets = (Targets(held, end, histories.item_rows[end]) for end in (last - 1, last))
-    return Splits(train_ends, *targets, cuts)
+    validation, test = (Targets(held, end, histories.item_rows[end]) for end in (last - 1, last))
+    return Splits(train_ends, validation, test, cuts)
 
 
 def _by_time(histories: Histories, times: Array, split: Split) -> Splits:

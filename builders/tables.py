@@ -141,7 +141,13 @@ def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
 def numbers_from_column(column: Column) -> Array:
     """[n] float64, NaN where the cell is empty. A NaN or an infinity in the file is refused."""
     kind = column.values.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_large_string(kind) or pa.types.is_decimal(kind)):
+    if not (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_decimal(kind)
+    ):
         raise column.wrong_type("numbers")
     values = _cast(column, _truth_words(column.values), pa.float64(), "is no number")
     numbers = _numpy(values).astype(np.float64)
@@ -191,7 +197,7 @@ def _is_number(text: str) -> bool:
 
 def _date(time_s: int) -> str:
     try:
-        return f" ({datetime.datetime.fromtimestamp(int(time_s), datetime.timezone.utc):%Y-%m-%d})"
+        return f" ({datetime.datetime.fromtimestamp(int(time_s), datetime.UTC):%Y-%m-%d})"
     except (ValueError, OverflowError, OSError):
         return " (milliseconds?)"
 
@@ -233,7 +239,9 @@ def is_list(column: Column) -> bool:
 def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.LargeStringArray]:
     """Values of all rows in one line: (row of each value [m] int64 ascending, value [m] text). Empty values are left out."""
     if is_list(column):
-        values = pa.chunked_array([chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.values.chunks], pa.large_list(column.values.type.value_type))
+        values = pa.chunked_array(
+            [chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.values.chunks], pa.large_list(column.values.type.value_type)
+        )
         lists = values.combine_chunks()
         rows, flat = _numpy(pc.list_parent_indices(lists)), pc.list_flatten(lists)
         texts = texts_from_column(Column(column.file, column.name, _plain(pa.chunked_array([flat]))))
@@ -250,7 +258,9 @@ def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.
 def vectors_from_column(column: Column, dim: int, separator: str | None) -> Array:
     """[n, dim] float64, NaN rows where the cell is empty; every vector must have `dim` finite components."""
     if is_list(column):
-        lists = pa.chunked_array([c.cast(pa.large_list(c.type.value_type)) for c in column.values.chunks], pa.large_list(column.values.type.value_type)).combine_chunks()
+        lists = pa.chunked_array(
+            [c.cast(pa.large_list(c.type.value_type)) for c in column.values.chunks], pa.large_list(column.values.type.value_type)
+        ).combine_chunks()
     else:
         lists = pc.split_pattern(texts_from_column(column), pattern=separator or " ")
     length = _numpy(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)

@@ -9,7 +9,7 @@ Array = np.ndarray
 _PAIRS_AT_ONCE = 1 << 25  # about 1.5 GB of work space
 
 
-def item_transitions(offsets: Array, rows: Array, num_items: int, *, window: int = 3, neighbours: int = 100) -> tuple[Array, Array]:
+def item_transitions(offsets: Array, rows: Array, num_items: int, *, window: int = 8, neighbours: int = 100) -> tuple[Array, Array]:
     """Counts b after a at distance d <= window as 1/d, and divides by the root of all that followed a.
 
     The root stands between a plain count (which lets popular items speak loudest) and a probability (which believes a rare

@@ -179,7 +179,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2)
     release, computer = report["release"], report["machine"]
     subject = f"{release['shop']}, {release['items']:,} items, {release['candidates']} candidates"
     axes.set_title(f"{subject}\n{computer['cpu']}, {computer['cores']} cores, {report['date'][:10]}", size=10)

@@ -58,6 +58,10 @@ class ClientCore:
         self._retries = 1.0
         self._lock = threading.Lock()
 
+    def connect(self, timeout_s: float = 2.0) -> bool:
+        """Whether the server answers. Not needed, but the first call then finds the connection made and the server's version known."""
+        return self._transport.connect(timeout_s)
+
     def close(self) -> None:
         """Ends the connection; waits a little for calls that were given up, since ending them could end an old server."""
         self._transport.close()

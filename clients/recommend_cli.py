@@ -42,7 +42,6 @@ def recommend(
 ) -> None:
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
     from clients.client import Client
-    from clients.transport import GrpcTransport
 
     options = {
         "top_k": top_k,
@@ -56,9 +55,8 @@ def recommend(
         "diversity": diversity,
     }
     found_url, headers = find_server(repository, url)
-    transport = GrpcTransport(found_url, headers=headers)
-    transport.connect(_CONNECT_S)  # so that the latency shown is the call's alone
-    with Client(transport=transport) as client:
+    with Client(found_url, headers=headers) as client:
+        client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
         results = client.recommend_many(users, budget_ms=budget_ms, **options)
     catalogue = Catalogue(repository, results[0].release)
     if as_json:

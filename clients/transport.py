@@ -35,6 +35,7 @@ _CHANNEL_OPTIONS = (
 )
 _CLOSE_TIMEOUT_S = 10.0
 _TASKS_TIMEOUT_S = 2.0
+_CLOSED = "this client is closed; make another one"
 _DTYPES: dict[str, type] = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
 _FIELDS: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
 
@@ -53,6 +54,9 @@ class Transport(Protocol):
 
     def start(self, call: Call) -> Future[Answer]:
         """Sends the call and returns at once; the future fails with a PeregrineError."""
+
+    def connect(self, timeout_s: float) -> bool:
+        """Whether a server answers, at most about `timeout_s` from now."""
 
     def send(self, call: Call) -> Answer:
         """Sends a call without a budget and waits for its answer: spares a lone caller the way through another thread."""
@@ -84,30 +88,34 @@ class GrpcTransport:
         self._cancel_is_safe: bool | None = None  # None: not known yet
         self._version_call: Any = None
         self._tasks_call: Any = None
+        self._is_closed = False
 
     def start(self, call: Call) -> Future[Answer]:
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()  # so that an asyncio task that ends cannot cancel it
+        request = proto_from_call(call, self._model)
         with self._lock:
             self._refuse_beyond_limit(call)
-            rpc = self._stub.ModelInfer.future(proto_from_call(call, self._model), metadata=self._metadata)
+            self._check_open()
+            rpc = self._stub.ModelInfer.future(request, metadata=self._metadata)
             self._running[future] = _Running(rpc, call.budget_ms is not None)
         rpc.add_done_callback(lambda done: self._finish(future, done))
-        if call.budget_ms is not None and self._version_call is None:
+        if self._version_call is None:
             self._ask_version()
         return future
 
     def connect(self, timeout_s: float) -> bool:
-        """Whether the connection stands, at most `timeout_s` from now; the first call then need not wait for it."""
         import grpc
 
         try:
             grpc.channel_ready_future(self._channel).result(timeout_s)
-        except grpc.FutureTimeoutError:
+            self._ask_version().result(timeout_s)
+        except (grpc.FutureTimeoutError, grpc.RpcError):
             return False
         return True
 
     def send(self, call: Call) -> Answer:
+        self._check_open()
         try:
             return answer_from_proto(self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata))
         except self._rpc_error as error:
@@ -138,6 +146,7 @@ class GrpcTransport:
         until = time.monotonic() + _CLOSE_TIMEOUT_S
         while self._running and not self._cancel_is_safe and time.monotonic() < until:
             time.sleep(0.01)
+        self._is_closed = True
         self._channel.close()
 
     @property
@@ -146,11 +155,17 @@ class GrpcTransport:
         with self._lock:
             return sum(running.given_up for running in self._running.values())
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Unavailable(_CLOSED)
+
     def _refuse_beyond_limit(self, call: Call) -> None:
         """Where calls cannot be cancelled, one with a budget may have to be given up: no more of them than may be abandoned."""
-        if call.budget_ms is None or self._cancel_is_safe is not False or len(self._running) < self._max_abandoned:
+        if self._cancel_is_safe or len(self._running) < self._max_abandoned:
             return
-        if sum(running.may_be_given_up or running.given_up for running in self._running.values()) >= self._max_abandoned:
+        given_up = sum(running.given_up for running in self._running.values())
+        at_risk = sum(running.given_up or running.may_be_given_up for running in self._running.values())
+        if (given_up if call.budget_ms is None else at_risk) >= self._max_abandoned:
             raise Overloaded(f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to stop; ask again later")
 
     def _finish(self, future: Future[Answer], rpc: Any) -> None:
@@ -166,10 +181,11 @@ class GrpcTransport:
         except Exception as error:  # an answer that cannot be read must not leave its caller waiting
             future.set_exception(error_from_status("INTERNAL", f"unreadable answer: {error}", self.url))
 
-    def _ask_version(self) -> None:
-        """Once, without waiting: until the answer is there, the server is taken for an old one."""
-        self._version_call = self._stub.ServerMetadata.future(self._pb.ServerMetadataRequest(), metadata=self._metadata)
-        self._version_call.add_done_callback(self._note_version)
+    def _ask_version(self) -> Any:
+        """Without waiting: until the answer is there, the server is taken for an old one."""
+        self._version_call = call = self._stub.ServerMetadata.future(self._pb.ServerMetadataRequest(), metadata=self._metadata)
+        call.add_done_callback(self._note_version)
+        return call
 
     def _note_version(self, rpc: Any) -> None:
         if rpc.code().name != "OK":
@@ -228,7 +244,7 @@ class FakeTransport:
 
     def start(self, call: Call) -> Future[Answer]:
         if self.closed:
-            raise Unavailable("this client is closed; make another one")
+            raise Unavailable(_CLOSED)
         self.calls.append(call)
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()
@@ -239,6 +255,9 @@ class FakeTransport:
         else:
             finish()
         return future
+
+    def connect(self, timeout_s: float) -> bool:
+        return not self.closed
 
     def send(self, call: Call) -> Answer:
         return self.start(call).result()

@@ -82,6 +82,8 @@ def _parameter(name: str, value: Any, num_users: int) -> Parameter:
     plain = _plain(name, value)
     if isinstance(plain, float) and not math.isfinite(plain):
         raise InvalidArgument(f"{name}: numbers must be finite, got {plain!r}")
+    if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
+        raise InvalidArgument(f"{name}: {plain} does not fit into 64 bits")
     return plain if isinstance(plain, (bool, int, float)) else _json(name, plain)
 
 

@@ -23,6 +23,9 @@ DEFAULT_TOP_K = 10
 # Triton's own, which may travel along with ours.
 _FOREIGN = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output", "triton_enable_empty_final_response")
 
+_NO_CAP = 1 << 30
+_REMEMBERED_BYTES = 2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
+
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
 
 
@@ -86,12 +89,21 @@ def default_options(num_users: int) -> Options:
 
 def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
     """One request's parameters (a JSON object, as Triton hands it on) -> Options; InvalidArgument names the field."""
-    return default_options(num_users) if parameters in ("", "{}", "null") else _parse(parameters, num_users, schema)
+    if parameters in ("", "{}", "null"):
+        return default_options(num_users)
+    parse = _parse if len(parameters) <= _REMEMBERED_BYTES else _parse.__wrapped__
+    return parse(parameters, num_users, schema)
 
 
 @lru_cache(maxsize=4096)  # the same page asks the same question again and again
 def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
-    raw = {name: value for name, value in json.loads(parameters).items() if name not in _FOREIGN}
+    try:
+        found = json.loads(parameters)
+    except ValueError:  # Triton writes a double that is NaN or infinite as nothing at all
+        raise InvalidArgument(f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}") from None
+    if not isinstance(found, dict):
+        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(found)}")
+    raw = {name: value for name, value in found.items() if name not in _FOREIGN}
     unknown = sorted(set(raw) - set(_READERS))
     if unknown:
         raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(_READERS)}")
@@ -118,7 +130,7 @@ def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
 def _top_k(name: str, value: Any, schema: Schema) -> int:
     most = schema.sizes.max_top_k
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise InvalidArgument(f"{name}: must be 1..{most}, got {value!r}")
+        raise InvalidArgument(f"{name}: must be 1..{most}, got {_short(value)}")
     return value
 
 
@@ -139,6 +151,8 @@ def _id(name: str, value: Any) -> bytes:
         raise InvalidArgument(f"{name}: an id is not UTF-8: {_short(value)}") from None
     if len(encoded) > MAX_ID_BYTES:
         raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {len(encoded)}")
+    if encoded.endswith(b"\0"):
+        raise InvalidArgument(f"{name}: an id ends in a NUL byte")  # NumPy would drop it and find another item
     return encoded
 
 
@@ -150,7 +164,7 @@ def _switch(name: str, value: Any, schema: Schema) -> bool:
 
 def _share(name: str, value: Any, schema: Schema) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise InvalidArgument(f"{name}: must be 0..1, got {value!r}")
+        raise InvalidArgument(f"{name}: must be 0..1, got {_short(value)}")
     return float(value)
 
 
@@ -158,15 +172,15 @@ def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], 
     known = {task.name for task in schema.tasks}
     for task, weight in _object(name, value, known, "task"):
         if not _is_number(weight) or abs(weight) > 1e6:
-            raise InvalidArgument(f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {weight!r}")
+            raise InvalidArgument(f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {_short(weight)}")
     return tuple((task, float(weight)) for task, weight in value.items())
 
 
 def _caps(name: str, value: Any, schema: Schema) -> tuple[tuple[str, int], ...]:
     for feature, cap in _object(name, value, _categories(schema), "item category"):
         if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
-            raise InvalidArgument(f"{name}: the cap of {feature!r} must be a whole number from 1, got {cap!r}")
-    return tuple(value.items())
+            raise InvalidArgument(f"{name}: the cap of {feature!r} must be a whole number from 1, got {_short(cap)}")
+    return tuple((feature, min(cap, _NO_CAP)) for feature, cap in value.items())
 
 
 def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
@@ -190,11 +204,16 @@ def _categories(schema: Schema) -> set[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)  # isfinite cannot take an int of any size
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something nested too deeply"
     return text if len(text) <= 40 else text[:37] + "..."
 
 

@@ -123,7 +123,7 @@ class Recall:
         depth = min(wanted + int(num_excluded.max(initial=0)), self.num_rows - 1)
         found = self._search(query, depth, masks)  # [B, M, depth], best first
         line_index = np.broadcast_to(np.arange(found.shape[2]) * interests, found.shape).reshape(num_users, -1)
-        popular = np.broadcast_to(self.popular_rows[:depth], (num_users, min(depth, len(self.popular_rows))))
+        popular = self._popular(depth, masks)
         parts = [found.reshape(num_users, -1), transition_rows, popular]
         sources = np.repeat(np.arange(3), [p.shape[1] for p in parts])
         rows = self._eligible(np.concatenate(parts, axis=1), excluded, masks)
@@ -153,6 +153,28 @@ class Recall:
         place = beyond * 10_000_000 + rank * 4 + sources
         return np.where(rows > 0, place, np.iinfo(np.int64).max)
 
+    def _popular(self, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
+        """The most popular rows that pass each user's filter: [B, depth], padded with -1. Filtered before they are cut: else a
+        rare category would find none, and what a user gets would depend on how deep its batch-mates go."""
+        out = np.full((len(masks), depth), -1, np.int64)
+        found: dict[int, np.ndarray] = {}
+        for user, mask in enumerate(masks):
+            if id(mask) not in found:
+                found[id(mask)] = self.popular_rows[:depth] if mask is None else self._popular_passing(mask, depth)
+            rows = found[id(mask)]
+            out[user, : len(rows)] = rows
+        return out
+
+    def _popular_passing(self, mask: np.ndarray, depth: int) -> np.ndarray:
+        """The first `depth` popular rows within `mask` [I + 1]; looks ever further down the list."""
+        length = 4 * depth
+        while True:
+            rows = self.popular_rows[:length]
+            rows = rows[mask[rows]]
+            if len(rows) >= depth or length >= len(self.popular_rows):
+                return rows[:depth]
+            length *= 8
+
     def _search(self, query: np.ndarray, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
         """Index rows [B, M, depth] int64, best first, padded with -1. Users with the same filter are searched together."""
         num_users, interests, embedding = query.shape
@@ -171,11 +193,27 @@ class Recall:
             passing = np.flatnonzero(mask)
             if len(passing) <= max(depth, _EXACT_BELOW * self.num_rows):
                 return self._search_exact(query, depth, passing)
-        rows: np.ndarray = self.index.search(query, depth, params=self._parameters(mask))[1] + 1
+        rows = self._search_index(query, depth, self._parameters(mask))
         short = np.flatnonzero((rows <= 0).any(axis=1))
         if isinstance(self.index, faiss.IndexIVF) and len(short):  # the visited lists held too few: nothing may be lost for it
             rows[short] = self._search_exact(query[short], depth, np.flatnonzero(mask) if mask is not None else np.arange(1, self.num_rows))
         return np.where(rows > 0, rows, -1)
+
+    def _search_index(self, query: np.ndarray, depth: int, parameters: Any) -> np.ndarray:
+        """[Q, D] -> rows [Q, depth], 0 where there are no more. Equal scores in order of rows, also where the list is cut: Faiss
+        leaves that open, and items that are the same to the encoder would come or go with the depth that batch-mates need."""
+        length = min(depth + 1, self.num_rows - 1)
+        while True:
+            scores, rows = self.index.search(query, length, params=parameters)
+            cut_within_ties = (scores[:, depth - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
+            if length == self.num_rows - 1 or not cut_within_ties.any():
+                break
+            length = min(2 * length, self.num_rows - 1)
+        rows += 1
+        tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+        if len(tied):
+            rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied]), axis=-1), axis=1)
+        return rows[:, :depth]
 
     def _parameters(self, mask: np.ndarray | None) -> Any:
         """Search parameters of this index; `mask` [I + 1] becomes a bitmap over index positions."""

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from shops import SHOPS, ReleaseCache, private_copy
 
 if TYPE_CHECKING:
     from ensemble.local import LocalPipeline
     from ensemble.release import Release
     from ensemble.server import Server
+
+# No deadline: a machine that is shared is slow now and then. The same examples on every run.
+settings.register_profile("peregrine", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("peregrine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from fake_triton import FakeTriton
 
 from clients.aio import AsyncClient
 from clients.client import Client
-from clients.errors import BudgetExceeded, InvalidArgument, Unavailable
+from clients.errors import BudgetExceeded, InvalidArgument, Overloaded, Unavailable
 from clients.transport import FakeTransport, GrpcTransport
 
 
@@ -64,6 +64,26 @@ def test_a_cancelled_task_does_not_cancel_the_call() -> None:
     asyncio.run(body())  # ends the loop while the call runs on
     transport.close()
     assert (transport.num_abandoned, triton.cancelled, len(triton.requests)) == (0, 0, 2)
+    triton.stop()
+
+
+def test_cancelled_tasks_are_bounded_too() -> None:
+    triton = FakeTriton()
+    transport = GrpcTransport(triton.url, max_abandoned=3)
+
+    async def body() -> None:
+        async with AsyncClient(transport=transport) as client:
+            await client.recommend("u")
+            triton.delay_s = 0.4
+            tasks = [asyncio.create_task(client.recommend("u")) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with pytest.raises(Overloaded):
+                await client.recommend("u")
+
+    asyncio.run(body())
     triton.stop()
 
 

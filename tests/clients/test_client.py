@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_triton import FakeTriton
@@ -78,6 +81,7 @@ def test_recommend_many_takes_one_value_per_user() -> None:
         ("u", {"weights": {"buy": float("nan")}}, "weights: numbers must be finite, got {'buy': nan}"),
         ("u", {"diversity": float("nan")}, "diversity: numbers must be finite, got nan"),
         ("u", {"allow": object}, "allow: cannot be written as JSON: <class 'object'>"),
+        ("u", {"top_k": 2**63}, "top_k: 9223372036854775808 does not fit into 64 bits"),
         ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
     ],
 )
@@ -246,8 +250,7 @@ def test_an_old_server_sees_neither_deadline_nor_cancel(triton: FakeTriton) -> N
 def test_a_new_server_is_told_to_stop() -> None:
     triton = FakeTriton("2.73.0")
     with Client(triton.url) as client:
-        client.recommend("u1", budget_ms=5000)
-        time.sleep(0.1)
+        assert client.connect()
         triton.delay_s = 0.2
         with pytest.raises(BudgetExceeded):
             client.recommend("u1", budget_ms=20)
@@ -260,7 +263,6 @@ def test_calls_that_were_given_up_are_bounded(triton: FakeTriton) -> None:
     transport = GrpcTransport(triton.url, max_abandoned=4)
     with Client(transport=transport) as client:
         client.recommend("u1", budget_ms=5000)
-        time.sleep(0.1)
         triton.delay_s = 0.5
         for _ in range(4):
             with pytest.raises(BudgetExceeded):
@@ -274,9 +276,24 @@ def test_calls_that_were_given_up_are_bounded(triton: FakeTriton) -> None:
     assert (transport.num_abandoned, triton.cancelled) == (0, 0)
 
 
+def test_a_closed_client_says_so(triton: FakeTriton) -> None:
+    client = Client(triton.url)
+    client.close()
+    for options in ({}, {"budget_ms": 100}):
+        with pytest.raises(Unavailable, match=r"^this client is closed; make another one$"):
+            client.recommend("u1", **options)  # type: ignore[arg-type]
+
+
 def test_no_server_is_one_clear_line() -> None:
     with (
         Client("127.0.0.1:1") as client,
         pytest.raises(Unavailable, match=r"^server 127\.0\.0\.1:1 is not available: .*is `peregrine serve` running\?$"),
     ):
         client.recommend("u1")
+
+
+def test_importing_the_client_is_free_of_servers_screens_and_grpc() -> None:
+    heavy = ("grpc", "typer", "rich", "psutil", "matplotlib", "torch", "faiss")
+    script = f"import sys, clients.client, clients.aio; print(*set({heavy}) & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert result.stdout.strip() == ""

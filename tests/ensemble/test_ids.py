@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ensemble.errors import InvalidInput
 from ensemble.ids import IdMap, open_ids, write_ids
 
-IDS = st.lists(st.text(min_size=1, max_size=12).map(str.encode).filter(lambda b: not b.endswith(b"\0")), min_size=1, max_size=30, unique=True)
+IDS = st.lists(st.text(min_size=1, max_size=6).map(str.encode).filter(lambda b: not b.endswith(b"\0")), min_size=1, max_size=12, unique=True)
 
 
 @given(IDS, IDS)
