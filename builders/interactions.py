@@ -88,7 +88,8 @@ def _row_labels(task: ShopTask, columns: dict[str, Column], names: list[str], ev
     if label is None:
         return np.full(num_rows, np.nan, np.float32)
     if label.event is not None:
-        return np.equal(events, names.index(label.event)).astype(np.float32)
+        assert events is not None  # shop.toml was checked: an event label needs an event column
+        return (events == names.index(label.event)).astype(np.float32)
     assert label.column is not None
     column = columns[label.column]
     numbers = numbers_from_column(column)
@@ -173,5 +174,5 @@ def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:
         if (wanting and not (known == 1).any()) or not len(known):
             what = f"({source} is {'never 1' if wanting else 'always empty'}{given})"
             raise InvalidInput(
-                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct the label in shop.toml or drop the task"
+                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its label or drop it"
             )

@@ -73,7 +73,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for table in (_versus_table(report), _load_table(report), _steps_table(report)):
         console.print(table)
     console.print(_figures_table(report))
-    if report["perf_analyzer"] is None:
+    if report["perf_analyzer"] is None and report["options"].get("use_perf_analyzer", True):
         console.print("perf_analyzer: not found; `peregrine bench --install-perf-analyzer` gets it")
 
 
