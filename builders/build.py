@@ -142,7 +142,7 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
     errors = {}
     item_encoder = ItemRows(checkpoint.item_encoder(), trained.item_head, schema.sizes.embedding)
     id_rows = np.concatenate([checkpoint.item_ids, trained.item_id_features], axis=1)
-    feeds = _feeds(dataset, index, trained, options)
+    feeds = _feeds(dataset, encoders, index, trained, options)
     modules = (
         (item_encoder, contract.item_encoder(schema)),
         (checkpoint.user_encoder(), pipeline.model("user_encoder")),
@@ -181,7 +181,7 @@ def make_release(options: BuildOptions, name: str, export: Done, verify: Done, f
     """The staged release and its report -> the model repository, whole or not at all."""
     schema = _schema(export.folder)
     pipeline, item_encoder = contract.recommend(schema), contract.item_encoder(schema)
-    members = write_members(pipeline, [item_encoder], name, [task.name for task in schema.tasks], folder)
+    members = write_members(pipeline, [item_encoder], name, folder)
     for model in (*pipeline.models, item_encoder):
         if model.is_engine:
             _link(export.folder / "engines" / model.name / "model.onnx", members[model.name] / "1" / "model.onnx")
@@ -237,24 +237,26 @@ def _features(dataset: Dataset) -> tuple[Array, Array, Array, Array]:
     return dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values
 
 
-def _feeds(dataset: Dataset, index: Done, trained: RankerCheckpoint, options: BuildOptions) -> dict[str, Array]:
-    """Real inputs by tensor name for _CHECKED users and items: held-out users where there are any, with recall's candidates."""
+def _feeds(dataset: Dataset, encoders: Done, index: Done, trained: RankerCheckpoint, options: BuildOptions) -> dict[str, Array]:
+    """Real inputs by tensor name for _CHECKED users, with recall's candidates, and items. Random scores would not do: where the
+    calibrated probabilities are all next to 0, the two sigmoids differ in most of their digits.
+    """
     sizes, count = dataset.schema.sizes, min(_CHECKED, dataset.num_users)
     user_rows = np.arange(1, count + 1)
     ends = dataset.histories.offsets[user_rows + 1]
     windows = history_windows(dataset.histories, user_rows, ends, sizes.history)
     embeddings = np.load(index.folder / "item_embeddings.npy", mmap_mode="r")
-    rng = np.random.default_rng(options.seed)
-    candidates = rng.integers(1, dataset.num_items + 1, (count, sizes.candidates))
+    candidates, scores = OfflineRecall(dataset, index.folder, _UserEncoding(options, dataset, encoders, embeddings)).candidates(user_rows, ends)
+    known, candidates = (candidates > 0)[..., None].astype(np.float32), np.maximum(candidates, 0)
     return {
         "history_embeddings": embeddings[np.maximum(windows, 0)] * (windows > 0)[..., None].astype(np.float32),
         "history_mask": windows > 0,
         "user_codes": np.asarray(dataset.user_codes[user_rows]),
         "user_values": np.asarray(dataset.user_values[user_rows]),
         "user_features": trained.user_features[user_rows],
-        "candidate_embeddings": embeddings[candidates],
-        "candidate_features": trained.item_features[candidates],
-        "candidate_scores": rng.standard_normal((count, sizes.candidates, len(contract.SOURCES)), dtype=np.float32),
+        "candidate_embeddings": embeddings[candidates] * known,
+        "candidate_features": trained.item_features[candidates] * known,
+        "candidate_scores": scores,
         "item_codes": np.asarray(dataset.item_codes[1 : 1 + _CHECKED]),
         "item_values": np.asarray(dataset.item_values[1 : 1 + _CHECKED]),
     }

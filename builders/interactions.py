@@ -173,6 +173,4 @@ def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:
         wanting = "1" if task.kind == "binary" and len(known) else ""
         if (wanting and not (known == 1).any()) or not len(known):
             what = f"({source} is {'never 1' if wanting else 'always empty'}{given})"
-            raise InvalidInput(
-                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its label or drop it"
-            )
+            raise InvalidInput(f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its label or drop it")

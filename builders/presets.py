@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from builders.train_encoders import EncoderConfig
 from builders.ranker_trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
+from builders.train_encoders import EncoderConfig
 from ensemble.errors import InvalidInput
 from ensemble.schema import Schema, Sizes, Table
 

@@ -42,7 +42,7 @@ def publish(repository: Path, name: str, members: Mapping[str, Path], release_fi
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
         version = importlib.metadata.version("peregrine-recommender")
     except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ Every configuration runs on any Triton with the Python backend, from 2.51 on: fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -37,11 +36,10 @@ def member_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
     return config
 
 
-def ensemble_config(spec: PipelineSpec, release: str, tasks: Sequence[str]) -> ModelConfig:
-    """The release's ensemble: every model of the pipeline, wired by names alone. Clients read the names of `probabilities`' tasks here."""
+def ensemble_config(spec: PipelineSpec, release: str) -> ModelConfig:
+    """The release's ensemble: every model of the pipeline, wired by names alone."""
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, spec.max_batch, release)
     config.platform = "ensemble"
-    config.parameters["tasks"].string_value = json.dumps(list(tasks))
     for model in spec.models:
         _add_step(config, f"{release}_{model.name}", model.inputs, model.outputs)
     return config
@@ -62,7 +60,7 @@ def config_text(config: ModelConfig) -> str:
     return text_format.MessageToString(config)
 
 
-def write_members(pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: str, tasks: Sequence[str], folder: Path) -> dict[str, Path]:
+def write_members(pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: str, folder: Path) -> dict[str, Path]:
     """Writes each member's config.pbtxt and model.py, and the ensemble's, under `folder`; returns {model name: its folder}.
 
     `extra` are members outside the ensemble (item_encoder). Engines' model.onnx go beside their model.py; the folder
@@ -73,7 +71,7 @@ def write_members(pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: s
     for spec in models:
         _write(folders[spec.name], member_config(spec, release, pipeline.max_batch))
         (folders[spec.name] / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
-    _write(folders[pipeline.name], ensemble_config(pipeline, release, tasks))
+    _write(folders[pipeline.name], ensemble_config(pipeline, release))
     (folder / release).mkdir(exist_ok=True)
     (folder / release / ALIAS_FILE).write_text(config_text(alias_config(pipeline, release)), encoding="utf-8")
     return folders

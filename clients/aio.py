@@ -15,7 +15,7 @@ from typing import Any
 from clients.client import ClientCore, left_s
 from clients.errors import CallError
 from clients.results import Recommendations
-from clients.wire import Answer, Call, Id
+from clients.wire import Answer, Call, Id, recommendations_from_answer
 
 
 class AsyncClient(ClientCore):
@@ -67,10 +67,7 @@ class AsyncClient(ClientCore):
                     raise
                 await asyncio.sleep(delay_s)
                 attempt += 1
-        latency_ms = (time.perf_counter() - started) * 1000
-        if release := self._unknown_release(answer):
-            await asyncio.to_thread(self._learn_tasks, release)
-        return self._results(call, answer, latency_ms)
+        return recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
 
     async def _wait(self, call: Call, started: float) -> Answer:
         future = self._transport.start(call)

@@ -47,14 +47,11 @@ class ClientCore:
         url: str = "127.0.0.1:8001",
         *,
         budget_ms: float | None = None,
-        tasks: Sequence[str] | None = None,
         headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._transport = transport or GrpcTransport(url, headers=headers)
         self._budget_ms = budget_ms
-        self._tasks = tuple(tasks) if tasks else None
-        self._tasks_of: dict[str, tuple[str, ...] | None] = {}
         self._retries = 1.0
         self._lock = threading.Lock()
 
@@ -89,23 +86,6 @@ class ClientCore:
             self._transport.give_up(future)
         return BudgetExceeded(f"budget_ms: no answer within {call.budget_ms:g} ms", "DEADLINE_EXCEEDED")
 
-    def _unknown_release(self, answer: Answer) -> str | None:
-        """A release in the answer whose task names have not been asked for yet."""
-        if self._tasks is not None:
-            return None
-        return next((name for raw in set(answer["release"]) if (name := raw.decode()) not in self._tasks_of), None)
-
-    def _learn_tasks(self, release: str) -> None:
-        self._tasks_of[release] = self._transport.tasks(release)
-
-    def _results(self, call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
-        num_values = len(call.user_ids) * max(1, len(answer["item_ids"]) // len(call.user_ids))
-        num_tasks = answer["probabilities"].size // num_values
-        names = self._tasks or self._tasks_of.get(answer["release"][0].decode())
-        if names is None or len(names) != num_tasks:
-            names = tuple(f"task_{number}" for number in range(1, num_tasks + 1))
-        return recommendations_from_answer(call, answer, names, latency_ms)
-
 
 def left_s(call: Call, started: float) -> float | None:
     """Seconds of the call's budget that are left; None without a budget."""
@@ -117,7 +97,6 @@ class Client(ClientCore):
 
     url        host:port of the server's gRPC endpoint
     budget_ms  of calls that name none; None: such a call waits until it is answered
-    tasks      names of the release's tasks, for servers that keep their model configurations to themselves
     headers    sent with every call, for example the control header of .server.json
     transport  another way to the server: clients.transport.FakeTransport in an application's tests
     """
@@ -164,10 +143,7 @@ class Client(ClientCore):
                     raise
                 time.sleep(delay_s)
                 attempt += 1
-        latency_ms = (time.perf_counter() - started) * 1000
-        if release := self._unknown_release(answer):
-            self._learn_tasks(release)
-        return self._results(call, answer, latency_ms)
+        return recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
 
     def _wait(self, call: Call, started: float) -> Answer:
         if call.budget_ms is None:

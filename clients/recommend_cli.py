@@ -109,10 +109,6 @@ class Catalogue:
         except ReleaseError:
             return None  # the server may well be on another machine
 
-    @property
-    def tasks(self) -> list[str]:
-        return [task.name for task in self._release.schema.tasks] if self._release else []
-
     def titles(self, item_ids: list[str]) -> list[str]:
         """One title per item; empty where unknown."""
         import numpy as np
@@ -143,15 +139,10 @@ def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str,
         "latency_ms": round(result.latency_ms, 3),
         "recent": [{"item_id": item, "title": title} for item, title in zip(recent, catalogue.titles(recent), strict=True)],
         "items": [
-            {"item_id": item.item_id, "title": title, "score": item.score, "probabilities": _named(item.probabilities, catalogue.tasks)}
+            {"item_id": item.item_id, "title": title, "score": item.score, "probabilities": item.probabilities}
             for item, title in zip(result.items, catalogue.titles(list(result.item_ids)), strict=True)
         ],
     }
-
-
-def _named(probabilities: dict[str, float], tasks: list[str]) -> dict[str, float]:
-    """By the release's task names, where the server kept them to itself."""
-    return dict(zip(tasks, probabilities.values(), strict=True)) if len(tasks) == len(probabilities) else probabilities
 
 
 def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:

@@ -10,6 +10,7 @@ of such calls is bounded.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -34,7 +35,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),
 )
 _CLOSE_TIMEOUT_S = 10.0
-_TASKS_TIMEOUT_S = 2.0
 _CLOSED = "this client is closed; make another one"
 _DTYPES: dict[str, type] = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
 _FIELDS: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
@@ -64,9 +64,6 @@ class Transport(Protocol):
     def give_up(self, future: Future[Answer]) -> None:
         """Nobody waits for this future any more."""
 
-    def tasks(self, release: str) -> tuple[str, ...] | None:
-        """Names of the release's tasks in the order of `probabilities`, or None if the server does not tell."""
-
     def close(self) -> None:
         """Ends the connection, once what was given up has ended."""
 
@@ -87,7 +84,6 @@ class GrpcTransport:
         self._running: dict[Future[Answer], _Running] = {}
         self._cancel_is_safe: bool | None = None  # None: not known yet
         self._version_call: Any = None
-        self._tasks_call: Any = None
         self._is_closed = False
 
     def start(self, call: Call) -> Future[Answer]:
@@ -128,19 +124,6 @@ class GrpcTransport:
                 running.given_up = True
         if running is not None and self._cancel_is_safe:
             running.rpc.cancel()
-
-    def tasks(self, release: str) -> tuple[str, ...] | None:
-        import json
-
-        import grpc
-
-        request = self._pb.ModelConfigRequest(name=f"{release}_{self._model}")
-        self._tasks_call = self._stub.ModelConfig.future(request, metadata=self._metadata)  # kept: gRPC cancels what is garbage
-        try:
-            config = self._tasks_call.result(_TASKS_TIMEOUT_S).config
-            return tuple(json.loads(config.parameters["tasks"].string_value))
-        except (grpc.RpcError, grpc.FutureTimeoutError, ValueError):
-            return None  # restricted, or a release without names: the client numbers them
 
     def close(self) -> None:
         until = time.monotonic() + _CLOSE_TIMEOUT_S
@@ -265,10 +248,6 @@ class FakeTransport:
     def give_up(self, future: Future[Answer]) -> None:
         pass
 
-    def tasks(self, release: str) -> tuple[str, ...] | None:
-        rows = [row for rows in (*self._lists.values(), self._default) for row in rows]
-        return tuple(rows[0][2]) if rows and not isinstance(rows[0], str) else None
-
     def close(self) -> None:
         self.closed = True
 
@@ -276,20 +255,21 @@ class FakeTransport:
         users = [user.decode() for user in call.user_ids]
         rows = [[_row(entry, place) for place, entry in enumerate(self._lists.get(user, self._default))] for user in users]
         depth = max((len(r) for r in rows), default=0)
-        num_tasks = max((len(row[2]) for r in rows for row in r), default=1)
-        padding = ("", 0.0, (0.0,) * num_tasks)
+        names = next((list(row[2]) for r in rows for row in r), ["task"])
+        padding = ("", 0.0, dict.fromkeys(names, 0.0))
         padded = [row for r in rows for row in r + [padding] * (depth - len(r))]
         return {
             "item_ids": [row[0].encode() for row in padded],
             "scores": np.array([row[1] for row in padded], np.float32),
-            "probabilities": np.array([row[2] for row in padded], np.float32).reshape(len(users), depth, num_tasks),
+            "probabilities": np.array([list(row[2].values()) for row in padded], np.float32).reshape(len(users), depth, len(names)),
+            "tasks": [json.dumps(names).encode()] * len(users),
             "degraded": np.array([self._degraded(user) for user in users], np.int64),
             "release": [self._release.encode()] * len(users),
         }
 
 
-def _row(entry: Any, place: int) -> tuple[str, float, tuple[float, ...]]:
+def _row(entry: Any, place: int) -> tuple[str, float, dict[str, float]]:
     """An entry of FakeTransport's lists; a bare id gets a score that falls with its place."""
     if isinstance(entry, str):
-        return entry, 1.0 / (1 + place), (0.0,)
-    return entry[0], float(entry[1]), tuple(entry[2].values())
+        return entry, 1.0 / (1 + place), {"task": 0.0}
+    return entry[0], float(entry[1]), entry[2]

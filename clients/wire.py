@@ -147,9 +147,10 @@ def decode_bytes(raw: bytes, count: int) -> list[bytes]:
     return values
 
 
-def recommendations_from_answer(call: Call, answer: Answer, tasks: Sequence[str], latency_ms: float) -> list[Recommendations]:
+def recommendations_from_answer(call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
     """One result per user; padding (empty ids) is cut off."""
     num_users = len(call.user_ids)
+    tasks: list[str] = json.loads(answer["tasks"][0])
     ids: list[bytes] = answer["item_ids"]
     depth = len(ids) // num_users
     scores = np.asarray(answer["scores"]).reshape(num_users, depth).tolist()

@@ -80,7 +80,7 @@ RANKER_INPUTS = (
 )
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
-ANSWER = ("item_ids", "scores", "probabilities", "degraded", "release")
+ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
 
 
 def item_encoder(schema: Schema) -> ModelSpec:
@@ -123,6 +123,7 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
         tensor("item_ids", "bytes", "best first, padded with empty ids", k),
         tensor("scores", "float32", "the blended number that sorts, 0 where padded", k),
         tensor("probabilities", "float32", "one value per task, 0 where padded", k, task),
+        tensor("tasks", "bytes", "JSON array: the names of the last axis of probabilities", one),
         tensor("degraded", "int64", "bits of contract.Degraded", one),
         tensor("release", "bytes", "the release that answered", one),
         tensor("item_id_embedding", "float32", "the item's id row; row 0 when it is new", e),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from ensemble.options import Options
@@ -23,6 +25,7 @@ class Reranking:
         self.given = [self.columns[task.given] if task.given else -1 for task in self.tasks]
         self.category = {f.name: f for f in release.schema.items.features if f.kind == "category"}
         self.release = release.name.encode()
+        self.task_names = json.dumps([task.name for task in self.tasks]).encode()
 
     def run(self, options: Options, *, candidate_rows: np.ndarray, candidate_probabilities: np.ndarray, user_status: np.ndarray) -> Tensors:
         """candidate_* [B, N…] -> the answer [B, K…] with K the largest top_k of the batch (contract.py)."""
@@ -40,6 +43,7 @@ class Reranking:
             "item_ids": self.item_ids.ids_from_rows(np.where(shown, rows, 0)).astype(object),
             "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
             "probabilities": np.where(shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0).astype(np.float32),
+            "tasks": np.full((len(rows), 1), self.task_names, object),
             "degraded": user_status,
             "release": np.full((len(rows), 1), self.release, object),
         }

@@ -41,7 +41,8 @@ class TritonPythonModel:
         for name, spec in self.outputs.items():
             dims = [batch, *(3 if d == -1 else d for d in spec["dims"])]
             kind = pb_utils.triton_string_to_numpy(spec["data_type"])
-            values = np.full(dims, self.release if name == "release" else b"item", object) if kind is np.object_ else np.zeros(dims, kind)
+            text = {"release": self.release, "tasks": b'["click"]'}.get(name, b"item")
+            values = np.full(dims, text, object) if kind is np.object_ else np.zeros(dims, kind)
             tensors.append(pb_utils.Tensor(name, values))
         return pb_utils.InferenceResponse(output_tensors=tensors)
 """
@@ -51,7 +52,7 @@ def publish_toy(repository: Path, name: str, scratch: Path, *, broken: str = "",
     """Publishes a release whose steps answer zeros; `broken` is a statement for its initialize()."""
     pipeline = contract.recommend(SCHEMA)
     folder = scratch / f"toy-{name}"
-    members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, ["click"], folder)
+    members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, folder)
     for model in (*pipeline.models, contract.item_encoder(SCHEMA)):
         (members[model.name] / "1" / "model.py").write_text(MODEL_PY.replace("BROKEN", broken or "pass"))
     (folder / name / "schema.json").write_text(SCHEMA.to_json())

@@ -151,7 +151,11 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('kind = "number"', 'kind = "nunber"', "items.features.1.kind: 'nunber' is no kind of feature; use category, number, text, image, vector(<dim>)"),
+        (
+            'kind = "number"',
+            'kind = "nunber"',
+            "items.features.1.kind: 'nunber' is no kind of feature; use category, number, text, image, vector(<dim>)",
+        ),
         ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
         ('title = "title"', 'titel = "title"', "items.titel: no such key; see `peregrine shop --help`"),
         ('{column = "clicked"}', "{threshold = 1}", 'tasks.0.label: a label is either {event = "…"} or {column = "…"}'),
@@ -222,8 +226,12 @@ def test_csv_ids_keep_their_zeros_and_integers_are_decimal_text(shop: Path) -> N
     (shop / "interactions.csv").write_text(INTERACTIONS.replace(",a,", ",007,"))
     (shop / "items.csv").write_text(ITEMS.replace("\na,", "\n007,"))
     assert load_dataset(shop, now_s=NOW_S).item_ids.tolist() == [b"007", b"b", b"c"]
-    pq.write_table(pa.table({"user_id": np.array([10, 9]), "item_id": np.array([-1, 3]), "time": [1, 2], "clicked": [True, True]}), shop / "interactions.parquet")
-    (shop / "shop.toml").write_text(SHOP.replace("interactions.csv", "interactions.parquet").split("[items]")[0] + "[[tasks]]\nname='ctr'\nlabel={column='clicked'}")
+    pq.write_table(
+        pa.table({"user_id": np.array([10, 9]), "item_id": np.array([-1, 3]), "time": [1, 2], "clicked": [True, True]}), shop / "interactions.parquet"
+    )
+    (shop / "shop.toml").write_text(
+        SHOP.replace("interactions.csv", "interactions.parquet").split("[items]")[0] + "[[tasks]]\nname='ctr'\nlabel={column='clicked'}"
+    )
     dataset = load_dataset(shop, now_s=NOW_S)
     assert dataset.user_ids.tolist() == [b"10", b"9"]
     assert dataset.item_ids.tolist() == [b"-1", b"3"]

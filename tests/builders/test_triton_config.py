@@ -44,13 +44,12 @@ def test_dynamic_batching_has_no_delay_and_no_queue_policy():
 
 
 def test_ensemble_is_wired_by_names_alone():
-    config = ensemble_config(PIPELINE, "r1", ["click"])
+    config = ensemble_config(PIPELINE, "r1")
     assert [step.model_name for step in config.ensemble_scheduling.step] == [f"r1_{model.name}" for model in PIPELINE.models]
     for step, model in zip(config.ensemble_scheduling.step, PIPELINE.models, strict=True):
         assert dict(step.input_map) == {t.name: t.name for t in model.inputs}
         assert dict(step.output_map) == {t.name: t.name for t in model.outputs}
         assert step.model_version == -1
-    assert config.parameters["tasks"].string_value == '["click"]'
 
 
 def test_alias_has_one_step_and_the_pipelines_tensors():
@@ -71,7 +70,7 @@ def test_a_configuration_without_batching_is_refused_because_text_format_would_d
 
 
 def test_write_members_gives_every_member_the_same_files(tmp_path):
-    members = write_members(PIPELINE, [contract.item_encoder(SCHEMA)], "r1", ["click"], tmp_path)
+    members = write_members(PIPELINE, [contract.item_encoder(SCHEMA)], "r1", tmp_path)
     assert set(members) == {*(m.name for m in PIPELINE.models), "item_encoder", "recommend"}
     for name, folder in members.items():
         assert folder == tmp_path / f"r1_{name}"

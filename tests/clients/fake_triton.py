@@ -26,11 +26,6 @@ class FakeTriton:
             def ServerMetadata(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
                 return service_pb2.ServerMetadataResponse(version=outer.version)
 
-            def ModelConfig(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
-                response = service_pb2.ModelConfigResponse()
-                response.config.parameters["tasks"].string_value = '["click","buy"]'
-                return response
-
             def ModelInfer(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
                 return outer._infer(request, context)
 
@@ -57,6 +52,7 @@ class FakeTriton:
             ("item_ids", "BYTES", (users, depth), encode_bytes(ids)),
             ("scores", "FP32", (users, depth), np.array([3, 2, 0] * users, np.float32).tobytes()),
             ("probabilities", "FP32", (users, depth, 2), np.full(users * depth * 2, 0.5, np.float32).tobytes()),
+            ("tasks", "BYTES", (users, 1), encode_bytes([b'["click","buy"]'] * users)),
             ("degraded", "INT64", (users, 1), np.arange(users, dtype=np.int64).tobytes()),
             ("release", "BYTES", (users, 1), encode_bytes([b"r1"] * users)),
         ):

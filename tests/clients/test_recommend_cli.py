@@ -63,4 +63,4 @@ def test_without_a_repository_there_is_a_default_server_and_no_titles(tmp_path: 
     assert find_server(tmp_path / "absent", None) == (DEFAULT_URL, {})
     assert find_server(tmp_path, "h:1") == ("h:1", {})
     catalogue = Catalogue(tmp_path, "r1")
-    assert (catalogue.titles(["a"]), catalogue.recent("u1"), catalogue.tasks) == ([""], [], [])
+    assert (catalogue.titles(["a"]), catalogue.recent("u1")) == ([""], [])

@@ -1,0 +1,207 @@
+"""README.md is true: its shop builds, its commands run, its Python prints lists, and what it names exists.
+
+A fence's second word says what is done with it: `test` runs, `serve` runs in the background meanwhile, and a path is
+the file that the block is written to.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+URL = "127.0.0.1:8001"
+FENCE = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block."""
+
+    language: str
+    role: str
+    text: str
+
+
+BLOCKS = [Block(*found.groups()) for found in FENCE.finditer(README)]
+PYTHON = [block.text for block in BLOCKS if (block.language, block.role) == ("python", "test")]
+
+
+def bash_blocks(first: int, last: int | None = None) -> list[str]:
+    """Texts of the `bash test` blocks from `first` to before `last`."""
+    return [block.text for block in BLOCKS if (block.language, block.role) == ("bash", "test")][first:last]
+
+
+def write_own_shop(folder: Path, rng: np.random.Generator) -> None:
+    """What README's shop.toml speaks of, small: 150 users, 60 items, views that become clicks and purchases."""
+    write_csv(folder / "users.csv", ("user_id", "skin_type"), [(f"u{user}", ("dry", "oily")[user % 2]) for user in range(1, 151)])
+    items = [(f"i{item}", f"soft {('red', 'rose')[item % 2]} lipstick {item}", f"brand-{item % 5}", 5 + item) for item in range(1, 61)]
+    write_csv(folder / "items.csv", ("sku", "title", "brand", "price"), items)
+    events = []
+    for at in range(3000):
+        user, item, time_s = int(rng.integers(1, 151)), int(rng.integers(1, 61)), 1_700_000_000 + 600 * at
+        likes = (user + item) % 2 == 0
+        happened = ["view"] + ["click"] * (rng.random() < (0.6 if likes else 0.1)) + ["buy"] * (rng.random() < (0.5 if likes else 0.2))
+        events += [(f"u{user}", f"i{item}", time_s + step, event) for step, event in enumerate(happened) if event != "buy" or "click" in happened]
+    write_csv(folder / "interactions.csv", ("user_id", "sku", "time", "event"), events)
+
+
+def write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the reader's own shop, checked and built as README says."""
+    folder = tmp_path_factory.mktemp("reader")
+    for block in BLOCKS:
+        if block.role.endswith(".toml"):
+            path = folder / block.role
+            path.parent.mkdir(parents=True)
+            path.write_text(block.text, "utf-8")
+            write_own_shop(path.parent, np.random.default_rng(0))
+    for text in bash_blocks(0, 1):
+        run(["bash", "-euo", "pipefail", "-c", text], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(workplace: Path) -> Iterator[str]:
+    """host:port of README's server, started as README says but on a port that is free."""
+    (text,) = (block.text for block in BLOCKS if block.role == "serve")
+    port = free_port()
+    with (workplace / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [*text.split(), "--port", str(port), "--metrics-port", "0"], cwd=workplace, env=environment(), stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "serving release" not in (shown := (workplace / "serve.log").read_text()):
+            assert server.poll() is None and time.monotonic() < deadline, shown
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0, (workplace / "serve.log").read_text()
+
+
+def run(command: Sequence[str], folder: Path) -> str:
+    """Runs a command to its end -> stdout; fails with all it said."""
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """This environment's `peregrine` first on PATH, and this tree's sources."""
+    scripts = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("at", range(1, len(bash_blocks(0))))
+def test_commands_run_in_order(workplace: Path, url: str, at: int) -> None:
+    said = [run(["bash", "-euo", "pipefail", "-c", line], workplace) for line in bash_blocks(at, at + 1)[0].splitlines()]
+    assert all(said[:-1]), said
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("text", PYTHON, ids=["our client", "raw tritonclient"])
+def test_python_runs_and_prints_lists(workplace: Path, url: str, text: str) -> None:
+    assert URL in text
+    said = run([sys.executable, "-c", text.replace(URL, url)], workplace)
+    assert re.search(r"\bi\d+\b", said), said
+
+
+def test_commands_and_options_exist() -> None:
+    commands = re.findall(r"peregrine [a-z]+[^`\n]*(?:\n--[^`]*)?", README)
+    assert len(commands) > 12
+    for line in commands:
+        _, name, *words = line.split("#")[0].split()
+        command = command_of(name, words)
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        assert {word for word in words if word.startswith("-")} <= known, line
+
+
+def command_of(name: str, words: list[str]) -> object:
+    """The click command that `peregrine NAME words…` runs."""
+    import peregrine
+
+    command = typer.main.get_command(app_of(peregrine.COMMANDS[name]))
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words[0]]
+        words = words[1:]
+    return command
+
+
+def app_of(command: object) -> typer.Typer:
+    import importlib
+
+    found = getattr(importlib.import_module(command.module), command.attribute)
+    if isinstance(found, typer.Typer):
+        return found
+    app = typer.Typer()
+    app.command()(found)
+    return app
+
+
+def test_every_request_parameter_and_degraded_bit_is_explained() -> None:
+    from ensemble.contract import ANSWER, Degraded
+    from ensemble.options import PARAMETERS
+
+    rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {*PARAMETERS, *ANSWER} <= named
+    assert {(str(bit.value), bit.name.lower()) for bit in Degraded} == set(re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE))
+
+
+def test_files_that_are_named_exist() -> None:
+    named = set(re.findall(r"`((?:tests|ensemble|builders|clients|docker)/[\w/.]+)`", README)) | set(re.findall(r"\]\((\w+\.md)\)", README))
+    assert named
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_lock_fits_pyproject_and_names_no_place() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
+    versions = dict(line.split("==") for line in lines)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    for wanted in map(Requirement, [*project["dependencies"], *(text for extra in extras for text in extra)]):
+        assert wanted.specifier.contains(versions[wanted.name]), wanted
+
+
+def test_every_package_is_installed() -> None:
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    there = [
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for top in ("ensemble", "builders", "clients")
+        for path in (ROOT / top).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(there)
