@@ -82,10 +82,8 @@ def _toml_lines(entry: dict[str, Any]) -> list[str]:
     return [f"{key} = {value(v)}" for key, v in entry.items()]
 
 
-# --- sequences: "user item item …" lines, oldest first ---
-
-
 def _read_sequences(source: Path, name: str | None) -> Imported:
+    """Lines of 'user item item …', oldest first."""
     path = _sequence_file(source, name)
     lines = [line.split() for line in _text(path, "utf-8").splitlines()]
     lines = [line for line in lines if line]
@@ -259,9 +257,6 @@ def _double_colon(path: Path, names: list[str]) -> pa.Table:
     if not path.is_file():
         raise InvalidInput(f"{path} is missing; it belongs to this MovieLens set")
     return _delimited(path.read_bytes().decode("latin-1").encode().replace(b"::", b"\t"), path, names=names)
-
-
-# --- shared ---
 
 
 def _delimited(data: bytes, path: Path, *, names: list[str] | None = None, delimiter: str = "\t") -> pa.Table:

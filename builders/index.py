@@ -19,13 +19,15 @@ from builders.dataset import Dataset
 from builders.ranker_data import history_windows
 from builders.rows import write_items
 from builders.transitions import item_transitions
-from ensemble.contract import SOURCES
+from ensemble.contract import QUERY_TENSORS, SOURCES
 from ensemble.ids import write_ids
+from ensemble.local import open_step
 from ensemble.options import default_options
 from ensemble.recall import Recall, RecallSettings
 from ensemble.release import Release
 from ensemble.schema import Schema
 from ensemble.snapshot import gather
+from ensemble.spec import ModelSpec
 
 Array = np.ndarray
 EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
@@ -148,6 +150,8 @@ class OfflineRecall:
         staged = StagedRelease(folder)
         self.recall = Recall(staged.model("recall"), staged)
         self.dataset, self.encode_users = dataset, encode_users
+        self.between = [(model, open_step(model, staged)) for model in _before_recall(staged) if model.name not in ("features", "user_encoder")]
+        self.query_names = [spec.name for spec in staged.model("recall").inputs if spec.name != "seen_rows"]
 
     def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
         """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""
@@ -162,19 +166,34 @@ class OfflineRecall:
         )
         for piece in _pieces(len(user_rows)):
             seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], sizes.seen)
-            found = self.recall.run(default_options(len(seen)), seen_rows=seen, user_embeddings=user_embeddings[piece])
+            queries = self.queries(user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]})
+            found = self.recall.run(default_options(len(seen)), seen_rows=seen, **queries)
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
 
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
         """[L], [L], item_rows [L, N] (-1 padded) -> every source's score [L, N, S] float32."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
-        query = self.encode_users(user_rows, history_ends)
+        user_embeddings = self.encode_users(user_rows, history_ends)
         for piece in _pieces(len(user_rows)):
             seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], self.recall.sizes.seen)
             embeddings = gather(item_rows[piece], self.recall.items, "embedding")
-            out[piece] = self.recall.source_scores(query[piece], item_rows[piece], embeddings, self.recall.transition_offers(seen))
+            queries = self.queries(user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]})
+            query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
+            out[piece] = self.recall.source_scores(query, item_rows[piece], embeddings, self.recall.transition_offers(seen))
         return out
+
+    def queries(self, user_rows: Array, tensors: dict[str, Array]) -> dict[str, Array]:
+        """What recall takes beside seen_rows [L, W]; models between features and recall other than the user encoder are run here."""
+        known = {"user_id": self.dataset.user_ids[user_rows - 1][:, None], **tensors}
+        for model, step in self.between:
+            known |= step.run(default_options(len(user_rows)), **{spec.name: known[spec.name] for spec in model.inputs})
+        return {name: known[name] for name in self.query_names}
+
+
+def _before_recall(release: Release) -> list[ModelSpec]:
+    models = release.pipeline.models
+    return list(models[: [model.name for model in models].index("recall")])
 
 
 def _pieces(count: int, size: int = 256) -> list[slice]:

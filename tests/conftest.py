@@ -130,9 +130,9 @@ def sequences_server(sequences_repository: Path) -> Iterator[Server]:
 
 
 def _open(repository: Path) -> Release:
-    from ensemble.release import open_release
+    from ensemble.release import active_release, open_release
 
-    return open_release(repository, "r1")
+    return open_release(repository, active_release(repository) or "none")
 
 
 def _twin(release: Release) -> LocalPipeline:

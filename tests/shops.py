@@ -124,6 +124,8 @@ class ReleaseCache:
         if not (folder / "shop" / "shop.toml").exists():
             shutil.rmtree(folder / "shop", ignore_errors=True)
             SHOPS[name](folder / "shop")
+        for left in (folder / "repository").glob("[!.]*"):  # of a killed run: its finished stages (.build) stay, half a release does not
+            shutil.rmtree(left)
         command = [sys.executable, "-m", "peregrine", "build", str(folder / "shop"), "--preset", "tiny", "--activate", "--json"]
         command += ["--repository", str(folder / "repository")]
         process = subprocess.Popen(command, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -132,7 +132,7 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path: Path) -> None:
 
 def test_a_killed_generate_leaves_nothing_under_its_name(tmp_path: Path) -> None:
     out = tmp_path / "shop"
-    program = f"from pathlib import Path; from builders.generate import generate_shop; generate_shop(Path({str(out)!r}), items=5000, events=400_000, images=True)"
+    program = f"import pathlib, builders.generate as g; g.generate_shop(pathlib.Path({str(out)!r}), items=5000, events=400_000, images=True)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".shop.partial-*/images")) and time.monotonic() < deadline:

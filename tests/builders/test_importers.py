@@ -50,13 +50,13 @@ def test_sequences_of_a_single_file(tmp_path: Path) -> None:
 
 
 def test_recbole_s_atomic_files(tmp_path: Path) -> None:
+    ratings = "".join(f"{u}\t{i}\t{(u * i) % 5 + 1}\t{u * 10 + i}\n" for u in (1, 2, 3) for i in range(1, 7))
+    films = "".join(f"{i}\tTitle {i}\tA B\t{i}.5\t0.1 {i}\n" for i in range(1, 7))
     source = write(
         tmp_path / "toy",
         {
-            "toy.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-            + "".join(f"{u}\t{i}\t{(u * i) % 5 + 1}\t{u * 10 + i}\n" for u in (1, 2, 3) for i in range(1, 7)),
-            "toy.item": "item_id:token\tmovie_title:token_seq\tclass:token_seq\tprice:float\tlook:float_seq\n"
-            + "".join(f"{i}\tTitle {i}\tA B\t{i}.5\t0.1 {i}\n" for i in range(1, 7)),
+            "toy.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings,
+            "toy.item": "item_id:token\tmovie_title:token_seq\tclass:token_seq\tprice:float\tlook:float_seq\n" + films,
             "toy.user": "user_id:token\tage:token\n1\t24\n2\t\n",
         },
     )
@@ -88,14 +88,13 @@ RATINGS = [(user, item, (user + item) % 5 + 1, 900_000_000 + 10 * user + item) f
 
 def _movielens(folder: Path, form: str) -> Path:
     if form == "100k":
+        genres = ["unknown", "Action", "Adventure", "Animation", *[f"g{g}" for g in range(4, 19)]]
         flags = "|".join("1" if g in (1, 3) else "0" for g in range(19))
         files = {
             "u.data": "".join("\t".join(map(str, row)) + "\n" for row in RATINGS),
             "u.item": "".join(f"{i}|Amélie {i} (1995)|01-Jan-1995||http://x|{flags}\n" for i in range(1, 7)),
             "u.user": "1|24|M|technician|85711\n2|53|F|other|94043\n",
-            "u.genre": "".join(
-                f"{name}|{at}\n" for at, name in enumerate(["unknown", "Action", "Adventure", "Animation", *[f"g{g}" for g in range(4, 19)]])
-            ),
+            "u.genre": "".join(f"{name}|{at}\n" for at, name in enumerate(genres)),
         }
     elif form == "1m":
         files = {

@@ -62,7 +62,8 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "shop.toml",
             None,
-            "SHOP/shop.toml is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)",
+            "SHOP/shop.toml is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, "
+            "or write one (see `peregrine shop --help`)",
         ),
         (
             "interactions.csv",
@@ -73,7 +74,8 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,b,30,1", "u2,b,30,3"),
-            "interactions.csv: column 'clicked', row 3: '3' is neither 0 nor 1; task 'ctr' is binary: give its label a threshold or make it a regression",
+            "interactions.csv: column 'clicked', row 3: '3' is neither 0 nor 1; "
+            "task 'ctr' is binary: give its label a threshold or make it a regression",
         ),
         (
             "interactions.csv",
@@ -153,8 +155,8 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
     [
         (
             'kind = "number"',
-            'kind = "nunber"',
-            "items.features.1.kind: 'nunber' is no kind of feature; use category, number, text, image, vector(<dim>)",
+            'kind = "nr"',
+            "items.features.1.kind: 'nr' is no kind of feature; use category, number, text, image, vector(<dim>)",
         ),
         ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
         ('title = "title"', 'titel = "title"', "items.titel: no such key; see `peregrine shop --help`"),
@@ -226,12 +228,10 @@ def test_csv_ids_keep_their_zeros_and_integers_are_decimal_text(shop: Path) -> N
     (shop / "interactions.csv").write_text(INTERACTIONS.replace(",a,", ",007,"))
     (shop / "items.csv").write_text(ITEMS.replace("\na,", "\n007,"))
     assert load_dataset(shop, now_s=NOW_S).item_ids.tolist() == [b"007", b"b", b"c"]
-    pq.write_table(
-        pa.table({"user_id": np.array([10, 9]), "item_id": np.array([-1, 3]), "time": [1, 2], "clicked": [True, True]}), shop / "interactions.parquet"
-    )
-    (shop / "shop.toml").write_text(
-        SHOP.replace("interactions.csv", "interactions.parquet").split("[items]")[0] + "[[tasks]]\nname='ctr'\nlabel={column='clicked'}"
-    )
+    table = pa.table({"user_id": np.array([10, 9]), "item_id": np.array([-1, 3]), "time": [1, 2], "clicked": [True, True]})
+    pq.write_table(table, shop / "interactions.parquet")
+    head, tasks = SHOP.replace("interactions.csv", "interactions.parquet").split("[items]")[0], SHOP[SHOP.index("[[tasks]]") :]
+    (shop / "shop.toml").write_text(head + tasks)
     dataset = load_dataset(shop, now_s=NOW_S)
     assert dataset.user_ids.tolist() == [b"10", b"9"]
     assert dataset.item_ids.tolist() == [b"-1", b"3"]

@@ -60,7 +60,7 @@ def test_alias_has_one_step_and_the_pipelines_tensors():
 
 
 def test_fields_that_triton_2_51_rejects_are_not_written():
-    texts = [config_text(member_config(m, "r1", 8)) for m in PIPELINE.models] + [config_text(ensemble_config(PIPELINE, "r1", []))]
+    texts = [config_text(member_config(m, "r1", 8)) for m in PIPELINE.models] + [config_text(ensemble_config(PIPELINE, "r1"))]
     assert not any("max_inflight_requests" in text or "model_metrics" in text for text in texts)
 
 
