@@ -48,7 +48,8 @@ def save_encoders(checkpoint: EncoderCheckpoint, folder: Path) -> None:
 def read_encoders(folder: Path, own: nn.Module | None = None) -> EncoderCheckpoint:
     """Inverse of save_encoders."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    config = EncoderConfig(**{name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in raw.items()})
+    fields: dict[str, Any] = {name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in raw.items()}
+    config = EncoderConfig(**fields)
     ids = np.load(folder / "item_id_embeddings.npy", allow_pickle=False)
     log = json.loads((folder / "log.json").read_text())
     return EncoderCheckpoint(config, ids, read_state(folder / "item_encoder.npz"), read_state(folder / "user_encoder.npz"), log)
@@ -69,8 +70,8 @@ def read_ranker(folder: Path, schema: Schema, config: RankerConfig, own: nn.Modu
     head = ItemFeatures(schema, config)
     model.load_state_dict(read_state(folder / "ranker.npz"))
     head.load_state_dict(read_state(folder / "item_head.npz"))
-    tables = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in _TABLES]
-    return RankerCheckpoint(model.eval(), head.eval(), *tables, json.loads((folder / "report.json").read_text()))
+    tables = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _TABLES}
+    return RankerCheckpoint(model.eval(), head.eval(), report=json.loads((folder / "report.json").read_text()), **tables)
 
 
 _TABLES = ("item_id_features", "item_features", "user_features")

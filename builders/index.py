@@ -106,15 +106,15 @@ def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Arra
     write_items(dataset, item_embeddings, None, folder)
     write_schema(dataset.schema, dataset.vocabularies, folder)
     write_ids(folder / "item_ids.npy", dataset.item_ids)
-    settings = RecallSettings(nprobe=nprobe, **quotas(dataset.schema.sizes.candidates))
+    settings = _settings(nprobe, dataset.schema.sizes.candidates)
     (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
     (folder / "recall.json").write_text(_with_fitted_weights(dataset, user_embeddings, folder, settings).to_json())
     return tried
 
 
-def quotas(num_candidates: int) -> dict[str, int]:
+def _settings(nprobe: int, num_candidates: int) -> RecallSettings:
     """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for popular."""
-    return {"transition_quota": num_candidates * 3 // 8, "popular_quota": num_candidates // 16}
+    return RecallSettings(nprobe=nprobe, transition_quota=num_candidates * 3 // 8, popular_quota=num_candidates // 16)
 
 
 def write_schema(schema: Schema, vocabularies: dict[str, dict[str, list[str]]], folder: Path) -> None:

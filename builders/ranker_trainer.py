@@ -154,6 +154,7 @@ class RankerTrainer:
     def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
         """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the first included. -> epochs run."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
+        self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
             self.epoch(draw(), loss_function, epoch)
             figure, epoch, waited = judge(), epoch + 1, waited + 1

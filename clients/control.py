@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ensemble.contract import PIPELINE
 from ensemble.errors import ServerError
+from ensemble.server_calls import drain
 from ensemble.server_file import RunningServer
 
 CANARY_USER = "peregrine-canary"  # nobody's id: the answer is a cold list, which no release may leave empty
@@ -44,9 +46,12 @@ class Control:
         if not self.is_ready(model):
             raise ServerError(f"load {model}: {self._server.url} says it is loaded, but it is not ready")
 
-    def unload(self, model: str) -> None:
-        """Unloads an ensemble and its members."""
-        self._call(f"unload {model}", lambda: self._client.unload_model(model, headers=self._server.headers, unload_dependents=True))
+    def unload_release(self, name: str) -> None:
+        """Unloads a release's ensemble, then, when the last request in it is answered, its members."""
+        drain(self._server.url, self._server.headers, f"{name}_{PIPELINE}", self._timeout_s)
+        for model in self.ready_models():
+            if model.startswith(f"{name}_"):
+                self._call(f"unload {model}", lambda model=model: self._client.unload_model(model, headers=self._server.headers))
 
     def is_ready(self, model: str) -> bool:
         return bool(self._call(f"ask for {model}", lambda: self._client.is_model_ready(model)))

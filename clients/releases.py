@@ -17,7 +17,7 @@ from ensemble.repository import ALIAS_FILE, check_name, locked, point_alias, rel
 from ensemble.repository import remove as remove_files
 from ensemble.server_file import running_server
 
-DRAIN_S = 2.0  # between the flip and the unloading of the old release: its ensembles in flight still need their members
+SETTLE_S = 0.5  # between the flip and the unloading of the old release: for requests that have entered the old alias, but not yet the old ensemble
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_manifest(repository: Path, name: str) -> dict[str, Any]:
         raise ReleaseError(f"cannot read {path}: {error}") from error
 
 
-def activate(repository: Path, name: str, drain_s: float = DRAIN_S) -> Activation:
+def activate(repository: Path, name: str) -> Activation:
     """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and in the server."""
     read_manifest(repository, name)
     open_release(repository, name).verify()
@@ -75,7 +75,7 @@ def activate(repository: Path, name: str, drain_s: float = DRAIN_S) -> Activatio
             load_ms = _load_beside(control, name)
             flip_ms = _flip(control, repository, name)
             if any(not model.startswith(f"{name}_") for model in _release_models(control)):
-                time.sleep(drain_s)
+                time.sleep(SETTLE_S)
                 _unload_others(control, name)
         return Activation(name, previous, True, load_ms, flip_ms)
 
@@ -88,8 +88,7 @@ def remove(repository: Path, name: str) -> None:
     server = running_server(repository)
     if server is not None:
         with Control(server) as control:
-            if f"{name}_{contract.PIPELINE}" in _release_models(control):
-                control.unload(f"{name}_{contract.PIPELINE}")
+            control.unload_release(name)
     remove_files(repository, name)
 
 
@@ -101,7 +100,7 @@ def _load_beside(control: Control, name: str) -> float:
         _check_canary(control, ensemble, name)
     except ServerError as error:
         with contextlib.suppress(ServerError):  # the first error is the one to tell
-            control.unload(ensemble)
+            control.unload_release(name)
         raise ReleaseError(f"release {name} is not activated, the old one goes on: {error}") from error
     return (time.perf_counter() - started) * 1e3
 
@@ -132,9 +131,8 @@ def _check_canary(control: Control, model: str, name: str) -> None:
 
 def _unload_others(control: Control, name: str) -> None:
     """Also what an activation that was killed before its flip had loaded."""
-    for model in _release_models(control):
-        if model.endswith(f"_{contract.PIPELINE}") and model != f"{name}_{contract.PIPELINE}":
-            control.unload(model)
+    for other in sorted({model.partition("_")[0] for model in _release_models(control)} - {name}):
+        control.unload_release(other)
 
 
 def _release_models(control: Control) -> list[str]:

@@ -20,9 +20,10 @@ from ensemble import contract
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
 from ensemble.release import active_release, open_release
 from ensemble.repository import release_names, sweep
+from ensemble.server_calls import drain, is_model_ready
 from ensemble.server_file import Claim, RunningServer
 from ensemble.server_folder import Installation, find_tritonserver, make_run_folder, sweep_run_folders
-from ensemble.server_process import CONTROL_HEADER, Launch, TritonProcess, memory_bytes
+from ensemble.server_process import CONTROL_HEADER, EXIT_TIMEOUT_S, Launch, TritonProcess, memory_bytes
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
 _WATCH_EVERY_S = 1.0
@@ -115,7 +116,7 @@ class Server:
                 try:
                     end = self._run_once(self._process)
                 finally:
-                    self._process.stop() if self._stopping.is_set() else self._process.kill()
+                    self._end(self._process)
                 if self._stopping.is_set() or not self._may_restart(end, deaths):
                     return
         except PeregrineError as error:
@@ -126,6 +127,14 @@ class Server:
             self._clear()
             self._settled.set()
             self._ended.set()
+
+    def _end(self, process: TritonProcess) -> None:
+        if not self._stopping.is_set():
+            process.kill()
+            return
+        if self._settled.is_set() and process.exit_code is None:
+            drain(self.url, self.headers, contract.PIPELINE, EXIT_TIMEOUT_S)
+        process.stop()
 
     def _run_once(self, process: TritonProcess) -> str:
         """Until the process has to be replaced (returns why) or we are stopped (returns nothing)."""
@@ -231,19 +240,6 @@ def check_servable(repository: Path) -> str:
         raise ReleaseError(f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate another release or build again")
     open_release(repository, name).verify()
     return name
-
-
-def is_model_ready(url: str, model: str) -> bool:
-    """ModelReady over gRPC, asked without a deadline that the server would notice: old ones crash on cancelled calls."""
-    import grpc
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-    with grpc.insecure_channel(url) as channel:
-        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelReady.future(service_pb2.ModelReadyRequest(name=model))
-        try:
-            return bool(call.result(timeout=10.0).ready)
-        except (grpc.RpcError, grpc.FutureTimeoutError):
-            return False
 
 
 def _check_address(address: str, installation: Installation) -> None:

@@ -1,0 +1,257 @@
+"""What the house forbids: who may import whom, what a model.py may say, and how files may be read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shops import ROOT
+
+from builders.triton_config import MODEL_PY, alias_config, config_text, ensemble_config, member_config
+from ensemble import contract
+from ensemble.errors import WiringError
+from ensemble.spec import Axis, ModelSpec, PipelineSpec, TensorSpec
+
+PACKAGES = ("ensemble", "builders", "clients")
+OFFLINE = {"torch", "builders", "clients", "pydantic", "pyarrow", "onnx", "onnxscript", "tensorrt"}
+HEAVY = ("torch", "onnxruntime", "faiss", "pydantic", "pyarrow", "pandas", "matplotlib", "PIL", "redis", "onnx")
+CLIENTS_MAY = {"numpy", "tritonclient", "grpc", "google", "ensemble", "clients", "typer", "rich"}
+CLIENTS_OF_ENSEMBLE = {"contract", "spec", "schema", "errors"}
+LIBRARY = ("client", "aio", "errors", "results", "transport", "wire")  # what an application imports
+
+
+def sources(*packages: str) -> Iterator[tuple[Path, ast.Module]]:
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules named by import statements, wherever they stand, but for those only a type checker reads."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def imported_at_import(tree: ast.Module) -> set[str]:
+    """The same for statements that run when the module is imported."""
+    outside = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not _for_types_only(node)]
+    return set().union(*map(imported, outside), set())
+
+
+def _for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def modules_after(statement: str) -> set[str]:
+    """Names in sys.modules of a fresh Python that ran `statement`."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {statement}; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+# --- imports
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ensemble").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_ensemble_names_nothing_of_the_offline_path(path):
+    roots = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    assert not roots & OFFLINE
+    if path.name != "python_model.py":
+        assert "triton_python_backend_utils" not in roots, "the adapter is its only user"
+
+
+def test_ensemble_loads_nothing_of_the_offline_path():
+    steps = "import ensemble.local, ensemble.features, ensemble.recall, ensemble.reranking, ensemble.engines.onnx, ensemble.release, ensemble.server"
+    assert not {name.partition(".")[0] for name in modules_after(steps)} & OFFLINE
+
+
+def test_clients_never_import_builders():
+    for path, tree in sources("clients"):
+        assert not {name for name in imported(tree) if name.split(".")[0] in ("builders", "torch", "pydantic")}, path
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_the_client_library_needs_numpy_and_tritonclient_only(module):
+    tree = ast.parse((ROOT / "clients" / f"{module}.py").read_text())
+    for name in imported_at_import(tree):
+        root, _, rest = name.partition(".")
+        assert root in CLIENTS_MAY | sys.stdlib_module_names, name
+        if root == "ensemble" and rest:
+            assert rest.partition(".")[0] in CLIENTS_OF_ENSEMBLE, name
+
+
+def test_importing_the_client_loads_no_runtime():
+    loaded = {name.partition(".")[0] for name in modules_after("import clients.client, clients.aio")}
+    assert not loaded & {"torch", "faiss", "onnxruntime", "pydantic", "typer", "rich", "builders"}
+
+
+def test_the_command_line_starts_without_the_heavy_parts():
+    assert not {name.partition(".")[0] for name in modules_after("import peregrine")} & {*HEAVY, "numpy", "typer"}
+    for module in ("builders.build_cli", "ensemble.serve_cli", "clients.recommend_cli", "clients.releases_cli", "clients.bench_cli"):
+        loaded = {name.partition(".")[0] for name in modules_after(f"import {module}")}
+        assert not loaded & set(HEAVY), module
+
+
+def test_importing_any_module_touches_nothing(tmp_path):
+    """No file written, no thread started, no output, no GPU asked for."""
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
+    names.remove("ensemble.python_model")  # lives inside Triton only
+    code = (
+        f"import sys, os, threading; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
+        f"import importlib; [importlib.import_module(n) for n in {sorted(names)!r}]\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+        "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- how files may be read
+
+
+FORBIDDEN = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "peregrine.py"])
+def test_nothing_reads_what_could_run_code(package):
+    files = [(ROOT / package, ast.parse((ROOT / package).read_text()))] if package.endswith(".py") else sources(package)
+    for path, tree in files:
+        assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN, path
+        for name, call in calls(tree):
+            keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            assert name not in ("eval", "exec", "__import__", "os.system", "yaml.load"), f"{path}: {name}"
+            assert name != "torch.load" or keywords.get("weights_only") == "True", f"{path}: {name}"
+            assert keywords.get("allow_pickle", "False") == "False", f"{path}: {name}"
+            assert keywords.get("shell", "False") == "False", f"{path}: {name}"
+
+
+def test_numpy_files_are_never_unpickled():
+    """allow_pickle is off by default since numpy 1.16.3; the online path says so itself."""
+    for path, tree in sources("ensemble"):
+        for name, call in calls(tree):
+            if name in ("np.load", "numpy.load"):
+                assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("allow_pickle") == "False", path
+
+
+# --- the release
+
+
+def members(repository: Path) -> list[Path]:
+    return sorted(path for path in repository.glob("r1_*") if path.is_dir())
+
+
+def test_model_py_has_no_logic(tiny_repository):
+    files = [path / "1" / "model.py" for path in members(tiny_repository) if path.name != "r1_recommend"]
+    assert len(files) == 6
+    for file in files:
+        assert file.read_text() == MODEL_PY
+    lines = MODEL_PY.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("import triton_python_backend_utils")
+    assert lines[1].startswith("from ensemble.python_model import PythonModel as TritonPythonModel")
+
+
+def test_every_config_is_what_the_spec_gives(tiny_repository, tiny_release):
+    """Byte for byte: nobody edits a config.pbtxt."""
+    pipeline = tiny_release.pipeline
+    configs = {f"r1_{model.name}": member_config(model, "r1", pipeline.max_batch) for model in (*pipeline.models, contract.item_encoder(tiny_release.schema))}
+    configs |= {"r1_recommend": ensemble_config(pipeline, "r1"), "recommend": alias_config(pipeline, "r1")}
+    assert {path.parent.name for path in tiny_repository.glob("*/config.pbtxt")} == set(configs)
+    for name, config in configs.items():
+        assert (tiny_repository / name / "config.pbtxt").read_text() == config_text(config), name
+
+
+def test_an_ensemble_never_names_a_runtime(tiny_repository):
+    for name in ("recommend", "r1_recommend"):
+        text = (tiny_repository / name / "config.pbtxt").read_text().lower()
+        for runtime in ("onnx", "tensorrt", "plan", "python", "backend", "kind_"):
+            assert runtime not in text, f"{name} names {runtime}"
+        assert [p for p in (tiny_repository / name / "1").iterdir() if p.name != "__pycache__"] == []
+
+
+# --- wrong wiring
+
+
+B, D, N = Axis("B", "batch", None), Axis("D", "embedding", 8), Axis("N", "candidates", 4)
+USER, VECTOR, ROWS = TensorSpec("user_id", "bytes", (B, N), ""), TensorSpec("vector", "float32", (B, D), ""), TensorSpec("rows", "int64", (B, N), "")
+FIRST, SECOND = ModelSpec("first", "m:First", (USER,), (VECTOR,)), ModelSpec("second", "m:Second", (VECTOR,), (ROWS,))
+
+
+def pipeline(*models: ModelSpec, outputs: tuple[TensorSpec, ...] = (ROWS,)) -> PipelineSpec:
+    return PipelineSpec("p", (USER,), models, outputs, 8)
+
+
+def test_right_wiring_is_accepted():
+    assert pipeline(FIRST, SECOND).model("second") is SECOND
+
+
+WRONG = {
+    "an input that nothing gives": ((SECOND,), {}, "p: second takes vector [B, D] float32, which nothing before it gives; known: user_id"),
+    "steps in the wrong order": ((SECOND, FIRST), {}, "p: second takes vector [B, D] float32, which nothing before it gives; known: user_id"),
+    "two sources of one tensor": (
+        (FIRST, dataclasses.replace(FIRST, name="again")), {}, "p: again gives vector, which exists already; a tensor has one source"),
+    "a step that gives the request's tensor": (
+        (ModelSpec("echo", "m:Echo", (USER,), (USER,)),), {}, "p: echo gives user_id, which exists already; a tensor has one source"),
+    "another dtype": (
+        (FIRST, ModelSpec("second", "m:S", (dataclasses.replace(VECTOR, dtype="int64"),), (ROWS,))), {},
+        "p: second takes vector [B, D] int64, but its source gives vector [B, D] float32"),
+    "another axis": (
+        (FIRST, ModelSpec("second", "m:S", (dataclasses.replace(VECTOR, axes=(B, N)),), (ROWS,))), {},
+        "p: second takes vector [B, N] float32, but its source gives vector [B, D] float32"),
+    "an answer that nobody gives": ((FIRST,), {}, "p: the answer takes rows [B, N] int64, which nothing before it gives; known: user_id, vector"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("models", "more", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_wiring_is_refused_when_it_is_built(models, more, text):
+    with pytest.raises(WiringError) as caught:
+        pipeline(*models, **more)
+    assert str(caught.value) == text
+
+
+def test_a_tensor_without_a_batch_axis_is_refused():
+    with pytest.raises(WiringError, match=r"^tensor x: the first axis must be B, got \['D'\]$"):
+        TensorSpec("x", "float32", (D,), "")
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(WiringError, match=r"^p has no model 'third'; it has first, second$"):
+        pipeline(FIRST, SECOND).model("third")
+
+
+def test_no_tensor_of_the_contract_has_two_names_or_two_shapes(tiny_release):
+    """Every tensor of every model is one object of contract.py's table."""
+    every: dict[str, TensorSpec] = {}
+    for model in (*tiny_release.pipeline.models, contract.item_encoder(tiny_release.schema)):
+        for tensor in (*model.inputs, *model.outputs):
+            assert every.setdefault(tensor.name, tensor) == tensor
+    meanings = [tensor.meaning for tensor in every.values() if "0 = nothing" not in tensor.meaning and "standardized" not in tensor.meaning]
+    assert len(set(meanings) - {"bits of contract.Degraded"}) == len([m for m in meanings if m != "bits of contract.Degraded"])
+
+
+def test_the_engines_tensors_are_the_contracts(tiny_release):
+    from ensemble.engines import check_signature, open_engine
+
+    for model in (*tiny_release.pipeline.models, contract.item_encoder(tiny_release.schema)):
+        if model.is_engine:
+            path = tiny_release.member_file(model.name, "model.onnx")
+            check_signature(open_engine(path), model, path)
