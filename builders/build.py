@@ -24,6 +24,7 @@ from builders import report as reports
 from builders.checkpoint import read_encoders, read_ranker, save_encoders, save_ranker
 from builders.data import load_dataset
 from builders.dataset import Array, Dataset, open_dataset, save_dataset
+from builders.encoders import Validation, encode_items, encode_users
 from builders.export import export_model
 from builders.index import OfflineRecall, training_histories, write_recall
 from builders.own_model import own_model
@@ -31,8 +32,9 @@ from builders.presets import Preset, encoder_config
 from builders.ranker_data import history_windows
 from builders.repository import next_release_name, publish, sweep
 from builders.rows import write_items, write_users
+from builders.sequences import Sequences
 from builders.stages import Done, Report, Stages
-from builders.train_encoders import Sequences, Validation, encode_items, encode_users, train_encoders
+from builders.train_encoders import train_encoders
 from builders.train_ranker import RankerCheckpoint, train_ranker
 from builders.triton_config import write_members
 from builders.verify import Verifier, ranking_report
@@ -95,6 +97,7 @@ def make_encoders(options: BuildOptions, data: Done, folder: Path, report: Repor
         config=config,
         seed=options.seed,
         validation=_validation(dataset),
+        user_encoder=_own(options.user_encoder, dataset.schema, "user_encoder"),
         progress=lambda log: report(log["epoch"] / config.epochs, ", ".join(f"{name} {value:.4g}" for name, value in log.items())),
     )
     save_encoders(checkpoint, folder)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from builders.encoders import EncoderCheckpoint, EncoderConfig
 from builders.ranker import ItemFeatures, OwnRanker, Ranker, RankerConfig
-from builders.train_encoders import EncoderCheckpoint, EncoderConfig
 from builders.train_ranker import RankerCheckpoint
 from ensemble.schema import Schema
 
@@ -46,13 +46,13 @@ def save_encoders(checkpoint: EncoderCheckpoint, folder: Path) -> None:
 
 
 def read_encoders(folder: Path, own: nn.Module | None = None) -> EncoderCheckpoint:
-    """Inverse of save_encoders."""
+    """Inverse of save_encoders, given the user's own module if it was one."""
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
     fields: dict[str, Any] = {name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in raw.items()}
     config = EncoderConfig(**fields)
     ids = np.load(folder / "item_id_embeddings.npy", allow_pickle=False)
     log = json.loads((folder / "log.json").read_text())
-    return EncoderCheckpoint(config, ids, read_state(folder / "item_encoder.npz"), read_state(folder / "user_encoder.npz"), log)
+    return EncoderCheckpoint(config, ids, read_state(folder / "item_encoder.npz"), read_state(folder / "user_encoder.npz"), log, own)
 
 
 def save_ranker(checkpoint: RankerCheckpoint, folder: Path) -> None:

@@ -33,6 +33,7 @@ Array = np.ndarray
 EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
 FLAT_BELOW = 100_000  # items; above, a full scan costs more than it finds
 RECALL_TARGET, RECALL_DEPTH = 0.98, 100  # nprobe: the smallest power of two that finds this share of the exact best 100
+NEIGHBOURS = 100  # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 _TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
 
@@ -96,7 +97,9 @@ def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Arra
     index, nprobe, tried = build_index(np.ascontiguousarray(item_embeddings[1:]), queries, seed)
     faiss.write_index(index, str(folder / "index.faiss"))
     offsets, rows = training_histories(dataset)
-    neighbour_rows, neighbour_scores = item_transitions(offsets, rows, dataset.num_items)
+    neighbour_rows, neighbour_scores = item_transitions(
+        offsets, rows, dataset.num_items, window=8, neighbours=NEIGHBOURS if dataset.num_items < FLAT_BELOW else NEIGHBOURS // 4
+    )
     transitions = np.zeros(len(neighbour_rows), [("rows", "<i4", neighbour_rows.shape[1:]), ("scores", "<f4", neighbour_scores.shape[1:])])
     transitions["rows"], transitions["scores"] = neighbour_rows, neighbour_scores
     np.save(folder / "transitions.npy", transitions)

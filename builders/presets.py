@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from builders.encoders import EncoderConfig
 from builders.ranker_trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
-from builders.train_encoders import EncoderConfig
 from ensemble.errors import InvalidInput
 from ensemble.schema import Schema, Sizes, Table
 
@@ -29,7 +29,7 @@ PRESETS = {
         EncoderConfig.tiny(),
         TINY_TRAINING,
     ),
-    "base": Preset("base", Sizes(), EncoderConfig(), BASE_TRAINING),
+    "base": Preset("base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=16, evaluate_every=4), BASE_TRAINING),
 }
 
 

@@ -31,6 +31,14 @@ class PackedRows:
         """Some of the rows. rows [n] int64."""
         return PackedRows(self.items[rows], self.targets[rows], self.segments[rows], self.users[rows])
 
+    def windows(self) -> tuple[Array, Array, Array]:
+        """For each filled place P, in order, its own left-padded window of H: row [P], places [P, H] int64, inside [P, H] bool."""
+        row, place = np.nonzero(self.items > 0)
+        length = self.items.shape[1]
+        back = place[:, None] - np.arange(length - 1, -1, -1)
+        places = np.maximum(back, 0)
+        return row, places, (back >= 0) & (self.segments[row[:, None], places] == self.segments[row, place][:, None])
+
 
 def pack_sequences(sequences: Sequences, order: Array, length: int) -> PackedRows:
     """Lays the users' training windows end to end in rows of `length` places, so that hardly any place is padding.

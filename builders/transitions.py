@@ -49,25 +49,3 @@ def _summed_pairs(owner: Array, rows: Array, num_items: int, window: int, shard:
     first = np.flatnonzero(np.diff(key, prepend=-1))
     summed = np.add.reduceat(weight.astype(np.float64), first) if len(first) else np.zeros(0)
     return key[first] // (num_items + 1), key[first] % (num_items + 1), summed
-
-
-def transition_scores(history: Array, neighbour_rows: Array, neighbour_scores: Array, *, newest: int = 5) -> tuple[Array, Array]:
-    """Follows the `newest` items of each history, the k-th newest with weight 1/k, and sums what meets at one item.
-
-    history [B, H] int64, left padded with 0 -> candidate_rows [B, newest * L] int64, best first, padded with -1, each item
-    once, and their scores float32, padded with 0. The history's own items are not removed here.
-    """
-    recent = history[:, : -newest - 1 : -1]  # newest first; shorter where H is
-    weights = np.where(recent > 0, 1 / np.arange(1, recent.shape[1] + 1), 0.0).astype(np.float32)
-    rows = neighbour_rows[recent].reshape(len(history), -1).astype(np.int64)
-    scores = (neighbour_scores[recent] * weights[:, :, None]).reshape(rows.shape)
-    rows = np.where(scores > 0, rows, -1)
-    order = np.argsort(rows, axis=1, kind="stable")
-    rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-    first = np.diff(rows, axis=1, prepend=-2) != 0
-    group = np.cumsum(first.ravel()) - 1  # one number for each run of equal items; a row's start begins a run
-    sums = np.bincount(group, scores.ravel())[group].reshape(rows.shape).astype(np.float32)
-    sums = np.where(first & (rows >= 0), sums, 0.0).astype(np.float32)
-    best = np.argsort(-sums, axis=1, kind="stable")
-    rows, sums = np.take_along_axis(rows, best, 1), np.take_along_axis(sums, best, 1)
-    return np.where(sums > 0, rows, -1), sums

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ class Control:
         drain(self._server.url, self._server.headers, f"{name}_{PIPELINE}", self._timeout_s)
         for model in self.ready_models():
             if model.startswith(f"{name}_"):
-                self._call(f"unload {model}", lambda model=model: self._client.unload_model(model, headers=self._server.headers))
+                self._call(f"unload {model}", partial(self._client.unload_model, model, headers=self._server.headers))
 
     def is_ready(self, model: str) -> bool:
         return bool(self._call(f"ask for {model}", lambda: self._client.is_model_ready(model)))

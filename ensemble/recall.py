@@ -36,7 +36,6 @@ class RecallSettings:
 
     nprobe: int = 1  # IVF lists visited; Flat ignores it
     transition_items: int = 5  # last items of the past that transitions are read for
-    transition_decay: float = 0.7  # weight of each step back in time
     transition_quota: int = 96  # places kept among the N candidates
     popular_quota: int = 16
     source_weights: tuple[float, ...] = (1.0, 1.0, 0.0)  # of SOURCES in the fused score
@@ -235,9 +234,9 @@ class Recall:
         s = self.settings
         last = seen_rows[:, : -s.transition_items - 1 : -1]  # newest first
         lists = self.transitions[np.maximum(last, 0)]
-        decay = (s.transition_decay ** np.arange(last.shape[1], dtype=np.float32))[None, :, None] * (last > 0)[:, :, None]
+        weight = (1 / np.arange(1, last.shape[1] + 1, dtype=np.float32))[None, :, None] * (last > 0)[:, :, None]  # the k-th newest counts 1 / k
         rows = lists["rows"].astype(np.int64).reshape(len(seen_rows), -1)
-        scores = (lists["scores"] * decay).reshape(len(seen_rows), -1)
+        scores = (lists["scores"] * weight).reshape(len(seen_rows), -1)
         rows = np.where(scores > 0, rows, -1)
         rows, scores = _sum_by_row(rows, np.where(rows > 0, scores, 0))
         best = np.lexsort((rows, -scores), axis=-1)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from builders.encoders import EncoderConfig, Validation, encode_items, evaluate_encoders
 from builders.models import ItemEncoder, UserEncoder
 from builders.sequences import Sequences, pack_sequences, windows
-from builders.train_encoders import EncoderConfig, Validation, encode_items, evaluate_encoders, train_encoders
-from builders.transitions import item_transitions, transition_scores
+from builders.train_encoders import train_encoders
+from builders.transitions import item_transitions
 
 DIM = 16
 FP32 = 1e-4  # embeddings have length 3.8
@@ -160,8 +161,33 @@ def test_transitions_equal_a_plain_count(rng, monkeypatch):
         np.testing.assert_allclose(dense[:, :13], wanted, atol=1e-5)
         assert (np.diff(neighbour_scores, axis=1) <= 0).all()
 
-    history = np.array([[0, 0, 0], [0, 3, 5], [7, 7, 2]])
-    candidates, scores = transition_scores(history, neighbour_rows, neighbour_scores, newest=2)
-    found = np.zeros((3, 14))
-    np.put_along_axis(found, candidates, scores, 1)
-    np.testing.assert_allclose(found[:, :13], [0 * wanted[0], wanted[5] + wanted[3] / 2, wanted[2] + wanted[7] / 2], atol=1e-5)
+
+class MeanOfHistory(torch.nn.Module):
+    """A user's own user encoder: one interest, the projected mean of the history."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.project = torch.nn.Linear(dim, dim)
+
+    def forward(self, history_embeddings, history_mask, user_codes, user_values):
+        known = history_mask[..., None].float()
+        return self.project((history_embeddings * known).sum(1) / known.sum(1).clamp(min=1))[:, None]
+
+
+def test_windows_of_packed_rows_are_each_places_own_past(rng):
+    sequences, _, _ = markov_shop(rng, num_users=20)
+    packed = pack_sequences(sequences, np.arange(20), 12)
+    row, places, inside = packed.windows()
+    for r, place, known, item, segment in zip(row, places, inside, packed.items[packed.items > 0], packed.segments[packed.items > 0], strict=True):
+        assert packed.items[r, place[-1]] == item
+        assert (packed.segments[r, place[known]] == segment).all()
+        assert known[-1]
+        assert (np.diff(known.astype(int)) >= 0).all()
+
+
+def test_a_users_own_encoder_trains(rng):
+    sequences, validation, features = markov_shop(rng)
+    config = EncoderConfig.tiny(bf16=False, num_item_codes=61, epochs=4)
+    checkpoint = train_encoders(sequences, *features, config=config, seed=0, validation=validation, user_encoder=MeanOfHistory(config.dim))
+    assert isinstance(checkpoint.user_encoder(), MeanOfHistory)
+    assert checkpoint.log[-1]["loss"] < checkpoint.log[0]["loss"]

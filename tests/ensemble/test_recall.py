@@ -74,7 +74,7 @@ def transition_scores(release: RandomRelease, recall: Recall, seen: np.ndarray) 
         if row > 0:
             for item, score in zip(lists["rows"][row], lists["scores"][row], strict=True):
                 if item > 0:
-                    scores[int(item)] = scores.get(int(item), 0) + float(score) * recall.settings.transition_decay**back
+                    scores[int(item)] = scores.get(int(item), 0) + float(score) / (1 + back)
     return scores
 
 
