@@ -77,6 +77,8 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
         return Unavailable(f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?", status, retryable=True)
     if "Stub process" in text and "is not healthy" in text:
         return Unavailable(f"server {target}: a step's process died; restart the server if this goes on", status, retryable=True)
+    if "has no available versions" in text:  # what `peregrine serve` makes of a SIGTERM: the alias goes first, requests in flight end
+        return Unavailable(f"server {target} is draining or has no active release; ask another one", status, retryable=True)
     if status == "NOT_FOUND":
         return Unavailable(f"server {target}: {scrubbed(text)}; activate a release with `peregrine release activate`", status)
     return ServerFault(f"server {target} failed ({status}): {scrubbed(text)}; its log has the details", status)

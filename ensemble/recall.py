@@ -45,9 +45,12 @@ class RecallSettings:
 
 
 def settings_from_json(text: str) -> RecallSettings:
-    """Inverse of RecallSettings.to_json."""
-    raw = json.loads(text)
-    return RecallSettings(**{**raw, "source_weights": tuple(raw["source_weights"])})
+    """Inverse of RecallSettings.to_json; ReleaseError when another version wrote it."""
+    try:
+        raw = json.loads(text)
+        return RecallSettings(**{**raw, "source_weights": tuple(raw["source_weights"])})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ReleaseError(f"recall.json does not fit this Peregrine ({error}); build the release again") from None
 
 
 def open_index(path: Path, num_items: int, embedding: int) -> faiss.Index:
