@@ -88,7 +88,7 @@ def open_dataset(folder: Path) -> Dataset:
     arrays: dict[str, Any] = {}
     for path in folder.glob("*.npy"):
         place, *rest = path.stem.split(".")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # private and writable, as torch wants it
         arrays[place] = {**arrays.get(place, {}), rest[0]: array} if rest else array
     for place, kind in _PARTS.items():
         arrays[place] = kind(**arrays[place]) if place in arrays else None

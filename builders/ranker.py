@@ -255,5 +255,5 @@ def _codes(table: Table, dim: int) -> CodeEmbedding:
     """One pooled vector for each category and text feature of a table."""
     slices = tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
     codes = CodeEmbedding(table.num_codes, slices, dim)
-    nn.init.normal_(codes.table.weight, std=0.3)  # the ranker trains for few steps: codes must be told apart from the first one on
+    nn.init.normal_(codes.table.weight, std=1.0)  # the ranker trains for few steps: codes must be told apart from the first one on
     return codes

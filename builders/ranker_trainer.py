@@ -34,6 +34,7 @@ class RankerTraining:
     row_decay: float = 1e-3  # pull of the rows in a batch towards 0
     row_scale: float = 0.05  # standard deviation of new rows
     id_dropout: float = 0.1  # users and items made unknown, so that unknown ones are served well
+    history_dropout: float = 0.0  # items of the history hidden, the newest excepted: a whole history would tell users apart
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
     bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
     conditional: float = 0.0  # weight of a conditional task's loss on its own rows, beside the product's
@@ -67,7 +68,7 @@ class RankerTrainer:
         self.user_codes, self.user_values = torch.from_numpy(dataset.user_codes), torch.from_numpy(dataset.user_values)
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
         if isinstance(model, Ranker) and len(self.embeddings) > 1:
-            model.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
+            model.embedding_scale.fill_(0.3 * max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
         dense = [*self.model.parameters(), *self.head.parameters()]
         self.optimizers = (
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
@@ -80,6 +81,8 @@ class RankerTrainer:
         windows = torch.from_numpy(history_windows(self.dataset.histories, lists.user_rows, lists.history_ends, self.dataset.schema.sizes.history))
         users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
         mask, present = windows > 0, (items > 0).unsqueeze(-1)
+        if training and c.history_dropout:
+            mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
         item_features, square = self._item_features(items)
         known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
         user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)

@@ -105,7 +105,9 @@ def test_the_command_line_starts_without_the_heavy_parts():
 
 def test_importing_any_module_touches_nothing(tmp_path):
     """No file written, no thread started, no output, no GPU asked for."""
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
+    names = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for package in PACKAGES for p in (ROOT / package).rglob("*.py")
+    ]
     names.remove("ensemble.python_model")  # lives inside Triton only
     code = (
         f"import sys, os, threading; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
@@ -173,7 +175,9 @@ def test_model_py_has_no_logic(tiny_repository):
 def test_every_config_is_what_the_spec_gives(tiny_repository, tiny_release):
     """Byte for byte: nobody edits a config.pbtxt."""
     pipeline = tiny_release.pipeline
-    configs = {f"r1_{model.name}": member_config(model, "r1", pipeline.max_batch) for model in (*pipeline.models, contract.item_encoder(tiny_release.schema))}
+    configs = {
+        f"r1_{model.name}": member_config(model, "r1", pipeline.max_batch) for model in (*pipeline.models, contract.item_encoder(tiny_release.schema))
+    }
     configs |= {"r1_recommend": ensemble_config(pipeline, "r1"), "recommend": alias_config(pipeline, "r1")}
     assert {path.parent.name for path in tiny_repository.glob("*/config.pbtxt")} == set(configs)
     for name, config in configs.items():

@@ -51,7 +51,9 @@ class Builds:
     def __init__(self, folder: Path, log: Path) -> None:
         self.folder, self.log = folder, log
         command = [sys.executable, "-c", DRIVER, str(ROOT)]
-        self.driver = subprocess.Popen(command, cwd=folder, env=one_thread(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("wb"), text=True)
+        self.driver = subprocess.Popen(
+            command, cwd=folder, env=one_thread(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("wb"), text=True
+        )
         self.child = 0
 
     def start(self) -> None:
@@ -171,7 +173,9 @@ def test_unchanged_stages_are_skipped_and_the_release_is_the_same(warm):
     assert skipped == {**dict.fromkeys(ALL, True), "repository": False}
     old, new = (json.loads((repository / r / "manifest.json").read_text())["files"] for r in ("r1", name))
     same = {path: entry["sha256"] for path, entry in old.items() if path.endswith((".npy", ".onnx", ".faiss", ".json"))}
-    assert same == {path.replace(name, "r1", 1): entry["sha256"] for path, entry in new.items() if path.endswith((".npy", ".onnx", ".faiss", ".json"))}
+    assert same == {
+        path.replace(name, "r1", 1): entry["sha256"] for path, entry in new.items() if path.endswith((".npy", ".onnx", ".faiss", ".json"))
+    }
     assert active_release(repository) == "r1", "building is not activating"
 
 
@@ -258,7 +262,10 @@ class NoModule:
         pass
 
 class GoodRanker(Base):
-    def forward(self, history_embeddings, history_mask, user_codes, user_values, user_features, candidate_embeddings, candidate_features, candidate_scores):
+    def forward(
+        self, history_embeddings, history_mask, user_codes, user_values,
+        user_features, candidate_embeddings, candidate_features, candidate_scores,
+    ):
         return torch.sigmoid(self.scale * candidate_scores[..., 2:] - 3).expand(-1, -1, self.tasks)
 
 class RankerWithoutScores(Base):
@@ -266,7 +273,8 @@ class RankerWithoutScores(Base):
         return candidate_features[..., : self.tasks]
 """
 WANTED = (
-    "the contract wants history_embeddings [B, H, D] float32, history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R] float32, in this order"
+    "the contract wants history_embeddings [B, H, D] float32, history_mask [B, H] bool, "
+    "user_codes [B, C] int32, user_values [B, R] float32, in this order"
 )
 REFUSED = [
     ("user_encoder", "OtherName", f"forward(history, history_mask, user_codes, user_values) differs at history_embeddings; {WANTED}"),

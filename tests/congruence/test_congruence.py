@@ -169,7 +169,9 @@ def ask_twin(pipeline: LocalPipeline) -> AskAll:
     return lambda requests: [pipeline.recommend(*request) for request in requests]
 
 
-@pytest.fixture(params=["twin", pytest.param("triton cpu", marks=pytest.mark.triton), pytest.param("triton gpu", marks=[pytest.mark.triton, pytest.mark.gpu])])
+@pytest.fixture(
+    params=["twin", pytest.param("triton cpu", marks=pytest.mark.triton), pytest.param("triton gpu", marks=[pytest.mark.triton, pytest.mark.gpu])]
+)
 def implementation(request: pytest.FixtureRequest) -> str:
     if request.param == "triton gpu":
         pytest.skip("no engine runs on a GPU yet: releases hold no TensorRT plan")
@@ -241,7 +243,9 @@ def test_what_stands_under_the_history_mask_does_not_change_the_scores(twin, seq
         dirty = np.where(feeds["history_mask"][:, :, None], feeds["history_embeddings"], np.float32(7.5))
         assert (dirty != feeds["history_embeddings"]).any()
         step, names = pipeline.steps[model], [t.name for t in pipeline.spec.model(model).inputs]
-        clean_out, dirty_out = (step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names}) for change in ({}, {"history_embeddings": dirty}))
+        clean_out, dirty_out = (
+            step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names}) for change in ({}, {"history_embeddings": dirty})
+        )
         for name in clean_out:
             np.testing.assert_allclose(dirty_out[name], clean_out[name], rtol=0, atol=TOLERANCE)
 

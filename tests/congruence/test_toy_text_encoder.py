@@ -57,7 +57,10 @@ answer = LocalPipeline(open_release(Path(sys.argv[1]) / "repository", "r1")).rec
 np.savez(sys.argv[3], **{name: array.astype("S") if array.dtype == object else array for name, array in answer.items()})
 """
 BUILD = "import sys; sys.argv[0] = 'peregrine'; from peregrine import main; main()"
-SHOP = "from pathlib import Path; import sys; from builders.generate import generate_shop; generate_shop(Path(sys.argv[1]), users=80, items=90, events=2500, images=False)"
+SHOP = (
+    "from pathlib import Path; import sys; from builders.generate import generate_shop; "
+    "generate_shop(Path(sys.argv[1]), users=80, items=90, events=2500, images=False)"
+)
 SERVE = """\
 import signal, sys
 from pathlib import Path

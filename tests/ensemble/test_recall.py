@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_what_comes_out_is_eligible_distinct_full_and_in_order(tmp_path, rng, in
         assert len(shown) == len(set(shown)) == min(len(eligible), recall.sizes.candidates)
         assert rows == shown + [-1] * (len(rows) - len(shown)), "padding is last"
         scores = [fused(release, recall, query[user], seen[user], row) for row in shown]
-        assert all(a > b - 1e-5 for a, b in zip(scores, scores[1:], strict=False))
+        assert all(a > b - 1e-5 for a, b in itertools.pairwise(scores))
         np.testing.assert_allclose(found["candidate_embeddings"][user][: len(shown)], release.items["embedding"][shown])
         np.testing.assert_allclose(found["candidate_features"][user][: len(shown)], release.items["features"][shown])
         for name in ("candidate_embeddings", "candidate_features", "candidate_scores"):
@@ -213,6 +214,18 @@ def test_every_source_has_its_place(tmp_path, rng):
         best = offered[user][scores[user] > 0][: recall.settings.transition_quota]
         assert set(best.tolist()) <= set(rows[user].tolist())
         assert set(recall.popular_rows[: recall.settings.popular_quota].tolist()) <= set(rows[user].tolist())
+
+
+def test_the_popular_of_a_rare_category_come_however_far_down_they_are(tmp_path, rng):
+    release = make_release(tmp_path, rng, num_items=2000)
+    recall = open_recall(release)
+    options = options_of(release, [{"allow": {"brand": ["brand2"], "tags": ["tag1"]}}] * 8)
+    rows = recall.run(options, seen_rows=np.full((8, 12), -1), user_embeddings=rng.standard_normal((8, 1, 8), dtype=np.float32))["candidate_rows"]
+    popularity = np.load(release.path / "popular.npy")
+    passing = sorted(eligible_rows(release, np.zeros(0), options.users[0]), key=lambda row: (-popularity[row], row))
+    assert len(passing) > 2 * recall.sizes.candidates
+    for user in range(8):
+        assert set(passing[: recall.settings.popular_quota]) <= set(rows[user].tolist())
 
 
 @pytest.mark.parametrize("content", [b"", b"IxFI", b"nonsense" * 100])
