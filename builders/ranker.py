@@ -30,7 +30,7 @@ class RankerConfig:
     codes: int = 32  # one vector a code feature
     attention: int = 64  # keys and values of the history, over all heads
     heads: int = 2
-    products: int = 64  # user x item products
+    products: int = 32  # products with the item of each: user, newest item of the history, attended history
     hidden: int = 192  # the layer in which user and candidate meet
     experts: int = 4
     expert: tuple[int, int] = (128, 64)
@@ -107,13 +107,15 @@ class Ranker(CalibratedRanker):
         self.attention = TargetAttention(s.embedding, s.embedding + s.item_features, s.history, c)
         item_width = s.embedding + s.item_features
         self.user_product = nn.Linear(self.user.width, c.products)
-        self.item_product = nn.Linear(item_width, c.products)
-        self.candidate_in = nn.Linear(item_width + c.attention + c.products + len(SOURCES), c.hidden)
+        self.newest_product = nn.Linear(s.embedding, c.products)
+        self.attended_product = nn.Linear(c.attention, c.products)
+        self.item_product = nn.Linear(item_width, 3 * c.products)
+        self.candidate_in = nn.Linear(item_width + c.attention + 3 * c.products + len(SOURCES), c.hidden)
         self.user_in = nn.Linear(self.user.width, c.hidden, bias=False)
         self.experts = nn.ModuleList(_mlp((c.hidden, *c.expert), c.dropout) for _ in range(c.experts))
         self.gates = nn.ModuleList(nn.Linear(c.hidden, c.experts) for _ in range(tasks))
         self.towers = nn.ModuleList(nn.Sequential(_mlp((c.expert[-1], c.tower)), nn.Linear(c.tower, 1)) for _ in range(tasks))
-        self.products_out = nn.Linear(c.products, tasks, bias=False)
+        self.products_out = nn.Linear(3 * c.products, tasks, bias=False)
         self.wide = nn.Linear(len(SOURCES), tasks)
         self.dropout = Dropout(c.dropout)
         for layer in (*(tower[-1] for tower in self.towers), self.products_out, self.wide):
@@ -128,7 +130,9 @@ class Ranker(CalibratedRanker):
         keys, values = self.attention.sides(history)
         user = self.user(values, mask, user_codes, user_values, user_features).unsqueeze(1)  # [B, 1, width]
         attended = self.attention(items, keys, values, mask)
-        products = self.user_product(user) * self.item_product(items)
+        newest = self.newest_product(history[:, -1:] * mask[:, -1:, None])  # [B, 1, products]
+        sides = torch.broadcast_tensors(self.user_product(user), newest, self.attended_product(attended))
+        products = torch.cat(sides, -1) * self.item_product(items)
         parts = torch.cat([items, attended, products, scores.clamp(-8.0, 8.0)], -1)
         hidden = self.dropout(torch.relu(self.candidate_in(parts) + self.user_in(user)))
         deep = self._mixture(hidden) + self.products_out(products)
@@ -233,7 +237,7 @@ def num_parameters(module: nn.Module) -> int:
 def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
     """Floating point operations (2 a multiply-add) of one user with N candidates, in linear layers and attention."""
     attention, user = ranker.attention, ranker.user
-    per_user = (user.layer, ranker.user_product, ranker.user_in)
+    per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in)
     once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (attention.key.weight.numel() + attention.value.weight.numel())
     skipped = {*per_user, attention.key, attention.value}
     linear = sum(m.weight.numel() for m in ranker.modules() if isinstance(m, nn.Linear) and m not in skipped)
@@ -255,5 +259,5 @@ def _codes(table: Table, dim: int) -> CodeEmbedding:
     """One pooled vector for each category and text feature of a table."""
     slices = tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
     codes = CodeEmbedding(table.num_codes, slices, dim)
-    nn.init.normal_(codes.table.weight, std=1.0)  # the ranker trains for few steps: codes must be told apart from the first one on
+    nn.init.normal_(codes.table.weight, std=0.3)  # the ranker trains for few steps: codes must be told apart from the first one on
     return codes

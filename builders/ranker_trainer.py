@@ -68,7 +68,7 @@ class RankerTrainer:
         self.user_codes, self.user_values = torch.from_numpy(dataset.user_codes), torch.from_numpy(dataset.user_values)
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
         if isinstance(model, Ranker) and len(self.embeddings) > 1:
-            model.embedding_scale.fill_(0.3 * max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
+            model.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
         dense = [*self.model.parameters(), *self.head.parameters()]
         self.optimizers = (
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),

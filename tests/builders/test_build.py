@@ -144,6 +144,44 @@ def wait_for(found, limit_s: float) -> None:
         time.sleep(0.002)
 
 
+KILLED_AT_EACH_RENAME = """\
+import os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from toy_repository import publish_toy
+rename, repository = Path.rename, Path("repository")
+for at in range(20):
+    child = os.fork()
+    if not child:
+        done = []
+        def counted(self, target):
+            len(done) < at or os._exit(9)
+            done.append(self)
+            return rename(self, target)
+        Path.rename = counted
+        publish_toy(repository, "r2", Path("scratch") / str(at))
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+    if (repository / "r2" / "manifest.json").exists():
+        from ensemble.release import open_release
+        open_release(repository, "r2").verify()  # there, so it must be whole
+        print("whole")
+        break
+    print("none")
+"""
+
+
+def test_killed_before_any_rename_of_publishing_there_is_no_release_or_a_whole_one(tmp_path):
+    """The moments that random kills would hardly ever meet: microseconds apart."""
+    command = [sys.executable, "-c", KILLED_AT_EACH_RENAME, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, cwd=tmp_path, env=one_thread(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split().count("none") >= 8, "one a member, the release's own folder, the staging folder"
+    assert release_names(tmp_path / "repository") == ["r2"]
+    open_release(tmp_path / "repository", "r2").verify()
+
+
 def build(shop: Path, repository: Path, **options) -> tuple[str, dict[str, bool]]:
     """Builds in this process -> (release, {stage: skipped})."""
     from builders.build import BuildOptions
