@@ -31,7 +31,7 @@ bench: install ## latency, throughput and cost of the demo's release, beside the
 
 test: install ## all tests that this machine can run; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
-	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: perf_analyzer's test will be skipped"
+	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"
 	$(TEST_ENV) $(BIN)/python -m pytest -rs $(PYTEST)
 
 check: install ## ruff format, ruff, mypy

@@ -29,7 +29,7 @@ PRESETS = {
         EncoderConfig.tiny(),
         TINY_TRAINING,
     ),
-    "base": Preset("base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=16, evaluate_every=4), BASE_TRAINING),
+    "base": Preset("base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=12, evaluate_every=4), BASE_TRAINING),
 }
 
 

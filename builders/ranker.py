@@ -35,7 +35,7 @@ class RankerConfig:
     experts: int = 4
     expert: tuple[int, int] = (128, 64)
     tower: int = 32
-    dropout: float = 0.1
+    dropout: float = 0.3
 
 
 TINY = RankerConfig(codes=8, attention=16, heads=1, products=16, hidden=32, experts=2, expert=(32, 16), tower=8)
@@ -208,7 +208,9 @@ class ItemFeatures(nn.Module):
         super().__init__()
         c, width = config or RankerConfig(), schema.sizes.item_features
         self.codes = _codes(schema.items, c.codes)
-        self.layers = nn.Sequential(_mlp((width + len(self.codes.slices) * c.codes + schema.items.value_width, 2 * width)), nn.Linear(2 * width, width))
+        self.layers = nn.Sequential(
+            _mlp((width + len(self.codes.slices) * c.codes + schema.items.value_width, 2 * width)), nn.Linear(2 * width, width)
+        )
 
     def forward(self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor) -> Tensor:
         """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values [B, R] -> [B, F]."""
@@ -238,7 +240,9 @@ def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
     """Floating point operations (2 a multiply-add) of one user with N candidates, in linear layers and attention."""
     attention, user = ranker.attention, ranker.user
     per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in)
-    once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (attention.key.weight.numel() + attention.value.weight.numel())
+    once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (
+        attention.key.weight.numel() + attention.value.weight.numel()
+    )
     skipped = {*per_user, attention.key, attention.value}
     linear = sum(m.weight.numel() for m in ranker.modules() if isinstance(m, nn.Linear) and m not in skipped)
     pairs = 2 * attention.position.shape[-1] * attention.key.out_features  # logits and mix

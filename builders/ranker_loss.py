@@ -45,7 +45,12 @@ def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
             log_p, label, defined = joint(task)
             total = total + _log_loss(log_p[defined], label[defined]).sum() / rows
             if task.given is not None and conditional:
-                total = total + conditional * functional.binary_cross_entropy_with_logits(logits[..., place][own], labels[..., place][own], reduction="sum") / rows
+                total = (
+                    total
+                    + conditional
+                    * functional.binary_cross_entropy_with_logits(logits[..., place][own], labels[..., place][own], reduction="sum")
+                    / rows
+                )
         return total
 
     return loss

@@ -25,16 +25,16 @@ class RankerTraining:
     """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 6  # at most; learning rates fall linearly to 0 over them
+    epochs: int = 4  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
-    batch: int = 4096
-    learning_rate: float = 1e-3
+    batch: int = 2048
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-2
-    row_rate: float = 2e-3  # learning rate of user and item rows
-    row_decay: float = 1e-3  # pull of the rows in a batch towards 0
+    row_rate: float = 5e-4  # learning rate of user and item rows
+    row_decay: float = 1e-2  # pull of the rows in a batch towards 0
     row_scale: float = 0.05  # standard deviation of new rows
-    id_dropout: float = 0.1  # users and items made unknown, so that unknown ones are served well
-    history_dropout: float = 0.0  # items of the history hidden, the newest excepted: a whole history would tell users apart
+    id_dropout: float = 0.5  # users and items made unknown, so that unknown ones are served well
+    history_dropout: float = 0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
     bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
     conditional: float = 0.0  # weight of a conditional task's loss on its own rows, beside the product's
@@ -46,7 +46,16 @@ class RankerTraining:
 
 BASE_TRAINING = RankerTraining()
 TINY_TRAINING = RankerTraining(
-    model=TINY, epochs=4, batch=512, learning_rate=5e-3, row_rate=1e-2, list_negatives=32, uniform_negatives=8, test_lists=512
+    model=TINY,
+    epochs=4,
+    batch=512,
+    learning_rate=5e-3,
+    row_rate=1e-2,
+    id_dropout=0.1,
+    history_dropout=0.1,
+    list_negatives=32,
+    uniform_negatives=8,
+    test_lists=512,
 )
 
 

@@ -9,7 +9,6 @@ of the users' validation targets, stops early on the other users', and falls bac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from torch import nn
 
 from builders import calibrate, metrics
 from builders.dataset import Dataset, Impressions, Targets
-from builders.ranker import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, RankerConfig, flops_per_user, num_parameters
+from builders.ranker import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, flops_per_user, num_parameters
 from builders.ranker_data import CandidateFunction, Lists, ScoreFunction, lists_from_impressions, lists_from_targets, with_uniform
 from builders.ranker_loss import impression_loss, list_loss
 from builders.ranker_trainer import BASE_TRAINING, Progress, RankerTrainer, RankerTraining
-from ensemble.schema import Schema, Task
+from ensemble.schema import Task
 
 Array = np.ndarray
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
@@ -232,25 +231,3 @@ def task_figures(task: Task, labels: Array, outputs: Array) -> dict[str, float]:
     if task.kind == "regression":
         return {"rmse": metrics.rmse(labels, outputs)}
     return {"auc": metrics.auc(labels, outputs), "ece": metrics.ece(labels, outputs), "log_loss": metrics.log_loss(labels, outputs)}
-
-
-# --- on disk, between the stages of a build
-
-
-def save_checkpoint(checkpoint: RankerCheckpoint, folder: Path) -> None:
-    """Writes ranker.pt and the tables into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"ranker": checkpoint.ranker.state_dict(), "item_head": checkpoint.item_head.state_dict(), "report": checkpoint.report}, folder / "ranker.pt")
-    for name in ("item_id_features", "item_features", "user_features"):
-        np.save(folder / f"{name}.npy", getattr(checkpoint, name), allow_pickle=False)
-
-
-def load_checkpoint(folder: Path, schema: Schema, config: RankerConfig | None = None, ranker: nn.Module | None = None) -> RankerCheckpoint:
-    """Inverse of save_checkpoint, given the same sizes (and the user's own module, if it was one)."""
-    state = torch.load(folder / "ranker.pt", weights_only=True)
-    model = Ranker(schema, config) if ranker is None else OwnRanker(schema, ranker)
-    head = ItemFeatures(schema, config)
-    model.load_state_dict(state["ranker"])
-    head.load_state_dict(state["item_head"])
-    tables = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("item_id_features", "item_features", "user_features")]
-    return RankerCheckpoint(model.eval(), head.eval(), *tables, state["report"])

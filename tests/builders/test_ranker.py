@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from builders import calibrate, metrics
+from builders.checkpoint import read_ranker, save_ranker
 from builders.dataset import Dataset, Histories, Impressions, Targets
 from builders.ranker import TINY, CalibratedRanker, ItemFeatures, OwnRanker, Ranker, flops_per_user, num_parameters
 from builders.ranker_data import history_windows, lists_from_impressions, zero_scores
 from builders.ranker_loss import impression_loss
 from builders.ranker_trainer import TINY_TRAINING
-from builders.train_ranker import load_checkpoint, save_checkpoint, train_ranker
+from builders.train_ranker import train_ranker
 from ensemble import contract
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
@@ -245,8 +246,8 @@ def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
     with torch.no_grad():
         again = checkpoint.item_head(*(torch.from_numpy(a) for a in (checkpoint.item_id_features, dataset.item_codes, dataset.item_values)))
     np.testing.assert_allclose(again.numpy()[1:], checkpoint.item_features[1:], atol=1e-6)
-    save_checkpoint(checkpoint, tmp_path)
-    loaded = load_checkpoint(tmp_path, SCHEMA, TINY)
+    save_ranker(checkpoint, tmp_path)
+    loaded = read_ranker(tmp_path, SCHEMA, TINY)
     feeds = _feeds(2, np.random.default_rng(0))
     with torch.no_grad():
         assert torch.equal(loaded.ranker(**feeds), checkpoint.ranker(**feeds))
@@ -269,7 +270,9 @@ class _Own(torch.nn.Module):
         super().__init__()
         self.layer = torch.nn.Linear(SIZES.item_features + 1, len(TASKS))
 
-    def forward(self, history_embeddings, history_mask, user_codes, user_values, user_features, candidate_embeddings, candidate_features, candidate_scores):
+    def forward(
+        self, history_embeddings, history_mask, user_codes, user_values, user_features, candidate_embeddings, candidate_features, candidate_scores
+    ):
         raw = self.layer(torch.cat([candidate_features, candidate_scores[..., :1]], -1))
         return torch.cat([raw[..., :2].sigmoid(), raw[..., 2:]], -1)
 
