@@ -12,6 +12,7 @@ SIGIR 2018): a task that is `given` another one has its conditional probability 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class RankerConfig:
     dropout: float = 0.3
 
 
-TINY = RankerConfig(codes=8, attention=16, heads=1, products=16, hidden=32, experts=2, expert=(32, 16), tower=8)
+TINY = RankerConfig(codes=8, attention=16, heads=1, products=8, hidden=32, experts=2, expert=(32, 16), tower=8, dropout=0.1)
 
 
 class CalibratedRanker(nn.Module):
@@ -118,8 +119,9 @@ class Ranker(CalibratedRanker):
         self.products_out = nn.Linear(3 * c.products, tasks, bias=False)
         self.wide = nn.Linear(len(SOURCES), tasks)
         self.dropout = Dropout(c.dropout)
-        for layer in (*(tower[-1] for tower in self.towers), self.products_out, self.wide):
-            nn.init.zeros_(layer.weight)  # training starts at the wide path, which starts at recall's own order
+        lasts = [tower.get_submodule("1") for tower in self.towers]
+        for layer in (*lasts, self.products_out, self.wide):
+            nn.init.zeros_(layer.get_parameter("weight"))  # training starts at the wide path, which starts at recall's own order
 
     def logits(self, *tensors: Tensor) -> Tensor:
         """See CalibratedRanker.forward -> [B, N, T] float32."""
@@ -252,7 +254,7 @@ def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
 def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
     """Linear + ReLU (+ dropout between layers) through `widths`."""
     layers: list[nn.Module] = []
-    for place, (inside, outside) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for place, (inside, outside) in enumerate(pairwise(widths)):
         if place and dropout:
             layers.append(Dropout(dropout))
         layers += [nn.Linear(inside, outside), nn.ReLU()]

@@ -96,7 +96,7 @@ def twin(tiny_release: Release) -> LocalPipeline:
     return _twin(tiny_release)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not session: tests of the server itself look for what servers leave behind
 def tiny_server(tiny_repository: Path) -> Iterator[Server]:
     yield from _serve(tiny_repository)
 
@@ -124,7 +124,7 @@ def sequences_twin(sequences_release: Release) -> LocalPipeline:
     return _twin(sequences_release)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not session: tests of the server itself look for what servers leave behind
 def sequences_server(sequences_repository: Path) -> Iterator[Server]:
     yield from _serve(sequences_repository)
 
