@@ -32,7 +32,7 @@ class Degraded(IntFlag):
     FEATURES_STALE = 2  # reserved: a row past its soft TTL was used
     FEATURES_MISSING = 4  # reserved: no tier answered, the default row was used
     RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
-    UNKNOWN_ITEMS = 16  # items in the request's options that the release does not know; they were dropped
+    UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
 
 
 def recommend(schema: Schema) -> PipelineSpec:

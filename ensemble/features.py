@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
 from ensemble.options import Options
 from ensemble.release import Release
@@ -57,8 +58,3 @@ class FeatureLookup:
         both = np.concatenate([seen_rows, session], axis=1)
         pads_first = np.argsort(both >= 0, axis=1, kind="stable")
         return np.take_along_axis(both, pads_first, axis=1)[:, -width:]
-
-
-def ranks_within(owners: np.ndarray) -> np.ndarray:
-    """Position of each entry among its owner's; owners [L] sorted ascending -> [L] int64, from 0."""
-    return np.arange(len(owners)) - np.searchsorted(owners, owners)

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import faiss
 import numpy as np
 
+from ensemble.arrays import look_up, sum_by_row
 from ensemble.contract import QUERY_TENSORS, SOURCES
 from ensemble.errors import ReleaseError
 from ensemble.filters import ItemFilters
+from ensemble.item_index import ItemIndex
 from ensemble.options import Options
 from ensemble.release import Release
 from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
 
 Tensors = dict[str, np.ndarray]
-_EXACT_BELOW = 0.02  # share of items left by a filter under which a search of just these rows is cheaper and exact
 
 
 @dataclass(frozen=True)
@@ -53,19 +51,6 @@ def settings_from_json(text: str) -> RecallSettings:
         raise ReleaseError(f"recall.json does not fit this Peregrine ({error}); build the release again") from None
 
 
-def open_index(path: Path, num_items: int, embedding: int) -> faiss.Index:
-    """Memory-maps a Faiss index and holds it against what the release promises; position p of the index is item row p + 1."""
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
-    if (index.ntotal, index.d, index.metric_type) != (num_items, embedding, faiss.METRIC_INNER_PRODUCT):
-        raise ReleaseError(
-            f"{path}: has {index.ntotal} vectors of {index.d}, metric {index.metric_type}; the release has {num_items} of {embedding}, inner product"
-        )
-    return index
-
-
 class Recall:
     """State: the index, item rows, transition lists and popular list of one release, all memory-mapped."""
 
@@ -75,14 +60,13 @@ class Recall:
         self.settings = settings_from_json((release.path / "recall.json").read_text())
         self.items, self.item_ids = release.items, release.item_ids
         self.num_rows = len(self.items)
-        self.index = open_index(release.path / "index.faiss", self.num_rows - 1, self.sizes.embedding)
+        self.index = ItemIndex(release.path / "index.faiss", self.items["embedding"], self.settings.nprobe)
         self.transitions = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)  # [I + 1] {rows i4[L], scores f4[L]}
         popularity = np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False)  # [I + 1] f4, log(1 + events); row 0 is 0
         self.popularity = np.asarray(popularity)
         self.popular_rows = np.lexsort((np.arange(self.num_rows), -self.popularity))
         self.popular_rows = self.popular_rows[self.popular_rows > 0]
         self.filters = ItemFilters(release.schema, release.vocabularies.get("items", {}), self.items["codes"])
-        faiss.omp_set_num_threads(1)
 
     def run(self, options: Options, *, seen_rows: np.ndarray, **queries: np.ndarray) -> Tensors:
         """seen_rows [B, W] and query tensors [B, *, D] -> candidate_* [B, N…] (contract.py)."""
@@ -123,7 +107,7 @@ class Recall:
         masks = [None if u.filter is None else self.filters.mask(u.filter) for u in options.users]
         num_excluded = np.bincount(excluded // self.num_rows, minlength=num_users)
         depth = min(wanted + int(num_excluded.max(initial=0)), self.num_rows - 1)
-        found = self._search(query, depth, masks)  # [B, M, depth], best first
+        found = self.index.search(query, depth, masks)  # [B, M, depth], best first
         line_index = np.broadcast_to(np.arange(found.shape[2]) * interests, found.shape).reshape(num_users, -1)
         popular = self._popular(depth, masks)
         parts = [found.reshape(num_users, -1), transition_rows, popular]
@@ -158,6 +142,9 @@ class Recall:
     def _popular(self, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
         """The most popular rows that pass each user's filter: [B, depth], padded with -1. Filtered before they are cut: else a
         rare category would find none, and what a user gets would depend on how deep its batch-mates go."""
+        if all(mask is None for mask in masks):
+            rows = self.popular_rows[:depth]
+            return np.broadcast_to(rows, (len(masks), len(rows)))
         out = np.full((len(masks), depth), -1, np.int64)
         found: dict[int, np.ndarray] = {}
         for user, mask in enumerate(masks):
@@ -177,61 +164,6 @@ class Recall:
                 return rows[:depth]
             length *= 8
 
-    def _search(self, query: np.ndarray, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
-        """Index rows [B, M, depth] int64, best first, padded with -1. Users with the same filter are searched together."""
-        num_users, interests, embedding = query.shape
-        out = np.full((num_users, interests, depth), -1, np.int64)
-        groups: dict[int, list[int]] = {}
-        for user, mask in enumerate(masks):
-            groups.setdefault(0 if mask is None else id(mask), []).append(user)
-        for users in groups.values():
-            flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
-            out[users] = self._search_group(flat, depth, masks[users[0]]).reshape(len(users), interests, depth)
-        return out
-
-    def _search_group(self, query: np.ndarray, depth: int, mask: np.ndarray | None) -> np.ndarray:
-        """[Q, D] -> rows [Q, depth]; exact over the rows that pass when few do."""
-        if mask is not None:
-            passing = np.flatnonzero(mask)
-            if len(passing) <= max(depth, _EXACT_BELOW * self.num_rows):
-                return self._search_exact(query, depth, passing)
-        rows = self._search_index(query, depth, self._parameters(mask))
-        short = np.flatnonzero((rows <= 0).any(axis=1))
-        if isinstance(self.index, faiss.IndexIVF) and len(short):  # the visited lists held too few: nothing may be lost for it
-            rows[short] = self._search_exact(query[short], depth, np.flatnonzero(mask) if mask is not None else np.arange(1, self.num_rows))
-        return np.where(rows > 0, rows, -1)
-
-    def _search_index(self, query: np.ndarray, depth: int, parameters: Any) -> np.ndarray:
-        """[Q, D] -> rows [Q, depth], 0 where there are no more. Equal scores in order of rows, also where the list is cut: Faiss
-        leaves that open, and items that are the same to the encoder would come or go with the depth that batch-mates need."""
-        length = min(depth + 1, self.num_rows - 1)
-        while True:
-            scores, rows = self.index.search(query, length, params=parameters)
-            cut_within_ties = (scores[:, depth - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
-            if length == self.num_rows - 1 or not cut_within_ties.any():
-                break
-            length = min(2 * length, self.num_rows - 1)
-        rows += 1
-        tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
-        if len(tied):
-            rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied]), axis=-1), axis=1)
-        return rows[:, :depth]
-
-    def _parameters(self, mask: np.ndarray | None) -> Any:
-        """Search parameters of this index; `mask` [I + 1] becomes a bitmap over index positions."""
-        asked: dict[str, Any] = {} if mask is None else {"sel": faiss.IDSelectorBitmap(np.packbits(mask[1:], bitorder="little"))}  # type: ignore[call-arg, arg-type]
-        if isinstance(self.index, faiss.IndexIVF):
-            return faiss.SearchParametersIVF(nprobe=self.settings.nprobe, **asked)  # type: ignore[call-arg]
-        return faiss.SearchParameters(**asked)
-
-    def _search_exact(self, query: np.ndarray, depth: int, rows: np.ndarray) -> np.ndarray:
-        """[Q, D] against the items in `rows` [P] only -> [Q, depth], best first, padded with -1."""
-        out = np.full((len(query), depth), -1, np.int64)
-        scores = query @ self.items["embedding"][rows].T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-        out[:, : best.shape[1]] = rows[best]
-        return out
-
     def transition_offers(self, seen_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What followed the last items of each user: rows [B, P] best first, distinct, padded with -1; scores [B, P]."""
         s = self.settings
@@ -241,7 +173,7 @@ class Recall:
         rows = lists["rows"].astype(np.int64).reshape(len(seen_rows), -1)
         scores = (lists["scores"] * weight).reshape(len(seen_rows), -1)
         rows = np.where(scores > 0, rows, -1)
-        rows, scores = _sum_by_row(rows, np.where(rows > 0, scores, 0))
+        rows, scores = sum_by_row(rows, np.where(rows > 0, scores, 0))
         best = np.lexsort((rows, -scores), axis=-1)
         return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
@@ -279,35 +211,7 @@ class Recall:
         """Every source's score of every candidate: [B, N, S] float32, S in the order of contract.SOURCES, 0 where padded."""
         scores = np.zeros((*rows.shape, len(SOURCES)), np.float32)
         scores[..., 0] = np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2)
-        scores[..., 1] = np.log1p(_look_up(rows, *transitions, self.num_rows))
+        scores[..., 1] = np.log1p(look_up(rows, *transitions, self.num_rows))
         scores[..., 2] = self.popularity[np.maximum(rows, 0)]
         scores[rows <= 0] = 0
         return scores
-
-
-def _sum_by_row(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1 and 0."""
-    order = np.argsort(rows, axis=1, kind="stable")
-    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-    last = np.ones(rows.shape, bool)
-    last[:, :-1] = rows[:, 1:] != rows[:, :-1]
-    flat_last = np.flatnonzero(last.ravel())
-    starts = np.concatenate([[0], flat_last[:-1] + 1]) if len(flat_last) else flat_last
-    sums = np.zeros(rows.size, scores.dtype)
-    if len(starts):
-        sums[flat_last] = np.add.reduceat(scores.ravel(), starts)
-    sums = sums.reshape(rows.shape)
-    kept = last & (rows > 0)
-    return np.where(kept, rows, -1), np.where(kept, sums, 0)
-
-
-def _look_up(rows: np.ndarray, known_rows: np.ndarray, known_scores: np.ndarray, num_rows: int) -> np.ndarray:
-    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in it."""
-    owner = np.arange(len(rows))[:, None] * num_rows
-    keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()
-    order = np.argsort(known, kind="stable")
-    sorted_keys = known[order]
-    if not len(sorted_keys):
-        return np.zeros(rows.shape, np.float32)
-    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return np.where((sorted_keys[place] == keys) & (rows > 0), known_scores.ravel()[order][place], 0).astype(np.float32)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from random_release import RandomRelease, make_release
 
+from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
-from ensemble.features import FeatureLookup, ranks_within
+from ensemble.features import FeatureLookup
 from ensemble.options import parse_options
 
 

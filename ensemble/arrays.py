@@ -1,0 +1,38 @@
+"""Ragged and keyed arrays without loops: what NumPy lacks for working on a whole batch of users at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ranks_within(owners: np.ndarray) -> np.ndarray:
+    """Position of each entry among its owner's; owners [L] sorted ascending -> [L] int64, from 0."""
+    return np.arange(len(owners)) - np.searchsorted(owners, owners)
+
+
+def sum_by_row(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1 and 0."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    last = np.ones(rows.shape, bool)
+    last[:, :-1] = rows[:, 1:] != rows[:, :-1]
+    flat_last = np.flatnonzero(last.ravel())
+    starts = np.concatenate([[0], flat_last[:-1] + 1]) if len(flat_last) else flat_last
+    sums = np.zeros(rows.size, scores.dtype)
+    if len(starts):
+        sums[flat_last] = np.add.reduceat(scores.ravel(), starts)
+    sums = sums.reshape(rows.shape)
+    kept = last & (rows > 0)
+    return np.where(kept, rows, -1), np.where(kept, sums, 0)
+
+
+def look_up(rows: np.ndarray, known_rows: np.ndarray, known_scores: np.ndarray, num_rows: int) -> np.ndarray:
+    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in it."""
+    owner = np.arange(len(rows))[:, None] * num_rows
+    keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()
+    order = np.argsort(known, kind="stable")
+    sorted_keys = known[order]
+    if not len(sorted_keys):
+        return np.zeros(rows.shape, np.float32)
+    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return np.where((sorted_keys[place] == keys) & (rows > 0), known_scores.ravel()[order][place], 0).astype(np.float32)
