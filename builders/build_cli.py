@@ -11,7 +11,12 @@ import typer
 
 def build(
     shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
-    preset: Annotated[str, typer.Option(help="Sizes and training: `tiny` (seconds, for demos and tests) or `base` (real shops).")] = "base",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` (base's sizes, one epoch, for load tests)."
+        ),
+    ] = "base",
     repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = Path("model_repository"),
     release: Annotated[str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")] = None,
     activate: Annotated[bool, typer.Option("--activate", help="Serve it from now on.")] = False,
