@@ -45,9 +45,8 @@ def _check_names(option: str, module: nn.Module, model: ModelSpec) -> None:
     have = list(inspect.signature(module.forward).parameters)
     if have != wanted:
         wrong = [n for n in wanted if n not in have] or [n for n in have if n not in wanted] or have
-        raise InvalidInput(
-            f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants {', '.join(map(str, model.inputs))}, in this order"
-        )
+        contract = ", ".join(map(str, model.inputs))
+        raise InvalidInput(f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants {contract}, in this order")
 
 
 def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
