@@ -65,6 +65,7 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     options.repository.mkdir(parents=True, exist_ok=True)
     sweep(options.repository)
     torch.manual_seed(options.seed)
+    torch.set_num_threads(options.preset.threads or torch.get_num_threads())
     name = options.release or next_release_name(options.repository)
     stages = Stages(options.repository.resolve() / ".build" / options.shop.resolve().name, console)
     sizes, encoder_options, ranker_options = (
@@ -123,7 +124,7 @@ def make_ranker(options: BuildOptions, data: Done, encoders: Done, index: Done, 
     trained = train_ranker(
         dataset,
         item_embeddings,
-        scores=offline.scores,
+        scores=offline.scores if dataset.train_impressions is None else offline.popular_scores,
         candidates=offline.candidates,
         source_weights=offline.recall.settings.source_weights,
         config=options.preset.ranker,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def build(
         peregrine shop generate shops/demo
         peregrine build shops/demo --preset tiny --activate
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning threads make a busy machine ten times slower
     from rich.console import Console
     from rich.markdown import Markdown
 

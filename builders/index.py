@@ -174,6 +174,12 @@ class OfflineRecall:
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
 
+    def popular_scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+        """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was trained on."""
+        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+        out[..., SOURCES.index("popular")] = np.where(item_rows > 0, self.recall.popularity[np.maximum(item_rows, 0)], 0)
+        return out
+
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
         """[L], [L], item_rows [L, N] (-1 padded) -> every source's score [L, N, S] float32."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)

@@ -20,6 +20,7 @@ class Preset:
     sizes: Sizes
     encoders: EncoderConfig
     ranker: RankerTraining
+    threads: int | None = None  # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
 
 
 PRESETS = {
@@ -28,6 +29,7 @@ PRESETS = {
         Sizes(seen=50, history=20, embedding=32, candidates=64, item_features=8, user_features=8, max_top_k=50),
         EncoderConfig.tiny(),
         TINY_TRAINING,
+        threads=1,
     ),
     # 3e-3 instead of EncoderConfig's 1e-3: on Beauty it is there in 12 epochs (DECISIONS.md)
     "base": Preset("base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=12, evaluate_every=4), BASE_TRAINING),

@@ -51,9 +51,11 @@ class CalibratedRanker(nn.Module):
     calibration_scale: Tensor
     calibration_bias: Tensor
     is_binary: Tensor
+    score_gate: Tensor
 
     def __init__(self, schema: Schema):
         super().__init__()
+        self.register_buffer("score_gate", torch.ones(len(SOURCES)))  # 0 for sources whose scores training must not trust
         self.register_buffer("calibration_scale", torch.ones(len(schema.tasks)))
         self.register_buffer("calibration_bias", torch.zeros(len(schema.tasks)))
         self.register_buffer("is_binary", torch.tensor([task.kind == "binary" for task in schema.tasks]))
@@ -86,6 +88,10 @@ class CalibratedRanker(nn.Module):
 
     def logits(self, *tensors: Tensor) -> Tensor:
         """The eight tensors of forward, in its order -> [B, N, T] float32, before calibration."""
+        return self.gated_logits(*tensors[:-1], tensors[-1] * self.score_gate)
+
+    def gated_logits(self, *tensors: Tensor) -> Tensor:
+        """`logits`, with the scores of distrusted sources 0."""
         raise NotImplementedError
 
 
@@ -123,7 +129,7 @@ class Ranker(CalibratedRanker):
         for layer in (*lasts, self.products_out, self.wide):
             nn.init.zeros_(layer.get_parameter("weight"))  # training starts at the wide path, which starts at recall's own order
 
-    def logits(self, *tensors: Tensor) -> Tensor:
+    def gated_logits(self, *tensors: Tensor) -> Tensor:
         """See CalibratedRanker.forward -> [B, N, T] float32."""
         history, mask, user_codes, user_values, user_features, candidates, features, scores = tensors
         history, candidates = history * self.embedding_scale, candidates * self.embedding_scale
@@ -227,7 +233,7 @@ class OwnRanker(CalibratedRanker):
         super().__init__(schema)
         self.inner = inner
 
-    def logits(self, *tensors: Tensor) -> Tensor:
+    def gated_logits(self, *tensors: Tensor) -> Tensor:
         """The inner module's probabilities (binary) as logits, its numbers (regression) as they are."""
         outputs = self.inner(*tensors)
         return torch.where(self.is_binary, torch.logit(outputs, eps=1e-6), outputs)

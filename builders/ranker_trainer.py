@@ -37,7 +37,7 @@ class RankerTraining:
     history_dropout: float = 0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
     bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
-    conditional: float = 0.0  # weight of a conditional task's loss on its own rows, beside the product's
+    conditional: float = 1.0  # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
     uniform_negatives: int = 16  # `interact`: uniform items a list
     held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates

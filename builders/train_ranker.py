@@ -21,9 +21,13 @@ from builders.ranker import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, f
 from builders.ranker_data import CandidateFunction, Lists, ScoreFunction, lists_from_impressions, lists_from_targets, with_uniform
 from builders.ranker_loss import impression_loss, list_loss
 from builders.ranker_trainer import BASE_TRAINING, Progress, RankerTrainer, RankerTraining
+from ensemble.contract import SOURCES
 from ensemble.schema import Task
 
 Array = np.ndarray
+# Encoders and transitions were trained on the very clicks that label the training impressions: their scores all but tell the
+# label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
+HONEST_SOURCES = ("popular",)
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
 _DOUBT = 0.1  # the deep path stays only if fewer resamples of held-out users than this see it below recall
 
@@ -84,6 +88,7 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
     train, validation = dataset.train_impressions, dataset.validation_impressions
     if train is None or validation is None:
         raise ValueError("train_impressions and validation_impressions go together")
+    trainer.model.score_gate.copy_(torch.tensor([float(source in HONEST_SOURCES) for source in SOURCES]))
     train_lists, _ = lists_from_impressions(train, scores)
     validation_lists, places = lists_from_impressions(validation, scores)
     _standardize_scores(trainer, train_lists)
@@ -205,7 +210,7 @@ def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
 
 def _standardize_scores(trainer: RankerTrainer, lists: Lists) -> None:
     """Mean 0 and variance 1 for each source's score over the training lists, inside the graph."""
-    seen = lists.scores[lists.item_rows > 0]
+    seen = lists.scores[lists.item_rows > 0] * trainer.model.score_gate.numpy()
     if isinstance(trainer.model, Ranker) and len(seen):
         spread = seen.std(0)
         trainer.model.score_mean.copy_(torch.from_numpy(seen.mean(0)))

@@ -235,7 +235,8 @@ def test_training_comes_near_the_oracle_and_is_calibrated(trained):
     figures = checkpoint.report["test"]
     for place, task in enumerate(("click", "buy")):
         assert figures[task]["auc"] > metrics.auc(labels[:, place], truth[:, place]) - 0.05
-        assert figures[task]["ece"] < 0.05
+        noise = metrics.ece(labels[:, place], truth[:, place])  # what true probabilities show on so few rows
+        assert figures[task]["ece"] < noise + 0.04
     assert figures["dwell"]["rmse"] < 1.15 * metrics.rmse(labels[:, 2], truth[:, 2])
 
 
