@@ -75,7 +75,7 @@ class Stages:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=1.0, stage=name)
             work(partial, lambda share, text: bar.update(task, completed=share, description=text))
         partial.rename(folder)
