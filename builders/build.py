@@ -74,6 +74,8 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     own_encoder, own_ranker = _source_digest(options.user_encoder), _source_digest(options.ranker)
 
     data = stages.run("data", lambda *to: make_data(options, *to), [_shop_digest(options.shop), sizes])
+    schema = _schema(data.folder)
+    _own(options.user_encoder, schema, "user_encoder"), _own(options.ranker, schema, "ranker")  # refused now, not after an hour of training
     encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
     index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
     ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))

@@ -32,7 +32,10 @@ def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
         raise InvalidInput(f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from {Path.cwd()}") from None
     finally:
         sys.path.pop(0)
-    module = kind(schema)
+    try:
+        module = kind(schema)
+    except Exception as error:  # the user's code may raise anything
+        raise InvalidInput(f"{option}: {attribute}(schema) fails: {type(error).__name__}: {error}") from None
     if not isinstance(module, nn.Module):
         raise InvalidInput(f"{option}: {kind.__name__}(schema) gives a {type(module).__name__}, not a torch.nn.Module")
     _check_names(option, module, model)
