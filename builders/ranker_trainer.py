@@ -25,7 +25,7 @@ class RankerTraining:
     """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 6  # at most; learning rates fall linearly to 0 over them
+    epochs: int = 4  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
     batch: int = 2048
     learning_rate: float = 3e-3
