@@ -44,6 +44,7 @@ from ensemble.release import file_sha256
 from ensemble.schema import Schema, schema_from_json
 
 _FROM_INDEX = ("index.faiss", "transitions.npy", "popular.npy", "recall.json", "schema.json", "vocabularies.json", "item_ids.npy")
+_RANKED_PAIRS = 300_000_000  # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 
 
@@ -236,7 +237,10 @@ def _validation(dataset: Dataset) -> Validation | None:
     targets = dataset.validation
     if not len(targets.user_rows):
         return None
-    return Validation(_known(dataset, targets.user_rows, targets.history_ends), targets.item_rows, targets.user_rows)
+    most = max(1000, _RANKED_PAIRS // dataset.num_items)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:most])
+    users, ends = targets.user_rows[chosen], targets.history_ends[chosen]
+    return Validation(_known(dataset, users, ends), targets.item_rows[chosen], users)
 
 
 def _features(dataset: Dataset) -> tuple[Array, Array, Array, Array]:

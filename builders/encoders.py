@@ -19,6 +19,7 @@ from builders.sequences import Sequences, windows
 
 Array = np.ndarray
 Slices = tuple[tuple[int, int], ...]
+_SCORES_AT_ONCE = 1 << 25  # of a full ranking: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def evaluate_encoders(
     histories, rows, catalogue = validation.histories, validation.user_rows, torch.from_numpy(items).T
     users = encode_users(checkpoint, items, histories, user_codes[rows], user_values[rows])
     ranks = []
-    for start in range(0, len(rows), 512):
-        part = np.arange(start, min(start + 512, len(rows)))
+    step = max(1, _SCORES_AT_ONCE // len(items))
+    for start in range(0, len(rows), step):
+        part = np.arange(start, min(start + step, len(rows)))
         scores = (torch.from_numpy(users[part]).flatten(0, 1) @ catalogue).numpy().reshape(len(part), -1, len(items)).max(1)
         lengths = np.diff(histories.offsets)[part]
         scores[np.repeat(part - start, lengths), histories.rows[histories.offsets[start] : histories.offsets[part[-1] + 1]]] = -np.inf
