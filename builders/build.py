@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from builders import report as reports
 from builders.checkpoint import read_encoders, read_ranker, save_encoders, save_ranker
@@ -27,6 +26,7 @@ from builders.dataset import Array, Dataset, open_dataset, save_dataset
 from builders.encoders import Validation, encode_items, encode_users
 from builders.export import export_model
 from builders.index import OfflineRecall, training_histories, write_recall
+from builders.models import ItemRows
 from builders.own_model import own_model
 from builders.presets import Preset, encoder_config
 from builders.ranker_data import history_windows
@@ -75,8 +75,8 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     own_encoder, own_ranker = _source_digest(options.user_encoder), _source_digest(options.ranker)
 
     data = stages.run("data", lambda *to: make_data(options, *to), [_shop_digest(options.shop), sizes])
-    schema = _schema(data.folder)
-    _own(options.user_encoder, schema, "user_encoder"), _own(options.ranker, schema, "ranker")  # refused now, not after an hour of training
+    for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
+        _own(source, _schema(data.folder), model)  # refused now, not after an hour of training
     encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
     index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
     ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
@@ -200,19 +200,6 @@ def make_release(options: BuildOptions, name: str, export: Done, verify: Done, f
     found = json.loads((verify.folder / "report.json").read_text())
     manifest = {"shop": schema.shop, "preset": options.preset.name, "seed": options.seed, "contract": contract.fingerprint(schema), "report": found}
     publish(options.repository, name, members, own, manifest)
-
-
-class ItemRows(nn.Module):
-    """The item_encoder engine: both heads over one id row. The ids' table itself stays outside."""
-
-    def __init__(self, encoder: nn.Module, head: nn.Module, embedding: int) -> None:
-        super().__init__()
-        self.encoder, self.head, self.embedding = encoder, head, embedding
-
-    def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> tuple[Tensor, Tensor]:
-        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D], item_features [B, F]."""
-        embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
-        return embedding, self.head(item_id_embedding[:, self.embedding :], item_codes, item_values)
 
 
 class _UserEncoding:

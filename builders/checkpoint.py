@@ -17,11 +17,6 @@ from builders.train_ranker import RankerCheckpoint
 from ensemble.schema import Schema
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """A module's parameters and buffers by name."""
-    save_state(module.state_dict(), path)
-
-
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
     """Tensors by name -> .npz."""
     np.savez(

@@ -83,6 +83,19 @@ class ItemEncoder(nn.Module):
         return self.length * functional.normalize(total.float(), dim=-1)
 
 
+class ItemRows(nn.Module):
+    """The item_encoder engine: both heads over one id row. The ids' table itself stays outside."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, embedding: int) -> None:
+        super().__init__()
+        self.encoder, self.head, self.embedding = encoder, head, embedding
+
+    def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> tuple[Tensor, Tensor]:
+        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D], item_features [B, F]."""
+        embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
+        return embedding, self.head(item_id_embedding[:, self.embedding :], item_codes, item_values)
+
+
 class Block(nn.Module):
     """A pre-norm Transformer block: attention with an added bias, then a feed-forward network."""
 
