@@ -1,8 +1,8 @@
 """Spec -> typed ModelConfig -> config.pbtxt. Nobody edits a config.pbtxt by hand, and nothing else writes one.
 
 Every configuration runs on any Triton with the Python backend, from 2.51 on: fields that 2.51 rejects
-(ensemble_scheduling.max_inflight_requests, model_metrics) are not written. A native backend gets a second file,
-<member>/configs/<name>.pbtxt, chosen with --model-config-name; that folder is absent until a runtime needs one.
+(ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a second file,
+<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from ensemble.repository import ALIAS_FILE
+from ensemble.repository import ALIAS_FILE, FUSED
 from ensemble.spec import Dtype, ModelSpec, PipelineSpec, TensorSpec
 
 MODEL_PY = (
@@ -72,6 +72,7 @@ def write_members(pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: s
         _write(folders[spec.name], member_config(spec, release, pipeline.max_batch))
         (folders[spec.name] / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
     _write(folders[pipeline.name], ensemble_config(pipeline, release))
+    _write_fused(folders[pipeline.name], member_config(pipeline.fused, release, pipeline.max_batch))
     (folder / release).mkdir(exist_ok=True)
     (folder / release / ALIAS_FILE).write_text(config_text(alias_config(pipeline, release)), encoding="utf-8")
     return folders
@@ -80,6 +81,13 @@ def write_members(pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: s
 def _write(folder: Path, config: ModelConfig) -> None:
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+
+
+def _write_fused(folder: Path, config: ModelConfig) -> None:
+    """Beside the ensemble: the same model, all steps in one Python process (`peregrine serve --fused`)."""
+    (folder / "configs").mkdir()
+    (folder / "configs" / f"{FUSED}.pbtxt").write_text(config_text(config), encoding="utf-8")
+    (folder / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
 
 
 def _config(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], max_batch: int, release: str) -> ModelConfig:

@@ -76,7 +76,7 @@ class Bench:
         self.probe = ServerProbe(self.url, self.headers, server.pid)
         self.server_version = self.probe.version()
         self.release = open_release(options.repository, self._served_release())
-        self.steps = [model.name for model in self.release.pipeline.models]
+        self.steps = self._served_steps()
 
     def _served_release(self) -> str:
         """The release that answers, which the server knows best."""
@@ -84,6 +84,12 @@ class Bench:
 
         with Client(self.url) as client:
             return client.recommend("").release
+
+    def _served_steps(self) -> list[str]:
+        """Names of the steps that answer: the pipeline's, or the pipeline's own where it is served fused."""
+        served = self.probe.snapshot().models
+        steps = [model.name for model in self.release.pipeline.models]
+        return steps if f"{self.release.name}_{steps[0]}" in served or not served else [self.release.pipeline.name]
 
     def _load(self, **changes: Any) -> Load:
         o = self.options

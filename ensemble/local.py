@@ -31,6 +31,17 @@ def open_step(model: ModelSpec, release: Release) -> Step:
     return step
 
 
+class FusedStep:
+    """recommend as one step: all five in one process, on the same arrays."""
+
+    def __init__(self, model: ModelSpec, release: Release) -> None:
+        self.pipeline = LocalPipeline(release)
+
+    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
+        """The pipeline's inputs by name -> the answer's tensors."""
+        return self.pipeline.run(options, tensors)
+
+
 class LocalPipeline:
     """recommend, answered in this process."""
 

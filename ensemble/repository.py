@@ -25,6 +25,7 @@ from ensemble.release import active_release
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 STAGING = ".staging-"
+FUSED = "fused"  # configs/fused.pbtxt of a release's ensemble: all steps in one process
 ALIAS_FILE = "alias.pbtxt"  # in a release's own folder: what activation makes recommend/config.pbtxt
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')

@@ -26,6 +26,9 @@ def serve(
     port: Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 is off.")] = 8002,
     address: Annotated[str, typer.Option(help="Where to listen; beyond loopback only with tritonserver 2.72 or newer.")] = "127.0.0.1",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="All steps of a request in one process: fewest hops, for machines without a GPU (README, Serve).")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
     start_timeout_s: Annotated[float, typer.Option(help="How long the models may take to load.")] = 300.0,
 ) -> None:
@@ -39,7 +42,8 @@ def serve(
     started = time.monotonic()
     metrics = metrics_port or None
     try:
-        with server.serve(repository, port, metrics, address, log=_log, verbose=int(verbose), start_timeout_s=start_timeout_s) as running:
+        options = {"log": _log, "verbose": int(verbose), "start_timeout_s": start_timeout_s, "fused": fused}
+        with server.serve(repository, port, metrics, address, **options) as running:
             print(_greeting(running, time.monotonic() - started), flush=True)
             running.wait()
     except _Signal as stop:

@@ -19,7 +19,7 @@ from pathlib import Path
 from ensemble import contract
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
 from ensemble.release import active_release, open_release
-from ensemble.repository import release_names, sweep
+from ensemble.repository import FUSED, release_names, sweep
 from ensemble.server_calls import drain, is_model_ready
 from ensemble.server_file import Claim, RunningServer
 from ensemble.server_folder import Installation, find_tritonserver, make_run_folder, sweep_run_folders
@@ -208,8 +208,12 @@ def serve(
     log: Callable[[str], None] = lambda line: None,
     verbose: int = 0,
     start_timeout_s: float = 300.0,
+    fused: bool = False,
 ) -> Iterator[Server]:
-    """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics."""
+    """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics.
+
+    fused: all steps of a request in one Python process, instead of the ensemble.
+    """
     repository = Path(repository).resolve()
     installation = find_tritonserver()
     _check_address(address, installation)
@@ -217,7 +221,8 @@ def serve(
     ports = [_check_port(address, number) for number in (port, metrics_port) if number is not None]
     sweep_run_folders()
     claim = Claim(repository)
-    server = Server(Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose), claim, installation, log, start_timeout_s)
+    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=FUSED if fused else None)
+    server = Server(launch, claim, installation, log, start_timeout_s)
     try:
         server.start()
         yield server

@@ -40,6 +40,7 @@ class Launch:
     metrics_port: int | None  # None: no metrics
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     verbose: int = 0
+    configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
 
 
 def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
@@ -47,6 +48,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     metrics = ["--allow-metrics=false"]
     if launch.metrics_port is not None:
         metrics = [f"--metrics-address={launch.address}", f"--metrics-port={launch.metrics_port}"]
+    chosen = [f"--model-config-name={launch.configuration}"] if launch.configuration else []
     return [
         str(installation.binary),
         f"--model-repository={launch.repository}",
@@ -60,6 +62,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
         f"--grpc-address={launch.address}",
         f"--grpc-port={launch.port}",
         *metrics,
+        *chosen,
         f"--grpc-restricted-protocol={_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}={launch.secret}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--grpc-keepalive-time=30000",

@@ -65,6 +65,7 @@ class ModelSpec:
 
 
 ENGINE_STEP = "ensemble.engines:EngineStep"
+FUSED_STEP = "ensemble.local:FusedStep"
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,15 @@ class PipelineSpec:
         if (source.dtype, source.axes) != (tensor.dtype, tensor.axes):
             raise WiringError(f"{self.name}: {taker} takes {tensor}, but its source gives {source}")
 
+    @property
+    def fused(self) -> ModelSpec:
+        """The whole pipeline as one step: what runs where hops between processes cost more than they give."""
+        return ModelSpec(self.name, FUSED_STEP, self.inputs, self.outputs)
+
     def model(self, name: str) -> ModelSpec:
-        """The model called `name`; WiringError if there is none."""
+        """The model called `name`, or the fused pipeline under its own; WiringError if there is none."""
+        if name == self.name:
+            return self.fused
         for model in self.models:
             if model.name == name:
                 return model

@@ -101,6 +101,11 @@ def tiny_server(tiny_repository: Path) -> Iterator[Server]:
     yield from _serve(tiny_repository)
 
 
+@pytest.fixture(scope="module")
+def tiny_server_fused(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from _serve_fused(tiny_repository, tmp_path_factory)
+
+
 # --- the shop like Beauty: sequences without labels, one task `interact`
 
 
@@ -129,6 +134,11 @@ def sequences_server(sequences_repository: Path) -> Iterator[Server]:
     yield from _serve(sequences_repository)
 
 
+@pytest.fixture(scope="module")
+def sequences_server_fused(sequences_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from _serve_fused(sequences_repository, tmp_path_factory)
+
+
 def _open(repository: Path) -> Release:
     from ensemble.release import active_release, open_release
 
@@ -141,8 +151,13 @@ def _twin(release: Release) -> LocalPipeline:
     return LocalPipeline(release)
 
 
-def _serve(repository: Path) -> Iterator[Server]:
+def _serve(repository: Path, *, fused: bool = False) -> Iterator[Server]:
     from ensemble.server import serve
 
-    with serve(repository, port=0, metrics_port=None) as server:
+    with serve(repository, port=0, metrics_port=None, fused=fused) as server:
         yield server
+
+
+def _serve_fused(repository: Path, folders: pytest.TempPathFactory) -> Iterator[Server]:
+    """On a copy: one repository has one server."""
+    return _serve(private_copy(repository, folders.mktemp("fused") / "repository"), fused=True)

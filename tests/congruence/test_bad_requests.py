@@ -12,6 +12,8 @@ from asking import IN_FLIGHT, OUTPUTS, TritonAsker
 from tritonclient.grpc import InferInput, service_pb2
 from tritonclient.utils import InferenceServerException
 
+from ensemble.server import Server
+
 pytestmark = pytest.mark.triton
 
 # What the server says behind its prefixes ("in ensemble 'recommend', …") for each bad parameter.
@@ -45,9 +47,14 @@ BAD_IDS = [
 ]
 
 
+@pytest.fixture(scope="module", params=["sequences_server", "sequences_server_fused"])
+def server(request: pytest.FixtureRequest) -> Server:
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def asker(sequences_server) -> Iterator[TritonAsker]:
-    asker = TritonAsker(sequences_server.url)
+def asker(server: Server) -> Iterator[TritonAsker]:
+    asker = TritonAsker(server.url)
     yield asker
     asker.close()
 
@@ -81,13 +88,14 @@ def test_a_bad_user_id_is_refused(asker, user_id, text):
     assert_refused(refusal(asker, [b"1", user_id], {}), text)
 
 
-def batches(asker: TritonAsker, headers: dict[str, str]) -> tuple[int, int]:
+def batches(asker: TritonAsker, server: Server) -> tuple[int, int]:
     """(requests, batches they came in) of the features step so far."""
-    found = asker.client.get_inference_statistics("r1_features", headers=headers, as_json=True)["model_stats"][0]
+    model = "r1_recommend" if server.launch.configuration else "r1_features"
+    found = asker.client.get_inference_statistics(model, headers=server.headers, as_json=True)["model_stats"][0]
     return int(found["inference_count"]), int(found["execution_count"])
 
 
-def test_a_bad_request_leaves_its_batch_mates_unharmed(asker, sequences_server):
+def test_a_bad_request_leaves_its_batch_mates_unharmed(asker, server):
     """Bad and good sent together, so that they meet in Triton's batches, again and again."""
     good = [([str(n).encode()], {"top_k": 5}) for n in range(1, 9)]
     wanted = [asker.ask(*request) for request in good]
@@ -100,10 +108,10 @@ def test_a_bad_request_leaves_its_batch_mates_unharmed(asker, sequences_server):
             return error
 
     mixed = [request for _ in range(8) for pair in zip(bad, good * 3, strict=True) for request in pair]
-    before = batches(asker, sequences_server.headers)
+    before = batches(asker, server)
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         answers = list(pool.map(ask, mixed))
-    after = batches(asker, sequences_server.headers)
+    after = batches(asker, server)
     assert after[1] - before[1] < 0.8 * len(mixed), "they must have met in batches"
     for n, (request, answer) in enumerate(zip(mixed, answers, strict=True)):
         if n % 2 == 0:

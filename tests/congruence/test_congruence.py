@@ -170,7 +170,12 @@ def ask_twin(pipeline: LocalPipeline) -> AskAll:
 
 
 @pytest.fixture(
-    params=["twin", pytest.param("triton cpu", marks=pytest.mark.triton), pytest.param("triton gpu", marks=[pytest.mark.triton, pytest.mark.gpu])]
+    params=[
+        "twin",
+        pytest.param("triton cpu", marks=pytest.mark.triton),
+        pytest.param("triton cpu fused", marks=pytest.mark.triton),
+        pytest.param("triton gpu", marks=[pytest.mark.triton, pytest.mark.gpu]),
+    ]
 )
 def implementation(request: pytest.FixtureRequest) -> str:
     if request.param == "triton gpu":
@@ -182,7 +187,7 @@ def asker_of(request: pytest.FixtureRequest, implementation: str, server: str, p
     if implementation == "twin":
         yield ask_twin(pipeline)
         return
-    asker = TritonAsker(request.getfixturevalue(server).url)
+    asker = TritonAsker(request.getfixturevalue(f"{server}_fused" if "fused" in implementation else server).url)
     yield asker.ask_all
     asker.close()
 
