@@ -93,7 +93,7 @@ class ItemRows(nn.Module):
     def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> tuple[Tensor, Tensor]:
         """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D], item_features [B, F]."""
         embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
-        return embedding, self.head(item_id_embedding[:, self.embedding :], item_codes, item_values)
+        return embedding, self.head(item_id_embedding[:, self.embedding :], item_codes, item_values, embedding)
 
 
 class Block(nn.Module):
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float, width: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.bias_rows = heads, list(range(heads))  # a pruned block has fewer heads, and reads the bias of those it kept
         self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.feed = nn.Sequential(nn.Linear(dim, width), nn.GELU(), Dropout(dropout), nn.Linear(width, dim))
@@ -109,12 +109,12 @@ class Block(nn.Module):
 
     def forward(self, states: Tensor, bias: Tensor) -> Tensor:
         """states [B, H, D], bias [B, heads, Q, K] (mask and distance) -> [B, H, D]."""
-        _, length, dim = states.shape
-        split = self.qkv(self.norm_attention(states)).view(-1, length, 3, self.heads, dim // self.heads)
+        split = self.qkv(self.norm_attention(states)).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
-        logits = query @ key.transpose(-1, -2) * (dim // self.heads) ** -0.5 + bias
+        own = bias if len(self.bias_rows) == bias.shape[1] else bias[:, self.bias_rows]
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + own
         mixed = self.dropout(logits.softmax(-1)) @ value
-        states = states + self.dropout(self.out(mixed.transpose(1, 2).reshape(-1, length, dim)))
+        states = states + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
         return states + self.dropout(self.feed(self.norm_feed(states)))
 
 
@@ -135,6 +135,7 @@ class UserEncoder(nn.Module):
         interests: int = 1,
         layers: int = 2,
         heads: int = 4,
+        feed: int | None = None,  # width of the feed-forward networks; None: 4 * dim
         dropout: float = 0.3,
         temperature: float = 0.07,
         max_history: int = 50,
@@ -148,7 +149,7 @@ class UserEncoder(nn.Module):
         self.default = nn.Parameter(torch.zeros(dim))
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, 4 * dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, feed or 4 * dim) for _ in range(layers))
         ages = torch.arange(max_history).float()
         slopes = -(2.0 ** -torch.arange(heads).float())
         self.distance_bias = nn.Parameter(slopes[:, None] * ages.clamp(max=20.0))  # [heads, H]

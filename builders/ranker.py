@@ -26,7 +26,7 @@ _FAR = -1e4  # a masked attention logit: finite in every precision
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """Widths of the ranker's layers. The defaults cost 0.43 MFLOP a candidate; `tiny` is for tests."""
+    """Widths of the ranker's layers. The defaults cost 0.40 MFLOP a candidate; `tiny` is for tests."""
 
     codes: int = 32  # one vector a code feature
     attention: int = 64  # keys and values of the history, over all heads
@@ -62,24 +62,21 @@ class CalibratedRanker(nn.Module):
 
     def forward(
         self,
-        history_embeddings: Tensor,
+        history_features: Tensor,
         history_mask: Tensor,
         user_codes: Tensor,
         user_values: Tensor,
         user_features: Tensor,
-        candidate_embeddings: Tensor,
         candidate_features: Tensor,
         candidate_scores: Tensor,
     ) -> Tensor:
         """-> candidate_probabilities [B, N, T] float32: calibrated probabilities of binary tasks, numbers of the others.
 
-        history_embeddings [B, H, D], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R], user_features [B, U],
-        candidate_embeddings [B, N, D], candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
+        history_features [B, H, F], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R], user_features [B, U],
+        candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
         """
-        history = (history_embeddings, history_mask)
         user = (user_codes, user_values, user_features)
-        raw = self.logits(*history, *user, candidate_embeddings, candidate_features, candidate_scores)
-        return self.probabilities(raw)
+        return self.probabilities(self.logits(history_features, history_mask, *user, candidate_features, candidate_scores))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits [..., T] -> probabilities (binary) or numbers (regression) [..., T]."""
@@ -87,7 +84,7 @@ class CalibratedRanker(nn.Module):
         return torch.where(self.is_binary, calibrated.sigmoid(), calibrated)
 
     def logits(self, *tensors: Tensor) -> Tensor:
-        """The eight tensors of forward, in its order -> [B, N, T] float32, before calibration."""
+        """The tensors of forward, in its order -> [B, N, T] float32, before calibration."""
         return self.gated_logits(*tensors[:-1], tensors[-1] * self.score_gate)
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
@@ -98,7 +95,6 @@ class CalibratedRanker(nn.Module):
 class Ranker(CalibratedRanker):
     """logit = linear in recall's scores (the wide path) + experts and products of user and candidate (the deep path)."""
 
-    embedding_scale: Tensor
     score_mean: Tensor
     score_scale: Tensor
     deep_gate: Tensor
@@ -106,18 +102,16 @@ class Ranker(CalibratedRanker):
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
         super().__init__(schema)
         c, s, tasks = config or RankerConfig(), schema.sizes, len(schema.tasks)
-        self.register_buffer("embedding_scale", torch.ones(()))  # 1 / root mean square of the item embeddings
         self.register_buffer("score_mean", torch.zeros(len(SOURCES)))
         self.register_buffer("score_scale", torch.ones(len(SOURCES)))
         self.register_buffer("deep_gate", torch.ones(()))  # 0 where the deep path did not help held-out users
         self.user = UserSide(schema, c)
-        self.attention = TargetAttention(s.embedding, s.embedding + s.item_features, s.history, c)
-        item_width = s.embedding + s.item_features
+        self.attention = TargetAttention(s.item_features, s.history, c)
         self.user_product = nn.Linear(self.user.width, c.products)
-        self.newest_product = nn.Linear(s.embedding, c.products)
+        self.newest_product = nn.Linear(s.item_features, c.products)
         self.attended_product = nn.Linear(c.attention, c.products)
-        self.item_product = nn.Linear(item_width, 3 * c.products)
-        self.candidate_in = nn.Linear(item_width + c.attention + 3 * c.products + len(SOURCES), c.hidden)
+        self.item_product = nn.Linear(s.item_features, 3 * c.products)
+        self.candidate_in = nn.Linear(s.item_features + c.attention + 3 * c.products + len(SOURCES), c.hidden)
         self.user_in = nn.Linear(self.user.width, c.hidden, bias=False)
         self.experts = nn.ModuleList(_mlp((c.hidden, *c.expert), c.dropout) for _ in range(c.experts))
         self.gates = nn.ModuleList(nn.Linear(c.hidden, c.experts) for _ in range(tasks))
@@ -131,9 +125,7 @@ class Ranker(CalibratedRanker):
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
         """See CalibratedRanker.forward -> [B, N, T] float32."""
-        history, mask, user_codes, user_values, user_features, candidates, features, scores = tensors
-        history, candidates = history * self.embedding_scale, candidates * self.embedding_scale
-        items = torch.cat([candidates, features], -1)  # [B, N, D + F]
+        history, mask, user_codes, user_values, user_features, items, scores = tensors
         scores = (scores - self.score_mean) * self.score_scale
         keys, values = self.attention.sides(history)
         user = self.user(values, mask, user_codes, user_values, user_features).unsqueeze(1)  # [B, 1, width]
@@ -183,19 +175,19 @@ class TargetAttention(nn.Module):
     A learned "nothing" stands beside the history: an empty one stays finite, and a candidate may find nothing alike in it.
     """
 
-    def __init__(self, dim: int, query_dim: int, history: int, config: RankerConfig):
+    def __init__(self, dim: int, history: int, config: RankerConfig):
         super().__init__()
         width, self.heads = config.attention, config.heads
-        self.query, self.key, self.value = nn.Linear(query_dim, width), nn.Linear(dim, width), nn.Linear(dim, width)
+        self.query, self.key, self.value = nn.Linear(dim, width), nn.Linear(dim, width), nn.Linear(dim, width)
         self.position = nn.Parameter(torch.zeros(self.heads, 1, history))
         self.nothing = nn.Parameter(torch.zeros(self.heads, 1, 1))
 
     def sides(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """history [B, H, D] -> keys, values [B, H, K]: once per user."""
+        """history [B, H, F] -> keys, values [B, H, K]: once per user."""
         return self.key(history), self.value(history)
 
     def forward(self, items: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """items [B, N, D + F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is empty."""
+        """items [B, N, F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is empty."""
         query, key, value = (self._split(side) for side in (self.query(items), keys, values))
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + self.position  # [B, heads, N, H]
         logits = torch.where(mask[:, None, None, :], logits, torch.full_like(logits, _FAR))
@@ -210,24 +202,28 @@ class TargetAttention(nn.Module):
 
 
 class ItemFeatures(nn.Module):
-    """The item encoder's second head: the id row plus what codes and values say, as the ranker wants to see them."""
+    """The item encoder's second head, all that the ranker sees of an item: its id row, codes, values and, gated, its embedding."""
+
+    embedding_scale: Tensor
 
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
         super().__init__()
         c, width = config or RankerConfig(), schema.sizes.item_features
+        self.register_buffer("embedding_scale", torch.ones(()))  # 1 / root mean square of the embeddings; 0 where they tell the labels
         self.codes = _codes(schema.items, c.codes)
-        self.layers = nn.Sequential(
-            _mlp((width + len(self.codes.slices) * c.codes + schema.items.value_width, 2 * width)), nn.Linear(2 * width, width)
-        )
+        inside = width + len(self.codes.slices) * c.codes + schema.items.value_width + schema.sizes.embedding
+        self.layers = nn.Sequential(_mlp((inside, 2 * width)), nn.Linear(2 * width, width))
 
-    def forward(self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor) -> Tensor:
-        """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values [B, R] -> [B, F]."""
-        parts = [item_id_features, *self.codes(item_codes), item_values]
+    def forward(self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor, item_embedding: Tensor) -> Tensor:
+        """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values [B, R],
+        item_embedding [B, D] (the first head's output) -> item_features [B, F].
+        """
+        parts = [item_id_features, *self.codes(item_codes), item_values, item_embedding * self.embedding_scale]
         return item_id_features + self.layers(torch.cat(parts, -1))
 
 
 class OwnRanker(CalibratedRanker):
-    """A user's module with the contract's eight tensors, made trainable on logits and calibrated like ours."""
+    """A user's module with the contract's tensors, made trainable on logits and calibrated like ours."""
 
     def __init__(self, schema: Schema, inner: nn.Module):
         super().__init__(schema)

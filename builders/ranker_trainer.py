@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from builders.dataset import Dataset
-from builders.ranker import TINY, CalibratedRanker, ItemFeatures, Ranker, RankerConfig
+from builders.ranker import TINY, CalibratedRanker, ItemFeatures, RankerConfig
 from builders.ranker_data import Lists, history_windows
 from builders.ranker_loss import Loss
 
@@ -25,19 +26,21 @@ class RankerTraining:
     """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 4  # at most; learning rates fall linearly to 0 over them
+    epochs: int = 6  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
     batch: int = 2048
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-2
-    row_rate: float = 5e-4  # learning rate of user and item rows
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.1
+    row_rate: float = 1e-4  # learning rate of user and item rows; faster, they learn single clicks by heart
     row_decay: float = 1e-2  # pull of the rows in a batch towards 0
-    row_scale: float = 0.05  # standard deviation of new rows
+    row_scale: float = 0.01  # standard deviation of new rows
     id_dropout: float = 0.5  # users and items made unknown, so that unknown ones are served well
     history_dropout: float = 0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
     bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
     conditional: float = 1.0  # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
+    list_epochs: int = 4  # `interact`: in place of epochs
+    list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
     uniform_negatives: int = 16  # `interact`: uniform items a list
     held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates
@@ -51,6 +54,9 @@ TINY_TRAINING = RankerTraining(
     batch=512,
     learning_rate=5e-3,
     row_rate=1e-2,
+    row_scale=0.05,
+    weight_decay=1e-2,
+    list_learning_rate=5e-3,
     id_dropout=0.1,
     history_dropout=0.1,
     list_negatives=32,
@@ -76,8 +82,8 @@ class RankerTrainer:
         self.item_codes, self.item_values = torch.from_numpy(dataset.item_codes), torch.from_numpy(dataset.item_values)
         self.user_codes, self.user_values = torch.from_numpy(dataset.user_codes), torch.from_numpy(dataset.user_values)
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
-        if isinstance(model, Ranker) and len(self.embeddings) > 1:
-            model.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5)
+        trusted = dataset.train_impressions is None  # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
+        self.head.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0)
         dense = [*self.model.parameters(), *self.head.parameters()]
         self.optimizers = (
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
@@ -85,31 +91,31 @@ class RankerTrainer:
         )
 
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The eight tensors of the ranker's forward for some lists, and the mean square of the id rows they read."""
+        """The tensors of the ranker's forward for some lists, and the mean square of the id rows they read."""
         c, training = self.config, self.trained.training
         windows = torch.from_numpy(history_windows(self.dataset.histories, lists.user_rows, lists.history_ends, self.dataset.schema.sizes.history))
         users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
-        mask, present = windows > 0, (items > 0).unsqueeze(-1)
+        mask = windows > 0
         if training and c.history_dropout:
             mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
-        item_features, square = self._item_features(items)
+        (history, candidates), square = self._item_features(windows.clamp(min=0), items)
         known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
         user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)
-        history = self.embeddings[windows.clamp(min=0)] * mask.unsqueeze(-1)
         scores = torch.from_numpy(lists.scores)
         if training and c.score_dropout:
             scores = scores * (torch.rand(*scores.shape[:2], 1) >= c.score_dropout)
         user = (self.user_codes[users], self.user_values[users], user_features)
-        tensors = (history, mask, *user, self.embeddings[items] * present, item_features * present, scores)
+        tensors = (history * mask.unsqueeze(-1), mask, *user, candidates * (items > 0).unsqueeze(-1), scores)
         return tensors, square + user_features.square().mean()
 
-    def _item_features(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [L, N] -> item_features [L, N, F], the head run once per distinct item; and the mean square of their id rows."""
-        distinct, place = torch.unique(rows, return_inverse=True)
+    def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each rows [L, …] -> item_features [L, …, F], the head run once per distinct item of all; and the mean square of their id rows."""
+        distinct, place = torch.unique(torch.cat([part.flatten() for part in rows]), return_inverse=True)
         known = distinct if not self.trained.training else distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
         id_rows = self.item_rows(known)
-        features = self.head(id_rows, self.item_codes[distinct], self.item_values[distinct])
-        return features[place], id_rows.square().mean()
+        features = self.head(id_rows, self.item_codes[distinct], self.item_values[distinct], self.embeddings[distinct])
+        places = place.split([part.numel() for part in rows])
+        return [functional.embedding(at.view(part.shape), features) for at, part in zip(places, rows, strict=True)], id_rows.square().mean()
 
     def item_features(self) -> Array:
         """The head's output for every item [I + 1, F] float32; row 0 is 0."""
@@ -118,7 +124,7 @@ class RankerTrainer:
         with torch.no_grad():
             for start in range(0, len(out), _HEAD_CHUNK):
                 part = slice(start, start + _HEAD_CHUNK)
-                out[part] = self.head(self.item_rows.weight[part], self.item_codes[part], self.item_values[part]).numpy()
+                out[part] = self.head(self.item_rows.weight[part], self.item_codes[part], self.item_values[part], self.embeddings[part]).numpy()
         out[0] = 0
         return out
 

@@ -29,7 +29,7 @@ Array = np.ndarray
 # label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
 HONEST_SOURCES = ("popular",)
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
-_DOUBT = 0.1  # the deep path stays only if fewer resamples of held-out users than this see it below recall
+_DOUBT = 1 / 3  # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned rows, they have none
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RankerCheckpoint:
     """All that export and snapshot need; `report` is JSON-ready."""
 
     ranker: CalibratedRanker  # calibrated, in eval mode
-    item_head: ItemFeatures  # item_id_features, item_codes, item_values -> item_features; in eval mode
+    item_head: ItemFeatures  # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
     item_id_features: Array  # [I + 1, F] float32, the id rows that the head reads; row 0 is that of a new item
     item_features: Array  # [I + 1, F] float32, the head's output for every item: the snapshot's `features`
     user_features: Array  # [U + 1, U'] float32, row 0 (unknown) is 0
@@ -59,7 +59,7 @@ def train_ranker(
     """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation targets.
 
     item_embeddings [I + 1, D] float32 are frozen; source_weights [S] are those of recall's fused score, where the ranker of
-    `interact` starts; `ranker` is a user's own module with the contract's eight tensors. The same seed gives the same numbers.
+    `interact` starts; `ranker` is a user's own module with the contract's tensors. The same seed gives the same numbers.
     """
     if dataset.train_impressions is None and candidates is None:
         raise ValueError(f"shop {dataset.schema.shop} has no impressions: train_ranker needs recall's `candidates`")
@@ -131,6 +131,7 @@ def _label_scales(tasks: tuple[Task, ...], labels: Array) -> tuple[Array, Array]
 
 def _fit_lists(trainer: RankerTrainer, candidates: CandidateFunction, scores: ScoreFunction, source_weights: tuple[float, ...]) -> dict[str, Any]:
     """Trains around the validation targets of most users, stops and calibrates on those of the others. -> report."""
+    trainer.config = replace(trainer.config, epochs=trainer.config.list_epochs, learning_rate=trainer.config.list_learning_rate)
     dataset, c = trainer.dataset, trainer.config
     lists = lists_from_targets(dataset, dataset.validation, candidates)
     users = np.unique(lists.user_rows)

@@ -28,7 +28,6 @@ BATCH = 64
 EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
 SAMPLE = 2000
 CUTS = (5, 10, 20)
-_ITEM_FIELDS = (("embeddings", "embedding"), ("features", "features"))
 
 
 class Verifier:
@@ -147,8 +146,8 @@ class Verifier:
         parts = [np.zeros((0, len(self.dataset.schema.tasks)), np.float32)]
         for start in range(0, len(lists), BATCH):
             piece = lists.take(np.arange(start, min(start + BATCH, len(lists))))
-            items = {f"candidate_{f}": gather(piece.item_rows, self.features.items, name) for f, name in _ITEM_FIELDS}
-            feeds = {**self.user_tensors(piece.user_rows, piece.history_ends), **items, "candidate_scores": piece.scores}
+            items = {"candidate_features": gather(piece.item_rows, self.features.items, "features"), "candidate_scores": piece.scores}
+            feeds = {**self.user_tensors(piece.user_rows, piece.history_ends), **items}
             out = self.ranker.run({name: feeds[name] for name in contract.RANKER_INPUTS})["candidate_probabilities"]
             parts.append(out.reshape(-1, out.shape[2]))
         return np.concatenate(parts)[places]

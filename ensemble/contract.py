@@ -42,14 +42,14 @@ def recommend(schema: Schema) -> PipelineSpec:
         "features",
         "ensemble.features:FeatureLookup",
         (t["user_id"],),
-        tuple(t[n] for n in ("seen_rows", "history_mask", "history_embeddings", "user_codes", "user_values", "user_features", "user_status")),
+        tuple(t[n] for n in FEATURES_OUTPUTS),
     )
     user_encoder = ModelSpec("user_encoder", ENGINE_STEP, tuple(t[n] for n in USER_ENCODER_INPUTS), (t["user_embeddings"],))
     recall = ModelSpec(
         "recall",
         "ensemble.recall:Recall",
         (*(t[n] for n in QUERY_TENSORS), t["seen_rows"]),
-        tuple(t[n] for n in ("candidate_rows", "candidate_embeddings", "candidate_features", "candidate_scores")),
+        tuple(t[n] for n in ("candidate_rows", "candidate_features", "candidate_scores")),
     )
     ranker = ModelSpec("ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],))
     reranking = ModelSpec(
@@ -67,17 +67,19 @@ def recommend(schema: Schema) -> PipelineSpec:
     )
 
 
-USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
-RANKER_INPUTS = (
-    "history_embeddings",
+FEATURES_OUTPUTS = (
+    "seen_rows",
     "history_mask",
+    "history_embeddings",
+    "history_features",
     "user_codes",
     "user_values",
     "user_features",
-    "candidate_embeddings",
-    "candidate_features",
-    "candidate_scores",
+    "user_status",
 )
+USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
+# No embedding: encoders are trained on the clicks that label the ranker's impressions, and a pair of embeddings tells the label.
+RANKER_INPUTS = ("history_features", "history_mask", "user_codes", "user_values", "user_features", "candidate_features", "candidate_scores")
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
 ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
@@ -109,15 +111,15 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
         tensor("user_id", "bytes", "UTF-8, at most 128 bytes; an unknown one is answered with a cold list", one),
         tensor("seen_rows", "int64", "item rows of the user's past, oldest first, left-padded with -1; the session's items come last", w),
         tensor("history_mask", "bool", "true where the history, the last H of seen_rows, holds an item", h),
-        tensor("history_embeddings", "float32", "item embeddings of the history, 0 where padded", h, d),
+        tensor("history_embeddings", "float32", "what the user encoder sees of the history's items, 0 where padded", h, d),
+        tensor("history_features", "float32", "what the ranker sees of the history's items, 0 where padded", h, f),
         tensor("user_codes", "int32", "category and text features, 0 = nothing", uc),
         tensor("user_values", "float32", "number and vector features, standardized", uv),
         tensor("user_features", "float32", "the user's own learned row; 0 for an unknown user", u),
         tensor("user_status", "int64", "bits of contract.Degraded", one),
         tensor("user_embeddings", "float32", "interest vectors; inner product with item embeddings is recall's score", m, d),
         tensor("candidate_rows", "int64", "eligible item rows, best first, padded with -1", n),
-        tensor("candidate_embeddings", "float32", "0 where padded", n, d),
-        tensor("candidate_features", "float32", "what the ranker sees of an item beside its embedding, 0 where padded", n, f),
+        tensor("candidate_features", "float32", "what the ranker sees of the candidates, 0 where padded", n, f),
         tensor("candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src),
         tensor("candidate_probabilities", "float32", "one value per task: calibrated probability, or the predicted number", n, task),
         tensor("item_ids", "bytes", "best first, padded with empty ids", k),
@@ -130,7 +132,7 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
         tensor("item_codes", "int32", "category and text features, 0 = nothing", ic),
         tensor("item_values", "float32", "number and vector features, standardized", iv),
         tensor("item_embedding", "float32", "the vector that recall searches", d),
-        tensor("item_features", "float32", "the vector that only the ranker sees", f),
+        tensor("item_features", "float32", "the vector that the ranker sees", f),
     )
     return {spec.name: spec for spec in every}
 

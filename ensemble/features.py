@@ -38,9 +38,14 @@ class FeatureLookup:
         }
 
     def history_from_seen(self, seen_rows: np.ndarray) -> Tensors:
-        """seen_rows [B, W] int64 -> it, and the mask [B, H] and embeddings [B, H, D] of its last H."""
+        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of its last H."""
         history = seen_rows[:, -self.history :]
-        return {"seen_rows": seen_rows, "history_mask": history >= 0, "history_embeddings": gather(history, self.items, "embedding")}
+        return {
+            "seen_rows": seen_rows,
+            "history_mask": history >= 0,
+            "history_embeddings": gather(history, self.items, "embedding"),
+            "history_features": gather(history, self.items, "features"),
+        }
 
     def _with_session(self, seen_rows: np.ndarray, options: Options, status: np.ndarray) -> np.ndarray:
         """Puts the session's items behind the stored past; unknown ones are dropped and noted in `status`, in place."""

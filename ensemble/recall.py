@@ -202,7 +202,6 @@ class Recall:
         rows = rows[users, order]  # whole rows move; take_along_axis would move element by element
         return {
             "candidate_rows": rows,
-            "candidate_embeddings": embeddings[users, order],
             "candidate_features": gather(rows, self.items, "features"),
             "candidate_scores": scores[users, order],
         }

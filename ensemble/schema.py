@@ -85,7 +85,7 @@ class Sizes:
     embedding: int = 128  # D
     interests: int = 1  # M
     candidates: int = 256  # N
-    item_features: int = 32  # F, what the ranker sees of an item beside its embedding
+    item_features: int = 64  # F, what the ranker sees of an item
     user_features: int = 32  # U, what the ranker sees of a user beside the history
     max_batch: int = 64  # users per request and per dynamic batch
     max_top_k: int = 100  # K at most

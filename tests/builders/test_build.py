@@ -301,13 +301,12 @@ class NoModule:
 
 class GoodRanker(Base):
     def forward(
-        self, history_embeddings, history_mask, user_codes, user_values,
-        user_features, candidate_embeddings, candidate_features, candidate_scores,
+        self, history_features, history_mask, user_codes, user_values, user_features, candidate_features, candidate_scores,
     ):
         return torch.sigmoid(self.scale * candidate_scores[..., 2:] - 3).expand(-1, -1, self.tasks)
 
 class RankerWithoutScores(Base):
-    def forward(self, history_embeddings, history_mask, user_codes, user_values, user_features, candidate_embeddings, candidate_features):
+    def forward(self, history_features, history_mask, user_codes, user_values, user_features, candidate_features):
         return candidate_features[..., : self.tasks]
 """
 WANTED = (
@@ -323,7 +322,7 @@ REFUSED = [
     ("user_encoder", "Fails", "forward fails on tensors of the contract: RuntimeError: "),
     ("user_encoder", "NoModule", "NoModule(schema) gives a NoModule, not a torch.nn.Module"),
     ("user_encoder", "Nowhere", "cannot import it (module 'own_models' has no attribute 'Nowhere'); give MODULE:CLASS, with MODULE importable from "),
-    ("ranker", "RankerWithoutScores", "differs at candidate_scores; the contract wants history_embeddings [B, H, D] float32, "),
+    ("ranker", "RankerWithoutScores", "differs at candidate_scores; the contract wants history_features [B, H, F] float32, "),
 ]
 
 

@@ -29,12 +29,11 @@ def _feeds(num_users, rng, num_candidates=SIZES.candidates):
     s = SIZES
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     feeds = {
-        "history_embeddings": normal(num_users, s.history, s.embedding),
+        "history_features": normal(num_users, s.history, s.item_features),
         "history_mask": rng.random((num_users, s.history)) < 0.6,
         "user_codes": rng.integers(0, USERS.num_codes, (num_users, 1)).astype(np.int32),
         "user_values": normal(num_users, 1),
         "user_features": normal(num_users, s.user_features),
-        "candidate_embeddings": normal(num_users, num_candidates, s.embedding),
         "candidate_features": normal(num_users, num_candidates, s.item_features),
         "candidate_scores": normal(num_users, num_candidates, len(contract.SOURCES)),
     }
@@ -109,7 +108,7 @@ def test_padding_and_neighbours_do_not_change_a_candidate():
     with torch.no_grad():
         whole = ranker(**feeds)
         padded = {k: v.clone() for k, v in feeds.items()}
-        for name in ("candidate_embeddings", "candidate_features", "candidate_scores"):
+        for name in ("candidate_features", "candidate_scores"):
             padded[name][:, 5:] = 0
         assert torch.allclose(ranker(**padded)[:, :5], whole[:, :5], atol=1e-6)
         alone = torch.cat([ranker(**{k: v[row : row + 1] for k, v in feeds.items()}) for row in range(4)])
@@ -120,7 +119,7 @@ def test_what_stands_behind_the_mask_does_not_matter_and_an_empty_history_is_fin
     ranker, feeds = _shaken(), _feeds(4, np.random.default_rng(0))
     with torch.no_grad():
         whole = ranker(**feeds)
-        feeds["history_embeddings"] = torch.where(feeds["history_mask"][..., None], feeds["history_embeddings"], torch.tensor(7.0))
+        feeds["history_features"] = torch.where(feeds["history_mask"][..., None], feeds["history_features"], torch.tensor(7.0))
         assert torch.allclose(ranker(**feeds), whole, atol=1e-6)
         feeds["history_mask"][:] = False
         assert torch.isfinite(ranker(**feeds)).all()
@@ -246,8 +245,9 @@ def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
     assert checkpoint.user_features.shape == (NUM_USERS + 1, SIZES.user_features)
     assert not checkpoint.item_features[0].any()
     assert not checkpoint.user_features[0].any()
+    inputs = (checkpoint.item_id_features, dataset.item_codes, dataset.item_values, _embeddings())
     with torch.no_grad():
-        again = checkpoint.item_head(*(torch.from_numpy(a) for a in (checkpoint.item_id_features, dataset.item_codes, dataset.item_values)))
+        again = checkpoint.item_head(*map(torch.from_numpy, inputs))
     np.testing.assert_allclose(again.numpy()[1:], checkpoint.item_features[1:], atol=1e-6)
     save_ranker(checkpoint, tmp_path)
     loaded = read_ranker(tmp_path, SCHEMA, TINY)
@@ -273,18 +273,18 @@ class _Own(torch.nn.Module):
         super().__init__()
         self.layer = torch.nn.Linear(SIZES.item_features + 1, len(TASKS))
 
-    def forward(
-        self, history_embeddings, history_mask, user_codes, user_values, user_features, candidate_embeddings, candidate_features, candidate_scores
-    ):
+    def forward(self, history_features, history_mask, user_codes, user_values, user_features, candidate_features, candidate_scores):
         raw = self.layer(torch.cat([candidate_features, candidate_scores[..., :1]], -1))
         return torch.cat([raw[..., :2].sigmoid(), raw[..., 2:]], -1)
 
 
 def test_a_users_own_ranker_is_trained_and_calibrated_too():
-    checkpoint = train_ranker(_dataset(), _embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0)
+    dataset = _dataset()
+    checkpoint = train_ranker(dataset, _embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0)
     assert isinstance(checkpoint.ranker, OwnRanker)
     assert checkpoint.report["test"]["buy"]["auc"] > 0.55  # brands differ in how well they sell
-    assert checkpoint.report["test"]["click"]["ece"] < 0.05
+    noise = metrics.ece(dataset.test_impressions.labels[:, 0], dataset.test_impressions.truth[:, 0])
+    assert checkpoint.report["test"]["click"]["ece"] < noise + 0.04
     assert isinstance(checkpoint.ranker, CalibratedRanker)
 
 
@@ -335,6 +335,7 @@ def test_training_without_labels_or_candidates_is_refused():
 
 def test_item_head_reads_the_contracts_tensors():
     head = ItemFeatures(SCHEMA, TINY)
-    out = head(torch.zeros(5, SIZES.item_features), torch.zeros(5, ITEMS.code_width, dtype=torch.int32), torch.zeros(5, ITEMS.value_width))
+    codes, values = torch.zeros(5, ITEMS.code_width, dtype=torch.int32), torch.zeros(5, ITEMS.value_width)
+    out = head(torch.zeros(5, SIZES.item_features), codes, values, torch.zeros(5, SIZES.embedding))
     assert out.shape == (5, SIZES.item_features)
     assert torch.isfinite(out).all()

@@ -241,16 +241,14 @@ def padded_feeds(pipeline: LocalPipeline) -> Tensors:
     return known
 
 
-@pytest.mark.parametrize("model", ["user_encoder", "ranker"])
-def test_what_stands_under_the_history_mask_does_not_change_the_scores(twin, sequences_twin, model):
+@pytest.mark.parametrize(("model", "history"), [("user_encoder", "history_embeddings"), ("ranker", "history_features")])
+def test_what_stands_under_the_history_mask_does_not_change_the_scores(twin, sequences_twin, model, history):
     for pipeline in (twin, sequences_twin):
         feeds = padded_feeds(pipeline)
-        dirty = np.where(feeds["history_mask"][:, :, None], feeds["history_embeddings"], np.float32(7.5))
-        assert (dirty != feeds["history_embeddings"]).any()
+        dirty = np.where(feeds["history_mask"][:, :, None], feeds[history], np.float32(7.5))
+        assert (dirty != feeds[history]).any()
         step, names = pipeline.steps[model], [t.name for t in pipeline.spec.model(model).inputs]
-        clean_out, dirty_out = (
-            step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names}) for change in ({}, {"history_embeddings": dirty})
-        )
+        clean_out, dirty_out = (step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names}) for change in ({}, {history: dirty}))
         for name in clean_out:
             np.testing.assert_allclose(dirty_out[name], clean_out[name], rtol=0, atol=TOLERANCE)
 

@@ -44,8 +44,9 @@ def test_the_session_comes_behind_the_past_and_the_oldest_fall_out(release, feat
         assert out["seen_rows"][n].tolist() == [-1] * (12 - len(whole)) + whole
         assert out["history_mask"][n].tolist() == [row > 0 for row in out["seen_rows"][n, -5:]]
         for place, row in enumerate(out["seen_rows"][n, -5:]):
-            wanted = release.items["embedding"][row] if row > 0 else np.zeros(8)
-            np.testing.assert_array_equal(out["history_embeddings"][n, place], wanted)
+            for name, field in (("history_embeddings", "embedding"), ("history_features", "features")):
+                wanted = release.items[field][row] if row > 0 else np.zeros(release.items[field].shape[1])
+                np.testing.assert_array_equal(out[name][n, place], wanted)
     assert not out["user_status"].any()
 
 
@@ -63,6 +64,7 @@ def test_an_unknown_user_has_the_unknown_row_and_may_still_have_a_session(releas
     assert (out["seen_rows"][:2] == -1).all()
     assert not out["history_mask"][:2].any()
     assert not out["history_embeddings"][:2].any()
+    assert not out["history_features"][:2].any()
     assert not out["user_features"][[0, 1, 3]].any()
     assert out["user_features"][2].any()
     assert out["seen_rows"][3, -1] == 1

@@ -139,9 +139,8 @@ def test_what_comes_out_is_eligible_distinct_full_and_in_order(tmp_path, rng, in
         assert rows == shown + [-1] * (len(rows) - len(shown)), "padding is last"
         scores = [fused(release, recall, query[user], seen[user], row) for row in shown]
         assert all(a > b - 1e-5 for a, b in itertools.pairwise(scores))
-        np.testing.assert_allclose(found["candidate_embeddings"][user][: len(shown)], release.items["embedding"][shown])
         np.testing.assert_allclose(found["candidate_features"][user][: len(shown)], release.items["features"][shown])
-        for name in ("candidate_embeddings", "candidate_features", "candidate_scores"):
+        for name in ("candidate_features", "candidate_scores"):
             assert not found[name][user][len(shown) :].any(), f"{name} is 0 where padded"
 
 
@@ -198,7 +197,7 @@ def test_padding_is_never_gathered(tmp_path, rng):
     options = options_of(release, [{"allow": {"brand": ["brand2"]}}, {"allow": {"brand": ["none"]}}, {}])
     found = recall.run(options, seen_rows=np.full((3, 12), -1), user_embeddings=rng.standard_normal((3, 1, 8), dtype=np.float32))
     assert (found["candidate_rows"] == -1).any()
-    for name in ("candidate_embeddings", "candidate_features", "candidate_scores"):
+    for name in ("candidate_features", "candidate_scores"):
         assert np.isfinite(found[name]).all()
 
 
