@@ -1,16 +1,15 @@
 """The whole build, top to bottom: a shop's folder in, a release in the model repository out.
 
-    data -> encoders -> index -> ranker -> export -> verify -> repository
+    data -> encoders -> index -> ranker -> export -> compress -> verify -> repository
 
-The ranker learns from what recall offers, so the index comes before it; engines are exported when all training is done.
+The ranker learns from what recall offers, so the index comes before it; engines are exported when all training is done,
+and compressed, where a plan says so, on the very release that was exported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from builders import report as reports
 from builders.checkpoint import read_encoders, read_ranker, save_encoders, save_ranker
+from builders.compress.plan import NO_PLAN, CompressionPlan, facts
+from builders.compress.stage import Source, compress
 from builders.data import load_dataset
 from builders.dataset import Array, Dataset, open_dataset, save_dataset
 from builders.encoders import Validation, encode_items, encode_users
 from builders.export import export_model
+from builders.folders import link
 from builders.index import OfflineRecall, training_histories, write_recall
 from builders.models import ItemRows
 from builders.own_model import own_model
@@ -59,6 +62,8 @@ class BuildOptions:
     seed: int = 0
     user_encoder: str | None = None  # the user's own, "module:Class"
     ranker: str | None = None
+    plan: CompressionPlan = NO_PLAN
+    plan_name: str = "none"
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
@@ -81,8 +86,11 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
     ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
     export = stages.run("export", lambda *to: make_engines(options, data, encoders, index, ranker, *to), None, (ranker,))
-    verify = stages.run("verify", lambda *to: make_report(data, ranker, export, *to), None, (export,))
-    stages.run("repository", lambda *to: make_release(options, name, export, verify, *to), None, (verify,), always=True)
+    final = export
+    if not options.plan.is_empty:
+        final = stages.run("compress", lambda *to: make_smaller(options, data, encoders, ranker, export, *to), facts(options.plan), (export,))
+    verify = stages.run("verify", lambda *to: make_report(data, index, ranker, final, *to), None, (final,))
+    stages.run("repository", lambda *to: make_release(options, name, final, verify, *to), None, (verify,), always=True)
     return name, stages
 
 
@@ -142,24 +150,16 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
     """Checkpoints -> ONNX engines, and the staged release: all that will be served, in one folder."""
     dataset = open_dataset(data.folder)
     schema, pipeline = dataset.schema, contract.recommend(dataset.schema)
-    checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, schema, "user_encoder"))
-    trained = read_ranker(ranker.folder, schema, options.preset.ranker.model, _own(options.ranker, schema, "ranker"))
+    modules, id_rows, trained = _trained(options, schema, encoders, ranker)
     for name in _FROM_INDEX:
-        _link(index.folder / name, folder / name)
+        link(index.folder / name, folder / name)
     errors = {}
-    item_encoder = ItemRows(checkpoint.item_encoder(), trained.item_head, schema.sizes.embedding)
-    id_rows = np.concatenate([checkpoint.item_ids, trained.item_id_features], axis=1)
     feeds = _feeds(dataset, encoders, index, trained, options)
-    modules = (
-        (item_encoder, contract.item_encoder(schema)),
-        (checkpoint.user_encoder(), pipeline.model("user_encoder")),
-        (trained.ranker, pipeline.model("ranker")),
-    )
     feeds["item_id_embedding"] = id_rows[1 : 1 + _CHECKED]
-    for step, (module, model) in enumerate(modules):
+    for step, model in enumerate((contract.item_encoder(schema), pipeline.model("user_encoder"), pipeline.model("ranker"))):
         report(step / 4, f"{model.name} -> ONNX")
         (folder / "engines" / model.name).mkdir(parents=True)
-        errors[model.name] = export_model(module, model, folder / "engines" / model.name / "model.onnx", feeds)
+        errors[model.name] = export_model(modules[model.name], model, folder / "engines" / model.name / "model.onnx", feeds)
     report(0.75, "rows of items and users")
     write_items(dataset, np.load(index.folder / "item_embeddings.npy", mmap_mode="r"), trained.item_features, folder)
     write_users(dataset, trained.user_features, folder)
@@ -169,7 +169,15 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
     (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
 
 
-def make_report(data: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
+def make_smaller(options: BuildOptions, data: Done, encoders: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
+    """The staged release -> the same with compressed engines, held against it by the gate; compress.json says how."""
+    dataset = open_dataset(data.folder)
+    modules, id_rows, _ = _trained(options, dataset.schema, encoders, ranker)
+    source = Source(dataset, export.folder, modules, id_rows, options.preset.ranker.model)
+    compress(source, options.plan, options.plan_name, folder, report)
+
+
+def make_report(data: Done, index: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
     """The staged release, asked about held-out users -> report.json and report.md."""
     dataset = open_dataset(data.folder)
     verifier = Verifier(dataset, export.folder)
@@ -179,7 +187,9 @@ def make_report(data: Done, ranker: Done, export: Done, folder: Path, report: Re
     if dataset.test_impressions is not None:
         found["tasks"] = verifier.task_metrics(dataset.test_impressions)
     found |= {"ranker": json.loads((ranker.folder / "report.json").read_text()), "export": json.loads((export.folder / "export.json").read_text())}
-    found |= {"recall": dataclasses.asdict(verifier.recall.settings)}
+    found |= {"recall": {**dataclasses.asdict(verifier.recall.settings), "tried": json.loads((index.folder / "tried.json").read_text())}}
+    if (export.folder / "compress.json").exists():
+        found["compress"] = json.loads((export.folder / "compress.json").read_text())
     (folder / "report.json").write_text(json.dumps(found, indent=1))
     (folder / "report.md").write_text(reports.markdown(dataset, found))
 
@@ -190,16 +200,25 @@ def make_release(options: BuildOptions, name: str, export: Done, verify: Done, f
     pipeline, item_encoder = contract.recommend(schema), contract.item_encoder(schema)
     members = write_members(pipeline, [item_encoder], name, folder)
     for model in (*pipeline.models, item_encoder):
-        if model.is_engine:
-            _link(export.folder / "engines" / model.name / "model.onnx", members[model.name] / "1" / "model.onnx")
+        for engine in sorted((export.folder / "engines" / model.name).glob("*.onnx")):
+            link(engine, members[model.name] / "1" / engine.name)
     own = folder / name
     for path in (*export.folder.iterdir(), *verify.folder.iterdir()):
-        if path.is_file() and path.name != "export.json":
-            _link(path, own / path.name)
+        if path.is_file() and path.name not in ("export.json", "compress.json"):
+            link(path, own / path.name)
     report(0.5, f"publishing {name}")
     found = json.loads((verify.folder / "report.json").read_text())
     manifest = {"shop": schema.shop, "preset": options.preset.name, "seed": options.seed, "contract": contract.fingerprint(schema), "report": found}
     publish(options.repository, name, members, own, manifest)
+
+
+def _trained(options: BuildOptions, schema: Schema, encoders: Done, ranker: Done) -> tuple[dict[str, nn.Module], Array, RankerCheckpoint]:
+    """(the engines' modules by model, id rows [I + 1, E] that item_encoder reads, the ranker's checkpoint) of finished stages."""
+    checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, schema, "user_encoder"))
+    trained = read_ranker(ranker.folder, schema, options.preset.ranker.model, _own(options.ranker, schema, "ranker"))
+    item_encoder = ItemRows(checkpoint.item_encoder(), trained.item_head, schema.sizes.embedding)
+    id_rows = np.concatenate([checkpoint.item_ids, trained.item_id_features], axis=1)
+    return {"item_encoder": item_encoder, "user_encoder": checkpoint.user_encoder(), "ranker": trained.ranker}, id_rows, trained
 
 
 class _UserEncoding:
@@ -244,14 +263,14 @@ def _feeds(dataset: Dataset, encoders: Done, index: Done, trained: RankerCheckpo
     windows = history_windows(dataset.histories, user_rows, ends, sizes.history)
     embeddings = np.load(index.folder / "item_embeddings.npy", mmap_mode="r")
     candidates, scores = OfflineRecall(dataset, index.folder, _UserEncoding(options, dataset, encoders, embeddings)).candidates(user_rows, ends)
-    known, candidates = (candidates > 0)[..., None].astype(np.float32), np.maximum(candidates, 0)
+    (past, history), (known, candidates) = (((rows > 0)[..., None].astype(np.float32), np.maximum(rows, 0)) for rows in (windows, candidates))
     return {
-        "history_embeddings": embeddings[np.maximum(windows, 0)] * (windows > 0)[..., None].astype(np.float32),
+        "history_embeddings": embeddings[history] * past,
+        "history_features": trained.item_features[history] * past,
         "history_mask": windows > 0,
         "user_codes": np.asarray(dataset.user_codes[user_rows]),
         "user_values": np.asarray(dataset.user_values[user_rows]),
         "user_features": trained.user_features[user_rows],
-        "candidate_embeddings": embeddings[candidates] * known,
         "candidate_features": trained.item_features[candidates] * known,
         "candidate_scores": scores,
         "item_codes": np.asarray(dataset.item_codes[1 : 1 + _CHECKED]),
@@ -278,12 +297,3 @@ def _source_digest(source: str | None) -> str | None:
         return None
     path = Path(source.partition(":")[0].replace(".", "/") + ".py")
     return source + (file_sha256(path) if path.is_file() else "")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it: stages never write into a finished file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

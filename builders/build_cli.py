@@ -24,9 +24,13 @@ def build(
     seed: Annotated[int, typer.Option(help="The same seed, data and machine give the same release.")] = 0,
     user_encoder: Annotated[str | None, typer.Option(help="Your own user encoder, MODULE:CLASS.")] = None,
     ranker: Annotated[str | None, typer.Option(help="Your own ranker, MODULE:CLASS.")] = None,
+    compress: Annotated[
+        str,
+        typer.Option(metavar="PLAN", help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is the gate."),
+    ] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Builds a release: data, encoders, index, ranker, export, verify, repository.
+    """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
 
     Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it was:
 
@@ -38,10 +42,11 @@ def build(
     from rich.markdown import Markdown
 
     from builders.build import BuildOptions, build
+    from builders.compress.plan import read_plan
     from builders.presets import preset as preset_named
 
     console = Console(stderr=True)
-    options = BuildOptions(shop, repository, preset_named(preset), release, seed, user_encoder, ranker)
+    options = BuildOptions(shop, repository, preset_named(preset), release, seed, user_encoder, ranker, read_plan(compress), compress)
     name, stages = build(options, console)
     if activate:
         from clients.releases import activate as activate_release

@@ -41,3 +41,12 @@ def _sweep(out: Path) -> None:
         pid = left.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not Path("/proc").joinpath(pid).exists()):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it, else a copy: whoever changes a linked file must unlink it first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

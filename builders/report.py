@@ -6,7 +6,7 @@ from typing import Any
 
 from builders.dataset import Dataset
 
-_NAMES = {
+WAYS = {
     "chain": "the whole chain (what is served)",
     "recall": "recall, all sources",
     "user_encoder": "user encoder alone, full ranking",
@@ -31,7 +31,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         "",
     ]
     lines += _table(
-        ["", *next(iter(ranking["ways"].values()), {})], [[_NAMES[name], *(f"{v:.4f}" for v in of.values())] for name, of in ranking["ways"].items()]
+        ["", *next(iter(ranking["ways"].values()), {})], [[WAYS[name], *(f"{v:.4f}" for v in of.values())] for name, of in ranking["ways"].items()]
     )
     if "chain_minus_recall_ndcg@10" in ranking:
         d = ranking["chain_minus_recall_ndcg@10"]

@@ -1,0 +1,1 @@
+"""Stage `compress`: prune, distil, quantize by sensitivity; and the gate that proves the ranking did not suffer."""

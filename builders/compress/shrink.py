@@ -1,0 +1,166 @@
+"""The torch side of one model's compression: distil, then prune, each fine-tuned; and the fp32 ONNX model of what comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from builders.compress.distil import DistilLosses, distil, distil_loss
+from builders.compress.evaluate import Evaluation, OnnxSession
+from builders.compress.finetune import Batches, batches_from_feeds, finetune
+from builders.compress.graph import parameters
+from builders.compress.judge import Judge, Judged
+from builders.compress.measure import time_pair
+from builders.compress.plan import CompressionPlan, Distil, Prune
+from builders.compress.prune import Masks, magnitude, structured, two_four
+from builders.compress.report import Variant
+from builders.compress.sensitivity import compare
+from builders.compress.students import student_ranker, student_user_encoder
+from builders.compress.timing import time_share
+from builders.export import export_model
+from builders.index import StagedRelease
+from builders.models import UserEncoder
+from builders.ranker import Ranker
+from ensemble.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from builders.compress.stage import Source
+
+Array = np.ndarray
+Report = Callable[[float, str], None]
+TRAINING_USERS = 3000  # (or items) whose feeds teach; a quarter of a smaller shop's users
+BATCHES = {"ranker": 16, "user_encoder": 256, "item_encoder": 512}  # users (items) a step
+_CHECKED = 64  # users on whom an exported engine is held against torch
+_ITEMS = 8192  # of the catalogue, that an encoder's student ranks like its teacher
+_FINE_TUNING = DistilLosses(kd=1.0, temperature=1.0)  # after pruning the model learns to be itself again
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """One model on its way: as a module, as fp32 ONNX, and what the steps so far cost."""
+
+    module: nn.Module
+    model: bytes
+    reference: bytes  # the uncompressed engine
+    judge: Judge
+    uncompressed: Judged
+    batches: Batches
+    loss: float = 0.0  # relative NDCG@10 lost so far, by the users that judge
+    ms: float = 0.0  # time of 8 users, in onnxruntime on one thread
+    variants: list[Variant] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evaluation, report: Report) -> Shrunk:
+    """Distils and prunes `model` as the plan says; what it does not name is left out."""
+    reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
+    judge, part = evaluation.judge(model), plan.of(model)
+    batches = _batches(source, model, evaluation)
+    state = Shrunk(
+        source.modules[model],
+        reference,
+        reference,
+        judge,
+        judge(reference),
+        batches,
+        ms=_ms(reference, evaluation.feeds(model, min(8, evaluation.most(model)))),
+    )
+    if part.distil:
+        report(0.0, "distilling")
+        student = _student(source, model, part.distil, plan.seed)
+        module = _distilled(state, student, part.distil, plan.seed, report)
+        state = _next(source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation)
+    if part.prune:
+        report(0.3, "pruning")
+        module = _pruned(state, part.prune, plan.seed, report)
+        state = _next(source, model, state, module, "prune", f"{part.prune.method} {part.prune.share or part.prune.threshold or 0.5:g}", evaluation)
+    return state
+
+
+def exported(source: Source, model: str, module: nn.Module, evaluation: Evaluation) -> bytes:
+    """The module as a single-file fp32 ONNX model, held against torch on real feeds."""
+    spec = StagedRelease(source.folder).model(model)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_model(module, spec, path, evaluation.feeds(model, min(_CHECKED, evaluation.most(model))))
+        return path.read_bytes()
+
+
+def _next(source: Source, model: str, state: Shrunk, module: nn.Module, family: str, name: str, evaluation: Evaluation) -> Shrunk:
+    """The state after one step: exported, judged against the uncompressed engine, timed beside it."""
+    engine = exported(source, model, module, evaluation)
+    loss = compare(state.uncompressed, state.judge(engine)).relative
+    feeds = evaluation.feeds(model, min(_CHECKED, evaluation.most(model)))
+    ms = state.ms * time_share(engine, state.model, feeds, 8)[0]
+    variant: Any = {"model": model, "runtime": "onnxruntime", "name": name, "family": family, "loss": loss, "bytes": len(engine)}
+    variant |= {"parameters": parameters(engine), "latency_ms": ms, "chosen": False}
+    note = f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, {ms:.2f} ms for 8 users, loss {loss:+.2%}"
+    return Shrunk(
+        module,
+        engine,
+        state.reference,
+        state.judge,
+        state.uncompressed,
+        state.batches,
+        loss,
+        ms,
+        [*state.variants, variant],
+        [*state.notes, note],
+    )
+
+
+def _ms(engine: bytes, feeds: dict[str, Array]) -> float:
+    session = OnnxSession(engine)
+    return time_pair(lambda: session.run(feeds), lambda: session.run(feeds), limit_s=0.5)[0]
+
+
+def _batches(source: Source, model: str, evaluation: Evaluation) -> Batches:
+    """Draws real inputs of the model; the user encoder's come with items to rank."""
+    feeds = evaluation.feeds(model, min(TRAINING_USERS, evaluation.most(model)))
+    items = evaluation.verifier.embeddings[1 : _ITEMS + 1]
+    return batches_from_feeds(feeds, BATCHES[model], {"item_embeddings": items} if model == "user_encoder" else None)
+
+
+def _student(source: Source, model: str, wanted: Distil, seed: int) -> nn.Module:
+    teacher = source.modules[model]
+    if isinstance(teacher, Ranker):
+        return student_ranker(teacher, source.dataset.schema, source.ranker_config, wanted.student, seed)
+    if isinstance(teacher, UserEncoder):
+        widths = {name: size for name, size in wanted.student.items() if isinstance(size, int)}
+        return student_user_encoder(teacher, widths, seed)
+    raise InvalidInput(f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, or prune this one")
+
+
+def _distilled(state: Shrunk, student: nn.Module, wanted: Distil, seed: int, report: Report) -> nn.Module:
+    losses = DistilLosses(wanted.kd, wanted.at, wanted.rd, 0.0, wanted.temperature)
+    told = _part_of(report, 0.0, 0.3, "distilling, ")
+    return distil(state.module, student, state.batches, losses, steps=wanted.steps, seed=seed, progress=told)
+
+
+def _pruned(state: Shrunk, wanted: Prune, seed: int, report: Report) -> nn.Module:
+    """The pruned module, fine-tuned with itself, unpruned, as the teacher."""
+    masks: tuple[Masks, ...] = ()
+    if wanted.method == "structured":
+        module = structured(state.module, wanted.share or 0.5, state.batches(np.random.default_rng(seed)), round_to=wanted.round_to)
+    else:
+        module = copy.deepcopy(state.module)
+        masks = (two_four(module) if wanted.method == "two_four" else magnitude(module, threshold=wanted.threshold, share=wanted.share),)
+    if wanted.steps:
+        told = _part_of(report, 0.3, 0.5, "fine-tuning, ")
+        finetune(module, distil_loss(state.module, _FINE_TUNING), state.batches, steps=wanted.steps, seed=seed, repairs=masks, progress=told)
+    return module.eval()
+
+
+def _part_of(report: Report, start: float, end: float, what: str) -> Report:
+    return lambda share, text: report(start + share * (end - start), what + text)
+
+
+def _words(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,0 +1,194 @@
+"""The stage `compress`: a staged release in, the same release with smaller engines out, and the proof that it may be served.
+
+    item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of each runtime
+
+Each model goes through distil, prune and quantize as its plan says, judged in the chain as it stands by then; the gate holds
+the whole against the uncompressed release, on users that chose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import faiss
+import numpy as np
+from torch import nn
+
+from builders.compress import gate
+from builders.compress.evaluate import Evaluation, OnnxSession
+from builders.compress.graph import parameters
+from builders.compress.measure import Measured
+from builders.compress.plan import CompressionPlan, ModelPlan, facts
+from builders.compress.precision import Choice, choose_precisions
+from builders.compress.report import CompressionReport, EngineSize, NodePrecision, Variant
+from builders.compress.shrink import Shrunk, shrink
+from builders.dataset import Dataset
+from builders.folders import link
+from builders.index import StagedRelease, build_index
+from builders.ranker import RankerConfig
+from builders.rows import write_items
+from builders.verify import Verifier
+from ensemble.recall import settings_from_json
+
+Array = np.ndarray
+Report = Callable[[float, str], None]
+ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
+FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}
+_QUERIES = 512  # user embeddings that tune the index anew
+_ENCODED = 1024  # items at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """The uncompressed release: its staged folder, and what its engines were exported from."""
+
+    dataset: Dataset
+    folder: Path
+    modules: dict[str, nn.Module]  # by model
+    item_id_embeddings: Array  # [I + 1, E] float32: what item_encoder reads of each item
+    ranker_config: RankerConfig
+
+
+def compress(source: Source, plan: CompressionPlan, plan_name: str, folder: Path, report: Report) -> CompressionReport:
+    """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table, where the gate fails."""
+    for path in (p for p in source.folder.rglob("*") if p.is_file()):
+        link(path, folder / path.relative_to(source.folder))
+    work = _Work(source, plan, folder, report)
+    for place, model in enumerate(ORDER):
+        if plan.of(model) != ModelPlan():
+            work.compress(model, (place / 4, (place + 1) / 4))
+    report(0.75, "the gate: the whole chain on the test users")
+    found = work.told(plan_name)
+    (folder / "compress.json").write_text(json.dumps(found, indent=1))
+    for verdict in work.verdicts.values():
+        verdict.require(work.nodes)
+    return found
+
+
+@dataclass
+class _Work:
+    """What has been done so far."""
+
+    source: Source
+    plan: CompressionPlan
+    folder: Path
+    report: Report
+    variants: list[Variant] = field(default_factory=list)
+    nodes: list[NodePrecision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    verdicts: dict[str, gate.Verdict] = field(default_factory=dict)
+
+    def compress(self, model: str, share: tuple[float, float]) -> None:
+        """One model, all its steps; its engines in the folder are then the new ones."""
+
+        def report(done: float, text: str) -> None:
+            self.report(share[0] + done * (share[1] - share[0]), f"{model}: {text}")
+
+        evaluation = self._evaluation(self.folder)
+        shrunk = shrink(self.source, model, self.plan, evaluation, report)
+        self._keep(model, "onnxruntime", shrunk.model)
+        self.variants += shrunk.variants
+        self.notes += shrunk.notes
+        for runtime, choice in self._choices(model, shrunk, evaluation, report).items():
+            self._keep(model, runtime, choice.model)
+            self.variants += choice.variants
+            self.nodes += choice.nodes
+            self.notes += choice.notes
+        if model == "item_encoder":
+            report(0.9, "items encoded again, index")
+            self._encode_items()
+
+    def _choices(self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report) -> dict[str, Choice]:
+        """The chosen engine of each runtime that the plan quantizes for."""
+        quantize = self.plan.of(model).quantize
+        wanted = {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
+        return {
+            runtime: choose_precisions(self.source, model, shrunk, self.plan, runtime, evaluation, report)
+            for runtime, precisions in wanted.items()
+            if precisions
+        }
+
+    def _evaluation(self, folder: Path) -> Evaluation:
+        return Evaluation(self.source.dataset, folder, item_id_embeddings=self.source.item_id_embeddings, seed=self.plan.seed)
+
+    def _keep(self, model: str, runtime: str, engine: bytes) -> None:
+        path = self.folder / "engines" / model / FILES[runtime]
+        path.unlink(missing_ok=True)  # a link into the uncompressed release, perhaps
+        path.write_bytes(engine)
+
+    def _encode_items(self) -> None:
+        """Rows and index hold what the engine gives: a new item's row must lie in the same space."""
+        dataset, folder = self.source.dataset, self.folder
+        embeddings, features = self._encoded_items(OnnxSession((folder / "engines" / "item_encoder" / "model.onnx").read_bytes()))
+        for name in ("items.npy", "index.faiss", "recall.json"):
+            (folder / name).unlink()
+            if name != "items.npy":
+                link(self.source.folder / name, folder / name)
+        write_items(dataset, embeddings, features, folder)
+        targets = dataset.validation
+        queries = Verifier(dataset, folder).encode_users(targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES])[:, 0]
+        index, nprobe, _ = build_index(np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed)
+        settings = settings_from_json((folder / "recall.json").read_text())
+        for name in ("index.faiss", "recall.json"):
+            (folder / name).unlink()
+        faiss.write_index(index, str(folder / "index.faiss"))
+        (folder / "recall.json").write_text(dataclasses.replace(settings, nprobe=nprobe).to_json())
+
+    def _encoded_items(self, encoder: OnnxSession) -> tuple[Array, Array]:
+        """item embeddings [I + 1, D] and features [I + 1, F] float32; row 0, no item, is 0."""
+        dataset, sizes = self.source.dataset, self.source.dataset.schema.sizes
+        embeddings = np.zeros((dataset.num_items + 1, sizes.embedding), np.float32)
+        features = np.zeros((dataset.num_items + 1, sizes.item_features), np.float32)
+        for start in range(1, dataset.num_items + 1, _ENCODED):
+            piece = slice(start, start + _ENCODED)
+            feeds = {
+                "item_id_embedding": self.source.item_id_embeddings[piece],
+                "item_codes": np.asarray(dataset.item_codes[piece]),
+                "item_values": np.asarray(dataset.item_values[piece]),
+            }
+            found = encoder.run(feeds)
+            embeddings[piece], features[piece] = found["item_embedding"], found["item_features"]
+        return embeddings, features
+
+    def told(self, plan_name: str) -> CompressionReport:
+        """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""
+        evaluation = self._evaluation(self.source.folder)
+        before = evaluation.measure(self.source.folder)
+        for runtime, file in FILES.items():
+            if runtime == "onnxruntime" or any((self.folder / "engines").glob(f"*/{file}")):
+                self.verdicts[runtime] = self._verdict(before, evaluation.measure(self.folder, file=file))
+        for slower in self.verdicts["onnxruntime"].slower:
+            self.notes.append(f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, {slower.reference_ms:.2f} ms uncompressed")
+        return {
+            "plan": facts(self.plan),
+            "plan_name": plan_name,
+            "engines": [size for model in ORDER for runtime in FILES if (size := self._size(model, runtime))],
+            "variants": self.variants,
+            "nodes": self.nodes,
+            "gates": {runtime: verdict.to_json() for runtime, verdict in self.verdicts.items()},
+            "notes": self.notes,
+        }
+
+    def _verdict(self, before: Measured, after: Measured) -> gate.Verdict:
+        return gate.verdict(before, after, self.plan.gate, keeps_weights=self.plan.keeps_weights, seed=self.plan.seed)
+
+    def _size(self, model: str, runtime: str) -> EngineSize | None:
+        after, before = (
+            StagedRelease(self.folder).member_file(model, FILES[runtime]),
+            StagedRelease(self.source.folder).member_file(model, "model.onnx"),
+        )
+        if not after.is_file():
+            return None
+        compressed, reference = after.read_bytes(), before.read_bytes()
+        return {
+            "model": model,
+            "runtime": runtime,
+            "bytes": len(compressed),
+            "reference_bytes": len(reference),
+            "parameters": parameters(compressed),
+            "reference_parameters": parameters(reference),
+        }

@@ -1,0 +1,126 @@
+"""`peregrine build --compress`: smaller engines behind the same answers, and a gate that stops the build where users would lose."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from builders.build import BuildOptions, build
+from builders.compress.plan import read_plan
+from builders.presets import preset
+from ensemble.errors import InvalidInput
+from ensemble.local import LocalPipeline
+from ensemble.release import open_release
+from ensemble.repository import release_names
+
+# Every method once, cheaply; limits as wide as 600 users and thirty steps of training need.
+PLAN = """\
+calibration_users = 64
+[item_encoder.quantize]
+onnxruntime = ["int8", "fp32"]
+tensorrt = []
+budget = {size = 0.6}
+[user_encoder.prune]
+method = "structured"
+share = 0.5
+round_to = 8
+steps = 30
+[ranker.distil]
+student = {hidden = 16}
+steps = 60
+[ranker.quantize]
+budget = {loss = 0.5}
+qat = "never"
+[gate]
+ranking = 0.5
+auc = 0.3
+ece = 0.3
+slices = 1.0
+samples = 200
+"""
+SABOTAGE = """\
+calibration_users = 64
+[ranker.prune]
+method = "magnitude"
+share = 0.99
+steps = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shop and a repository in which all stages before `compress` are done."""
+    folder = tmp_path_factory.mktemp("compressed")
+    shutil.copytree(tiny_shop, folder / "shop")
+    shutil.copytree(tiny_shop.parent / "repository", folder / "repository")
+    return folder
+
+
+def compressed(workshop: Path, text: str) -> str:
+    path = workshop / "plan.toml"
+    path.write_text(text)
+    options = BuildOptions(workshop / "shop", workshop / "repository", preset("tiny"), plan=read_plan(path), plan_name=path.name)
+    return build(options, Console(quiet=True))[0]
+
+
+@pytest.fixture(scope="module")
+def release(workshop: Path) -> str:
+    return compressed(workshop, PLAN)
+
+
+def test_engines_are_smaller_and_the_report_says_by_how_much(workshop, release):
+    told = open_release(workshop / "repository", release).manifest["report"]["compress"]
+    sizes = {(size["model"], size["runtime"]): size for size in told["engines"]}
+    for model in ("item_encoder", "user_encoder", "ranker"):
+        engine = workshop / "repository" / f"{release}_{model}" / "1" / "model.onnx"
+        before = workshop / "repository" / f"r1_{model}" / "1" / "model.onnx"
+        assert engine.stat().st_size == sizes[model, "onnxruntime"]["bytes"]
+        assert before.stat().st_size == sizes[model, "onnxruntime"]["reference_bytes"]
+        assert engine.stat().st_size < before.stat().st_size
+    assert sizes["item_encoder", "onnxruntime"]["bytes"] <= 0.6 * sizes["item_encoder", "onnxruntime"]["reference_bytes"]
+    assert sizes["user_encoder", "onnxruntime"]["parameters"] < sizes["user_encoder", "onnxruntime"]["reference_parameters"]
+    assert sizes["ranker", "tensorrt"]["bytes"] < 0.6 * sizes["ranker", "tensorrt"]["reference_bytes"]
+    assert {node["runtime"] for node in told["nodes"] if node["model"] == "ranker"} == {"onnxruntime", "tensorrt"}
+    assert {"uncompressed", "planner", "global", "distil", "prune"} <= {variant["family"] for variant in told["variants"]}
+    served = [(v["model"], v["runtime"]) for v in told["variants"] if v["chosen"]]
+    assert sorted(served) == sorted(set(served)), "one engine a model and runtime is served"
+    assert told["gates"]["onnxruntime"]["ok"]
+    assert told["gates"]["tensorrt"]["ok"]
+
+
+def test_typed_onnx_for_tensorrt_lies_beside_the_engine_and_in_the_manifest(workshop, release):
+    opened = open_release(workshop / "repository", release)
+    opened.verify()
+    assert f"{release}_ranker/1/model.tensorrt.onnx" in opened.manifest["files"]
+    assert f"{release}_item_encoder/1/model.tensorrt.onnx" not in opened.manifest["files"]
+
+
+def test_it_answers_like_any_release(workshop, release):
+    answer = LocalPipeline(open_release(workshop / "repository", release)).recommend(["u1", "nobody"])
+    assert (answer["item_ids"] != b"").all()
+    assert answer["release"].ravel().tolist() == [release.encode()] * 2
+
+
+def test_items_are_those_of_the_compressed_encoder(workshop, release):
+    """A new item's row comes from the engine: it must lie in the space of the rows that are there."""
+    rows, before = (open_release(workshop / "repository", name).items for name in (release, "r1"))
+    assert (rows["embedding"][1:] != before["embedding"][1:]).any()
+    cosine = (rows["embedding"][1:] * before["embedding"][1:]).sum(1) / (before["embedding"][1:] ** 2).sum(1)
+    assert cosine.mean() > 0.95
+
+
+def test_a_loss_beyond_the_limit_stops_the_build_with_the_table(workshop, release):
+    there = release_names(workshop / "repository")
+    with pytest.raises(InvalidInput, match="compression loses more than the gate allows") as caught:
+        compressed(workshop, SABOTAGE)
+    assert "| AUC ctr |" in str(caught.value)
+    assert "cure:" in str(caught.value)
+    assert release_names(workshop / "repository") == there
+
+
+def test_more_calibration_users_than_there_are_is_refused(workshop, release):
+    with pytest.raises(InvalidInput, match=r"calibration_users = 5000: this shop has \d+"):
+        compressed(workshop, PLAN.replace("calibration_users = 64", "calibration_users = 5000"))
