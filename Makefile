@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test check format lock clean
+.PHONY: help install demo bench gpu-check test check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ demo: install ## a generated shop, trained, served by a real Triton and asked: t
 
 bench: install ## latency, throughput and cost of the demo's release, beside the same pipeline without a server
 	@builders/demo.sh bench
+
+REPOSITORY ?= demo/model_repository
+gpu-check: install ## on a machine with a GPU: builds plans, checks and times engines, Faiss and the chain (REPOSITORY=…)
+	@$(BIN)/python -m builders.gpu_check --repository $(REPOSITORY) --json demo/gpu-check.json
 
 test: install ## all tests that this machine can run; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"

@@ -2,7 +2,8 @@
 
 Every configuration runs on any Triton with the Python backend, from 2.51 on: fields that 2.51 rejects
 (ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a second file,
-<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process.
+<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process; tensorrt.pbtxt of an engine, for Triton's native TensorRT
+backend, lies beside its plan (ensemble/plans.py), so that a model without a plan falls back to config.pbtxt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from ensemble.plans import PLAN_FILE, batch_sizes
 from ensemble.repository import ALIAS_FILE, FUSED
 from ensemble.spec import Dtype, ModelSpec, PipelineSpec, TensorSpec
 
@@ -51,6 +53,38 @@ def alias_config(spec: PipelineSpec, release: str) -> ModelConfig:
     config.platform = "ensemble"
     _add_step(config, f"{release}_{spec.name}", spec.inputs, spec.outputs)
     return config
+
+
+def tensorrt_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
+    """An engine run by Triton's native TensorRT backend: the same tensors, a plan, CUDA graphs, real samples to warm up with."""
+    config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, max_batch, release)
+    config.platform = "tensorrt_plan"
+    config.default_model_filename = PLAN_FILE
+    config.dynamic_batching.max_queue_delay_microseconds = 0  # as in member_config, and no preferred sizes: they would wait for more
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=spec.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, profile=["0"])  # so many on each GPU
+    config.optimization.cuda.graphs = True
+    for size in batch_sizes(max_batch):
+        _add_graph(config, spec, size)
+        _add_warmup(config, spec, size)
+    return config
+
+
+def _add_graph(config: ModelConfig, spec: ModelSpec, size: int) -> None:
+    """One recorded CUDA graph. No lower bound: below it a graph would read rows that nobody wrote."""
+    graph = config.optimization.cuda.graph_spec.add(batch_size=size)
+    for tensor in spec.inputs:
+        graph.input[tensor.name].dim.extend(_dims(tensor))
+
+
+def _add_warmup(config: ModelConfig, spec: ModelSpec, size: int) -> None:
+    """A first run at this batch size on one real user's tensors, which lie in warmup/<tensor>."""
+    warmup = config.model_warmup.add(name=f"batch {size}", batch_size=size)
+    for tensor in spec.inputs:
+        sample = warmup.inputs[tensor.name]
+        sample.data_type = model_config_pb2.DataType.Value(_TYPES[tensor.dtype])
+        sample.dims.extend(_dims(tensor))
+        sample.input_data_file = tensor.name
 
 
 def config_text(config: ModelConfig) -> str:

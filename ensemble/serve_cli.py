@@ -29,6 +29,9 @@ def serve(
     fused: Annotated[
         bool, typer.Option("--fused", help="All steps of a request in one process: fewest hops, for machines without a GPU (README, Serve).")
     ] = False,
+    require: Annotated[
+        str | None, typer.Option(help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is there if not given.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
     start_timeout_s: Annotated[float, typer.Option(help="How long the models may take to load.")] = 300.0,
 ) -> None:
@@ -42,7 +45,7 @@ def serve(
     started = time.monotonic()
     metrics = metrics_port or None
     try:
-        options = {"log": _log, "verbose": int(verbose), "start_timeout_s": start_timeout_s, "fused": fused}
+        options: dict[str, Any] = {"log": _log, "verbose": int(verbose), "start_timeout_s": start_timeout_s, "fused": fused, "require": require}
         with server.serve(repository, port, metrics, address, **options) as running:
             print(_greeting(running, time.monotonic() - started), flush=True)
             running.wait()

@@ -23,6 +23,7 @@ from ensemble.repository import FUSED, release_names, sweep
 from ensemble.server_calls import drain, is_model_ready
 from ensemble.server_file import Claim, RunningServer
 from ensemble.server_folder import Installation, find_tritonserver, make_run_folder, sweep_run_folders
+from ensemble.server_plans import OVERLAY, Overlay, choose_runtime
 from ensemble.server_process import CONTROL_HEADER, EXIT_TIMEOUT_S, Launch, TritonProcess, memory_bytes
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
@@ -41,6 +42,8 @@ class Server:
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
         self._run = make_run_folder(installation)
+        plans = launch.runtime.plans
+        self._overlay = Overlay(self._run.path / OVERLAY, launch.repository, plans) if plans else None
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -147,6 +150,8 @@ class Server:
         while not self._stopping.wait(_WATCH_EVERY_S):
             if process.exit_code is not None:
                 return f"tritonserver died ({_exit_words(process.exit_code)})"
+            if self._overlay:
+                self._overlay.refresh()
             problem = self._check_stubs(process)
             if problem:
                 return problem
@@ -209,19 +214,21 @@ def serve(
     verbose: int = 0,
     start_timeout_s: float = 300.0,
     fused: bool = False,
+    require: str | None = None,
 ) -> Iterator[Server]:
     """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics.
 
-    fused: all steps of a request in one Python process, instead of the ensemble.
+    fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the engines
+    (server_plans.REQUIREMENTS), or an error; None takes the best that this node has, and `log` hears why it is not TensorRT.
     """
     repository = Path(repository).resolve()
     installation = find_tritonserver()
     _check_address(address, installation)
-    check_servable(repository)
+    runtime = choose_runtime(repository, check_servable(repository), installation, require, fused, log)
     ports = [_check_port(address, number) for number in (port, metrics_port) if number is not None]
     sweep_run_folders()
     claim = Claim(repository)
-    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=FUSED if fused else None)
+    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=FUSED if fused else None, runtime=runtime)
     server = Server(launch, claim, installation, log, start_timeout_s)
     try:
         server.start()

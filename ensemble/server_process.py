@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble import contract
+from ensemble.engines import ENGINE_VARIABLE, TENSORRT
 from ensemble.server_folder import Installation, RunFolder, remove_regions
+from ensemble.server_plans import OVERLAY, Runtime
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
@@ -41,6 +43,7 @@ class Launch:
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     verbose: int = 0
     configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
@@ -48,10 +51,11 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     metrics = ["--allow-metrics=false"]
     if launch.metrics_port is not None:
         metrics = [f"--metrics-address={launch.address}", f"--metrics-port={launch.metrics_port}"]
-    chosen = [f"--model-config-name={launch.configuration}"] if launch.configuration else []
+    configuration = TENSORRT if launch.runtime.plans else launch.configuration
+    chosen = [*launch.runtime.flags, *([f"--model-config-name={configuration}"] if configuration else [])]
     return [
         str(installation.binary),
-        f"--model-repository={launch.repository}",
+        f"--model-repository={run.path / OVERLAY if launch.runtime.plans else launch.repository}",
         f"--backend-directory={run.path / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={run.region_prefix}",
         "--model-control-mode=explicit",
@@ -71,7 +75,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     ]
 
 
-def _environment(installation: Installation) -> dict[str, str]:
+def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
     """One thread a process: parallelism is the instances', not each library's."""
     libraries = [str(path) for path in installation.libraries] + [os.environ.get("LD_LIBRARY_PATH", "")]
     path = [str(Path(sys.base_prefix) / "bin"), os.environ.get("PATH", os.defpath)]  # the stub finds its standard library by PATH
@@ -83,6 +87,7 @@ def _environment(installation: Installation) -> dict[str, str]:
         # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages in again
         "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        ENGINE_VARIABLE: launch.runtime.engine,
         "TRITON_SERVER_VERSION": str(installation.level or ""),  # images set it; python_model.py knows old stubs by it
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),
@@ -100,7 +105,7 @@ class TritonProcess:
         launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *command_line(installation, run, launch)]
         self._process = subprocess.Popen(
             launcher,
-            env=_environment(installation),
+            env=_environment(installation, launch),
             cwd=run.path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -66,13 +66,28 @@ def modules_after(statement: str) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "ensemble").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_ensemble_names_nothing_of_the_offline_path(path):
     roots = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
-    assert not roots & OFFLINE
+    assert not roots & (OFFLINE - {"tensorrt"})
     if path.name != "python_model.py":
         assert "triton_python_backend_utils" not in roots, "the adapter is its only user"
 
 
+TENSORRT_IN = {"ensemble/engines/tensorrt.py", "builders/compile.py"}
+
+
+def test_tensorrt_is_spoken_to_in_two_files_only():
+    """The name stands where the package is imported; `trt` is what both call it."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path, tree in sources(*PACKAGES)
+        if {name.partition(".")[0] for name in imported(tree)} & {"tensorrt", "tensorrt_bindings", "polygraphy"}
+        or any(isinstance(node, ast.Attribute) and ast.unparse(node).startswith("trt.") for node in ast.walk(tree))
+    }
+    assert found == TENSORRT_IN
+
+
 def test_ensemble_loads_nothing_of_the_offline_path():
-    steps = "import ensemble.local, ensemble.features, ensemble.recall, ensemble.reranking, ensemble.engines.onnx, ensemble.release, ensemble.server"
+    steps = "import ensemble.local, ensemble.features, ensemble.recall, ensemble.reranking, ensemble.release, ensemble.server"
+    steps += "; import ensemble.engines.onnx, ensemble.engines.tensorrt"
     assert not {name.partition(".")[0] for name in modules_after(steps)} & OFFLINE
 
 
@@ -98,7 +113,14 @@ def test_importing_the_client_loads_no_runtime():
 
 def test_the_command_line_starts_without_the_heavy_parts():
     assert not {name.partition(".")[0] for name in modules_after("import peregrine")} & {*HEAVY, "numpy", "typer"}
-    for module in ("builders.build_cli", "ensemble.serve_cli", "clients.recommend_cli", "clients.releases_cli", "clients.bench_cli"):
+    for module in (
+        "builders.build_cli",
+        "builders.compile_cli",
+        "ensemble.serve_cli",
+        "clients.recommend_cli",
+        "clients.releases_cli",
+        "clients.bench_cli",
+    ):
         loaded = {name.partition(".")[0] for name in modules_after(f"import {module}")}
         assert not loaded & set(HEAVY), module
 
@@ -189,7 +211,8 @@ def test_an_ensemble_never_names_a_runtime(tiny_repository):
         text = (tiny_repository / name / "config.pbtxt").read_text().lower()
         for runtime in ("onnx", "tensorrt", "plan", "python", "backend", "kind_"):
             assert runtime not in text, f"{name} names {runtime}"
-        assert [p for p in (tiny_repository / name / "1").iterdir() if p.name != "__pycache__"] == []
+        inside = {p.name for p in (tiny_repository / name / "1").iterdir()}
+        assert inside <= {"__pycache__", "model.py"}, "model.py is for configs/fused.pbtxt"
 
 
 # --- wrong wiring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from ensemble.spec import ModelSpec, TensorSpec
 Tensors = dict[str, np.ndarray]
 # Users run at once: beyond, a ranker's activations outgrow the core's cache (1.67 ms a user at 8, 2.03 at 64: DECISIONS.md).
 CHUNK = 8
+# What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a runtime.
+ENGINE_VARIABLE = "PEREGRINE_ENGINE"
+ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT = "onnxruntime", "onnxruntime-gpu", "tensorrt"
 
 
 class Engine(Protocol):
@@ -28,13 +32,17 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(path: Path, threads: int = 1) -> Engine:
-    """Opens a model file; ReleaseError names the file when it cannot be."""
+def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
+    """Opens a model file; ReleaseError names the file when it cannot be. gpu: ONNX Runtime's CUDA provider, or an error."""
     if path.suffix == ".onnx":
-        from ensemble.engines.onnx import OnnxEngine
+        from ensemble.engines.onnx import CPU, CUDA, OnnxEngine
 
-        return OnnxEngine(path, threads)
-    raise ReleaseError(f"{path}: no engine runs {path.suffix or 'this file'}; known: .onnx")
+        return OnnxEngine(path, threads, CUDA if gpu else CPU)
+    if path.suffix == ".plan":
+        from ensemble.engines.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(path)
+    raise ReleaseError(f"{path}: no engine runs {path.suffix or 'this file'}; known: .onnx, .plan")
 
 
 def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
@@ -58,18 +66,31 @@ def signature_difference(found: list[tuple[str, str, tuple[int | None, ...]]], w
 
 
 class EngineStep:
-    """The step of every engine model: verifies and opens the release's model file, then hands tensors through."""
+    """The step of every engine model: verifies and opens the release's model file or its plan, then hands tensors through."""
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
-        path = release.member_file(model.name, "model.onnx")
-        release.verify([path])
-        self.engine = open_engine(path)
+        runtime = os.environ.get(ENGINE_VARIABLE, ONNXRUNTIME)
+        if runtime not in (ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT):
+            raise ReleaseError(f"{ENGINE_VARIABLE}={runtime}: known are {ONNXRUNTIME}, {ONNXRUNTIME_GPU} and {TENSORRT}")
+        path = _plan_path(model, release) if runtime == TENSORRT else release.member_file(model.name, "model.onnx")
+        if runtime != TENSORRT:
+            release.verify([path])
+        self.engine = open_engine(path, gpu=runtime == ONNXRUNTIME_GPU)
+        self._chunk = CHUNK if runtime == ONNXRUNTIME else release.pipeline.max_batch
         check_signature(self.engine, model, path)
 
     def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
         """The model's input tensors by name -> its output tensors by name; large batches in chunks that fit the cache."""
-        if len(options) <= CHUNK:
+        if len(options) <= self._chunk:
             return self.engine.run(tensors)
-        pieces = [slice(start, start + CHUNK) for start in range(0, len(options), CHUNK)]
+        pieces = [slice(start, start + self._chunk) for start in range(0, len(options), self._chunk)]
         parts = [self.engine.run({name: tensor[piece] for name, tensor in tensors.items()}) for piece in pieces]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _plan_path(model: ModelSpec, release: Release) -> Path:
+    """The plan that fits this node; opening it verifies it."""
+    from ensemble.engines.tensorrt import this_node
+    from ensemble.plans import find_plan
+
+    return find_plan(release, model.name, this_node()).path

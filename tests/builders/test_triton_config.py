@@ -7,7 +7,7 @@ from google.protobuf import text_format
 from toy_repository import SCHEMA
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from builders.triton_config import MODEL_PY, alias_config, config_text, ensemble_config, member_config, write_members
+from builders.triton_config import MODEL_PY, alias_config, config_text, ensemble_config, member_config, tensorrt_config, write_members
 from ensemble import contract
 from ensemble.repository import ALIAS_FILE
 
@@ -41,6 +41,41 @@ def test_dynamic_batching_has_no_delay_and_no_queue_policy():
     assert config.dynamic_batching.max_queue_delay_microseconds == 0
     assert not config.dynamic_batching.HasField("default_queue_policy")
     assert config.dynamic_batching.priority_levels == 0
+
+
+ENGINES = [*(model for model in PIPELINE.models if model.is_engine), contract.item_encoder(SCHEMA)]
+
+
+@pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
+def test_tensorrt_config_equals_its_spec(spec):
+    config = text_format.Parse(config_text(tensorrt_config(spec, "r1", 64)), ModelConfig())
+    assert (config.name, config.platform, config.backend, config.default_model_filename) == (f"r1_{spec.name}", "tensorrt_plan", "", "model.plan")
+    assert (tensors(config.input), tensors(config.output)) == (wanted(spec.inputs), wanted(spec.outputs))
+    assert config.max_batch_size == 64
+    assert config.HasField("dynamic_batching")
+    assert (list(config.dynamic_batching.preferred_batch_size), config.dynamic_batching.max_queue_delay_microseconds) == ([], 0)
+    assert [(g.count, g.kind, list(g.gpus), list(g.profile)) for g in config.instance_group] == [
+        (spec.instances, 1, [], ["0"])
+    ]  # 1 = KIND_GPU, on each
+
+
+@pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
+def test_cuda_graphs_and_warm_up_name_every_input_at_the_batch_sizes_that_matter(spec):
+    config = tensorrt_config(spec, "r1", 64)
+    dims = {t.name: list(t.dims) for t in spec.inputs}
+    assert config.optimization.cuda.graphs
+    graphs = config.optimization.cuda.graph_spec
+    assert [graph.batch_size for graph in graphs] == [1, 8, 64]
+    assert all({name: list(shape.dim) for name, shape in graph.input.items()} == dims for graph in graphs)
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, 8, 64]
+    for warmup in config.model_warmup:
+        assert {name: list(sample.dims) for name, sample in warmup.inputs.items()} == dims
+        assert all(sample.input_data_file == name and not sample.random_data for name, sample in warmup.inputs.items())
+
+
+def test_small_batches_get_each_cuda_graph_once():
+    for most, sizes in ((1, [1]), (4, [1, 4]), (8, [1, 8])):
+        assert [graph.batch_size for graph in tensorrt_config(ENGINES[0], "r1", most).optimization.cuda.graph_spec] == sizes
 
 
 def test_ensemble_is_wired_by_names_alone():

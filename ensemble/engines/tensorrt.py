@@ -1,0 +1,207 @@
+"""A TensorRT plan as an Engine: numpy in, numpy out, or tensors that stay on the GPU between steps (DLPack).
+
+Uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address, execute_async_v3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensemble.engines.cuda import Gpu, gpu_facts
+from ensemble.engines.dlpack import CUDA, Borrowed, DeviceTensor
+from ensemble.errors import ReleaseError
+from ensemble.plans import MANIFEST, Node, Plan, read_plan
+
+Described = tuple[str, str, tuple[int | None, ...]]
+# Not trt.nptype: that of 8.5 asks for np.bool, which numpy has not had since 1.24.
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+_LIBRARIES = tuple(f"libnvinfer.so.{major}" for major in (11, 10, 8))
+NO_TENSORRT = "TensorRT is not installed here; plans are built and run in the serving image (tritonserver:26.09-py3 brings it) on a GPU node"
+
+
+def import_tensorrt() -> Any:
+    """The `tensorrt` module; ReleaseError where it is not installed."""
+    try:
+        import tensorrt
+    except ImportError:
+        raise ReleaseError(NO_TENSORRT) from None
+    return tensorrt
+
+
+def this_node() -> Node:
+    """What this machine runs plans with; ReleaseError names what is missing: the GPU or TensorRT."""
+    gpu, sm, cuda = gpu_facts()
+    return Node(gpu, sm, tensorrt_version(), cuda)
+
+
+def tensorrt_version() -> str:
+    """ "10.16.1", of the library that Triton's backend loads; where there is none on the search path, of the Python package."""
+    for name in _LIBRARIES:
+        try:
+            number = ctypes.CDLL(name).getInferLibVersion()
+        except (OSError, AttributeError):
+            continue
+        base = 10_000 if number >= 100_000 else 1000  # 101601 is 10.16.1, 8503 is 8.5.3
+        return f"{number // base}.{number % base // 100}.{number % 100}"
+    return ".".join(import_tensorrt().__version__.split(".")[:3])
+
+
+def logger(trt: Any) -> Any:
+    """A logger that keeps warnings and errors, to be told with what failed, instead of printing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def told(self) -> str:
+            return self.errors[-1].strip().splitlines()[0] if self.errors else "TensorRT says no more"
+
+    return Log()
+
+
+def start(kind: Any, log: Any) -> Any:
+    """trt.Builder or trt.Runtime; a TypeError without a reason is what they raise when CUDA does not start."""
+    try:
+        return kind(log)
+    except TypeError:
+        raise ReleaseError(f"TensorRT does not start: {log.told()}; does `nvidia-smi` show the GPU?") from None
+
+
+class TensorRTEngine:
+    """One plan with one context and buffers for its largest batch; one caller at a time."""
+
+    def __init__(self, path: Path) -> None:
+        plan = _checked(path)
+        trt = import_tensorrt()
+        self._log, self._gpu = logger(trt), Gpu()
+        self._runtime = start(trt.Runtime, self._log)
+        if plan.key.portable:
+            self._runtime.engine_host_code_allowed = True  # a version-compatible plan carries its own small runtime; its digest was checked
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
+        if self._context is None:
+            raise ReleaseError(f"cannot open {path}: {self._log.told()}; build it again on this node: `peregrine compile`")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        taken = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._dtypes = {name: np.dtype(DTYPES[self._engine.get_tensor_dtype(name).name]) for name in names}
+        self._most = {name: tuple(self._engine.get_tensor_profile_shape(name, 0)[2]) for name in taken}
+        self.max_batch = min(shape[0] for shape in self._most.values())
+        self._dims = self._fixed_dims(names)
+        self.inputs = [self._described(name) for name in taken]
+        self.outputs = [self._described(name) for name in names if name not in taken]
+        self._buffers = {name: self._gpu.allocate(self._bytes(name, self.max_batch)) for name in names}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Arrays, or GPU tensors with __dlpack__, by name in; arrays out."""
+        answer = {name: np.empty(shape, self._dtypes[name]) for name, shape in self._answer_shapes(feeds).items()}
+        held = self._launch(feeds, self._buffers)
+        for name, array in answer.items():
+            self._gpu.download(self._buffers[name], array)
+        self._gpu.synchronize()
+        del held  # what the GPU read until now
+        return answer
+
+    def run_on_gpu(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
+        """The same, but the outputs stay on the GPU, in memory of their own: the next step takes them by __dlpack__."""
+        self._gpu.enter()
+        tensors = {
+            name: DeviceTensor(self._gpu.allocate(self._bytes(name, shape[0])), shape, self._dtypes[name], self._gpu.free)
+            for name, shape in self._answer_shapes(feeds).items()
+        }
+        held = self._launch(feeds, {name: tensor.address for name, tensor in tensors.items()})
+        self._gpu.synchronize()
+        del held
+        return tensors
+
+    def time_ms(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
+        """GPU time of each of `repeats` runs on the same feeds, copies not counted: CUDA events around execute_async_v3."""
+        self._answer_shapes(feeds)
+        held = self._launch(feeds, self._buffers)
+        times = []
+        for _ in range(repeats):
+            start = self._gpu.event()
+            self._execute()
+            times.append(self._gpu.elapsed_ms(start, self._gpu.event()))
+        del held
+        return times
+
+    def _launch(self, feeds: Mapping[str, Any], outputs: Mapping[str, int]) -> list[Any]:
+        """Puts the inputs' copies and one run into the stream -> what must live until the stream is through."""
+        self._gpu.enter()
+        held = []
+        for name, _, _ in self.inputs:
+            shape = (int(feeds[name].shape[0]), *self._dims[name])
+            address, source = self._placed(name, feeds[name], shape)
+            held.append(source)
+            self._context.set_input_shape(name, shape)
+            self._context.set_tensor_address(name, address)
+        for name, _, _ in self.outputs:
+            self._context.set_tensor_address(name, outputs[name])
+        self._execute()
+        return held
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._gpu.stream):
+            raise ReleaseError(f"TensorRT could not run the plan: {self._log.told()}")
+
+    def _placed(self, name: str, value: Any, shape: tuple[int, ...]) -> tuple[int, Any]:
+        """Where the input is on the GPU: in its owner's memory if it is there already, else copied into our buffer."""
+        if isinstance(value, np.ndarray):
+            array = np.ascontiguousarray(value)
+        else:
+            borrowed = Borrowed(value, self._gpu.stream)
+            self._check(name, borrowed, shape)
+            if borrowed.device == CUDA:
+                return borrowed.address, (borrowed, value)
+            array = borrowed.array()
+        self._check(name, array, shape)
+        self._gpu.upload(array, self._buffers[name])
+        return self._buffers[name], (array, value)
+
+    def _check(self, name: str, given: np.ndarray | Borrowed, shape: tuple[int, ...]) -> None:
+        """TensorRT reads whatever lies at an address: a wrong dtype or shape would be a wrong answer, not an error."""
+        if (given.dtype, given.shape) != (self._dtypes[name], shape):
+            raise ReleaseError(f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} {list(given.shape)}")
+
+    def _answer_shapes(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs for these feeds, which are held against the plan's batch first."""
+        missing = [name for name, _, _ in self.inputs if name not in feeds]
+        if missing:
+            raise ReleaseError(f"the plan takes {', '.join(missing)}, which was not given")
+        rows = {int(feeds[name].shape[0]) for name, _, _ in self.inputs}
+        if len(rows) != 1 or not 1 <= min(rows) <= self.max_batch:
+            raise ReleaseError(f"inputs of {sorted(rows)} rows: the plan takes one batch of 1 to {self.max_batch}")
+        return {name: (min(rows), *self._dims[name]) for name, _, _ in self.outputs}
+
+    def _fixed_dims(self, names: list[str]) -> dict[str, tuple[int, ...]]:
+        """Every tensor's sizes without the batch: the profile fixes them, whatever axes the ONNX model left open."""
+        for name, shape in self._most.items():
+            self._context.set_input_shape(name, shape)
+        return {name: tuple(self._most.get(name) or self._context.get_tensor_shape(name))[1:] for name in names}
+
+    def _bytes(self, name: str, rows: int) -> int:
+        return rows * prod(self._dims[name]) * self._dtypes[name].itemsize
+
+    def _described(self, name: str) -> Described:
+        return name, self._dtypes[name].name, self._dims[name]
+
+
+def _checked(path: Path) -> Plan:
+    """The plan of the manifest two folders up, which fits this node and is whole; ReleaseError otherwise."""
+    plan = read_plan(path.parents[2] / MANIFEST)
+    differs = plan.key.difference(this_node())
+    if differs:
+        raise ReleaseError(f"{path}: {differs}; build it on this node: `peregrine compile`")
+    plan.verify()
+    return plan
