@@ -108,9 +108,10 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, bias: Tensor) -> Tensor:
-        """states [B, H, D], bias [B, heads, Q, K] (mask and distance) -> [B, H, D]."""
+        """states [B, H, D], bias [B, heads, Q, H] (mask and distance) of the newest Q positions -> theirs [B, Q, D]."""
         split = self.qkv(self.norm_attention(states)).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+        query, states = query[:, :, -bias.shape[2] :], states[:, -bias.shape[2] :]
         own = bias if len(self.bias_rows) == bias.shape[1] else bias[:, self.bias_rows]
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + own
         mixed = self.dropout(logits.softmax(-1)) @ value
@@ -166,7 +167,7 @@ class UserEncoder(nn.Module):
         length = history_mask.shape[1]
         order = torch.arange(length, device=history_mask.device)
         seen = history_mask[:, None, :] & (order[:, None] >= order[None, :])
-        newest = self.positions(history_embeddings, seen)[:, -1]
+        newest = self.positions(history_embeddings, seen, newest_only=self.interests == 1)[:, -1]
         known = history_mask.any(1)[:, None, None]
         return self.embeddings(torch.where(known, newest, self.default), self.features(user_codes, user_values))
 
@@ -178,18 +179,22 @@ class UserEncoder(nn.Module):
         """[B, Cu] int32, [B, Ru] float32 -> what the user's features add, [B, D] float32."""
         return torch.stack([self.values(user_values), *self.codes(user_codes)]).sum(0)
 
-    def positions(self, history_embeddings: Tensor, seen: Tensor) -> Tensor:
+    def positions(self, history_embeddings: Tensor, seen: Tensor, *, newest_only: bool = False) -> Tensor:
         """[B, H, D] float32, seen [B, Q, K] bool (which items a position may use) -> [B, Q, M, D] without features.
 
-        Serving reads the last position; training learns from all of them at once.
+        Training learns from all positions at once; serving reads the newest, and with `newest_only` no other one is computed
+        where the last block could leave it out.
         """
         order = torch.arange(seen.shape[1], device=seen.device)
         age = (order[:, None] - order[None, :]).clamp(0, self.max_history - 1)
         hidden = torch.where(seen, 0.0, _FAR)  # [B, Q, K]
         items = self.dropout(self.norm_in(history_embeddings))
         states = items
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             states = block(states, self.distance_bias[:, age] + hidden[:, None])
+        if newest_only:
+            age, hidden = age[-1:], hidden[:, -1:]
+        states = self.blocks[-1](states, self.distance_bias[:, age] + hidden[:, None])
         recent = (self.recency_bias[age] + hidden).softmax(-1) @ items
         states = self.norm_out(states)
         newest = (states + self.recency(recent))[:, :, None]

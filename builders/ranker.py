@@ -140,11 +140,11 @@ class Ranker(CalibratedRanker):
 
     def _mixture(self, hidden: Tensor) -> Tensor:
         """hidden [B, N, hidden] -> [B, N, T]: each task weighs the shared experts with its own gate."""
-        experts = torch.stack([expert(hidden) for expert in self.experts], -2)  # [B, N, E, width]
+        experts = [expert(hidden) for expert in self.experts]  # [B, N, width] each
         outputs = []
         for gate, tower in zip(self.gates, self.towers, strict=True):
-            share = gate(hidden).softmax(-1).unsqueeze(-1)  # [B, N, E, 1]
-            outputs.append(tower((share * experts).sum(-2)))
+            shares = gate(hidden).softmax(-1).split(1, -1)  # [B, N, 1] each; a sum of products is faster than a stack, most of all at 8 bits
+            outputs.append(tower(sum(share * expert for share, expert in zip(shares, experts, strict=True))))
         return torch.cat(outputs, -1)
 
 
@@ -189,8 +189,8 @@ class TargetAttention(nn.Module):
     def forward(self, items: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """items [B, N, F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is empty."""
         query, key, value = (self._split(side) for side in (self.query(items), keys, values))
-        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + self.position  # [B, heads, N, H]
-        logits = torch.where(mask[:, None, None, :], logits, torch.full_like(logits, _FAR))
+        place = self.position + torch.where(mask, 0.0, _FAR)[:, None, None, :]  # [B, heads, 1, H]
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + place  # [B, heads, N, H]
         nothing = self.nothing + torch.zeros_like(logits[..., :1])
         share = torch.cat([logits, nothing], -1).softmax(-1)[..., :-1]
         mixed = share @ value  # [B, heads, N, K / heads]

@@ -2,8 +2,9 @@
 
 Every configuration runs on any Triton with the Python backend, from 2.51 on: fields that 2.51 rejects
 (ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a second file,
-<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process; tensorrt.pbtxt of an engine, for Triton's native TensorRT
-backend, lies beside its plan (ensemble/plans.py), so that a model without a plan falls back to config.pbtxt.
+<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process;
+tensorrt.pbtxt of an engine, for Triton's native TensorRT backend, lies beside its plan (ensemble/plans.py), so that a model without a
+plan falls back to config.pbtxt.
 """
 
 from __future__ import annotations
