@@ -5,10 +5,9 @@
 
     [ranker.distil]                       # one table a step; [user_encoder.…] and [item_encoder.…] likewise; steps left out are not taken
     student = {hidden = 96, expert = [64, 32]}   # widths of the student; those left out stay the teacher's
-    kd = 1.0                              # weights of the losses: logits, attention, relations, true labels
+    kd = 1.0                              # weights of the losses: the teacher's logits, attention, relations between samples
     at = 0.5
     rd = 0.0
-    hard = 0.5
     temperature = 2.0
     steps = 2000
 
@@ -75,13 +74,12 @@ class Prune(_Entry):
 
 
 class Distil(_Entry):
-    """A smaller student trained from the model: its widths, and the weights of the four losses."""
+    """A smaller student trained from the model: its widths, and the weights of the three losses."""
 
     student: dict[str, int | tuple[int, ...]] = Field(min_length=1)
     kd: float = Field(default=1.0, ge=0)  # logits
     at: float = Field(default=0.0, ge=0)  # attention
     rd: float = Field(default=0.0, ge=0)  # relations between the users of a batch
-    hard: float = Field(default=0.5, ge=0)  # the true labels
     temperature: float = Field(default=2.0, gt=0)
     steps: int = Field(default=2000, ge=1)
 
@@ -90,8 +88,8 @@ class Distil(_Entry):
         for name, size in self.student.items():
             if min(size if isinstance(size, tuple) else (size,), default=0) < 1:
                 raise ValueError(f"student.{name} = {size}: a size is at least 1")
-        if self.kd + self.at + self.rd + self.hard == 0:
-            raise ValueError("kd, at, rd and hard are all 0: the student would learn nothing; give one a weight")
+        if self.kd + self.at + self.rd == 0:
+            raise ValueError("kd, at and rd are all 0: the student would learn nothing; give one a weight")
         return self
 
 

@@ -23,7 +23,7 @@ def test_every_preset_reads_and_only_none_does_nothing():
     assert [name for name, of in plans.items() if of.is_empty] == ["none"]
     assert [name for name, of in plans.items() if of.keeps_weights] == ["none", "balanced"]
     assert plans["small"].gate.ranking == 0.01
-    assert plans["fast"].ranker.quantize.budget.latency == 0.4
+    assert plans["fast"].ranker.prune.share == 0.5
 
 
 def test_the_example_in_the_docstring_is_a_plan_that_says_what_it_says(tmp_path):
@@ -85,8 +85,8 @@ def test_a_students_widths_are_those_of_the_rankers_config():
         ("[ranker.distil]\nstudent = {hiden = 8}", "ranker.distil.student.hiden: no such width; known here: codes, attention,"),
         ("[ranker.distil]\nstudent = {hidden = 0}", "ranker.distil: student.hidden = 0: a size is at least 1"),
         (
-            "[ranker.distil]\nstudent = {hidden = 8}\nkd = 0\nhard = 0",
-            "ranker.distil: kd, at, rd and hard are all 0: the student would",
+            "[ranker.distil]\nstudent = {hidden = 8}\nkd = 0",
+            "ranker.distil: kd, at and rd are all 0: the student would",
         ),
         ("[item_encoder.distil]\nstudent = {mix = 8}", "item_encoder.distil: there is no student for it"),
         ("calibration_users = 3", "calibration_users = 3: should be greater than or equal to 8"),
