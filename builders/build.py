@@ -36,14 +36,13 @@ from builders.ranker_data import history_windows
 from builders.repository import next_release_name, publish, sweep
 from builders.rows import write_items, write_users
 from builders.sequences import Sequences
-from builders.stages import Done, Report, Stages
+from builders.stages import Done, Report, Stages, module_digest, shop_digest, stages_of
 from builders.train_encoders import train_encoders
 from builders.train_ranker import RankerCheckpoint, train_ranker
 from builders.triton_config import write_members
 from builders.verify import Verifier, ranking_report
 from ensemble import contract
 from ensemble.ids import write_ids
-from ensemble.release import file_sha256
 from ensemble.schema import Schema, schema_from_json
 
 _FROM_INDEX = ("index.faiss", "transitions.npy", "popular.npy", "recall.json", "schema.json", "vocabularies.json", "item_ids.npy")
@@ -70,28 +69,39 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     """Runs all stages; returns the new release's name and the stages, for the closing table."""
     options.repository.mkdir(parents=True, exist_ok=True)
     sweep(options.repository)
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.preset.threads or torch.get_num_threads())
     name = options.release or next_release_name(options.repository)
-    stages = Stages(options.repository.resolve() / ".build" / options.shop.resolve().name, console)
-    sizes, encoder_options, ranker_options = (
-        dataclasses.asdict(part) for part in (options.preset.sizes, options.preset.encoders, options.preset.ranker)
-    )
-    own_encoder, own_ranker = _source_digest(options.user_encoder), _source_digest(options.ranker)
-
-    data = stages.run("data", lambda *to: make_data(options, *to), [_shop_digest(options.shop), sizes])
-    for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
-        _own(source, _schema(data.folder), model)  # refused now, not after an hour of training
-    encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
-    index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
-    ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
-    export = stages.run("export", lambda *to: make_engines(options, data, encoders, index, ranker, *to), None, (ranker,))
+    stages = stages_of(options.repository, options.shop, console)
+    data, encoders, index, ranker, export = _run_to_export(options, stages)
     final = export
     if not options.plan.is_empty:
         final = stages.run("compress", lambda *to: make_smaller(options, data, encoders, ranker, export, *to), facts(options.plan), (export,))
     verify = stages.run("verify", lambda *to: make_report(data, index, ranker, final, *to), None, (final,))
     stages.run("repository", lambda *to: make_release(options, name, final, verify, *to), None, (verify,), always=True)
     return name, stages
+
+
+def uncompressed(options: BuildOptions, console: Console) -> Source:
+    """What `compress` starts from, out of the finished stages of the same build; those that are missing are run."""
+    data, encoders, _, ranker, export = _run_to_export(options, stages_of(options.repository, options.shop, console))
+    return _source(options, data, encoders, ranker, export)
+
+
+def _run_to_export(options: BuildOptions, stages: Stages) -> tuple[Done, Done, Done, Done, Done]:
+    """All that is trained and exported: (data, encoders, index, ranker, export)."""
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.preset.threads or torch.get_num_threads())
+    p = options.preset
+    sizes, encoder_options, ranker_options = (dataclasses.asdict(part) for part in (p.sizes, p.encoders, p.ranker))
+    own_encoder, own_ranker = module_digest(options.user_encoder), module_digest(options.ranker)
+
+    data = stages.run("data", lambda *to: make_data(options, *to), [shop_digest(options.shop), sizes])
+    for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
+        _own(source, _schema(data.folder), model)  # refused now, not after an hour of training
+    encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
+    index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
+    ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
+    export = stages.run("export", lambda *to: make_engines(options, data, encoders, index, ranker, *to), None, (ranker,))
+    return data, encoders, index, ranker, export
 
 
 def make_data(options: BuildOptions, folder: Path, report: Report) -> None:
@@ -171,10 +181,7 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
 
 def make_smaller(options: BuildOptions, data: Done, encoders: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
     """The staged release -> the same with compressed engines, held against it by the gate; compress.json says how."""
-    dataset = open_dataset(data.folder)
-    modules, id_rows, _ = _trained(options, dataset.schema, encoders, ranker)
-    source = Source(dataset, export.folder, modules, id_rows, options.preset.ranker.model)
-    compress(source, options.plan, options.plan_name, folder, report)
+    compress(_source(options, data, encoders, ranker, export), options.plan, options.plan_name, folder, report)
 
 
 def make_report(data: Done, index: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
@@ -210,6 +217,12 @@ def make_release(options: BuildOptions, name: str, export: Done, verify: Done, f
     found = json.loads((verify.folder / "report.json").read_text())
     manifest = {"shop": schema.shop, "preset": options.preset.name, "seed": options.seed, "contract": contract.fingerprint(schema), "report": found}
     publish(options.repository, name, members, own, manifest)
+
+
+def _source(options: BuildOptions, data: Done, encoders: Done, ranker: Done, export: Done) -> Source:
+    dataset = open_dataset(data.folder)
+    modules, id_rows, _ = _trained(options, dataset.schema, encoders, ranker)
+    return Source(dataset, export.folder, modules, id_rows, options.preset.ranker.model)
 
 
 def _trained(options: BuildOptions, schema: Schema, encoders: Done, ranker: Done) -> tuple[dict[str, nn.Module], Array, RankerCheckpoint]:
@@ -284,16 +297,3 @@ def _own(source: str | None, schema: Schema, model: str) -> Any:
 
 def _schema(folder: Path) -> Schema:
     return schema_from_json((folder / "schema.json").read_text())
-
-
-def _shop_digest(shop: Path) -> list[tuple[str, str]]:
-    """Digests of a shop's tables and shop.toml (images are not read yet)."""
-    return [(path.name, file_sha256(path)) for path in sorted(shop.glob("*")) if path.is_file()]
-
-
-def _source_digest(source: str | None) -> str | None:
-    """The option itself and its module's text: a changed module is another model."""
-    if source is None:
-        return None
-    path = Path(source.partition(":")[0].replace(".", "/") + ".py")
-    return source + (file_sha256(path) if path.is_file() else "")

@@ -183,7 +183,8 @@ def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
 def _beside(node: Mapping[str, Any]) -> str:
     if node["changed"] is None:
         return f"{node['precision']}  {node['reason']}"
-    return f"{node['precision']}  NDCG@10 {-node['loss']:+.2%}"
+    lost = round(-node["loss"], 4) or 0.0  # no "-0.00%"
+    return f"{node['precision']}  NDCG@10 {lost:+.2%}"
 
 
 def _short(name: str, most: int = 40) -> str:

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ensemble.release import file_sha256
+
 Report = Callable[[float, str], None]  # share done 0..1, what is being done
 _KEPT = 3  # finished folders kept of each stage
 
@@ -97,6 +99,11 @@ class Stages:
         return table
 
 
+def stages_of(repository: Path, shop: Path, console: Console) -> Stages:
+    """The stages of a shop's builds into one repository."""
+    return Stages(repository.resolve() / ".build" / shop.resolve().name, console)
+
+
 @lru_cache(maxsize=1)
 def source_digest() -> str:
     """Digest of the Python sources that make a release."""
@@ -105,6 +112,19 @@ def source_digest() -> str:
     for path in sorted([*root.glob("builders/**/*.py"), *root.glob("ensemble/**/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def shop_digest(shop: Path) -> list[tuple[str, str]]:
+    """Digests of a shop's tables and shop.toml (images are not read yet)."""
+    return [(path.name, file_sha256(path)) for path in sorted(shop.glob("*")) if path.is_file()]
+
+
+def module_digest(module: str | None) -> str | None:
+    """A user's own MODULE:CLASS and its module's text: a changed module is another model."""
+    if module is None:
+        return None
+    path = Path(module.partition(":")[0].replace(".", "/") + ".py")
+    return module + (file_sha256(path) if path.is_file() else "")
 
 
 def reset_peak() -> None:

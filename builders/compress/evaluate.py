@@ -113,6 +113,8 @@ class Evaluation:
         if model == "item_encoder":
             rows = np.random.default_rng(self.seed).permutation(self.dataset.num_items)[:num_users] + 1
             return self._item_feeds(rows)
+        if not num_users:
+            raise InvalidInput(f"no users to calibrate on: this shop has {self.dataset.num_users}, a quarter of which would; use --compress none")
         if num_users > len(self._own_users):
             raise InvalidInput(
                 f"calibration_users = {num_users}: this shop has {len(self._own_users)} for it, a quarter of its {self.dataset.num_users} users; "

@@ -1,7 +1,7 @@
 """A compression plan: what is done to each engine of a release, as data. This page is that file's reference.
 
     seed = 0                              # of fine-tuning, calibration users and the bootstrap
-    calibration_users = 128               # whose feeds set the ranges of quantization; never those that judge
+    calibration_users = 128               # whose feeds set the ranges of quantization; never those that judge. Left out: 128, or all there are
 
     [ranker.distil]                       # one table a step; [user_encoder.…] and [item_encoder.…] likewise; steps left out are not taken
     student = {hidden = 96, expert = [64, 32]}   # widths of the student; those left out stay the teacher's
@@ -150,7 +150,7 @@ class CompressionPlan(_Entry):
     """All of a plan's file."""
 
     seed: int = Field(default=0, ge=0)
-    calibration_users: int = Field(default=128, ge=8)
+    calibration_users: int | None = Field(default=None, ge=8)
     user_encoder: ModelPlan = ModelPlan()
     item_encoder: ModelPlan = ModelPlan()
     ranker: ModelPlan = ModelPlan()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from builders.compress.stage import Source
 
 Report = Callable[[float, str], None]
+_CALIBRATION_USERS = 128  # unless the plan says; more hardly move the ranges
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def choose_precisions(
     """The planner's engine, or that of a fine-tuned module where rounding would lose more than the plan allows."""
     wanted = plan.of(model).quantize
     assert wanted is not None
-    feeds = evaluation.feeds(model, plan.calibration_users)
+    feeds = evaluation.feeds(model, plan.calibration_users or min(_CALIBRATION_USERS, evaluation.most(model)))
     found = _planned(shrunk.model, feeds, shrunk, plan, wanted, runtime, lambda share, text: report(0.5 + share / 4, f"{runtime}, {text}"))
     variants, notes = variants_of(model, found, shrunk.model, shrunk.ms), [f"{model} on {runtime}: {note}" for note in found.notes]
     if wanted.qat == "auto" and _is_held_back(found, wanted):

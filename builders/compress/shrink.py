@@ -62,7 +62,7 @@ def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evalua
     """Distils and prunes `model` as the plan says; what it does not name is left out."""
     reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
     judge, part = evaluation.judge(model), plan.of(model)
-    batches = _batches(source, model, evaluation)
+    batches = training_batches(source, model, evaluation)
     state = Shrunk(
         source.modules[model],
         reference,
@@ -74,7 +74,7 @@ def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evalua
     )
     if part.distil:
         report(0.0, "distilling")
-        student = _student(source, model, part.distil, plan.seed)
+        student = student_of(source, model, part.distil.student, plan.seed)
         module = _distilled(state, student, part.distil, plan.seed, report)
         state = _next(source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation)
     if part.prune:
@@ -121,19 +121,20 @@ def _ms(engine: bytes, feeds: dict[str, Array]) -> float:
     return time_pair(lambda: session.run(feeds), lambda: session.run(feeds), limit_s=0.5)[0]
 
 
-def _batches(source: Source, model: str, evaluation: Evaluation) -> Batches:
+def training_batches(source: Source, model: str, evaluation: Evaluation) -> Batches:
     """Draws real inputs of the model; the user encoder's come with items to rank."""
     feeds = evaluation.feeds(model, min(TRAINING_USERS, evaluation.most(model)))
     items = evaluation.verifier.embeddings[1 : _ITEMS + 1]
     return batches_from_feeds(feeds, BATCHES[model], {"item_embeddings": items} if model == "user_encoder" else None)
 
 
-def _student(source: Source, model: str, wanted: Distil, seed: int) -> nn.Module:
+def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) -> nn.Module:
+    """An untrained student of the model, smaller in `sizes`; InvalidInput where no student of it is known."""
     teacher = source.modules[model]
     if isinstance(teacher, Ranker):
-        return student_ranker(teacher, source.dataset.schema, source.ranker_config, wanted.student, seed)
+        return student_ranker(teacher, source.dataset.schema, source.ranker_config, sizes, seed)
     if isinstance(teacher, UserEncoder):
-        widths = {name: size for name, size in wanted.student.items() if isinstance(size, int)}
+        widths = {name: size for name, size in sizes.items() if isinstance(size, int)}
         return student_user_encoder(teacher, widths, seed)
     raise InvalidInput(f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, or prune this one")
 
