@@ -8,6 +8,7 @@ gets its final name by rename when the stage is done; a killed stage leaves only
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ensemble.errors import ReleaseError
 from ensemble.release import file_sha256
 
 Report = Callable[[float, str], None]  # share done 0..1, what is being done
@@ -68,7 +70,20 @@ class Stages:
     def _fill(self, name: str, folder: Path, work: Callable[[Path, Report], None]) -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+            self._show(name, partial, work)
+            partial.rename(folder)
+        except (OSError, RuntimeError) as error:  # Faiss says it with a RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            told = _told(error, name, self.root)
+            if told is None:
+                raise
+            raise told from error
+        self._drop_old(name)
+
+    def _show(self, name: str, partial: Path, work: Callable[[Path, Report], None]) -> None:
+        """Runs the stage behind a progress bar."""
         reset_peak()
         columns = (
             SpinnerColumn(),
@@ -80,8 +95,6 @@ class Stages:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=1.0, stage=name)
             work(partial, lambda share, text: bar.update(task, completed=share, description=text))
-        partial.rename(folder)
-        self._drop_old(name)
 
     def _drop_old(self, name: str) -> None:
         finished = [path for path in self.root.glob(f"{name}-*") if not path.name.endswith(".partial")]
@@ -102,6 +115,16 @@ class Stages:
 def stages_of(repository: Path, shop: Path, console: Console) -> Stages:
     """The stages of a shop's builds into one repository."""
     return Stages(repository.resolve() / ".build" / shop.resolve().name, console)
+
+
+def _told(error: Exception, stage: str, root: Path) -> ReleaseError | None:
+    """A full or read-only disk as one line with the cure; None for any other error."""
+    if "No space left" in str(error) or "quota exceeded" in str(error):
+        free_mb = shutil.disk_usage(root).free / 1e6 if root.exists() else 0
+        return ReleaseError(f"stage {stage}: no space left in {root} ({free_mb:.0f} MB free); free some and build again, finished stages are kept")
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ReleaseError(f"stage {stage}: cannot write {error.filename}: {error.strerror}; make it writable or choose another --repository")
+    return None
 
 
 @lru_cache(maxsize=1)
