@@ -25,11 +25,14 @@ COMMANDS = {
     "release": Command("clients.releases_cli", "app", "List, show, activate or remove releases."),
     "serve": Command("ensemble.serve_cli", "serve", "Serve the active release with Triton, over gRPC."),
     "recommend": Command("clients.recommend_cli", "recommend", "Ask for ranked lists."),
+    "features": Command("ensemble.tiers.cli", "app", "Load feature rows into Redis; measure the tiers."),
+    "events": Command("clients.events_cli", "app", "Write live events into the feature rows."),
     "bench": Command("clients.bench_cli", "bench", "Measure latency, throughput and cost of a served release."),
 }
 # What a missing import means: the extra that brings it.
 _EXTRAS = {
     "serve": ("faiss", "onnxruntime", "typer", "rich"),
+    "redis": ("redis", "hiredis"),
     "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL"),
 }
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-EXTRAS = ("serve", "build", "triton", "test")
+EXTRAS = ("serve", "redis", "build", "triton", "test")
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton",)
 HEAD = """\
 # Every package of `make install`, exact. Written by `make lock` from pyproject.toml's extras; do not edit.

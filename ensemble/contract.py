@@ -29,8 +29,8 @@ class Degraded(IntFlag):
     """Bits of the answer's `degraded`: what was missing while this list was made. 0 = nothing."""
 
     UNKNOWN_USER = 1  # not in the snapshot: answered from the session's items, or with a cold list
-    FEATURES_STALE = 2  # reserved: a row past its soft TTL was used
-    FEATURES_MISSING = 4  # reserved: no tier answered, the default row was used
+    FEATURES_STALE = 2  # Redis did not answer: a row past its soft TTL, or the release's own, was used for the user, the past or a candidate
+    FEATURES_MISSING = 4  # no tier answered, the default row was used
     RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
     UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
 
@@ -49,13 +49,13 @@ def recommend(schema: Schema) -> PipelineSpec:
         "recall",
         "ensemble.recall:Recall",
         (*(t[n] for n in QUERY_TENSORS), t["seen_rows"]),
-        tuple(t[n] for n in ("candidate_rows", "candidate_features", "candidate_scores")),
+        tuple(t[n] for n in ("candidate_rows", "candidate_features", "candidate_scores", "candidate_status")),
     )
     ranker = ModelSpec("ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],))
     reranking = ModelSpec(
         "reranking",
         "ensemble.reranking:Reranking",
-        (t["candidate_rows"], t["candidate_probabilities"], t["user_status"]),
+        (t["candidate_rows"], t["candidate_probabilities"], t["user_status"], t["candidate_status"]),
         tuple(t[n] for n in ANSWER),
     )
     return PipelineSpec(
@@ -121,6 +121,7 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
         tensor("candidate_rows", "int64", "eligible item rows, best first, padded with -1", n),
         tensor("candidate_features", "float32", "what the ranker sees of the candidates, 0 where padded", n, f),
         tensor("candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src),
+        tensor("candidate_status", "int64", "bits of contract.Degraded, of all candidates' rows together", one),
         tensor("candidate_probabilities", "float32", "one value per task: calibrated probability, or the predicted number", n, task),
         tensor("item_ids", "bytes", "best first, padded with empty ids", k),
         tensor("scores", "float32", "the blended number that sorts, 0 where padded", k),

@@ -8,43 +8,52 @@ from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
 from ensemble.options import Options
 from ensemble.release import Release
-from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
+from ensemble.tiers.reader import RowReaders
 
 Tensors = dict[str, np.ndarray]
 
 
 class FeatureLookup:
-    """Reads the rows of a whole batch from the release's snapshot: one binary search, one gather a table."""
+    """Reads the rows of a whole batch through the tiers; without Redis from the release's snapshot: one binary search, one gather a field."""
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
         self.user_ids, self.users = release.user_ids, release.users
         self.item_ids, self.items = release.item_ids, release.items
+        self.readers = RowReaders(release)
+        self.user_reader, self.item_reader = self.readers.users, self.readers.items
+        self.metrics = self.readers.metrics
         self.history = release.schema.sizes.history
 
     def run(self, options: Options, *, user_id: np.ndarray) -> Tensors:
         """user_id [B, 1] bytes -> seen_rows [B, W], history_* [B, H…], user_* (contract.py)."""
         user_rows = self.user_ids.rows_from_ids(user_id[:, 0])
-        status = np.where(user_rows == 0, Degraded.UNKNOWN_USER, 0).astype(np.int64)
-        rows = self.users[user_rows]
-        seen_rows = self._with_session(rows["seen"].astype(np.int64), options, status)
+        users = self.user_reader.read_users(user_id[:, 0], user_rows)
+        known = user_rows > 0 if users.known is None else users.known  # a tier may know users that came after the release
+        status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
+        seen_rows = self._with_session(users.field("seen").astype(np.int64), options, status)
+        history = self.history_from_seen(seen_rows, status)
         return {
-            **self.history_from_seen(seen_rows),
-            "user_codes": np.ascontiguousarray(rows["codes"]),
-            "user_values": np.ascontiguousarray(rows["values"]),
-            "user_features": np.ascontiguousarray(rows["features"]),
+            **history,
+            "user_codes": users.field("codes"),
+            "user_values": users.field("values"),
+            "user_features": users.field("features"),
             "user_status": status[:, None],
         }
 
-    def history_from_seen(self, seen_rows: np.ndarray) -> Tensors:
-        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of its last H."""
+    def history_from_seen(self, seen_rows: np.ndarray, status: np.ndarray | None = None) -> Tensors:
+        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of its last H; notes in `status` what
+        is stale."""
         history = seen_rows[:, -self.history :]
+        items = self.item_reader.read_items(history)
+        if status is not None:
+            status |= items.status_of_users()
         return {
             "seen_rows": seen_rows,
             "history_mask": history >= 0,
-            "history_embeddings": gather(history, self.items, "embedding"),
-            "history_features": gather(history, self.items, "features"),
+            "history_embeddings": items.field("embedding"),
+            "history_features": items.field("features"),
         }
 
     def _with_session(self, seen_rows: np.ndarray, options: Options, status: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ class FusedStep:
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         self.pipeline = LocalPipeline(release)
+        self.metrics = self.pipeline.metrics
 
     def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
         """The pipeline's inputs by name -> the answer's tensors."""
@@ -48,6 +49,11 @@ class LocalPipeline:
     def __init__(self, release: Release) -> None:
         self.release, self.spec = release, release.pipeline
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
+
+    def metrics(self) -> list[Any]:
+        """The numbers of every step that has any (ensemble.tiers.metrics), each with its step's name."""
+        found = [(name, step.metrics()) for name, step in self.steps.items() if hasattr(step, "metrics")]
+        return [one._replace(labels=(*one.labels, ("step", name))) for name, ones in found for one in ones]
 
     def recommend(self, user_ids: Sequence[bytes | str], parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None) -> Tensors:
         """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B, …]."""

@@ -22,8 +22,8 @@ from ensemble.filters import ItemFilters
 from ensemble.item_index import ItemIndex
 from ensemble.options import Options
 from ensemble.release import Release
-from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
+from ensemble.tiers.reader import RowReaders
 
 Tensors = dict[str, np.ndarray]
 
@@ -66,6 +66,8 @@ class Recall:
         self.popularity = np.asarray(popularity)
         self.popular_rows = np.lexsort((np.arange(self.num_rows), -self.popularity))
         self.popular_rows = self.popular_rows[self.popular_rows > 0]
+        readers = RowReaders(release)
+        self.item_reader, self.metrics = readers.items, readers.metrics
         self.filters = ItemFilters(release.schema, release.vocabularies.get("items", {}), self.items["codes"])
 
     def run(self, options: Options, *, seen_rows: np.ndarray, **queries: np.ndarray) -> Tensors:
@@ -194,7 +196,8 @@ class Recall:
 
     def _scored(self, query: np.ndarray, rows: np.ndarray, transitions: tuple[np.ndarray, np.ndarray]) -> Tensors:
         """Candidates [B, N] in any order -> all candidate_* tensors, by fused score, ties by row, padding last."""
-        embeddings = gather(rows, self.items, "embedding")
+        items = self.item_reader.read_items(rows)
+        embeddings = items.field("embedding")
         scores = self.source_scores(query, rows, embeddings, transitions)
         fused = np.where(rows > 0, scores @ np.array(self.settings.source_weights, np.float32), -np.inf)
         order = np.lexsort((rows, -fused), axis=-1)
@@ -202,8 +205,9 @@ class Recall:
         rows = rows[users, order]  # whole rows move; take_along_axis would move element by element
         return {
             "candidate_rows": rows,
-            "candidate_features": gather(rows, self.items, "features"),
+            "candidate_features": items.at(users, order).field("features"),
             "candidate_scores": scores[users, order],
+            "candidate_status": (np.zeros(len(rows), np.int64) | items.status_of_users())[:, None],
         }
 
     def source_scores(self, query: np.ndarray, rows: np.ndarray, embeddings: np.ndarray, transitions: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

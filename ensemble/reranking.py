@@ -27,7 +27,15 @@ class Reranking:
         self.release = release.name.encode()
         self.task_names = json.dumps([task.name for task in self.tasks]).encode()
 
-    def run(self, options: Options, *, candidate_rows: np.ndarray, candidate_probabilities: np.ndarray, user_status: np.ndarray) -> Tensors:
+    def run(
+        self,
+        options: Options,
+        *,
+        candidate_rows: np.ndarray,
+        candidate_probabilities: np.ndarray,
+        user_status: np.ndarray,
+        candidate_status: np.ndarray,
+    ) -> Tensors:
         """candidate_* [B, N…] -> the answer [B, K…] with K the largest top_k of the batch (contract.py)."""
         probabilities = np.nan_to_num(candidate_probabilities, nan=0.0, posinf=0.0, neginf=0.0)
         scores = np.where(candidate_rows > 0, self.blend(options, probabilities), -np.inf)
@@ -44,7 +52,7 @@ class Reranking:
             "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
             "probabilities": np.where(shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0).astype(np.float32),
             "tasks": np.full((len(rows), 1), self.task_names, object),
-            "degraded": user_status,
+            "degraded": user_status | candidate_status,
             "release": np.full((len(rows), 1), self.release, object),
         }
 

@@ -32,11 +32,18 @@ def serve(
     require: Annotated[
         str | None, typer.Option(help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is there if not given.")
     ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            "--redis", help="Feature rows from Redis, too: redis://[USER:PASSWORD@]HOST:PORT, or @FILE that holds it.", envvar="PEREGRINE_REDIS"
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
     start_timeout_s: Annotated[float, typer.Option(help="How long the models may take to load.")] = 300.0,
 ) -> None:
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and stops."""
     from ensemble import server
+    from ensemble.tiers.settings import url_from_option
 
     if port < 0 or metrics_port < 0:
         raise InvalidInput(f"ports are 0 to 65535, got --port {port} --metrics-port {metrics_port}")
@@ -45,7 +52,14 @@ def serve(
     started = time.monotonic()
     metrics = metrics_port or None
     try:
-        options: dict[str, Any] = {"log": _log, "verbose": int(verbose), "start_timeout_s": start_timeout_s, "fused": fused, "require": require}
+        options: dict[str, Any] = {
+            "log": _log,
+            "verbose": int(verbose),
+            "start_timeout_s": start_timeout_s,
+            "fused": fused,
+            "require": require,
+            "redis": url_from_option(redis) if redis else None,
+        }
         with server.serve(repository, port, metrics, address, **options) as running:
             print(_greeting(running, time.monotonic() - started), flush=True)
             running.wait()
@@ -67,6 +81,7 @@ def _log(line: str) -> None:
 def _greeting(running: Any, start_s: float) -> str:
     """Endpoints, what is served by how many processes in how much memory, and a call to paste."""
     from ensemble.release import active_release
+    from ensemble.tiers.settings import hidden
 
     repository = running.launch.repository
     stubs = running.stubs()
@@ -81,6 +96,7 @@ def _greeting(running: Any, start_s: float) -> str:
             f"  instances  {sum(map(len, stubs.values()))} Python processes: " + ", ".join(f"{len(pids)} {name}" for name, pids in stubs.items()),
             "             (two a step: Triton never restarts one that dies; one thread each: instances are the parallelism)",
             f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB resident, summed)",
+            *([f"  features   {hidden(running.launch.redis)}, then the release's own rows"] if running.launch.redis else []),
             f"  try        peregrine recommend {user}{shown}",
             "Ctrl-C or SIGTERM stops it.",
         )

@@ -25,6 +25,8 @@ from ensemble.server_file import Claim, RunningServer
 from ensemble.server_folder import Installation, find_tritonserver, make_run_folder, sweep_run_folders
 from ensemble.server_plans import OVERLAY, Overlay, choose_runtime
 from ensemble.server_process import CONTROL_HEADER, EXIT_TIMEOUT_S, Launch, TritonProcess, memory_bytes
+from ensemble.tiers.connection import check_installed
+from ensemble.tiers.settings import TierSettings
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
 _WATCH_EVERY_S = 1.0
@@ -215,20 +217,25 @@ def serve(
     start_timeout_s: float = 300.0,
     fused: bool = False,
     require: str | None = None,
+    redis: str | None = None,
 ) -> Iterator[Server]:
     """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics.
 
     fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the engines
-    (server_plans.REQUIREMENTS), or an error; None takes the best that this node has, and `log` hears why it is not TensorRT.
+    (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not TensorRT. redis: URL for feature rows.
     """
     repository = Path(repository).resolve()
+    if redis is not None:  # refused here rather than in every step
+        TierSettings(redis)
+        check_installed()
     installation = find_tritonserver()
     _check_address(address, installation)
     runtime = choose_runtime(repository, check_servable(repository), installation, require, fused, log)
     ports = [_check_port(address, number) for number in (port, metrics_port) if number is not None]
     sweep_run_folders()
     claim = Claim(repository)
-    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=FUSED if fused else None, runtime=runtime)
+    chosen = FUSED if fused else None
+    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=chosen, runtime=runtime, redis=redis)
     server = Server(launch, claim, installation, log, start_timeout_s)
     try:
         server.start()

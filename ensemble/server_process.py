@@ -20,9 +20,11 @@ from ensemble import contract
 from ensemble.engines import ENGINE_VARIABLE, TENSORRT
 from ensemble.server_folder import Installation, RunFolder, remove_regions
 from ensemble.server_plans import OVERLAY, Runtime
+from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
+_NOT_FOR_CHILDREN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")  # the last may hold a password
 _RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
 # Runs as the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel sends it
 # SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads can deadlock.
@@ -44,6 +46,7 @@ class Launch:
     verbose: int = 0
     configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
     runtime: Runtime = field(default_factory=Runtime)
+    redis: str | None = field(default=None, repr=False)  # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
 
 
 def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
@@ -92,7 +95,16 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),
     }
-    return {**{k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}, **ours}
+    return {**{k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN}, **ours}
+
+
+def _tiers(run: RunFolder, launch: Launch) -> dict[str, str]:
+    """Tells the steps where their feature tiers' settings are: in a file of the run folder that only we may read."""
+    if launch.redis is None:
+        return {}
+    path = run.path / "tiers.json"
+    tiers.write_settings(path, tiers.TierSettings(launch.redis))
+    return {tiers.VARIABLE: str(path)}
 
 
 class TritonProcess:
@@ -105,7 +117,7 @@ class TritonProcess:
         launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *command_line(installation, run, launch)]
         self._process = subprocess.Popen(
             launcher,
-            env=_environment(installation, launch),
+            env=_environment(installation, launch) | _tiers(run, launch),
             cwd=run.path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -120,6 +120,8 @@ def test_the_command_line_starts_without_the_heavy_parts():
         "clients.recommend_cli",
         "clients.releases_cli",
         "clients.bench_cli",
+        "clients.events_cli",
+        "ensemble.tiers.cli",
     ):
         loaded = {name.partition(".")[0] for name in modules_after(f"import {module}")}
         assert not loaded & set(HEAVY), module

@@ -36,7 +36,11 @@ def ask(release: RandomRelease, users: int = USERS, **parameters) -> Options:
 
 
 def run(reranking: Reranking, options: Options, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-    return reranking.run(options, candidate_rows=rows, candidate_probabilities=values, user_status=np.zeros((len(rows), 1), np.int64))
+    return reranking.run(options, candidate_rows=rows, candidate_probabilities=values, **status([[0]] * len(rows), [[0]] * len(rows)))
+
+
+def status(user: list[list[int]], candidates: list[list[int]]) -> dict[str, np.ndarray]:
+    return {"user_status": np.array(user), "candidate_status": np.array(candidates)}
 
 
 def blend(value: np.ndarray, weights: dict[str, float]) -> float:
@@ -171,6 +175,6 @@ def test_rules_of_one_user_leave_its_batch_mates_alone(release, reranking, rng):
 
 def test_the_answer_says_which_release_and_what_was_missing(release, reranking, rng):
     rows, values = candidates(rng, 2)
-    out = reranking.run(ask(release, 2), candidate_rows=rows, candidate_probabilities=values, user_status=np.array([[1], [16]]))
+    out = reranking.run(ask(release, 2), candidate_rows=rows, candidate_probabilities=values, **status([[1], [16]], [[2], [0]]))
     assert out["release"].tolist() == [[b"r1"], [b"r1"]]
-    assert out["degraded"].tolist() == [[1], [16]]
+    assert out["degraded"].tolist() == [[1 | 2], [16]]

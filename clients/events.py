@@ -1,0 +1,227 @@
+"""What happened just now, written into the feature rows in Redis, so that the next `recommend` knows it.
+
+    from clients.events import EventWriter
+
+    with EventWriter("redis://writer:…@127.0.0.1:6379", shop="beauty") as events:
+        events.record_event("u42", "lipstick-7", "click", time.time())
+
+A user's past stays bounded, holds an item once, and is in order of event time: events may come late, twice, or from several
+writers at once. Every release of the shop whose rows are loaded is kept up to date. Servers drop their cached row at once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
+from ensemble.errors import ServerError
+from ensemble.schema import schema_from_json
+from ensemble.tiers import rows
+from ensemble.tiers.connection import connect_now, reason
+from ensemble.tiers.past import merge_past
+
+_ATTEMPTS = 50  # of one row, when other writers change it meanwhile
+_REMEMBERED = 1_000_000  # item ids a release
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of some events, summed over the shop's releases."""
+
+    changed: int = 0  # rows written
+    unchanged: int = 0  # rows that knew it all
+    unknown_items: tuple[str, ...] = ()  # no release knows them: nothing to put into a past
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(self.changed + other.changed, self.unchanged + other.unchanged, (*self.unknown_items, *other.unknown_items))
+
+
+@dataclass
+class _Target:
+    """One loaded version of one release."""
+
+    version: bytes
+    ttl_s: int
+    users: rows.RowFormat
+    items: rows.RowFormat
+    item_rows: dict[bytes, int]
+
+
+class EventWriter:
+    """Writes events of one shop. Needs the writer's ACL; one per thread, or process."""
+
+    def __init__(self, url: str, shop: str, *, only: Sequence[str] | None = None) -> None:
+        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do."""
+        self._client = connect_now(url)
+        self._shop, self._only = shop, None if only is None else frozenset(only)
+        self._targets: dict[bytes, _Target] = {}
+
+    def record_event(self, user_id: Id, item_id: Id, event: str, time: float) -> Outcome:
+        """One event; returns when Redis has it."""
+        return self.record_events([Event(user_id, item_id, event, time)])
+
+    def record_events(self, events: Sequence[Event]) -> Outcome:
+        """Many, each user's row written once. InvalidArgument names what is wrong with one, before any is written."""
+        checked = [check_event(event) for event in events]
+        wanted = [one for one, event in zip(checked, events, strict=True) if self._only is None or event.event in self._only]
+        return self._guarded(lambda: self._record(wanted)) if wanted else Outcome()
+
+    def update_item(self, update: ItemUpdate) -> Outcome:
+        """Replaces parts of an item's row; for each number the latest `time` wins, so that late and repeated updates do no harm."""
+        item_id, time = encode_id("item_id", update.item_id), check_time(update.time)
+        return self._guarded(lambda: self._update(item_id, time, update))
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _guarded(self, write: Callable[[], Outcome]) -> Outcome:
+        import redis
+
+        try:
+            return write()
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise ServerError(f"Redis: {reason(error)}; nothing is lost by sending the same events again") from None
+
+    def _record(self, events: Sequence[tuple[bytes, bytes, float]]) -> Outcome:
+        outcome, known = Outcome(), set[bytes]()
+        for target in self._current_targets():
+            item_rows = self._item_rows(target, [item for _, item, _ in events])
+            by_user: dict[bytes, list[tuple[int, float]]] = {}
+            for user, item, time in events:
+                if item in item_rows:
+                    by_user.setdefault(user, []).append((item_rows[item], time))
+            known |= set(item_rows)
+            for user, past in by_user.items():
+                outcome += self._write_user(target, user, past)
+        unknown = tuple(dict.fromkeys(item.decode() for _, item, _ in events if item not in known))
+        return outcome + Outcome(unknown_items=unknown)
+
+    def _write_user(self, target: _Target, user: bytes, past: Sequence[tuple[int, float]]) -> Outcome:
+        new_rows, new_times = (np.array(column) for column in zip(*past, strict=True))
+        identity = rows.user_identities(np.array([user]))
+
+        def change(value: bytes | None) -> bytes | None:
+            row, times, partial = _opened(target.users, identity, value)
+            seen, merged = merge_past(row["seen"][0], times, new_rows, new_times)
+            if np.array_equal(seen, row["seen"][0]) and np.array_equal(merged, times):
+                return None
+            row["seen"][0] = seen
+            return target.users.pack(identity, row, clock.time(), partial).tobytes() + merged.tobytes()
+
+        return self._change(rows.keys_from_identities(rows.prefix(target.version, "users"), identity)[0], target.ttl_s, change)
+
+    def _update(self, item_id: bytes, time: float, update: ItemUpdate) -> Outcome:
+        outcome, known = Outcome(), False
+        for target in self._current_targets():
+            row = self._item_rows(target, [item_id]).get(item_id)
+            if row is not None:
+                known = True
+                outcome += self._write_item(target, row, time, update)
+        return outcome if known else Outcome(unknown_items=(item_id.decode(),))
+
+    def _write_item(self, target: _Target, item_row: int, time: float, update: ItemUpdate) -> Outcome:
+        """Nothing, if Redis has lost the row: an update alone makes no item."""
+        identity = rows.item_identities(np.array([item_row]))
+        new, given = packed_update(target.items, update)
+
+        def change(value: bytes | None) -> bytes | None:
+            row, times, partial = _opened(target.items, identity, value)
+            if partial:
+                return None
+            words = row.view(np.uint32)
+            newer = given & ((times < time) | ((times == time) & (words < new.view(np.uint32))))  # one winner also among equals
+            if not newer.any():
+                return None
+            words[newer], times[newer] = new.view(np.uint32)[newer], time
+            return target.items.pack(identity, row, clock.time()).tobytes() + times.tobytes()
+
+        return self._change(rows.keys_from_identities(rows.prefix(target.version, "items"), identity)[0], target.ttl_s, change)
+
+    def _change(self, key: bytes, ttl_s: int, change: Callable[[bytes | None], bytes | None]) -> Outcome:
+        """Reads, changes and writes one key, again if another writer was faster."""
+        from redis.exceptions import WatchError
+
+        with self._client.pipeline(transaction=True) as pipe:
+            for attempt in range(_ATTEMPTS):
+                try:
+                    pipe.watch(key)
+                    value = change(_value(pipe, key))
+                    if value is None:
+                        return Outcome(unchanged=1)
+                    pipe.multi()
+                    pipe.set(key, value, ex=ttl_s)
+                    pipe.execute()
+                    return Outcome(changed=1)
+                except WatchError:
+                    clock.sleep(random.uniform(0, 0.001 * min(attempt + 1, 10)))
+        raise ServerError(f"a row was changed by others {_ATTEMPTS} times while it was written; send the same events again")
+
+    def _current_targets(self) -> list[_Target]:
+        """The shop's loaded versions, as of now."""
+        pointers: dict[bytes, bytes] = self._client.hgetall(rows.shop_key(self._shop))
+        new = [version for version in pointers.values() if version not in self._targets]
+        for version, text in zip(new, [self._client.get(rows.meta_key(v)) for v in new], strict=True):
+            if text is not None:  # else its rows have expired
+                self._targets[version] = _target(version, json.loads(text))
+        self._targets = {version: self._targets[version] for version in pointers.values() if version in self._targets}
+        if not self._targets:
+            raise ServerError(f"Redis has no rows of shop {self._shop!r}; load them: peregrine features load")
+        return list(self._targets.values())
+
+    def _item_rows(self, target: _Target, item_ids: Sequence[bytes]) -> dict[bytes, int]:
+        """{id: row} of those that the release knows."""
+        missing = [item for item in dict.fromkeys(item_ids) if item not in target.item_rows]
+        if missing:
+            if len(target.item_rows) > _REMEMBERED:
+                target.item_rows.clear()
+            with self._client.pipeline(transaction=False) as pipe:
+                for item in missing:
+                    pipe.get(rows.name_key(target.version, item))
+                found = pipe.execute()
+            target.item_rows.update({item: int(row) for item, row in zip(missing, found, strict=True) if row is not None})
+        return {item: target.item_rows[item] for item in item_ids if item in target.item_rows}
+
+
+def _target(version: bytes, meta: Mapping[str, Any]) -> _Target:
+    schema = schema_from_json(json.dumps(meta["schema"]))
+    users, items = (rows.RowFormat(table, schema, meta["digest"], meta["num_items"]) for table in rows.TABLES)
+    return _Target(version, meta["ttl_s"], users, items, {})
+
+
+def _value(client: Any, key: bytes) -> bytes | None:
+    """GET; None as well where something else than a string stands under the key: it is to be replaced."""
+    from redis.exceptions import ResponseError
+
+    try:
+        found: bytes | None = client.get(key)
+    except ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        return None
+    return found
+
+
+def _opened(row_format: rows.RowFormat, identity: np.ndarray, value: bytes | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    """A stored value -> its row [1], its times, whether it lacks the loaded row (there was none, or none that is valid)."""
+    if value is not None:
+        records, good, _ = row_format.unpack([value], identity)
+        if good[0]:
+            return records["row"].copy(), row_format.tail(value), bool(records["partial"][0])
+    empty = np.zeros(1, row_format.row)
+    if row_format.table == "users":
+        empty["seen"] = -1
+    return empty, np.full(row_format.times, -np.inf), True

@@ -1,0 +1,45 @@
+"""A circuit breaker: after some failures in a row nobody asks for a while, then one call tries."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+
+class Breaker:
+    """closed -> open after `failures` in a row -> half-open after open_s (+- 20 %: processes do not try in step) -> closed or open."""
+
+    def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._open_s, self._clock = failures, open_s, clock
+        self._failed, self._until, self._trying = 0, 0.0, False
+        self._lock = threading.Lock()
+        self.opened = 0  # times
+
+    @property
+    def state(self) -> str:
+        if self._failed < self._limit:
+            return "closed"
+        return "half_open" if self._trying or self._clock() >= self._until else "open"
+
+    def allow(self) -> bool:
+        """Whether this call may ask; one that may must tell success() or failure()."""
+        if self._failed < self._limit:
+            return True
+        with self._lock:
+            if self._trying or self._clock() < self._until:
+                return False
+            self._trying = True
+            return True
+
+    def success(self) -> None:
+        with self._lock:
+            self._failed, self._trying = 0, False
+
+    def failure(self) -> None:
+        with self._lock:
+            self._failed, self._trying = self._failed + 1, False
+            if self._failed >= self._limit:
+                self.opened += 1
+                self._until = self._clock() + self._open_s * random.uniform(0.8, 1.2)
