@@ -120,7 +120,7 @@ def _write(folder: Path, config: ModelConfig) -> None:
 
 def _write_fused(folder: Path, config: ModelConfig) -> None:
     """Beside the ensemble: the same model, all steps in one Python process (`peregrine serve --fused`)."""
-    (folder / "configs").mkdir()
+    (folder / "configs").mkdir(exist_ok=True)
     (folder / "configs" / f"{FUSED}.pbtxt").write_text(config_text(config), encoding="utf-8")
     (folder / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
 

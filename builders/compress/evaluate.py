@@ -113,13 +113,7 @@ class Evaluation:
         if model == "item_encoder":
             rows = np.random.default_rng(self.seed).permutation(self.dataset.num_items)[:num_users] + 1
             return self._item_feeds(rows)
-        if not num_users:
-            raise InvalidInput(f"no users to calibrate on: this shop has {self.dataset.num_users}, a quarter of which would; use --compress none")
-        if num_users > len(self._own_users):
-            raise InvalidInput(
-                f"calibration_users = {num_users}: this shop has {len(self._own_users)} for it, a quarter of its {self.dataset.num_users} users; "
-                f"set calibration_users = {len(self._own_users)} or fewer in the plan"
-            )
+        self.check_users(num_users)
         pieces = [self._own_users[start : min(start + BATCH, num_users)] for start in range(0, num_users, BATCH)]
 
         def ask(users: Array) -> Tensors:
@@ -128,6 +122,17 @@ class Evaluation:
 
         parts = _at_once(ask, pieces)
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def check_users(self, num_users: int) -> None:
+        """InvalidInput when feeds() cannot give so many users."""
+        most = len(self._own_users)
+        if not most:
+            raise InvalidInput(f"no users to calibrate on: this shop has {self.dataset.num_users}, a quarter of which would; use --compress none")
+        if num_users > most:
+            raise InvalidInput(
+                f"calibration_users = {num_users}: this shop has {most} for it, a quarter of its {self.dataset.num_users} users; "
+                f"set calibration_users = {most} or fewer in the plan"
+            )
 
     def most(self, model: str) -> int:
         """How many users (for item_encoder: items) feeds() can give at most."""

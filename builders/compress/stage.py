@@ -58,6 +58,7 @@ def compress(source: Source, plan: CompressionPlan, plan_name: str, folder: Path
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
     work = _Work(source, plan, folder, report)
+    work.evaluation(source.folder).check_users(plan.calibration_users or 0)  # before anything is trained
     for place, model in enumerate(ORDER):
         if plan.of(model) != ModelPlan():
             work.compress(model, (place / 4, (place + 1) / 4))
@@ -88,7 +89,7 @@ class _Work:
         def report(done: float, text: str) -> None:
             self.report(share[0] + done * (share[1] - share[0]), f"{model}: {text}")
 
-        evaluation = self._evaluation(self.folder)
+        evaluation = self.evaluation(self.folder)
         shrunk = shrink(self.source, model, self.plan, evaluation, report)
         self._keep(model, "onnxruntime", shrunk.model)
         self.variants += shrunk.variants
@@ -112,7 +113,7 @@ class _Work:
             if precisions
         }
 
-    def _evaluation(self, folder: Path) -> Evaluation:
+    def evaluation(self, folder: Path) -> Evaluation:
         return Evaluation(self.source.dataset, folder, item_id_embeddings=self.source.item_id_embeddings, seed=self.plan.seed)
 
     def _keep(self, model: str, runtime: str, engine: bytes) -> None:
@@ -156,7 +157,7 @@ class _Work:
 
     def told(self, plan_name: str) -> CompressionReport:
         """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""
-        evaluation = self._evaluation(self.source.folder)
+        evaluation = self.evaluation(self.source.folder)
         before = evaluation.measure(self.source.folder)
         for runtime, file in FILES.items():
             if runtime == "onnxruntime" or any((self.folder / "engines").glob(f"*/{file}")):
