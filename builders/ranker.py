@@ -213,13 +213,17 @@ class ItemFeatures(nn.Module):
         self.codes = _codes(schema.items, c.codes)
         inside = width + len(self.codes.slices) * c.codes + schema.items.value_width + schema.sizes.embedding
         self.layers = nn.Sequential(_mlp((inside, 2 * width)), nn.Linear(2 * width, width))
+        # a straight way beside the layers, which alone may not tell some codes apart (two textures); 0 where it is not trained
+        self.direct = nn.utils.skip_init(nn.Linear, inside, width, bias=False)
+        nn.init.zeros_(self.direct.weight)
 
     def forward(self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor, item_embedding: Tensor) -> Tensor:
         """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values [B, R],
         item_embedding [B, D] (the first head's output) -> item_features [B, F].
         """
         parts = [item_id_features, *self.codes(item_codes), item_values, item_embedding * self.embedding_scale]
-        return item_id_features + self.layers(torch.cat(parts, -1))
+        known = torch.cat(parts, -1)
+        return item_id_features + self.direct(known) + self.layers(known)
 
 
 class OwnRanker(CalibratedRanker):

@@ -26,7 +26,7 @@ class RankerTraining:
     """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 6  # at most; learning rates fall linearly to 0 over them
+    epochs: int = 5  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
     batch: int = 2048
     learning_rate: float = 6e-3
@@ -37,6 +37,7 @@ class RankerTraining:
     id_dropout: float = 0.5  # users and items made unknown, so that unknown ones are served well
     history_dropout: float = 0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
     score_dropout: float = 0.1  # recall's scores hidden: they are a little too good on what recall was trained on
+    average: float = 0.99  # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the last weights
     bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
     conditional: float = 1.0  # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     list_epochs: int = 4  # `interact`: in place of epochs
@@ -84,7 +85,9 @@ class RankerTrainer:
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
         trusted = dataset.train_impressions is None  # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
         self.head.embedding_scale.fill_(max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0)
-        dense = [*self.model.parameters(), *self.head.parameters()]
+        self.head.direct.requires_grad_(not trusted)  # it stays 0 where the embeddings say what codes would
+        dense = [weight for weight in (*self.model.parameters(), *self.head.parameters()) if weight.requires_grad]
+        self.mean = RunningMean(dense)
         self.optimizers = (
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
             torch.optim.SparseAdam([self.item_rows.weight, self.user_rows.weight], lr=config.row_rate),
@@ -162,6 +165,7 @@ class RankerTrainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.mean.update(self.config.average)
 
     def _set_rates(self, share: float) -> None:
         """Learning rates at `share` of their start."""
@@ -175,9 +179,28 @@ class RankerTrainer:
         self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
             self.epoch(draw(), loss_function, epoch)
+            self.mean.exchange()
             figure, epoch, waited = judge(), epoch + 1, waited + 1
             self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
             if figure < best:
                 best, best_state, waited = figure, copy.deepcopy(self.trained.state_dict()), 0
+            self.mean.exchange()
         self.trained.load_state_dict(best_state)
         return epoch
+
+
+class RunningMean:
+    """Exponential mean of the dense weights over the steps (Polyak averaging): it has less of the last batches' noise than they have."""
+
+    def __init__(self, weights: list[nn.Parameter]):
+        self.weights, self.mean, self.steps = weights, [weight.detach().clone() for weight in weights], 0
+
+    def update(self, keep: float) -> None:
+        """After a step. The mean of the first steps is short, so that it does not hold the untrained weights."""
+        self.steps += 1
+        torch._foreach_lerp_(self.mean, [weight.detach() for weight in self.weights], 1 - min(keep, self.steps / (self.steps + 9)))
+
+    def exchange(self) -> None:
+        """Puts the mean in the place of the weights, and back."""
+        for place, weight in enumerate(self.weights):
+            weight.data, self.mean[place] = self.mean[place], weight.data

@@ -131,7 +131,7 @@ def _label_scales(tasks: tuple[Task, ...], labels: Array) -> tuple[Array, Array]
 
 def _fit_lists(trainer: RankerTrainer, candidates: CandidateFunction, scores: ScoreFunction, source_weights: tuple[float, ...]) -> dict[str, Any]:
     """Trains around the validation targets of most users, stops and calibrates on those of the others. -> report."""
-    trainer.config = replace(trainer.config, epochs=trainer.config.list_epochs, learning_rate=trainer.config.list_learning_rate)
+    trainer.config = replace(trainer.config, epochs=trainer.config.list_epochs, learning_rate=trainer.config.list_learning_rate, average=0.0)
     dataset, c = trainer.dataset, trainer.config
     lists = lists_from_targets(dataset, dataset.validation, candidates)
     users = np.unique(lists.user_rows)

@@ -12,7 +12,7 @@ from builders.dataset import Dataset, Histories, Impressions, Targets
 from builders.ranker import TINY, CalibratedRanker, ItemFeatures, OwnRanker, Ranker, flops_per_user, num_parameters
 from builders.ranker_data import history_windows, lists_from_impressions, zero_scores
 from builders.ranker_loss import impression_loss
-from builders.ranker_trainer import TINY_TRAINING
+from builders.ranker_trainer import TINY_TRAINING, RunningMean
 from builders.train_ranker import train_ranker
 from ensemble import contract
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
@@ -79,7 +79,7 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
         ends = offsets[user] + rng.integers(0, 3, num)
         return Impressions(user, item, np.arange(num), ends, labels, np.stack([click, buy, dwell], 1).astype(np.float32))
 
-    parts = [impressions(num_impressions), impressions(2000), impressions(4000)] if schema.tasks == TASKS else [None] * 3
+    parts = [impressions(num_impressions), impressions(4000), impressions(4000)] if schema.tasks == TASKS else [None] * 3
     ids = np.array([f"{n:04d}".encode() for n in range(max(NUM_USERS, NUM_ITEMS))])
     return Dataset(
         schema, ids[:NUM_ITEMS], ids[:NUM_USERS], np.full(NUM_ITEMS + 1, b"t"), item_codes, np.zeros((NUM_ITEMS + 1, 1), np.float32), user_codes,
@@ -255,6 +255,31 @@ def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.ranker(**feeds), checkpoint.ranker(**feeds))
     assert loaded.report == checkpoint.report
+
+
+def test_the_weights_kept_are_a_running_mean_and_the_exchange_undoes_itself():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    mean, wanted = RunningMean([weight]), 0.0
+    for step in range(1, 21):
+        weight.data.fill_(step)
+        mean.update(0.6)
+        keep = min(0.6, step / (step + 9))
+        wanted = keep * wanted + (1 - keep) * step
+    mean.exchange()
+    assert weight.tolist() == pytest.approx([wanted] * 2)
+    mean.exchange()
+    assert weight.tolist() == [20.0, 20.0]
+
+
+def test_the_running_mean_is_what_a_labelled_shop_gets_and_0_keeps_the_last_weights():
+    dataset, config = _dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
+    first, last = (train_ranker(dataset, _embeddings(), scores=zero_scores, config=replace(config, average=keep)) for keep in (0.99, 0.0))
+    assert first.report["validation"] != last.report["validation"]
+
+
+def test_the_straight_way_of_the_item_head_is_trained_with_labels_only(trained):
+    assert trained[1].item_head.direct.weight.any()
+    assert not _interact(informative=True)[1].item_head.direct.weight.any()
 
 
 def test_the_same_seed_trains_the_same_ranker():
