@@ -20,6 +20,7 @@ class Command:
 COMMANDS = {
     "shop": Command("builders.shop_cli", "app", "Generate, import or check a shop: interactions, items, users."),
     "build": Command("builders.build_cli", "build", "Train, export, index and verify a shop's models; publish a release."),
+    "compare": Command("builders.compare_cli", "app", "Compare ways of compressing a shop's models: distillation losses, precision plans."),
     "compile": Command("builders.compile_cli", "compile_plans", "Build TensorRT plans of a release, on the GPU node that will serve it."),
     "report": Command("builders.report_cli", "report", "Write a release's report as a page: ranking, compression, gate, latency."),
     "release": Command("clients.releases_cli", "app", "List, show, activate or remove releases."),

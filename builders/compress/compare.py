@@ -22,9 +22,7 @@ from builders.compress import graph
 from builders.compress.calibration import calibrate
 from builders.compress.distil import DistilLosses, distil
 from builders.compress.evaluate import Evaluation
-from builders.compress.finetune import Batches
 from builders.compress.judge import Judge
-from builders.compress.plan import Distil
 from builders.compress.planner import Search, Variant, global_8bit
 from builders.compress.sensitivity import compare
 from builders.compress.shrink import exported, student_of, training_batches
@@ -36,7 +34,7 @@ from ensemble.errors import InvalidInput
 
 Report = Callable[[float, str], None]
 MODELS = ("ranker", "user_encoder")
-_LITTLE = 0.1  # of kd's weight: enough for layers that neither attention nor relations reach
+_LITTLE = 0.1  # of kd's weight: enough to tell the answers, which neither attention nor relations do
 _SETUP = 0.05  # share of the whole before the first row
 
 
@@ -67,6 +65,7 @@ class LossTable:
     teacher_ndcg: float
     users: int
     steps: int
+    learning_rate: float
     seeds: tuple[int, ...]
     rows: tuple[LossRow, ...]
 
@@ -83,20 +82,24 @@ def compare_losses(
     *,
     student: Mapping[str, Any] | None = None,
     weights: Mapping[str, float] | None = None,
+    only: Sequence[str] = (),
     steps: int,
     seeds: Sequence[int],
+    learning_rate: float = 1e-3,
     users: int,
     report: Report,
 ) -> LossTable:
     """Trains one student of `model` a seed and choice of losses, and judges each. `student`: sizes, by default half the teacher's;
-    `weights`: of kd, at and rd in every row that has them, by default 1.
+    `weights`: of kd, at and rd in every row that has them, by default 1; `only`: names of rows, by default all.
     """
     _check(source, model)
+    choices = _choices({"kd": 1.0, "at": 1.0, "rd": 1.0, **(weights or {})}, only)
     sizes = dict(student or _half(source, model))
     report(0.0, "users that teach and users that judge")
     evaluation = Evaluation(source.dataset, source.folder)
-    contest = _Contest(source, model, sizes, evaluation, evaluation.judge(model, users), training_batches(source, model, evaluation), steps)
-    rows, choices = [], _choices({"kd": 1.0, "at": 1.0, "rd": 1.0, **(weights or {})})
+    judge, batches = evaluation.judge(model, users), training_batches(source, model, evaluation)
+    contest = _Contest(source, model, sizes, evaluation, judge, functools.partial(distil, batches=batches, steps=steps, learning_rate=learning_rate))
+    rows = []
     for place, (name, chosen) in enumerate(choices.items()):
 
         def told(share: float, text: str, place: int = place, name: str = name) -> None:
@@ -105,26 +108,32 @@ def compare_losses(
         rows.append(contest.row(name, chosen, seeds, told))
     reference = graph.parameters(contest.teacher), float(contest.wanted.gains.mean()), len(contest.wanted.gains)
     shop = source.dataset.schema.shop
-    return LossTable(shop, model, sizes, contest.parameters, *reference, steps, tuple(seeds), tuple(rows))
+    return LossTable(shop, model, sizes, contest.parameters, *reference, steps, learning_rate, tuple(seeds), tuple(rows))
 
 
-def _choices(weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Name -> weights of the losses. Attention and relations alone leave the last layers as they start, so a little kd goes with them."""
+def _choices(weights: Mapping[str, float], only: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Name -> weights of the losses. Attention and relations alone do not tell the answers, so two rows have a little kd with them."""
     kd, little = weights["kd"], _LITTLE * weights["kd"]
     parts = {"at": weights["at"], "rd": weights["rd"]}
     found: dict[str, dict[str, float]] = {"untrained": {}, "kd": {"kd": kd}}
     found |= {name: {name: weight} for name, weight in parts.items()}
     found |= {f"{name} + {_LITTLE:g} kd": {name: weight, "kd": little} for name, weight in parts.items()}
     found |= {f"kd + {name}": {name: weight, "kd": kd} for name, weight in parts.items()}
-    return found | {"kd + at + rd": {"kd": kd, **parts}}
+    found |= {"kd + at + rd": {"kd": kd, **parts}}
+    for name in only:
+        if name not in found:
+            raise InvalidInput(f"--only {name}: there is no such row; rows: {', '.join(found)}")
+    return {name: chosen for name, chosen in found.items() if not only or name in only}
 
 
 class _Contest:
-    """What all students share: teacher, size, batches, judges."""
+    """What all students share: teacher, size, judges; `train` is distil with its batches, steps and learning rate."""
 
-    def __init__(self, source: Source, model: str, sizes: dict[str, Any], evaluation: Evaluation, judge: Judge, batches: Batches, steps: int) -> None:
-        self.source, self.model, self.sizes, self.steps = source, model, sizes, steps
-        self.evaluation, self.judge, self.batches = evaluation, judge, batches
+    def __init__(
+        self, source: Source, model: str, sizes: dict[str, Any], evaluation: Evaluation, judge: Judge, train: Callable[..., nn.Module]
+    ) -> None:
+        self.source, self.model, self.sizes = source, model, sizes
+        self.evaluation, self.judge, self.train = evaluation, judge, train
         self.teacher = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
         self.wanted = judge(self.teacher)
         self.parameters = 0  # of a student
@@ -151,8 +160,7 @@ class _Contest:
         student = student_of(self.source, self.model, self.sizes, seed)
         if not weights:
             return student
-        teacher, losses = self.source.modules[self.model], DistilLosses.of(weights)
-        return distil(teacher, student, self.batches, losses, steps=self.steps, seed=seed, progress=report)
+        return self.train(self.source.modules[self.model], student, losses=DistilLosses.of(weights), seed=seed, progress=report)
 
 
 def _half(source: Source, model: str) -> dict[str, Any]:
@@ -163,7 +171,9 @@ def _half(source: Source, model: str) -> dict[str, Any]:
         feed = len(blocks[0].feed.get_submodule("0").get_parameter("weight"))
         return {"layers": max(1, len(blocks) // 2), "heads": blocks[0].heads, "feed": feed // 2}
     c = source.ranker_config
-    return {"hidden": c.hidden // 2, "expert": tuple(width // 2 for width in c.expert), "tower": c.tower // 2, "products": c.products // 2}
+    halves = {name: getattr(c, name) // 2 for name in ("hidden", "tower", "products")}
+    # attention too: of the teacher's width it would be copied whole, and the loss of attention would have nothing to teach
+    return {**halves, "attention": max(1, c.attention // 2 // c.heads) * c.heads, "expert": tuple(width // 2 for width in c.expert)}
 
 
 # --- plans
@@ -254,20 +264,3 @@ def _check(source: Source, model: str) -> None:
             "the ranker of this build is recall's own order: its network did not help held-out users and is off, so nothing in it can be "
             "lost; cure: --model user_encoder, or more interactions"
         )
-
-
-def student_sizes(text: str, model: str) -> dict[str, Any]:
-    """`hidden=96, expert=[64, 32]` -> sizes of a student, as in a plan's file; InvalidInput for what is no size."""
-    import tomllib
-
-    from pydantic import ValidationError
-
-    try:
-        return dict(Distil(student=tomllib.loads(f"student = {{{text}}}")["student"]).student)
-    except tomllib.TOMLDecodeError:
-        raise InvalidInput(f"--student {text}: want NAME=SIZE, separated by commas, such as {_EXAMPLES[model]}") from None
-    except ValidationError as error:
-        raise InvalidInput(f"--student {text}: {error.errors()[0]['msg']}; want sizes such as {_EXAMPLES[model]}") from None
-
-
-_EXAMPLES = {"ranker": "'hidden=96, expert=[64, 32]'", "user_encoder": "'layers=1, heads=2, feed=128'"}

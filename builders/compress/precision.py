@@ -50,7 +50,8 @@ def choose_precisions(
         if tuned.plan is not None:
             found, variants = tuned.plan, [*_not_chosen(variants), *_as_qat(variants_of(model, tuned.plan, shrunk.model, shrunk.ms))]
     variants.append(_global(model, shrunk, feeds, runtime, found.chosen.size))
-    return Choice(found.model, [_against_uncompressed(v, shrunk) for v in variants], nodes_of(model, found), notes)
+    tried = [_against_uncompressed(v, shrunk) for v in variants if v["family"] != "uncompressed"]
+    return Choice(found.model, [_uncompressed(model, shrunk, runtime), *tried], nodes_of(model, found), notes)
 
 
 def _planned(model: bytes, feeds: Tensors, shrunk: Shrunk, plan: CompressionPlan, wanted: Quantize, runtime: str, report: Report) -> Plan:
@@ -130,6 +131,21 @@ def _global(model: str, shrunk: Shrunk, feeds: Tensors, runtime: str, size: floa
         "bytes": round(tried.size * len(shrunk.model)),
         "parameters": parameters(shrunk.model),
         "latency_ms": latency_ms,
+        "chosen": False,
+    }
+
+
+def _uncompressed(model: str, shrunk: Shrunk, runtime: str) -> Variant:
+    """The engine as it was exported, whatever was distilled or pruned before precisions were chosen."""
+    return {
+        "model": model,
+        "runtime": runtime,
+        "name": "fp32",
+        "family": "uncompressed",
+        "loss": 0.0,
+        "bytes": len(shrunk.reference),
+        "parameters": parameters(shrunk.reference),
+        "latency_ms": shrunk.reference_ms if runtime == "onnxruntime" else None,
         "chosen": False,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,9 @@ class Shrunk:
     judge: Judge
     uncompressed: Judged
     batches: Batches
+    ms: float  # time of 8 users, in onnxruntime on one thread
+    reference_ms: float  # of the uncompressed engine
     loss: float = 0.0  # relative NDCG@10 lost so far, by the users that judge
-    ms: float = 0.0  # time of 8 users, in onnxruntime on one thread
     variants: list[Variant] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -63,15 +64,8 @@ def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evalua
     reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
     judge, part = evaluation.judge(model), plan.of(model)
     batches = training_batches(source, model, evaluation)
-    state = Shrunk(
-        source.modules[model],
-        reference,
-        reference,
-        judge,
-        judge(reference),
-        batches,
-        ms=_ms(reference, evaluation.feeds(model, min(8, evaluation.most(model)))),
-    )
+    ms = _ms(reference, evaluation.feeds(model, min(8, evaluation.most(model))))
+    state = Shrunk(source.modules[model], reference, reference, judge, judge(reference), batches, ms, ms)
     if part.distil:
         report(0.0, "distilling")
         student = student_of(source, model, part.distil.student, plan.seed)
@@ -102,18 +96,7 @@ def _next(source: Source, model: str, state: Shrunk, module: nn.Module, family: 
     variant: Any = {"model": model, "runtime": "onnxruntime", "name": name, "family": family, "loss": loss, "bytes": len(engine)}
     variant |= {"parameters": parameters(engine), "latency_ms": ms, "chosen": False}
     note = f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, {ms:.2f} ms for 8 users, loss {loss:+.2%}"
-    return Shrunk(
-        module,
-        engine,
-        state.reference,
-        state.judge,
-        state.uncompressed,
-        state.batches,
-        loss,
-        ms,
-        [*state.variants, variant],
-        [*state.notes, note],
-    )
+    return replace(state, module=module, model=engine, ms=ms, loss=loss, variants=[*state.variants, variant], notes=[*state.notes, note])
 
 
 def _ms(engine: bytes, feeds: dict[str, Array]) -> float:

@@ -24,9 +24,15 @@ _Student = TypeVar("_Student", bound=nn.Module)
 def student_ranker(teacher: Ranker, schema: Schema, config: RankerConfig, widths: Mapping[str, Any], seed: int = 0) -> Ranker:
     """A ranker of the teacher's `config` but for `widths` (RankerConfig's fields)."""
     _check_names("ranker", widths, {field.name for field in fields(config)})
+    for name, size in widths.items():
+        if isinstance(size, int) is isinstance(getattr(config, name), tuple):
+            raise InvalidInput(f"student of ranker: {name} = {size!r}; the teacher's is {getattr(config, name)}")
+    sizes = replace(config, **widths)
+    if sizes.attention % sizes.heads:
+        raise InvalidInput(f"student of ranker: attention = {sizes.attention} over heads = {sizes.heads}: want a multiple of heads")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _start_at(teacher, Ranker(schema, replace(config, **widths)))
+        return _start_at(teacher, Ranker(schema, sizes))
 
 
 def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: int = 0) -> UserEncoder:

@@ -1,0 +1,151 @@
+"""`peregrine compare`: one student under several losses, and the planner beside global 8 bits, on a real build's stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from builders.build import BuildOptions, uncompressed
+from builders.compare_cli import app
+from builders.compress.compare import compare_losses, compare_plans, mean_and_error
+from builders.presets import preset
+from ensemble.errors import InvalidInput
+
+STUDENT = {"hidden": 16, "expert": (16, 8)}
+ROWS = ["untrained", "kd", "at", "kd + at + rd"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shop and a repository in which all stages before `compress` are done."""
+    folder = tmp_path_factory.mktemp("compared")
+    shutil.copytree(tiny_shop, folder / "shop")
+    shutil.copytree(tiny_shop.parent / "repository", folder / "repository")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(workshop):
+    before = {path.name for path in (workshop / "repository" / ".build" / "shop").iterdir()}
+    found = uncompressed(BuildOptions(workshop / "shop", workshop / "repository", preset("tiny")), Console(quiet=True))
+    assert {path.name for path in (workshop / "repository" / ".build" / "shop").iterdir()} == before, "finished stages are used"
+    return found
+
+
+def compared(source, **options):
+    return compare_losses(source, "ranker", student=STUDENT, steps=40, users=300, report=lambda share, text: None, **options)
+
+
+@pytest.fixture(scope="module")
+def losses(source):
+    return compared(source, seeds=(0, 1), only=ROWS)
+
+
+@pytest.fixture(scope="module")
+def plans(source):
+    told: list[float] = []
+    sizes = (0.05, 0.265, 0.9)  # without the exporter's notes a tiny engine has 0.268 of its bytes
+    found = compare_plans(
+        source, "ranker", runtime="onnxruntime", sizes=sizes, users=300, calibration_users=32, report=lambda share, text: told.append(share)
+    )
+    assert told == sorted(told)
+    assert 0 <= told[0] <= told[-1] <= 1
+    return found
+
+
+def run(workshop: Path, command: str, *arguments: str):
+    given = (command, str(workshop / "shop"), "--preset", "tiny", "--repository", str(workshop / "repository"), *arguments)
+    return CliRunner().invoke(app, given)
+
+
+def test_all_losses_have_students_of_one_size_and_start_alike(losses, source):
+    assert [row.name for row in losses.rows] == ROWS
+    assert losses.rows[-1].weights == {"kd": 1, "at": 1, "rd": 1}
+    assert 0 < losses.parameters < losses.teacher_parameters
+    assert all(len(row.ndcg) == len(row.overlap) == 2 for row in losses.rows)
+    [again] = compared(source, seeds=(1,), only=["kd"]).rows
+    assert again.overlap == losses.rows[1].overlap[1:], "a seed's student depends on nothing but its seed"
+
+
+def test_a_taught_student_shows_more_of_its_teachers_items(losses):
+    overlap = {row.name: mean_and_error(row.overlap)[0] for row in losses.rows}
+    assert overlap["kd"] > overlap["untrained"] + 0.02
+    assert overlap["kd + at + rd"] > overlap["untrained"] + 0.02
+    assert overlap["kd"] > overlap["at"], "attention alone does not reach the last layers"
+
+
+def test_the_user_encoders_default_student_is_half_of_it(source):
+    found = compare_losses(source, "user_encoder", only=["rd + 0.1 kd"], steps=2, seeds=(0,), users=100, report=lambda share, text: None)
+    assert found.parameters < found.teacher_parameters
+    assert {"layers", "heads", "feed"} == set(found.student)
+
+
+def test_planner_and_global_8_bits_are_compared_at_equal_size(plans):
+    (small, plain), (large, untouched) = plans.pairs()
+    assert small.size <= small.target == 0.265
+    assert 0 < small.low < plans.blocks
+    assert plain.low > 0
+    assert small.latency is not None
+    assert (large.low, large.changed, large.loss) == (untouched.low, untouched.changed, untouched.loss) == (0, 0, 0)
+    everything = plans.points[-1]
+    assert (everything.target, everything.low) == (None, plans.blocks)
+    assert everything.changed >= small.changed
+    assert any("target_size 5.0%" in note for note in plans.notes), "a size that cannot be reached is told, not hidden"
+
+
+def test_a_model_without_a_network_to_compress_is_refused(source):
+    gate = source.modules["ranker"].deep_gate
+    gate.zero_()
+    try:
+        with pytest.raises(InvalidInput, match=r"recall's own order: .* cure: --model user_encoder"):
+            compare_losses(source, "ranker", steps=1, seeds=(0,), users=10, report=lambda share, text: None)
+    finally:
+        gate.fill_(1)
+
+
+def test_commands_print_a_table_and_write_json_and_plot(workshop, source, tmp_path):
+    files = ("--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png"))
+    done = run(
+        workshop, "losses", "--steps", "2", "--seeds", "0,1", "--users", "50", "--only", "kd, at", "--student", "hidden=16, expert=[16, 8]", *files
+    )
+    assert done.exit_code == 0, done.output
+    assert "overlap@10" in done.stdout
+    assert "standard error over seeds" in done.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["student"] == {"hidden": 16, "expert": [16, 8]}
+    done = run(workshop, "plans", "--users", "50", "--sizes", "0.6", "--calibration-users", "16", *files)
+    assert done.exit_code == 0, done.output
+    assert "global 8 bits" in done.stdout
+    assert "noisier" in done.stdout
+    assert [point["family"] for point in json.loads((tmp_path / "found.json").read_text())["points"]] == [
+        "uncompressed", "planner", "global", "global",
+    ]  # fmt: skip
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("losses", "--seeds", "0,one"), "--seeds 0,one: want numbers"),
+        (("losses", "--seeds", "0,-1"), "--seeds 0,-1: want different whole numbers from 0 up"),
+        (("losses", "--student", "width=3"), "--student 'width=3': ranker.distil.student.width: no such width"),
+        (("losses", "--student", "hidden"), "want NAME=VALUE, separated by commas, such as 'hidden=96, expert=[64, 32]'"),
+        (("losses", "--student", "expert=16"), "expert = 16; the teacher's is (32, 16)"),
+        (("losses", "--weights", "xd=1"), "--weights xd=1: want kd, at or rd"),
+        (("losses", "--only", "kd+rd"), "rows: untrained, kd, at, rd, at + 0.1 kd, rd + 0.1 kd, kd + at, kd + rd, kd + at + rd"),
+        (("losses", "--model", "item_encoder"), "--model item_encoder: unknown; known: ranker, user_encoder"),
+        (("losses", "--plot", "/nowhere/found.png"), "cannot write /nowhere/found.png: its folder is missing"),
+        (("plans", "--sizes", "25"), "--sizes 25: want shares"),
+        (("plans", "--sizes", "0.01"), "target_size 1.0% of fp32 cannot be met on onnxruntime"),
+        (("plans", "--runtime", "tpu"), "runtime tpu is unknown; known: onnxruntime, tensorrt"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(workshop, source, arguments, message):
+    done = run(workshop, arguments[0], "--users", "50", *arguments[1:])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
