@@ -24,6 +24,7 @@ COMMANDS = {
     "compile": Command("builders.compile_cli", "compile_plans", "Build TensorRT plans of a release, on the GPU node that will serve it."),
     "report": Command("builders.report_cli", "report", "Write a release's report as a page: ranking, compression, gate, latency."),
     "release": Command("clients.releases_cli", "app", "List, show, activate or remove releases."),
+    "items": Command("clients.items_cli", "app", "Add, change and remove items while they are served."),
     "serve": Command("ensemble.serve_cli", "serve", "Serve the active release with Triton, over gRPC."),
     "recommend": Command("clients.recommend_cli", "recommend", "Ask for ranked lists."),
     "features": Command("ensemble.tiers.cli", "app", "Load feature rows into Redis; measure the tiers."),

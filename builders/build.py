@@ -43,9 +43,13 @@ from builders.triton_config import write_members
 from builders.verify import Verifier, ranking_report
 from ensemble import contract
 from ensemble.ids import write_ids
+from ensemble.item_index import VECTORS
+from ensemble.live.encoding import ENCODING
+from ensemble.probe import BASELINE
 from ensemble.schema import Schema, schema_from_json
 
-_FROM_INDEX = ("index.faiss", "transitions.npy", "popular.npy", "recall.json", "schema.json", "vocabularies.json", "item_ids.npy")
+_ARRAYS = ("index.faiss", "transitions.npy", "popular.npy", "numbers.npy", "item_ids.npy")
+_FROM_INDEX = (*_ARRAYS, "recall.json", "schema.json", "vocabularies.json", ENCODING, BASELINE)
 _RANKED_PAIRS = 300_000_000  # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 
@@ -161,7 +165,7 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
     dataset = open_dataset(data.folder)
     schema, pipeline = dataset.schema, contract.recommend(dataset.schema)
     modules, id_rows, trained = _trained(options, schema, encoders, ranker)
-    for name in _FROM_INDEX:
+    for name in (*_FROM_INDEX, *([VECTORS] if (index.folder / VECTORS).exists() else [])):  # only a compressed index has vectors
         link(index.folder / name, folder / name)
     errors = {}
     feeds = _feeds(dataset, encoders, index, trained, options)

@@ -128,6 +128,8 @@ def dataset_from_tables(tables: ShopTables, *, sizes: Sizes | None = None, progr
         train_impressions=parts[0],
         validation_impressions=parts[1],
         test_impressions=parts[2],
+        item_numbers=item_pack.numbers,
+        item_encoding=item_pack.encoding,
     )
 
 

@@ -64,6 +64,8 @@ class Dataset:
     train_impressions: Impressions | None  # None: no labels; the ranker's task is then `interact`
     validation_impressions: Impressions | None
     test_impressions: Impressions | None
+    item_numbers: Array  # [I + 1, n] float32, number features as the shop wrote them, NaN where missing
+    item_encoding: list[dict[str, Any]]  # builders.packing.Packed.encoding
 
     @property
     def num_items(self) -> int:
@@ -81,6 +83,7 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
             np.save(folder / f"{name}.npy", value, allow_pickle=False)
     (folder / "schema.json").write_text(dataset.schema.to_json())
     (folder / "vocabularies.json").write_text(json.dumps(dataset.vocabularies))
+    (folder / "encoding.json").write_text(json.dumps(dataset.item_encoding))
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -93,7 +96,8 @@ def open_dataset(folder: Path) -> Dataset:
     for place, kind in _PARTS.items():
         arrays[place] = kind(**arrays[place]) if place in arrays else None
     vocabularies = json.loads((folder / "vocabularies.json").read_text())
-    return Dataset(schema=schema_from_json((folder / "schema.json").read_text()), vocabularies=vocabularies, **arrays)
+    schema, encoding = schema_from_json((folder / "schema.json").read_text()), json.loads((folder / "encoding.json").read_text())
+    return Dataset(schema=schema, vocabularies=vocabularies, item_encoding=encoding, **arrays)
 
 
 _PARTS: dict[str, Any] = {

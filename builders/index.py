@@ -16,23 +16,28 @@ import numpy as np
 
 from builders import metrics
 from builders.dataset import Dataset
+from builders.index_choice import FLAT_BELOW, IndexPlan, IndexTarget, TunedIndex, build_plan, choose_plan, exact_positions, tune
 from builders.ranker_data import history_windows
 from builders.rows import write_items
 from builders.transitions import item_transitions
 from ensemble.contract import QUERY_TENSORS, SOURCES
 from ensemble.ids import write_ids
+from ensemble.item_index import VECTORS
+from ensemble.live.encoding import ENCODING
 from ensemble.local import open_step
+from ensemble.main_index import MainIndex, QuerySettings
 from ensemble.options import default_options
+from ensemble.probe import BASELINE, baseline
 from ensemble.recall import Recall, RecallSettings
 from ensemble.release import Release
 from ensemble.schema import Schema
 from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
+from ensemble.vectors import packed_vectors, vector_dtype
 
 Array = np.ndarray
 EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
-FLAT_BELOW = 100_000  # items; above, a full scan costs more than it finds
-RECALL_TARGET, RECALL_DEPTH = 0.98, 100  # nprobe: the smallest power of two that finds this share of the exact best 100
+_PIECE = 1 << 16  # rows
 NEIGHBOURS = 100  # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 _TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
@@ -53,29 +58,30 @@ class StagedRelease(Release):
         return self.path / "engines" / model / file
 
 
-def build_index(embeddings: Array, queries: Array, seed: int = 0) -> tuple[faiss.Index, int, list[dict[str, Any]]]:
-    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> (index, nprobe, the table of tried settings)."""
+def build_index(
+    embeddings: Array, queries: Array, seed: int = 0, *, budget_bytes: int | None = None, target: IndexTarget | None = None
+) -> tuple[TunedIndex, IndexPlan]:
+    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried; and how it was built."""
     num_items, dim = embeddings.shape
-    exact = faiss.IndexFlatIP(dim)
-    exact.add(embeddings)
-    if num_items < FLAT_BELOW:
-        return exact, 1, [{"index": "Flat", "recall_at_100": 1.0, "bytes_per_item": 4 * dim}]
-    num_lists = 1 << int(np.log2(2 * np.sqrt(num_items)))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 10, seed + 1, 128
-    rng = np.random.default_rng(seed)
-    index.train(embeddings[rng.choice(num_items, min(num_items, 128 * num_lists), replace=False)])
-    index.add(embeddings)
-    truth = exact.search(queries, RECALL_DEPTH)[1]
-    tried = []
-    for nprobe in (1 << p for p in range(int(np.log2(num_lists)) + 1)):
-        index.nprobe = nprobe
-        found = index.search(queries, RECALL_DEPTH)[1]
-        share = float(np.mean([np.isin(f, t).mean() for f, t in zip(found, truth, strict=True)]))
-        tried.append({"index": f"IVF{num_lists},Flat", "nprobe": nprobe, "recall_at_100": share, "bytes_per_item": 4 * dim + 8})
-        if share >= RECALL_TARGET:
-            break
-    return index, nprobe, tried
+    target, plan = target or IndexTarget(), choose_plan(num_items, dim, budget_bytes, seed=seed)
+
+    def chunks(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(embeddings[start:stop], np.float32)
+
+    index = build_plan(plan, num_items, dim, chunks)
+    truth = exact_positions(queries, min(target.k, num_items), num_items, chunks)
+    return tune(index, plan, lambda rows: embeddings[rows - 1], queries, truth, dataclasses.replace(target, k=truth.shape[1])), plan
+
+
+def write_vectors(embeddings: Array, plan: IndexPlan, folder: Path) -> None:
+    """vectors.npy: item embeddings [I + 1, D] as the plan's index is refined with; nothing for an index that needs none."""
+    if not plan.refined:
+        return
+    dtype = vector_dtype(plan.precision, embeddings.shape[1])
+    out = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype.base, shape=(len(embeddings), *dtype.shape))
+    for start in range(0, len(out), _PIECE):
+        out[start : start + _PIECE] = packed_vectors(np.asarray(embeddings[start : start + _PIECE]), plan.precision)
+    out.flush()
 
 
 def training_histories(dataset: Dataset) -> tuple[Array, Array]:
@@ -94,8 +100,11 @@ def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Arra
     """
     faiss.omp_set_num_threads(faiss.omp_get_max_threads())
     queries = np.ascontiguousarray(user_embeddings[:512, 0]) if len(user_embeddings) else item_embeddings[1:513]
-    index, nprobe, tried = build_index(np.ascontiguousarray(item_embeddings[1:]), queries, seed)
-    faiss.write_index(index, str(folder / "index.faiss"))
+    tuned, plan = build_index(item_embeddings[1:], queries, seed)
+    faiss.write_index(tuned.index, str(folder / "index.faiss"))
+    write_vectors(item_embeddings, plan, folder)
+    best_scores = MainIndex(tuned.index, lambda rows: item_embeddings[rows], tuned.query).search(queries, 1)[1][:, 0]
+    (folder / BASELINE).write_text(baseline(queries, best_scores).to_json())
     offsets, rows = training_histories(dataset)
     neighbour_rows, neighbour_scores = item_transitions(
         offsets, rows, dataset.num_items, window=8, neighbours=NEIGHBOURS if dataset.num_items < FLAT_BELOW else NEIGHBOURS // 4
@@ -109,15 +118,17 @@ def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Arra
     write_items(dataset, item_embeddings, None, folder)
     write_schema(dataset.schema, dataset.vocabularies, folder)
     write_ids(folder / "item_ids.npy", dataset.item_ids)
-    settings = _settings(nprobe, dataset.schema.sizes.candidates)
+    (folder / ENCODING).write_text(json.dumps(dataset.item_encoding))
+    np.save(folder / "numbers.npy", dataset.item_numbers)
+    settings = _settings(tuned.query, dataset.schema.sizes.candidates)
     (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
     (folder / "recall.json").write_text(_with_fitted_weights(dataset, user_embeddings, folder, settings).to_json())
-    return tried
+    return tuned.tried
 
 
-def _settings(nprobe: int, num_candidates: int) -> RecallSettings:
+def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
     """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for popular."""
-    return RecallSettings(nprobe=nprobe, transition_quota=num_candidates * 3 // 8, popular_quota=num_candidates // 16)
+    return RecallSettings(**dataclasses.asdict(query), transition_quota=num_candidates * 3 // 8, popular_quota=num_candidates // 16)
 
 
 def write_schema(schema: Schema, vocabularies: dict[str, dict[str, list[str]]], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,8 @@ class Packed:
     codes: Array  # [R + 1, C] int32
     values: Array  # [R + 1, V] float32
     vocabularies: dict[str, list[str]]  # categories only, most frequent value first
+    encoding: list[dict[str, Any]]  # what was done to each feature's column, for items that come later (ensemble.live.encoding)
+    numbers: Array  # [R + 1, number features] float32 as the shop wrote them, NaN where missing
 
 
 def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringArray]:
@@ -44,11 +47,14 @@ def pack_features(features: list[FeatureColumn], columns: dict[str, Column], row
     codes: list[Array] = []
     values: list[Array] = []
     vocabularies: dict[str, list[str]] = {}
+    encoding: list[dict[str, Any]] = []
+    raw: list[Array] = []
     code_start, value_start, offset = 0, 0, 1
     for feature in features:
         if feature.kind == "image":
             continue
         column = columns[feature.source]
+        encoding.append({"name": feature.name, "source": feature.source, "separator": feature.separator, "log1p": feature.log1p})
         if feature.kind in ("category", "text"):
             indices, size, vocabulary = _indices(feature, column)
             block = np.zeros((num_rows + 1, indices.shape[1]), np.int32)
@@ -60,7 +66,11 @@ def pack_features(features: list[FeatureColumn], columns: dict[str, Column], row
             code_start, offset = code_start + block.shape[1], offset + size
         else:
             wide = np.zeros((num_rows + 1, feature.dim), np.float32)
-            wide[rows] = _standardized(feature, column)
+            wide[rows], mean, deviation = _standardized(feature, column)
+            encoding[-1] |= {"mean": mean.tolist(), "deviation": deviation.tolist(), "limit": MAX_DEVIATIONS}
+            if feature.kind == "number":
+                raw.append(np.full(num_rows + 1, np.nan, np.float32))
+                raw[-1][rows] = numbers_from_column(column)
             packed.append(Feature(feature.name, "number" if feature.kind == "number" else "vector", value_start, feature.dim))
             values.append(wide)
             value_start += feature.dim
@@ -69,6 +79,8 @@ def pack_features(features: list[FeatureColumn], columns: dict[str, Column], row
         np.concatenate(codes, axis=1) if codes else np.zeros((num_rows + 1, 1), np.int32),
         np.concatenate(values, axis=1) if values else np.zeros((num_rows + 1, 1), np.float32),
         vocabularies,
+        encoding,
+        np.stack(raw, axis=1) if raw else np.full((num_rows + 1, 1), np.nan, np.float32),
     )
 
 
@@ -107,8 +119,8 @@ def _placed(rows: Array, index: Array, num_rows: int, width: int) -> Array:
     return out
 
 
-def _standardized(feature: FeatureColumn, column: Column) -> Array:
-    """[n, dim] float32: mean 0 and deviation 1 per component over the rows that have a value, 0 where missing."""
+def _standardized(feature: FeatureColumn, column: Column) -> tuple[Array, Array, Array]:
+    """([n, dim] float32: mean 0 and deviation 1 per component over the rows that have a value, 0 where missing; the mean; the deviation)."""
     numbers = numbers_from_column(column)[:, None] if feature.kind == "number" else vectors_from_column(column, feature.dim, feature.separator)
     if feature.log1p:
         low = numbers < 0
@@ -121,5 +133,5 @@ def _standardized(feature: FeatureColumn, column: Column) -> Array:
     mean = filled.sum(0) / count
     centred = np.where(missing, 0.0, numbers - mean)
     deviation = np.sqrt((centred**2).sum(0) / count)
-    scaled = centred / np.where(deviation > 1e-12, deviation, 1.0)
-    return np.clip(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS).astype(np.float32)
+    deviation = np.where(deviation > 1e-12, deviation, 1.0)
+    return np.clip(centred / deviation, -MAX_DEVIATIONS, MAX_DEVIATIONS).astype(np.float32), mean, deviation

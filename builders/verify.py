@@ -146,7 +146,7 @@ class Verifier:
         parts = [np.zeros((0, len(self.dataset.schema.tasks)), np.float32)]
         for start in range(0, len(lists), BATCH):
             piece = lists.take(np.arange(start, min(start + BATCH, len(lists))))
-            items = {"candidate_features": gather(piece.item_rows, self.features.items, "features"), "candidate_scores": piece.scores}
+            items = {"candidate_features": gather(piece.item_rows, self.features.item_reader.table, "features"), "candidate_scores": piece.scores}
             feeds = {**self.user_tensors(piece.user_rows, piece.history_ends), **items}
             out = self.ranker.run({name: feeds[name] for name in contract.RANKER_INPUTS})["candidate_probabilities"]
             parts.append(out.reshape(-1, out.shape[2]))

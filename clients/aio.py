@@ -31,6 +31,7 @@ class AsyncClient(ClientCore):
         exclude_seen: bool | None = None,
         allow: Mapping[str, Sequence[str]] | None = None,
         deny: Mapping[str, Sequence[str]] | None = None,
+        ranges: Mapping[str, Sequence[float | None]] | None = None,
         weights: Mapping[str, float] | None = None,
         caps: Mapping[str, int] | None = None,
         diversity: float | None = None,

@@ -13,6 +13,7 @@ Options, all optional (an option of recommend_many is shared by its users, or a 
     exclude_items  ids never to be returned
     exclude_seen   leave out what the user has had; default True
     allow, deny    {category feature: [values]}: only these, none of these
+    ranges         {number feature: [least, greatest]}, None = open: only these; {"price": [5, 20], "stock": [1, None]}
     weights        {task: weight in the score}
     caps           {category feature: how many items of one value a list may hold}
     diversity      0..1: how much unlikeness counts against score; default 0
@@ -111,6 +112,7 @@ class Client(ClientCore):
         exclude_seen: bool | None = None,
         allow: Mapping[str, Sequence[str]] | None = None,
         deny: Mapping[str, Sequence[str]] | None = None,
+        ranges: Mapping[str, Sequence[float | None]] | None = None,
         weights: Mapping[str, float] | None = None,
         caps: Mapping[str, int] | None = None,
         diversity: float | None = None,

@@ -29,6 +29,7 @@ NEUTRAL: dict[str, Any] = {
     "exclude_seen": True,
     "allow": {},
     "deny": {},
+    "ranges": {},
     "weights": {},
     "caps": {},
     "diversity": 0.0,

@@ -6,6 +6,8 @@ import numpy as np
 
 from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
+from ensemble.live.items import LiveView
+from ensemble.live.rows import read_items
 from ensemble.options import Options
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
@@ -20,7 +22,7 @@ class FeatureLookup:
     def __init__(self, model: ModelSpec, release: Release) -> None:
         release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
         self.user_ids, self.users = release.user_ids, release.users
-        self.item_ids, self.items = release.item_ids, release.items
+        self.live = release.live
         self.readers = RowReaders(release)
         self.user_reader, self.item_reader = self.readers.users, self.readers.items
         self.metrics = self.readers.metrics
@@ -28,12 +30,13 @@ class FeatureLookup:
 
     def run(self, options: Options, *, user_id: np.ndarray) -> Tensors:
         """user_id [B, 1] bytes -> seen_rows [B, W], history_* [B, H…], user_* (contract.py)."""
+        view = self.live.refresh()
         user_rows = self.user_ids.rows_from_ids(user_id[:, 0])
         users = self.user_reader.read_users(user_id[:, 0], user_rows)
         known = user_rows > 0 if users.known is None else users.known  # a tier may know users that came after the release
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
-        seen_rows = self._with_session(users.field("seen").astype(np.int64), options, status)
-        history = self.history_from_seen(seen_rows, status)
+        seen_rows = self._with_session(users.field("seen").astype(np.int64), options, status, view)
+        history = self.history_from_seen(seen_rows, view, status)
         return {
             **history,
             "user_codes": users.field("codes"),
@@ -42,11 +45,11 @@ class FeatureLookup:
             "user_status": status[:, None],
         }
 
-    def history_from_seen(self, seen_rows: np.ndarray, status: np.ndarray | None = None) -> Tensors:
+    def history_from_seen(self, seen_rows: np.ndarray, view: LiveView | None = None, status: np.ndarray | None = None) -> Tensors:
         """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of its last H; notes in `status` what
         is stale."""
         history = seen_rows[:, -self.history :]
-        items = self.item_reader.read_items(history)
+        items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
             status |= items.status_of_users()
         return {
@@ -56,12 +59,12 @@ class FeatureLookup:
             "history_features": items.field("features"),
         }
 
-    def _with_session(self, seen_rows: np.ndarray, options: Options, status: np.ndarray) -> np.ndarray:
+    def _with_session(self, seen_rows: np.ndarray, options: Options, status: np.ndarray, view: LiveView) -> np.ndarray:
         """Puts the session's items behind the stored past; unknown ones are dropped and noted in `status`, in place."""
         owners, ids = options.ids("session_items")
         if not len(owners):
             return seen_rows
-        item_rows = self.item_ids.rows_from_ids(ids)
+        item_rows = view.rows_from_ids(ids)
         status[owners[item_rows == 0]] |= Degraded.UNKNOWN_ITEMS
         owners, item_rows = owners[item_rows > 0], item_rows[item_rows > 0]
         width = seen_rows.shape[1]

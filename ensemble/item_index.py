@@ -1,42 +1,65 @@
-"""The Faiss index over item embeddings, as recall asks it: whole batches, filtered users in groups, exact where it matters."""
+"""The index over item embeddings, as recall asks it: whole batches, users with the same filter searched together.
+
+Beside the main index, an exact search over the items that were added or changed since it was built; both lists are merged.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import faiss
 import numpy as np
 
 from ensemble.errors import ReleaseError
+from ensemble.filters import RowMask
+from ensemble.live.items import LiveState, LiveView
+from ensemble.main_index import MainIndex, QuerySettings, open_index
+from ensemble.merging import Found, merge_found
+from ensemble.release import Release
+from ensemble.vectors import Vectors, open_vectors
 
-_EXACT_BELOW = 0.02  # share of items left by a filter under which a search of just these rows is cheaper and exact
+if TYPE_CHECKING:
+    from ensemble.recall import RecallSettings
+
+VECTORS = "vectors.npy"  # half-precision or int8 vectors that a compressed index is refined with; absent where it needs none
 
 
-def open_index(path: Path, num_items: int, embedding: int) -> faiss.Index:
-    """Memory-maps a Faiss index and holds it against what the release promises; position p of the index is item row p + 1."""
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
-    if (index.ntotal, index.d, index.metric_type) != (num_items, embedding, faiss.METRIC_INNER_PRODUCT):
-        raise ReleaseError(
-            f"{path}: has {index.ntotal} vectors of {index.d}, metric {index.metric_type}; the release has {num_items} of {embedding}, inner product"
-        )
-    return index
+def open_main(release: Release, settings: RecallSettings, state: LiveState) -> MainIndex:
+    """The main index of one generation of a release, with the vectors that it is refined with."""
+    path = (state.folder if state.generation else release.path) / "index.faiss"
+    index = open_index(path, state.main_rows - 1, release.schema.sizes.embedding)
+    query, vectors = QuerySettings(settings.nprobe, settings.refine_factor), _main_vectors(release, state)
+    if settings.device == "gpu":
+        from ensemble.gpu_index import GpuIndex
+
+        return GpuIndex(index, vectors, query)
+    if settings.device != "cpu":
+        raise ReleaseError(f"recall.json: device {settings.device!r} is unknown; use cpu or gpu")
+    return MainIndex(index, vectors, query)
+
+
+def _main_vectors(release: Release, state: LiveState) -> Vectors:
+    """Vectors of the main index's rows, as they were merged into it."""
+    embeddings, base = release.items["embedding"], lambda rows: embeddings[rows]
+    if (release.path / VECTORS).exists():
+        release.verify_data(VECTORS)
+        base = open_vectors(release.path / VECTORS, state.num_base, release.schema.sizes.embedding)
+
+    def vectors(rows: np.ndarray) -> np.ndarray:
+        slots = state.slot_of_row[rows]
+        if not slots.any():
+            return base(rows)
+        out = base(np.where(rows < state.num_base, rows, 0))
+        out[slots > 0] = state.slots["embedding"][slots[slots > 0] - 1]
+        return out
+
+    return vectors
 
 
 class ItemIndex:
-    """Position p of the Faiss index is item row p + 1; scores are inner products."""
+    """Scores are inner products; several interests of a user are searched as one batch."""
 
-    def __init__(self, path: Path, embeddings: np.ndarray, nprobe: int) -> None:
-        """`embeddings` [I + 1, D] float32 of the snapshot serve exact searches; `nprobe` IVF lists are visited (Flat ignores it)."""
-        self.embeddings, self.nprobe, self.num_rows = embeddings, nprobe, len(embeddings)
-        self.index = open_index(path, self.num_rows - 1, embeddings.shape[1])
-        faiss.omp_set_num_threads(1)
-
-    def search(self, query: np.ndarray, depth: int, masks: list[np.ndarray | None]) -> np.ndarray:
-        """Index rows [B, M, depth] int64, best first, padded with -1. Users with the same filter are searched together."""
+    def search(self, view: LiveView, query: np.ndarray, depth: int, masks: list[RowMask | None]) -> np.ndarray:
+        """Index rows [B, M, depth] int64 of query [B, M, D], best first, padded with -1."""
         num_users, interests, embedding = query.shape
         out = np.full((num_users, interests, depth), -1, np.int64)
         groups: dict[int, list[int]] = {}
@@ -44,48 +67,39 @@ class ItemIndex:
             groups.setdefault(0 if mask is None else id(mask), []).append(user)
         for users in groups.values():
             flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
-            out[users] = self._group(flat, depth, masks[users[0]]).reshape(len(users), interests, depth)
+            out[users] = self.find(view, flat, depth, masks[users[0]])[0].reshape(len(users), interests, depth)
         return out
 
-    def _group(self, query: np.ndarray, depth: int, mask: np.ndarray | None) -> np.ndarray:
-        """[Q, D] -> rows [Q, depth]; exact over the rows that pass when few do."""
-        if mask is not None:
-            passing = np.flatnonzero(mask)
-            if len(passing) <= max(depth, _EXACT_BELOW * self.num_rows):
-                return self._exact(query, depth, passing)
-        rows = self._approximate(query, depth, self._parameters(mask))
-        short = np.flatnonzero((rows <= 0).any(axis=1))
-        if isinstance(self.index, faiss.IndexIVF) and len(short):  # the visited lists held too few: nothing may be lost for it
-            rows[short] = self._exact(query[short], depth, np.flatnonzero(mask) if mask is not None else np.arange(1, self.num_rows))
-        return np.where(rows > 0, rows, -1)
+    def find(self, view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None) -> Found:
+        """[Q, D] -> the best `depth` of the main index and the delta together."""
+        main = view.state.main
+        assert main is not None, "recall attaches the index before the first search"
+        if view.num_slots == view.state.delta_start and not view.num_stale:
+            return main.search(query, depth, None if mask is None else mask.main)
+        return merge_found([_without_stale(main, view, query, depth, mask), _delta(view, query, depth, mask)], depth)
 
-    def _approximate(self, query: np.ndarray, depth: int, parameters: Any) -> np.ndarray:
-        """[Q, D] -> rows [Q, depth], 0 where there are no more. Equal scores in order of rows, also where the list is cut: Faiss
-        leaves that open, and items that are the same to the encoder would come or go with the depth that batch-mates need."""
-        length = min(depth + 1, self.num_rows - 1)
-        while True:
-            scores, rows = self.index.search(query, length, params=parameters)
-            cut_within_ties = (scores[:, depth - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
-            if length == self.num_rows - 1 or not cut_within_ties.any():
-                break
-            length = min(2 * length, self.num_rows - 1)
-        rows += 1
-        tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
-        if len(tied):
-            rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied]), axis=-1), axis=1)
-        return rows[:, :depth]
 
-    def _parameters(self, mask: np.ndarray | None) -> Any:
-        """Search parameters of this index; `mask` [I + 1] becomes a bitmap over index positions."""
-        asked: dict[str, Any] = {} if mask is None else {"sel": faiss.IDSelectorBitmap(np.packbits(mask[1:], bitorder="little"))}  # type: ignore[call-arg, arg-type]
-        if isinstance(self.index, faiss.IndexIVF):
-            return faiss.SearchParametersIVF(nprobe=self.nprobe, **asked)  # type: ignore[call-arg]
-        return faiss.SearchParameters(**asked)
+def _without_stale(main: MainIndex, view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None) -> Found:
+    """The main index without what was changed or deleted since: over-fetch and drop, and, where that leaves too few, a mask."""
+    more = min(view.num_stale, max(32, depth // 4))
+    rows, scores = main.search(query, depth + more, None if mask is None else mask.main)
+    stale = (rows > 0) & ~view.fresh[rows]
+    rows, scores = np.where(stale, -1, rows), np.where(stale, -np.inf, scores)
+    short = np.flatnonzero(stale.sum(axis=1) > more)
+    if len(short):
+        rows[short], scores[short] = main.search(query[short], depth + more, view.fresh if mask is None else view.fresh & mask.main)
+    return rows, scores
 
-    def _exact(self, query: np.ndarray, depth: int, rows: np.ndarray) -> np.ndarray:
-        """[Q, D] against the items in `rows` [P] only -> [Q, depth], best first, padded with -1."""
-        out = np.full((len(query), depth), -1, np.int64)
-        scores = query @ self.embeddings[rows].T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-        out[:, : best.shape[1]] = rows[best]
-        return out
+
+def _delta(view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None) -> Found:
+    """Exact search over the delta's slots; in any order."""
+    rows, hidden = view.state.slot_rows[view.delta], view.superseded
+    scores = query @ view.state.vectors[view.delta].T
+    scores[:, hidden if mask is None else hidden | ~mask.slots] = -np.inf
+    if len(rows) > depth:
+        best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
+        chosen = np.take_along_axis(scores, best, axis=1)
+        least = chosen.min(axis=1, keepdims=True)
+        if not (((scores >= least).sum(axis=1, keepdims=True) > depth) & ~np.isneginf(least)).any():  # else order of rows decides who stays
+            rows, scores = rows[best], chosen
+    return np.where(np.isneginf(scores), -1, rows), scores

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ensemble.metrics import Metric
 from ensemble.options import Options, parse_options, stack
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
@@ -50,8 +51,8 @@ class LocalPipeline:
         self.release, self.spec = release, release.pipeline
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
 
-    def metrics(self) -> list[Any]:
-        """The numbers of every step that has any (ensemble.tiers.metrics), each with its step's name."""
+    def metrics(self) -> list[Metric]:
+        """The numbers of every step that has any, each with its step's name."""
         found = [(name, step.metrics()) for name, step in self.steps.items() if hasattr(step, "metrics")]
         return [one._replace(labels=(*one.labels, ("step", name))) for name, ones in found for one in ones]
 

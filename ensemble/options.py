@@ -27,14 +27,16 @@ _NO_CAP = 1 << 30
 _REMEMBERED_BYTES = 2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
 
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
+Range = tuple[str, float, float]  # a number feature, its least and its greatest value, both included
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Items must have a value of every allowed feature, and none of the denied values."""
+    """Items must have a value of every allowed feature, none of the denied values, and every number within its range."""
 
     allow: tuple[Category, ...] = ()
     deny: tuple[Category, ...] = ()
+    ranges: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class UserOptions:
     exclude_seen: bool = True
     allow: tuple[Category, ...] = ()
     deny: tuple[Category, ...] = ()
+    ranges: tuple[Range, ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
     caps: tuple[tuple[str, int], ...] = ()
     diversity: float = 0.0
 
     @property
     def filter(self) -> Filter | None:
-        return Filter(self.allow, self.deny) if self.allow or self.deny else None
+        return Filter(self.allow, self.deny, self.ranges) if self.allow or self.deny or self.ranges else None
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,19 @@ def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
     return tuple((feature, tuple(sorted(set(values)))) for feature, values in sorted(value.items()))
 
 
+def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
+    """{"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
+    found = []
+    for feature, ends in _object(name, value, {f.name for f in schema.items.features if f.kind == "number"}, "item number"):
+        if not isinstance(ends, list) or len(ends) != 2 or not all(end is None or _is_number(end) for end in ends):
+            raise InvalidArgument(f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}")
+        low, high = (-math.inf if ends[0] is None else float(ends[0])), (math.inf if ends[1] is None else float(ends[1]))
+        if low > high:
+            raise InvalidArgument(f"{name}: {feature!r} has no number from {low:g} to {high:g}")
+        found.append((feature, low, high))
+    return tuple(sorted(found))
+
+
 def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         raise InvalidArgument(f"{name}: must be a JSON object, got {_short(value)}")
@@ -225,6 +241,7 @@ _READERS: dict[str, tuple[Reader, bool]] = {  # name: (reader of one user's valu
     "exclude_seen": (_switch, False),
     "allow": (_filter, False),
     "deny": (_filter, False),
+    "ranges": (_ranges, False),
     "weights": (_weights, False),
     "caps": (_caps, False),
     "diversity": (_share, False),

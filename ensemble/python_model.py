@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.local import open_step
+from ensemble.metrics import Publisher
 from ensemble.options import Options, default_options, parse_options, stack
 from ensemble.release import open_release
 from ensemble.spec import TensorSpec
@@ -38,14 +38,18 @@ class PythonModel:
         self.schema = release.schema
         self.model = release.model(parameters["step"])
         self.step = open_step(self.model, release)
-        self.metrics = _Metrics(self.step, {"model": args["model_name"], "instance": args["model_instance_name"]})
+        self.release = release
+        if not self.model.is_engine:
+            release.live.follow()
+        labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
+        self.publisher = Publisher(pb_utils, getattr(self.step, "metrics", list), labels)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection walks through all of it again in the middle of a request
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
         responses: list[Any] = [None] * len(requests)
-        self.metrics.publish()
+        self.publisher.publish()
         good: list[int] = []
         feeds: list[dict[str, np.ndarray]] = []
         options: list[Options] = []
@@ -64,6 +68,11 @@ class PythonModel:
                 responses[i] = response
         return responses
 
+    def finalize(self) -> None:
+        """Ends the thread that follows the live items."""
+        if not self.model.is_engine:
+            self.release.live.close()
+
     def _options(self, request: Any, num_users: int) -> Options:
         return default_options(num_users) if self.model.is_engine else parse_options(request.parameters(), num_users, self.schema)
 
@@ -80,35 +89,6 @@ class PythonModel:
             tensors = [pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, asked)) for spec in self.model.outputs]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
-
-
-class _Metrics:
-    """Numbers of a step that has any (ensemble.tiers.metrics), as Triton's custom metrics; looked at once a second, while requests come."""
-
-    def __init__(self, step: Any, labels: dict[str, str]) -> None:
-        self._read, self._labels = getattr(step, "metrics", list), labels
-        self._published: dict[Any, tuple[Any, float]] = {}
-        self._families: dict[str, Any] = {}
-        self._next_s = 0.0
-
-    def publish(self) -> None:
-        now = time.monotonic()
-        if now < self._next_s:
-            return
-        self._next_s = now + 1.0
-        for one in self._read():
-            metric, last = self._published.get(one[:2]) or (self._metric(one), 0.0)
-            if one.is_counter:
-                metric.increment(max(0.0, one.value - last))
-            else:
-                metric.set(one.value)
-            self._published[one[:2]] = metric, one.value
-
-    def _metric(self, one: Any) -> Any:
-        if one.name not in self._families:
-            kind = pb_utils.MetricFamily.COUNTER if one.is_counter else pb_utils.MetricFamily.GAUGE
-            self._families[one.name] = pb_utils.MetricFamily(name=one.name, description="Peregrine feature tiers (README, Features)", kind=kind)
-        return self._families[one.name].Metric(labels={**dict(one.labels), **self._labels})
 
 
 def _array(tensor: Any, spec: TensorSpec) -> np.ndarray:

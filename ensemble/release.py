@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from ensemble.errors import ReleaseError
 from ensemble.ids import IdMap, open_ids
 from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
+
+if TYPE_CHECKING:
+    from ensemble.live.items import LiveItems
 
 MANIFEST_FORMAT = 1
 _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
@@ -59,6 +62,18 @@ class Release:
     def users(self) -> np.ndarray:
         """[U + 1] packed rows (snapshot.user_dtype); row 0 is the unknown user."""
         return self._array("users.npy")
+
+    @cached_property
+    def item_numbers(self) -> np.ndarray:
+        """[I + 1, n] float32: the items' number features as the shop wrote them, NaN where missing."""
+        return self._array("numbers.npy")
+
+    @cached_property
+    def live(self) -> LiveItems:
+        """The items as they are now: the release's, and what was added, changed and deleted since."""
+        from ensemble.live.items import LiveItems  # it needs this module
+
+        return LiveItems(self)
 
     @cached_property
     def item_titles(self) -> np.ndarray:

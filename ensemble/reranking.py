@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 
+from ensemble.live.items import LiveView
 from ensemble.options import Options
 from ensemble.release import Release
-from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
 
 Tensors = dict[str, np.ndarray]
@@ -19,7 +19,7 @@ class Reranking:
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         release.verify_data("item_ids.npy", "items.npy")
-        self.item_ids, self.items = release.item_ids, release.items
+        self.live = release.live
         self.tasks = release.schema.tasks
         self.columns = {task.name: t for t, task in enumerate(self.tasks)}
         self.given = [self.columns[task.given] if task.given else -1 for task in self.tasks]
@@ -37,23 +37,24 @@ class Reranking:
         candidate_status: np.ndarray,
     ) -> Tensors:
         """candidate_* [B, N…] -> the answer [B, K…] with K the largest top_k of the batch (contract.py)."""
+        view = self.live.refresh()
         probabilities = np.nan_to_num(candidate_probabilities, nan=0.0, posinf=0.0, neginf=0.0)
-        scores = np.where(candidate_rows > 0, self.blend(options, probabilities), -np.inf)
+        scores = np.where((candidate_rows > 0) & (candidate_rows < view.num_rows), self.blend(options, probabilities), -np.inf)
         order = np.lexsort((candidate_rows, -scores), axis=-1)
         width = min(int(options.top_k.max(initial=1)), order.shape[1])
         ruled = np.array([i for i, u in enumerate(options.users) if u.caps or u.diversity > 0], np.int64)
         if len(ruled):
-            order[ruled] = self._under_rules(options, ruled, candidate_rows[ruled], scores[ruled], order[ruled], width)
+            order[ruled] = self._under_rules(options, ruled, candidate_rows[ruled], scores[ruled], order[ruled], width, view)
         order = order[:, :width]
         rows = np.take_along_axis(candidate_rows, order, axis=1)
         shown = (rows > 0) & (np.arange(width) < options.top_k[:, None])
         return {
-            "item_ids": self.item_ids.ids_from_rows(np.where(shown, rows, 0)).astype(object),
+            "item_ids": view.ids_from_rows(np.where(shown & (rows < view.num_rows), rows, 0)).astype(object),
             "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
             "probabilities": np.where(shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0).astype(np.float32),
             "tasks": np.full((len(rows), 1), self.task_names, object),
             "degraded": user_status | candidate_status,
-            "release": np.full((len(rows), 1), self.release, object),
+            "release": np.full((len(rows), 1), self.release + (b"+%d" % view.sequence if view.sequence else b""), object),
         }
 
     def blend(self, options: Options, probabilities: np.ndarray) -> np.ndarray:
@@ -71,7 +72,9 @@ class Reranking:
                 values[..., t] *= values[..., given]
         return np.einsum("bnt,bt->bn", values, weights)
 
-    def _under_rules(self, options: Options, users: np.ndarray, rows: np.ndarray, scores: np.ndarray, order: np.ndarray, width: int) -> np.ndarray:
+    def _under_rules(
+        self, options: Options, users: np.ndarray, rows: np.ndarray, scores: np.ndarray, order: np.ndarray, width: int, view: LiveView
+    ) -> np.ndarray:
         """Greedy choice of `width` candidates for the users that ask for caps or diversity -> order [b, N].
 
         MMR (Carbonell & Goldstein 1998): (1 - diversity) x relevance - diversity x greatest cosine to what is chosen,
@@ -80,9 +83,9 @@ class Reranking:
         rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)  # best first
         diversity = np.array([options.users[u].diversity for u in users], np.float32)[:, None]
         value = (1 - diversity) * _scaled(scores)
-        vectors = gather(rows, self.items, "embedding")
+        vectors = view.gather(rows, "embedding")
         vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-12)
-        caps = [self._cap(options, users, name, rows) for name in {name for u in users for name, _ in options.users[u].caps}]
+        caps = [self._cap(options, users, name, rows, view) for name in {name for u in users for name, _ in options.users[u].caps}]
         nearest = np.zeros(rows.shape, np.float32)
         taken = np.zeros(rows.shape, bool)
         chosen = []
@@ -100,10 +103,10 @@ class Reranking:
         rest = np.argsort(taken, axis=1, kind="stable")[:, : rows.shape[1] - width]
         return np.take_along_axis(order, np.concatenate([np.stack(chosen, axis=1), rest], axis=1), axis=1)
 
-    def _cap(self, options: Options, users: np.ndarray, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _cap(self, options: Options, users: np.ndarray, name: str, rows: np.ndarray, view: LiveView) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the values' codes [b, N, C]."""
         limits = np.array([dict(options.users[u].caps).get(name, 1 << 30) for u in users])[:, None]
-        codes = self.items["codes"][np.maximum(rows, 0)][..., self.category[name].columns]
+        codes = view.gather(np.maximum(rows, 0), "codes")[..., self.category[name].columns]
         return np.zeros(rows.shape, np.int64), limits, codes
 
 

@@ -43,6 +43,7 @@ def serve(
 ) -> None:
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and stops."""
     from ensemble import server
+    from ensemble.live.service import service_process
     from ensemble.tiers.settings import url_from_option
 
     if port < 0 or metrics_port < 0:
@@ -50,7 +51,6 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_once)
     started = time.monotonic()
-    metrics = metrics_port or None
     try:
         options: dict[str, Any] = {
             "log": _log,
@@ -60,7 +60,7 @@ def serve(
             "require": require,
             "redis": url_from_option(redis) if redis else None,
         }
-        with server.serve(repository, port, metrics, address, **options) as running:
+        with server.serve(repository, port, metrics_port or None, address, **options) as running, service_process(repository.resolve(), _log):
             print(_greeting(running, time.monotonic() - started), flush=True)
             running.wait()
     except _Signal as stop:

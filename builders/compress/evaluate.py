@@ -188,7 +188,7 @@ class Evaluation:
         for name in ("seen_rows", "candidate_rows"):
             tensors[name] = np.where(tensors[name] < 0, -1, np.searchsorted(rows, tensors[name]))
         tensors["history_rows"] = tensors["seen_rows"][:, -self.dataset.schema.sizes.history :]
-        return _Held(np.searchsorted(rows, targets.item_rows), tensors, self.verifier.features.items[rows], rows)
+        return _Held(np.searchsorted(rows, targets.item_rows), tensors, self.verifier.features.item_reader.table[rows], rows)
 
     def _catalogue(self) -> Array:
         """Rows [I] that are searched: all, or a sample of a large catalogue."""

@@ -28,10 +28,11 @@ from builders.compress.report import CompressionReport, EngineSize, NodePrecisio
 from builders.compress.shrink import Shrunk, shrink
 from builders.dataset import Dataset
 from builders.folders import link
-from builders.index import StagedRelease, build_index
+from builders.index import StagedRelease, build_index, write_vectors
 from builders.ranker import RankerConfig
 from builders.rows import write_items
 from builders.verify import Verifier
+from ensemble.item_index import VECTORS
 from ensemble.recall import settings_from_json
 
 Array = np.ndarray
@@ -132,12 +133,13 @@ class _Work:
         write_items(dataset, embeddings, features, folder)
         targets = dataset.validation
         queries = Verifier(dataset, folder).encode_users(targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES])[:, 0]
-        index, nprobe, _ = build_index(np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed)
+        tuned, plan = build_index(np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed)
         settings = settings_from_json((folder / "recall.json").read_text())
-        for name in ("index.faiss", "recall.json"):
-            (folder / name).unlink()
-        faiss.write_index(index, str(folder / "index.faiss"))
-        (folder / "recall.json").write_text(dataclasses.replace(settings, nprobe=nprobe).to_json())
+        for name in ("index.faiss", "recall.json", VECTORS):
+            (folder / name).unlink(missing_ok=True)  # a link to the index stage's own: never written into
+        faiss.write_index(tuned.index, str(folder / "index.faiss"))
+        write_vectors(embeddings, plan, folder)
+        (folder / "recall.json").write_text(dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json())
 
     def _encoded_items(self, encoder: OnnxSession) -> tuple[Array, Array]:
         """item embeddings [I + 1, D] and features [I + 1, F] float32; row 0, no item, is 0."""

@@ -1,20 +1,12 @@
-"""Numbers about the tiers, as plain values; python_model.py publishes them, tests and the bench read them."""
+"""A tier's latencies as a histogram of plain numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from ensemble.metrics import Metric
 
 LATENCY_BOUNDS_US = (100, 250, 500, 1000, 2500, 5000, 10_000)
-
-
-class Metric(NamedTuple):
-    """One number as Prometheus wants it."""
-
-    name: str
-    labels: tuple[tuple[str, str], ...]
-    value: float
-    is_counter: bool = True  # else a gauge
 
 
 @dataclass

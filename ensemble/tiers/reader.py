@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ensemble.contract import Degraded
+from ensemble.metrics import Metric
 from ensemble.release import Release
 from ensemble.snapshot import gather
 from ensemble.tiers.memory import FRESH, MISS, Lookup, MemoryTier
-from ensemble.tiers.metrics import Metric
 from ensemble.tiers.past import merge_past
 from ensemble.tiers.redis_tier import RedisTier
 from ensemble.tiers.rows import RowFormat, item_identities, row_format, user_identities

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ensemble.metrics import Metric
 from ensemble.tiers.breaker import Breaker
 from ensemble.tiers.connection import Caller, check_installed
 from ensemble.tiers.memory import MemoryTier
-from ensemble.tiers.metrics import Latencies, Metric
+from ensemble.tiers.metrics import Latencies
 from ensemble.tiers.rows import RowFormat, identities_from_keys, keys_from_identities, prefix
 from ensemble.tiers.settings import TierSettings
 from ensemble.tiers.tracking import Tracker

@@ -84,6 +84,7 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
     return Dataset(
         schema, ids[:NUM_ITEMS], ids[:NUM_USERS], np.full(NUM_ITEMS + 1, b"t"), item_codes, np.zeros((NUM_ITEMS + 1, 1), np.float32), user_codes,
         np.zeros((NUM_USERS + 1, 1), np.float32), {"items": {}, "users": {}}, histories, offsets[1:], targets, targets, *parts,
+        np.full((NUM_ITEMS + 1, 1), np.nan, np.float32), [],
     )  # fmt: skip
 
 

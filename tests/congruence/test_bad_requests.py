@@ -36,7 +36,7 @@ BAD_PARAMETERS = [
     ({"diversity": 1.5}, "diversity: must be 0..1, got 1.5"),
     ({"diversity": "NaN"}, "diversity: must be 0..1, got NaN"),
     ({"exclude_seen": "perhaps"}, "exclude_seen: not JSON: Expecting value: line 1 column 1 (char 0)"),
-    ({"topk": 5}, "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, weights, caps, diversity"),
+    ({"topk": 5}, "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity"),
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]
 BAD_IDS = [

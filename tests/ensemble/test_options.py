@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ensemble.errors import InvalidArgument
 from ensemble.options import Filter, Options, UserOptions, default_options, parse_options, stack
-from ensemble.schema import Feature, Schema, Table, Task
+from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
 ITEMS = Table((Feature("brand", "category", 0, 1, 1, 5), Feature("kind", "category", 1, 2, 6, 4), Feature("price", "number", 0, 1)))
 SCHEMA = Schema("shop", ITEMS, Table(), (Task("ctr", "binary"), Task("dwell", "regression", "ctr", 0.1)))
@@ -76,7 +77,7 @@ BAD = [
     ({"diversity": "9" * 5000}, "diversity: not JSON: Exceeds the limit (4300 digits)"),
     ({"diversity": True}, "diversity: must be 0..1, got true"),
     ({"diversity": None}, "diversity: must be 0..1, got null"),
-    ({"num": 3}, "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, weights, caps, diversity"),
+    ({"num": 3}, "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity"),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),
 ]
@@ -203,3 +204,25 @@ def test_long_parameters_are_not_remembered():
     parse(top_k=7)
     assert _parse.cache_info().currsize == 1
     assert np.array_equal(parse(top_k=7).top_k, [7])
+
+
+RANGES = {
+    '{"weight": [1, 2]}': "ranges: no item number \"weight\"; known: price",
+    '{"price": 5}': "ranges: 'price' must be [least, greatest], finite numbers or null, got 5",
+    '{"price": [1, 2, 3]}': "ranges: 'price' must be [least, greatest], finite numbers or null, got [1, 2, 3]",
+    '{"price": ["1", 2]}': "ranges: 'price' must be [least, greatest], finite numbers or null, got [\"1\", 2]",
+    '{"price": [3, 2]}': "ranges: 'price' has no number from 3 to 2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranges", "text"), RANGES.items())
+def test_a_bad_range_is_named(ranges, text):
+    with pytest.raises(InvalidArgument) as caught:
+        parse_options(json.dumps({"ranges": ranges}), 1, Schema("shop", Table((Feature("price", "number", 0, 1),)), Table(), (), Sizes()))
+    assert str(caught.value) == text
+
+
+def test_a_range_may_be_open():
+    schema = Schema("shop", Table((Feature("price", "number", 0, 1), Feature("stock", "number", 1, 1))), Table(), (), Sizes())
+    asked = parse_options('{"ranges": "{\\"stock\\": [1, null], \\"price\\": [null, 20]}"}', 1, schema).users[0]
+    assert asked.ranges == (("price", -math.inf, 20.0), ("stock", 1.0, math.inf))

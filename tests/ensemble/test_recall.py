@@ -193,7 +193,7 @@ def test_padding_is_never_gathered(tmp_path, rng):
     recall = open_recall(release)
     poisoned = np.array(release.items)
     poisoned["embedding"][0] = poisoned["features"][0] = np.nan
-    recall.items = poisoned
+    recall.item_reader.table = poisoned
     options = options_of(release, [{"allow": {"brand": ["brand2"]}}, {"allow": {"brand": ["none"]}}, {}])
     found = recall.run(options, seen_rows=np.full((3, 12), -1), user_embeddings=rng.standard_normal((3, 1, 8), dtype=np.float32))
     assert (found["candidate_rows"] == -1).any()
@@ -239,4 +239,12 @@ def test_an_index_of_other_items_is_refused(tmp_path, rng):
     release, other = make_release(tmp_path / "a", rng), make_release(tmp_path / "b", rng, num_items=119)
     (release.path / "index.faiss").write_bytes((other.path / "index.faiss").read_bytes())
     with pytest.raises(ReleaseError, match=r"has 119 vectors of 8, metric 0; the release has 120 of 8, inner product$"):
+        open_recall(release)
+
+
+def test_a_release_without_numbers_is_refused_when_it_is_loaded(tmp_path, rng):
+    """Not by every request of a batch in which one asks for a range."""
+    release = make_release(tmp_path, rng)
+    (release.path / "numbers.npy").unlink()
+    with pytest.raises(ReleaseError, match=r"numbers\.npy"):
         open_recall(release)

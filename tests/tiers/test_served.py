@@ -63,6 +63,7 @@ def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tm
             ):
                 found = [line for line in text.splitlines() if line.startswith(f"peregrine_tier_{name}{{") and f'tier="{label}"' in line]
                 assert any(float(line.split()[-1]) > 0 for line in found), (name, label, found)
+            assert all(f"\n{name}{{" in text for name in ("peregrine_live_sequence", "peregrine_recall_at_n"))
             redis.kill()
             others = [user.decode() for user in tiny_release.user_ids.sorted_ids[100:160].tolist()]
             answers = [client.recommend(user) for user in others]

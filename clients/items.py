@@ -1,0 +1,133 @@
+"""Add, change and remove items of a repository that is being served; on the machine where its writer runs.
+
+    from clients.items import ItemClient
+
+    with ItemClient("model_repository") as items:
+        items.add({"item_id": "lipstick-9", "brand": "Rouge", "price": 12.5})
+        items.update({"item_id": "lipstick-9", "price": 9.9})
+        items.delete("lipstick-9")
+
+An item has an id and values of the features that the shop's items have, by feature name or column name; `item_embedding`, if given,
+takes the place of the encoder's. What an update does not name stays.
+Every call returns once the change is durable and, within `wait_s`, once every instance that recommends has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clients.errors import InvalidArgument, ServerFault, Unavailable
+
+_GRACE_S = 60.0  # beyond wait_s: encoding a large group takes its time
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What became of a change."""
+
+    sequence: int  # number of the last change; an answer's `release` r1+42 has all up to 42
+    done: bool  # whether every instance has it
+    release: str
+    instances: dict[str, int] = field(default_factory=dict)  # the last sequence number of each
+    generation: int = 0
+    items: int = 0  # that can be recommended
+    unmerged: int = 0  # changes that lie beside the main index
+    merging: bool = False
+
+
+class ItemClient:
+    """One connection to a repository's writer; not to be shared between threads."""
+
+    def __init__(self, repository: Path | str, wait_s: float = 2.0) -> None:
+        self.repository, self.wait_s = Path(repository), wait_s
+        self._socket = self._connected()
+        self._stream = self._socket.makefile("rwb")
+
+    def _connected(self) -> socket.socket:
+        try:
+            path = json.loads((self.repository / ".live" / "writer.json").read_text())["socket"]
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(path)
+        except (OSError, ValueError, KeyError):
+            raise Unavailable(f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine items serve`") from None
+        connection.settimeout(self.wait_s + _GRACE_S)
+        return connection
+
+    def add(self, *items: Mapping[str, Any]) -> Changed:
+        """New items; InvalidArgument if one is there already."""
+        return self.apply([{"op": "add", "item": item} for item in items])
+
+    def update(self, *items: Mapping[str, Any]) -> Changed:
+        """New values of items that are there."""
+        return self.apply([{"op": "update", "item": item} for item in items])
+
+    def upsert(self, *items: Mapping[str, Any]) -> Changed:
+        """Adds those that are not there, updates those that are."""
+        return self.apply([{"op": "upsert", "item": item} for item in items])
+
+    def delete(self, *item_ids: str) -> Changed:
+        """From then on these items are not recommended."""
+        return self.apply([{"op": "delete", "item": {"item_id": item_id}} for item_id in item_ids])
+
+    def apply(self, changes: Sequence[Mapping[str, Any]]) -> Changed:
+        """All of the changes, or none: {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}."""
+        return self._ask({"op": "change", "changes": list(changes)})
+
+    def status(self) -> Changed:
+        """How far the writer and every instance are."""
+        return self._ask({"op": "status"})
+
+    def merge(self) -> Changed:
+        """Begins merging all changes into a new main index; returns at once."""
+        return self._ask({"op": "merge"})
+
+    def _ask(self, request: dict[str, Any]) -> Changed:
+        try:
+            self._stream.write(json.dumps({**request, "wait_s": self.wait_s}).encode() + b"\n")
+            self._stream.flush()
+            line = self._stream.readline()
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"items: {error}") from None
+        except OSError as error:
+            raise Unavailable(f"the writer of {self.repository} does not answer: {error}; what it did not answer may be done or not") from None
+        if not line:
+            raise Unavailable(f"the writer of {self.repository} went away; what it did not answer may be done or not")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise (InvalidArgument if reply.get("invalid", True) else ServerFault)(reply["error"])
+        return Changed(**reply)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with contextlib.suppress(OSError):  # what could not be sent any more was said when it was asked
+            self._stream.close()
+        self._socket.close()
+
+    def __enter__(self) -> ItemClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_changes(lines: Iterable[str], operation: str, name: str) -> list[dict[str, Any]]:
+    """JSON lines, one item each -> changes; InvalidArgument names the line."""
+    changes = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise InvalidArgument(f"{name}, line {number}: not JSON: {error}") from None
+        if not isinstance(item, dict):
+            item = {"item_id": item}  # a list of ids to delete
+        changes.append({"op": operation, "item": item})
+    return changes

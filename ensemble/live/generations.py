@@ -1,0 +1,59 @@
+"""Generations on disk: what a merge leaves, and the small file that says which one is served."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from ensemble.errors import ReleaseError
+from ensemble.live.log import record_dtype, sync_folder
+from ensemble.release import file_sha256
+from ensemble.schema import Schema
+
+FILES = ("rows.npy", "index.faiss")
+
+
+def current_generation(folder: Path) -> int:
+    """The generation that is served; ReleaseError when the file that names it is damaged."""
+    path = folder / "current"
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} away") from None
+
+
+def point_to(folder: Path, generation: int) -> None:
+    """Makes `generation` the served one, durably and in one step."""
+    staged = folder / ".current.new"
+    with staged.open("w") as file:
+        file.write(f"{generation}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    staged.rename(folder / "current")
+    sync_folder(folder)
+
+
+def generation_records(folder: Path, schema: Schema) -> np.ndarray:
+    """The changes that generation `folder` has merged [n], each row once; its files must be what its meta.json promises."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        differing = [name for name in FILES if file_sha256(folder / name) != meta["sha256"][name]]
+        records = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ReleaseError(f"cannot open generation {folder}: {error}; {_way_back(folder)}") from None
+    if differing or records.dtype != record_dtype(schema):
+        raise ReleaseError(f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; {_way_back(folder)}")
+    return records
+
+
+def write_meta(folder: Path, sequence: int) -> None:
+    """meta.json: the last change that is merged, and the digests of the other files."""
+    meta = {"sequence": sequence, "sha256": {name: file_sha256(folder / name) for name in FILES}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _way_back(folder: Path) -> str:
+    return f"put a copy of it back, or move {folder.parent} away: the release then serves without live items"

@@ -1,0 +1,292 @@
+"""Every instance's view of the items: the release's rows, with the log's changes over them.
+
+A row belongs to an id for good: an update gives the row new content, a delete hides it, adding it again shows it again. So histories,
+transitions and id maps that name rows stay right. New content lies in slots: main index and delta are told apart by slot numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ensemble.errors import PeregrineError
+from ensemble.live.generations import current_generation, generation_records
+from ensemble.live.instances import InstanceFile
+from ensemble.live.log import DELETE, LogReader, number_names
+from ensemble.snapshot import gather
+
+if TYPE_CHECKING:
+    from ensemble.main_index import MainIndex
+    from ensemble.release import Release
+
+_POLL_S = 0.05
+_AT_ONCE = 2048  # records applied by a request; a longer backlog is the thread's
+_ROOM = 1024  # slots at first
+
+
+class LiveState:
+    """Generation g and the log behind it. Arrays only grow, slots are never written twice: an old view stays right."""
+
+    def __init__(self, release: Release, folder: Path, generation: int | None) -> None:
+        self.release, self.generation, self.items, self.ids = release, generation or 0, release.items, release.item_ids
+        self.num_base = len(self.items)
+        self.slots = np.zeros(_ROOM, self.items.dtype)
+        self.vectors = np.zeros((_ROOM, self.items["embedding"].shape[1]), np.float32)  # the slots' embeddings again, side by side: searched exactly
+        self.numbers = np.zeros((_ROOM, max(1, len(number_names(release.schema)))), np.float32)
+        self.slot_rows = np.zeros(_ROOM, np.int64)
+        self.slot_of_row = np.zeros(self.num_base + (1 << 20), np.int32)  # slot + 1, 0: the release's own content. Untouched pages cost nothing
+        self.deleted = np.zeros(len(self.slot_of_row), bool)
+        self.new_ids: list[bytes] = []  # of rows num_base, num_base + 1, …
+        self.row_of_new: dict[bytes, int] = {}
+        self.num_slots = self.num_stale = self.num_deleted = 0
+        self.main: MainIndex | None = None
+        self.folder, self.reader, self.delta_start = folder / f"g{self.generation}", None, 0
+        if generation is not None:
+            self.reader = LogReader(folder / f"log-{self.generation}", release.schema)
+            self._load_generation()
+        self.main_rows = self.num_base + len(self.new_ids)
+
+    def _load_generation(self) -> None:
+        if self.generation:
+            self.apply(generation_records(self.folder, self.release.schema))
+        self.delta_start, self.num_stale = self.num_slots, int(np.count_nonzero(self.deleted))
+
+    def apply(self, records: np.ndarray) -> None:
+        """Changes [n], in order; the last of a row is what it becomes."""
+        rows = records["row"].astype(np.int64)
+        for record in records[rows >= self.num_base + len(self.new_ids)]:  # new ids only
+            if record["row"] == self.num_base + len(self.new_ids):
+                self.row_of_new[bytes(record["id"])] = int(record["row"])
+                self.new_ids.append(bytes(record["id"]))
+        self._make_room(len(records))
+        kept = records[records["kind"] != DELETE]
+        places = slice(self.num_slots, self.num_slots + len(kept))
+        self.slots[places], self.numbers[places], self.slot_rows[places] = kept["item"], kept["numbers"], kept["row"]
+        self.vectors[places] = kept["item"]["embedding"]
+        touched = np.unique(rows)
+        was_valid = (self.slot_of_row[touched] <= self.delta_start) & ~self.deleted[touched]
+        had = int(np.count_nonzero(self.deleted[touched]))
+        self.slot_of_row[kept["row"]] = self.num_slots + 1 + np.arange(len(kept))
+        self.deleted[rows] = records["kind"] == DELETE
+        self.num_slots += len(kept)
+        self.num_stale += int(np.count_nonzero(was_valid))
+        self.num_deleted += int(np.count_nonzero(self.deleted[touched])) - had
+
+    def _make_room(self, more: int) -> None:
+        room = len(self.slots)
+        while room < self.num_slots + more:
+            room *= 2
+        if room > len(self.slots):  # new arrays: views go on reading the old ones
+            self.slots, self.vectors, self.numbers = (_longer(a, room) for a in (self.slots, self.vectors, self.numbers))
+            self.slot_rows = _longer(self.slot_rows, room)
+        if self.num_base + len(self.new_ids) > len(self.slot_of_row):
+            length = 2 * len(self.slot_of_row)
+            self.slot_of_row, self.deleted = _longer(self.slot_of_row, length), _longer(self.deleted, length)
+
+    def view(self) -> LiveView:
+        sequence = self.reader.sequence if self.reader else 0
+        return LiveView(self, sequence, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted)
+
+
+def _longer(array: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((length, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class LiveView:
+    """The items as of one sequence number; what a step works with from its first line to its last."""
+
+    state: LiveState
+    sequence: int  # of the last change that is in it
+    num_rows: int  # row 0 and new ones included
+    num_slots: int
+    num_stale: int  # rows that the main index holds with old content
+    num_deleted: int
+
+    def gather(self, rows: np.ndarray, field: str) -> np.ndarray:
+        """Field of the items at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is negative."""
+        if not self.num_slots:
+            return gather(rows, self.state.items, field)
+        own, slots = self.split(rows)
+        return self.put_slots(gather(own, self.state.items, field), slots, field)
+
+    def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """rows [...] int64 -> the same with 0 where the log has the content, and there its slot + 1, else 0."""
+        slots = np.where(rows > 0, self.state.slot_of_row[np.maximum(rows, 0)], 0)
+        return np.where((slots > 0) | (rows >= self.state.num_base), 0, rows), slots
+
+    def put_slots(self, out: np.ndarray, slots: np.ndarray, field: str) -> np.ndarray:
+        """Writes the slots' content over `out` [..., width] where split() gave one, in place."""
+        here = slots > 0
+        out[here] = self.state.slots[field][slots[here] - 1]
+        return out
+
+    def rows_from_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Ids [...] S -> rows [...] int64, 0 where unknown. A deleted item keeps its row: who saw it saw it."""
+        rows = self.state.ids.rows_from_ids(ids)
+        if self.state.row_of_new:
+            unknown = np.flatnonzero(rows.ravel() == 0)
+            flat = np.asarray(ids, dtype="S").ravel()
+            found = [self.state.row_of_new.get(i, 0) for i in flat[unknown].tolist()]
+            rows.ravel()[unknown] = np.where(np.array(found, np.int64) < self.num_rows, found, 0) if found else 0
+        return rows
+
+    def ids_from_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [...] int64 -> ids [...] S; empty for rows <= 0."""
+        base = self.state.num_base
+        ids = self.state.ids.ids_from_rows(np.where(rows < base, rows, 0))
+        new = rows >= base
+        if new.any():
+            names = np.array([self.state.new_ids[row] for row in (rows[new] - base).tolist()], dtype="S")
+            ids = ids.astype(f"S{max(ids.dtype.itemsize, names.dtype.itemsize)}")
+            ids[new] = names
+        return ids
+
+    def is_deleted(self, rows: np.ndarray) -> np.ndarray:
+        """[...] bool, for rows >= 0 only."""
+        return self.state.deleted[np.maximum(rows, 0)]
+
+    @property
+    def delta(self) -> slice:
+        """Slots of items that only an exact search beside the main index finds."""
+        return slice(self.state.delta_start, self.num_slots)
+
+    @cached_property
+    def fresh(self) -> np.ndarray:
+        """[main rows] bool: rows whose entry in the main index still counts; row 0's never does."""
+        fresh = ~self.state.deleted[: self.state.main_rows]
+        changed = self.state.slot_rows[self.delta]
+        fresh[changed[changed < len(fresh)]] = False
+        fresh[0] = False
+        return fresh
+
+    @cached_property
+    def superseded(self) -> np.ndarray:
+        """[d] bool: slots of the delta whose item has a newer one, or is deleted."""
+        rows = self.state.slot_rows[self.delta]
+        slots = self.state.slot_of_row[rows]
+        # a slot beyond this view is a later change's: until then, ours counts
+        return ((slots != np.arange(self.delta.start, self.delta.stop) + 1) & (slots <= self.num_slots)) | self.state.deleted[rows]
+
+
+class LiveItems:
+    """Tails the log; `refresh` at the start of a request, and a thread while there is none."""
+
+    def __init__(self, release: Release) -> None:
+        self.release, self.folder = release, release.repository / ".live" / release.name
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._open_main: Callable[[LiveState], Any] | None = None
+        self._instance: InstanceFile | None = None
+        self._current = str(self.folder / "current")
+        self._seen: tuple[int, int] | None = None  # the file `current` as it was: inode, time
+        self.fault = ""  # why the log cannot be followed any further; what is served stays as it was
+        self.view = self._opened()
+
+    def attach(self, open_main: Callable[[LiveState], Any]) -> None:
+        """Makes every state, this one and those to come, carry a main index."""
+        with self._lock:
+            self._open_main = open_main
+            self.view.state.main = open_main(self.view.state)
+
+    def refresh(self, limit: int = _AT_ONCE) -> LiveView:
+        """The newest view. Nothing new costs two system calls; while another thread is at it, the last view is the answer."""
+        if not self._lock.acquire(blocking=False):
+            return self.view
+        try:
+            self._catch_up(limit)
+        except PeregrineError as error:
+            self.fault = str(error)
+        finally:
+            self._lock.release()
+        return self.view
+
+    def follow(self) -> None:
+        """From now on a thread keeps the view fresh, opens new generations, and publishes how far this instance is."""
+        if self._thread is None:
+            self._instance = InstanceFile(self.folder)
+            self._thread = threading.Thread(target=self._follow, name="live-items", daemon=True)
+            self._thread.start()
+
+    def metrics(self) -> dict[str, float]:
+        """How far this instance is, and whether it can go on."""
+        view = self.view
+        facts = {
+            "live_sequence": view.sequence,
+            "live_generation": view.state.generation,
+            "live_delta_items": view.num_slots - view.state.delta_start,
+        }
+        return {**facts, "live_fault": bool(self.fault)}
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._instance is not None:
+            self._instance.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._swap_if_new()
+            self.refresh()
+            if self._instance is not None:
+                self._instance.publish(self.view.sequence)
+
+    def _swap_if_new(self) -> None:
+        """Opens a new generation beside the served one, then turns to it: one assignment."""
+        if self._mark() != self._seen:
+            try:
+                view = self._opened()
+                if self._open_main is not None:
+                    view.state.main = self._open_main(view.state)
+                with self._lock:
+                    self.view, self.fault = _caught_up(view), ""
+            except PeregrineError as error:
+                self.fault = str(error)
+
+    def _catch_up(self, limit: int) -> None:
+        if self._thread is None and self._mark() != self._seen:
+            view = self._opened()
+            if self._open_main is not None:
+                view.state.main = self._open_main(view.state)
+            self.view, self.fault = view, ""
+        state = self.view.state
+        if state.reader is None or not state.reader.has_more():
+            return
+        records = state.reader.read(limit)
+        if len(records):
+            state.apply(records)
+            self.view = state.view()
+            if self._instance is not None:
+                self._instance.publish(self.view.sequence)
+
+    def _opened(self) -> LiveView:
+        """A new state, all of its log read."""
+        self._seen = self._mark()
+        return _caught_up(LiveState(self.release, self.folder, current_generation(self.folder) if self._seen else None).view())
+
+    def _mark(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._current)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+
+def _caught_up(view: LiveView) -> LiveView:
+    """The view with all that the log holds by now."""
+    state = view.state
+    while state.reader is not None and len(records := state.reader.read()):
+        state.apply(records)
+    return state.view() if state.reader is not None else view

@@ -1,0 +1,300 @@
+"""The writer as a process: one a repository, behind a unix socket. Lives beside tritonserver in `peregrine serve`.
+
+    python -m ensemble.live.service REPOSITORY
+
+One line of JSON a request, one a reply: {"op": "change", "changes": [{"op": "add", "item": {…}}], "wait_s": 2} | {"op": "status"} |
+{"op": "merge"}. Changes that arrive while a group is being written form the next group: one fsync for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
+from ensemble.live.instances import sequences
+from ensemble.live.writer import MAX_GROUP, ItemWriter
+from ensemble.release import active_release, open_release
+from ensemble.repository import try_flock
+
+WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
+MERGE_AT = 20_000  # changes beside the main index; each is searched exactly by every query
+_MAX_LINE = 64 << 20
+_MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
+
+
+class _Asked:
+    """A request on its way through the writing thread."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.request, self.reply, self.done = request, dict[str, Any](), threading.Event()
+
+
+class ItemService:
+    """Owns the writer; all changes go through one thread."""
+
+    def __init__(self, repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:
+        self.repository, self.log, self.merge_at = repository, log, merge_at
+        self.folder = repository / ".live"
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not try_flock(self._lock):
+            os.close(self._lock)
+            raise ReleaseError(f"another process writes the live items of {repository}; use it, or stop it")
+        self._asked: queue.Queue[_Asked | None] = queue.Queue()
+        self._writer: ItemWriter | None = None
+        self._opened_at = 0.0
+        self._merging: tuple[subprocess.Popen[str], int] | None = None
+        self._home = tempfile.TemporaryDirectory(prefix="peregrine-items-")  # 0700; a repository's path may be too long for a socket
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(Path(self._home.name) / "s"))
+        self._socket.listen(64)
+        self._thread = threading.Thread(target=self._write, name="items-writer", daemon=True)
+
+    def run(self) -> None:
+        """Until stop()."""
+        self._thread.start()
+        staged = self.folder / f".{WRITER_FILE}.new"
+        staged.write_text(json.dumps({"pid": os.getpid(), "socket": str(Path(self._home.name) / "s")}))
+        staged.rename(self.folder / WRITER_FILE)
+        with contextlib.suppress(OSError):  # the socket is closed by stop()
+            while True:
+                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
+
+    def stop(self) -> None:
+        """Finishes the group that is being written; a merge is begun again by the next writer."""
+        (self.folder / WRITER_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._asked.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._merging is not None:
+            self._merging[0].kill()
+            self._merging[0].wait()
+        if self._writer is not None:
+            self._writer.close()
+        self._home.cleanup()
+        os.close(self._lock)
+
+    # --- one thread a connection
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream, contextlib.suppress(OSError):
+            while line := stream.readline(_MAX_LINE):
+                stream.write(json.dumps(self._reply(line)).encode() + b"\n")
+                stream.flush()
+
+    def _reply(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict) or request.get("op") not in ("change", "status", "merge"):
+                raise ValueError('"op" must be change, status or merge')
+            if request["op"] == "change" and not isinstance(request.get("changes"), list):
+                raise ValueError('"changes" must be an array')
+            wait_s = min(float(request.get("wait_s", 0)), _MAX_WAIT_S)
+        except (ValueError, TypeError) as error:
+            return {"error": f"request: {error}"}
+        asked = _Asked(request)
+        self._asked.put(asked)
+        asked.done.wait()
+        if "error" in asked.reply:
+            return asked.reply
+        return {**asked.reply, **self._wait_for_instances(asked.reply["release"], asked.reply["sequence"], wait_s)}
+
+    def _wait_for_instances(self, release: str, sequence: int, wait_s: float) -> dict[str, Any]:
+        """Until every living instance has the change, or the time is over."""
+        deadline = time.monotonic() + wait_s
+        if wait_s > 0:  # instances that run already look for a first log every so often, and only then say that they are there
+            time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
+        while True:
+            found = sequences(self.folder / release)
+            done = all(has >= sequence for has in found.values())
+            if done or time.monotonic() >= deadline:
+                return {"done": done, "instances": found}
+            time.sleep(0.005)
+
+    # --- the writing thread
+
+    def _write(self) -> None:
+        try:
+            self._opened()  # so that instances have a folder to say in how far they are
+        except PeregrineError as error:
+            self.log(f"items: {error}")
+        while True:
+            try:
+                first = self._asked.get(timeout=0.2)
+            except queue.Empty:
+                self._care()
+                continue
+            if first is None:
+                return
+            for group in _groups(first, self._asked):
+                self._answer(group)
+            self._care()
+
+    def _answer(self, group: list[_Asked]) -> None:
+        """One group as one append; when that fails, each request on its own, so that one's mistake is not the others'."""
+        try:
+            changes = [change for asked in group for change in asked.request.get("changes", [])]
+            writer = self._opened()
+            sequence = writer.apply(changes)
+            if any(asked.request["op"] == "merge" for asked in group):
+                self._start_merge()
+            reply: dict[str, Any] = {"release": writer.release.name, "sequence": sequence, **self._facts(writer)}
+        except PeregrineError as error:
+            if len(group) > 1:
+                for asked in group:
+                    self._answer([asked])
+                return
+            reply = {"error": str(error), "invalid": isinstance(error, InvalidInput)}
+        except Exception as error:  # a fault of ours must not leave callers waiting
+            self.log(f"items: {error!r}")
+            reply = {"error": f"the writer failed: {error!r}", "invalid": False}
+        for asked in group:
+            asked.reply = reply
+            asked.done.set()
+
+    def _facts(self, writer: ItemWriter) -> dict[str, Any]:
+        view = writer.live.view
+        items, unmerged = view.num_rows - 1 - view.num_deleted, view.num_slots - view.state.delta_start
+        return {"generation": view.state.generation, "items": items, "unmerged": unmerged, "merging": self._merging is not None}
+
+    def _opened(self) -> ItemWriter:
+        """The writer of the release that is active now."""
+        name = active_release(self.repository)
+        if name is None:
+            raise ReleaseError(f"{self.repository} has no active release; `peregrine release activate NAME` makes one")
+        if self._writer is None or self._writer.release.name != name:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = None
+            self._writer = ItemWriter(open_release(self.repository, name), self.log)
+            self._opened_at = time.monotonic()
+        return self._writer
+
+    def _care(self) -> None:
+        """Begins a merge when it is time, and turns to one that is done."""
+        try:
+            if self._merging is not None:
+                self._end_merge()
+            elif self._writer is not None and self._facts(self._writer)["unmerged"] >= self.merge_at:
+                self._start_merge()
+        except PeregrineError as error:
+            self.log(f"items: {error}")
+
+    def _start_merge(self) -> None:
+        writer = self._opened()
+        if self._merging is None:
+            command = [sys.executable, "-m", "ensemble.live.merging", str(self.repository), writer.release.name, str(writer.sequence)]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._merging = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment), writer.sequence
+
+    def _end_merge(self) -> None:
+        assert self._merging is not None
+        process, merged = self._merging
+        if process.poll() is None:
+            return
+        self._merging = None
+        said, complaint = process.communicate()
+        if process.returncode != 0 or self._writer is None:
+            self.log(f"items: merging failed, and is tried again: {complaint.strip()[-300:]}")
+            return
+        self._writer.turn_to(int(said), merged)
+        self.log(f"items: generation {said.strip()} holds all changes up to {merged}")
+
+
+def _groups(first: _Asked, rest: queue.Queue[_Asked | None]) -> Iterator[list[_Asked]]:
+    """What has arrived by now, in groups of which no item is changed twice."""
+    group, ids = [first], _ids(first)
+    while not rest.empty():
+        asked = rest.get()
+        if asked is None:
+            rest.put(None)
+            break
+        more = _ids(asked)
+        if ids & more or len(ids) + len(more) > MAX_GROUP:
+            yield group
+            group, ids = [], set()
+        group.append(asked)
+        ids |= more
+    yield group
+
+
+def _ids(asked: _Asked) -> set[str]:
+    """Ids that a request changes; what is no change at all is refused when its turn comes."""
+    items = [change.get("item") for change in asked.request.get("changes", []) if isinstance(change, dict)]
+    return {str(item.get("item_id")) for item in items if isinstance(item, dict)}
+
+
+@contextlib.contextmanager
+def service_process(repository: Path, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """The writer's process while the block runs; a repository that cannot be written to, or has a writer, gets none."""
+    if not os.access(repository, os.W_OK):
+        log(f"items: {repository} cannot be written to, so items cannot be changed from here")
+        yield
+        return
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "ensemble.live.service", str(repository)], env=environment, stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    service = ItemService(repository, log, merge_at)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _raise_stop())
+    try:
+        service.run()
+    except _Stop:
+        pass
+    finally:
+        service.stop()
+
+
+class _Stop(BaseException):
+    """SIGTERM or SIGINT, in the main thread."""
+
+
+def _raise_stop() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    raise _Stop
+
+
+def _end_with_parent() -> None:
+    """Our parent holds the other end of standard input: when it is gone, so are we."""
+    while os.read(0, 1):  # not sys.stdin: a thread that holds its lock at the end is a fatal error to Python
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(arguments: list[str]) -> None:
+    if not sys.stdin.isatty():
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        serve_until_ended(Path(arguments[0]).resolve(), lambda line: print(line, file=sys.stderr, flush=True))
+    except PeregrineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

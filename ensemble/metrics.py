@@ -1,0 +1,49 @@
+"""Numbers that steps tell of themselves: plain values here, Triton's custom metrics once they are published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_EVERY_S = 1.0
+
+
+class Metric(NamedTuple):
+    """One number as Prometheus wants it."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+    is_counter: bool = True  # else a gauge
+
+
+class Publisher:
+    """Hands over what `read` says at most once a second, while requests come. Not in a thread: each number is a call to the server, which
+    may hold the GIL for longer than a tier's deadline. Triton's API comes as an argument: python_model.py is its only user."""
+
+    def __init__(self, pb_utils: Any, read: Callable[[], list[Metric]], labels: dict[str, str]) -> None:
+        self._api, self._read, self._labels = pb_utils, read, labels
+        self._published: dict[Any, tuple[Any, float]] = {}
+        self._families: dict[str, Any] = {}
+        self._next_s = 0.0
+
+    def publish(self) -> None:
+        now = time.monotonic()
+        if now < self._next_s:
+            return
+        self._next_s = now + _EVERY_S
+        for one in self._read():
+            metric, last = self._published.get(one[:2]) or (self._metric(one), 0.0)
+            if one.is_counter:
+                metric.increment(max(0.0, one.value - last))
+            else:
+                metric.set(one.value)
+            self._published[one[:2]] = metric, one.value
+
+    def _metric(self, one: Metric) -> Any:
+        if one.name not in self._families:
+            kind = self._api.MetricFamily.COUNTER if one.is_counter else self._api.MetricFamily.GAUGE
+            words = one.name.removeprefix("peregrine_").replace("_", " ")
+            self._families[one.name] = self._api.MetricFamily(name=one.name, description=words, kind=kind)
+        return self._families[one.name].Metric(labels={**dict(one.labels), **self._labels})
