@@ -101,7 +101,7 @@ def test_the_item_encoders_feeds_give_the_rows_that_are_served(evaluation):
     feeds = evaluation.feeds("item_encoder", evaluation.dataset.num_items)
     rows = np.random.default_rng(0).permutation(evaluation.dataset.num_items) + 1
     found = OnnxSession(_engine(evaluation, "item_encoder")).run(feeds)
-    served = evaluation.verifier.features.items[rows]
+    served = evaluation.verifier.features.item_reader.table[rows]
     np.testing.assert_allclose(found["item_embedding"], served["embedding"], atol=1e-4)
     np.testing.assert_allclose(found["item_features"], served["features"], atol=1e-4)
 
