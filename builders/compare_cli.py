@@ -25,9 +25,10 @@ app = typer.Typer(
 \b
 losses   a smaller student of one model, taught by logits (kd), attention (at) and relations (rd), alone and together
 plans    a precision for each node, by sensitivity, beside plain 8 bits at the same size
+chain    two releases, step by step: what compression did for the whole
 
 \b
-Both take the finished stages of `peregrine build` (same SHOP, --preset and --repository); stages that are missing are
+The first two take the finished stages of `peregrine build` (same SHOP, --preset and --repository); stages that are missing are
 run first, which may take as long as the build itself. Nothing is published.
 
 \b
@@ -158,6 +159,31 @@ def plans(
         show(plan_table(found), plan_words(found))
         _write(as_json, lambda: json.dumps(dataclasses.asdict(found), indent=1).encode())
         _write(plot, lambda: png(lambda: plans_figure(found)))
+
+
+@app.command()
+def chain(
+    before: Annotated[str, typer.Argument(help="A release.")],
+    after: Annotated[str, typer.Argument(help="The same, compressed.")],
+    repository: Repository = _REPOSITORY,
+    as_json: AsJson = None,
+) -> None:
+    """What compression did for the whole chain: CPU of every step of two releases, by turns, beside Amdahl's bound.
+
+    \b
+        peregrine compare chain r1 small
+    """
+    with _one_line_errors():
+        _writable(as_json)
+        from builders.compress.compare_chain import chain_table, compare_chain
+        from builders.compress.compare_tables import show
+        from builders.progress import bar
+
+        with bar("compare chain") as update:
+            rows = compare_chain(repository, before, after, report=lambda share, text: update(text, share))
+        show(chain_table(rows, before, after), [])
+        facts = [{**dataclasses.asdict(row), "gain": row.gain, "bound": row.bound} for row in rows]
+        _write(as_json, lambda: json.dumps(facts, indent=1).encode())
 
 
 def _source(shop: Path, preset: str, repository: Path, seed: int) -> Source:

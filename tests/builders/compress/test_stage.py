@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from builders.build import BuildOptions, build
+from builders.compress.compare_chain import ChainRow, compare_chain
 from builders.compress.plan import read_plan
 from builders.presets import preset
 from ensemble.errors import InvalidInput
@@ -124,3 +125,18 @@ def test_a_loss_beyond_the_limit_stops_the_build_with_the_table(workshop, releas
 def test_more_calibration_users_than_there_are_is_refused(workshop, release):
     with pytest.raises(InvalidInput, match=r"calibration_users = 5000: this shop has \d+"):
         compressed(workshop, PLAN.replace("calibration_users = 64", "calibration_users = 5000"))
+
+
+def test_the_chain_is_compared_step_by_step(workshop, release):
+    rows = compare_chain(workshop / "repository", "r1", release, batches=(1, 4), report=lambda share, text: None)
+    assert [row.batch for row in rows] == [1, 4]
+    for row in rows:
+        assert list(row.before_ms) == list(row.after_ms) == ["features", "user_encoder", "recall", "ranker", "reranking"]
+        assert row.engines == ("user_encoder", "ranker")
+        assert min(*row.before_ms.values(), *row.after_ms.values()) > 0
+
+
+def test_amdahls_bound_changes_the_engines_alone():
+    row = ChainRow(1, {"features": 3.0, "recall": 1.0, "ranker": 6.0}, {"features": 2.0, "recall": 1.0, "ranker": 2.0}, ("ranker",))
+    assert row.gain == pytest.approx(10 / 5)
+    assert row.bound == pytest.approx(10 / 6)
