@@ -25,14 +25,14 @@ from builders.compress.plan import NO_PLAN, CompressionPlan, facts
 from builders.compress.stage import Source, compress
 from builders.data import load_dataset
 from builders.dataset import Array, Dataset, open_dataset, save_dataset
-from builders.encoders import Validation, encode_items, encode_users
+from builders.encoders import Validation, encode_items
 from builders.export import export_model
+from builders.feeds import UserEncoding, engine_feeds, known_histories
 from builders.folders import link
 from builders.index import OfflineRecall, training_histories, write_recall
 from builders.models import ItemRows
 from builders.own_model import own_model
 from builders.presets import Preset, encoder_config
-from builders.ranker_data import history_windows
 from builders.repository import next_release_name, publish, sweep
 from builders.rows import write_items, write_users
 from builders.sequences import Sequences
@@ -51,7 +51,6 @@ from ensemble.schema import Schema, schema_from_json
 _ARRAYS = ("index.faiss", "transitions.npy", "popular.npy", "numbers.npy", "item_ids.npy")
 _FROM_INDEX = (*_ARRAYS, "recall.json", "schema.json", "vocabularies.json", ENCODING, BASELINE)
 _RANKED_PAIRS = 300_000_000  # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
-_CHECKED = 64  # users and items whose feeds the exported engines are checked on
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, 
     item_embeddings = encode_items(checkpoint, dataset.item_codes, dataset.item_values)
     np.save(folder / "item_embeddings.npy", item_embeddings)
     report(0.2, "embedding held-out users")
-    user_embeddings = _UserEncoding(options, dataset, encoders, item_embeddings)(dataset.validation.user_rows, dataset.validation.history_ends)
+    user_embeddings = _user_encoding(options, dataset, encoders, item_embeddings)(dataset.validation.user_rows, dataset.validation.history_ends)
     report(0.4, "index, transitions, popular, weights of the sources")
     tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed)
     (folder / "tried.json").write_text(json.dumps(tried))
@@ -145,7 +144,7 @@ def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, 
 def make_ranker(options: BuildOptions, data: Done, encoders: Done, index: Done, folder: Path, report: Report) -> None:
     """Impressions, or recall's own candidates -> the ranker and the learned rows of users and items."""
     dataset, item_embeddings = open_dataset(data.folder), np.load(index.folder / "item_embeddings.npy")
-    offline = OfflineRecall(dataset, index.folder, _UserEncoding(options, dataset, encoders, item_embeddings))
+    offline = OfflineRecall(dataset, index.folder, _user_encoding(options, dataset, encoders, item_embeddings))
     trained = train_ranker(
         dataset,
         item_embeddings,
@@ -168,14 +167,15 @@ def make_engines(options: BuildOptions, data: Done, encoders: Done, index: Done,
     for name in (*_FROM_INDEX, *([VECTORS] if (index.folder / VECTORS).exists() else [])):  # only a compressed index has vectors
         link(index.folder / name, folder / name)
     errors = {}
-    feeds = _feeds(dataset, encoders, index, trained, options)
-    feeds["item_id_embedding"] = id_rows[1 : 1 + _CHECKED]
+    item_embeddings = np.load(index.folder / "item_embeddings.npy", mmap_mode="r")
+    recall = OfflineRecall(dataset, index.folder, _user_encoding(options, dataset, encoders, item_embeddings))
+    feeds = engine_feeds(dataset, item_embeddings, trained, id_rows, recall)
     for step, model in enumerate((contract.item_encoder(schema), pipeline.model("user_encoder"), pipeline.model("ranker"))):
         report(step / 4, f"{model.name} -> ONNX")
         (folder / "engines" / model.name).mkdir(parents=True)
         errors[model.name] = export_model(modules[model.name], model, folder / "engines" / model.name / "model.onnx", feeds)
     report(0.75, "rows of items and users")
-    write_items(dataset, np.load(index.folder / "item_embeddings.npy", mmap_mode="r"), trained.item_features, folder)
+    write_items(dataset, item_embeddings, trained.item_features, folder)
     write_users(dataset, trained.user_features, folder)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
     np.save(folder / "item_titles.npy", dataset.item_titles)
@@ -238,22 +238,9 @@ def _trained(options: BuildOptions, schema: Schema, encoders: Done, ranker: Done
     return {"item_encoder": item_encoder, "user_encoder": checkpoint.user_encoder(), "ranker": trained.ranker}, id_rows, trained
 
 
-class _UserEncoding:
-    """Torch's user encoder over any users at any point of the history: [L], [L] -> user_embeddings [L, M, D]."""
-
-    def __init__(self, options: BuildOptions, dataset: Dataset, encoders: Done, item_embeddings: Array) -> None:
-        self.checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, dataset.schema, "user_encoder"))
-        self.dataset, self.item_embeddings = dataset, item_embeddings
-
-    def __call__(self, user_rows: Array, history_ends: Array) -> Array:
-        histories, data = _known(self.dataset, user_rows, history_ends), self.dataset
-        return encode_users(self.checkpoint, self.item_embeddings, histories, data.user_codes[user_rows], data.user_values[user_rows])
-
-
-def _known(dataset: Dataset, user_rows: Array, history_ends: Array) -> Sequences:
-    """The last H items of each history before its end, as sequences."""
-    windows = history_windows(dataset.histories, user_rows, history_ends, dataset.schema.sizes.history)
-    return Sequences(np.concatenate([[0], np.cumsum((windows > 0).sum(axis=1))]), windows[windows > 0])
+def _user_encoding(options: BuildOptions, dataset: Dataset, encoders: Done, item_embeddings: Array) -> UserEncoding:
+    checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, dataset.schema, "user_encoder"))
+    return UserEncoding(checkpoint, dataset, item_embeddings)
 
 
 def _validation(dataset: Dataset) -> Validation | None:
@@ -263,36 +250,11 @@ def _validation(dataset: Dataset) -> Validation | None:
     most = max(1000, _RANKED_PAIRS // dataset.num_items)
     chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:most])
     users, ends = targets.user_rows[chosen], targets.history_ends[chosen]
-    return Validation(_known(dataset, users, ends), targets.item_rows[chosen], users)
+    return Validation(known_histories(dataset, users, ends), targets.item_rows[chosen], users)
 
 
 def _features(dataset: Dataset) -> tuple[Array, Array, Array, Array]:
     return dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values
-
-
-def _feeds(dataset: Dataset, encoders: Done, index: Done, trained: RankerCheckpoint, options: BuildOptions) -> dict[str, Array]:
-    """Real inputs by tensor name for _CHECKED users, with recall's candidates, and items. Random scores would not do: where the
-    calibrated probabilities are all next to 0, the two sigmoids differ in most of their digits.
-    """
-    sizes, count = dataset.schema.sizes, min(_CHECKED, dataset.num_users)
-    user_rows = np.arange(1, count + 1)
-    ends = dataset.histories.offsets[user_rows + 1]
-    windows = history_windows(dataset.histories, user_rows, ends, sizes.history)
-    embeddings = np.load(index.folder / "item_embeddings.npy", mmap_mode="r")
-    candidates, scores = OfflineRecall(dataset, index.folder, _UserEncoding(options, dataset, encoders, embeddings)).candidates(user_rows, ends)
-    (past, history), (known, candidates) = (((rows > 0)[..., None].astype(np.float32), np.maximum(rows, 0)) for rows in (windows, candidates))
-    return {
-        "history_embeddings": embeddings[history] * past,
-        "history_features": trained.item_features[history] * past,
-        "history_mask": windows > 0,
-        "user_codes": np.asarray(dataset.user_codes[user_rows]),
-        "user_values": np.asarray(dataset.user_values[user_rows]),
-        "user_features": trained.user_features[user_rows],
-        "candidate_features": trained.item_features[candidates] * known,
-        "candidate_scores": scores,
-        "item_codes": np.asarray(dataset.item_codes[1 : 1 + _CHECKED]),
-        "item_values": np.asarray(dataset.item_values[1 : 1 + _CHECKED]),
-    }
 
 
 def _own(source: str | None, schema: Schema, model: str) -> Any:
