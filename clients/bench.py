@@ -4,7 +4,7 @@ lone          one request at a time, against the twin: what Triton, gRPC and fiv
 batches       one request at a time, of 1, 8, … users
 closed        more and more requests in flight, until throughput stops growing: saturation
 twins         one twin per core at the batch size that Triton formed at saturation
-open          Poisson arrivals at shares of saturation, latency from the scheduled time
+open          Poisson arrivals at shares of saturation, latency from the scheduled time; and twins behind one queue at each rate
 perf_analyzer Triton's own closed loop, where its binary is found
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from clients import perf_analyzer
 from clients.loadgen import Load, users_file_of, zipf_users
+from clients.queued_twins import measure_queued
 from clients.server_probe import ServerProbe, mean_batch, steps_between
 from clients.twin import TwinLoad, measure_together
 from clients.worker import Worker
@@ -112,10 +113,15 @@ class Bench:
             row["cpu_ms"] = (after.cpu_s - before.cpu_s) * 1000 / max(1, answered)
         return {**({"rate": load.rate} if load.rate else {"concurrency": load.concurrency}), **row}
 
-    def twin(self, batch_size: int, processes: int = 1) -> Row:
+    def _twin_load(self, batch_size: int) -> TwinLoad:
         o = self.options
-        load = TwinLoad(str(o.repository), self.release.name, o.seconds, batch_size, o.zipf, o.seed, o.parameters)
-        return measure_together(load, processes)
+        return TwinLoad(str(o.repository), self.release.name, o.seconds, batch_size, o.zipf, o.seed, o.parameters)
+
+    def twin(self, batch_size: int, processes: int = 1) -> Row:
+        return measure_together(self._twin_load(batch_size), processes)
+
+    def queued_twins(self, rate: float) -> Row:
+        return measure_queued(self._twin_load(1), rate, os.cpu_count() or 1)
 
     def lone(self) -> Row:
         """One request at a time, and the twin, twice by turns: the machine's other work then falls on both."""
@@ -165,7 +171,7 @@ class Bench:
         rates = self.options.rates or [round(saturation * share, 1) for share in AUTO_SHARES]
         for rate in rates:
             self.say(f"open loop, {rate:g} requests a second")
-            rows.append({**self.triton(rate=rate), "share": rate / saturation})
+            rows.append({**self.triton(rate=rate), "share": rate / saturation, "twins": self.queued_twins(rate)})
         return rows
 
     def perf_analyzer(self) -> list[Row] | None:
@@ -218,12 +224,14 @@ def _saturation(best: Row, twins: Row) -> Row:
 
 
 def _half(rows: list[Row], lone: Row) -> Row | None:
-    """p99 at half of saturation (the nearest open-loop row between .4 and .6), against a lone request's p50."""
+    """p99 at half of saturation (the nearest open-loop row between .4 and .6), against a lone request's p50 and queued twins' p99."""
     near = [row for row in rows if abs(row["share"] - HALF) <= 0.1]
     if not near:
         return None
     row = min(near, key=lambda r: abs(r["share"] - HALF))
-    return {"rate": row["rate"], "share": row["share"], "p99_ms": row["p99_ms"], "ratio": row["p99_ms"] / lone["triton"]["p50_ms"]}
+    p99_ms, twins_p99_ms = row["p99_ms"], row["twins"]["p99_ms"]
+    ratios = {"ratio": p99_ms / lone["triton"]["p50_ms"], "twins_ratio": p99_ms / twins_p99_ms}
+    return {"rate": row["rate"], "share": row["share"], "p99_ms": p99_ms, "twins_p99_ms": twins_p99_ms, **ratios}
 
 
 def _facts(bench: Bench) -> Row:

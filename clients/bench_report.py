@@ -142,6 +142,7 @@ def _figures_table(report: Mapping[str, Any]) -> Table:
         table.add_row("CPU per request minus twin's at the same batch", f"{saturation['added_cpu_ms']:.2f} ms", cpu)
     if half:
         table.add_row("p99 at half of saturation, of lone p50", f"{half['ratio']:.1f}", f"{half['p99_ms']:.1f} ms at {half['rate']:.0f}/s")
+        table.add_row("the same, of the p99 of twins behind one queue", f"{half['twins_ratio']:.1f}", f"{half['twins_p99_ms']:.1f} ms, no server")
     return table
 
 
@@ -162,6 +163,8 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     _line(axes, report["open"], "p99_ms", "open loop, p99", _ORANGE, "o-")
     _line(axes, report["open"], "p50_ms", "open loop, p50", _BLUE, "o-")
+    queued = [{**row["twins"], "achieved_per_s": row["achieved_per_s"]} for row in report["open"]]
+    _line(axes, queued, "p99_ms", "twins behind one queue, p99", _GREEN, "o:")
     _line(axes, report["closed"], "p50_ms", "closed loop, p50 (label: requests in flight)", _GREY, "s:")
     for row in report["closed"]:
         axes.annotate(

@@ -42,27 +42,32 @@ class _Timed:
         return result
 
 
-def prepare(spec: dict[str, Any]) -> Measure:
-    """TwinLoad as a dict -> the measurement, warm."""
+def open_twin(load: TwinLoad) -> tuple[Any, list[list[bytes]]]:
+    """(the pipeline, warm; batches of users to ask it for)."""
     from ensemble.local import LocalPipeline
     from ensemble.release import open_release
 
-    load = TwinLoad(**spec)
     release = open_release(Path(load.repository), load.release)
     pipeline: Any = LocalPipeline(release)
-    spent_s: dict[str, float] = defaultdict(float)
-    pipeline.steps = {name: _Timed(step, spent_s, name) for name, step in pipeline.steps.items()}
     users = np.load(users_file_of(release.path), mmap_mode="r", allow_pickle=False)
     rng = np.random.default_rng(load.seed)
     batches = zipf_users(users, max(_DISTINCT, load.batch_size * 200), load.zipf, rng)
     batches = batches[: len(batches) // load.batch_size * load.batch_size].reshape(-1, load.batch_size).tolist()
     for batch in batches[-5:]:
         pipeline.recommend(batch, load.parameters)
+    return pipeline, batches
+
+
+def prepare(spec: dict[str, Any]) -> Measure:
+    """TwinLoad as a dict -> the measurement, warm."""
+    load = TwinLoad(**spec)
+    pipeline, batches = open_twin(load)
+    spent_s: dict[str, float] = defaultdict(float)
+    pipeline.steps = {name: _Timed(step, spent_s, name) for name, step in pipeline.steps.items()}
     return lambda: _measure(load, pipeline, batches, spent_s)
 
 
 def _measure(load: TwinLoad, pipeline: Any, batches: list[list[bytes]], spent_s: dict[str, float]) -> dict[str, Any]:
-    spent_s.clear()
     latencies: list[float] = []
     cpu, start = time.process_time(), time.perf_counter()
     while time.perf_counter() - start < load.seconds:

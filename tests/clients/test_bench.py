@@ -41,7 +41,15 @@ def load_row(**changes: Any) -> dict[str, Any]:
 def report() -> dict[str, Any]:
     closed = [load_row(concurrency=1, achieved_per_s=200.0), load_row(concurrency=4), load_row(concurrency=8, achieved_per_s=390.0)]
     opened = [
-        load_row(rate=rate, share=rate / 400, offered_per_s=rate, achieved_per_s=rate, kept_up=rate < 300, lag_p99_ms=0.5)
+        load_row(
+            rate=rate,
+            share=rate / 400,
+            offered_per_s=rate,
+            achieved_per_s=rate,
+            kept_up=rate < 300,
+            lag_p99_ms=0.5,
+            twins={**LATENCIES, "p99_ms": 2.5},
+        )
         for rate in (100.0, 200.0, 360.0)
     ]
     lone = {"triton": load_row(concurrency=1), "twin": twin_row(), "added_ms": 1.0, "ratio": 2.0, "hop_ms": 1.0}
@@ -62,7 +70,7 @@ def report() -> dict[str, Any]:
 def test_saturation_and_half_are_ratios_to_the_twin_and_to_a_lone_request(report: dict[str, Any]) -> None:
     assert report["saturation"]["throughput_ratio"] == pytest.approx(400 / 3200)
     assert report["saturation"]["added_cpu_ms"] == pytest.approx(1.5 - 0.5)
-    assert report["half"] == {"rate": 200.0, "share": 0.5, "p99_ms": 4.0, "ratio": 2.0}
+    assert report["half"] == {"rate": 200.0, "share": 0.5, "p99_ms": 4.0, "twins_p99_ms": 2.5, "ratio": 2.0, "twins_ratio": 1.6}
     assert bench._half([], report["lone"]) is None
 
 
@@ -181,6 +189,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
     publish_toy(tmp_path / "repository", "r1", tmp_path, activate=True)
     np.save(tmp_path / "repository" / "r1" / "item_ids.npy", np.array([b"item"]))
     monkeypatch.setattr(bench.Bench, "twin", lambda self, size, processes=1: twin_row(size, processes))
+    monkeypatch.setattr(bench.Bench, "queued_twins", lambda self, rate: {**LATENCIES, "rate": rate})
     monkeypatch.setattr(bench, "MAX_CONCURRENCY", 4)
     options = bench.BenchOptions(tmp_path / "repository", seconds=0.5, rates=[20, 40], concurrency=(1, 2), batch_sizes=(2,))
     said: list[str] = []
