@@ -1,4 +1,4 @@
-"""`peregrine compare losses | plans`."""
+"""`peregrine compare losses | plans | chain`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from builders.compress.compare import LossTable, PlanTable
     from builders.compress.stage import Source
+    from builders.stages import Report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +44,11 @@ Preset = Annotated[str, typer.Option(help="Of the build: `tiny`, `base` or `quic
 Repository = Annotated[Path, typer.Option("--repository", "-r", help="Of the build: its stages lie in .build there.")]
 BuildSeed = Annotated[int, typer.Option(help="--seed of the build.")]
 Model = Annotated[str, typer.Option(help="`ranker` or `user_encoder`.")]
+Student = Annotated[
+    str | None, typer.Option(metavar="SIZES", help="Such as 'hidden=96, expert=[64, 32]' or 'layers=1, feed=128'; default: half the teacher's.")
+]
+Weights = Annotated[str, typer.Option(help="Of the losses, in every row that has them.")]
+Only = Annotated[str | None, typer.Option(metavar="ROWS", help="Rows of the table, such as 'kd, kd + at'; default: all.")]
 Users = Annotated[int, typer.Option(min=1, help="Held-out users that judge, at most. They neither teach nor calibrate, and are not the test users.")]
 AsJson = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers as JSON.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")]
@@ -53,11 +62,9 @@ def losses(
     repository: Repository = _REPOSITORY,
     build_seed: BuildSeed = 0,
     model: Model = "ranker",
-    student: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="Such as 'hidden=96, expert=[64, 32]' or 'layers=1, feed=128'; default: half the teacher's.")
-    ] = None,
-    weights: Annotated[str, typer.Option(help="Of the losses, in every row that has them.")] = "kd=1, at=1, rd=1",
-    only: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows of the table, such as 'kd, kd + at'; default: all.")] = None,
+    student: Student = None,
+    weights: Weights = "kd=1, at=1, rd=1",
+    only: Only = None,
     steps: Annotated[int, typer.Option(min=1, help="Of training, each student.")] = 400,
     learning_rate: Annotated[float, typer.Option(help="Of Adam; falls linearly to 0.")] = 1e-3,
     seeds: Annotated[str, typer.Option(help="One student each and row; the error is over them.")] = "0,1,2",
@@ -80,33 +87,18 @@ def losses(
     \b
         peregrine compare losses shops/demo --preset tiny --steps 200 --plot losses.png
     """
-    with _one_line_errors():
-        _writable(as_json, plot)
-        numbers, parts = _seeds(seeds), _weights(weights)
-        sizes = None if student is None else _student_sizes(student, model)
-        source = _source(shop, preset, repository, build_seed)
-        from builders.compress.compare import compare_losses
-        from builders.compress.compare_figures import losses_figure
-        from builders.compress.compare_tables import loss_table, loss_words, show
-        from builders.progress import bar
-        from builders.report_figures import png
+    _writable(as_json, plot)
+    starts, parts, rows = _seeds(seeds), _weights(weights), _names(only)
+    sizes = None if student is None else _student_sizes(student, model)
+    source = _source(shop, preset, repository, build_seed)
+    from builders.compress import compare, compare_figures, compare_tables
 
-        with bar("compare losses") as update:
-            found = compare_losses(
-                source,
-                model,
-                student=sizes,
-                weights=parts,
-                only=[name.strip() for name in only.split(",")] if only else (),
-                steps=steps,
-                learning_rate=learning_rate,
-                seeds=numbers,
-                users=users,
-                report=lambda share, text: update(text, share),
-            )
-        show(loss_table(found), loss_words(found))
-        _write(as_json, lambda: json.dumps(dataclasses.asdict(found), indent=1).encode())
-        _write(plot, lambda: png(lambda: losses_figure(found)))
+    with _bar("compare losses") as report:
+        found = compare.compare_losses(
+            source, model, student=sizes, weights=parts, only=rows, steps=steps, learning_rate=learning_rate, seeds=starts, users=users, report=report
+        )
+    compare_tables.show(compare_tables.loss_table(found), compare_tables.loss_words(found))
+    _write(found, as_json, lambda: compare_figures.losses_figure(found), plot)
 
 
 @app.command()
@@ -136,29 +128,15 @@ def plans(
     \b
         peregrine compare plans shops/demo --preset tiny --plot plans.png
     """
-    with _one_line_errors():
-        _writable(as_json, plot)
-        targets = _sizes(sizes)
-        source = _source(shop, preset, repository, build_seed)
-        from builders.compress.compare import compare_plans
-        from builders.compress.compare_figures import plans_figure
-        from builders.compress.compare_tables import plan_table, plan_words, show
-        from builders.progress import bar
-        from builders.report_figures import png
+    _writable(as_json, plot)
+    targets = _sizes(sizes)
+    source = _source(shop, preset, repository, build_seed)
+    from builders.compress import compare, compare_figures, compare_tables
 
-        with bar("compare plans") as update:
-            found = compare_plans(
-                source,
-                model,
-                runtime=runtime,
-                sizes=targets,
-                users=users,
-                calibration_users=calibration_users,
-                report=lambda share, text: update(text, share),
-            )
-        show(plan_table(found), plan_words(found))
-        _write(as_json, lambda: json.dumps(dataclasses.asdict(found), indent=1).encode())
-        _write(plot, lambda: png(lambda: plans_figure(found)))
+    with _bar("compare plans") as report:
+        found = compare.compare_plans(source, model, runtime=runtime, sizes=targets, users=users, calibration_users=calibration_users, report=report)
+    compare_tables.show(compare_tables.plan_table(found), compare_tables.plan_words(found))
+    _write(found, as_json, lambda: compare_figures.plans_figure(found), plot)
 
 
 @app.command()
@@ -173,17 +151,14 @@ def chain(
     \b
         peregrine compare chain r1 small
     """
-    with _one_line_errors():
-        _writable(as_json)
-        from builders.compress.compare_chain import chain_table, compare_chain
-        from builders.compress.compare_tables import show
-        from builders.progress import bar
+    _writable(as_json)
+    from builders.compress.compare_chain import chain_table, compare_chain
+    from builders.compress.compare_tables import show
 
-        with bar("compare chain") as update:
-            rows = compare_chain(repository, before, after, report=lambda share, text: update(text, share))
-        show(chain_table(rows, before, after), [])
-        facts = [{**dataclasses.asdict(row), "gain": row.gain, "bound": row.bound} for row in rows]
-        _write(as_json, lambda: json.dumps(facts, indent=1).encode())
+    with _bar("compare chain") as report:
+        rows = compare_chain(repository, before, after, report=report)
+    show(chain_table(rows, before, after), [])
+    _write_json([{**dataclasses.asdict(row), "gain": row.gain, "bound": row.bound} for row in rows], as_json)
 
 
 def _source(shop: Path, preset: str, repository: Path, seed: int) -> Source:
@@ -196,16 +171,15 @@ def _source(shop: Path, preset: str, repository: Path, seed: int) -> Source:
     return uncompressed(BuildOptions(shop, repository, preset_named(preset), seed=seed), Console(stderr=True))
 
 
-# --- what is asked
-
-
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except PeregrineError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+def _bar(title: str) -> Iterator[Report]:
+    from ensemble.progress import bar
+
+    with bar(title) as update:
+        yield lambda share, text: update(text, share)
+
+
+# --- what is asked
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
@@ -229,6 +203,10 @@ def _sizes(text: str) -> list[float]:
     return sorted(set(found))
 
 
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 def _toml(option: str, text: str, example: str) -> dict[str, Any]:
     import tomllib
 
@@ -250,15 +228,18 @@ def _student_sizes(text: str, model: str) -> dict[str, Any]:
     """As in a plan's file."""
     from pydantic import ValidationError
 
-    from builders.compress.plan import CompressionPlan
+    from builders.compress.plan import CompressionPlan, first_error
 
     sizes = _toml("--student", text, "layers=1, feed=128" if model == "user_encoder" else "hidden=96, expert=[64, 32]")
     try:
         plan = CompressionPlan.model_validate({model: {"distil": {"student": sizes}}})
     except ValidationError as error:
-        raise InvalidInput(f"--student '{text}': {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise InvalidInput(f"--student '{text}': {first_error(error)}") from None
     distil = plan.of(model).distil
     return dict(distil.student) if distil else {}
+
+
+# --- what is written
 
 
 def _writable(*targets: Path | None) -> None:
@@ -268,9 +249,22 @@ def _writable(*targets: Path | None) -> None:
             raise InvalidInput(f"cannot write {target}: {'it is a folder' if target.is_dir() else 'its folder is missing or read-only'}")
 
 
-def _write(target: Path | None, content: Callable[[], bytes]) -> None:
+def _write(found: LossTable | PlanTable, as_json: Path | None, figure: Callable[[], Figure], plot: Path | None) -> None:
+    """Both files, where they are wanted."""
+    _write_json(dataclasses.asdict(found), as_json)
+    if plot is not None:
+        from builders.report_figures import png
+
+        _write_bytes(png(figure), plot)
+
+
+def _write_json(facts: Any, target: Path | None) -> None:
     if target is not None:
-        try:
-            target.write_bytes(content())
-        except OSError as error:
-            raise InvalidInput(f"cannot write {target}: {error.strerror}") from None
+        _write_bytes(json.dumps(facts, indent=1).encode(), target)
+
+
+def _write_bytes(content: bytes, target: Path) -> None:
+    try:
+        target.write_bytes(content)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target}: {error.strerror}") from None

@@ -93,8 +93,8 @@ def pareto(variants: Sequence[Mapping[str, Any]], limit: float) -> Figure:
 def _scatter(axes: Axes, variants: Sequence[Mapping[str, Any]], x: Sequence[float], limit: float) -> None:
     y = [100 * variant["loss"] for variant in variants]
     _limits(axes, x, y, limit)
-    front = _front(x, y)
-    axes.step([x[i] for i in front], [y[i] for i in front], where="post", color=PALE, linewidth=1.2, zorder=1)
+    best = front(x, y)
+    axes.step([x[i] for i in best], [y[i] for i in best], where="post", color=PALE, linewidth=1.2, zorder=1)
     axes.axhline(100 * limit, color=RED, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     axes.annotate(
         f"the gate's limit, {100 * limit:g}%", (1, 100 * limit), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -116,13 +116,13 @@ def _limits(axes: Axes, x: Sequence[float], y: Sequence[float], limit: float) ->
     axes.set_ylim(low - 0.09 * (high - low), high + 0.12 * (high - low))
 
 
-def _front(x: Sequence[float], y: Sequence[float]) -> list[int]:
+def front(x: Sequence[float], y: Sequence[float]) -> list[int]:
     """Places that no other beats in both, from left to right."""
-    front: list[int] = []
+    found: list[int] = []
     for place in sorted(range(len(x)), key=lambda i: (x[i], y[i])):
-        if not front or y[place] < y[front[-1]]:
-            front.append(place)
-    return front
+        if not found or y[place] < y[found[-1]]:
+            found.append(place)
+    return found
 
 
 def _labels(axes: Axes, variants: Sequence[Mapping[str, Any]], x: Sequence[float], y: Sequence[float], limit_share: float) -> None:
@@ -154,9 +154,14 @@ def _labels(axes: Axes, variants: Sequence[Mapping[str, Any]], x: Sequence[float
                 break
 
 
+def most_sensitive_first(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """By how much of the lists each changes alone; those that were not lowered come last."""
+    return sorted(nodes, key=lambda node: (node["changed"] is None, -(node["changed"] or 0)))
+
+
 def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
     """One bar a node: how much of the lists it changes alone, coloured by the precision it got, the most sensitive on top."""
-    order = sorted(nodes, key=lambda node: (node["changed"] is None, -(node["changed"] or 0)))
+    order = most_sensitive_first(nodes)
     shown = order[:_MOST_NODES][::-1]
     figure, [axes] = _axes(8.5, 1.1 + 0.215 * len(shown))
     changes = [100 * (node["changed"] or 0.0) for node in shown]

@@ -185,9 +185,9 @@ def _variants(variants: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
-    order = sorted(nodes, key=lambda node: (node["changed"] is None, -(node["changed"] or 0)))
     rows = [
-        [n["node"], n["op"], f"{n['parameters']:,}", _share(n["changed"]), _share(n["loss"]), n["precision"], n["reason"] or "lowest"] for n in order
+        [n["node"], n["op"], f"{n['parameters']:,}", _share(n["changed"]), _share(n["loss"]), n["precision"], n["reason"] or "lowest"]
+        for n in figures.most_sensitive_first(nodes)
     ]
     table = _table(["node", "operator", "parameters", "lists changed, alone", "NDCG@10 lost, alone", "precision", "why"], rows)
     return f"<details><summary>all {len(rows)} nodes</summary>{table}</details>"

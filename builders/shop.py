@@ -21,12 +21,12 @@ label = {column = "clicked"}
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
 
 SHOP_FILE = "shop.toml"
@@ -176,14 +176,7 @@ def open_shop(folder: Path) -> Shop:
         raise InvalidInput(
             f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)"
         )
-    try:
-        return Shop.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"{path} is not TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is not UTF-8 (byte {error.start})") from None
-    except ValidationError as error:
-        raise InvalidInput(f"{path}: {_first_error(error)}") from None
+    return read_toml(Shop, path, str(path), _first_error)
 
 
 def _first_error(error: ValidationError) -> str:

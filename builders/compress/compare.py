@@ -27,12 +27,13 @@ from builders.compress.planner import Search, Variant, global_8bit
 from builders.compress.sensitivity import compare
 from builders.compress.shrink import exported, student_of, training_batches
 from builders.compress.stage import Source
+from builders.compress.students import encoder_sizes
 from builders.index import StagedRelease
-from builders.models import Block, UserEncoder
+from builders.models import UserEncoder
 from builders.ranker import Ranker
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
-Report = Callable[[float, str], None]
 MODELS = ("ranker", "user_encoder")
 _LITTLE = 0.1  # of kd's weight: enough to tell the answers, which neither attention nor relations do
 _SETUP = 0.05  # share of the whole before the first row
@@ -167,9 +168,8 @@ def _half(source: Source, model: str) -> dict[str, Any]:
     """Half the teacher's inner sizes; what is said of them holds for any other student too, only less so."""
     teacher = source.modules[model]
     if isinstance(teacher, UserEncoder):
-        blocks = [block for block in teacher.blocks if isinstance(block, Block)]
-        feed = len(blocks[0].feed.get_submodule("0").get_parameter("weight"))
-        return {"layers": max(1, len(blocks) // 2), "heads": blocks[0].heads, "feed": feed // 2}
+        whole = encoder_sizes(teacher)
+        return {**whole, "layers": max(1, whole["layers"] // 2), "feed": whole["feed"] // 2}
     c = source.ranker_config
     halves = {name: getattr(c, name) // 2 for name in ("hidden", "tower", "products")}
     # attention too: of the teacher's width it would be copied whole, and the loss of attention would have nothing to teach

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from builders.stages import Report
 from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 from ensemble.release import open_release
@@ -41,7 +41,7 @@ class ChainRow:
 
 
 def compare_chain(
-    repository: Path, before: str, after: str, *, batches: tuple[int, ...] = (1, 8, 32), seed: int = 0, report: Callable[[float, str], None]
+    repository: Path, before: str, after: str, *, batches: tuple[int, ...] = (1, 8, 32), seed: int = 0, report: Report
 ) -> list[ChainRow]:
     """Runs the local twins of two releases on the same users by turns, so that what the machine does besides falls on both."""
     twins = [LocalPipeline(open_release(repository, name)) for name in (before, after)]

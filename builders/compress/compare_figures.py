@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from builders.compress.compare import LossTable, PlanPoint, PlanTable, mean_and_error
-from builders.report_figures import BLUE, GREY, INK, PALE, RED, SKY
+from builders.report_figures import BLUE, GREY, INK, PALE, RED, SKY, front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,12 +68,8 @@ def plans_figure(found: PlanTable) -> Figure:
 
 def _points(axes: Axes, points: Sequence[PlanPoint], x: Sequence[float], y: Sequence[float], errors: Sequence[float] | None) -> None:
     """The points of one panel, those of a family in its look, and the front: what no other point beats in both."""
-    front = [
-        i
-        for i in sorted(range(len(x)), key=lambda i: (x[i], y[i]))
-        if all((x[j], y[j]) == (x[i], y[i]) or x[j] > x[i] or y[j] > y[i] for j in range(len(x)))
-    ]
-    axes.step([x[i] for i in front], [y[i] for i in front], where="post", color=PALE, linewidth=1.4, zorder=1, label="Pareto front")
+    best = front(x, y)
+    axes.step([x[i] for i in best], [y[i] for i in best], where="post", color=PALE, linewidth=1.4, zorder=1, label="Pareto front")
     for family, (colour, marker, area, name) in _LOOKS.items():
         own = [i for i, point in enumerate(points) if point.family == family]
         axes.scatter([x[i] for i in own], [y[i] for i in own], s=area, c=colour, marker=marker, linewidths=0, zorder=3, label=name)

@@ -44,6 +44,13 @@ def to_int8(proto: ModelProto, blocks: list[Block], ranges: Ranges) -> None:
         kind(block)
 
 
+def joined_by(maker: NodeProto | None, tensor: str, ranges: Ranges) -> list[str]:
+    """What a tensor's maker joins along its last axis, where that is a concatenation and all ranges are known; else nothing."""
+    if maker is None or maker.op_type != "Concat" or maker.attribute[0].i not in (-1, len(ranges[tensor].shape)):
+        return []
+    return list(maker.input) if all(name in ranges for name in maker.input) else []
+
+
 def affine(found: Range) -> tuple[float, int]:
     """(scale, zero) of uint8 codes that reach from the range's low to its high; 0.0 has a code of its own."""
     scale = float(np.float32((found.high - found.low) / _MAX_CODE or 1.0))
@@ -139,9 +146,8 @@ class _Rewrite:
         """A concatenation along the last axis falls into its inputs; one constant factor goes into the scale."""
         maker = self.known.makers.get(tensor)
         inputs = list(maker.input) if maker is not None else []
-        joins = maker is not None and maker.op_type == "Concat" and maker.attribute[0].i in (-1, len(self.ranges[tensor].shape))
-        if joins and all(name in self.ranges for name in inputs):
-            return [part for name in inputs for part in self._parts(name)]
+        if joined := joined_by(maker, tensor, self.ranges):
+            return [part for name in joined for part in self._parts(name)]
         scale, zero = affine(self.ranges[tensor])
         columns = self.ranges[tensor].shape[-1]
         if maker is not None and maker.op_type == "Relu" and zero == 0 and tensor not in self.flat:

@@ -9,7 +9,6 @@ Axes: Q held-out users, I items, D embedding, M interests, N candidates, K shown
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,14 @@ from builders.compress.measure import (
     TOP_K,
     Measured,
     Timing,
+    at_once,
     in_chunks,
     in_order,
     measure_ranking,
     measure_tasks,
     recalled_tensors,
-    time_pair,
 )
+from builders.compress.timing import time_pair
 from builders.dataset import Dataset, Targets
 from builders.index import StagedRelease
 from builders.verify import BATCH, EVERY_USER_BELOW, Verifier
@@ -52,6 +52,7 @@ _FROM_ITEMS = {
     "history_features": ("history_rows", "features"),
     "candidate_features": ("candidate_rows", "features"),
 }
+_ENCODED = 1024  # items at once
 _ENGINES = ("user_encoder", "item_encoder", "ranker")
 
 
@@ -120,7 +121,7 @@ class Evaluation:
             known = recalled_tensors(self.verifier, users, np.asarray(self.dataset.train_ends[users]))
             return {name: known[name] for name in names}
 
-        parts = _at_once(ask, pieces)
+        parts = at_once(ask, pieces)
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def check_users(self, num_users: int) -> None:
@@ -181,7 +182,7 @@ class Evaluation:
             known = recalled_tensors(self.verifier, targets.user_rows[start : start + BATCH], targets.history_ends[start : start + BATCH])
             return {name: array for name, array in known.items() if name not in _FROM_ITEMS}
 
-        parts = _at_once(ask, range(0, len(targets.user_rows), BATCH))
+        parts = at_once(ask, range(0, len(targets.user_rows), BATCH))
         tensors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         kept = np.concatenate([[0], targets.item_rows, *(tensors[name].ravel() for name in ("seen_rows", "candidate_rows")), self._catalogue()])
         rows = np.unique(np.maximum(kept, 0))
@@ -201,23 +202,30 @@ class Evaluation:
             ordered = in_order(self.verifier.reranking, rows, in_chunks(ranker, held.feeds(contract.RANKER_INPUTS, piece)))
             return metrics.gains(metrics.ranks_from_lists(ordered, held.true[piece]), TOP_K), ordered[:, :TOP_K]
 
-        return _judged(_at_once(rank, held.pieces(CHUNK)), held)
+        return _judged(at_once(rank, held.pieces(CHUNK)), held)
 
     def _searched(self, user_embeddings: Array, held: _Held) -> Judged:
         """Exact ranking of held.items by inner product, what was seen left out; user_embeddings [Q, M, D]."""
         items = np.ascontiguousarray(held.items["embedding"].T)
-        return _judged(_at_once(partial(_search, items, user_embeddings, held), held.pieces(BATCH)), held)
+        return _judged(at_once(partial(_search, items, user_embeddings, held), held.pieces(BATCH)), held)
 
     def _with_items(self, encoder: OnnxSession, user_embeddings: Array, held: _Held) -> Judged:
         items = held.items.copy()
-        for start in range(0, len(items), 1024):
-            encoded = encoder.run(self._item_feeds(held.rows[start : start + 1024]))
-            items["embedding"][start : start + 1024] = encoded["item_embedding"]
-            items["features"][start : start + 1024] = encoded["item_features"]
+        items["embedding"], items["features"] = self.encoded_items(encoder, held.rows)
         variant = replace(held, items=items)
         searched, ranked = self._searched(user_embeddings, variant), self._ranked(self.verifier.ranker.run, variant)
         shifted = np.where(ranked.lists > 0, ranked.lists + self.dataset.num_items, -1)
         return Judged((searched.gains + ranked.gains) / 2, np.concatenate([searched.lists, shifted], axis=1))
+
+    def encoded_items(self, encoder: OnnxSession, rows: Array) -> tuple[Array, Array]:
+        """What item_encoder gives of the rows [R]: embeddings [R, D] and features [R, F] float32."""
+        sizes = self.dataset.schema.sizes
+        embeddings, features = np.empty((len(rows), sizes.embedding), np.float32), np.empty((len(rows), sizes.item_features), np.float32)
+        for start in range(0, len(rows), _ENCODED):
+            piece = slice(start, start + _ENCODED)
+            found = encoder.run(self._item_feeds(rows[piece]))
+            embeddings[piece], features[piece] = found["item_embedding"], found["item_features"]
+        return embeddings, features
 
     # --- the whole release
 
@@ -258,7 +266,7 @@ def _encoded(encoder: Any, held: _Held) -> Array:
     def encode(piece: slice) -> Array:
         return encoder.run(held.feeds(contract.USER_ENCODER_INPUTS, piece))["user_embeddings"]
 
-    return np.concatenate(_at_once(encode, held.pieces(BATCH)))
+    return np.concatenate(at_once(encode, held.pieces(BATCH)))
 
 
 def _search(items: Array, user_embeddings: Array, held: _Held, piece: slice) -> tuple[Array, Array]:
@@ -279,9 +287,3 @@ def _search(items: Array, user_embeddings: Array, held: _Held, piece: slice) -> 
 def _judged(parts: list[tuple[Array, Array]], held: _Held) -> Judged:
     gains, lists = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Judged(gains, np.where(lists > 0, held.rows[lists], -1))
-
-
-def _at_once(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
-    """Two at a time: engines and large products release the GIL."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(work, pieces))

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 Feeds = dict[str, Tensor]
 Batches = Callable[[np.random.Generator], Feeds]  # draws one batch with the given random numbers
 Loss = Callable[[nn.Module, Feeds], Tensor]  # the module as it is now and a batch -> what shall fall, a scalar
-Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 _SHOWN = 20  # times that progress is told of one training
 _CLIP = 5.0  # largest norm of the gradients of one step
 
@@ -41,7 +41,7 @@ def finetune(
     seed: int = 0,
     repairs: tuple[Repair, ...] = (),
     dropout: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[float]:
     """Trains `module` in place: Adam, learning rate falling linearly to 0. Returns the loss of every step.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from builders.compress import bootstrap
 from builders.compress.bootstrap import Spread
+from builders.compress.judge import overlaps
 from builders.compress.measure import TOP_K, Measured, TaskOutcome, Timing
 from builders.compress.plan import Gate
 from builders.compress.report import NodePrecision
@@ -140,12 +141,6 @@ def _ranking_rows(reference: Measured, candidate: Measured, limits: Gate, keeps_
     if keeps_weights:
         rows.append(_row(f"top-{TOP_K} overlap", users, (1.0, 1 - spreads[-1].value), spreads[-1], 1 - limits.overlap, relative=True))
     return rows
-
-
-def overlaps(first: Array, second: Array) -> Array:
-    """Share of each user's shown items that both lists show. [Q, K], [Q, K] -> [Q]."""
-    shared = ((first[:, :, None] == second[:, None, :]) & (first[:, :, None] > 0)).any(2).sum(1)
-    return shared / np.maximum((first > 0).sum(1), 1)
 
 
 def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int) -> list[GateRow]:

@@ -19,8 +19,13 @@ class Judged:
 
     def overlap(self, other: Judged) -> float:
         """Mean share of the shown items that both show (0 to 1)."""
-        shared = (self.lists[:, :, None] == other.lists[:, None, :]) & (self.lists[:, :, None] > 0)
-        return float((shared.any(2).sum(1) / np.maximum((self.lists > 0).sum(1), 1)).mean())
+        return float(overlaps(self.lists, other.lists).mean())
+
+
+def overlaps(first: Array, second: Array) -> Array:
+    """Share of each user's shown items that both lists show. [Q, K], [Q, K] -> [Q]."""
+    shared = ((first[:, :, None] == second[:, None, :]) & (first[:, :, None] > 0)).any(2).sum(1)
+    return shared / np.maximum((first > 0).sum(1), 1)
 
 
 Judge = Callable[[bytes], Judged]  # a serialized ONNX model in place of the release's own -> what users then get

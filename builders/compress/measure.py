@@ -5,10 +5,10 @@ Axes: Q held-out users (a next item each), K shown items, N candidates, E impres
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -79,18 +79,23 @@ class Measured:
 
 
 def measure_ranking(verifier: Verifier, targets: Targets) -> Measured:
-    """The whole chain on (a sample of, on large catalogues) the targets; two batches at once, as engines release the GIL."""
+    """The whole chain on (a sample of, on large catalogues) the targets."""
     dataset = verifier.dataset
     count = len(targets.user_rows)
     chosen = np.arange(count)
     if dataset.num_items >= EVERY_USER_BELOW and count > SAMPLE:
         chosen = np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])
     pieces = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda piece: _chain(verifier, targets, piece), pieces))
+    parts = at_once(lambda piece: _chain(verifier, targets, piece), pieces)
     ranks, recalled, lists = (np.concatenate(part) for part in zip(*parts, strict=True))
     slices = user_slices(dataset, targets, chosen)
     return Measured(targets.user_rows[chosen], ranks, recalled, lists, slices, num_candidates=dataset.schema.sizes.candidates)
+
+
+def at_once(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
+    """Two at a time: engines and large products release the GIL."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, pieces))
 
 
 def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, Array, Array]:
@@ -148,21 +153,3 @@ def measure_tasks(verifier: Verifier, impressions: Impressions) -> tuple[TaskOut
         labels = impressions.labels[given, t].astype(np.float64)
         outcomes.append(TaskOutcome(task.name, task.kind, impressions.user_rows[given], labels, np.nan_to_num(values[given, t])))
     return tuple(outcomes)
-
-
-def time_pair(ours: Callable[[], object], reference: Callable[[], object], *, limit_s: float = 1.0) -> tuple[float, float]:
-    """Milliseconds of two calls that take turns, now the one first, now the other: the reference's median, and that times the turns'
-    median ratio.
-
-    CPU time of the one thread that computes: what other processes take is not counted, what they do to the caches hits both.
-    """
-    calls, times = (ours, reference), np.zeros((200, 2))
-    end, turn = time.monotonic() + limit_s, -2  # the first two turns warm up
-    while turn < 15 or (time.monotonic() < end and turn < len(times)):
-        for place in (0, 1) if turn % 2 else (1, 0):
-            start = time.thread_time()
-            calls[place]()
-            times[turn, place] = time.thread_time() - start
-        turn += 1
-    reference_ms = float(np.median(times[:turn, 1])) * 1e3
-    return reference_ms * float(np.median(times[:turn, 0] / times[:turn, 1])), reference_ms

@@ -32,13 +32,13 @@ Steps of a model are taken in the order distil, prune, quantize.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
 
 PRESETS = ("none", "balanced", "small", "fast")
@@ -199,20 +199,14 @@ def read_plan(name_or_path: str | Path) -> CompressionPlan:
     """A preset by name, or a TOML file; InvalidInput names the file, the first wrong key, its value and the cure."""
     path = _FOLDER / f"{name_or_path}.toml" if str(name_or_path) in PRESETS else Path(name_or_path)
     try:
-        return CompressionPlan.model_validate(tomllib.loads(path.read_text("utf-8")))
+        return read_toml(CompressionPlan, path, f"compression plan {path}", first_error)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InvalidInput(f"compression plan {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}") from None
     except OSError as error:
         raise InvalidInput(f"compression plan {path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"compression plan {path} is not TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"compression plan {path} is not UTF-8 (byte {error.start})") from None
-    except ValidationError as error:
-        raise InvalidInput(f"compression plan {path}: {_first_error(error)}") from None
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """One line out of pydantic's report: the key, its value, what is wrong, and what would be right."""
     first = error.errors(include_url=False)[0]
     loc, kind, value = first["loc"], first["type"], first["input"]

@@ -19,8 +19,9 @@ from builders.compress.calibration import MIN_USERS, Ranges, calibrate, check_fi
 from builders.compress.graph import Block
 from builders.compress.judge import Judge, Judged
 from builders.compress.quantize import BITS, PRECISIONS, check_precisions, choices, quantize
-from builders.compress.sensitivity import Loss, Report, Sensitivity, compare, sensitivities
+from builders.compress.sensitivity import Loss, Sensitivity, compare, fp16_misfit, sensitivities
 from builders.compress.timing import time_share
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 Array = np.ndarray
@@ -258,10 +259,8 @@ class Search:
         """16 bits where the runtime has them and they hold the block's numbers, else 32."""
         if "fp16" not in self.candidates:
             return "fp32"
-        try:
-            quantize(self.model, {block.name: "fp16"}, self.ranges, self.runtime)
-        except InvalidInput as error:
-            self.notes.append(str(error))
+        if why := fp16_misfit(self.model, block, self.ranges, self.runtime):
+            self.notes.append(why)
             return "fp32"
         return "fp16"
 

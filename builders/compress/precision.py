@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from builders.compress.calibration import calibrate
 from builders.compress.evaluate import Evaluation, Tensors
-from builders.compress.graph import parameters
 from builders.compress.plan import CompressionPlan, Quantize
 from builders.compress.planner import Plan, global_8bit, plan_precisions
 from builders.compress.qat import qat
-from builders.compress.report import NodePrecision, Variant, nodes_of, variants_of
+from builders.compress.report import NodePrecision, Variant, nodes_of, uncompressed, variant_of, variants_of
 from builders.compress.sensitivity import compare
 from builders.compress.shrink import Shrunk, exported
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
     from builders.compress.stage import Source
 
-Report = Callable[[float, str], None]
 _CALIBRATION_USERS = 128  # unless the plan says; more hardly move the ranges
 
 
@@ -50,8 +48,9 @@ def choose_precisions(
         if tuned.plan is not None:
             found, variants = tuned.plan, [*_not_chosen(variants), *_as_qat(variants_of(model, tuned.plan, shrunk.model, shrunk.ms))]
     variants.append(_global(model, shrunk, feeds, runtime, found.chosen.size))
-    tried = [_against_uncompressed(v, shrunk) for v in variants if v["family"] != "uncompressed"]
-    return Choice(found.model, [_uncompressed(model, shrunk, runtime), *tried], nodes_of(model, found), notes)
+    whole = uncompressed(model, runtime, shrunk.reference, shrunk.reference_ms if runtime == "onnxruntime" else None)
+    tried = [_against_uncompressed(variant, shrunk) for variant in variants]
+    return Choice(found.model, [whole, *tried], nodes_of(model, found), notes)
 
 
 def _planned(model: bytes, feeds: Tensors, shrunk: Shrunk, plan: CompressionPlan, wanted: Quantize, runtime: str, report: Report) -> Plan:
@@ -121,33 +120,7 @@ def _fine_tuned(
 def _global(model: str, shrunk: Shrunk, feeds: Tensors, runtime: str, size: float) -> Variant:
     """Plain 8 bits, the largest nodes first, down to the planner's size: what the planner is held against."""
     tried = global_8bit(shrunk.model, shrunk.judge, calibrate(shrunk.model, feeds, min_users=1), runtime=runtime, feeds=feeds, size=size)
-    latency_ms = None if tried.latency is None else tried.latency * shrunk.ms
-    return {
-        "model": model,
-        "runtime": runtime,
-        "name": tried.label,
-        "family": "global",
-        "loss": tried.loss.relative,
-        "bytes": round(tried.size * len(shrunk.model)),
-        "parameters": parameters(shrunk.model),
-        "latency_ms": latency_ms,
-        "chosen": False,
-    }
-
-
-def _uncompressed(model: str, shrunk: Shrunk, runtime: str) -> Variant:
-    """The engine as it was exported, whatever was distilled or pruned before precisions were chosen."""
-    return {
-        "model": model,
-        "runtime": runtime,
-        "name": "fp32",
-        "family": "uncompressed",
-        "loss": 0.0,
-        "bytes": len(shrunk.reference),
-        "parameters": parameters(shrunk.reference),
-        "latency_ms": shrunk.reference_ms if runtime == "onnxruntime" else None,
-        "chosen": False,
-    }
+    return variant_of(model, runtime, tried, shrunk.model, shrunk.ms, "global")
 
 
 def _against_uncompressed(variant: Variant, shrunk: Shrunk) -> Variant:

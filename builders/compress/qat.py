@@ -24,7 +24,8 @@ from torch.nn.utils import parametrize
 from builders.compress import cpu, graph
 from builders.compress.calibration import Ranges
 from builders.compress.distil import DistilLosses, distil_loss
-from builders.compress.finetune import Batches, Loss, Progress, finetune
+from builders.compress.finetune import Batches, Loss, finetune
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 _MAX_CODE = 127  # of symmetric codes
@@ -64,7 +65,7 @@ def qat(
     learning_rate: float = 1e-4,
     seed: int = 0,
     loss: Loss | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> nn.Module:
     """A fine-tuned fp32 copy of `module`, whose answers suffer less from `quantize(its ONNX, precisions, ranges, runtime)`.
 
@@ -111,10 +112,8 @@ def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: 
 
 def _affine(tensor: str, known: graph.Index, ranges: Ranges) -> list[tuple[float, int, int]]:
     """(scale, smallest and largest code less the zero) of each column: uint8, each part of a concatenation by itself, as in cpu.py."""
-    maker = known.makers.get(tensor)
-    joins = maker is not None and maker.op_type == "Concat" and maker.attribute[0].i in (-1, len(ranges[tensor].shape))
-    if maker is not None and joins and all(name in ranges for name in maker.input):
-        return [column for name in maker.input for column in _affine(name, known, ranges)]
+    if joined := cpu.joined_by(known.makers.get(tensor), tensor, ranges):
+        return [column for name in joined for column in _affine(name, known, ranges)]
     scale, zero = cpu.affine(ranges[tensor])
     return [(scale, -zero, 255 - zero)] * ranges[tensor].shape[-1]
 

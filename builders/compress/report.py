@@ -8,6 +8,7 @@ from builders.compress.graph import parameters
 
 if TYPE_CHECKING:
     from builders.compress.planner import Plan
+    from builders.compress.planner import Variant as Tried
 
 
 class Variant(TypedDict):
@@ -61,23 +62,26 @@ class CompressionReport(TypedDict):
     notes: list[str]  # what was decided and why, one line each: "ranker at batch 8: int8 was slower, fp32 is kept"
 
 
-def variants_of(model: str, plan: Plan, reference: bytes, reference_ms: float | None) -> list[Variant]:
-    """The planner's variants of one model as points of the plot; reference: the uncompressed engine, and its time at batch 8."""
-    count = parameters(reference)
+def uncompressed(model: str, runtime: str, engine: bytes, ms: float | None) -> Variant:
+    """The engine as it was exported, and its time at batch 8."""
+    return {
+        "model": model, "runtime": runtime, "name": "fp32", "family": "uncompressed", "loss": 0.0, "bytes": len(engine),
+        "parameters": parameters(engine), "latency_ms": ms, "chosen": False,
+    }  # fmt: skip
 
-    def point(name: str, family: str, loss: float, size: int, latency_ms: float | None, chosen: bool) -> Variant:
-        return {
-            "model": model, "runtime": plan.runtime, "name": name, "family": family, "loss": loss, "bytes": size,
-            "parameters": count, "latency_ms": latency_ms, "chosen": chosen,
-        }  # fmt: skip
 
-    found = [point("fp32", "uncompressed", 0.0, len(reference), reference_ms, False)]
-    for tried in plan.variants:
-        chosen = tried.precisions == plan.chosen.precisions
-        family = "global" if tried.label.startswith("global") else "planner"
-        times = None if tried.latency is None or reference_ms is None else tried.latency * reference_ms
-        found.append(point("planner" if chosen else tried.label, family, tried.loss.relative, round(tried.size * len(reference)), times, chosen))
-    return found
+def variant_of(model: str, runtime: str, tried: Tried, engine: bytes, ms: float, family: str = "planner", *, chosen: bool = False) -> Variant:
+    """One joint choice as a point of the plot; `engine`: the fp32 one that it was made from, `ms`: its time at batch 8."""
+    return {
+        "model": model, "runtime": runtime, "name": "planner" if chosen else tried.label, "family": family, "loss": tried.loss.relative,
+        "bytes": round(tried.size * len(engine)), "parameters": parameters(engine),
+        "latency_ms": None if tried.latency is None else tried.latency * ms, "chosen": chosen,
+    }  # fmt: skip
+
+
+def variants_of(model: str, plan: Plan, engine: bytes, ms: float) -> list[Variant]:
+    """All that the planner tried for one model."""
+    return [variant_of(model, plan.runtime, tried, engine, ms, chosen=tried.precisions == plan.chosen.precisions) for tried in plan.variants]
 
 
 def nodes_of(model: str, plan: Plan) -> list[NodePrecision]:

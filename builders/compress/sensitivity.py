@@ -6,7 +6,7 @@ model's output not at all: all three are measured, and `cost` weighs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,10 @@ from builders.compress.calibration import Ranges, open_session
 from builders.compress.graph import Block
 from builders.compress.judge import Judge, Judged
 from builders.compress.quantize import choices, quantize
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 Array = np.ndarray
-Report = Callable[[float, str], None]  # share done 0..1, what is being done
 _ERROR_USERS = 32
 
 
@@ -73,19 +73,17 @@ def sensitivities(
     ranges: Ranges,
     runtime: str,
     precisions: tuple[str, ...],
-    skip: frozenset[str] = frozenset(),
-    uncompressed: Judged | None = None,
-    progress: Report | None = None,
+    skip: frozenset[str],
+    uncompressed: Judged,
+    progress: Report | None,
 ) -> list[Sensitivity]:
     """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration users'."""
     proto = graph.load(model)
     blocks = graph.blocks(proto)
-    uncompressed = uncompressed or judge(model)
     flops = block_flops(blocks, ranges)
     total = sum(flops.values()) or 1.0
-    todo = [
-        (b, p) for b in blocks if b.name not in skip for p in precisions if p in choices(b, runtime) and not _overflows(model, b, p, ranges, runtime)
-    ]
+    possible = [(b, p) for b in blocks if b.name not in skip for p in precisions if p in choices(b, runtime)]
+    todo = [(b, p) for b, p in possible if p != "fp16" or not fp16_misfit(model, b, ranges, runtime)]
     outputs = _outputs(model, feeds, runtime)
     rows = []
     for done, (block, precision) in enumerate(todo):
@@ -109,15 +107,13 @@ def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
     return found
 
 
-def _overflows(model: bytes, block: Block, precision: str, ranges: Ranges, runtime: str) -> bool:
-    """Whether this block cannot be fp16."""
-    if precision != "fp16":
-        return False
+def fp16_misfit(model: bytes, block: Block, ranges: Ranges, runtime: str) -> str:
+    """Why this block cannot be fp16; empty where it can."""
     try:
-        quantize(model, {block.name: precision}, ranges, runtime)
-    except InvalidInput:
-        return True
-    return False
+        quantize(model, {block.name: "fp16"}, ranges, runtime)
+    except InvalidInput as error:
+        return str(error)
+    return ""
 
 
 def _outputs(model: bytes, feeds: Mapping[str, Array], runtime: str) -> list[Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,24 +17,23 @@ from builders.compress.evaluate import Evaluation, OnnxSession
 from builders.compress.finetune import Batches, batches_from_feeds, finetune
 from builders.compress.graph import parameters
 from builders.compress.judge import Judge, Judged
-from builders.compress.measure import time_pair
 from builders.compress.plan import CompressionPlan, Distil, Prune
 from builders.compress.prune import Masks, magnitude, structured, two_four
 from builders.compress.report import Variant
 from builders.compress.sensitivity import compare
 from builders.compress.students import student_ranker, student_user_encoder
-from builders.compress.timing import time_share
+from builders.compress.timing import time_pair, time_share
 from builders.export import export_model
 from builders.index import StagedRelease
 from builders.models import UserEncoder
 from builders.ranker import Ranker
+from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
     from builders.compress.stage import Source
 
 Array = np.ndarray
-Report = Callable[[float, str], None]
 TRAINING_USERS = 3000  # (or items) whose feeds teach; a quarter of a smaller shop's users
 BATCHES = {"ranker": 16, "user_encoder": 256, "item_encoder": 512}  # users (items) a step
 _CHECKED = 64  # users on whom an exported engine is held against torch
@@ -93,8 +92,10 @@ def _next(source: Source, model: str, state: Shrunk, module: nn.Module, family: 
     loss = compare(state.uncompressed, state.judge(engine)).relative
     feeds = evaluation.feeds(model, min(_CHECKED, evaluation.most(model)))
     ms = state.ms * time_share(engine, state.model, feeds, 8)[0]
-    variant: Any = {"model": model, "runtime": "onnxruntime", "name": name, "family": family, "loss": loss, "bytes": len(engine)}
-    variant |= {"parameters": parameters(engine), "latency_ms": ms, "chosen": False}
+    variant: Variant = {
+        "model": model, "runtime": "onnxruntime", "name": name, "family": family, "loss": loss, "bytes": len(engine),
+        "parameters": parameters(engine), "latency_ms": ms, "chosen": False,
+    }  # fmt: skip
     note = f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, {ms:.2f} ms for 8 users, loss {loss:+.2%}"
     return replace(state, module=module, model=engine, ms=ms, loss=loss, variants=[*state.variants, variant], notes=[*state.notes, note])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,16 +30,15 @@ from builders.folders import link
 from builders.index import StagedRelease, build_index, write_vectors
 from builders.ranker import RankerConfig
 from builders.rows import write_items
+from builders.stages import Report
 from builders.verify import Verifier
 from ensemble.item_index import VECTORS
 from ensemble.recall import settings_from_json
 
 Array = np.ndarray
-Report = Callable[[float, str], None]
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}
 _QUERIES = 512  # user embeddings that tune the index anew
-_ENCODED = 1024  # items at once
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class _Work:
             self.notes += choice.notes
         if model == "item_encoder":
             report(0.9, "items encoded again, index")
-            self._encode_items()
+            self._encode_items(evaluation)
 
     def _choices(self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report) -> dict[str, Choice]:
         """The chosen engine of each runtime that the plan quantizes for."""
@@ -122,10 +120,12 @@ class _Work:
         path.unlink(missing_ok=True)  # a link into the uncompressed release, perhaps
         path.write_bytes(engine)
 
-    def _encode_items(self) -> None:
+    def _encode_items(self, evaluation: Evaluation) -> None:
         """Rows and index hold what the engine gives: a new item's row must lie in the same space."""
         dataset, folder = self.source.dataset, self.folder
-        embeddings, features = self._encoded_items(OnnxSession((folder / "engines" / "item_encoder" / "model.onnx").read_bytes()))
+        encoder = OnnxSession(StagedRelease(folder).member_file("item_encoder", "model.onnx").read_bytes())
+        embeddings, features = evaluation.encoded_items(encoder, np.arange(dataset.num_items + 1))
+        embeddings[0] = features[0] = 0  # no item
         for name in ("items.npy", "index.faiss", "recall.json"):
             (folder / name).unlink()
             if name != "items.npy":
@@ -140,22 +140,6 @@ class _Work:
         faiss.write_index(tuned.index, str(folder / "index.faiss"))
         write_vectors(embeddings, plan, folder)
         (folder / "recall.json").write_text(dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json())
-
-    def _encoded_items(self, encoder: OnnxSession) -> tuple[Array, Array]:
-        """item embeddings [I + 1, D] and features [I + 1, F] float32; row 0, no item, is 0."""
-        dataset, sizes = self.source.dataset, self.source.dataset.schema.sizes
-        embeddings = np.zeros((dataset.num_items + 1, sizes.embedding), np.float32)
-        features = np.zeros((dataset.num_items + 1, sizes.item_features), np.float32)
-        for start in range(1, dataset.num_items + 1, _ENCODED):
-            piece = slice(start, start + _ENCODED)
-            feeds = {
-                "item_id_embedding": self.source.item_id_embeddings[piece],
-                "item_codes": np.asarray(dataset.item_codes[piece]),
-                "item_values": np.asarray(dataset.item_values[piece]),
-            }
-            found = encoder.run(feeds)
-            embeddings[piece], features[piece] = found["item_embedding"], found["item_features"]
-        return embeddings, features
 
     def told(self, plan_name: str) -> CompressionReport:
         """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""

@@ -37,10 +37,8 @@ def student_ranker(teacher: Ranker, schema: Schema, config: RankerConfig, widths
 
 def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: int = 0) -> UserEncoder:
     """A user encoder of the teacher's sizes but for `layers`, `heads` and `feed`; its embedding's width is the contract's."""
-    _check_names("user_encoder", widths, {"layers", "heads", "feed"})
-    dim, blocks = len(teacher.default), [block for block in teacher.blocks if isinstance(block, Block)]
-    feed = len(blocks[0].feed.get_submodule("0").get_parameter("weight"))
-    sizes = {"layers": len(blocks), "heads": blocks[0].heads, "feed": feed, **widths}
+    _check_names("user_encoder", widths, set(encoder_sizes(teacher)))
+    dim, sizes = len(teacher.default), {**encoder_sizes(teacher), **widths}
     if min(sizes.values()) < 1 or dim % sizes["heads"]:
         raise InvalidInput(f"student of user_encoder: {sizes} does not fit width {dim}; sizes are at least 1, and heads divides {dim}")
     with torch.random.fork_rng():
@@ -57,6 +55,13 @@ def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: 
             **sizes,
         )
         return _start_at(teacher, encoder)
+
+
+def encoder_sizes(encoder: UserEncoder) -> dict[str, int]:
+    """What a student of it may have smaller."""
+    blocks = [block for block in encoder.blocks if isinstance(block, Block)]
+    feed = len(blocks[0].feed.get_submodule("0").get_parameter("weight"))
+    return {"layers": len(blocks), "heads": blocks[0].heads, "feed": feed}
 
 
 def _start_at(teacher: nn.Module, student: _Student) -> _Student:

@@ -26,30 +26,9 @@ FP16_MAX = 65504.0
 FP8_MAX = 448.0
 _OPSET = 19  # the first with fp8
 # Operations that lose nothing that matters in fp16 while their tensors fit; all others stay fp32.
-_EITHER = frozenset(
-    (
-        *(
-            "Add",
-            "Sub",
-            "Mul",
-            "Neg",
-            "Max",
-            "Min",
-            "Clip",
-            "Relu",
-            "LeakyRelu",
-            "Gelu",
-            "Tanh",
-            "Sigmoid",
-            "MatMul",
-            "Gemm",
-            "Cast",
-            "Where",
-            "Concat",
-        ),
-        *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand", "Gather", "Tile", "Pad"),
-    )
-)
+_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Max", "Min", "Clip", "Relu", "LeakyRelu", "Gelu", "Tanh", "Sigmoid", "MatMul", "Gemm", "Cast", "Where")
+_MOVES = ("Concat", "Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand", "Gather", "Tile", "Pad")
+_EITHER = frozenset((*_ARITHMETIC, *_MOVES))
 
 
 def retype(proto: ModelProto, precisions: Mapping[Block, str], ranges: Ranges) -> None:
@@ -72,12 +51,18 @@ def _misfit(proto: ModelProto, block: Block, ranges: Ranges) -> str:
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     node = next(node for node in proto.graph.node if node.name == block.node)
     for name in (*node.input, *node.output):
-        known = constants.get(name)
-        largest = float(np.abs(graph.array(known)).max(initial=0)) if known is not None and known.data_type == TensorProto.FLOAT else 0.0
-        largest = max(largest, ranges[name].amplitude if name in ranges else 0.0)
+        largest = _largest(name, constants, ranges)
         if not largest <= FP16_MAX:
             return f"{name} reaches {largest:.3g} on the calibration users"
     return ""
+
+
+def _largest(name: str, constants: Mapping[str, TensorProto], ranges: Ranges) -> float:
+    """|x| of a float tensor: of a constant's values, or as seen on the calibration users; 0 where nothing is known."""
+    known = constants.get(name)
+    if known is not None and known.data_type == TensorProto.FLOAT:
+        return float(np.abs(graph.array(known)).max(initial=0))
+    return ranges[name].amplitude if name in ranges else 0.0
 
 
 class _Typing:
@@ -153,16 +138,8 @@ class _Typing:
 
     def _fits(self, node: NodeProto) -> bool:
         """Whether fp16 holds all that the node reads and makes."""
-        if node.op_type not in _EITHER:
-            return False
-        for name in (*node.input, *node.output):
-            if name in self.known.constants and name in self.floats:
-                values = np.abs(graph.array(self.known.constants[name]))
-                if values.size and not values.max() <= FP16_MAX:
-                    return False
-            elif name in self.floats and name in self.ranges and not self.ranges[name].amplitude <= FP16_MAX:
-                return False
-        return True
+        names = (*node.input, *node.output)
+        return node.op_type in _EITHER and all(_largest(name, self.known.constants, self.ranges) <= FP16_MAX for name in names)
 
     def _typed(self, tensor: str, kind: int) -> str:
         """The tensor in the wanted type, cast once for all who read it."""

@@ -17,7 +17,7 @@ from builders import report_figures as figures
 from builders.compress.gate import verdict
 from builders.compress.measure import Measured, Timing
 from builders.compress.planner import Plan, Variant
-from builders.compress.report import nodes_of, variants_of
+from builders.compress.report import nodes_of, uncompressed, variant_of, variants_of
 from builders.compress.sensitivity import Loss
 from builders.report_html import page, release_figures, write_figures
 
@@ -31,7 +31,7 @@ def _variant(label, size, latency, loss, low=()):
 
 def _plan():
     chosen = _variant("planner", 0.5, 0.6, 0.001, ("first",))
-    tried = [_variant("global int8", 0.3, 0.4, 0.02, ("first", "second")), chosen]
+    tried = [_variant("2 of 3 low", 0.4, 0.5, 0.01, ("first", "third")), chosen]
     measured = {"op": "MatMul", "parameters": 640}
     table = [
         {"name": "first", **measured, "loss": {"overlap": 0.999, "relative": 0.0001}, "chosen": "int8", "reason": ""},
@@ -51,6 +51,12 @@ def _engine():
     return onnx.helper.make_model(graph).SerializeToString()
 
 
+def _variants():
+    plain = _variant("global int8", 0.3, 0.4, 0.02, ("first", "second"))
+    points = [uncompressed("ranker", "onnxruntime", _engine(), 14.0), variant_of("ranker", "onnxruntime", plain, _engine(), 14.0, "global")]
+    return [*points, *variants_of("ranker", _plan(), _engine(), 14.0)]
+
+
 def _compress():
     rng = np.random.default_rng(0)
     ranks = rng.integers(0, 30, 500).astype(float)
@@ -61,7 +67,7 @@ def _compress():
         "plan": {"gate": {"ranking": 0.01}},
         "plan_name": "balanced",
         "engines": [{**engine, "parameters": 640, "reference_parameters": 1280}],
-        "variants": variants_of("ranker", _plan(), _engine(), 14.0),
+        "variants": _variants(),
         "nodes": nodes_of("ranker", _plan()),
         "gates": {"onnxruntime": verdict(one, other).to_json()},
         "notes": ["ranker at batch 1: int8 was slower, fp32 is kept & served"],
@@ -118,11 +124,12 @@ def test_a_compressed_release_shows_gate_pareto_precisions_and_latency(compresse
 
 
 def test_the_planners_result_becomes_points_and_nodes():
-    variants, nodes = variants_of("ranker", _plan(), _engine(), 14.0), nodes_of("ranker", _plan())
+    variants, nodes = _variants(), nodes_of("ranker", _plan())
     size = len(_engine())
     assert [(v["name"], v["family"], v["bytes"], v["chosen"]) for v in variants] == [
         ("fp32", "uncompressed", size, False),
         ("global int8", "global", round(0.3 * size), False),
+        ("2 of 3 low", "planner", round(0.4 * size), False),
         ("planner", "planner", round(0.5 * size), True),
     ]
     assert variants[1]["latency_ms"] == pytest.approx(5.6)
@@ -135,7 +142,7 @@ def test_the_planners_result_becomes_points_and_nodes():
 
 
 def test_the_front_is_what_nothing_beats():
-    assert figures._front([1.0, 2.0, 3.0, 3.0, 0.5], [3.0, 1.0, 2.0, 0.5, 4.0]) == [4, 0, 1, 3]
+    assert figures.front([1.0, 2.0, 3.0, 3.0, 0.5], [3.0, 1.0, 2.0, 0.5, 4.0]) == [4, 0, 1, 3]
 
 
 @pytest.mark.parametrize("timed", [True, False])

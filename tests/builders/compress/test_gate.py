@@ -9,7 +9,8 @@ import pytest
 
 from builders import metrics
 from builders.compress import bootstrap
-from builders.compress.gate import holm, overlaps, verdict
+from builders.compress.gate import holm, verdict
+from builders.compress.judge import overlaps
 from builders.compress.measure import Measured, TaskOutcome, Timing
 from builders.compress.plan import Gate
 from ensemble.errors import InvalidInput

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -49,15 +48,6 @@ method = "magnitude"
 share = 0.99
 steps = 0
 """
-
-
-@pytest.fixture(scope="module")
-def workshop(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shop and a repository in which all stages before `compress` are done."""
-    folder = tmp_path_factory.mktemp("compressed")
-    shutil.copytree(tiny_shop, folder / "shop")
-    shutil.copytree(tiny_shop.parent / "repository", folder / "repository")
-    return folder
 
 
 def compressed(workshop: Path, text: str) -> str:
