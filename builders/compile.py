@@ -29,7 +29,7 @@ from ensemble.engines import Engine, check_signature
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.tensorrt import TensorRTEngine, import_tensorrt, logger, start, this_node
 from ensemble.errors import ReleaseError
-from ensemble.plans import MANIFEST, PLAN_FILE, EngineKey, Node, Range, plans_folder, ranges, read_plan, source_onnx
+from ensemble.plans import MANIFEST, EngineKey, Node, Range, plans_folder, ranges, read_plan, source_onnx
 from ensemble.release import Release, open_release
 from ensemble.repository import staging, sweep
 from ensemble.spec import ModelSpec
@@ -84,7 +84,7 @@ def compile_release(
     """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next call goes on where it was."""
     release = open_release(repository.resolve(), name)
     sweep(release.repository)
-    models = [*(model for model in release.pipeline.models if model.is_engine), contract.item_encoder(release.schema)]
+    models = engine_models(release)
     report("real users' feeds", 0.0)
     release.verify([source_onnx(release, model.name) for model in models])
     feeds = real_feeds(release, models)
@@ -94,6 +94,11 @@ def compile_release(
         with room_for(release):
             done.append(_compile_model(release, model, feeds[model.name], tools, portable))
     return done
+
+
+def engine_models(release: Release) -> list[ModelSpec]:
+    """What runs as ONNX or as a plan: the pipeline's engines, and the item encoder outside it."""
+    return [*(model for model in release.pipeline.models if model.is_engine), contract.item_encoder(release.schema)]
 
 
 def _compile_model(release: Release, model: ModelSpec, feeds: dict[str, np.ndarray], tools: Toolchain, portable: bool) -> Compiled:
@@ -118,8 +123,8 @@ def _compile_model(release: Release, model: ModelSpec, feeds: dict[str, np.ndarr
         "key": dataclasses.asdict(key),
     }
     with staging(release.repository) as stage:
-        write_plan(stage / folder.name, release, model, plan_bytes, feeds, facts)
-        error = _check_plan(stage / folder.name, facts["member"], model, source, feeds, types, tools)
+        path = write_plan(stage / folder.name, release, model, plan_bytes, feeds, facts)
+        error = _check_plan(path, model, source, feeds, types, tools)
         seal(stage / folder.name, {**facts, "relative_error": error})
         move_in(release, stage / folder.name, folder)
     return Compiled(model.name, key.digest, types, duration_s, len(plan_bytes), error, False)
@@ -136,9 +141,8 @@ def timing_cache(repository: Path, node: Node) -> Path:
     return repository / ".build" / "tensorrt" / f"timing-{node.tensorrt}-sm{node.sm}.cache"
 
 
-def _check_plan(folder: Path, member: str, model: ModelSpec, source: Path, feeds: dict[str, np.ndarray], types: str, tools: Toolchain) -> float:
+def _check_plan(path: Path, model: ModelSpec, source: Path, feeds: dict[str, np.ndarray], types: str, tools: Toolchain) -> float:
     """Runs the plan and onnxruntime on the same real feeds; ReleaseError if tensors differ from the contract's or numbers too much."""
-    path = folder / member / "1" / PLAN_FILE
     engine = tools.open(path)
     check_signature(engine, model, path)
     found, wanted = engine.run(feeds), OnnxEngine(source, 1, fuse=types == "fp32").run(feeds)

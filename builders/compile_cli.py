@@ -28,7 +28,7 @@ def compile_plans(
     Plans that are there and fit are kept, so a second call takes seconds; `peregrine serve` finds them by itself.
     """
     from builders.compile import compile_release, tensorrt_toolchain
-    from builders.progress import bar
+    from ensemble.progress import bar
     from ensemble.release import active_release
 
     name = release or active_release(repository)

@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from builders.compile import Toolchain, tensorrt_toolchain
+from builders.compile import Toolchain, engine_models, tensorrt_toolchain
 from builders.gpu_engines import Case, Row, engine_rows, wall_ms
 from builders.plan_samples import real_feeds
-from ensemble import contract
 from ensemble.engines.cuda import gpu_facts
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release import Release, active_release, open_release
@@ -83,7 +82,7 @@ def _machine(cpu: bool) -> str:
 
 
 def _all_rows(release: Release, cpu: bool) -> Iterator[Row]:
-    models = [*(model for model in release.pipeline.models if model.is_engine), contract.item_encoder(release.schema)]
+    models = engine_models(release)
     feeds = real_feeds(release, models, users=64)
     tools, why_not = _tools()
     for model in models:

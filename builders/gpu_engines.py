@@ -24,7 +24,7 @@ from builders.plan_graph import precision, read_model, use_every_input
 from ensemble.engines import Engine, open_engine
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.errors import PeregrineError
-from ensemble.plans import PLAN_FILE, TYPED_ONNX, ranges
+from ensemble.plans import TYPED_ONNX, ranges
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
 
@@ -157,8 +157,7 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, tolerance: 
     built = f"{name}; built in {time.monotonic() - started:.1f} s, {len(plan) / 1e6:.1f} MB"
     with tempfile.TemporaryDirectory() as folder:
         facts = {"model": case.model.name, "member": case.model.name, "key": dataclasses.asdict(key)}
-        write_plan(Path(folder) / "plan", case.release, case.model, plan, case.feeds, facts)
-        engine: Any = tools.open(Path(folder) / "plan" / case.model.name / "1" / PLAN_FILE)
+        engine: Any = tools.open(write_plan(Path(folder) / "plan", case.release, case.model, plan, case.feeds, facts))
     error = case.error(engine.run(case.feeds))
     share = len(data) / case.path.stat().st_size
     for batch in BATCHES:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from builders.shop import FeatureColumn
 from builders.tables import Column, is_list, lists_from_column, numbers_from_column, texts_from_column, vectors_from_column
+from ensemble.arrays import ranks_within
 from ensemble.schema import Feature, Table
 
 Array = np.ndarray
@@ -112,7 +113,7 @@ def _vocabulary_index(texts: pa.LargeStringArray, limit: int) -> tuple[Array, li
 
 def _placed(rows: Array, index: Array, num_rows: int, width: int) -> Array:
     """Values in one line -> [num_rows, width], the first `width` of each row, -1 after the last."""
-    position = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    position = ranks_within(rows)
     keep = position < width
     out = np.full((num_rows, width), -1, np.int64)
     out[rows[keep], position[keep]] = index[keep]

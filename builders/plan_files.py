@@ -31,16 +31,18 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def write_plan(folder: Path, release: Release, model: ModelSpec, plan: bytes, feeds: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """The member folder that Triton mounts, and a manifest that the plan can be opened with."""
+def write_plan(folder: Path, release: Release, model: ModelSpec, plan: bytes, feeds: dict[str, np.ndarray], facts: dict[str, Any]) -> Path:
+    """The member folder that Triton mounts, and a manifest that the plan can be opened with -> the plan."""
     member = folder / facts["member"]
+    plan_path = member / "1" / PLAN_FILE
     for part in ("1", "configs", "warmup"):
         (member / part).mkdir(parents=True)
-    _write(member / "1" / PLAN_FILE, plan)
+    _write(plan_path, plan)
     _write(member / "configs" / "tensorrt.pbtxt", config_text(tensorrt_config(model, release.name, release.pipeline.max_batch)).encode())
     for tensor in model.inputs:
         _write(member / "warmup" / tensor.name, np.ascontiguousarray(feeds[tensor.name][0]).tobytes())
     seal(folder, facts)
+    return plan_path
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ _NAMES = {
 }  # fmt: skip
 _TYPE_ATTRIBUTES = {("Cast", "to"), ("QuantizeLinear", "output_dtype")}
 _SPARSE_FROM = 16  # rows and columns: smaller weights hold zeros by chance
+Spelt = tuple[list[onnx.NodeProto], dict[str, float]]  # an operator's nodes, and the constants they take
 OLD_OPSET = 17  # the newest that TensorRT 8.5 reads
 
 
@@ -127,7 +129,7 @@ def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _expanded(model: onnx.ModelProto, op: str, spelt: object) -> onnx.ModelProto:
+def _expanded(model: onnx.ModelProto, op: str, spelt: Callable[[onnx.NodeProto, str], Spelt]) -> onnx.ModelProto:
     """A copy in which every `op` is replaced by the nodes and constants that `spelt` gives for it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -136,7 +138,7 @@ def _expanded(model: onnx.ModelProto, op: str, spelt: object) -> onnx.ModelProto
         if node.op_type != op:
             copy.graph.node.append(node)
             continue
-        nodes, constants = spelt(node, f"{op}_{place}")  # type: ignore[operator]
+        nodes, constants = spelt(node, f"{op}_{place}")
         copy.graph.node.extend(nodes)
         copy.graph.initializer.extend(
             numpy_helper.from_array(np.array(value, np.float32), f"{op}_{place}_{name}") for name, value in constants.items()
@@ -144,7 +146,7 @@ def _expanded(model: onnx.ModelProto, op: str, spelt: object) -> onnx.ModelProto
     return copy
 
 
-def _gelu(node: onnx.NodeProto, prefix: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+def _gelu(node: onnx.NodeProto, prefix: str) -> Spelt:
     """x / 2 * (1 + erf(x / sqrt 2)), or its tanh form: Hendrycks and Gimpel (2016), https://arxiv.org/abs/1606.08415."""
     exact = not any(a.s == b"tanh" for a in node.attribute if a.name == "approximate")
     x, (out,) = node.input[0], node.output
@@ -158,7 +160,7 @@ def _gelu(node: onnx.NodeProto, prefix: str) -> tuple[list[onnx.NodeProto], dict
     return _chain(chain, prefix, out, constants), constants
 
 
-def _layer_normalization(node: onnx.NodeProto, prefix: str) -> tuple[list[onnx.NodeProto], dict[str, float]]:
+def _layer_normalization(node: onnx.NodeProto, prefix: str) -> Spelt:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis: Ba et al. (2016), https://arxiv.org/abs/1607.06450."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if attributes.get("axis", -1) != -1:

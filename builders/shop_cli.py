@@ -79,7 +79,7 @@ def generate(
     """
     with _one_line_errors():
         from builders.generate import generate_shop
-        from builders.progress import bar
+        from ensemble.progress import bar
 
         with bar("generate") as update:
             generate_shop(out, users=users, items=items, events=events, seed=seed, images=images, force=force, progress=update)
@@ -107,7 +107,7 @@ def import_(
     """
     with _one_line_errors():
         from builders.importers import import_shop
-        from builders.progress import bar
+        from ensemble.progress import bar
 
         with bar("import") as update:
             update(form, 0.0)
@@ -122,7 +122,7 @@ def check(
 ) -> None:
     """Say what is in a shop and what is wrong with it. Exit code 2 where a build would refuse it."""
     from builders.check import check_shop
-    from builders.progress import bar
+    from ensemble.progress import bar
 
     try:
         with bar("check") as update:

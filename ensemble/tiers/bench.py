@@ -93,8 +93,6 @@ def _features(release: Release, readers: RowReaders, rng: np.random.Generator) -
             readers.users.memory.drop(user_identities(ids))
         _drop(readers.items, history, share, rng)
 
-    if readers.redis:
-        read()
     return read, drop, 1 + history.size
 
 
@@ -107,8 +105,6 @@ def _recall(release: Release, readers: RowReaders, rng: np.random.Generator) -> 
         items.field("embedding")
         items.field("features")
 
-    if readers.redis:
-        read()
     return read, lambda share: _drop(readers.items, rows, share, rng), rows.size
 
 

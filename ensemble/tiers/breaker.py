@@ -33,6 +33,11 @@ class Breaker:
             self._trying = True
             return True
 
+    def hurry(self) -> None:
+        """The next call may try at once, however long this was to stay open: somebody else has just been answered."""
+        with self._lock:
+            self._until = self._clock()
+
     def success(self) -> None:
         with self._lock:
             self._failed, self._trying = 0, False

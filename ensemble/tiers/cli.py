@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ensemble.release import Release
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Feature rows in Redis: load, measure.")
 
@@ -27,12 +30,13 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Loads a release's rows of users and items; servers turn to them at once, the rows loaded before expire."""
+    from ensemble.progress import bar
     from ensemble.tiers.load import load_release
     from ensemble.tiers.settings import TierSettings, hidden, url_from_option
 
     url = TierSettings(url_from_option(redis)).url
     found = _open(repository, release)
-    with _bar(f"loading {found.name}") as progress:
+    with bar(f"loading {found.name}") as progress:
         done = load_release(found, url, progress, ttl_days=ttl_days)
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=1))
@@ -62,7 +66,7 @@ def bench(
         out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def _open(repository: Path, name: str | None):  # type: ignore[no-untyped-def]
+def _open(repository: Path, name: str | None) -> Release:
     from ensemble.errors import ReleaseError
     from ensemble.release import active_release, open_release
 
@@ -70,22 +74,3 @@ def _open(repository: Path, name: str | None):  # type: ignore[no-untyped-def]
     if name is None:
         raise ReleaseError(f"no release is active in {repository}; name one with --release, or build one: peregrine build SHOP --activate")
     return open_release(repository, name)
-
-
-def _bar(text: str):  # type: ignore[no-untyped-def]
-    """A progress bar on stderr for whoever watches; gives update(text, share)."""
-    import contextlib
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextlib.contextmanager
-    def shown() -> Iterator[Callable[[str, float], None]]:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(text, total=1.0)
-            yield lambda step, share: progress.update(task, description=f"{text}: {step}", completed=share)
-
-    return shown()

@@ -15,7 +15,6 @@ from ensemble.errors import InvalidInput, ServerError
 from ensemble.release import Release
 from ensemble.tiers.connection import connect_now, reason
 from ensemble.tiers.rows import (
-    TABLES,
     item_identities,
     keys_from_identities,
     meta_key,
@@ -87,7 +86,6 @@ def _rows(release: Release, table: str, version: bytes) -> Iterator[list[tuple[b
     fmt, start = row_format(release, table), prefix(version, table)
     ids = release.user_ids if table == "users" else release.item_ids
     source = release.users if table == "users" else release.items
-    assert table in TABLES
     for first in range(1, len(ids) + 1, _PIECE):
         rows = np.arange(first, min(first + _PIECE, len(ids) + 1))
         identities = user_identities(ids.ids_from_rows(rows)) if table == "users" else item_identities(rows)
@@ -112,18 +110,10 @@ def _set(client: Any, pairs: list[tuple[bytes, bytes]], ttl_s: int) -> None:
 
 def _expire(client: Any, version: bytes, keep_s: int) -> int:
     """Requests under way may still ask for the old rows; keep_s later nobody does."""
-    count, keys = 0, []
-    for key in client.scan_iter(match=b"feat:%s:*" % version, count=_PIECE):
-        keys.append(key)
-        if len(keys) >= _PIECE:
-            count += _expire_keys(client, keys, keep_s)
-            keys = []
-    return count + _expire_keys(client, keys, keep_s)
-
-
-def _expire_keys(client: Any, keys: list[bytes], keep_s: int) -> int:
+    count = 0
     with client.pipeline(transaction=False) as pipe:
-        for key in keys:
+        for key in client.scan_iter(match=b"feat:%s:*" % version, count=_PIECE):
             pipe.expire(key, keep_s)
-        pipe.execute()
-    return len(keys)
+            if len(pipe) >= _PIECE:
+                count += len(pipe.execute())
+        return count + len(pipe.execute())

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ensemble.arrays import ranks_within
+from ensemble.tiers.settings import TierSettings
+
 WAYS = 4
 MISS, FRESH, STALE = 0, 1, 2  # STALE: past its soft TTL, to be used only if nothing newer can be had
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
@@ -48,20 +51,15 @@ class MemoryTier:
     def __init__(
         self,
         dtype: np.dtype,
-        max_bytes: int,
+        settings: TierSettings,
         *,
-        soft_ttl_s: float = 30.0,
-        hard_ttl_s: float = 300.0,
-        negative_ttl_s: float = 10.0,
-        jitter: float = 0.2,
         refresh_s: float = 0.1,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        self.ttl = (soft_ttl_s, hard_ttl_s, negative_ttl_s)
-        self.jitter, self.refresh_s, self.clock = jitter, refresh_s, clock
+        self.settings, self.refresh_s, self.clock = settings, refresh_s, clock
         self.slot_bytes = dtype.itemsize + 16 + 3 * 8 + 8 + 1 + 8 // WAYS
-        sets = max(1, max_bytes // (WAYS * self.slot_bytes))
+        sets = max(1, settings.memory_bytes // (WAYS * self.slot_bytes))
         self.num_sets = 1 << (sets.bit_length() - 1)  # a power of two at most the bound
         slots = self.num_sets * WAYS
         self._low, self._high = np.zeros(slots, np.uint64), np.zeros(slots, np.uint64)  # identities, word by word
@@ -126,11 +124,10 @@ class MemoryTier:
             self._low[slots], self._high[slots] = identities[chosen].T
             self._rows[slots], self._absent[slots] = rows, absent
             self._used[slots] = self._tick
-            now = self.clock()
-            short = 1 - self.jitter * self._random.random((2, len(slots)))  # only ever shorter: a TTL is a promise
-            soft, hard, negative = self.ttl
-            self._soft[slots] = now + np.where(absent, negative, soft) * short[0]
-            self._hard[slots] = now + np.where(absent, negative, hard) * np.where(absent, short[0], short[1])
+            now, ttl = self.clock(), self.settings
+            short = 1 - ttl.jitter * self._random.random((2, len(slots)))  # only ever shorter: a TTL is a promise
+            self._soft[slots] = now + np.where(absent, ttl.negative_ttl_s, ttl.soft_ttl_s) * short[0]
+            self._hard[slots] = now + np.where(absent, ttl.negative_ttl_s * short[0], ttl.hard_ttl_s * short[1])
             self._claim[slots] = 0
 
     def drop(self, identities: np.ndarray) -> None:
@@ -169,7 +166,7 @@ class MemoryTier:
         sets = slots[new] // WAYS
         order = np.argsort(sets, kind="stable")
         new, sets = new[order], sets[order]
-        rank = np.arange(len(sets)) - np.searchsorted(sets, sets)
+        rank = ranks_within(sets)
         new, sets, rank = new[rank < WAYS], sets[rank < WAYS], rank[rank < WAYS]
         used = self._used.reshape(-1, WAYS)
         ways = np.argsort(used[sets], axis=1, kind="stable")[np.arange(len(sets)), rank]

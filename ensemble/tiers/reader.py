@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -56,17 +55,13 @@ class Rows:
 class RowReader:
     """Reads one table of one release."""
 
-    def __init__(
-        self, table: np.ndarray, row_format: RowFormat | None = None, redis: RedisTier | None = None, memory: MemoryTier | None = None
-    ) -> None:
+    def __init__(self, table: np.ndarray, row_format: RowFormat | None = None, redis: RedisTier | None = None) -> None:
         """`table` [n + 1] packed is the snapshot's; without `redis` and its `row_format` nothing else is read."""
         self.table, self.format, self.redis = table, row_format, redis
         self.snapshot_rows = self.stale_rows = self.missing_rows = 0
         self._refill, self._refills = threading.Lock(), 0
         if redis and row_format:
-            s = redis.settings
-            ttl: dict[str, Any] = {"soft_ttl_s": s.soft_ttl_s, "hard_ttl_s": s.hard_ttl_s, "negative_ttl_s": s.negative_ttl_s, "jitter": s.jitter}
-            self.memory = memory or MemoryTier(row_format.row, s.memory_bytes, **ttl)
+            self.memory = MemoryTier(row_format.row, redis.settings)
             redis.attach(row_format.table, self.memory)
 
     def read_items(self, rows: np.ndarray) -> Rows:

@@ -44,7 +44,7 @@ class RedisTier:
         self._memories: dict[str, MemoryTier] = {}
         self._open_lock, self._call = threading.Lock(), threading.Lock()
         self._caller: Caller | None = None
-        self.tracker = Tracker(lambda: self._opened().client, shop, release, self._drop, self._flush)
+        self.tracker = Tracker(lambda: self._opened().client, shop, release, self._drop, self._start_over)
         self.tracker.wait_first(_FIRST_CONNECT_S)
 
     def attach(self, table: str, memory: MemoryTier) -> None:
@@ -114,9 +114,11 @@ class RedisTier:
         if table in self._memories:
             self._memories[table].drop(identities_from_keys(keys))
 
-    def _flush(self) -> None:
+    def _start_over(self) -> None:
+        """The tracker has just been answered, within the deadline of a call: whoever asks now need not wait for an open breaker."""
         for memory in list(self._memories.values()):
             memory.flush()
+        self.breaker.hurry()
 
     def metrics(self) -> list[Metric]:
         """Redis's own numbers; those of L1 and the snapshot are the readers'."""

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from shops import ROOT, private_copy
 
 from builders import plan_files
-from builders.compile import Toolchain, compile_release
+from builders.compile import Toolchain, compile_release, engine_models
 from builders.plan_graph import is_sparse, precision, read_model, to_old_opset, use_every_input
 from builders.plan_samples import real_feeds
 from ensemble.engines.onnx import OnnxEngine
@@ -314,10 +314,7 @@ def test_operators_that_tensorrt_8_5_lacks_are_spelt_out(rng):
 
 
 def test_every_engine_of_a_release_can_be_brought_down_to_opset_17(tiny_release):
-    from ensemble import contract
-
-    models = [*(m for m in tiny_release.pipeline.models if m.is_engine), contract.item_encoder(tiny_release.schema)]
-    for name, feeds in real_feeds(tiny_release, models, users=4).items():
+    for name, feeds in real_feeds(tiny_release, engine_models(tiny_release), users=4).items():
         model = onnx.load(tiny_release.member_file(name, "model.onnx"))
         use_every_input(model)
         for new, old in zip(_run(to_old_opset(model), **feeds), _run(model, **feeds), strict=True):

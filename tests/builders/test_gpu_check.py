@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pretend
 import pytest
-from shops import ROOT
+from shops import ROOT, private_copy
 
 from builders.gpu_engines import BATCHES, Case, Row
 from builders.plan_samples import real_feeds
@@ -61,13 +61,11 @@ from ensemble.release import open_release
 release = open_release(Path(sys.argv[1]), "r1")
 model = release.model("user_encoder")
 case = Case(release, model, real_feeds(release, [model], users=8)["user_encoder"])
-found = {name: data for name, data in variants(case)}
-rows = [row for name in ("fp32",) for row in _typed_rows(case, name, found[name], tensorrt_toolchain(), "")]
+found = dict(variants(case))
+rows = list(_typed_rows(case, "fp32", found["fp32"], tensorrt_toolchain(), ""))
 rows += [row for name in ("fp16", "int8", "fp8") for row in _typed_rows(case, name, found[name], None, "no GPU")]
 print(json.dumps([dataclasses.asdict(row) | {"wrong": row.is_wrong} for row in rows]))
 """
-    from shops import private_copy
-
     done = pretend.run(pretend.environment(tmp_path), "-c", code, str(private_copy(tiny_repository, tmp_path / "repository")))
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

@@ -44,6 +44,7 @@ def test_a_later_item_is_packed_as_the_build_would(shop, request):
 
 
 @pytest.mark.triton
+@pytest.mark.timeout(300)
 def test_a_server_recommends_what_was_added_and_not_what_was_deleted(tiny_repository, tiny_shop, tmp_path):
     from ensemble.server import serve
 

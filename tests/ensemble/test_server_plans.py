@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pretend
 import pytest
 from shops import ROOT, private_copy
@@ -172,4 +171,4 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         repository / ".lock",
         repository / ".server.json",
     }
-    assert np.all([path.exists() for path in (repository / "r1_ranker", plan.member_folder)]), "removing the links leaves what they led to"
+    assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), "removing the links leaves what they led to"

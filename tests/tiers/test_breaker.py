@@ -32,6 +32,19 @@ def test_it_opens_after_failures_in_a_row_and_lets_one_call_try_at_a_time():
     assert breaker.opened == 2
 
 
+def test_one_that_hurries_lets_one_call_try_at_once_and_stays_open_if_that_fails():
+    now = [0.0]
+    breaker = Breaker(1, 10.0, clock=lambda: now[0])
+    breaker.hurry()
+    assert breaker.state == "closed"
+    breaker.failure()
+    assert not breaker.allow()
+    breaker.hurry()
+    assert [breaker.allow() for _ in range(2)] == [True, False]
+    breaker.failure()
+    assert not breaker.allow()
+
+
 def test_processes_do_not_try_in_step():
     now, opened_at = [0.0], []
     for _ in range(50):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,6 +114,21 @@ def test_redis_killed_and_back_empty_and_loaded_again(own_server, release, open_
     assert traffic.failed == []
     assert sum(traffic.degraded) >= 30
     assert readers.redis.causes["not_loaded"] > 0
+
+
+def test_a_redis_that_is_back_is_asked_at_once_though_the_breaker_was_to_stay_open(own_server, release, open_readers):
+    """The tracker finds it first: without that word rows would stay degraded for as long as the breaker is open."""
+    readers = open_readers(own_server, breaker_open_s=3600)
+    own_server.kill()
+    for _ in range(4):
+        assert status(read_users(readers, release, USERS[:1])) == [STALE]
+    assert readers.redis.breaker.state == "open"
+    own_server.start()
+    load_release(release, own_server.url)
+    loaded = own_server.client().hget("feat:shop:random", release.name)
+    wait_until(lambda: readers.redis.tracker.version == loaded and readers.redis.breaker.state == "half_open")
+    assert status(read_users(readers, release, USERS)) == [0] * 40
+    assert readers.redis.breaker.state == "closed"
 
 
 def test_redis_frozen(own_server, release, open_readers):
@@ -302,20 +318,16 @@ def test_five_hundred_askers_of_one_expired_row_ask_redis_once(server, release, 
     readers = open_readers(server, soft_ttl_s=1.5, hard_ttl_s=60, jitter=0)
     for expect, wait_s in ((1, 0), (2, 1.6)):  # a row that was never there, then one past its soft TTL
         time.sleep(wait_s)
-        start, wrong = threading.Barrier(100), []
+        start = threading.Barrier(100)
 
-        def ask(start=start, wrong=wrong) -> None:
+        def ask(_: int, start=start) -> list[list[int]]:
             start.wait()
-            for _ in range(5):
-                found = read_users(readers, release, ["u00007"])
-                wrong.extend([] if status(found) in ([0], [STALE]) else [status(found)])
+            return [status(read_users(readers, release, ["u00007"])) for _ in range(5)]
 
-        threads = [threading.Thread(target=ask) for _ in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == []
+        with ThreadPoolExecutor(100) as threads:
+            answers = [answer for asker in threads.map(ask, range(100)) for answer in asker]
+        assert len(answers) == 500
+        assert all(answer in ([0], [STALE]) for answer in answers)
         assert readers.redis.rows_asked == expect
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ensemble.tiers.memory import FRESH, MISS, STALE, WAYS, MemoryTier
 from ensemble.tiers.rows import item_identities, user_identities
+from ensemble.tiers.settings import TierSettings
 
 ROW = np.dtype([("value", "<i8")])
 
@@ -27,7 +28,7 @@ class Clock:
 
 
 def tier(clock: Clock, max_bytes: int = 1 << 20, **settings) -> MemoryTier:
-    return MemoryTier(ROW, max_bytes, clock=clock, seed=0, **settings)
+    return MemoryTier(ROW, TierSettings("redis://nowhere", memory_bytes=max_bytes, **settings), clock=clock, seed=0)
 
 
 def ids(*rows: int) -> np.ndarray:
@@ -113,7 +114,8 @@ def test_rows_expire_softly_then_for_good_and_no_later_than_promised():
 
 
 def test_jumps_of_the_wall_clock_change_nothing(monkeypatch):
-    memory = MemoryTier(ROW, 1 << 16, soft_ttl_s=3600, hard_ttl_s=7200, jitter=0)
+    memory = MemoryTier(ROW, TierSettings("redis://nowhere", soft_ttl_s=3600, hard_ttl_s=7200, jitter=0))
+    assert memory.clock is time.monotonic
     put(memory, {1: 1})
     true = time.time
     for jump_s in (3600 * 24, -3600 * 24, 0):
@@ -123,7 +125,8 @@ def test_jumps_of_the_wall_clock_change_nothing(monkeypatch):
 
 def test_one_asker_refreshes_a_stale_row_and_another_later_if_it_failed():
     clock = Clock()
-    memory = tier(clock, soft_ttl_s=10, hard_ttl_s=100, jitter=0, refresh_s=0.5)
+    memory = tier(clock, soft_ttl_s=10, hard_ttl_s=100, jitter=0)
+    memory.refresh_s = 0.5
     put(memory, {7: 7})
     clock.now += 11
     assert [memory.get(ids(7)).refresh.tolist() for _ in range(3)] == [[True], [False], [False]]
@@ -186,10 +189,10 @@ def test_hot_rows_stay_when_many_cold_ones_pass(rng):
 
 @pytest.mark.timeout(60)
 def test_threads_share_it():
-    memory, wrong = tier(Clock(), 1 << 14), []
+    memory = tier(Clock(), 1 << 14)
 
-    def work(seed: int) -> None:
-        mine = np.random.default_rng(seed)
+    def work(seed: int) -> list[int]:
+        mine, wrong = np.random.default_rng(seed), []
         for _ in range(300):
             rows = np.unique(mine.integers(1, 500, 20))
             found = memory.get(item_identities(rows))
@@ -198,10 +201,8 @@ def test_threads_share_it():
             values["value"] = rows * 3
             memory.put(item_identities(rows), values, np.zeros(len(rows), bool), found.stamp)
             memory.drop(item_identities(rows[:2]))
+        return wrong
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(4))) == [[]] * 4
+    assert memory.counters.hits > 0

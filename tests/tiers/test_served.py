@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from shops import private_copy
 from clients.client import Client
 from clients.event_checks import Event
 from clients.events import EventWriter
+from ensemble import server_process
 from ensemble.contract import Degraded
 from ensemble.server import serve
 from ensemble.tiers.load import load_release
+from ensemble.tiers.settings import TierSettings
 
 pytestmark = [pytest.mark.redis, pytest.mark.triton, pytest.mark.timeout(300)]
 SECRET = "canary-7f3a"
@@ -27,8 +30,24 @@ def said_by(process: str) -> bytes:
     return (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
 
 
+def seconds_unaware(client: Client, user: str, item: str) -> float:
+    """From now until the beginning of the last request that still recommends `item`; 0: the very next one knows that the user has it.
+
+    Beginnings are compared because a request that takes long, on a machine that is busy, may have read the row before it changed.
+    """
+    unaware_s, started = 0.0, time.monotonic()
+    while True:
+        asked_s = time.monotonic() - started
+        if item not in client.recommend(user, top_k=3).item_ids:
+            return unaware_s
+        unaware_s = asked_s
+        assert unaware_s < 5
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
-def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tmp_path, fused):
+def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tmp_path, fused, monkeypatch):
+    # What is asked here is whether rows are known at all, so a call to Redis has time where the machine is busy; as in conftest.py.
+    monkeypatch.setattr(server_process.tiers, "TierSettings", partial(TierSettings, deadline_ms=250))
     repository = private_copy(tiny_repository, tmp_path / "repository")
     redis = RedisServer(tmp_path, "--requirepass", SECRET)
     url = f"redis://:{SECRET}@127.0.0.1:{redis.port}"
@@ -45,10 +64,8 @@ def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tm
                 first = [client.recommend(user, top_k=3) for _ in range(4)][-1]  # in the memory of every instance by now, mostly
                 assert first.degraded == 0
                 events.record_events([Event(user, first.item_ids[0], "buy", 1e10 + n)])
-                started = time.monotonic()
-                wait_until(lambda user=user, item=first.item_ids[0]: item not in client.recommend(user, top_k=3).item_ids, 5)
-                waits.append(time.monotonic() - started)
-            assert sorted(waits)[len(waits) * 3 // 4] < 0.1, "seen by the next request within 100 ms"
+                waits.append(seconds_unaware(client, user, first.item_ids[0]))
+            assert sorted(waits)[len(waits) * 3 // 4] < 0.1, "a request that begins 100 ms later knows of it"
             for process in (str(server.pid), *(str(pid) for pids in server.stubs().values() for pid in pids)):
                 assert SECRET.encode() not in said_by(process)
             time.sleep(1.1)
