@@ -16,17 +16,23 @@ import random
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
 from ensemble.errors import ServerError
+from ensemble.release import open_release
+from ensemble.repository import release_names
 from ensemble.schema import schema_from_json
 from ensemble.tiers import rows
 from ensemble.tiers.connection import connect_now, reason
 from ensemble.tiers.past import merge_past
+
+if TYPE_CHECKING:
+    from ensemble.live.items import LiveItems
 
 _ATTEMPTS = 50  # of one row, when other writers change it meanwhile
 _REMEMBERED = 1_000_000  # item ids a release
@@ -52,15 +58,17 @@ class _Target:
     ttl_s: int
     users: rows.RowFormat
     items: rows.RowFormat
+    live: LiveItems | None  # names items that were added while they are served
     item_rows: dict[bytes, int]
 
 
 class EventWriter:
     """Writes events of one shop. Needs the writer's ACL; one per thread, or process."""
 
-    def __init__(self, url: str, shop: str, *, only: Sequence[str] | None = None) -> None:
-        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do."""
-        self._client = connect_now(url)
+    def __init__(self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None) -> None:
+        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do. `repository`: where items are looked
+        up that were added live (`peregrine items add`); without it, events that name them change nothing and come back as unknown."""
+        self._client, self._repository = connect_now(url), repository
         self._shop, self._only = shop, None if only is None else frozenset(only)
         self._targets: dict[bytes, _Target] = {}
 
@@ -173,10 +181,10 @@ class EventWriter:
     def _current_targets(self) -> list[_Target]:
         """The shop's loaded versions, as of now."""
         pointers: dict[bytes, bytes] = self._client.hgetall(rows.shop_key(self._shop))
-        new = [version for version in pointers.values() if version not in self._targets]
-        for version, text in zip(new, [self._client.get(rows.meta_key(v)) for v in new], strict=True):
+        for name, version in pointers.items():
+            text = None if version in self._targets else self._client.get(rows.meta_key(version))
             if text is not None:  # else its rows have expired
-                self._targets[version] = _target(version, json.loads(text))
+                self._targets[version] = _target(version, json.loads(text), self._repository, name.decode())
         self._targets = {version: self._targets[version] for version in pointers.values() if version in self._targets}
         if not self._targets:
             raise ServerError(f"Redis has no rows of shop {self._shop!r}; load them: peregrine features load")
@@ -193,13 +201,25 @@ class EventWriter:
                     pipe.get(rows.name_key(target.version, item))
                 found = pipe.execute()
             target.item_rows.update({item: int(row) for item, row in zip(missing, found, strict=True) if row is not None})
+            new = [item for item, row in zip(missing, found, strict=True) if row is None]
+            if new and target.live is not None:
+                live_rows = target.live.refresh().rows_from_ids(np.array(new)).tolist()
+                target.item_rows.update({item: row for item, row in zip(new, live_rows, strict=True) if row > 0})
         return {item: target.item_rows[item] for item in item_ids if item in target.item_rows}
 
 
-def _target(version: bytes, meta: Mapping[str, Any]) -> _Target:
+def _target(version: bytes, meta: Mapping[str, Any], repository: Path | None, release: str) -> _Target:
     schema = schema_from_json(json.dumps(meta["schema"]))
     users, items = (rows.RowFormat(table, schema, meta["digest"], meta["num_items"]) for table in rows.TABLES)
-    return _Target(version, meta["ttl_s"], users, items, {})
+    return _Target(version, meta["ttl_s"], users, items, _live_items(repository, release, meta["digest"]), {})
+
+
+def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | None:
+    """The live items of a release, where the repository has the very one that was loaded."""
+    if repository is None or name not in release_names(repository):
+        return None
+    release = open_release(repository, name)
+    return release.live if rows.release_digest(release) == digest else None
 
 
 def _value(client: Any, key: bytes) -> bytes | None:

@@ -37,7 +37,9 @@ def tail(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="JSON lines; - reads standard input.")],
     redis: Annotated[str, typer.Option("--redis", help="redis://[USER:PASSWORD@]HOST:PORT, or @FILE that holds it.", envvar="PEREGRINE_REDIS")],
     shop: Annotated[str | None, typer.Option(help="The shop's name; default: that of the repository's active release.")] = None,
-    repository: Annotated[Path, typer.Option("--repository", "-r", help="Where the shop's name is read.")] = Path("model_repository"),
+    repository: Annotated[Path, typer.Option("--repository", "-r", help="Where the shop's name is read, and items that were added live.")] = Path(
+        "model_repository"
+    ),
     only: Annotated[str | None, typer.Option(help="NAME,NAME,…: events that enter a user's past; default: all.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -49,7 +51,7 @@ def tail(
 
     url = TierSettings(url_from_option(redis)).url
     names = None if only is None else [name for name in only.split(",") if name]
-    with EventWriter(url, shop or _shop(repository), only=names) as writer, _opened(file) as descriptor:
+    with EventWriter(url, shop or _shop(repository), only=names, repository=repository) as writer, _opened(file) as descriptor:
         count = Tail(writer)
         with contextlib.suppress(KeyboardInterrupt):
             count.run(_lines(descriptor, follow and file != "-"))

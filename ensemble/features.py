@@ -35,7 +35,8 @@ class FeatureLookup:
         users = self.user_reader.read_users(user_id[:, 0], user_rows)
         known = user_rows > 0 if users.known is None else users.known  # a tier may know users that came after the release
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
-        seen_rows = self._with_session(users.field("seen").astype(np.int64), options, status, view)
+        stored = _without_later(users.field("seen").astype(np.int64), view, status)
+        seen_rows = self._with_session(stored, options, status, view)
         history = self.history_from_seen(seen_rows, view, status)
         return {
             **history,
@@ -72,6 +73,18 @@ class FeatureLookup:
         place = ranks_within(owners) - np.bincount(owners, minlength=len(seen_rows))[owners]  # -1 is the newest
         kept = place >= -width
         session[owners[kept], place[kept]] = item_rows[kept]
-        both = np.concatenate([seen_rows, session], axis=1)
-        pads_first = np.argsort(both >= 0, axis=1, kind="stable")
-        return np.take_along_axis(both, pads_first, axis=1)[:, -width:]
+        return _pads_first(np.concatenate([seen_rows, session], axis=1))[:, -width:]
+
+
+def _without_later(seen_rows: np.ndarray, view: LiveView, status: np.ndarray) -> np.ndarray:
+    """seen_rows [B, W] without items that this process does not know, noted in `status`: a past may come from a later log than ours."""
+    later = seen_rows >= view.num_rows
+    if not later.any():
+        return seen_rows
+    status[later.any(axis=1)] |= Degraded.UNKNOWN_ITEMS
+    return _pads_first(np.where(later, -1, seen_rows))
+
+
+def _pads_first(rows: np.ndarray) -> np.ndarray:
+    """rows [B, W] with -1 where padded: the padding moved to the front, the rest in its order."""
+    return np.take_along_axis(rows, np.argsort(rows >= 0, axis=1, kind="stable"), axis=1)

@@ -30,6 +30,7 @@ _MAGIC = 0x31574F52  # "ROW1", above it the record's size
 _HEADER = [("magic", "<u8"), ("digest", "<u8"), ("identity", "<u8", (2,)), ("written_s", "<f8"), ("partial", "<u8")]
 # written_s: wall clock, for people. partial: 1 where a writer found no row to add events to; the snapshot's row, if any, goes before it.
 _HEX = 32  # letters of an identity in a key
+_LIVE_ITEMS = 1 << 24  # rows behind the release's own that a past may name: items added while they are served; `features` knows how many there are
 
 
 def release_digest(release: Release) -> int:
@@ -91,7 +92,7 @@ class RowFormat:
     table: str  # users or items
     schema: Schema
     digest: int
-    num_items: int  # rows that a past may name
+    num_items: int  # the release's own
 
     @cached_property
     def row(self) -> np.dtype:
@@ -140,18 +141,14 @@ class RowFormat:
 
     def tail(self, value: bytes) -> np.ndarray:
         """The times behind a good record [times] float64; -inf where there are none."""
-        found = (
-            np.frombuffer(value[self.record.itemsize :][: 8 * self.times], np.float64)
-            if len(value) >= self.record.itemsize + 8 * self.times
-            else None
-        )
-        return np.full(self.times, -np.inf) if found is None else found.copy()
+        tail = value[self.record.itemsize :][: 8 * self.times]
+        return np.frombuffer(tail, np.float64).copy() if len(tail) == 8 * self.times else np.full(self.times, -np.inf)
 
     def _sound(self, rows: np.ndarray) -> np.ndarray:
         """[n] bool: rows whose numbers are finite and whose codes and items exist; another would fail an engine, or leak into others' lists."""
         sound = np.ones(len(rows), bool)
         table = self.schema.users if self.table == "users" else self.schema.items
-        limits = {"codes": (0, table.num_codes - 1), "seen": (-1, self.num_items)}
+        limits = {"codes": (0, table.num_codes - 1), "seen": (-1, self.num_items + _LIVE_ITEMS)}
         for name in self.row.names or ():
             field = rows[name]
             if name in limits:

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 from random_release import write_item_encoder
 from reading import wait_until
+from shops import private_copy
 
 from clients.event_checks import ItemUpdate
-from clients.events import EventWriter
+from clients.events import EventWriter, Outcome
+from ensemble.contract import Degraded
+from ensemble.features import FeatureLookup
 from ensemble.live.items import LiveItems
 from ensemble.live.rows import read_items
 from ensemble.live.writer import ItemWriter
+from ensemble.options import default_options
+from ensemble.release import open_release
+from ensemble.tiers.load import load_release
+from ensemble.tiers.settings import VARIABLE, TierSettings, write_settings
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 NEW, CHANGED, EVENTED, BOTH = 121, 5, 6, 7
@@ -51,3 +58,33 @@ def test_what_the_log_has_is_not_stale_when_redis_is_gone(own_server, release, o
     assert [bool(bits) for bits in found.status_of_users()] == [False, True]
     np.testing.assert_array_equal(found.field("embedding")[:, 0], [[9] * 8] * 2)
     np.testing.assert_array_equal(found.field("embedding")[1, 1], release.items["embedding"][CHANGED])
+
+
+def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_release, monkeypatch, tmp_path):
+    """Also those that were added after the writer was opened; who has no log of them leaves them out of the past, and says so."""
+    repository, name, user = private_copy(tiny_repository, tmp_path / "repository"), tiny_release.name, tiny_release.user_ids.sorted_ids[3]
+    load_release(tiny_release, server.url)
+    write_settings(tmp_path / "tiers.json", TierSettings(server.url, deadline_ms=250))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "tiers.json"))
+    event = (user.decode(), "fresh", "click", 1e10)
+
+    def features_of_user():
+        step = FeatureLookup(tiny_release.model("features"), open_release(repository, name))
+        found = step.run(default_options(1), user_id=np.array([[user]]))
+        step.readers.close()
+        return found
+
+    with EventWriter(server.url, tiny_release.schema.shop) as blind:
+        assert blind.record_event(*event) == Outcome(unknown_items=("fresh",))
+    with EventWriter(server.url, tiny_release.schema.shop, repository=repository) as events:
+        assert events.record_event(*event) == Outcome(unknown_items=("fresh",))
+        ItemWriter(open_release(repository, name)).apply([{"op": "add", "item": {"item_id": "fresh"}}])
+        assert events.record_event(*event) == Outcome(changed=1)
+    found = features_of_user()
+    assert found["seen_rows"][0, -1] == len(tiny_release.items)
+    assert found["history_embeddings"][0, -1].any()
+    assert found["user_status"][0, 0] == 0
+    (repository / ".live").rename(repository / ".elsewhere")
+    without = features_of_user()
+    assert without["user_status"][0, 0] == Degraded.UNKNOWN_ITEMS
+    np.testing.assert_array_equal(without["seen_rows"][0], [-1, *found["seen_rows"][0, :-1]])
