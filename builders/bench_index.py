@@ -5,7 +5,8 @@ the item embeddings of the release named by --like (Beauty's, in BENCHMARKS.md),
 release's users, half for tuning, half for the figures.
 
 Memory is what the process has of its own (anonymous resident bytes, smaps), read before and after the index is opened and asked; mapped
-files are reported beside it, as they are shared page cache that the system may drop.
+files are reported beside it, as they are shared page cache that the system may drop. `opened_bytes` is what was there before the first
+query: the rest of `anonymous_bytes` is the scratch of one query, which does not grow with the items.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from typing import Any
 import faiss
 import numpy as np
 
-from builders.index_choice import IndexTarget, build_plan, choose_plan, exact_positions, recall_share, tune
+from builders.index_choice import IndexTarget, build_plan, choose_plan, exact_positions, pack_vectors, recall_share, tune
 from ensemble.contract import USER_ENCODER_INPUTS
+from ensemble.item_index import VECTORS
 from ensemble.local import open_step
-from ensemble.main_index import MainIndex, QuerySettings
+from ensemble.main_index import MainIndex, QuerySettings, open_index
 from ensemble.options import default_options
 from ensemble.release import Release, open_release
-from ensemble.vectors import open_vectors, packed_vectors, vector_dtype
+from ensemble.vectors import open_vectors
 
 Array = np.ndarray
 _BLOCK = 1 << 16  # items generated at once, each block from its own seed
@@ -104,15 +106,9 @@ def build(num_items: int, like: Likeness, queries: Array, folder: Path, target: 
     folder.mkdir(parents=True, exist_ok=True)
     started, dim, chunks = time.perf_counter(), like.centres.shape[1], Generated(like)
     plan = choose_plan(num_items, dim, budget_bytes)
-    dtype = vector_dtype(plan.precision, dim)
-    mapped = np.lib.format.open_memmap(folder / "vectors.npy", mode="w+", dtype=dtype.base, shape=(num_items + 1, *dtype.shape))
-    for start in range(0, num_items, _BLOCK):
-        stop = min(start + _BLOCK, num_items)
-        mapped[start + 1 : stop + 1] = packed_vectors(chunks(start, stop), plan.precision)
-    mapped.flush()
-    del mapped
+    pack_vectors(folder / VECTORS, plan, num_items, dim, chunks)
     generated_s = time.perf_counter() - started
-    vectors = open_vectors(folder / "vectors.npy", num_items + 1, dim)
+    vectors = open_vectors(folder / VECTORS, num_items + 1, dim)
     started = time.perf_counter()
     index = build_plan(plan, num_items, dim, lambda start, stop: vectors(np.arange(start + 1, stop + 1)))
     built_s = time.perf_counter() - started
@@ -137,25 +133,25 @@ def measure(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     faiss.omp_set_num_threads(1)
     MainIndex(faiss.IndexFlatIP(dim), lambda rows: queries[rows], QuerySettings())  # what a process has anyway, before it opens the index
     before = own_bytes()
-    paths = [folder / "index.faiss", folder / "vectors.npy"]
+    paths = [folder / "index.faiss", folder / VECTORS]
     drop_from_cache(paths)
-    index = faiss.read_index(str(paths[0]), faiss.IO_FLAG_MMAP_IFC)
-    vectors = open_vectors(paths[1], num_items + 1, dim)
-    main = MainIndex(index, vectors, QuerySettings(facts["nprobe"], facts["refine_factor"]))
+    index, vectors = open_index(paths[0], num_items, dim), open_vectors(paths[1], num_items + 1, dim)
+    main, opened = MainIndex(index, vectors, QuerySettings(facts["nprobe"], facts["refine_factor"])), own_bytes()
     others = slice(_QUERIES, 2 * _QUERIES)  # the first half has tuned the settings
     cold_ms, _ = timed(main, queries[others][:100], truth.shape[1])
     timed(main, queries, truth.shape[1])
     warm_ms, found = timed(main, np.tile(queries[others], (1 + _TIMED // _QUERIES, 1))[:_TIMED], truth.shape[1])
     after, flat = own_bytes(), 4 * dim * num_items
-    anonymous, heap = after["Anonymous"] - before["Anonymous"], os.path.getsize(paths[0])
+    anonymous, file_bytes = after["Anonymous"] - before["Anonymous"], os.path.getsize(paths[0])
     return {
         **{name: value for name, value in facts.items() if name != "tried"},
         "recall_at_100": round(recall_share(found[:_QUERIES], truth[others]), 4),
         "flat_bytes": flat,
         "anonymous_bytes": anonymous,
-        "index_file_bytes": heap,
+        "opened_bytes": opened["Anonymous"] - before["Anonymous"],
+        "index_file_bytes": file_bytes,
         "flat_over_anonymous": round(flat / max(1, anonymous), 1),
-        "flat_over_index_file": round(flat / heap, 1),
+        "flat_over_index_file": round(flat / file_bytes, 1),
         "mapped_vector_bytes": os.path.getsize(paths[1]) if facts["refined"] else 0,
         "resident_mapped_bytes": (after["Rss"] - after["Anonymous"]) - (before["Rss"] - before["Anonymous"]),
         "warm_p50_ms": _quantile(warm_ms, 50),

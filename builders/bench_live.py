@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from builders.index_choice import recall_share
 from clients.errors import Unavailable
 from clients.items import ItemClient
 from ensemble.local import LocalPipeline
@@ -105,7 +106,7 @@ def recall_now(pipeline: LocalPipeline, queries: int = 100, k: int = 100) -> flo
     query = embeddings[np.random.default_rng(1).integers(0, len(rows), queries)]
     truth = rows[np.argsort(-(query @ embeddings.T), axis=1)[:, :k]]
     found = recall.index.find(view, query, k, None)[0]
-    return float(np.mean([np.isin(t, f).mean() for t, f in zip(truth, found, strict=True)]))
+    return recall_share(found, truth - 1)
 
 
 def start_writer(repository: Path) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from builders import metrics
 from builders.dataset import Dataset
-from builders.index_choice import FLAT_BELOW, IndexPlan, IndexTarget, TunedIndex, build_plan, choose_plan, exact_positions, tune
+from builders.index_choice import FLAT_BELOW, IndexPlan, IndexTarget, TunedIndex, build_plan, choose_plan, exact_positions, pack_vectors, tune
 from builders.ranker_data import history_windows
 from builders.rows import write_items
 from builders.transitions import item_transitions
@@ -28,16 +28,14 @@ from ensemble.local import open_step
 from ensemble.main_index import MainIndex, QuerySettings
 from ensemble.options import default_options
 from ensemble.probe import BASELINE, baseline
-from ensemble.recall import Recall, RecallSettings
+from ensemble.recall import Recall, RecallSettings, fused
 from ensemble.release import Release
 from ensemble.schema import Schema
 from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
-from ensemble.vectors import packed_vectors, vector_dtype
 
 Array = np.ndarray
 EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
-_PIECE = 1 << 16  # rows
 NEIGHBOURS = 100  # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 _TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
@@ -75,13 +73,9 @@ def build_index(
 
 def write_vectors(embeddings: Array, plan: IndexPlan, folder: Path) -> None:
     """vectors.npy: item embeddings [I + 1, D] as the plan's index is refined with; nothing for an index that needs none."""
-    if not plan.refined:
-        return
-    dtype = vector_dtype(plan.precision, embeddings.shape[1])
-    out = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype.base, shape=(len(embeddings), *dtype.shape))
-    for start in range(0, len(out), _PIECE):
-        out[start : start + _PIECE] = packed_vectors(np.asarray(embeddings[start : start + _PIECE]), plan.precision)
-    out.flush()
+    if plan.refined:
+        num_items, dim = len(embeddings) - 1, embeddings.shape[1]
+        pack_vectors(folder / VECTORS, plan, num_items, dim, lambda start, stop: np.asarray(embeddings[start + 1 : stop + 1]))
 
 
 def training_histories(dataset: Dataset) -> tuple[Array, Array]:
@@ -93,14 +87,16 @@ def training_histories(dataset: Dataset) -> tuple[Array, Array]:
     return offsets, histories.item_rows[source]
 
 
-def write_recall(dataset: Dataset, item_embeddings: Array, user_embeddings: Array, folder: Path, seed: int = 0) -> list[dict[str, Any]]:
+def write_recall(
+    dataset: Dataset, item_embeddings: Array, user_embeddings: Array, folder: Path, seed: int = 0, budget_bytes: int | None = None
+) -> list[dict[str, Any]]:
     """Writes all that Recall opens into `folder`; user_embeddings [Q, M, D] are those of dataset.validation, in its order.
 
     Trained on the training part of the histories only. Returns the index's table of tried settings.
     """
     faiss.omp_set_num_threads(faiss.omp_get_max_threads())
     queries = np.ascontiguousarray(user_embeddings[:512, 0]) if len(user_embeddings) else item_embeddings[1:513]
-    tuned, plan = build_index(item_embeddings[1:], queries, seed)
+    tuned, plan = build_index(item_embeddings[1:], queries, seed, budget_bytes=budget_bytes)
     faiss.write_index(tuned.index, str(folder / "index.faiss"))
     write_vectors(item_embeddings, plan, folder)
     best_scores = MainIndex(tuned.index, lambda rows: item_embeddings[rows], tuned.query).search(queries, 1)[1][:, 0]
@@ -150,11 +146,6 @@ def _with_fitted_weights(dataset: Dataset, user_embeddings: Array, folder: Path,
     grid = [(1.0, transition, popular) for transition in _TRANSITION_WEIGHTS for popular in _POPULAR_WEIGHTS]
     values = [metrics.ndcg(metrics.ranks_from_scores(fused(rows, scores, weights), column), 10) for weights in grid]
     return dataclasses.replace(settings, source_weights=grid[int(np.argmax(values))])
-
-
-def fused(rows: Array, scores: Array, weights: tuple[float, ...]) -> Array:
-    """Candidates [Q, N] and source scores [Q, N, S] -> recall's own score [Q, N], -inf where padded."""
-    return np.where(rows > 0, scores @ np.array(weights, np.float32), -np.inf)
 
 
 class OfflineRecall:

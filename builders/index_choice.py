@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -16,7 +17,7 @@ import numpy as np
 
 from ensemble.errors import InvalidInput
 from ensemble.main_index import MainIndex, QuerySettings
-from ensemble.vectors import Precision, Vectors
+from ensemble.vectors import Precision, Vectors, packed_vectors, vector_dtype
 
 Array = np.ndarray
 Chunks = Callable[[int, int], Array]  # start, stop -> embeddings [stop - start, D] float32 of item rows start + 1 … stop
@@ -95,6 +96,16 @@ def build_plan(plan: IndexPlan, num_items: int, dim: int, chunks: Chunks) -> fai
     return index
 
 
+def pack_vectors(path: Path, plan: IndexPlan, num_items: int, dim: int, chunks: Chunks) -> None:
+    """Every item's vector in the plan's precision, piece by piece; row 0 stays empty."""
+    dtype = vector_dtype(plan.precision, dim)
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype.base, shape=(num_items + 1, *dtype.shape))
+    for start in range(0, num_items, _ADDED):
+        stop = min(start + _ADDED, num_items)
+        out[start + 1 : stop + 1] = packed_vectors(chunks(start, stop), plan.precision)
+    out.flush()
+
+
 def sample(chunks: Chunks, num_items: int, size: int, seed: int) -> Array:
     """About `size` vectors [n, D]: short runs from everywhere, as reading single rows of a mapped file costs a page each."""
     if size >= num_items:
@@ -124,29 +135,23 @@ def recall_share(found_rows: Array, true_positions: Array) -> float:
 
 def tune(index: faiss.Index, plan: IndexPlan, vectors: Vectors, queries: Array, truth: Array, target: IndexTarget) -> TunedIndex:
     """The fastest settings that reach the target, or the most exact ones; one thread, one query at a time."""
-    tried: list[dict[str, Any]] = []
+    name, tried = f"recall_at_{target.k}", list[dict[str, Any]]()
     best: tuple[float, QuerySettings] | None = None
     for factor in _FACTORS if plan.refined else (0,):
         for nprobe in (1 << p for p in range(int(np.log2(plan.num_lists)) + 1)):
             settings = QuerySettings(nprobe, factor)
             row = try_settings(index, plan, vectors, queries, truth, settings)
-            stalled = (
-                bool(tried) and tried[-1]["refine_factor"] == factor and row[f"recall_at_{target.k}"] < tried[-1][f"recall_at_{target.k}"] + 0.002
-            )
+            stalled = bool(tried) and tried[-1]["refine_factor"] == factor and row[name] < tried[-1][name] + 0.002
             tried.append(row)
-            if row[f"recall_at_{target.k}"] >= target.recall_at_k:
+            if row[name] >= target.recall_at_k:
                 best = min(best, (row["ms_per_query"], settings), key=lambda b: b[0]) if best else (row["ms_per_query"], settings)
                 break
             if stalled and nprobe >= 8:  # more lists find no more: it is the codes that lose
                 break
             if best and row["ms_per_query"] > best[0]:
                 break
-    chosen = best[1] if best else _settings(max(tried, key=lambda row: (row[f"recall_at_{target.k}"], -row["ms_per_query"])))
-    return TunedIndex(index, chosen, tried)
-
-
-def _settings(row: dict[str, Any]) -> QuerySettings:
-    return QuerySettings(row["nprobe"], row["refine_factor"])
+    most_exact = max(tried, key=lambda row: (row[name], -row["ms_per_query"]))
+    return TunedIndex(index, best[1] if best else QuerySettings(most_exact["nprobe"], most_exact["refine_factor"]), tried)
 
 
 def try_settings(index: faiss.Index, plan: IndexPlan, vectors: Vectors, queries: Array, truth: Array, settings: QuerySettings) -> dict[str, Any]:
@@ -164,5 +169,5 @@ def try_settings(index: faiss.Index, plan: IndexPlan, vectors: Vectors, queries:
         f"recall_at_{k}": round(recall_share(np.stack(found), truth), 4),
         "ms_per_query": round(1000 * float(np.median(took)), 3),
         "bytes_per_item": plan.bytes_per_item,
-        "mapped_bytes_per_item": 0 if not plan.refined else queries.shape[1] * 2 if plan.precision == "fp16" else queries.shape[1] + 4,
+        "mapped_bytes_per_item": vector_dtype(plan.precision, queries.shape[1]).itemsize if plan.refined else 0,
     }

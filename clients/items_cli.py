@@ -102,7 +102,7 @@ def _lines(file: Path) -> list[str]:
     if str(file) == "-":
         return sys.stdin.readlines()
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, which JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"--file {file}: {error}") from None
 

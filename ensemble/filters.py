@@ -48,8 +48,10 @@ class ItemFilters:
 
     def mask(self, wanted: Filter, view: LiveView) -> RowMask:
         """The mask of `wanted`; the same object for the same filter and view."""
+        if self._masks and next(iter(self._masks.values())).view.state is not view.state:
+            self._masks.clear()  # all at once: one mask would keep the whole index of a generation that was merged away
         known = self._masks.get(wanted)
-        if known is None or known.view.state is not view.state:
+        if known is None:
             known = RowMask(view, self._main(wanted, view.state), self._of_slots(wanted, view.state, view.state.delta_start, view.num_slots))
         elif known.view is not view:
             done = view.state.delta_start + len(known.slots)

@@ -5,11 +5,12 @@ Beside the main index, an exact search over the items that were added or changed
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensemble.errors import ReleaseError
+from ensemble.engines import GPU, INDEX_VARIABLE
 from ensemble.filters import RowMask
 from ensemble.live.items import LiveState, LiveView
 from ensemble.main_index import MainIndex, QuerySettings, open_index
@@ -28,28 +29,30 @@ def open_main(release: Release, settings: RecallSettings, state: LiveState) -> M
     path = (state.folder if state.generation else release.path) / "index.faiss"
     index = open_index(path, state.main_rows - 1, release.schema.sizes.embedding)
     query, vectors = QuerySettings(settings.nprobe, settings.refine_factor), _main_vectors(release, state)
-    if settings.device == "gpu":
+    if os.environ.get(INDEX_VARIABLE) == GPU:
         from ensemble.gpu_index import GpuIndex
 
         return GpuIndex(index, vectors, query)
-    if settings.device != "cpu":
-        raise ReleaseError(f"recall.json: device {settings.device!r} is unknown; use cpu or gpu")
     return MainIndex(index, vectors, query)
 
 
 def _main_vectors(release: Release, state: LiveState) -> Vectors:
-    """Vectors of the main index's rows, as they were merged into it."""
+    """Vectors of the main index's rows, as they were merged into it.
+
+    Holds arrays of the state, not the state, which holds the index: so a generation goes as soon as nobody uses it.
+    """
     embeddings, base = release.items["embedding"], lambda rows: embeddings[rows]
+    num_base, slot_of_row, merged = state.num_base, state.slot_of_row, state.vectors[: state.delta_start]
     if (release.path / VECTORS).exists():
         release.verify_data(VECTORS)
-        base = open_vectors(release.path / VECTORS, state.num_base, release.schema.sizes.embedding)
+        base = open_vectors(release.path / VECTORS, num_base, release.schema.sizes.embedding)
+    if state.main_rows == num_base and not len(merged):
+        return base
 
     def vectors(rows: np.ndarray) -> np.ndarray:
-        slots = state.slot_of_row[rows]
-        if not slots.any():
-            return base(rows)
-        out = base(np.where(rows < state.num_base, rows, 0))
-        out[slots > 0] = state.slots["embedding"][slots[slots > 0] - 1]
+        slots, out = slot_of_row[rows], base(np.where(rows < num_base, rows, 0))
+        own = (slots > 0) & (slots <= len(merged))  # a row with a later slot is stale in this index: what it scores does not count
+        out[own] = merged[slots[own] - 1]
         return out
 
     return vectors

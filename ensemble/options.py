@@ -23,7 +23,7 @@ DEFAULT_TOP_K = 10
 # Triton's own, which may travel along with ours.
 _FOREIGN = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output", "triton_enable_empty_final_response")
 
-_NO_CAP = 1 << 30
+NO_CAP = 1 << 30  # more items than any list has
 _REMEMBERED_BYTES = 2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
 
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
@@ -183,7 +183,7 @@ def _caps(name: str, value: Any, schema: Schema) -> tuple[tuple[str, int], ...]:
     for feature, cap in _object(name, value, _categories(schema), "item category"):
         if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
             raise InvalidArgument(f"{name}: the cap of {feature!r} must be a whole number from 1, got {_short(cap)}")
-    return tuple((feature, min(cap, _NO_CAP)) for feature, cap in value.items())
+    return tuple((feature, min(cap, NO_CAP)) for feature, cap in value.items())
 
 
 def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,10 @@ class RecallProbe:
         self.settings, self.base = settings, base
         self._rng, self._lock = np.random.default_rng(settings.seed), threading.Lock()
         self._waiting: queue.Queue[tuple[np.ndarray, np.ndarray, RowMask | None, LiveView]] = queue.Queue(_WAITING)
-        self._shares: list[float] = []
-        self._queries: list[np.ndarray] = []
-        self._best: list[float] = []
-        self._dropped = self._failed = 0
+        self._shares: deque[float] = deque(maxlen=_REMEMBERED)
+        self._queries: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
+        self._best: deque[float] = deque(maxlen=_REMEMBERED)
+        self._compared = self._dropped = self._failed = 0
         self._thread: threading.Thread | None = None
 
     def offer(self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: list[RowMask | None]) -> None:
@@ -121,11 +122,13 @@ class RecallProbe:
         truth, scores = self._exact(view, query, passing, max(1, len(found)))
         share = float(np.isin(truth, found).mean()) if len(truth) else 1.0
         with self._lock:
-            self._shares = [*self._shares[1 - _REMEMBERED :], share]
-            self._queries = [*self._queries[1 - _REMEMBERED :], query]
-            self._best = [*self._best[1 - _REMEMBERED :], float(scores[0]) if len(scores) else 0.0]
-        if share < self.settings.alarm_below and len(self._shares) % 100 == 1:
-            logging.getLogger(__name__).warning("recall_at_n of live queries is %.3f, below %.3f", self.recall(), self.settings.alarm_below)
+            self._shares.append(share)
+            self._queries.append(query)
+            self._best.append(float(scores[0]) if len(scores) else 0.0)
+            self._compared += 1
+            recall = self.recall()
+        if recall < self.settings.alarm_below and self._compared % 100 == 1:
+            logging.getLogger(__name__).warning("recall_at_n of live queries is %.3f, below %.3f", recall, self.settings.alarm_below)
 
     def _exact(self, view: LiveView, query: np.ndarray, rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """The true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go now and then."""
@@ -151,8 +154,8 @@ class RecallProbe:
         with self._lock:
             recall, probed = self.recall(), len(self._shares)
             drift = self._drift() if self.base is not None and probed else {}
-        alarm = float(recall < self.settings.alarm_below)
-        return {"recall_at_n": recall, "recall_alarm": alarm, "recall_probed": float(probed), "recall_dropped": float(self._dropped), **drift}
+        alarm, lost = float(recall < self.settings.alarm_below), {"recall_dropped": float(self._dropped), "recall_failed": float(self._failed)}
+        return {"recall_at_n": recall, "recall_alarm": alarm, "recall_probed": float(probed), **lost, **drift}
 
     def _drift(self) -> dict[str, float]:
         """mean shift in the baseline's deviations; half the sum of occupancy differences (0 same, 1 elsewhere); the largest

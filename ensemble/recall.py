@@ -40,7 +40,6 @@ class RecallSettings:
     nprobe: int = 1  # IVF lists visited; Flat ignores it
     refine_factor: int = 0  # items scored again with vectors.npy for each one wanted; 0: the index's own scores are exact
     probe_share: float = 0.001  # of live queries, searched exactly in the background
-    device: str = "cpu"  # cpu | gpu: where the main index is searched; gpu needs faiss-gpu
     transition_items: int = 5  # last items of the past that transitions are read for
     transition_quota: int = 96  # places kept among the N candidates
     popular_quota: int = 16
@@ -57,6 +56,11 @@ def settings_from_json(text: str) -> RecallSettings:
         return RecallSettings(**{**raw, "source_weights": tuple(raw["source_weights"])})
     except (TypeError, ValueError, KeyError) as error:
         raise ReleaseError(f"recall.json does not fit this Peregrine ({error}); build the release again") from None
+
+
+def fused(rows: np.ndarray, scores: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+    """Candidates [B, N] and source scores [B, N, S] -> the score that sorts them [B, N], -inf where padded."""
+    return np.where(rows > 0, scores @ np.array(weights, np.float32), -np.inf)
 
 
 class Recall:
@@ -219,8 +223,7 @@ class Recall:
         items = read_items(self.item_reader, view, rows)
         embeddings = items.field("embedding")
         scores = self.source_scores(query, rows, embeddings, transitions)
-        fused = np.where(rows > 0, scores @ np.array(self.settings.source_weights, np.float32), -np.inf)
-        order = np.lexsort((rows, -fused), axis=-1)
+        order = np.lexsort((rows, -fused(rows, scores, self.settings.source_weights)), axis=-1)
         users = np.arange(len(rows))[:, None]
         rows = rows[users, order]  # whole rows move; take_along_axis would move element by element
         return {

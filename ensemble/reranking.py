@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from ensemble.live.items import LiveView
-from ensemble.options import Options
+from ensemble.options import NO_CAP, Options
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
 
@@ -105,7 +105,7 @@ class Reranking:
 
     def _cap(self, options: Options, users: np.ndarray, name: str, rows: np.ndarray, view: LiveView) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the values' codes [b, N, C]."""
-        limits = np.array([dict(options.users[u].caps).get(name, 1 << 30) for u in users])[:, None]
+        limits = np.array([dict(options.users[u].caps).get(name, NO_CAP) for u in users])[:, None]
         codes = view.gather(np.maximum(rows, 0), "codes")[..., self.category[name].columns]
         return np.zeros(rows.shape, np.int64), limits, codes
 

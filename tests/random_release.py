@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from ensemble.ids import write_ids
-from ensemble.recall import RecallSettings
+from ensemble.recall import Recall, RecallSettings
 from ensemble.release import Release
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 from ensemble.snapshot import item_dtype, user_dtype
@@ -78,6 +78,15 @@ def make_release(
     (path / "encoding.json").write_text(json.dumps(ENCODING))
     np.save(path / "new_item_id_embedding.npy", rng.standard_normal((1, schema.sizes.embedding + schema.sizes.item_features), dtype=np.float32))
     return RandomRelease(folder, "r1", {})
+
+
+def open_again(release: RandomRelease) -> RandomRelease:
+    """The same release, as another process sees it."""
+    return RandomRelease(release.repository, release.name, {})
+
+
+def open_recall(release: Release) -> Recall:
+    return Recall(release.model("recall"), release)
 
 
 def _items(rng: np.random.Generator, schema: Schema, num_items: int, whole_numbers: bool) -> np.ndarray:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from ensemble.errors import ReleaseError
-from ensemble.live.log import record_dtype, sync_folder
+from ensemble.live.log import record_dtype
 from ensemble.release import file_sha256
+from ensemble.repository import write_durably
 from ensemble.schema import Schema
 
 FILES = ("rows.npy", "index.faiss")
@@ -27,13 +27,7 @@ def current_generation(folder: Path) -> int:
 
 def point_to(folder: Path, generation: int) -> None:
     """Makes `generation` the served one, durably and in one step."""
-    staged = folder / ".current.new"
-    with staged.open("w") as file:
-        file.write(f"{generation}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.rename(folder / "current")
-    sync_folder(folder)
+    write_durably(folder / "current", f"{generation}\n")
 
 
 def generation_records(folder: Path, schema: Schema) -> np.ndarray:

@@ -248,8 +248,6 @@ class LiveItems:
         if self._mark() != self._seen:
             try:
                 view = self._opened()
-                if self._open_main is not None:
-                    view.state.main = self._open_main(view.state)
                 with self._lock:
                     self.view, self.fault = _caught_up(view), ""
             except PeregrineError as error:
@@ -257,10 +255,7 @@ class LiveItems:
 
     def _catch_up(self, limit: int) -> None:
         if self._thread is None and self._mark() != self._seen:
-            view = self._opened()
-            if self._open_main is not None:
-                view.state.main = self._open_main(view.state)
-            self.view, self.fault = view, ""
+            self.view, self.fault = self._opened(), ""
         state = self.view.state
         if state.reader is None or not state.reader.has_more():
             return
@@ -274,7 +269,10 @@ class LiveItems:
     def _opened(self) -> LiveView:
         """A new state, all of its log read."""
         self._seen = self._mark()
-        return _caught_up(LiveState(self.release, self.folder, current_generation(self.folder) if self._seen else None).view())
+        view = _caught_up(LiveState(self.release, self.folder, current_generation(self.folder) if self._seen else None).view())
+        if self._open_main is not None:
+            view.state.main = self._open_main(view.state)
+        return view
 
     def _mark(self) -> tuple[int, int] | None:
         try:

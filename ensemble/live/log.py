@@ -8,6 +8,7 @@ record with good ones behind it is never skipped: the file is refused with its n
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from ensemble import contract
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import ReleaseError
+from ensemble.repository import sync_folder
 from ensemble.schema import Schema
 from ensemble.snapshot import item_dtype
 
@@ -79,15 +81,6 @@ def create_log(path: Path, schema: Schema, generation: int, after: int) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames within `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class LogReader:
     """Reads a log from its start on, as far as it is whole."""
 
@@ -97,6 +90,7 @@ class LogReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ReleaseError(f"cannot open {path}: {error.strerror}; {_way_back(path)}") from error
+        weakref.finalize(self, os.close, self._descriptor)  # views of a generation that was merged away are let go one by one
         self.offset = HEADER_BYTES
         self.sequence = self._check_header(contract.fingerprint(schema))
 
@@ -138,9 +132,6 @@ class LogReader:
             place += len(raw)
         return False
 
-    def close(self) -> None:
-        os.close(self._descriptor)
-
 
 class LogWriter:
     """Appends to a log; the caller holds the writer's lock."""
@@ -149,6 +140,7 @@ class LogWriter:
         """`reader` has read all that is whole; what is behind it was torn by a crash, and is cut off."""
         self.path, self.sequence = path, reader.sequence
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
         torn = os.fstat(self._descriptor).st_size - reader.offset
         if torn:
             os.ftruncate(self._descriptor, reader.offset)
@@ -168,9 +160,6 @@ class LogWriter:
             raise ReleaseError(f"cannot write {self.path}: {error.strerror}; nothing was changed") from error
         self.sequence += len(records)
         return self.sequence
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 def _way_back(path: Path, offset: int = 0) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.live.generations import current_generation, write_meta
 from ensemble.live.items import LiveState
-from ensemble.live.log import DELETE, UPDATE, record_dtype, sync_folder
+from ensemble.live.log import DELETE, UPDATE, record_dtype
 from ensemble.release import Release, open_release
+from ensemble.repository import sync_folder
 
 _PIECE = 1 << 16  # rows added at once
 

@@ -27,7 +27,7 @@ from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
 from ensemble.live.instances import sequences
 from ensemble.live.writer import MAX_GROUP, ItemWriter
 from ensemble.release import active_release, open_release
-from ensemble.repository import try_flock
+from ensemble.repository import try_flock, write_durably
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 20_000  # changes beside the main index; each is searched exactly by every query
@@ -66,9 +66,7 @@ class ItemService:
     def run(self) -> None:
         """Until stop()."""
         self._thread.start()
-        staged = self.folder / f".{WRITER_FILE}.new"
-        staged.write_text(json.dumps({"pid": os.getpid(), "socket": str(Path(self._home.name) / "s")}))
-        staged.rename(self.folder / WRITER_FILE)
+        write_durably(self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()}))
         with contextlib.suppress(OSError):  # the socket is closed by stop()
             while True:
                 threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
@@ -135,15 +133,12 @@ class ItemService:
         except PeregrineError as error:
             self.log(f"items: {error}")
         while True:
-            try:
+            with contextlib.suppress(queue.Empty):
                 first = self._asked.get(timeout=0.2)
-            except queue.Empty:
-                self._care()
-                continue
-            if first is None:
-                return
-            for group in _groups(first, self._asked):
-                self._answer(group)
+                if first is None:
+                    return
+                for group in _groups(first, self._asked):
+                    self._answer(group)
             self._care()
 
     def _answer(self, group: list[_Asked]) -> None:
@@ -199,9 +194,8 @@ class ItemService:
     def _start_merge(self) -> None:
         writer = self._opened()
         if self._merging is None:
-            command = [sys.executable, "-m", "ensemble.live.merging", str(self.repository), writer.release.name, str(writer.sequence)]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._merging = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment), writer.sequence
+            arguments = ("ensemble.live.merging", str(self.repository), writer.release.name, str(writer.sequence))
+            self._merging = _python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), writer.sequence
 
     def _end_merge(self) -> None:
         assert self._merging is not None
@@ -247,13 +241,18 @@ def service_process(repository: Path, log: Callable[[str], None] = lambda line: 
         log(f"items: {repository} cannot be written to, so items cannot be changed from here")
         yield
         return
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "ensemble.live.service", str(repository)], env=environment, stdin=subprocess.PIPE)
+    process = _python("ensemble.live.service", str(repository), stdin=subprocess.PIPE)
     try:
         yield
     finally:
         process.terminate()
         process.wait()
+
+
+def _python(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
+    """A module of ours as a process that imports what we import, on one thread: serving comes first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 
 def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,9 +80,9 @@ class ItemWriter:
         if len(changes) > MAX_GROUP:
             raise InvalidInput(f"at most {MAX_GROUP} changes at once, got {len(changes)}; send them in parts")
         ids = [_item_id(change) for change in changes]
-        twice = next((i for i in range(1, len(ids)) if ids[i] in set(ids[:i])), None) if len(set(ids)) < len(ids) else None
+        twice = next((item_id for item_id, count in Counter(ids).items() if count > 1), None)
         if twice is not None:
-            raise InvalidInput(f"item {ids[twice].decode()!r} is changed twice at once; send the second change after the first")
+            raise InvalidInput(f"item {twice.decode()!r} is changed twice at once; send the second change after the first")
         rows, kinds = self._rows(changes, ids)
         records = np.zeros(len(changes), record_dtype(self.release.schema))
         records["id"], records["row"], records["kind"] = np.array(ids, dtype="S") if ids else b"", rows, kinds
@@ -129,7 +130,6 @@ class ItemWriter:
             if len(kept := records[records["sequence"] > merged]):
                 later.append(kept.copy())
         point_to(self.folder, generation)
-        self._log.close()
         self._log = later
         while self.live.view.state.generation != generation or self.live.view.sequence < later.sequence:
             self.live.refresh()
@@ -156,7 +156,10 @@ def _item_id(change: Change) -> bytes:
     item_id = item.get("item_id") if isinstance(item, Mapping) else None
     if not isinstance(item_id, (str, int)) or isinstance(item_id, bool):
         raise InvalidInput(f"a change must be an operation and an item with an item_id (text or a whole number), got {str(change)[:60]!r}")
-    encoded = str(item_id).encode()
+    try:
+        encoded = str(item_id).encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"item_id {str(item_id)[:40]!r}: is not UTF-8") from None
     if not encoded or len(encoded) > MAX_ID_BYTES or encoded.endswith(b"\0"):
         raise InvalidInput(f"item_id {str(item_id)[:40]!r}: must have 1 to {MAX_ID_BYTES} bytes and not end in NUL")
     return encoded

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import threading
-import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from random_release import BRANDS, RandomRelease, make_release, schema_of, write_item_encoder
-from shops import ROOT
+from random_release import BRANDS, RandomRelease, make_release, open_again, open_recall, write_item_encoder
 
-from clients.errors import InvalidArgument, Unavailable
-from clients.items import ItemClient
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.features import FeatureLookup
 from ensemble.live.encoding import ItemEncoding
-from ensemble.live.instances import InstanceFile, sequences
-from ensemble.live.items import LiveItems
-from ensemble.live.log import HEADER_BYTES, record_dtype
 from ensemble.live.merging import merge
-from ensemble.live.service import ItemService
 from ensemble.live.writer import ItemWriter
 from ensemble.options import parse_options
 from ensemble.recall import Recall
@@ -33,16 +23,11 @@ from ensemble.reranking import Reranking
 KINDS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fs"]
 
 
-def open_again(release: RandomRelease) -> RandomRelease:
-    """The same release, as another process sees it."""
-    return RandomRelease(release.repository, release.name, {})
-
-
 def recall_of(release: RandomRelease, index: str = "Flat") -> Recall:
     if "PQ" in index:
         settings = json.loads((release.path / "recall.json").read_text())
         (release.path / "recall.json").write_text(json.dumps({**settings, "nprobe": 8, "refine_factor": 16}))
-    return Recall(release.model("recall"), release)
+    return open_recall(release)
 
 
 def random_changes(rng: np.random.Generator, release: RandomRelease, count: int) -> list[dict]:
@@ -186,7 +171,7 @@ def test_new_items_that_are_the_same_are_cut_in_order_of_rows(tmp_path, rng):
 
 def test_a_deleted_item_leaves_every_source(tmp_path, rng):
     release = make_release(tmp_path, rng)
-    recall = Recall(release.model("recall"), release)
+    recall = open_recall(release)
     popular = recall.popular_rows[:5]
     names = release.item_ids.ids_from_rows(popular)
     ItemWriter(open_again(release)).apply([{"op": "delete", "item": {"item_id": name.decode()}} for name in names])
@@ -195,6 +180,39 @@ def test_a_deleted_item_leaves_every_source(tmp_path, rng):
     rows = recall.run(options, seen_rows=seen, user_embeddings=rng.standard_normal((29, 1, 8), dtype=np.float32))["candidate_rows"]
     assert not np.isin(rows, popular).any()
     assert (rows > 0).all(), "the list is still full"
+
+
+@pytest.mark.parametrize("index", KINDS)
+def test_a_new_item_that_was_merged_and_deleted_is_gone(tmp_path, rng, index):
+    """Its row is in the merged index, and has no content any more."""
+    release = make_release(tmp_path, rng, index=index)
+    write_item_encoder(release)
+    writer, recall = ItemWriter(release), recall_of(open_again(release), index)
+    writer.apply([{"op": "add", "item": {"item_id": "gone", "item_embedding": [9.0] * 8}}])
+    writer.apply([{"op": "delete", "item": {"item_id": "gone"}}])
+    writer.turn_to(merge(open_again(release), 2), 2)
+    found = found_names(recall, np.ones(8, np.float32), 20, {})
+    assert recall.live.view.state.generation == 1
+    assert len(found) == 20
+    assert b"gone" not in found
+
+
+def test_a_generation_that_was_merged_away_is_let_go(tmp_path, rng):
+    """With its index, its log's file and what filters remember of it: else every merge would cost its memory and disk once more."""
+    release = make_release(tmp_path, rng)
+    writer, recall = ItemWriter(release), recall_of(open_again(release))
+    query = rng.standard_normal(8).astype(np.float32)
+    gone = []
+    for turn in range(3):
+        writer.apply([{"op": "delete", "item": {"item_id": f"i{turn:05}"}}])
+        found_names(recall, query, 20, ASKED[1])
+        found_names(recall, query, 20, ASKED[turn + 2])
+        gone.append(weakref.ref(recall.live.view.state))
+        writer.turn_to(merge(open_again(release), turn + 1), turn + 1)
+        found_names(recall, query, 20, ASKED[1])
+    assert [state() for state in gone] == [None] * 3
+    logs = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert {Path(log).name for log in logs if log.startswith(str(tmp_path)) and "/log-" in log} == {"log-3"}
 
 
 def test_an_update_moves_only_what_it_names(tmp_path, rng):
@@ -234,6 +252,8 @@ BAD = {
         {"op": "add", "item": {"item_id": "x", "price": float("inf")}}, "item 'x': price: is no finite number; use null where a value is missing"),
     "a number for text": ({"op": "add", "item": {"item_id": "x", "brand": 1.5}},
         "item 'x': brand: must be text or a whole number, got float"),
+    "an id that is not UTF-8": ({"op": "add", "item": {"item_id": "x\ud800"}},
+        "item_id 'x\\ud800': is not UTF-8"),
     "a NaN vector": ({"op": "add", "item": {"item_id": "x", "item_embedding": NAN}},
         "item 'x': item_embedding must be 8 finite numbers, got 8 components"),
     "a zero vector": ({"op": "add", "item": {"item_id": "x", "item_embedding": ZERO}},
@@ -261,211 +281,6 @@ def test_a_second_writer_is_refused(tmp_path, rng):
         ItemWriter(open_again(release))
     writer.close()
     ItemWriter(open_again(release)).close()
-
-
-# --- damaged files
-
-
-def written(tmp_path: Path, rng: np.random.Generator, count: int = 6) -> tuple[RandomRelease, Path]:
-    release = make_release(tmp_path, rng)
-    writer = ItemWriter(release)
-    for i in range(count):
-        writer.apply([{"op": "delete", "item": {"item_id": f"i{i:05}"}}])
-    writer.close()
-    return release, tmp_path / ".live" / "r1" / "log-0"
-
-
-@pytest.mark.parametrize("cut", [1, 100, 190])
-def test_a_torn_tail_is_cut_off_and_said(tmp_path, rng, cut):
-    release, log = written(tmp_path, rng)
-    os.truncate(log, log.stat().st_size - cut)
-    assert open_again(release).live.view.sequence == 5, "a reader stops before it"
-    notes: list[str] = []
-    writer = ItemWriter(open_again(release), notes.append)
-    left = record_dtype(release.schema).itemsize - cut
-    assert notes == [f"{log}: the last {left} bytes were torn by a crash and are cut off; whole up to sequence 5"]
-    assert writer.apply([{"op": "delete", "item": {"item_id": "i00005"}}]) == 6
-    assert open_again(release).live.view.num_deleted == 6
-
-
-def test_a_damaged_middle_is_refused_with_the_way_back(tmp_path, rng):
-    release, log = written(tmp_path, rng)
-    size = record_dtype(release.schema).itemsize
-    offset = HEADER_BYTES + 2 * size
-    content = bytearray(log.read_bytes())
-    content[offset + 30] ^= 1
-    log.write_bytes(content)
-    for opened in (lambda: open_again(release).live, lambda: ItemWriter(open_again(release))):
-        with pytest.raises(ReleaseError) as caught:
-            opened()
-        assert str(caught.value).startswith(
-            f"{log} is damaged at offset {offset}, with whole records behind it; cut it there (`truncate -s {offset} {log}`"
-        )
-        assert f"or move {log.parent} away" in str(caught.value)
-    os.truncate(log, offset)  # the way back, as told
-    assert open_again(release).live.view.sequence == 2
-
-
-def test_a_log_that_is_damaged_while_it_is_served_keeps_the_last_good_view(tmp_path, rng):
-    release, log = written(tmp_path, rng)
-    live = open_again(release).live
-    writer = ItemWriter(open_again(release))
-    start = log.stat().st_size
-    writer.apply([{"op": "delete", "item": {"item_id": f"i{i:05}"}} for i in (50, 51, 52)])
-    with log.open("r+b") as file:
-        file.seek(start + 20)
-        file.write(b"\xff")
-    assert live.refresh().sequence == 6
-    assert f"{log} is damaged at offset {start}" in live.fault
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense" * 20])
-def test_a_log_without_its_header_is_refused(tmp_path, rng, content):
-    release, log = written(tmp_path, rng)
-    log.write_bytes(content)
-    with pytest.raises(
-        ReleaseError, match=r"log-0 is no log of live items, or its header is damaged at offset 0; put a copy of it back, or move .* away"
-    ):
-        open_again(release).live  # noqa: B018
-
-
-def test_a_log_of_another_schema_is_refused(tmp_path, rng):
-    written(tmp_path / "a", rng)
-    other = make_release(tmp_path / "b", rng, schema=schema_of(embedding=4))
-    (tmp_path / "a" / ".live").rename(tmp_path / "b" / ".live")
-    with pytest.raises(ReleaseError, match="belongs to a release with another contract or schema"):
-        other.live  # noqa: B018
-
-
-@pytest.mark.parametrize("name", ["rows.npy", "index.faiss", "meta.json"])
-def test_a_changed_generation_is_refused(tmp_path, rng, name):
-    release, _ = written(tmp_path, rng)
-    writer = ItemWriter(release)
-    writer.turn_to(merge(open_again(release), 6), 6)
-    writer.close()
-    path = tmp_path / ".live" / "r1" / "g1" / name
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ReleaseError, match=r"g1.*put a copy of it back, or move .*r1 away: the release then serves without live items$"):
-        open_again(release).live  # noqa: B018
-
-
-# --- instances and processes
-
-
-def test_dead_instances_do_not_hold_a_change_up(tmp_path):
-    first, second = InstanceFile(tmp_path), InstanceFile(tmp_path)
-    first.publish(3)
-    second.publish(5)
-    assert sorted(sequences(tmp_path).values()) == [3, 5]
-    os.close(first._descriptor)  # as the kernel does for a killed process
-    assert list(sequences(tmp_path).values()) == [5]
-    second.close()
-    assert sequences(tmp_path) == {}
-
-
-def active(release: RandomRelease) -> RandomRelease:
-    """Makes the release one that other processes find: a manifest and an alias."""
-    from ensemble import contract
-
-    manifest = {"format": 1, "contract": contract.fingerprint(release.schema), "files": _digests(release.repository)}
-    (release.path / "manifest.json").write_text(json.dumps(manifest))
-    (release.repository / "recommend").mkdir()
-    (release.repository / "recommend" / "config.pbtxt").write_text('model_name: "r1_recommend"')
-    return release
-
-
-def _digests(repository: Path) -> dict[str, dict]:
-    from ensemble.release import file_sha256
-
-    return {str(p.relative_to(repository)): {"sha256": file_sha256(p)} for p in repository.rglob("*") if p.is_file()}
-
-
-def start_writer(repository: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ensemble.live.service", str(repository)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            ItemClient(repository).close()
-            return process
-        except Unavailable:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-    raise AssertionError("the writer did not start")
-
-
-def delete_until_it_is_gone(repository: Path, items: range, acknowledged: set[str]) -> None:
-    with ItemClient(repository, wait_s=0) as client:
-        for i in items:
-            client.delete(f"i{i:05}")
-            acknowledged.add(f"i{i:05}")
-            time.sleep(0.005)
-        while True:
-            client.status()
-
-
-def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path, rng):
-    release = active(make_release(tmp_path, rng))
-    acknowledged: set[str] = set()
-    for turn in range(2):
-        process = start_writer(tmp_path)
-        killer = threading.Timer(0.3, process.kill)
-        killer.start()
-        with pytest.raises(Unavailable):
-            delete_until_it_is_gone(tmp_path, range(60 * turn, 60 * turn + 60), acknowledged)
-        process.wait()
-        process.stdin.close()
-        process.stderr.close()
-        (tmp_path / ".live" / "writer.json").unlink()
-        view, unique = open_again(release).live.view, len(acknowledged)
-        gone = {f"i{i:05}" for i in range(120) if view.state.deleted[1 + i]}
-        assert acknowledged <= gone
-        assert len(gone) <= unique + 2, "at most the ones in flight"
-
-
-def test_a_change_is_recallable_in_under_a_second_and_done_when_all_have_it(tmp_path, rng):
-    release = make_release(tmp_path, rng)
-    write_item_encoder(release)
-    active(release)
-    service = ItemService(tmp_path, lambda line: None)
-    thread = threading.Thread(target=service.run, daemon=True)
-    thread.start()
-    followers = [LiveItems(open_again(release)) for _ in range(3)]
-    for follower in followers:
-        follower.follow()
-    deadline = time.monotonic() + 5
-    while not (tmp_path / ".live" / "writer.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    try:
-        with ItemClient(tmp_path, wait_s=5.0) as client:
-            client.status()
-            while len(client.status().instances) < 3 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            client.add({"item_id": "first", "brand": "brand1"})  # opens the engine
-            started = time.monotonic()
-            done = client.add({"item_id": "n1", "brand": "brand1", "price": 3})
-            assert time.monotonic() - started < 1.0
-            assert done.done
-            assert list(done.instances.values()) == [2, 2, 2]
-            assert all(follower.view.rows_from_ids(np.array([b"n1"]))[0] == 122 for follower in followers)
-            with pytest.raises(InvalidArgument, match=r"^item 'n1' exists already; update it instead$"):
-                client.add({"item_id": "n1"})
-            client.merge()
-            while client.status().generation == 0 and time.monotonic() < deadline + 30:
-                time.sleep(0.02)
-            assert client.status().unmerged == 0
-            assert client.delete("n1").done
-            assert all(follower.view.state.generation == 1 for follower in followers)
-    finally:
-        for follower in followers:
-            follower.close()
-        service.stop()
-        thread.join()
-
-
-def test_without_a_writer_the_client_says_how_to_start_one(tmp_path):
-    with pytest.raises(Unavailable, match=r"^nobody writes the items of .*; start `peregrine serve`, or `peregrine items serve`$"):
-        ItemClient(tmp_path)
 
 
 def test_encoding_needs_what_the_build_wrote(tmp_path, rng):

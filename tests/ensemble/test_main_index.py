@@ -8,6 +8,7 @@ import pytest
 
 from builders.index_choice import IndexTarget, build_plan, choose_plan, exact_positions, recall_share, tune
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.gpu_index import GpuIndex
 from ensemble.main_index import MainIndex, QuerySettings, open_index
 from ensemble.merging import merge_found
 from ensemble.vectors import open_vectors, packed_vectors
@@ -130,6 +131,13 @@ def test_mapped_vectors_are_close_to_the_real_ones(tmp_path, rng, precision, tol
     (tmp_path / "vectors.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(ReleaseError, match=r"^cannot open .*vectors\.npy: .*build the release again$"):
         open_vectors(tmp_path / "vectors.npy", 100, DIM)
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="faiss-gpu is installed")
+def test_a_gpu_that_is_asked_for_and_absent_is_refused(rng):
+    index = main_index("Flat", clustered(rng, 100))
+    with pytest.raises(InvalidInput, match=r"^--index gpu: faiss-gpu or the GPU is missing; install faiss-gpu instead of faiss-cpu"):
+        GpuIndex(index.index, index.vectors, index.query)
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF16,PQ16x4fs"])

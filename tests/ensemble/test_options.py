@@ -18,7 +18,6 @@ from ensemble.schema import Feature, Schema, Sizes, Table, Task
 ITEMS = Table((Feature("brand", "category", 0, 1, 1, 5), Feature("kind", "category", 1, 2, 6, 4), Feature("price", "number", 0, 1)))
 SCHEMA = Schema("shop", ITEMS, Table(), (Task("ctr", "binary"), Task("dwell", "regression", "ctr", 0.1)))
 DEEP = "[" * 100_000 + "]" * 100_000
-NESTED = "[" * 985 + "]" * 985
 
 
 def parse(num_users: int = 1, **parameters: Any) -> Options:

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from random_release import BRANDS, SETTINGS, RandomRelease, make_release, schema_of
+from random_release import BRANDS, SETTINGS, RandomRelease, make_release, open_recall, schema_of
 
 from ensemble.errors import ReleaseError
 from ensemble.options import Options, UserOptions, parse_options
@@ -22,10 +22,6 @@ FILTERS = [
     {"allow": {"brand": ["no such brand"]}},
     {"deny": {"brand": list(BRANDS), "tags": []}},
 ]
-
-
-def open_recall(release: RandomRelease) -> Recall:
-    return Recall(release.model("recall"), release)
 
 
 def seen_rows_of(release: RandomRelease, users: np.ndarray) -> np.ndarray:
