@@ -66,6 +66,7 @@ class BuildOptions:
     ranker: str | None = None
     plan: CompressionPlan = NO_PLAN
     plan_name: str = "none"
+    index_bytes: int | None = None  # memory of the main index; None: index_choice's default for the catalogue's size
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
@@ -101,7 +102,7 @@ def _run_to_export(options: BuildOptions, stages: Stages) -> tuple[Done, Done, D
     for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
         _own(source, _schema(data.folder), model)  # refused now, not after an hour of training
     encoders = stages.run("encoders", lambda *to: make_encoders(options, data, *to), [encoder_options, own_encoder, options.seed], (data,))
-    index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), options.seed, (encoders,))
+    index = stages.run("index", lambda *to: make_index(options, data, encoders, *to), [options.seed, options.index_bytes], (encoders,))
     ranker = stages.run("ranker", lambda *to: make_ranker(options, data, encoders, index, *to), [ranker_options, own_ranker, options.seed], (index,))
     export = stages.run("export", lambda *to: make_engines(options, data, encoders, index, ranker, *to), None, (ranker,))
     return data, encoders, index, ranker, export
@@ -137,7 +138,7 @@ def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, 
     report(0.2, "embedding held-out users")
     user_embeddings = _user_encoding(options, dataset, encoders, item_embeddings)(dataset.validation.user_rows, dataset.validation.history_ends)
     report(0.4, "index, transitions, popular, weights of the sources")
-    tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed)
+    tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes)
     (folder / "tried.json").write_text(json.dumps(tried))
 
 

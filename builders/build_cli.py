@@ -5,29 +5,43 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from builders.stages import Stages
+
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` (base's sizes, one epoch, for load tests)."
+    ),
+]
+Compress = Annotated[
+    str, typer.Option(metavar="PLAN", help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is the gate.")
+]
+IndexMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--index-memory-mb", min=1, help="Memory of the item index; by default whole vectors up to 2 million items, then a twentieth of them."
+    ),
+]
 
 
 def build(
     shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` (base's sizes, one epoch, for load tests)."
-        ),
-    ] = "base",
+    preset: Preset = "base",
     repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = Path("model_repository"),
     release: Annotated[str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")] = None,
     activate: Annotated[bool, typer.Option("--activate", help="Serve it from now on.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed, data and machine give the same release.")] = 0,
     user_encoder: Annotated[str | None, typer.Option(help="Your own user encoder, MODULE:CLASS.")] = None,
     ranker: Annotated[str | None, typer.Option(help="Your own ranker, MODULE:CLASS.")] = None,
-    compress: Annotated[
-        str,
-        typer.Option(metavar="PLAN", help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is the gate."),
-    ] = "none",
+    compress: Compress = "none",
+    index_memory_mb: IndexMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
@@ -39,26 +53,42 @@ def build(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning threads make a busy machine ten times slower
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from builders.build import BuildOptions, build
     from builders.compress.plan import read_plan
     from builders.presets import preset as preset_named
 
     console = Console(stderr=True)
-    options = BuildOptions(shop, repository, preset_named(preset), release, seed, user_encoder, ranker, read_plan(compress), compress)
+    index_bytes = index_memory_mb and index_memory_mb * 1_000_000
+    own = {"user_encoder": user_encoder, "ranker": ranker}
+    options = BuildOptions(
+        shop, repository, preset_named(preset), release, seed, **own, plan=read_plan(compress), plan_name=compress, index_bytes=index_bytes
+    )
     name, stages = build(options, console)
     if activate:
         from clients.releases import activate as activate_release
 
         activate_release(repository, name)
     if as_json:
-        facts = [{"stage": s.name, "skipped": s.skipped, "duration_s": round(s.duration_s, 3), "peak_bytes": s.peak_bytes} for s in stages.done]
         print(
-            json.dumps({"release": name, "active": activate, "stages": facts, "report": json.loads((repository / name / "report.json").read_text())})
+            json.dumps({"release": name, "active": activate, **_facts(stages), "report": json.loads((repository / name / "report.json").read_text())})
         )
-        return
+    else:
+        _tell(console, stages, repository, name, activate)
+
+
+def _tell(console: Console, stages: Stages, repository: Path, name: str, is_active: bool) -> None:
+    """What each stage took, the release's report, and what to do next."""
+    from rich.markdown import Markdown
+
     console.print(stages.table())
     console.print(Markdown((repository / name / "report.md").read_text()))
-    after = "serve it: peregrine serve" if activate else f"activate it: peregrine release activate {name}"
+    after = "serve it: peregrine serve" if is_active else f"activate it: peregrine release activate {name}"
     console.print(f"release {name} is in {repository}; {after} --repository {repository}")
+
+
+def _facts(stages: Stages) -> dict[str, Any]:
+    """What each stage took, for --json."""
+    return {
+        "stages": [{"stage": s.name, "skipped": s.skipped, "duration_s": round(s.duration_s, 3), "peak_bytes": s.peak_bytes} for s in stages.done]
+    }

@@ -32,6 +32,7 @@ def serve(
     require: Annotated[
         str | None, typer.Option(help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is there if not given.")
     ] = None,
+    index: Annotated[str, typer.Option(help="Where the main index is searched: cpu, or gpu: with faiss-gpu, and an index of whole vectors.")] = "cpu",
     redis: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +59,7 @@ def serve(
             "start_timeout_s": start_timeout_s,
             "fused": fused,
             "require": require,
+            "index": index,
             "redis": url_from_option(redis) if redis else None,
         }
         with server.serve(repository, port, metrics_port or None, address, **options) as running, service_process(repository.resolve(), _log):

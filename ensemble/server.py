@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ipaddress
 import os
 import socket
 import threading
@@ -17,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
-from ensemble.release import active_release, open_release
-from ensemble.repository import FUSED, release_names, sweep
+from ensemble.engines import CPU
+from ensemble.errors import PeregrineError, ServerError
+from ensemble.repository import FUSED
 from ensemble.server_calls import drain, is_model_ready
+from ensemble.server_checks import check_address, check_index, check_port, check_servable
 from ensemble.server_file import Claim, RunningServer
 from ensemble.server_folder import Installation, find_tritonserver, make_run_folder, sweep_run_folders
 from ensemble.server_plans import OVERLAY, Overlay, choose_runtime
@@ -217,71 +217,36 @@ def serve(
     start_timeout_s: float = 300.0,
     fused: bool = False,
     require: str | None = None,
+    index: str = CPU,
     redis: str | None = None,
 ) -> Iterator[Server]:
     """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics.
 
     fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the engines
-    (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not TensorRT. redis: URL for feature rows.
+    (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not TensorRT. index: "cpu" or "gpu", where the
+    main index is searched. redis: URL for feature rows.
     """
     repository = Path(repository).resolve()
     if redis is not None:  # refused here rather than in every step
         TierSettings(redis)
         check_installed()
+    check_index(index)
     installation = find_tritonserver()
-    _check_address(address, installation)
+    check_address(address, installation)
     runtime = choose_runtime(repository, check_servable(repository), installation, require, fused, log)
-    ports = [_check_port(address, number) for number in (port, metrics_port) if number is not None]
+    ports = [check_port(address, number) for number in (port, metrics_port) if number is not None]
     sweep_run_folders()
     claim = Claim(repository)
     chosen = FUSED if fused else None
-    launch = Launch(repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=chosen, runtime=runtime, redis=redis)
+    launch = Launch(
+        repository, address, ports[0], (*ports, None)[1], verbose=verbose, configuration=chosen, runtime=runtime, index=index, redis=redis
+    )
     server = Server(launch, claim, installation, log, start_timeout_s)
     try:
         server.start()
         yield server
     finally:
         server.stop()
-
-
-def check_servable(repository: Path) -> str:
-    """The active release, with every file as its manifest says; an error that names the cure otherwise."""
-    if not repository.is_dir():
-        raise InvalidInput(f"repository {repository} does not exist; `peregrine build SHOP --activate` makes one")
-    if os.access(repository, os.W_OK):
-        sweep(repository)
-    name = active_release(repository)
-    if name is None:
-        there = ", ".join(release_names(repository))
-        cure = f"`peregrine release activate NAME` (there are: {there})" if there else "`peregrine build SHOP --activate`"
-        raise ReleaseError(f"no release is active in {repository}; {cure}")
-    if not (repository / name / "manifest.json").exists():
-        raise ReleaseError(f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate another release or build again")
-    open_release(repository, name).verify()
-    return name
-
-
-def _check_address(address: str, installation: Installation) -> None:
-    try:
-        loopback = address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        raise InvalidInput(f"address {address!r} is not an IP address; use 127.0.0.1, or 0.0.0.0 for every interface") from None
-    if not loopback and not (installation.level and installation.level.may_leave_loopback):
-        level = installation.level or "of unknown version"
-        raise ServerError(f"address {address} refused: tritonserver {level} has known holes and must stay on 127.0.0.1; 2.72 or newer may leave it")
-
-
-def _check_port(address: str, port: int) -> int:
-    """`port`, or a free one for 0; ServerError if somebody has it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
-            raise ServerError(f"port {port} on {address} cannot be used: {reason}; choose another with --port or --metrics-port") from error
-        return int(probe.getsockname()[1])
 
 
 def _is_open(address: str, port: int) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.engines import ENGINE_VARIABLE, TENSORRT
+from ensemble.engines import CPU, ENGINE_VARIABLE, INDEX_VARIABLE, TENSORRT
 from ensemble.server_folder import Installation, RunFolder, remove_regions
 from ensemble.server_plans import OVERLAY, Runtime
 from ensemble.tiers import settings as tiers
@@ -46,6 +46,7 @@ class Launch:
     verbose: int = 0
     configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
     runtime: Runtime = field(default_factory=Runtime)
+    index: str = CPU  # engines.CPU or GPU: where the main index is searched
     redis: str | None = field(default=None, repr=False)  # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
 
 
@@ -91,6 +92,7 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         ENGINE_VARIABLE: launch.runtime.engine,
+        INDEX_VARIABLE: launch.index,
         "TRITON_SERVER_VERSION": str(installation.level or ""),  # images set it; python_model.py knows old stubs by it
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),

@@ -19,6 +19,9 @@ CHUNK = 8
 # What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a runtime.
 ENGINE_VARIABLE = "PEREGRINE_ENGINE"
 ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT = "onnxruntime", "onnxruntime-gpu", "tensorrt"
+# The same for where recall searches its main index.
+INDEX_VARIABLE = "PEREGRINE_INDEX"
+CPU, GPU = "cpu", "gpu"
 
 
 class Engine(Protocol):

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from toy_repository import SLOW, publish_toy
@@ -129,6 +130,12 @@ def test_a_taken_port_is_refused_by_number(repository):
 @pytest.mark.skipif(bool(os.environ.get("TRITON_SERVER_VERSION")), reason="the image's tritonserver may listen anywhere")
 def test_an_open_address_is_refused_below_2_72(repository):
     assert "address 0.0.0.0 refused: tritonserver 2.51" in refused("-r", str(repository), "--address", "0.0.0.0")
+
+
+def test_an_index_that_cannot_be_searched_there_is_refused(repository):
+    assert "--index tpu: is unknown; use cpu or gpu" in refused("-r", str(repository), "--index", "tpu")
+    if not hasattr(faiss, "StandardGpuResources"):
+        assert "--index gpu: faiss-gpu or the GPU is missing" in refused("-r", str(repository), "--index", "gpu")
 
 
 def test_missing_tritonserver_says_how_to_get_one(tmp_path, monkeypatch):
