@@ -6,9 +6,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from clients.items import Changed, ItemClient
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Add, change and remove items while they are served."
@@ -91,9 +94,25 @@ def _change(kind: str, item: str | None, file: Path | None, pairs: list[str] | N
     else:
         changes = read_changes(_lines(file), kind, str(file))
     with ItemClient(repository, wait_s) as client:
-        for start in range(0, max(1, len(changes)), _AT_ONCE):
-            done = client.apply(changes[start : start + _AT_ONCE])
+        done = _apply(client, changes)
     _print(done, as_json, len(changes))
+
+
+def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
+    """In parts; each is made whole or not at all, and an error says how many changes came before it."""
+    from ensemble.errors import PeregrineError
+    from ensemble.progress import bar
+
+    with bar("items") as update:
+        for start in range(0, max(1, len(changes)), _AT_ONCE):
+            update(f"{start:,} of {len(changes):,}", start / max(1, len(changes)))
+            try:
+                done = client.apply(changes[start : start + _AT_ONCE])
+            except PeregrineError as error:
+                if start:
+                    error.args = (f"{error} (the first {start} changes are made, this one and all after them are not: send the rest again)",)
+                raise
+    return done
 
 
 def _lines(file: Path) -> list[str]:

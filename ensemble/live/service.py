@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,22 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
+from ensemble.live.asked import Asked, groups
 from ensemble.live.instances import sequences
-from ensemble.live.writer import MAX_GROUP, ItemWriter
+from ensemble.live.writer import ItemWriter
 from ensemble.release import active_release, open_release
 from ensemble.repository import try_flock, write_durably
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 20_000  # changes beside the main index; each is searched exactly by every query
+_HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _MAX_LINE = 64 << 20
 _MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
-
-
-class _Asked:
-    """A request on its way through the writing thread."""
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        self.request, self.reply, self.done = request, dict[str, Any](), threading.Event()
 
 
 class ItemService:
@@ -53,11 +49,12 @@ class ItemService:
         if not try_flock(self._lock):
             os.close(self._lock)
             raise ReleaseError(f"another process writes the live items of {repository}; use it, or stop it")
-        self._asked: queue.Queue[_Asked | None] = queue.Queue()
+        self._asked: queue.Queue[Asked | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
         self._merging: tuple[subprocess.Popen[str], int] | None = None
-        self._home = tempfile.TemporaryDirectory(prefix="peregrine-items-")  # 0700; a repository's path may be too long for a socket
+        _remove_socket_of_the_killed(self.folder / WRITER_FILE)
+        self._home = tempfile.TemporaryDirectory(prefix=_HOME)  # 0700; a repository's path may be too long for a socket
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(Path(self._home.name) / "s"))
         self._socket.listen(64)
@@ -106,7 +103,7 @@ class ItemService:
             wait_s = min(float(request.get("wait_s", 0)), _MAX_WAIT_S)
         except (ValueError, TypeError) as error:
             return {"error": f"request: {error}"}
-        asked = _Asked(request)
+        asked = Asked(request)
         self._asked.put(asked)
         asked.done.wait()
         if "error" in asked.reply:
@@ -137,11 +134,11 @@ class ItemService:
                 first = self._asked.get(timeout=0.2)
                 if first is None:
                     return
-                for group in _groups(first, self._asked):
+                for group in groups(first, self._asked):
                     self._answer(group)
             self._care()
 
-    def _answer(self, group: list[_Asked]) -> None:
+    def _answer(self, group: list[Asked]) -> None:
         """One group as one append; when that fails, each request on its own, so that one's mistake is not the others'."""
         try:
             changes = [change for asked in group for change in asked.request.get("changes", [])]
@@ -211,27 +208,12 @@ class ItemService:
         self.log(f"items: generation {said.strip()} holds all changes up to {merged}")
 
 
-def _groups(first: _Asked, rest: queue.Queue[_Asked | None]) -> Iterator[list[_Asked]]:
-    """What has arrived by now, in groups of which no item is changed twice."""
-    group, ids = [first], _ids(first)
-    while not rest.empty():
-        asked = rest.get()
-        if asked is None:
-            rest.put(None)
-            break
-        more = _ids(asked)
-        if ids & more or len(ids) + len(more) > MAX_GROUP:
-            yield group
-            group, ids = [], set()
-        group.append(asked)
-        ids |= more
-    yield group
-
-
-def _ids(asked: _Asked) -> set[str]:
-    """Ids that a request changes; what is no change at all is refused when its turn comes."""
-    items = [change.get("item") for change in asked.request.get("changes", []) if isinstance(change, dict)]
-    return {str(item.get("item_id")) for item in items if isinstance(item, dict)}
+def _remove_socket_of_the_killed(writer_file: Path) -> None:
+    """We hold the repository's lock, so whoever wrote the file is gone, and had no time to tidy up if the file is still there."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        home = Path(json.loads(writer_file.read_text())["socket"]).parent
+        if home.name.startswith(_HOME):
+            shutil.rmtree(home)
 
 
 @contextlib.contextmanager

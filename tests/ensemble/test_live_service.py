@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +16,9 @@ import pytest
 from random_release import RandomRelease, make_release, open_again, write_item_encoder
 from shops import ROOT
 
+from clients import items_cli
 from clients.errors import InvalidArgument, Unavailable
 from clients.items import ItemClient, read_changes
-from clients.items_cli import _lines
 from ensemble.live.instances import InstanceFile, sequences
 from ensemble.live.items import LiveItems
 from ensemble.live.service import ItemService
@@ -78,8 +79,10 @@ def delete_until_it_is_gone(repository: Path, items: range, acknowledged: set[st
 def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path, rng):
     release = active(make_release(tmp_path, rng))
     acknowledged: set[str] = set()
+    homes: list[Path] = []
     for turn in range(2):
         process = start_writer(tmp_path)
+        homes.append(Path(json.loads((tmp_path / ".live" / "writer.json").read_text())["socket"]).parent)
         killer = threading.Timer(0.3, process.kill)
         killer.start()
         with pytest.raises(Unavailable):
@@ -87,11 +90,12 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path, rng):
         process.wait()
         process.stdin.close()
         process.stderr.close()
-        (tmp_path / ".live" / "writer.json").unlink()
         view, unique = open_again(release).live.view, len(acknowledged)
         gone = {f"i{i:05}" for i in range(120) if view.state.deleted[1 + i]}
         assert acknowledged <= gone
         assert len(gone) <= unique + 2, "at most the ones in flight"
+    assert not homes[0].exists(), "what the killed one left is swept by the next"
+    shutil.rmtree(homes[1])
 
 
 def test_a_change_is_recallable_in_under_a_second_and_done_when_all_have_it(tmp_path, rng):
@@ -141,10 +145,29 @@ def test_without_a_writer_the_client_says_how_to_start_one(tmp_path):
 
 def test_a_file_of_items_is_one_item_a_line_whatever_its_texts_hold(tmp_path):
     (tmp_path / "items").write_text('{"item_id": "a", "brand": "x\u2028y"}\n\n7\n{"item_id": \n', encoding="utf-8", newline="\r\n")
-    lines = _lines(tmp_path / "items")
+    lines = items_cli._lines(tmp_path / "items")
     assert read_changes(lines[:3], "upsert", "items") == [
         {"op": "upsert", "item": {"item_id": "a", "brand": "x\u2028y"}},
         {"op": "upsert", "item": {"item_id": 7}},
     ]
     with pytest.raises(InvalidArgument, match=r"^items, line 4: not JSON: "):
         read_changes(lines, "upsert", "items")
+
+
+def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+    class Client:
+        def __init__(self, *_):
+            self.parts = []
+
+        def apply(self, part):
+            self.parts.append(part)
+            if len(self.parts) == 2:
+                raise InvalidArgument("item 'x' is unknown")
+
+    monkeypatch.setattr(items_cli, "_AT_ONCE", 2)
+    changes = [{"op": "delete", "item": {"item_id": str(n)}} for n in range(5)]
+    with pytest.raises(InvalidArgument, match=r"^item 'x' is unknown \(the first 2 changes are made, this one and all after them are not"):
+        items_cli._apply(Client(), changes)
+    client = Client()
+    items_cli._apply(client, changes[:2])
+    assert client.parts == [changes[:2]]
