@@ -24,7 +24,7 @@ Chunks = Callable[[int, int], Array]  # start, stop -> embeddings [stop - start,
 FLAT_BELOW = 100_000  # items; above, a full scan costs more than it finds
 COMPRESSED_FROM = 2_000_000  # items; below, the flat vectors of an IVF index are a gigabyte at most
 _ID_BYTES = 8  # of each item in an IVF list
-_FACTORS = (2, 4, 8, 16, 32)
+_FACTORS = (2, 4, 8, 16, 32, 64, 128)
 _POINTS_A_LIST = 64  # training sample
 _ADDED = 1 << 18  # items encoded at once: 128 MB
 
@@ -67,7 +67,7 @@ def choose_plan(num_items: int, dim: int, budget_bytes: int | None = None, *, pr
     plans = [
         flat if num_items < FLAT_BELOW else IndexPlan(f"IVF{lists},Flat", 4 * dim + _ID_BYTES, lists, seed=seed),
         IndexPlan(f"IVF{lists},RaBitQ", dim // 8 + 8 + _ID_BYTES, lists, True, precision, seed),
-        *(IndexPlan(f"IVF{lists},PQ{m}x4fs", m // 2 + _ID_BYTES, lists, True, precision, seed) for m in pieces[1:]),
+        *(IndexPlan(f"IVF{lists},PQ{m}x4fsr", m // 2 + _ID_BYTES, lists, True, precision, seed) for m in pieces[1:]),
     ]
     fitting = sorted((p for p in plans if _total_bytes(p, num_items, dim) <= budget), key=lambda p: -p.bytes_per_item)
     if not fitting:

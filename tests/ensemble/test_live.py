@@ -20,7 +20,7 @@ from ensemble.options import parse_options
 from ensemble.recall import Recall
 from ensemble.reranking import Reranking
 
-KINDS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fs"]
+KINDS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fsr"]
 
 
 def recall_of(release: RandomRelease, index: str = "Flat") -> Recall:

@@ -17,7 +17,7 @@ DIM, ITEMS = 32, 4000
 KINDS = {
     "Flat": QuerySettings(),
     "IVF16,Flat": QuerySettings(nprobe=8),
-    "IVF16,PQ16x4fs": QuerySettings(nprobe=12, refine_factor=8),
+    "IVF16,PQ16x4fsr": QuerySettings(nprobe=12, refine_factor=8),
     "IVF16,RaBitQ": QuerySettings(nprobe=12, refine_factor=8),
     "IVF16,PQ8x5": QuerySettings(nprobe=12, refine_factor=8),
 }
@@ -95,7 +95,7 @@ def test_merged_lists_are_in_order_whatever_their_parts_were():
 
 @pytest.mark.parametrize(
     ("items", "budget", "kind"),
-    [(50_000, None, "Flat"), (500_000, None, "IVF1024,Flat"), (10_000_000, None, "IVF4096,PQ32x4fs"), (10_000_000, 500_000_000, "IVF4096,PQ64x4fs")],
+    [(50_000, None, "Flat"), (500_000, None, "IVF1024,Flat"), (10_000_000, None, "IVF4096,PQ32x4fsr"), (10_000_000, 500_000_000, "IVF4096,PQ64x4fsr")],
 )
 def test_the_plan_fits_size_and_budget(items, budget, kind):
     plan = choose_plan(items, 128, budget)
@@ -140,7 +140,7 @@ def test_a_gpu_that_is_asked_for_and_absent_is_refused(rng):
         GpuIndex(index.index, index.vectors, index.query)
 
 
-@pytest.mark.parametrize("kind", ["Flat", "IVF16,PQ16x4fs"])
+@pytest.mark.parametrize("kind", ["Flat", "IVF16,PQ16x4fsr"])
 def test_an_index_cut_anywhere_is_refused_by_name(tmp_path, rng, kind):
     index = main_index(kind, clustered(rng, 1000)).index
     faiss.write_index(index, str(tmp_path / "index.faiss"))
