@@ -36,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from builders.faulty_redis import PROXIED, STRAIGHT, FaultyRedis
 from clients.bench_report import machine
 from clients.loadgen import zipf_users
 from clients.results import Recommendations
@@ -47,8 +49,6 @@ from ensemble.release import active_release, open_release
 from ensemble.server import serve
 from ensemble.tiers.rows import keys_from_identities, user_identities
 from ensemble.tiers.settings import VARIABLE, TierSettings, write_settings
-
-from builders.faulty_redis import PROXIED, STRAIGHT, FaultyRedis
 
 _TOP_K, _SPARE = 10, 20  # a healthy list is longer, so that ties at a list's end are known as such
 _TOLERANCE = 1e-4  # of scores: batches of another size add in another order
