@@ -7,6 +7,7 @@ transitions and id maps that name rows stay right. New content lies in slots: ma
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.05
 _AT_ONCE = 2048  # records applied by a request; a longer backlog is the thread's
-_ROOM = 1024  # slots at first
+_PIECE = 512  # records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy of these takes
+_SWITCH_S = 0.0005  # how long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's return, are too much
+_ROOM = 1 << 16  # slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
 
 
 class LiveState:
@@ -55,16 +58,15 @@ class LiveState:
 
     def _load_generation(self) -> None:
         if self.generation:
-            self.apply(generation_records(self.folder, self.release.schema))
+            records = generation_records(self.folder, self.release.schema)
+            for start in range(0, len(records), _PIECE):
+                self.apply(records[start : start + _PIECE])
         self.delta_start, self.num_stale = self.num_slots, int(np.count_nonzero(self.deleted))
 
     def apply(self, records: np.ndarray) -> None:
         """Changes [n], in order; the last of a row is what it becomes."""
         rows = records["row"].astype(np.int64)
-        for record in records[rows >= self.num_base + len(self.new_ids)]:  # new ids only
-            if record["row"] == self.num_base + len(self.new_ids):
-                self.row_of_new[bytes(record["id"])] = int(record["row"])
-                self.new_ids.append(bytes(record["id"]))
+        self._name_new(rows, records["id"])
         self._make_room(len(records))
         kept = records[records["kind"] != DELETE]
         places = slice(self.num_slots, self.num_slots + len(kept))
@@ -78,6 +80,14 @@ class LiveState:
         self.num_slots += len(kept)
         self.num_stale += int(np.count_nonzero(was_valid))
         self.num_deleted += int(np.count_nonzero(self.deleted[touched])) - had
+
+    def _name_new(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        """Takes the ids [n] S of rows [n] that are new; new rows follow each other."""
+        new = np.flatnonzero(rows >= self.num_base + len(self.new_ids))
+        new_rows, first = np.unique(rows[new], return_index=True)
+        names = ids[new[first]].tolist()
+        self.row_of_new.update(zip(names, new_rows.tolist(), strict=True))
+        self.new_ids += names
 
     def _make_room(self, more: int) -> None:
         room = len(self.slots)
@@ -213,6 +223,7 @@ class LiveItems:
     def follow(self) -> None:
         """From now on a thread keeps the view fresh, opens new generations, and publishes how far this instance is."""
         if self._thread is None:
+            sys.setswitchinterval(_SWITCH_S)
             self._instance = InstanceFile(self.folder)
             self._thread = threading.Thread(target=self._follow, name="live-items", daemon=True)
             self._thread.start()
@@ -285,6 +296,6 @@ class LiveItems:
 def _caught_up(view: LiveView) -> LiveView:
     """The view with all that the log holds by now."""
     state = view.state
-    while state.reader is not None and len(records := state.reader.read()):
+    while state.reader is not None and len(records := state.reader.read(_PIECE)):
         state.apply(records)
     return state.view() if state.reader is not None else view

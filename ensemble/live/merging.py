@@ -81,7 +81,6 @@ def merged_index(release: Release, state: LiveState) -> faiss.Index:
 
 def main(arguments: list[str]) -> None:
     repository, name, sequence = arguments
-    os.nice(19)
     faiss.omp_set_num_threads(1)
     try:
         print(merge(open_release(Path(repository), name), int(sequence)))
