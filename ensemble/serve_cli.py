@@ -99,10 +99,23 @@ def _greeting(running: Any, start_s: float) -> str:
             "             (two a step: Triton never restarts one that dies; one thread each: instances are the parallelism)",
             f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB resident, summed)",
             *([f"  features   {hidden(running.launch.redis)}, then the release's own rows"] if running.launch.redis else []),
+            *(
+                ["  faster     with --fused: the same answers from one process a request; these engines run on the CPU"]
+                if _could_be_fused(running)
+                else []
+            ),
             f"  try        peregrine recommend {user}{shown}",
             "Ctrl-C or SIGTERM stops it.",
         )
     )
+
+
+def _could_be_fused(running: Any) -> bool:
+    """Without a GPU, what five steps cost buys nothing."""
+    from ensemble.engines import ONNXRUNTIME
+
+    runtime = running.launch.runtime
+    return runtime.engine == ONNXRUNTIME and not runtime.plans and running.launch.configuration is None
 
 
 def _some_user(repository: Path, release: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Log -> a new main index, in a process of its own and niced: serving goes on, and is turned to it in one step.
+"""Log -> a new main index, in a process of its own, niced to idle: serving goes on, and is turned to it in one step.
 
 python -m ensemble.live.merging REPOSITORY RELEASE SEQUENCE
 """

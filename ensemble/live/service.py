@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import shutil
@@ -34,6 +35,7 @@ from ensemble.repository import try_flock, write_durably
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 20_000  # changes beside the main index; each is searched exactly by every query
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
+_IDLE_ONLY_S = 60.0  # how long a merge gets nothing but idle time
 _MAX_LINE = 64 << 20
 _MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
 
@@ -53,6 +55,7 @@ class ItemService:
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
         self._merging: tuple[subprocess.Popen[str], int] | None = None
+        self._idle_until = math.inf
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
         self._home = tempfile.TemporaryDirectory(prefix=_HOME)  # 0700; a repository's path may be too long for a socket
         self._socket = socket.socket(socket.AF_UNIX)
@@ -193,13 +196,18 @@ class ItemService:
         if self._merging is None:
             arguments = ("ensemble.live.merging", str(self.repository), writer.release.name, str(writer.sequence))
             process = _python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # at once: importing alone takes half a second of a core
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))  # a niced one would be let finish its slices of 8 ms
+            self._idle_until = time.monotonic() + _IDLE_ONLY_S
             self._merging = process, writer.sequence
 
     def _end_merge(self) -> None:
         assert self._merging is not None
         process, merged = self._merging
         if process.poll() is None:
+            if time.monotonic() > self._idle_until:  # on a machine without idle time it would never end, and the delta would grow
+                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+                os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
+                self._idle_until = math.inf
             return
         self._merging = None
         said, complaint = process.communicate()

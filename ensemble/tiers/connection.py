@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
@@ -83,6 +84,18 @@ class Caller:
         command: tuple[Any, ...] = ("MGET", *keys)
         self._connection.send_packed_command([hiredis.pack_command(command)])
         return self._connection.read_response()
+
+    def is_in_step(self) -> bool:
+        """Whether the next reply is that of the next command. Somebody else's row may also be what is stored: no reason to connect anew at
+        each request that reads it. False for a cluster, which has many connections."""
+        import hiredis
+
+        if self._connection is None:
+            return False
+        nonce = secrets.token_hex(8)
+        command: tuple[Any, ...] = ("PING", nonce)
+        self._connection.send_packed_command([hiredis.pack_command(command)])
+        return bool(self._connection.read_response() == nonce.encode())
 
     def _drop_if_unfit(self) -> None:
         """Redis may have ended the connection since, better known now than by a failed call; or there is an answer to nothing we asked."""

@@ -69,7 +69,7 @@ class RedisTier:
             if values is None:
                 return None
             records, good, causes = row_format.unpack(values, identities)
-            if "wrong_id" in causes:  # replies have slipped: nothing more may be read from this connection
+            if "wrong_id" in causes and not self._is_in_step():  # replies have slipped: nothing more may be read from this connection
                 self._disconnect()
         self.causes.update(causes)
         self.rows_asked += len(values)
@@ -93,6 +93,12 @@ class RedisTier:
             return None
         self.breaker.success()
         return values
+
+    def _is_in_step(self) -> bool:
+        try:
+            return self._opened().is_in_step()
+        except Exception:  # as in _values
+            return False
 
     def _fail(self, cause: str) -> None:
         self.causes[cause] += 1

@@ -171,3 +171,18 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
     client = Client()
     items_cli._apply(client, changes[:2])
     assert client.parts == [changes[:2]]
+
+
+def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    service = ItemService(tmp_path, lambda line: None)
+    process = subprocess.Popen(["sleep", "60"])
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    service._merging, service._idle_until = (process, 0), time.monotonic() + 60
+    service._end_merge()
+    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    service._idle_until = time.monotonic() - 1
+    service._end_merge()
+    assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    service.stop()

@@ -95,7 +95,12 @@ def test_merged_lists_are_in_order_whatever_their_parts_were():
 
 @pytest.mark.parametrize(
     ("items", "budget", "kind"),
-    [(50_000, None, "Flat"), (500_000, None, "IVF1024,Flat"), (10_000_000, None, "IVF4096,PQ32x4fsr"), (10_000_000, 500_000_000, "IVF4096,PQ64x4fsr")],
+    [
+        (50_000, None, "Flat"),
+        (500_000, None, "IVF1024,Flat"),
+        (10_000_000, None, "IVF4096,PQ32x4fsr"),
+        (10_000_000, 500_000_000, "IVF4096,PQ64x4fsr"),
+    ],
 )
 def test_the_plan_fits_size_and_budget(items, budget, kind):
     plan = choose_plan(items, 128, budget)

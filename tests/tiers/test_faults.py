@@ -217,7 +217,7 @@ def test_a_value_of_another_type_or_size_or_schema_or_range_is_a_miss_and_counte
     for user, value in enumerate([b"abc", b"x" * 4000, old_record, client.get(user_key(readers, USERS[9]))]):
         client.set(user_key(readers, USERS[user]), value)
     row = np.frombuffer(good, readers.users.format.record).copy()
-    row["row"]["seen"][0, -1] = 121  # no such item: another table's gather would fail
+    row["row"]["seen"][0, -1] = (1 << 24) + 121  # no log can have added so many: another table's gather would fail
     client.set(user_key(readers, USERS[4]), row.tobytes())
     row["row"]["seen"][0, -1], row["row"]["features"][0, 0] = 1, np.nan
     row["identity"] = user_identities(np.array([b"u00005"]))
@@ -300,6 +300,18 @@ def test_replies_that_slipped_by_one_never_give_another_users_row(server, releas
     assert readers.redis.causes["wrong_id"] >= 5
     between.slip = False
     assert status(read_users(readers, release, USERS[20:30])) == [0] * 10
+
+
+def test_a_stored_row_of_another_user_costs_no_connection(server, release, open_readers):
+    readers, client = open_readers(server), server.client()
+    readers.users.memory.flush()
+    client.set(user_key(readers, USERS[0]), client.get(user_key(readers, USERS[1])))
+    before = client.info("stats")["total_connections_received"]
+    for _ in range(20):
+        found = read_users(readers, release, USERS[:1])
+        np.testing.assert_array_equal(found.field("seen"), release.users["seen"][1:2])
+    assert readers.redis.causes["wrong_id"] == 20
+    assert client.info("stats")["total_connections_received"] <= before + 1
 
 
 def test_a_wrong_password_is_counted_and_harmless(own_server, release, open_readers):
