@@ -5,7 +5,7 @@ is ranked for every user, the user's train items are left out, Recall@20 is hits
 
 What is trained is the project's own pair of encoders on ids alone. Two things differ from a shop, as these lists have no order:
   - every epoch sees each user's items in a new random order, and of a long list a new random sample: nobody counts for hundreds;
-  - the user encoder starts without a preference for recent items (without_order). Left as it is for shops, it learns slower here.
+  - the user encoder starts without a preference for recent items (`ordered=False`). Left as it is for shops, it learns slower here.
 A user is then a random window of their train items; `orders` windows averaged are a fuller picture of a long list for as many encodings.
 Early stopping looks at one train item of some users, held out; test.txt is read for the figures only.
 
@@ -16,23 +16,20 @@ search, and reports the other half. DIR keeps embeddings.npz (a second run start
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
-from torch import nn
 
-from builders import train_encoders as training
 from builders.encoders import EncoderCheckpoint, EncoderConfig, Validation, encode_items, encode_users
 from builders.index_choice import IndexPlan, IndexTarget, build_plan, exact_positions, try_settings, tune
 from builders.sequences import Sequences
+from builders.train_encoders import train_encoders
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.vectors import packed_vectors
 
@@ -90,24 +87,6 @@ def hold_out(lists: Sequences, count: int, limit: int, rng: np.random.Generator)
     return kept, Validation(seen, lists.rows[places], users)
 
 
-@contextlib.contextmanager
-def without_order() -> Iterator[None]:
-    """Inside, a new user encoder has no preference for recent items: its biases on age start at 0."""
-    make = training.new_user_encoder
-
-    def flat(config: EncoderConfig, num_values: int) -> Any:
-        encoder = make(config, num_values)
-        nn.init.zeros_(encoder.distance_bias)
-        nn.init.zeros_(encoder.recency_bias)
-        return encoder
-
-    training.new_user_encoder = flat
-    try:
-        yield
-    finally:
-        training.new_user_encoder = make
-
-
 def no_features(rows: int) -> tuple[Array, Array]:
     """One column of zeros each: ids are all there is."""
     return np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32)
@@ -123,8 +102,7 @@ def train(lists: Sequences, num_items: int, config: EncoderConfig, seed: int, va
         shown.rows[:] = drawn(kept, config.max_history + 1, rng).rows
         print("  ".join(f"{name} {value:.4g}" for name, value in log.items()), file=sys.stderr, flush=True)
 
-    with without_order():
-        return training.train_encoders(shown, *items, *users, config=config, seed=seed, validation=validation, progress=progress)
+    return train_encoders(shown, *items, *users, config=config, seed=seed, validation=validation, progress=progress)
 
 
 def user_embeddings(checkpoint: EncoderCheckpoint, items: Array, lists: Sequences, orders: int, seed: int) -> Array:
@@ -204,6 +182,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     (lists, test, num_items), kept = read_split(given.source), given.out / "embeddings.npz"
     if not kept.is_file():
         config = EncoderConfig(
+            ordered=False,
             dim=128, max_history=given.history, epochs=given.epochs, batch_positions=given.batch, learning_rate=3e-3,
             layers=1, dropout=given.dropout, id_dropout=0.0, num_uniform=4096, num_hard=0, evaluate_every=1,
         )  # fmt: skip

@@ -32,6 +32,7 @@ class EncoderConfig:
     user_code_slices: Slices = ()
     dim: int = 128
     max_history: int = 50
+    ordered: bool = True  # False: histories without an order, whose last items are no newer than the others
     interests: int = 1
     layers: int = 2
     heads: int = 4
@@ -100,6 +101,7 @@ def new_user_encoder(config: EncoderConfig, num_values: int) -> UserEncoder:
         dim=config.dim, num_user_codes=config.num_user_codes, user_code_slices=config.user_code_slices,
         num_user_values=num_values, interests=config.interests, layers=config.layers, heads=config.heads,
         dropout=config.dropout, temperature=config.temperature, max_history=config.max_history,
+        ordered=config.ordered,
     )  # fmt: skip
 
 

@@ -140,6 +140,7 @@ class UserEncoder(nn.Module):
         dropout: float = 0.3,
         temperature: float = 0.07,
         max_history: int = 50,
+        ordered: bool = True,  # False: starts without a preference for recent items
     ):
         super().__init__()
         self.length = temperature**-0.5
@@ -151,7 +152,7 @@ class UserEncoder(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, feed or 4 * dim) for _ in range(layers))
-        ages = torch.arange(max_history).float()
+        ages = torch.arange(max_history).float() * ordered
         slopes = -(2.0 ** -torch.arange(heads).float())
         self.distance_bias = nn.Parameter(slopes[:, None] * ages.clamp(max=20.0))  # [heads, H]
         self.recency_bias = nn.Parameter(-0.5 * ages.clamp(max=10.0))  # [H]

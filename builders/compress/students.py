@@ -52,7 +52,9 @@ def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: 
             temperature=teacher.length**-2,
             max_history=teacher.max_history,
             dropout=teacher.dropout.threshold / 256,
-            **sizes,
+            layers=sizes["layers"],
+            heads=sizes["heads"],
+            feed=sizes["feed"],
         )
         return _start_at(teacher, encoder)
 

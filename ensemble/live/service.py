@@ -33,7 +33,7 @@ from ensemble.release import active_release, open_release
 from ensemble.repository import try_flock, write_durably
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
-MERGE_AT = 20_000  # changes beside the main index; each is searched exactly by every query
+MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _IDLE_ONLY_S = 60.0  # how long a merge gets nothing but idle time
 _MAX_LINE = 64 << 20

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from builders import train_encoders
-from builders.bench_gowalla import drawn, hold_out, main, popularity, read_split, recall_ndcg, together, without_order
-from builders.encoders import EncoderConfig
+from builders.bench_gowalla import drawn, hold_out, main, popularity, read_split, recall_ndcg, together
+from builders.encoders import EncoderConfig, new_user_encoder
 
 _USERS, _ITEMS = 200, 120
 
@@ -74,14 +73,11 @@ def test_a_draw_keeps_users_apart_and_is_new_every_time():
     assert first.rows.tolist() != second.rows.tolist()
 
 
-def test_order_is_forgotten_inside_only():
-    with without_order():
-        inside = train_encoders.new_user_encoder(EncoderConfig.tiny(), 1)
-    outside = train_encoders.new_user_encoder(EncoderConfig.tiny(), 1)
-    assert not inside.distance_bias.any()
-    assert not inside.recency_bias.any()
-    assert outside.distance_bias.any()
-    assert outside.recency_bias.any()
+def test_an_unordered_history_has_no_recent_end_at_first():
+    encoder = new_user_encoder(EncoderConfig.tiny(ordered=False), 1)
+    assert not encoder.distance_bias.any()
+    assert not encoder.recency_bias.any()
+    assert new_user_encoder(EncoderConfig.tiny(), 1).distance_bias.any()
 
 
 def test_what_validates_is_not_trained_on(two_tastes):
