@@ -28,17 +28,17 @@ def test_what_is_upserted_while_answering_is_found_and_none_is_lost(tiny_reposit
 def test_an_index_that_is_compressed_is_measured_as_a_serving_process_has_it(tmp_path, rng):
     like = bench_index.likeness(rng.standard_normal((2000, 32)).astype(np.float32), clusters=16)
     queries = like.block(7, 2 * bench_index._QUERIES)
-    folder = tmp_path / "30000"
-    facts = bench_index.build(30_000, like, queries, folder, IndexTarget(0.9), budget_bytes=30_000 * 32)
+    folder = tmp_path / "8000"
+    facts = bench_index.build(8_000, like, queries, folder, IndexTarget(0.9), budget_bytes=8_000 * 32)
     assert facts["refined"]
     (folder / "facts.json").write_text(json.dumps(facts))
     command = [sys.executable, "-m", "builders.bench_index", "--like", "nowhere", "--measure", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread(), check=True)
     row = json.loads(done.stdout)
     assert row["recall_at_100"] >= 0.85
-    assert row["mapped_vector_bytes"] > 30_000 * 64
-    assert row["flat_bytes"] == 30_000 * 32 * 4
+    assert row["mapped_vector_bytes"] > 8_000 * 64
+    assert row["flat_bytes"] == 8_000 * 32 * 4
     assert 0 < row["anonymous_bytes"] < row["flat_bytes"] * 4
     bench_index.plot([row], tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
-    assert "30,000" in bench_index.table([row])
+    assert "8,000" in bench_index.table([row])
