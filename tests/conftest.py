@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pretend
 import pytest
 from hypothesis import settings
 from shops import SHOPS, ReleaseCache, private_copy
@@ -143,6 +144,21 @@ def _open(repository: Path) -> Release:
     from ensemble.release import active_release, open_release
 
     return open_release(repository, active_release(repository) or "none")
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A driver to pretend with: the environment of processes that find it."""
+    return pretend.environment(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def compiled(gpu: dict[str, str], tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose release has plans, for the pretended GPU."""
+    repository = private_copy(tiny_repository, tmp_path_factory.mktemp("plans") / "repository")
+    done = pretend.peregrine(gpu, "compile", "-r", repository)
+    assert done.returncode == 0, done.stderr
+    return repository
 
 
 def _twin(release: Release) -> LocalPipeline:

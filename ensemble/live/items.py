@@ -85,9 +85,8 @@ class LiveState:
         """Takes the ids [n] S of rows [n] that are new; new rows follow each other."""
         new = np.flatnonzero(rows >= self.num_base + len(self.new_ids))
         new_rows, first = np.unique(rows[new], return_index=True)
-        names = ids[new[first]].tolist()
+        self.new_ids += (names := ids[new[first]].tolist())
         self.row_of_new.update(zip(names, new_rows.tolist(), strict=True))
-        self.new_ids += names
 
     def _make_room(self, more: int) -> None:
         room = len(self.slots)

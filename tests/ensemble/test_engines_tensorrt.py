@@ -18,21 +18,6 @@ from ensemble.engines.cuda import NO_GPU, gpu_facts
 from ensemble.engines.dlpack import CPU, Borrowed, DeviceTensor
 from ensemble.errors import InvalidInput, ReleaseError
 
-
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    """A driver to pretend with, and a repository whose release has plans."""
-    return pretend.environment(tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture(scope="module")
-def compiled(gpu, tiny_repository, tmp_path_factory):
-    repository = private_copy(tiny_repository, tmp_path_factory.mktemp("plans") / "repository")
-    done = pretend.peregrine(gpu, "compile", "-r", repository)
-    assert done.returncode == 0, done.stderr
-    return repository
-
-
 START = """\
 import sys, ctypes, json
 from concurrent.futures import ThreadPoolExecutor

@@ -34,18 +34,6 @@ except PeregrineError as error:
 """
 
 
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    return pretend.environment(tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture(scope="module")
-def compiled(gpu, tiny_repository, tmp_path_factory):
-    repository = private_copy(tiny_repository, tmp_path_factory.mktemp("plans") / "repository")
-    assert pretend.peregrine(gpu, "compile", "-r", repository).returncode == 0
-    return repository
-
-
 def chosen(env: dict[str, str], repository: Path, backends: Path, require: str = "", fused: str = "", **more: str) -> list:
     done = pretend.run({**env, **more}, "-c", CHOOSE, str(repository), str(backends), require, fused)
     assert done.returncode == 0, done.stderr
