@@ -5,6 +5,8 @@ Axes: U users, I items, L neighbours, B batch, H history, K newest items looked 
 
 import numpy as np
 
+from ensemble.arrays import ranks_within
+
 Array = np.ndarray
 _PAIRS_AT_ONCE = 1 << 25  # about 1.5 GB of work space
 
@@ -26,7 +28,7 @@ def item_transitions(offsets: Array, rows: Array, num_items: int, *, window: int
         scores = weights / np.sqrt(total[sources])
         order = np.lexsort((targets, -scores, sources))
         sources = sources[order]
-        place = np.arange(len(sources)) - np.searchsorted(sources, sources)
+        place = ranks_within(sources)
         kept = place < neighbours
         neighbour_rows[sources[kept], place[kept]] = targets[order][kept]
         neighbour_scores[sources[kept], place[kept]] = scores[order][kept]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
-from ensemble.errors import ServerError
+from ensemble.errors import ReleaseError, ServerError
 from ensemble.release import open_release
 from ensemble.repository import release_names
 from ensemble.schema import schema_from_json
@@ -215,10 +215,13 @@ def _target(version: bytes, meta: Mapping[str, Any], repository: Path | None, re
 
 
 def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | None:
-    """The live items of a release, where the repository has the very one that was loaded."""
+    """The live items of a release, where the repository has the very one that was loaded, and this Peregrine reads it."""
     if repository is None or name not in release_names(repository):
         return None
-    release = open_release(repository, name)
+    try:
+        release = open_release(repository, name)
+    except ReleaseError:  # an old one, whose rows have not expired yet: no reason to lose the events of the others
+        return None
     return release.live if rows.release_digest(release) == digest else None
 
 

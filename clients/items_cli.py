@@ -110,7 +110,7 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
                 done = client.apply(changes[start : start + _AT_ONCE])
             except PeregrineError as error:
                 if start:
-                    error.args = (f"{error} (the first {start} changes are made, this one and all after them are not: send the rest again)",)
+                    error.args = (f"{error} (the first {start} changes were made before it: send those after them again)",)
                 raise
     return done
 

@@ -1,4 +1,4 @@
-"""Twins behind one queue: how long the same arrivals would wait if serving cost nothing.
+"""Twins behind one queue: how long arrivals of the same rate would wait if serving cost nothing.
 
 One twin a core; whichever is free takes all that wait, up to the release's max_batch. No gRPC, no Triton, no generator: what is left
 of a latency is computing and waiting for computing, the floor under any server of these models on this machine (an M/D/c queue

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.live.items import LiveState, LiveView
-from ensemble.live.log import number_names
 from ensemble.options import Category, Filter
-from ensemble.schema import Schema
+from ensemble.schema import Schema, number_names
 
 _REMEMBERED = 128  # masks; one bit an item would do, one byte is faster to index: 128 MB for a million items at most
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ensemble.contract import MAX_ID_BYTES, MAX_LIST
 from ensemble.errors import InvalidArgument
-from ensemble.schema import Schema
+from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
 # Triton's own, which may travel along with ours.
@@ -196,7 +196,7 @@ def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
 def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
     """{"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
     found = []
-    for feature, ends in _object(name, value, {f.name for f in schema.items.features if f.kind == "number"}, "item number"):
+    for feature, ends in _object(name, value, set(number_names(schema)), "item number"):
         if not isinstance(ends, list) or len(ends) != 2 or not all(end is None or _is_number(end) for end in ends):
             raise InvalidArgument(f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}")
         low, high = (-math.inf if ends[0] is None else float(ends[0])), (math.inf if ends[1] is None else float(ends[1]))

@@ -106,6 +106,11 @@ class Schema:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
 
+def number_names(schema: Schema) -> tuple[str, ...]:
+    """The items' number features, in the order of numbers.npy's columns and of a live record's `numbers`."""
+    return tuple(f.name for f in schema.items.features if f.kind == "number")
+
+
 def schema_from_json(text: str) -> Schema:
     """Inverse of Schema.to_json; ReleaseError if it was written by another version of Peregrine."""
     raw: dict[str, Any] = json.loads(text)

@@ -17,10 +17,9 @@ import numpy as np
 
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.live.log import number_names
 from ensemble.options import default_options
 from ensemble.release import Release
-from ensemble.schema import Feature
+from ensemble.schema import Feature, number_names
 from ensemble.snapshot import item_dtype
 
 ENCODING = "encoding.json"  # what builders.packing did to each column

@@ -20,7 +20,8 @@ import numpy as np
 from ensemble.errors import PeregrineError
 from ensemble.live.generations import current_generation, generation_records
 from ensemble.live.instances import InstanceFile
-from ensemble.live.log import DELETE, LogReader, number_names
+from ensemble.live.log import DELETE, LogReader
+from ensemble.schema import number_names
 from ensemble.snapshot import gather
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ class LiveState:
             self.slot_of_row, self.deleted = _longer(self.slot_of_row, length), _longer(self.deleted, length)
 
     def view(self) -> LiveView:
-        sequence = self.reader.sequence if self.reader else 0
-        return LiveView(self, sequence, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted)
+        return LiveView(
+            self, self.reader.sequence if self.reader else 0, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted
+        )
 
 
 def _longer(array: np.ndarray, length: int) -> np.ndarray:

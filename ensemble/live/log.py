@@ -19,7 +19,7 @@ from ensemble import contract
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import ReleaseError
 from ensemble.repository import sync_folder
-from ensemble.schema import Schema
+from ensemble.schema import Schema, number_names
 from ensemble.snapshot import item_dtype
 
 ADD, UPDATE, DELETE = 1, 2, 3
@@ -27,11 +27,6 @@ _MAGIC = b"peregrine live 1"
 HEADER = np.dtype([("magic", "S16"), ("contract", "S16"), ("record_bytes", "<u4"), ("generation", "<u4"), ("after", "<u8"), ("crc", "<u4")])
 HEADER_BYTES = 64
 _PIECE = 4096  # records read and checked at once
-
-
-def number_names(schema: Schema) -> tuple[str, ...]:
-    """The items' number features, in the order of a record's `numbers` and of numbers.npy's columns."""
-    return tuple(f.name for f in schema.items.features if f.kind == "number")
 
 
 def record_dtype(schema: Schema) -> np.dtype:

@@ -13,9 +13,9 @@ from shops import private_copy
 from clients.client import Client
 from clients.items import ItemClient
 from ensemble.live.encoding import ItemEncoding
-from ensemble.live.log import number_names
 from ensemble.live.service import ItemService
 from ensemble.release import open_release
+from ensemble.schema import number_names
 
 
 def catalogue(shop, id_column: str = "item_id") -> dict[str, dict]:

@@ -166,7 +166,7 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(items_cli, "_AT_ONCE", 2)
     changes = [{"op": "delete", "item": {"item_id": str(n)}} for n in range(5)]
-    with pytest.raises(InvalidArgument, match=r"^item 'x' is unknown \(the first 2 changes are made, this one and all after them are not"):
+    with pytest.raises(InvalidArgument, match=r"^item 'x' is unknown \(the first 2 changes were made before it: send those after them again"):
         items_cli._apply(Client(), changes)
     client = Client()
     items_cli._apply(client, changes[:2])

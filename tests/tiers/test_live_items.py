@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from random_release import write_item_encoder
@@ -88,3 +90,13 @@ def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_re
     without = features_of_user()
     assert without["user_status"][0, 0] == Degraded.UNKNOWN_ITEMS
     np.testing.assert_array_equal(without["seen_rows"][0], [-1, *found["seen_rows"][0, :-1]])
+
+
+def test_an_old_release_in_the_repository_costs_no_events(server, tiny_repository, tiny_release, tmp_path):
+    repository = private_copy(tiny_repository, tmp_path / "repository")
+    load_release(tiny_release, server.url)
+    manifest = repository / tiny_release.name / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "contract": "another"}))
+    user, item = tiny_release.user_ids.sorted_ids[3].decode(), name(tiny_release, 1)
+    with EventWriter(server.url, tiny_release.schema.shop, repository=repository) as events:
+        assert events.record_event(user, item, "click", 1e10) == Outcome(changed=1)
