@@ -101,9 +101,8 @@ class LiveState:
             self.slot_of_row, self.deleted = _longer(self.slot_of_row, length), _longer(self.deleted, length)
 
     def view(self) -> LiveView:
-        return LiveView(
-            self, self.reader.sequence if self.reader else 0, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted
-        )
+        sequence = self.reader.sequence if self.reader else 0
+        return LiveView(self, sequence, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted)
 
 
 def _longer(array: np.ndarray, length: int) -> np.ndarray:
