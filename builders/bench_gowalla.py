@@ -30,10 +30,10 @@ from builders.encoders import EncoderCheckpoint, EncoderConfig, Validation, enco
 from builders.index_choice import IndexPlan, IndexTarget, build_plan, exact_positions, try_settings, tune
 from builders.sequences import Sequences
 from builders.train_encoders import train_encoders
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.vectors import packed_vectors
 
-Array = np.ndarray
 PUBLISHED = {  # Recall@20, NDCG@20: the BARS leaderboard, then two that were measured on these files
     "ItemCF": (0.1570, 0.1214), "MF-BPR": (0.1627, 0.1378), "YoutubeDNN (two-tower)": (0.1754, 0.1473), "EASE": (0.1765, 0.1467),
     "LightGCN": (0.1820, 0.1547), "UltraGCN": (0.1862, 0.1580), "SimpleX": (0.1872, 0.1557),

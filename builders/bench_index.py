@@ -30,6 +30,7 @@ import faiss
 import numpy as np
 
 from builders.index_choice import IndexTarget, build_plan, choose_plan, exact_positions, pack_vectors, recall_share, tune
+from ensemble.arrays import Array
 from ensemble.contract import USER_ENCODER_INPUTS
 from ensemble.item_index import VECTORS
 from ensemble.local import open_step
@@ -38,7 +39,6 @@ from ensemble.options import default_options
 from ensemble.release import Release, open_release
 from ensemble.vectors import open_vectors
 
-Array = np.ndarray
 _BLOCK = 1 << 16  # items generated at once, each block from its own seed
 _QUERIES = 512
 _TIMED = 1000

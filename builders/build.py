@@ -24,7 +24,7 @@ from builders.checkpoint import read_encoders, read_ranker, save_encoders, save_
 from builders.compress.plan import NO_PLAN, CompressionPlan, facts
 from builders.compress.stage import Source, compress
 from builders.data import load_dataset
-from builders.dataset import Array, Dataset, open_dataset, save_dataset
+from builders.dataset import Dataset, open_dataset, save_dataset
 from builders.encoders import Validation, encode_items
 from builders.export import export_model
 from builders.feeds import UserEncoding, engine_feeds, known_histories
@@ -42,6 +42,7 @@ from builders.train_ranker import RankerCheckpoint, train_ranker
 from builders.triton_config import write_members
 from builders.verify import Verifier, ranking_report
 from ensemble import contract
+from ensemble.arrays import Array
 from ensemble.ids import write_ids
 from ensemble.item_index import VECTORS
 from ensemble.live.encoding import ENCODING

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.schema import Task
 
-Array = np.ndarray
 MIN_SCALE = 0.05
 _FEW = 10  # fewer rows of a class than this say nothing about a slope: only the bias is fitted
 

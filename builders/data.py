@@ -16,11 +16,11 @@ from builders.packing import pack_features
 from builders.shop import Entities, Shop, open_shop
 from builders.splits import histories_from_positives, history_ends, split_histories, split_impressions
 from builders.tables import Column, first_true, ids_from_column, read_table, texts_from_column
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.ids import IdMap
 from ensemble.schema import Schema, Sizes, Task
 
-Array = np.ndarray
 TITLE_BYTES = 120
 
 

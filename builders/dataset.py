@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.schema import Schema, schema_from_json
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True)

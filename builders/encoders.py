@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from builders.metrics import hit_rate, ndcg, ranks_from_scores
 from builders.models import ItemEncoder, UserEncoder
 from builders.sequences import Sequences, windows
+from ensemble.arrays import Array
 
-Array = np.ndarray
 Slices = tuple[tuple[int, int], ...]
 _SCORES_AT_ONCE = 1 << 25  # of a full ranking: 128 MiB
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.dataset import Array, Dataset
+from builders.dataset import Dataset
 from builders.encoders import EncoderCheckpoint, encode_users
 from builders.index import OfflineRecall
 from builders.ranker_data import history_windows
 from builders.sequences import Sequences
 from builders.train_ranker import RankerCheckpoint
+from ensemble.arrays import Array
 
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 

@@ -28,9 +28,9 @@ from builders.planted import (
     simulate_log,
 )
 from builders.shop import SHOP_FILE
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 MAX_DEFAULT_IMAGES = 2_000
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-Array = np.ndarray
+from ensemble.arrays import Array
+
 SIDE = 48  # pixels
 # One colour per shade of builders.generate.SHADES, one background per scene (studio, vanity, outdoors).
 SHADE_RGB = ((214, 176, 150), (226, 128, 150), (248, 120, 96), (190, 24, 40), (140, 20, 80), (88, 28, 92), (160, 104, 52), (225, 235, 240))

@@ -20,6 +20,7 @@ from builders.index_choice import FLAT_BELOW, IndexPlan, IndexTarget, TunedIndex
 from builders.ranker_data import history_windows
 from builders.rows import write_items
 from builders.transitions import item_transitions
+from ensemble.arrays import Array
 from ensemble.contract import QUERY_TENSORS, SOURCES
 from ensemble.ids import write_ids
 from ensemble.item_index import VECTORS
@@ -34,7 +35,6 @@ from ensemble.schema import Schema
 from ensemble.snapshot import gather
 from ensemble.spec import ModelSpec
 
-Array = np.ndarray
 EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
 NEIGHBOURS = 100  # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 _TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)

@@ -15,11 +15,11 @@ from typing import Any
 import faiss
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.main_index import MainIndex, QuerySettings
 from ensemble.vectors import Precision, Vectors, packed_vectors, vector_dtype
 
-Array = np.ndarray
 Chunks = Callable[[int, int], Array]  # start, stop -> embeddings [stop - start, D] float32 of item rows start + 1 … stop
 FLAT_BELOW = 100_000  # items; above, a full scan costs more than it finds
 COMPRESSED_FROM = 2_000_000  # items; below, the flat vectors of an IVF index are a gigabyte at most

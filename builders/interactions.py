@@ -10,9 +10,8 @@ import numpy as np
 
 from builders.shop import Shop, ShopTask
 from builders.tables import Column, first_true, ids_from_column, numbers_from_column, read_table, texts_from_column, times_from_column
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Array = np.ndarray
+from ensemble.arrays import Array
+
 MISSED = np.inf  # the rank of a target that is not in its list
 
 

@@ -12,10 +12,9 @@ import pyarrow.compute as pc
 
 from builders.shop import FeatureColumn
 from builders.tables import Column, is_list, lists_from_column, numbers_from_column, texts_from_column, vectors_from_column
-from ensemble.arrays import ranks_within
+from ensemble.arrays import Array, ranks_within
 from ensemble.schema import Feature, Table
 
-Array = np.ndarray
 TEXT_WIDTH = 16  # words kept of a text
 LIST_WIDTH = 8  # values kept of a multi-valued category
 MAX_DEVIATIONS = 10.0  # standardized numbers are cut here: one mistyped price must not swamp a model

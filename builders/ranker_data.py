@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from builders.dataset import Dataset, Histories, Impressions, Targets
+from ensemble.arrays import Array
 from ensemble.contract import SOURCES
 
-Array = np.ndarray
 _CHUNK = 4096  # lists scored at once
 
 

@@ -15,8 +15,8 @@ from builders.dataset import Dataset
 from builders.ranker import TINY, CalibratedRanker, ItemFeatures, RankerConfig
 from builders.ranker_data import Lists, history_windows
 from builders.ranker_loss import Loss
+from ensemble.arrays import Array
 
-Array = np.ndarray
 Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 _HEAD_CHUNK = 65_536  # items the head computes at once
 

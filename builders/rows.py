@@ -9,9 +9,9 @@ import numpy as np
 
 from builders.dataset import Dataset
 from builders.ranker_data import history_windows
+from ensemble.arrays import Array
 from ensemble.snapshot import item_dtype, user_dtype
 
-Array = np.ndarray
 _PIECE = 1 << 16  # rows
 
 

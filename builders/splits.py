@@ -8,9 +8,9 @@ import numpy as np
 
 from builders.dataset import Histories, Impressions, Targets
 from builders.shop import Split
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 NEVER = np.iinfo(np.int64).max
 
 

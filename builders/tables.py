@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ensemble.arrays import Array
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 CLOCK_SKEW_S = 86_400  # local times may run up to a day ahead of UTC
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from builders.encoders import EncoderCheckpoint, EncoderConfig, Validation, encode_rows, evaluate_encoders, new_item_encoder, new_user_encoder
 from builders.sampled_softmax import RowAdam, SampledSoftmax
 from builders.sequences import PackedRows, Sequences, pack_sequences
-
-Array = np.ndarray
+from ensemble.arrays import Array
 
 
 class _Trainer:

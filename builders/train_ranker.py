@@ -21,10 +21,10 @@ from builders.ranker import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, f
 from builders.ranker_data import CandidateFunction, Lists, ScoreFunction, lists_from_impressions, lists_from_targets, with_uniform
 from builders.ranker_loss import impression_loss, list_loss
 from builders.ranker_trainer import BASE_TRAINING, Progress, RankerTrainer, RankerTraining
+from ensemble.arrays import Array
 from ensemble.contract import SOURCES
 from ensemble.schema import Task
 
-Array = np.ndarray
 # Encoders and transitions were trained on the very clicks that label the training impressions: their scores all but tell the
 # label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
 HONEST_SOURCES = ("popular",)

@@ -5,9 +5,8 @@ Axes: U users, I items, L neighbours, B batch, H history, K newest items looked 
 
 import numpy as np
 
-from ensemble.arrays import ranks_within
+from ensemble.arrays import Array, ranks_within
 
-Array = np.ndarray
 _PAIRS_AT_ONCE = 1 << 25  # about 1.5 GB of work space
 
 

@@ -16,14 +16,13 @@ from builders.dataset import Dataset, Impressions, Targets
 from builders.index import OfflineRecall, StagedRelease
 from builders.ranker_data import history_windows, lists_from_impressions
 from ensemble import contract
+from ensemble.arrays import Array, Tensors
 from ensemble.engines import open_engine
 from ensemble.features import FeatureLookup
 from ensemble.options import default_options
 from ensemble.reranking import Reranking
 from ensemble.snapshot import gather
 
-Array = np.ndarray
-Tensors = dict[str, Array]
 BATCH = 64
 EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
 SAMPLE = 2000

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+Array = np.ndarray
+Tensors = dict[str, Array]  # by the contract's names
 
-def ranks_within(owners: np.ndarray) -> np.ndarray:
+
+def ranks_within(owners: Array) -> Array:
     """Position of each entry among its owner's; owners [L] sorted ascending -> [L] int64, from 0."""
     return np.arange(len(owners)) - np.searchsorted(owners, owners)
 
 
-def sum_by_row(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sum_by_row(rows: Array, scores: Array) -> tuple[Array, Array]:
     """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1 and 0."""
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
@@ -26,7 +29,7 @@ def sum_by_row(rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.where(kept, rows, -1), np.where(kept, sums, 0)
 
 
-def look_up(rows: np.ndarray, known_rows: np.ndarray, known_scores: np.ndarray, num_rows: int) -> np.ndarray:
+def look_up(rows: Array, known_rows: Array, known_scores: Array, num_rows: int) -> Array:
     """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in it."""
     owner = np.arange(len(rows))[:, None] * num_rows
     keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()

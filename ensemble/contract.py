@@ -139,7 +139,10 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
 
 
 def fingerprint(schema: Schema) -> str:
-    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was built for."""
-    pipeline = recommend(schema)
-    wiring = [(m.name, m.step, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in (*pipeline.models, item_encoder(schema))]
+    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was built for.
+
+    Where a step's class lies is no part of it: moving a file makes no release another one.
+    """
+    models = (*recommend(schema).models, item_encoder(schema))
+    wiring = [(m.name, m.is_engine, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in models]
     return hashlib.sha256(repr(wiring).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ensemble.arrays import ranks_within
+from ensemble.arrays import Tensors, ranks_within
 from ensemble.contract import Degraded
 from ensemble.live.items import LiveView
 from ensemble.live.rows import read_items
@@ -12,8 +12,6 @@ from ensemble.options import Options
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
 from ensemble.tiers.reader import RowReaders
-
-Tensors = dict[str, np.ndarray]
 
 
 class FeatureLookup:

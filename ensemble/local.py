@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ensemble.arrays import Tensors
 from ensemble.metrics import Metric
 from ensemble.options import Options, parse_options, stack
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
-
-Tensors = dict[str, np.ndarray]
 
 
 class Step(Protocol):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.arrays import look_up, sum_by_row
+from ensemble.arrays import Tensors, look_up, sum_by_row
 from ensemble.contract import QUERY_TENSORS, SOURCES
 from ensemble.errors import ReleaseError
 from ensemble.filters import ItemFilters, RowMask
@@ -29,7 +29,6 @@ from ensemble.release import Release
 from ensemble.spec import ModelSpec
 from ensemble.tiers.reader import RowReaders
 
-Tensors = dict[str, np.ndarray]
 _STRIDE = 1 << 40  # more rows than any catalogue: user * stride + row is a key of both
 
 

@@ -6,12 +6,11 @@ import json
 
 import numpy as np
 
+from ensemble.arrays import Tensors
 from ensemble.live.items import LiveView
 from ensemble.options import NO_CAP, Options
 from ensemble.release import Release
 from ensemble.spec import ModelSpec
-
-Tensors = dict[str, np.ndarray]
 
 
 class Reranking:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-Tensors = dict[str, np.ndarray]
+from ensemble.arrays import Tensors
+
 Request = tuple[list[bytes], dict[str, Any]]  # users, and the request's parameters as Triton takes them
 OUTPUTS = ("item_ids", "scores", "probabilities", "degraded", "release")
 IN_FLIGHT = 16

@@ -284,3 +284,13 @@ def test_the_engines_tensors_are_the_contracts(tiny_release):
         if model.is_engine:
             path = tiny_release.member_file(model.name, "model.onnx")
             check_signature(open_engine(path), model, path)
+
+
+def test_moving_a_steps_file_makes_no_release_another_contract(tiny_release, monkeypatch):
+    schema, before = tiny_release.schema, contract.fingerprint(tiny_release.schema)
+    built = contract.recommend(schema)
+    moved = dataclasses.replace(built, models=tuple(dataclasses.replace(m, step=m.step if m.is_engine else "elsewhere:Step") for m in built.models))
+    monkeypatch.setattr(contract, "recommend", lambda schema: moved)
+    assert contract.fingerprint(schema) == before
+    monkeypatch.setattr(contract, "recommend", lambda schema: dataclasses.replace(moved, models=moved.models[:2], outputs=()))
+    assert contract.fingerprint(schema) != before

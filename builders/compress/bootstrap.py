@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Array = np.ndarray
+from ensemble.arrays import Array
+
 Statistic = Callable[[Array], Array]  # weights [S, U] float32 -> its value in each resample [S]
 _AT_ONCE = 4_000_000  # numbers held at once: 32 MB
 _BINS = 15

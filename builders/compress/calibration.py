@@ -15,9 +15,9 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from builders.compress import graph
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 MIN_USERS = 128
 _CHECKED = 16  # users on whom a typed model must stay finite
 _BATCH = 4  # users run at once: all tensors of the graph are kept for them

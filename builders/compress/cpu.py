@@ -20,8 +20,8 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from builders.compress import graph
 from builders.compress.calibration import Range, Ranges
 from builders.compress.graph import Block
+from ensemble.arrays import Array
 
-Array = np.ndarray
 _MAX_CODE = 255
 
 

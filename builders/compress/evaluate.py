@@ -37,13 +37,12 @@ from builders.dataset import Dataset, Targets
 from builders.index import StagedRelease
 from builders.verify import BATCH, EVERY_USER_BELOW, Verifier
 from ensemble import contract
+from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK, EngineStep
 from ensemble.errors import InvalidInput
 from ensemble.options import default_options
 from ensemble.snapshot import gather
 
-Array = np.ndarray
-Tensors = dict[str, Array]
 JUDGED = 4000  # users that judge a variant: seconds for a ranker; the gate asks all
 CALIBRATION_SHARE = 4  # one user of so many calibrates and never judges
 # Tensors gathered out of the item rows: where, and what. They are 95% of the bytes, so they are not kept.

@@ -19,12 +19,12 @@ from builders.compress.judge import overlaps
 from builders.compress.measure import TOP_K, Measured, TaskOutcome, Timing
 from builders.compress.plan import Gate
 from builders.compress.report import NodePrecision
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Array = np.ndarray
 ALPHA = 0.025  # one-sided: the lower end of a 95% interval
 SLOWER = 1.1  # times the reference from which an engine is called slower: one engine against itself stays within 8% on a busy machine
 _COLUMNS = ("figure", "users", "uncompressed", "compressed", "loss", "95% interval", "limit", "verdict")

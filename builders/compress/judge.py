@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Array = np.ndarray
+from ensemble.arrays import Array
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from builders import metrics
 from builders.dataset import Dataset, Impressions, Targets
 from builders.verify import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
 from ensemble import contract
+from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK
 from ensemble.options import default_options
 from ensemble.reranking import Reranking
 
-Array = np.ndarray
-Tensors = dict[str, Array]
 Run = Callable[[Tensors], Tensors]
 TOP_K = 10  # shown items that are compared, and the cut of HR and NDCG
 SHORT, LONG = 4, 20  # items known of a cold user at most, of a long history at least

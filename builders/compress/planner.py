@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from builders.compress import graph
 from builders.compress.calibration import MIN_USERS, Ranges, calibrate, check_finite
 from builders.compress.graph import Block
@@ -22,9 +20,9 @@ from builders.compress.quantize import BITS, PRECISIONS, check_precisions, choic
 from builders.compress.sensitivity import Loss, Sensitivity, compare, fp16_misfit, sensitivities
 from builders.compress.timing import time_share
 from builders.stages import Report
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 MIN_OVERLAP = 0.95  # quantization alone has far less noise than NDCG: below it the lists are not the same
 TIMED = (1, 8)  # users at once
 _WORTH = 0.01  # of the time; smaller differences are not told from noise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from builders.compress.calibration import calibrate
-from builders.compress.evaluate import Evaluation, Tensors
+from builders.compress.evaluate import Evaluation
 from builders.compress.plan import CompressionPlan, Quantize
 from builders.compress.planner import Plan, global_8bit, plan_precisions
 from builders.compress.qat import qat
@@ -14,6 +14,7 @@ from builders.compress.report import NodePrecision, Variant, nodes_of, uncompres
 from builders.compress.sensitivity import compare
 from builders.compress.shrink import Shrunk, exported
 from builders.stages import Report
+from ensemble.arrays import Tensors
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:

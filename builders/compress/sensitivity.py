@@ -17,9 +17,9 @@ from builders.compress.graph import Block
 from builders.compress.judge import Judge, Judged
 from builders.compress.quantize import choices, quantize
 from builders.stages import Report
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 _ERROR_USERS = 32
 
 

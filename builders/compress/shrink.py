@@ -28,12 +28,12 @@ from builders.index import StagedRelease
 from builders.models import UserEncoder
 from builders.ranker import Ranker
 from builders.stages import Report
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
     from builders.compress.stage import Source
 
-Array = np.ndarray
 TRAINING_USERS = 3000  # (or items) whose feeds teach; a quarter of a smaller shop's users
 BATCHES = {"ranker": 16, "user_encoder": 256, "item_encoder": 512}  # users (items) a step
 _CHECKED = 64  # users on whom an exported engine is held against torch

@@ -32,10 +32,10 @@ from builders.ranker import RankerConfig
 from builders.rows import write_items
 from builders.stages import Report
 from builders.verify import Verifier
+from ensemble.arrays import Array
 from ensemble.item_index import VECTORS
 from ensemble.recall import settings_from_json
 
-Array = np.ndarray
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}
 _QUERIES = 512  # user embeddings that tune the index anew

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from builders.compress.calibration import open_session
+from ensemble.arrays import Array
 
-Array = np.ndarray
 Call = Callable[[], object]
 _WARM_UP = 2  # turns that are not counted
 

@@ -19,9 +19,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from builders.compress import graph
 from builders.compress.calibration import Range, Ranges
 from builders.compress.graph import Block
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-Array = np.ndarray
 FP16_MAX = 65504.0
 FP8_MAX = 448.0
 _OPSET = 19  # the first with fp8

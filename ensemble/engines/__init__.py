@@ -8,12 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
+from ensemble.arrays import Tensors
 from ensemble.errors import ReleaseError
 from ensemble.options import Options
 from ensemble.release import Release
 from ensemble.spec import ModelSpec, TensorSpec
 
-Tensors = dict[str, np.ndarray]
 # Users run at once: beyond, a ranker's activations outgrow the core's cache (1.67 ms a user at 8, 2.03 at 64: DECISIONS.md).
 CHUNK = 8
 # What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a runtime.

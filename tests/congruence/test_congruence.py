@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from asking import Request, Tensors, TritonAsker, parameters_of
+from asking import Request, TritonAsker, parameters_of
 
+from ensemble.arrays import Tensors
 from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 
