@@ -31,7 +31,7 @@ bench: install ## latency, throughput and cost of the demo's release, beside the
 
 REPOSITORY ?= demo/model_repository
 gpu-check: install ## on a machine with a GPU: builds plans, checks and times engines, Faiss and the chain (REPOSITORY=…)
-	@$(BIN)/python -m builders.gpu_check --repository $(REPOSITORY) --json demo/gpu-check.json
+	@$(BIN)/python -m builders.bench.gpu_check --repository $(REPOSITORY) --json demo/gpu-check.json
 
 test: install ## all tests that this machine can run; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"

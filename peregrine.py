@@ -18,18 +18,36 @@ class Command:
 
 
 COMMANDS = {
-    "shop": Command("builders.shop_cli", "app", "Generate, import or check a shop: interactions, items, users."),
-    "build": Command("builders.build_cli", "build", "Train, export, index and verify a shop's models; publish a release."),
-    "compare": Command("builders.compare_cli", "app", "Compare ways of compressing a shop's models: distillation losses, precision plans."),
-    "compile": Command("builders.compile_cli", "compile_plans", "Build TensorRT plans of a release, on the GPU node that will serve it."),
-    "report": Command("builders.report_cli", "report", "Write a release's report as a page: ranking, compression, gate, latency."),
-    "release": Command("clients.releases_cli", "app", "List, show, activate or remove releases."),
-    "items": Command("clients.items_cli", "app", "Add, change and remove items while they are served."),
-    "serve": Command("ensemble.serve_cli", "serve", "Serve the active release with Triton, over gRPC."),
-    "recommend": Command("clients.recommend_cli", "recommend", "Ask for ranked lists."),
-    "features": Command("ensemble.tiers.cli", "app", "Load feature rows into Redis; measure the tiers."),
-    "events": Command("clients.events_cli", "app", "Write live events into the feature rows."),
-    "bench": Command("clients.bench_cli", "bench", "Measure latency, throughput and cost of a served release."),
+    "shop": Command(
+        "builders.cli.shop", "app", "Generate, import or check a shop: interactions, items, users."
+    ),
+    "build": Command(
+        "builders.cli.build", "build", "Train, export, index and verify a shop's models; publish a release."
+    ),
+    "compare": Command(
+        "builders.cli.compare",
+        "app",
+        "Compare ways of compressing a shop's models: distillation losses, precision plans.",
+    ),
+    "compile": Command(
+        "builders.cli.compile",
+        "compile_plans",
+        "Build TensorRT plans of a release, on the GPU node that will serve it.",
+    ),
+    "report": Command(
+        "builders.cli.report",
+        "report",
+        "Write a release's report as a page: ranking, compression, gate, latency.",
+    ),
+    "release": Command("clients.cli.release", "app", "List, show, activate or remove releases."),
+    "items": Command("clients.cli.items", "app", "Add, change and remove items while they are served."),
+    "serve": Command("ensemble.cli.serve", "serve", "Serve the active release with Triton, over gRPC."),
+    "recommend": Command("clients.cli.recommend", "recommend", "Ask for ranked lists."),
+    "features": Command("ensemble.cli.features", "app", "Load feature rows into Redis; measure the tiers."),
+    "events": Command("clients.cli.events", "app", "Write live events into the feature rows."),
+    "bench": Command(
+        "clients.cli.bench", "bench", "Measure latency, throughput and cost of a served release."
+    ),
 }
 # What a missing import means: the extra that brings it.
 _EXTRAS = {
@@ -65,7 +83,9 @@ def _run(name: str, arguments: list[str]) -> None:
         extra = next((extra for extra, modules in _EXTRAS.items() if missing in modules), None)
         if extra is None:
             raise
-        _fail(f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install 'peregrine-recommender[{extra}]'")
+        _fail(
+            f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install 'peregrine-recommender[{extra}]'"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -85,7 +105,12 @@ def _usage() -> str:
     lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
     head = "Usage: peregrine COMMAND …\n\nA shop's interactions, catalogue and PyTorch models in; ranked lists over gRPC out of Triton.\n\nCommands:"
     return "\n".join(
-        [head, *lines, "", "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says what), 130 interrupted."]
+        [
+            head,
+            *lines,
+            "",
+            "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says what), 130 interrupted.",
+        ]
     )
 
 

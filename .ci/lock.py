@@ -29,7 +29,9 @@ def main() -> None:
     try:
         pins = locked_versions(direct_requirements())
     except (LookupError, PackageNotFoundError) as error:
-        sys.exit(f"error: {error}; cure: pip install '.[serve,build,test]' into this environment, then make lock")
+        sys.exit(
+            f"error: {error}; cure: pip install '.[serve,build,test]' into this environment, then make lock"
+        )
     lines = "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
     Path(sys.argv[1] if len(sys.argv) > 1 else "requirements.lock").write_text(HEAD + lines, "utf-8")
 
@@ -37,7 +39,10 @@ def main() -> None:
 def direct_requirements() -> list[str]:
     """What pyproject.toml asks for, all extras together."""
     project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
-    return [*project["dependencies"], *(one for extra in EXTRAS for one in project["optional-dependencies"][extra])]
+    return [
+        *project["dependencies"],
+        *(one for extra in EXTRAS for one in project["optional-dependencies"][extra]),
+    ]
 
 
 def locked_versions(direct: list[str]) -> dict[str, str]:
@@ -57,7 +62,9 @@ def locked_versions(direct: list[str]) -> dict[str, str]:
             raise LookupError(f"{by} needs {wanted}, which is not installed") from None
         if not wanted.specifier.contains(found.version, prereleases=True):
             raise LookupError(f"{by} needs {wanted}, but {found.version} is installed")
-        pins[name] = found.version.partition("+")[0]  # torch 2.13.0+cpu: which build it is, is pip's configuration
+        pins[name] = found.version.partition("+")[
+            0
+        ]  # torch 2.13.0+cpu: which build it is, is pip's configuration
         if name not in WITHOUT_REQUIREMENTS:
             waiting += [(one, name) for one in _requirements(found.requires or [], wanted.extras)]
     return pins
@@ -66,7 +73,11 @@ def locked_versions(direct: list[str]) -> dict[str, str]:
 def _requirements(texts: list[str], extras: set[str]) -> list[Requirement]:
     """Those that hold on this machine with these extras."""
     every = [Requirement(text) for text in texts]
-    return [one for one in every if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras | {""})]
+    return [
+        one
+        for one in every
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras | {""})
+    ]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ import sys
 from pathlib import Path
 
 from clients.client import Client
-from ensemble.server_file import running_server
+from ensemble.server.running import running_server
 
 with Client(running_server(Path(sys.argv[1])).url) as client:
     for at in range(20):  # each process of each step answers its first request slowly

@@ -23,7 +23,9 @@ def auc(labels: Array, scores: Array) -> float:
     if not num_positive or not num_negative:
         return float("nan")
     _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(counts) - (counts - 1) / 2  # 1-based; equal scores share the middle of their ranks
+    middle_rank = (
+        np.cumsum(counts) - (counts - 1) / 2
+    )  # 1-based; equal scores share the middle of their ranks
     rank_sum = float(middle_rank[group.ravel()[positive]].sum())
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
@@ -102,10 +104,14 @@ class Difference:
     p_worse: float  # share of resamples in which second is below first
 
     def __str__(self) -> str:
-        return f"{self.mean:+.5f} [{self.low:+.5f}, {self.high:+.5f}], worse in {self.p_worse:.1%} of resamples"
+        return (
+            f"{self.mean:+.5f} [{self.low:+.5f}, {self.high:+.5f}], worse in {self.p_worse:.1%} of resamples"
+        )
 
 
-def paired_bootstrap(first: Array, second: Array, users: Array, *, samples: int = 1000, seed: int = 0) -> Difference:
+def paired_bootstrap(
+    first: Array, second: Array, users: Array, *, samples: int = 1000, seed: int = 0
+) -> Difference:
     """Resamples users, not rows: rows of one user are not independent. first, second [Q] (gains, hits …), users [Q] int64."""
     if not len(users):
         return Difference(*[float("nan")] * 4)

@@ -29,7 +29,9 @@ def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
     try:
         kind = getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidInput(f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from {Path.cwd()}") from None
+        raise InvalidInput(
+            f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from {Path.cwd()}"
+        ) from None
     finally:
         sys.path.pop(0)
     try:
@@ -37,7 +39,9 @@ def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
     except Exception as error:  # the user's code may raise anything
         raise InvalidInput(f"{option}: {attribute}(schema) fails: {type(error).__name__}: {error}") from None
     if not isinstance(module, nn.Module):
-        raise InvalidInput(f"{option}: {kind.__name__}(schema) gives a {type(module).__name__}, not a torch.nn.Module")
+        raise InvalidInput(
+            f"{option}: {kind.__name__}(schema) gives a {type(module).__name__}, not a torch.nn.Module"
+        )
     _check_names(option, module, model)
     _check_outputs(option, module, model)
     return module
@@ -49,7 +53,9 @@ def _check_names(option: str, module: nn.Module, model: ModelSpec) -> None:
     if have != wanted:
         wrong = [n for n in wanted if n not in have] or [n for n in have if n not in wanted] or have
         contract = ", ".join(map(str, model.inputs))
-        raise InvalidInput(f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants {contract}, in this order")
+        raise InvalidInput(
+            f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants {contract}, in this order"
+        )
 
 
 def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
@@ -58,17 +64,27 @@ def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
         with torch.no_grad():
             outputs = module.eval()(**{spec.name: example(spec, batch) for spec in model.inputs})
     except Exception as error:  # the user's code may raise anything
-        raise InvalidInput(f"{option}: forward fails on tensors of the contract: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise InvalidInput(
+            f"{option}: forward fails on tensors of the contract: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for spec, output in zip(model.outputs, outputs, strict=False):
         shape = (batch, *spec.dims)
         if tuple(output.shape) != shape or output.dtype != _TORCH[spec.dtype]:
-            raise InvalidInput(f"{option}: gives {list(output.shape)} {output.dtype} for {spec}; the contract wants {list(shape)} {spec.dtype}")
+            raise InvalidInput(
+                f"{option}: gives {list(output.shape)} {output.dtype} for {spec}; the contract wants {list(shape)} {spec.dtype}"
+            )
     if len(outputs) != len(model.outputs):
-        raise InvalidInput(f"{option}: gives {len(outputs)} tensors; the contract wants {', '.join(map(str, model.outputs))}")
+        raise InvalidInput(
+            f"{option}: gives {len(outputs)} tensors; the contract wants {', '.join(map(str, model.outputs))}"
+        )
 
 
 def example(spec: TensorSpec, batch: int) -> torch.Tensor:
     """Zeros of a tensor's shape (a mask is all true)."""
     shape = (batch, *(dim or 1 for dim in spec.dims))
-    return torch.from_numpy(np.ones(shape, bool)) if spec.dtype == "bool" else torch.zeros(shape, dtype=_TORCH[spec.dtype])
+    return (
+        torch.from_numpy(np.ones(shape, bool))
+        if spec.dtype == "bool"
+        else torch.zeros(shape, dtype=_TORCH[spec.dtype])
+    )

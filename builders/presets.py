@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from builders.encoders import EncoderConfig
-from builders.ranker_trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
+from builders.encoders.encoders import EncoderConfig
+from builders.ranker.trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
 from ensemble.errors import InvalidInput
 from ensemble.schema import Schema, Sizes, Table
 
@@ -20,21 +20,32 @@ class Preset:
     sizes: Sizes
     encoders: EncoderConfig
     ranker: RankerTraining
-    threads: int | None = None  # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
+    threads: int | None = (
+        None  # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
+    )
 
 
 PRESETS = {
     "tiny": Preset(
         "tiny",
-        Sizes(seen=50, history=20, embedding=32, candidates=64, item_features=16, user_features=8, max_top_k=50),
+        Sizes(
+            seen=50, history=20, embedding=32, candidates=64, item_features=16, user_features=8, max_top_k=50
+        ),
         EncoderConfig.tiny(),
         TINY_TRAINING,
         threads=1,
     ),
     # 3e-3 instead of EncoderConfig's 1e-3: on Beauty it is there in 12 epochs (DECISIONS.md)
-    "base": Preset("base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=12, evaluate_every=4), BASE_TRAINING),
+    "base": Preset(
+        "base", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=12, evaluate_every=4), BASE_TRAINING
+    ),
     # base's engines, index and rows, hardly trained: for measuring latency and memory on large catalogues
-    "quick": Preset("quick", Sizes(), EncoderConfig(learning_rate=3e-3, epochs=1), replace(BASE_TRAINING, epochs=1, list_epochs=1)),
+    "quick": Preset(
+        "quick",
+        Sizes(),
+        EncoderConfig(learning_rate=3e-3, epochs=1),
+        replace(BASE_TRAINING, epochs=1, list_epochs=1),
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ensemble.errors import ReleaseError
-from ensemble.release import file_sha256
+from ensemble.release.files import file_sha256
 
 Report = Callable[[float, str], None]  # share done 0..1, what is being done
 _KEPT = 3  # finished folders kept of each stage
@@ -51,7 +51,15 @@ class Stages:
     console: Console
     done: list[Done] = field(default_factory=list)
 
-    def run(self, name: str, work: Callable[[Path, Report], None], options: Any, after: tuple[Done, ...] = (), *, always: bool = False) -> Done:
+    def run(
+        self,
+        name: str,
+        work: Callable[[Path, Report], None],
+        options: Any,
+        after: tuple[Done, ...] = (),
+        *,
+        always: bool = False,
+    ) -> Done:
         """Runs `work(folder, report)` unless a folder with the same key is there (`always`: even then). `options` must be JSON-able."""
         facts = [name, options, [stage.key for stage in after], source_digest()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -64,7 +72,9 @@ class Stages:
             os.utime(folder)
         else:
             self._fill(name, folder, work)
-        self.done.append(Done(name, key, folder, skipped, time.monotonic() - start, 0 if skipped else peak_bytes()))
+        self.done.append(
+            Done(name, key, folder, skipped, time.monotonic() - start, 0 if skipped else peak_bytes())
+        )
         return self.done[-1]
 
     def _fill(self, name: str, folder: Path, work: Callable[[Path, Report], None]) -> None:
@@ -92,7 +102,9 @@ class Stages:
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bar:
             task = bar.add_task("", total=1.0, stage=name)
             work(partial, lambda share, text: bar.update(task, completed=share, description=text))
 
@@ -108,7 +120,9 @@ class Stages:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for stage in self.done:
             peak = "" if stage.skipped else f"{stage.peak_bytes / 2**20:,.0f} MiB"
-            table.add_row(stage.name, f"{stage.duration_s:.1f} s", peak, "unchanged, skipped" if stage.skipped else "")
+            table.add_row(
+                stage.name, f"{stage.duration_s:.1f} s", peak, "unchanged, skipped" if stage.skipped else ""
+            )
         return table
 
 
@@ -121,9 +135,13 @@ def _told(error: Exception, stage: str, root: Path) -> ReleaseError | None:
     """A full or read-only disk as one line with the cure; None for any other error."""
     if "No space left" in str(error) or "quota exceeded" in str(error):
         free_mb = shutil.disk_usage(root).free / 1e6 if root.exists() else 0
-        return ReleaseError(f"stage {stage}: no space left in {root} ({free_mb:.0f} MB free); free some and build again, finished stages are kept")
+        return ReleaseError(
+            f"stage {stage}: no space left in {root} ({free_mb:.0f} MB free); free some and build again, finished stages are kept"
+        )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return ReleaseError(f"stage {stage}: cannot write {error.filename}: {error.strerror}; make it writable or choose another --repository")
+        return ReleaseError(
+            f"stage {stage}: cannot write {error.filename}: {error.strerror}; make it writable or choose another --repository"
+        )
     return None
 
 

@@ -38,10 +38,14 @@ class AsyncClient(ClientCore):
         budget_ms: float | None = None,
     ) -> Recommendations:
         """One user's list; options and errors as Client.recommend's."""
-        options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
+        options = {
+            name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")
+        }
         return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
 
-    async def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
+    async def recommend_many(
+        self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any
+    ) -> list[Recommendations]:
         """Lists of several users in one request; as Client.recommend_many."""
         return await self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
@@ -52,7 +56,9 @@ class AsyncClient(ClientCore):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.aclose()
 
     async def _answer(self, call: Call) -> list[Recommendations]:

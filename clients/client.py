@@ -64,8 +64,12 @@ class ClientCore:
         """Ends the connection; waits a little for calls that were given up, since ending them could end an old server."""
         self._transport.close()
 
-    def _call(self, user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool) -> Call:
-        return call_from_options(user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user)
+    def _call(
+        self, user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+    ) -> Call:
+        return call_from_options(
+            user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user
+        )
 
     def _count_call(self) -> None:
         with self._lock:
@@ -119,17 +123,23 @@ class Client(ClientCore):
         budget_ms: float | None = None,
     ) -> Recommendations:
         """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable, ServerFault."""
-        options = {name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")}
+        options = {
+            name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")
+        }
         return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
 
-    def recommend_many(self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any) -> list[Recommendations]:
+    def recommend_many(
+        self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any
+    ) -> list[Recommendations]:
         """Lists of several users in one request; each option of `recommend` is shared, or a list with one value per user."""
         return self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _answer(self, call: Call) -> list[Recommendations]:

@@ -18,7 +18,15 @@ import re
 
 from ensemble.errors import InvalidArgument, PeregrineError
 
-__all__ = ["BudgetExceeded", "CallError", "InvalidArgument", "Overloaded", "ServerFault", "Unavailable", "error_from_status"]
+__all__ = [
+    "BudgetExceeded",
+    "CallError",
+    "InvalidArgument",
+    "Overloaded",
+    "ServerFault",
+    "Unavailable",
+    "error_from_status",
+]
 
 
 class CallError(PeregrineError):
@@ -46,7 +54,9 @@ class ServerFault(CallError):
     """The server failed in a way that no request should be able to cause."""
 
 
-_PREFIX = re.compile(r"^(?:\[request id: [^\]]*\] *|in ensemble '[^']*', *|[Ee]xecution of model '[^']*' failed: *)+")
+_PREFIX = re.compile(
+    r"^(?:\[request id: [^\]]*\] *|in ensemble '[^']*', *|[Ee]xecution of model '[^']*' failed: *)+"
+)
 _SECRETS = re.compile(r"'[^']*(?:shm|/)[^']*'|/[\w./+-]{2,}|\b(?:\w*shm_\w+|0x[0-9a-fA-F]+)\b")
 _BATCH = re.compile(r"batch-size must be <= (\d+)")
 _MAX_TEXT = 300
@@ -72,16 +82,35 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
     if status == "DEADLINE_EXCEEDED" or "Request timeout expired" in text:
         return BudgetExceeded(f"budget_ms: server {target} gave up within the request's own timeout", status)
     if "This protocol is restricted" in text:
-        return Unavailable(f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json", status)
+        return Unavailable(
+            f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json",
+            status,
+        )
     if status == "UNAVAILABLE":
-        return Unavailable(f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?", status, retryable=True)
+        return Unavailable(
+            f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?",
+            status,
+            retryable=True,
+        )
     if "Stub process" in text and "is not healthy" in text:
-        return Unavailable(f"server {target}: a step's process died; restart the server if this goes on", status, retryable=True)
-    if "has no available versions" in text:  # what `peregrine serve` makes of a SIGTERM: the alias goes first, requests in flight end
-        return Unavailable(f"server {target} is draining or has no active release; ask another one", status, retryable=True)
+        return Unavailable(
+            f"server {target}: a step's process died; restart the server if this goes on",
+            status,
+            retryable=True,
+        )
+    if (
+        "has no available versions" in text
+    ):  # what `peregrine serve` makes of a SIGTERM: the alias goes first, requests in flight end
+        return Unavailable(
+            f"server {target} is draining or has no active release; ask another one", status, retryable=True
+        )
     if status == "NOT_FOUND":
-        return Unavailable(f"server {target}: {scrubbed(text)}; activate a release with `peregrine release activate`", status)
-    return ServerFault(f"server {target} failed ({status}): {scrubbed(text)}; its log has the details", status)
+        return Unavailable(
+            f"server {target}: {scrubbed(text)}; activate a release with `peregrine release activate`", status
+        )
+    return ServerFault(
+        f"server {target} failed ({status}): {scrubbed(text)}; its log has the details", status
+    )
 
 
 def _invalid_argument(text: str) -> InvalidArgument:

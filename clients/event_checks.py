@@ -10,7 +10,7 @@ import numpy as np
 
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument
-from ensemble.tiers import rows
+from ensemble.tiers import records as rows
 
 Id = str | int | bytes
 
@@ -40,14 +40,27 @@ def packed_update(row_format: rows.RowFormat, update: ItemUpdate) -> tuple[np.nd
     """A row [1] with the update's numbers, and which of its words [words] bool they are; InvalidArgument names what does not fit."""
     row, given = np.zeros(1, row_format.row), np.zeros(1, row_format.row)
     if update.features is not None:
-        row["features"], given["features"] = _numbers("features", update.features, row["features"].shape[1], None), 1
+        row["features"], given["features"] = (
+            _numbers("features", update.features, row["features"].shape[1], None),
+            1,
+        )
     for field, parts in (("codes", update.codes), ("values", update.values)):
         for name, numbers in (parts or {}).items():
-            feature = next((f for f in row_format.schema.items.features if f.name == name and f.is_code == (field == "codes")), None)
+            feature = next(
+                (
+                    f
+                    for f in row_format.schema.items.features
+                    if f.name == name and f.is_code == (field == "codes")
+                ),
+                None,
+            )
             if feature is None:
                 raise InvalidArgument(f"{field}: items have no such feature {name!r}")
             limits = (feature.offset, feature.offset + feature.size - 1) if feature.is_code else None
-            row[field][0, feature.columns], given[field][0, feature.columns] = _numbers(name, numbers, feature.width, limits), 1
+            row[field][0, feature.columns], given[field][0, feature.columns] = (
+                _numbers(name, numbers, feature.width, limits),
+                1,
+            )
     marked = given.view(np.uint32) != 0
     if not marked.any():
         raise InvalidArgument("update: give features, codes or values")
@@ -56,7 +69,11 @@ def packed_update(row_format: rows.RowFormat, update: ItemUpdate) -> tuple[np.nd
 
 def _numbers(name: str, numbers: Any, width: int, limits: tuple[int, int] | None) -> np.ndarray:
     kinds = (int,) if limits else (int, float)
-    if not isinstance(numbers, (list, tuple)) or len(numbers) != width or not all(isinstance(n, kinds) and not isinstance(n, bool) for n in numbers):
+    if (
+        not isinstance(numbers, (list, tuple))
+        or len(numbers) != width
+        or not all(isinstance(n, kinds) and not isinstance(n, bool) for n in numbers)
+    ):
         raise InvalidArgument(f"{name}: must be a list of {width} {'whole ' if limits else ''}numbers")
     if limits and not all(n == 0 or limits[0] <= n <= limits[1] for n in numbers):
         raise InvalidArgument(f"{name}: codes must be 0 or {limits[0]}..{limits[1]}")

@@ -24,10 +24,10 @@ import numpy as np
 
 from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
 from ensemble.errors import ReleaseError, ServerError
-from ensemble.release import open_release
-from ensemble.repository import release_names
+from ensemble.release.release import open_release
+from ensemble.release.repository import release_names
 from ensemble.schema import schema_from_json
-from ensemble.tiers import rows
+from ensemble.tiers import records as rows
 from ensemble.tiers.connection import connect_now, reason
 from ensemble.tiers.past import merge_past
 
@@ -47,7 +47,11 @@ class Outcome:
     unknown_items: tuple[str, ...] = ()  # no release knows them: nothing to put into a past
 
     def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(self.changed + other.changed, self.unchanged + other.unchanged, (*self.unknown_items, *other.unknown_items))
+        return Outcome(
+            self.changed + other.changed,
+            self.unchanged + other.unchanged,
+            (*self.unknown_items, *other.unknown_items),
+        )
 
 
 @dataclass
@@ -65,7 +69,9 @@ class _Target:
 class EventWriter:
     """Writes events of one shop. Needs the writer's ACL; one per thread, or process."""
 
-    def __init__(self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None) -> None:
+    def __init__(
+        self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None
+    ) -> None:
         """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do. `repository`: where items are looked
         up that were added live (`peregrine items add`); without it, events that name them change nothing and come back as unknown."""
         self._client, self._repository = connect_now(url), repository
@@ -79,7 +85,11 @@ class EventWriter:
     def record_events(self, events: Sequence[Event]) -> Outcome:
         """Many, each user's row written once. InvalidArgument names what is wrong with one, before any is written."""
         checked = [check_event(event) for event in events]
-        wanted = [one for one, event in zip(checked, events, strict=True) if self._only is None or event.event in self._only]
+        wanted = [
+            one
+            for one, event in zip(checked, events, strict=True)
+            if self._only is None or event.event in self._only
+        ]
         return self._guarded(lambda: self._record(wanted)) if wanted else Outcome()
 
     def update_item(self, update: ItemUpdate) -> Outcome:
@@ -93,7 +103,9 @@ class EventWriter:
     def __enter__(self) -> EventWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _guarded(self, write: Callable[[], Outcome]) -> Outcome:
@@ -102,7 +114,9 @@ class EventWriter:
         try:
             return write()
         except (redis.exceptions.RedisError, OSError) as error:
-            raise ServerError(f"Redis: {reason(error)}; nothing is lost by sending the same events again") from None
+            raise ServerError(
+                f"Redis: {reason(error)}; nothing is lost by sending the same events again"
+            ) from None
 
     def _record(self, events: Sequence[tuple[bytes, bytes, float]]) -> Outcome:
         outcome, known = Outcome(), set[bytes]()
@@ -130,7 +144,9 @@ class EventWriter:
             row["seen"][0] = seen
             return target.users.pack(identity, row, clock.time(), partial).tobytes() + merged.tobytes()
 
-        return self._change(rows.keys_from_identities(rows.prefix(target.version, "users"), identity)[0], target.ttl_s, change)
+        return self._change(
+            rows.keys_from_identities(rows.prefix(target.version, "users"), identity)[0], target.ttl_s, change
+        )
 
     def _update(self, item_id: bytes, time: float, update: ItemUpdate) -> Outcome:
         outcome, known = Outcome(), False
@@ -151,13 +167,17 @@ class EventWriter:
             if partial:
                 return None
             words = row.view(np.uint32)
-            newer = given & ((times < time) | ((times == time) & (words < new.view(np.uint32))))  # one winner also among equals
+            newer = given & (
+                (times < time) | ((times == time) & (words < new.view(np.uint32)))
+            )  # one winner also among equals
             if not newer.any():
                 return None
             words[newer], times[newer] = new.view(np.uint32)[newer], time
             return target.items.pack(identity, row, clock.time()).tobytes() + times.tobytes()
 
-        return self._change(rows.keys_from_identities(rows.prefix(target.version, "items"), identity)[0], target.ttl_s, change)
+        return self._change(
+            rows.keys_from_identities(rows.prefix(target.version, "items"), identity)[0], target.ttl_s, change
+        )
 
     def _change(self, key: bytes, ttl_s: int, change: Callable[[bytes | None], bytes | None]) -> Outcome:
         """Reads, changes and writes one key, again if another writer was faster."""
@@ -176,7 +196,9 @@ class EventWriter:
                     return Outcome(changed=1)
                 except WatchError:
                     clock.sleep(random.uniform(0, 0.001 * min(attempt + 1, 10)))
-        raise ServerError(f"a row was changed by others {_ATTEMPTS} times while it was written; send the same events again")
+        raise ServerError(
+            f"a row was changed by others {_ATTEMPTS} times while it was written; send the same events again"
+        )
 
     def _current_targets(self) -> list[_Target]:
         """The shop's loaded versions, as of now."""
@@ -185,7 +207,9 @@ class EventWriter:
             text = None if version in self._targets else self._client.get(rows.meta_key(version))
             if text is not None:  # else its rows have expired
                 self._targets[version] = _target(version, json.loads(text), self._repository, name.decode())
-        self._targets = {version: self._targets[version] for version in pointers.values() if version in self._targets}
+        self._targets = {
+            version: self._targets[version] for version in pointers.values() if version in self._targets
+        }
         if not self._targets:
             raise ServerError(f"Redis has no rows of shop {self._shop!r}; load them: peregrine features load")
         return list(self._targets.values())
@@ -200,11 +224,15 @@ class EventWriter:
                 for item in missing:
                     pipe.get(rows.name_key(target.version, item))
                 found = pipe.execute()
-            target.item_rows.update({item: int(row) for item, row in zip(missing, found, strict=True) if row is not None})
+            target.item_rows.update(
+                {item: int(row) for item, row in zip(missing, found, strict=True) if row is not None}
+            )
             new = [item for item, row in zip(missing, found, strict=True) if row is None]
             if new and target.live is not None:
                 live_rows = target.live.refresh().rows_from_ids(np.array(new)).tolist()
-                target.item_rows.update({item: row for item, row in zip(new, live_rows, strict=True) if row > 0})
+                target.item_rows.update(
+                    {item: row for item, row in zip(new, live_rows, strict=True) if row > 0}
+                )
         return {item: target.item_rows[item] for item in item_ids if item in target.item_rows}
 
 
@@ -220,9 +248,11 @@ def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | 
         return None
     try:
         release = open_release(repository, name)
-    except ReleaseError:  # an old one, whose rows have not expired yet: no reason to lose the events of the others
+    except (
+        ReleaseError
+    ):  # an old one, whose rows have not expired yet: no reason to lose the events of the others
         return None
-    return release.live if rows.release_digest(release) == digest else None
+    return LiveItems(release) if rows.release_digest(release) == digest else None
 
 
 def _value(client: Any, key: bytes) -> bytes | None:
@@ -238,7 +268,9 @@ def _value(client: Any, key: bytes) -> bytes | None:
     return found
 
 
-def _opened(row_format: rows.RowFormat, identity: np.ndarray, value: bytes | None) -> tuple[np.ndarray, np.ndarray, bool]:
+def _opened(
+    row_format: rows.RowFormat, identity: np.ndarray, value: bytes | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """A stored value -> its row [1], its times, whether it lacks the loaded row (there was none, or none that is valid)."""
     if value is not None:
         records, good, _ = row_format.unpack([value], identity)

@@ -56,7 +56,9 @@ class ItemClient:
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(path)
         except (OSError, ValueError, KeyError):
-            raise Unavailable(f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine items serve`") from None
+            raise Unavailable(
+                f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine items serve`"
+            ) from None
         connection.settimeout(self.wait_s + _GRACE_S)
         return connection
 
@@ -96,9 +98,13 @@ class ItemClient:
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"items: {error}") from None
         except OSError as error:
-            raise Unavailable(f"the writer of {self.repository} does not answer: {error}; what it did not answer may be done or not") from None
+            raise Unavailable(
+                f"the writer of {self.repository} does not answer: {error}; what it did not answer may be done or not"
+            ) from None
         if not line:
-            raise Unavailable(f"the writer of {self.repository} went away; what it did not answer may be done or not")
+            raise Unavailable(
+                f"the writer of {self.repository} went away; what it did not answer may be done or not"
+            )
         reply = json.loads(line)
         if "error" in reply:
             raise (InvalidArgument if reply.get("invalid", True) else ServerFault)(reply["error"])
@@ -113,7 +119,9 @@ class ItemClient:
     def __enter__(self) -> ItemClient:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

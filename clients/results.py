@@ -13,7 +13,9 @@ class Item(NamedTuple):
 
     item_id: str
     score: float  # the blended number that sorts
-    probabilities: dict[str, float]  # by task: a calibrated probability, or the predicted number of a regression
+    probabilities: dict[
+        str, float
+    ]  # by task: a calibrated probability, or the predicted number of a regression
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ _CHANNEL_OPTIONS = (
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSED = "this client is closed; make another one"
 _DTYPES: dict[str, type] = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
-_FIELDS: dict[type, str] = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+_FIELDS: dict[type, str] = {
+    bool: "bool_param",
+    int: "int64_param",
+    float: "double_param",
+    str: "string_param",
+}
 
 
 @dataclass
@@ -71,7 +76,13 @@ class Transport(Protocol):
 class GrpcTransport:
     """Triton's gRPC endpoint, with nothing of tritonclient but its protocol."""
 
-    def __init__(self, url: str, model: str = PIPELINE, headers: Mapping[str, str] | None = None, max_abandoned: int = MAX_ABANDONED) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str = PIPELINE,
+        headers: Mapping[str, str] | None = None,
+        max_abandoned: int = MAX_ABANDONED,
+    ) -> None:
         import grpc
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -113,7 +124,9 @@ class GrpcTransport:
     def send(self, call: Call) -> Answer:
         self._check_open()
         try:
-            return answer_from_proto(self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata))
+            return answer_from_proto(
+                self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata)
+            )
         except self._rpc_error as error:
             raise error_from_status(error.code().name, error.details() or "", self.url) from None
 
@@ -149,7 +162,9 @@ class GrpcTransport:
         given_up = sum(running.given_up for running in self._running.values())
         at_risk = sum(running.given_up or running.may_be_given_up for running in self._running.values())
         if (given_up if call.budget_ms is None else at_risk) >= self._max_abandoned:
-            raise Overloaded(f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to stop; ask again later")
+            raise Overloaded(
+                f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to stop; ask again later"
+            )
 
     def _finish(self, future: Future[Answer], rpc: Any) -> None:
         """Runs in gRPC's thread when the call has ended."""
@@ -166,7 +181,9 @@ class GrpcTransport:
 
     def _ask_version(self) -> Any:
         """Without waiting: until the answer is there, the server is taken for an old one."""
-        self._version_call = call = self._stub.ServerMetadata.future(self._pb.ServerMetadataRequest(), metadata=self._metadata)
+        self._version_call = call = self._stub.ServerMetadata.future(
+            self._pb.ServerMetadataRequest(), metadata=self._metadata
+        )
         call.add_done_callback(self._note_version)
         return call
 
@@ -220,7 +237,12 @@ class FakeTransport:
         release: str = "fake",
         degraded: Callable[[str], int] = lambda user: 0,
     ) -> None:
-        self._lists, self._default, self._release, self._degraded = dict(lists or {}), list(default), release, degraded
+        self._lists, self._default, self._release, self._degraded = (
+            dict(lists or {}),
+            list(default),
+            release,
+            degraded,
+        )
         self._failures, self._delay_s = list(failures), delay_s
         self.calls: list[Call] = []
         self.closed = False
@@ -232,7 +254,11 @@ class FakeTransport:
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()
         failure = self._failures.pop(0) if self._failures else None
-        finish = (lambda: future.set_exception(failure)) if failure else (lambda: future.set_result(self._answer(call)))
+        finish = (
+            (lambda: future.set_exception(failure))
+            if failure
+            else (lambda: future.set_result(self._answer(call)))
+        )
         if self._delay_s:
             threading.Timer(self._delay_s, finish).start()
         else:
@@ -253,7 +279,10 @@ class FakeTransport:
 
     def _answer(self, call: Call) -> Answer:
         users = [user.decode() for user in call.user_ids]
-        rows = [[_row(entry, place) for place, entry in enumerate(self._lists.get(user, self._default))] for user in users]
+        rows = [
+            [_row(entry, place) for place, entry in enumerate(self._lists.get(user, self._default))]
+            for user in users
+        ]
         depth = max((len(r) for r in rows), default=0)
         names = next((list(row[2]) for r in rows for row in r), ["task"])
         padding = ("", 0.0, dict.fromkeys(names, 0.0))
@@ -261,7 +290,9 @@ class FakeTransport:
         return {
             "item_ids": [row[0].encode() for row in padded],
             "scores": np.array([row[1] for row in padded], np.float32),
-            "probabilities": np.array([list(row[2].values()) for row in padded], np.float32).reshape(len(users), depth, len(names)),
+            "probabilities": np.array([list(row[2].values()) for row in padded], np.float32).reshape(
+                len(users), depth, len(names)
+            ),
             "tasks": [json.dumps(names).encode()] * len(users),
             "degraded": np.array([self._degraded(user) for user in users], np.int64),
             "release": [self._release.encode()] * len(users),

@@ -47,7 +47,9 @@ class Call:
     budget_ms: float | None = None
 
 
-def call_from_options(user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool) -> Call:
+def call_from_options(
+    user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+) -> Call:
     """Checks what can only be checked here (types) and encodes; the server checks the rest, in one place for every client."""
     if not user_ids:
         raise InvalidArgument("user_id: at least one user is needed, got none")
@@ -55,7 +57,9 @@ def call_from_options(user_ids: Sequence[Id], options: Mapping[str, Any], budget
         raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
     ids = tuple(_text_from_id("user_id", user).encode() for user in user_ids)
     count = len(ids) if per_user else 0
-    parameters = {name: _parameter(name, value, count) for name, value in options.items() if value is not None}
+    parameters = {
+        name: _parameter(name, value, count) for name, value in options.items() if value is not None
+    }
     return Call(ids, parameters, budget_ms)
 
 
@@ -76,7 +80,9 @@ def _parameter(name: str, value: Any, num_users: int) -> Parameter:
     """One option as a Triton request parameter: scalars as they are, all else as JSON."""
     if num_users and _is_per_user(name, value):
         if len(value) != num_users:
-            raise InvalidArgument(f"{name}: one value per user is needed: {num_users} users, got {len(value)} values")
+            raise InvalidArgument(
+                f"{name}: one value per user is needed: {num_users} users, got {len(value)} values"
+            )
         if name not in NEUTRAL and any(one is None for one in value):
             raise InvalidArgument(f"{name}: None is no value; give one to every user, or leave {name} out")
         return _json(name, [_plain(name, NEUTRAL[name] if one is None else one) for one in value])
@@ -94,7 +100,9 @@ def _is_per_user(name: str, value: Any) -> bool:
         value = value.tolist()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
         return False
-    return name not in _ID_LISTS or any(one is None or (isinstance(one, Sequence) and not isinstance(one, str)) for one in value)
+    return name not in _ID_LISTS or any(
+        one is None or (isinstance(one, Sequence) and not isinstance(one, str)) for one in value
+    )
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -138,7 +146,11 @@ def decode_bytes(raw: bytes, count: int) -> list[bytes]:
     if width > 4 and width * count == len(raw):
         table = np.frombuffer(raw, np.uint8).reshape(count, width)
         # An id that ends in NUL would be cut by numpy's S dtype, and is the server's bug; the slow way keeps even that one.
-        if (table[:, :4] == table[0, :4]).all() and int.from_bytes(raw[:4], "little") == width - 4 and table[:, -1].all():
+        if (
+            (table[:, :4] == table[0, :4]).all()
+            and int.from_bytes(raw[:4], "little") == width - 4
+            and table[:, -1].all()
+        ):
             return np.ascontiguousarray(table[:, 4:]).view(f"S{width - 4}").ravel().tolist()
     values, at = [], 0
     while at < len(raw):
@@ -162,7 +174,15 @@ def recommendations_from_answer(call: Call, answer: Answer, latency_ms: float) -
         mine = ids[row * depth : (row + 1) * depth]
         columns = zip(mine, scores[row], probabilities[row], strict=True)
         items = tuple(
-            [Item(item.decode("utf-8", "replace"), score, dict(zip(tasks, values, strict=True))) for item, score, values in columns if item]
+            [
+                Item(item.decode("utf-8", "replace"), score, dict(zip(tasks, values, strict=True)))
+                for item, score, values in columns
+                if item
+            ]
         )
-        results.append(Recommendations(user.decode(), items, Degraded(degraded[row]), answer["release"][row].decode(), latency_ms))
+        results.append(
+            Recommendations(
+                user.decode(), items, Degraded(degraded[row]), answer["release"][row].decode(), latency_ms
+            )
+        )
     return results

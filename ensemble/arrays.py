@@ -38,4 +38,6 @@ def look_up(rows: Array, known_rows: Array, known_scores: Array, num_rows: int) 
     if not len(sorted_keys):
         return np.zeros(rows.shape, np.float32)
     place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return np.where((sorted_keys[place] == keys) & (rows > 0), known_scores.ravel()[order][place], 0).astype(np.float32)
+    return np.where((sorted_keys[place] == keys) & (rows > 0), known_scores.ravel()[order][place], 0).astype(
+        np.float32
+    )

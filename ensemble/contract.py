@@ -40,21 +40,25 @@ def recommend(schema: Schema) -> PipelineSpec:
     t = _tensors(schema)
     features = ModelSpec(
         "features",
-        "ensemble.features:FeatureLookup",
+        "ensemble.steps.features:FeatureLookup",
         (t["user_id"],),
         tuple(t[n] for n in FEATURES_OUTPUTS),
     )
-    user_encoder = ModelSpec("user_encoder", ENGINE_STEP, tuple(t[n] for n in USER_ENCODER_INPUTS), (t["user_embeddings"],))
+    user_encoder = ModelSpec(
+        "user_encoder", ENGINE_STEP, tuple(t[n] for n in USER_ENCODER_INPUTS), (t["user_embeddings"],)
+    )
     recall = ModelSpec(
         "recall",
-        "ensemble.recall:Recall",
+        "ensemble.steps.recall:Recall",
         (*(t[n] for n in QUERY_TENSORS), t["seen_rows"]),
         tuple(t[n] for n in ("candidate_rows", "candidate_features", "candidate_scores", "candidate_status")),
     )
-    ranker = ModelSpec("ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],))
+    ranker = ModelSpec(
+        "ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],)
+    )
     reranking = ModelSpec(
         "reranking",
-        "ensemble.reranking:Reranking",
+        "ensemble.steps.reranking:Reranking",
         (t["candidate_rows"], t["candidate_probabilities"], t["user_status"], t["candidate_status"]),
         tuple(t[n] for n in ANSWER),
     )
@@ -79,7 +83,15 @@ FEATURES_OUTPUTS = (
 )
 USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
 # No embedding: encoders are trained on the clicks that label the ranker's impressions, and a pair of embeddings tells the label.
-RANKER_INPUTS = ("history_features", "history_mask", "user_codes", "user_values", "user_features", "candidate_features", "candidate_scores")
+RANKER_INPUTS = (
+    "history_features",
+    "history_mask",
+    "user_codes",
+    "user_values",
+    "user_features",
+    "candidate_features",
+    "candidate_scores",
+)
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
 ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
@@ -88,7 +100,12 @@ ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
 def item_encoder(schema: Schema) -> ModelSpec:
     """The engine that turns an item's id row and features into the row the snapshot holds. Runs offline (and for new items)."""
     t = _tensors(schema)
-    return ModelSpec("item_encoder", ENGINE_STEP, tuple(t[n] for n in ITEM_ENCODER_INPUTS), tuple(t[n] for n in ITEM_ENCODER_OUTPUTS))
+    return ModelSpec(
+        "item_encoder",
+        ENGINE_STEP,
+        tuple(t[n] for n in ITEM_ENCODER_INPUTS),
+        tuple(t[n] for n in ITEM_ENCODER_OUTPUTS),
+    )
 
 
 def _tensors(schema: Schema) -> dict[str, TensorSpec]:
@@ -97,32 +114,83 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
     s = schema.sizes
     w = Axis("W", "seen", s.seen)
     b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
-    h, d, m = Axis("H", "history", s.history), Axis("D", "embedding", s.embedding), Axis("M", "interests", s.interests)
-    n, f, u = Axis("N", "candidates", s.candidates), Axis("F", "item features", s.item_features), Axis("U", "user features", s.user_features)
-    task, k, src = Axis("T", "tasks", len(schema.tasks)), Axis("K", "returned", None), Axis("S", "recall sources", len(SOURCES))
+    h, d, m = (
+        Axis("H", "history", s.history),
+        Axis("D", "embedding", s.embedding),
+        Axis("M", "interests", s.interests),
+    )
+    n, f, u = (
+        Axis("N", "candidates", s.candidates),
+        Axis("F", "item features", s.item_features),
+        Axis("U", "user features", s.user_features),
+    )
+    task, k, src = (
+        Axis("T", "tasks", len(schema.tasks)),
+        Axis("K", "returned", None),
+        Axis("S", "recall sources", len(SOURCES)),
+    )
     e = Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features)
-    ic, iv = Axis("C", "item codes", schema.items.code_width), Axis("R", "item values", schema.items.value_width)
-    uc, uv = Axis("C", "user codes", schema.users.code_width), Axis("R", "user values", schema.users.value_width)
+    ic, iv = (
+        Axis("C", "item codes", schema.items.code_width),
+        Axis("R", "item values", schema.items.value_width),
+    )
+    uc, uv = (
+        Axis("C", "user codes", schema.users.code_width),
+        Axis("R", "user values", schema.users.value_width),
+    )
 
     def tensor(name: str, dtype: Dtype, meaning: str, *axes: Axis) -> TensorSpec:
         return TensorSpec(name, dtype, (b, *axes), meaning)
 
     every = (
-        tensor("user_id", "bytes", "UTF-8, at most 128 bytes; an unknown one is answered with a cold list", one),
-        tensor("seen_rows", "int64", "item rows of the user's past, oldest first, left-padded with -1; the session's items come last", w),
+        tensor(
+            "user_id", "bytes", "UTF-8, at most 128 bytes; an unknown one is answered with a cold list", one
+        ),
+        tensor(
+            "seen_rows",
+            "int64",
+            "item rows of the user's past, oldest first, left-padded with -1; the session's items come last",
+            w,
+        ),
         tensor("history_mask", "bool", "true where the history, the last H of seen_rows, holds an item", h),
-        tensor("history_embeddings", "float32", "what the user encoder sees of the history's items, 0 where padded", h, d),
-        tensor("history_features", "float32", "what the ranker sees of the history's items, 0 where padded", h, f),
+        tensor(
+            "history_embeddings",
+            "float32",
+            "what the user encoder sees of the history's items, 0 where padded",
+            h,
+            d,
+        ),
+        tensor(
+            "history_features", "float32", "what the ranker sees of the history's items, 0 where padded", h, f
+        ),
         tensor("user_codes", "int32", "category and text features, 0 = nothing", uc),
         tensor("user_values", "float32", "number and vector features, standardized", uv),
         tensor("user_features", "float32", "the user's own learned row; 0 for an unknown user", u),
         tensor("user_status", "int64", "bits of contract.Degraded", one),
-        tensor("user_embeddings", "float32", "interest vectors; inner product with item embeddings is recall's score", m, d),
+        tensor(
+            "user_embeddings",
+            "float32",
+            "interest vectors; inner product with item embeddings is recall's score",
+            m,
+            d,
+        ),
         tensor("candidate_rows", "int64", "eligible item rows, best first, padded with -1", n),
-        tensor("candidate_features", "float32", "what the ranker sees of the candidates, 0 where padded", n, f),
-        tensor("candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src),
-        tensor("candidate_status", "int64", "bits of contract.Degraded, of all candidates' rows together", one),
-        tensor("candidate_probabilities", "float32", "one value per task: calibrated probability, or the predicted number", n, task),
+        tensor(
+            "candidate_features", "float32", "what the ranker sees of the candidates, 0 where padded", n, f
+        ),
+        tensor(
+            "candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src
+        ),
+        tensor(
+            "candidate_status", "int64", "bits of contract.Degraded, of all candidates' rows together", one
+        ),
+        tensor(
+            "candidate_probabilities",
+            "float32",
+            "one value per task: calibrated probability, or the predicted number",
+            n,
+            task,
+        ),
         tensor("item_ids", "bytes", "best first, padded with empty ids", k),
         tensor("scores", "float32", "the blended number that sorts, 0 where padded", k),
         tensor("probabilities", "float32", "one value per task, 0 where padded", k, task),

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ensemble.arrays import Tensors
-from ensemble.metrics import Metric
 from ensemble.options import Options, parse_options, stack
-from ensemble.release import Release
 from ensemble.spec import ModelSpec
+from ensemble.steps.served import ServedRelease
+from ensemble.telemetry import Metric
 
 
 class Step(Protocol):
@@ -24,7 +24,7 @@ class Step(Protocol):
         ...
 
 
-def open_step(model: ModelSpec, release: Release) -> Step:
+def open_step(model: ModelSpec, release: ServedRelease) -> Step:
     """The step that ModelSpec.step names ("module:Class"), opened on `release`."""
     module, _, name = model.step.partition(":")
     step: Step = getattr(importlib.import_module(module), name)(model, release)
@@ -34,7 +34,7 @@ def open_step(model: ModelSpec, release: Release) -> Step:
 class FusedStep:
     """recommend as one step: all five in one process, on the same arrays."""
 
-    def __init__(self, model: ModelSpec, release: Release) -> None:
+    def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         self.pipeline = LocalPipeline(release)
         self.metrics = self.pipeline.metrics
 
@@ -46,7 +46,7 @@ class FusedStep:
 class LocalPipeline:
     """recommend, answered in this process."""
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: ServedRelease) -> None:
         self.release, self.spec = release, release.pipeline
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
 
@@ -55,12 +55,18 @@ class LocalPipeline:
         found = [(name, step.metrics()) for name, step in self.steps.items() if hasattr(step, "metrics")]
         return [one._replace(labels=(*one.labels, ("step", name))) for name, ones in found for one in ones]
 
-    def recommend(self, user_ids: Sequence[bytes | str], parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None) -> Tensors:
+    def recommend(
+        self,
+        user_ids: Sequence[bytes | str],
+        parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensors:
         """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B, …]."""
         if parameters is None or isinstance(parameters, Mapping):
             options = parse_options(json.dumps(dict(parameters or {})), len(user_ids), self.release.schema)
         else:
-            options = stack([parse_options(json.dumps(dict(one)), 1, self.release.schema) for one in parameters])
+            options = stack(
+                [parse_options(json.dumps(dict(one)), 1, self.release.schema) for one in parameters]
+            )
         ids = np.array([u.encode() if isinstance(u, str) else u for u in user_ids], dtype="S")
         return self.run(options, {"user_id": ids[:, None]})
 

@@ -21,10 +21,20 @@ from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
 # Triton's own, which may travel along with ours.
-_FOREIGN = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output", "triton_enable_empty_final_response")
+_FOREIGN = (
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "priority",
+    "timeout",
+    "binary_data_output",
+    "triton_enable_empty_final_response",
+)
 
 NO_CAP = 1 << 30  # more items than any list has
-_REMEMBERED_BYTES = 2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
+_REMEMBERED_BYTES = (
+    2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
+)
 
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
 Range = tuple[str, float, float]  # a number feature, its least and its greatest value, both included
@@ -82,7 +92,9 @@ class Options:
         """session_items or exclude_items of all users, flat: (owners [L] int64, ids [L] S)."""
         lists = [getattr(u, name) for u in self.users]
         owners = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
-        return owners, np.array([i for ids in lists for i in ids], dtype="S") if len(owners) else np.zeros(0, "S1")
+        return owners, np.array([i for ids in lists for i in ids], dtype="S") if len(owners) else np.zeros(
+            0, "S1"
+        )
 
 
 def default_options(num_users: int) -> Options:
@@ -103,7 +115,9 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
     try:
         found = json.loads(parameters)
     except ValueError:  # Triton writes a double that is NaN or infinite as nothing at all
-        raise InvalidArgument(f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}") from None
+        raise InvalidArgument(
+            f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}"
+        ) from None
     if not isinstance(found, dict):
         raise InvalidArgument(f"parameters: must be a JSON object, got {_short(found)}")
     raw = {name: value for name, value in found.items() if name not in _FOREIGN}
@@ -111,7 +125,9 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
     if unknown:
         raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(_READERS)}")
     columns = {name: _column(name, value, num_users, schema) for name, value in raw.items()}
-    return Options(tuple(UserOptions(**{name: column[i] for name, column in columns.items()}) for i in range(num_users)))
+    return Options(
+        tuple(UserOptions(**{name: column[i] for name, column in columns.items()}) for i in range(num_users))
+    )
 
 
 def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
@@ -122,11 +138,15 @@ def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{name}: not JSON: {error}") from None
-    one_each = isinstance(value, list) and (not is_list or (bool(value) and all(isinstance(v, list) for v in value)))
+    one_each = isinstance(value, list) and (
+        not is_list or (bool(value) and all(isinstance(v, list) for v in value))
+    )
     if not one_each:
         return [read(name, value, schema)] * num_users
     if len(value) != num_users:
-        raise InvalidArgument(f"{name}: {len(value)} values for {num_users} users; give one value for all, or one each")
+        raise InvalidArgument(
+            f"{name}: {len(value)} values for {num_users} users; give one value for all, or one each"
+        )
     return [read(name, v, schema) for v in value]
 
 
@@ -155,7 +175,9 @@ def _id(name: str, value: Any) -> bytes:
     if len(encoded) > MAX_ID_BYTES:
         raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {len(encoded)}")
     if encoded.endswith(b"\0"):
-        raise InvalidArgument(f"{name}: an id ends in a NUL byte")  # NumPy would drop it and find another item
+        raise InvalidArgument(
+            f"{name}: an id ends in a NUL byte"
+        )  # NumPy would drop it and find another item
     return encoded
 
 
@@ -175,21 +197,31 @@ def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], 
     known = {task.name for task in schema.tasks}
     for task, weight in _object(name, value, known, "task"):
         if not _is_number(weight) or abs(weight) > 1e6:
-            raise InvalidArgument(f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {_short(weight)}")
+            raise InvalidArgument(
+                f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {_short(weight)}"
+            )
     return tuple((task, float(weight)) for task, weight in value.items())
 
 
 def _caps(name: str, value: Any, schema: Schema) -> tuple[tuple[str, int], ...]:
     for feature, cap in _object(name, value, _categories(schema), "item category"):
         if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
-            raise InvalidArgument(f"{name}: the cap of {feature!r} must be a whole number from 1, got {_short(cap)}")
+            raise InvalidArgument(
+                f"{name}: the cap of {feature!r} must be a whole number from 1, got {_short(cap)}"
+            )
     return tuple((feature, min(cap, NO_CAP)) for feature, cap in value.items())
 
 
 def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
     for feature, values in _object(name, value, _categories(schema), "item category"):
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values) or len(values) > MAX_LIST:
-            raise InvalidArgument(f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got {_short(values)}")
+        if (
+            not isinstance(values, list)
+            or not all(isinstance(v, str) for v in values)
+            or len(values) > MAX_LIST
+        ):
+            raise InvalidArgument(
+                f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got {_short(values)}"
+            )
     return tuple((feature, tuple(sorted(set(values)))) for feature, values in sorted(value.items()))
 
 
@@ -197,9 +229,18 @@ def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
     """{"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
     found = []
     for feature, ends in _object(name, value, set(number_names(schema)), "item number"):
-        if not isinstance(ends, list) or len(ends) != 2 or not all(end is None or _is_number(end) for end in ends):
-            raise InvalidArgument(f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}")
-        low, high = (-math.inf if ends[0] is None else float(ends[0])), (math.inf if ends[1] is None else float(ends[1]))
+        if (
+            not isinstance(ends, list)
+            or len(ends) != 2
+            or not all(end is None or _is_number(end) for end in ends)
+        ):
+            raise InvalidArgument(
+                f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}"
+            )
+        low, high = (
+            (-math.inf if ends[0] is None else float(ends[0])),
+            (math.inf if ends[1] is None else float(ends[1])),
+        )
         if low > high:
             raise InvalidArgument(f"{name}: {feature!r} has no number from {low:g} to {high:g}")
         found.append((feature, low, high))
@@ -211,7 +252,9 @@ def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str
         raise InvalidArgument(f"{name}: must be a JSON object, got {_short(value)}")
     for key in value:
         if key not in known:
-            raise InvalidArgument(f"{name}: no {what} {_short(key)}; known: {', '.join(sorted(known)) or 'none'}")
+            raise InvalidArgument(
+                f"{name}: no {what} {_short(key)}; known: {', '.join(sorted(known)) or 'none'}"
+            )
     return list(value.items())
 
 
@@ -222,7 +265,9 @@ def _categories(schema: Schema) -> set[str]:
 def _is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)  # isfinite cannot take an int of any size
+    return (
+        abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
+    )  # isfinite cannot take an int of any size
 
 
 def _short(value: Any) -> str:
@@ -234,7 +279,9 @@ def _short(value: Any) -> str:
 
 
 Reader = Callable[[str, Any, Schema], Any]
-_READERS: dict[str, tuple[Reader, bool]] = {  # name: (reader of one user's value, whether that value is itself an array)
+_READERS: dict[
+    str, tuple[Reader, bool]
+] = {  # name: (reader of one user's value, whether that value is itself an array)
     "top_k": (_top_k, False),
     "session_items": (_ids, True),
     "exclude_items": (_ids, True),

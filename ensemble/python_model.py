@@ -18,10 +18,10 @@ import triton_python_backend_utils as pb_utils
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.local import open_step
-from ensemble.metrics import Publisher
 from ensemble.options import Options, default_options, parse_options, stack
-from ensemble.release import open_release
 from ensemble.spec import TensorSpec
+from ensemble.steps.served import open_served
+from ensemble.telemetry import Publisher
 
 RETURNED = "K"  # the axis that is cut to each request's own top_k
 
@@ -32,17 +32,23 @@ class PythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the release's files, verified; an error here fails the load, not a request."""
         if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
-            raise ReleaseError(f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install numpy 1.26")
-        parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
-        release = open_release(Path(args["model_repository"]).parent, parameters["release"])
+            raise ReleaseError(
+                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install numpy 1.26"
+            )
+        parameters = {
+            name: value["string_value"]
+            for name, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        release = open_served(Path(args["model_repository"]).parent, parameters["release"])
         self.schema = release.schema
         self.model = release.model(parameters["step"])
         self.step = open_step(self.model, release)
         self.release = release
         if not self.model.is_engine:
             release.live.follow()
+        own = getattr(self.step, "metrics", list)
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
-        self.publisher = Publisher(pb_utils, getattr(self.step, "metrics", list), labels)
+        self.publisher = Publisher(pb_utils, lambda: [*release.metrics(), *own()], labels)
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection walks through all of it again in the middle of a request
 
@@ -55,7 +61,9 @@ class PythonModel:
         options: list[Options] = []
         for i, request in enumerate(requests):
             try:
-                given = {tensor.name(): tensor for tensor in request.inputs()}  # once: looking each up by name walks the list each time
+                given = {
+                    tensor.name(): tensor for tensor in request.inputs()
+                }  # once: looking each up by name walks the list each time
                 tensors = {spec.name: _array(given[spec.name], spec) for spec in self.model.inputs}
                 options.append(self._options(request, len(next(iter(tensors.values())))))
             except InvalidArgument as error:
@@ -70,15 +78,22 @@ class PythonModel:
 
     def finalize(self) -> None:
         """Ends the thread that follows the live items."""
-        if not self.model.is_engine:
-            self.release.live.close()
+        self.release.close()
 
     def _options(self, request: Any, num_users: int) -> Options:
-        return default_options(num_users) if self.model.is_engine else parse_options(request.parameters(), num_users, self.schema)
+        return (
+            default_options(num_users)
+            if self.model.is_engine
+            else parse_options(request.parameters(), num_users, self.schema)
+        )
 
     def _answer(self, feeds: list[dict[str, np.ndarray]], options: list[Options]) -> list[Any]:
         """Joins, runs once, splits."""
-        joined = feeds[0] if len(feeds) == 1 else {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]}
+        joined = (
+            feeds[0]
+            if len(feeds) == 1
+            else {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]}
+        )
         try:
             outputs = self.step.run(stack(options), **joined)
         except PeregrineError as error:
@@ -86,7 +101,10 @@ class PythonModel:
         ends = np.cumsum([len(o) for o in options])
         responses = []
         for start, end, asked in zip([0, *ends[:-1]], ends, options, strict=True):
-            tensors = [pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, asked)) for spec in self.model.outputs]
+            tensors = [
+                pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, asked))
+                for spec in self.model.outputs
+            ]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
 
@@ -100,13 +118,17 @@ def _checked_ids(name: str, ids: np.ndarray) -> np.ndarray:
     """[B, 1] object of bytes -> [B, 1] S; InvalidArgument unless they are UTF-8 of at most MAX_ID_BYTES."""
     flat = ids.ravel().tolist()
     if max(map(len, flat), default=0) > MAX_ID_BYTES:
-        raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {max(map(len, flat))}")
+        raise InvalidArgument(
+            f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {max(map(len, flat))}"
+        )
     try:
         b"\n".join(flat).decode()  # one check for all: no UTF-8 sequence spans a newline
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{name}: an id is not UTF-8: byte {error.object[error.start]:#04x}") from None
     if any(i.endswith(b"\0") for i in flat):
-        raise InvalidArgument(f"{name}: an id ends in a NUL byte")  # NumPy would drop it and find another user
+        raise InvalidArgument(
+            f"{name}: an id ends in a NUL byte"
+        )  # NumPy would drop it and find another user
     return np.array(flat, dtype="S").reshape(ids.shape)
 
 

@@ -115,6 +115,14 @@ def schema_from_json(text: str) -> Schema:
     """Inverse of Schema.to_json; ReleaseError if it was written by another version of Peregrine."""
     raw: dict[str, Any] = json.loads(text)
     if raw.get("version") != SCHEMA_VERSION:
-        raise ReleaseError(f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; build the release again")
+        raise ReleaseError(
+            f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; build the release again"
+        )
     tables = {name: Table(tuple(Feature(**f) for f in raw[name]["features"])) for name in ("items", "users")}
-    return Schema(raw["shop"], tables["items"], tables["users"], tuple(Task(**t) for t in raw["tasks"]), Sizes(**raw["sizes"]))
+    return Schema(
+        raw["shop"],
+        tables["items"],
+        tables["users"],
+        tuple(Task(**t) for t in raw["tasks"]),
+        Sizes(**raw["sizes"]),
+    )

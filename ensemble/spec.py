@@ -40,7 +40,9 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not self.axes or self.axes[0].letter != BATCH:
-            raise WiringError(f"tensor {self.name}: the first axis must be {BATCH}, got {[a.letter for a in self.axes]}")
+            raise WiringError(
+                f"tensor {self.name}: the first axis must be {BATCH}, got {[a.letter for a in self.axes]}"
+            )
 
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(axis.letter for axis in self.axes)}] {self.dtype}"
@@ -85,7 +87,9 @@ class PipelineSpec:
                 self._check_source(model.name, tensor, known)
             for tensor in model.outputs:
                 if tensor.name in known:
-                    raise WiringError(f"{self.name}: {model.name} gives {tensor.name}, which exists already; a tensor has one source")
+                    raise WiringError(
+                        f"{self.name}: {model.name} gives {tensor.name}, which exists already; a tensor has one source"
+                    )
                 known[tensor.name] = tensor
         for tensor in self.outputs:
             self._check_source("the answer", tensor, known)
@@ -93,7 +97,9 @@ class PipelineSpec:
     def _check_source(self, taker: str, tensor: TensorSpec, known: dict[str, TensorSpec]) -> None:
         source = known.get(tensor.name)
         if source is None:
-            raise WiringError(f"{self.name}: {taker} takes {tensor}, which nothing before it gives; known: {', '.join(known)}")
+            raise WiringError(
+                f"{self.name}: {taker} takes {tensor}, which nothing before it gives; known: {', '.join(known)}"
+            )
         if (source.dtype, source.axes) != (tensor.dtype, tensor.axes):
             raise WiringError(f"{self.name}: {taker} takes {tensor}, but its source gives {source}")
 
@@ -109,4 +115,6 @@ class PipelineSpec:
         for model in self.models:
             if model.name == name:
                 return model
-        raise WiringError(f"{self.name} has no model {name!r}; it has {', '.join(m.name for m in self.models)}")
+        raise WiringError(
+            f"{self.name} has no model {name!r}; it has {', '.join(m.name for m in self.models)}"
+        )

@@ -16,8 +16,10 @@ from shops import SHOPS, ReleaseCache, private_copy
 
 if TYPE_CHECKING:
     from ensemble.local import LocalPipeline
-    from ensemble.release import Release
-    from ensemble.server import Server
+    from ensemble.server.supervisor import Server
+    from ensemble.steps.served import ServedRelease
+
+pytest_plugins = ["redis_fixtures"]
 
 # No deadline: a machine that is shared is slow now and then. The same examples on every run.
 settings.register_profile("peregrine", deadline=None, max_examples=50, derandomize=True, database=None)
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _missing_triton() -> str:
     from ensemble.errors import ServerError
-    from ensemble.server_folder import find_tritonserver
+    from ensemble.server.installation import find_tritonserver
 
     try:
         find_tritonserver()
@@ -84,16 +86,18 @@ def tiny_shop(release_cache: ReleaseCache) -> Path:
 @pytest.fixture(scope="session")
 def tiny_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the active release r1; shared by the run's tests: read it only, private_copy() to change it."""
-    return private_copy(release_cache.folder("tiny") / "repository", tmp_path_factory.mktemp("tiny") / "repository")
+    return private_copy(
+        release_cache.folder("tiny") / "repository", tmp_path_factory.mktemp("tiny") / "repository"
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_release(tiny_repository: Path) -> Release:
+def tiny_release(tiny_repository: Path) -> ServedRelease:
     return _open(tiny_repository)
 
 
 @pytest.fixture(scope="session")
-def twin(tiny_release: Release) -> LocalPipeline:
+def twin(tiny_release: ServedRelease) -> LocalPipeline:
     return _twin(tiny_release)
 
 
@@ -117,16 +121,18 @@ def sequences_shop(release_cache: ReleaseCache) -> Path:
 
 @pytest.fixture(scope="session")
 def sequences_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return private_copy(release_cache.folder("sequences") / "repository", tmp_path_factory.mktemp("sequences") / "repository")
+    return private_copy(
+        release_cache.folder("sequences") / "repository", tmp_path_factory.mktemp("sequences") / "repository"
+    )
 
 
 @pytest.fixture(scope="session")
-def sequences_release(sequences_repository: Path) -> Release:
+def sequences_release(sequences_repository: Path) -> ServedRelease:
     return _open(sequences_repository)
 
 
 @pytest.fixture(scope="session")
-def sequences_twin(sequences_release: Release) -> LocalPipeline:
+def sequences_twin(sequences_release: ServedRelease) -> LocalPipeline:
     return _twin(sequences_release)
 
 
@@ -136,14 +142,17 @@ def sequences_server(sequences_repository: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def sequences_server_fused(sequences_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def sequences_server_fused(
+    sequences_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     yield from _serve_fused(sequences_repository, tmp_path_factory)
 
 
-def _open(repository: Path) -> Release:
-    from ensemble.release import active_release, open_release
+def _open(repository: Path) -> ServedRelease:
+    from ensemble.release.release import active_release
+    from ensemble.steps.served import open_served
 
-    return open_release(repository, active_release(repository) or "none")
+    return open_served(repository, active_release(repository) or "none")
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +170,14 @@ def compiled(gpu: dict[str, str], tiny_repository: Path, tmp_path_factory: pytes
     return repository
 
 
-def _twin(release: Release) -> LocalPipeline:
+def _twin(release: ServedRelease) -> LocalPipeline:
     from ensemble.local import LocalPipeline
 
     return LocalPipeline(release)
 
 
 def _serve(repository: Path, *, fused: bool = False) -> Iterator[Server]:
-    from ensemble.server import serve
+    from ensemble.server.supervisor import serve
 
     with serve(repository, port=0, metrics_port=None, fused=fused) as server:
         yield server

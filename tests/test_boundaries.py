@@ -12,14 +12,25 @@ from pathlib import Path
 import pytest
 from shops import ROOT
 
-from builders.triton_config import MODEL_PY, alias_config, config_text, ensemble_config, member_config
+from builders.publish.triton_config import MODEL_PY, alias_config, config_text, ensemble_config, member_config
 from ensemble import contract
 from ensemble.errors import WiringError
 from ensemble.spec import Axis, ModelSpec, PipelineSpec, TensorSpec
 
 PACKAGES = ("ensemble", "builders", "clients")
 OFFLINE = {"torch", "builders", "clients", "pydantic", "pyarrow", "onnx", "onnxscript", "tensorrt"}
-HEAVY = ("torch", "onnxruntime", "faiss", "pydantic", "pyarrow", "pandas", "matplotlib", "PIL", "redis", "onnx")
+HEAVY = (
+    "torch",
+    "onnxruntime",
+    "faiss",
+    "pydantic",
+    "pyarrow",
+    "pandas",
+    "matplotlib",
+    "PIL",
+    "redis",
+    "onnx",
+)
 CLIENTS_MAY = {"numpy", "tritonclient", "grpc", "google", "ensemble", "clients", "typer", "rich"}
 CLIENTS_OF_ENSEMBLE = {"contract", "spec", "schema", "errors"}
 LIBRARY = ("client", "aio", "errors", "results", "transport", "wire")  # what an application imports
@@ -44,7 +55,11 @@ def imported(tree: ast.AST) -> set[str]:
 
 def imported_at_import(tree: ast.Module) -> set[str]:
     """The same for statements that run when the module is imported."""
-    outside = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not _for_types_only(node)]
+    outside = [
+        node
+        for node in tree.body
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not _for_types_only(node)
+    ]
     return set().union(*map(imported, outside), set())
 
 
@@ -63,7 +78,60 @@ def modules_after(statement: str) -> set[str]:
 # --- imports
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ensemble").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules of the three packages, and which of them each names in an import anywhere, for a type checker too."""
+    trees = {module_of(path): tree for path, tree in sources(*PACKAGES)}
+    return {module: (imported(tree) & trees.keys()) - {module} for module, tree in trees.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of nodes that reach each other."""
+
+    def reach(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            waiting += graph[node := waiting.pop()] - seen
+            seen |= graph[node]
+        return seen
+
+    reached = {node: reach(node) for node in graph}
+    around = {node: {other for other in reached[node] if node in reached[other]} for node in graph}
+    return [set(names) for names in {frozenset(names) for names in around.values() if names}]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}], "the test itself finds one"
+    assert circles(import_graph()) == []
+
+
+FLOORS = ["", "release", "engines", "tiers", "live", "index", "steps", "server", "cli"]
+ABOVE_ALL_STEPS = {"ensemble.local", "ensemble.python_model"}  # they run what the floors hold
+
+
+def test_each_floor_of_the_online_path_stands_on_those_below():
+    """The words at the root know no floor; whatever is live, searched or served knows only what lies under it."""
+
+    def floor(module: str) -> int:
+        room = module.split(".")[1] if module.startswith("ensemble.") else ""
+        return FLOORS.index(room) if room in FLOORS else 0
+
+    graph = import_graph()
+    above = [
+        (module, other)
+        for module, others in graph.items()
+        for other in others - ABOVE_ALL_STEPS
+        if module.startswith("ensemble.") and module not in ABOVE_ALL_STEPS and floor(other) > floor(module)
+    ]
+    assert above == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ensemble").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_ensemble_names_nothing_of_the_offline_path(path):
     roots = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
     assert not roots & (OFFLINE - {"tensorrt"})
@@ -71,7 +139,7 @@ def test_ensemble_names_nothing_of_the_offline_path(path):
         assert "triton_python_backend_utils" not in roots, "the adapter is its only user"
 
 
-TENSORRT_IN = {"ensemble/engines/tensorrt.py", "builders/compile.py"}
+TENSORRT_IN = {"ensemble/engines/tensorrt.py", "builders/compile/stage.py"}
 
 
 def test_tensorrt_is_spoken_to_in_two_files_only():
@@ -79,21 +147,27 @@ def test_tensorrt_is_spoken_to_in_two_files_only():
     found = {
         str(path.relative_to(ROOT))
         for path, tree in sources(*PACKAGES)
-        if {name.partition(".")[0] for name in imported(tree)} & {"tensorrt", "tensorrt_bindings", "polygraphy"}
-        or any(isinstance(node, ast.Attribute) and ast.unparse(node).startswith("trt.") for node in ast.walk(tree))
+        if {name.partition(".")[0] for name in imported(tree)}
+        & {"tensorrt", "tensorrt_bindings", "polygraphy"}
+        or any(
+            isinstance(node, ast.Attribute) and ast.unparse(node).startswith("trt.")
+            for node in ast.walk(tree)
+        )
     }
     assert found == TENSORRT_IN
 
 
 def test_ensemble_loads_nothing_of_the_offline_path():
-    steps = "import ensemble.local, ensemble.features, ensemble.recall, ensemble.reranking, ensemble.release, ensemble.server"
+    steps = "import ensemble.local, ensemble.steps.features, ensemble.steps.recall, ensemble.steps.reranking, ensemble.release.release, ensemble.server.supervisor"
     steps += "; import ensemble.engines.onnx, ensemble.engines.tensorrt"
     assert not {name.partition(".")[0] for name in modules_after(steps)} & OFFLINE
 
 
 def test_clients_never_import_builders():
     for path, tree in sources("clients"):
-        assert not {name for name in imported(tree) if name.split(".")[0] in ("builders", "torch", "pydantic")}, path
+        assert not {
+            name for name in imported(tree) if name.split(".")[0] in ("builders", "torch", "pydantic")
+        }, path
 
 
 @pytest.mark.parametrize("module", LIBRARY)
@@ -112,16 +186,20 @@ def test_importing_the_client_loads_no_runtime():
 
 
 def test_the_command_line_starts_without_the_heavy_parts():
-    assert not {name.partition(".")[0] for name in modules_after("import peregrine")} & {*HEAVY, "numpy", "typer"}
+    assert not {name.partition(".")[0] for name in modules_after("import peregrine")} & {
+        *HEAVY,
+        "numpy",
+        "typer",
+    }
     for module in (
-        "builders.build_cli",
-        "builders.compile_cli",
-        "ensemble.serve_cli",
-        "clients.recommend_cli",
-        "clients.releases_cli",
-        "clients.bench_cli",
-        "clients.events_cli",
-        "ensemble.tiers.cli",
+        "builders.cli.build",
+        "builders.cli.compile",
+        "ensemble.cli.serve",
+        "clients.cli.recommend",
+        "clients.cli.release",
+        "clients.cli.bench",
+        "clients.cli.events",
+        "ensemble.cli.features",
     ):
         loaded = {name.partition(".")[0] for name in modules_after(f"import {module}")}
         assert not loaded & set(HEAVY), module
@@ -130,7 +208,9 @@ def test_the_command_line_starts_without_the_heavy_parts():
 def test_importing_any_module_touches_nothing(tmp_path):
     """No file written, no thread started, no output, no GPU asked for."""
     names = [
-        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for package in PACKAGES for p in (ROOT / package).rglob("*.py")
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("*.py")
     ]
     names.remove("ensemble.python_model")  # lives inside Triton only
     code = (
@@ -139,7 +219,13 @@ def test_importing_any_module_touches_nothing(tmp_path):
         "assert threading.active_count() == 1, threading.enumerate()\n"
         "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized()\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +245,11 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 @pytest.mark.parametrize("package", [*PACKAGES, "peregrine.py"])
 def test_nothing_reads_what_could_run_code(package):
-    files = [(ROOT / package, ast.parse((ROOT / package).read_text()))] if package.endswith(".py") else sources(package)
+    files = (
+        [(ROOT / package, ast.parse((ROOT / package).read_text()))]
+        if package.endswith(".py")
+        else sources(package)
+    )
     for path, tree in files:
         assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN, path
         for name, call in calls(tree):
@@ -175,7 +265,9 @@ def test_numpy_files_are_never_unpickled():
     for path, tree in sources("ensemble"):
         for name, call in calls(tree):
             if name in ("np.load", "numpy.load"):
-                assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("allow_pickle") == "False", path
+                assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("allow_pickle") == "False", (
+                    path
+                )
 
 
 # --- the release
@@ -200,7 +292,8 @@ def test_every_config_is_what_the_spec_gives(tiny_repository, tiny_release):
     """Byte for byte: nobody edits a config.pbtxt."""
     pipeline = tiny_release.pipeline
     configs = {
-        f"r1_{model.name}": member_config(model, "r1", pipeline.max_batch) for model in (*pipeline.models, contract.item_encoder(tiny_release.schema))
+        f"r1_{model.name}": member_config(model, "r1", pipeline.max_batch)
+        for model in (*pipeline.models, contract.item_encoder(tiny_release.schema))
     }
     configs |= {"r1_recommend": ensemble_config(pipeline, "r1"), "recommend": alias_config(pipeline, "r1")}
     assert {path.parent.name for path in tiny_repository.glob("*/config.pbtxt")} == set(configs)
@@ -221,8 +314,15 @@ def test_an_ensemble_never_names_a_runtime(tiny_repository):
 
 
 B, D, N = Axis("B", "batch", None), Axis("D", "embedding", 8), Axis("N", "candidates", 4)
-USER, VECTOR, ROWS = TensorSpec("user_id", "bytes", (B, N), ""), TensorSpec("vector", "float32", (B, D), ""), TensorSpec("rows", "int64", (B, N), "")
-FIRST, SECOND = ModelSpec("first", "m:First", (USER,), (VECTOR,)), ModelSpec("second", "m:Second", (VECTOR,), (ROWS,))
+USER, VECTOR, ROWS = (
+    TensorSpec("user_id", "bytes", (B, N), ""),
+    TensorSpec("vector", "float32", (B, D), ""),
+    TensorSpec("rows", "int64", (B, N), ""),
+)
+FIRST, SECOND = (
+    ModelSpec("first", "m:First", (USER,), (VECTOR,)),
+    ModelSpec("second", "m:Second", (VECTOR,), (ROWS,)),
+)
 
 
 def pipeline(*models: ModelSpec, outputs: tuple[TensorSpec, ...] = (ROWS,)) -> PipelineSpec:
@@ -273,8 +373,14 @@ def test_no_tensor_of_the_contract_has_two_names_or_two_shapes(tiny_release):
     for model in (*tiny_release.pipeline.models, contract.item_encoder(tiny_release.schema)):
         for tensor in (*model.inputs, *model.outputs):
             assert every.setdefault(tensor.name, tensor) == tensor
-    meanings = [tensor.meaning for tensor in every.values() if "0 = nothing" not in tensor.meaning and "standardized" not in tensor.meaning]
-    assert len(set(meanings) - {"bits of contract.Degraded"}) == len([m for m in meanings if m != "bits of contract.Degraded"])
+    meanings = [
+        tensor.meaning
+        for tensor in every.values()
+        if "0 = nothing" not in tensor.meaning and "standardized" not in tensor.meaning
+    ]
+    assert len(set(meanings) - {"bits of contract.Degraded"}) == len(
+        [m for m in meanings if m != "bits of contract.Degraded"]
+    )
 
 
 def test_the_engines_tensors_are_the_contracts(tiny_release):
@@ -289,8 +395,15 @@ def test_the_engines_tensors_are_the_contracts(tiny_release):
 def test_moving_a_steps_file_makes_no_release_another_contract(tiny_release, monkeypatch):
     schema, before = tiny_release.schema, contract.fingerprint(tiny_release.schema)
     built = contract.recommend(schema)
-    moved = dataclasses.replace(built, models=tuple(dataclasses.replace(m, step=m.step if m.is_engine else "elsewhere:Step") for m in built.models))
+    moved = dataclasses.replace(
+        built,
+        models=tuple(
+            dataclasses.replace(m, step=m.step if m.is_engine else "elsewhere:Step") for m in built.models
+        ),
+    )
     monkeypatch.setattr(contract, "recommend", lambda schema: moved)
     assert contract.fingerprint(schema) == before
-    monkeypatch.setattr(contract, "recommend", lambda schema: dataclasses.replace(moved, models=moved.models[:2], outputs=()))
+    monkeypatch.setattr(
+        contract, "recommend", lambda schema: dataclasses.replace(moved, models=moved.models[:2], outputs=())
+    )
     assert contract.fingerprint(schema) != before

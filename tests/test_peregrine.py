@@ -39,15 +39,20 @@ def test_every_command_has_help(name):
 def test_an_unknown_command_is_one_line_and_exit_code_2():
     done = run("sevre")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: peregrine has no command 'sevre'; it has: {', '.join(peregrine.COMMANDS)}\n"
+    assert (
+        done.stderr == f"error: peregrine has no command 'sevre'; it has: {', '.join(peregrine.COMMANDS)}\n"
+    )
 
 
 def test_a_missing_package_names_the_extra_that_brings_it():
     done = run("serve", "--help", before="sys.modules['typer'] = None")
     assert done.returncode == 2
-    assert done.stderr == "error: `peregrine serve` needs typer, which is not installed; cure: pip install 'peregrine-recommender[serve]'\n"
+    assert (
+        done.stderr
+        == "error: `peregrine serve` needs typer, which is not installed; cure: pip install 'peregrine-recommender[serve]'\n"
+    )
 
 
 def test_ctrl_c_exits_with_130():
-    before = "import ensemble.server as s; s.serve = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt())"
+    before = "import ensemble.server.supervisor as s; s.serve = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt())"
     assert run("serve", before=before).returncode == 130

@@ -47,15 +47,30 @@ def bash_blocks(first: int, last: int | None = None) -> list[str]:
 
 def write_own_shop(folder: Path, rng: np.random.Generator) -> None:
     """What README's shop.toml speaks of, small: 150 users, 60 items, views that become clicks and purchases."""
-    write_csv(folder / "users.csv", ("user_id", "skin_type"), [(f"u{user}", ("dry", "oily")[user % 2]) for user in range(1, 151)])
-    items = [(f"i{item}", f"soft {('red', 'rose')[item % 2]} lipstick {item}", f"brand-{item % 5}", 5 + item) for item in range(1, 61)]
+    write_csv(
+        folder / "users.csv",
+        ("user_id", "skin_type"),
+        [(f"u{user}", ("dry", "oily")[user % 2]) for user in range(1, 151)],
+    )
+    items = [
+        (f"i{item}", f"soft {('red', 'rose')[item % 2]} lipstick {item}", f"brand-{item % 5}", 5 + item)
+        for item in range(1, 61)
+    ]
     write_csv(folder / "items.csv", ("sku", "title", "brand", "price"), items)
     events = []
     for at in range(3000):
         user, item, time_s = int(rng.integers(1, 151)), int(rng.integers(1, 61)), 1_700_000_000 + 600 * at
         likes = (user + item) % 2 == 0
-        happened = ["view"] + ["click"] * (rng.random() < (0.6 if likes else 0.1)) + ["buy"] * (rng.random() < (0.5 if likes else 0.2))
-        events += [(f"u{user}", f"i{item}", time_s + step, event) for step, event in enumerate(happened) if event != "buy" or "click" in happened]
+        happened = (
+            ["view"]
+            + ["click"] * (rng.random() < (0.6 if likes else 0.1))
+            + ["buy"] * (rng.random() < (0.5 if likes else 0.2))
+        )
+        events += [
+            (f"u{user}", f"i{item}", time_s + step, event)
+            for step, event in enumerate(happened)
+            if event != "buy" or "click" in happened
+        ]
     write_csv(folder / "interactions.csv", ("user_id", "sku", "time", "event"), events)
 
 
@@ -86,7 +101,11 @@ def url(workplace: Path) -> Iterator[str]:
     port = free_port()
     with (workplace / "serve.log").open("w") as log:
         server = subprocess.Popen(
-            [*text.split(), "--port", str(port), "--metrics-port", "0"], cwd=workplace, env=environment(), stdout=log, stderr=log
+            [*text.split(), "--port", str(port), "--metrics-port", "0"],
+            cwd=workplace,
+            env=environment(),
+            stdout=log,
+            stderr=log,
         )
     try:
         deadline = time.monotonic() + 120
@@ -110,7 +129,12 @@ def run(command: Sequence[str], folder: Path) -> str:
 def environment() -> dict[str, str]:
     """This environment's `peregrine` first on PATH, and this tree's sources."""
     scripts = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "200",
+    }
 
 
 def free_port() -> int:
@@ -140,7 +164,9 @@ def test_commands_and_options_exist() -> None:
     for line in commands:
         _, name, *words = line.split("#")[0].split()
         command = command_of(name, words)
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        known = {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        } | {"--help"}
         assert {word for word in words if word.startswith("-")} <= known, line
 
 
@@ -173,11 +199,15 @@ def test_every_request_parameter_and_degraded_bit_is_explained() -> None:
     rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert {*PARAMETERS, *ANSWER} <= named
-    assert {(str(bit.value), bit.name.lower()) for bit in Degraded} == set(re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE))
+    assert {(str(bit.value), bit.name.lower()) for bit in Degraded} == set(
+        re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
+    )
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:tests|ensemble|builders|clients|docker)/[\w/.]+)`", README)) | set(re.findall(r"\]\((\w+\.md)\)", README))
+    named = set(re.findall(r"`((?:tests|ensemble|builders|clients|docker)/[\w/.]+)`", README)) | set(
+        re.findall(r"\]\((\w+\.md)\)", README)
+    )
     assert named
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
@@ -187,7 +217,11 @@ def test_lock_fits_pyproject_and_names_no_place() -> None:
 
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
     versions = dict(line.split("==") for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

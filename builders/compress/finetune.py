@@ -19,7 +19,9 @@ from ensemble.errors import InvalidInput
 
 Feeds = dict[str, Tensor]
 Batches = Callable[[np.random.Generator], Feeds]  # draws one batch with the given random numbers
-Loss = Callable[[nn.Module, Feeds], Tensor]  # the module as it is now and a batch -> what shall fall, a scalar
+Loss = Callable[
+    [nn.Module, Feeds], Tensor
+]  # the module as it is now and a batch -> what shall fall, a scalar
 _SHOWN = 20  # times that progress is told of one training
 _CLIP = 5.0  # largest norm of the gradients of one step
 
@@ -64,14 +66,19 @@ def finetune(
             for repair in repairs:
                 repair.apply()
             if progress and (step + 1) % max(1, steps // _SHOWN) == 0:
-                progress((step + 1) / steps, f"step {step + 1} of {steps}, loss {np.mean(losses[-max(1, steps // _SHOWN) :]):.4g}")
+                progress(
+                    (step + 1) / steps,
+                    f"step {step + 1} of {steps}, loss {np.mean(losses[-max(1, steps // _SHOWN) :]):.4g}",
+                )
     module.eval()
     return losses
 
 
 def _step(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
     if not torch.isfinite(loss):
-        raise InvalidInput(f"the loss became {float(loss.detach())}: lower learning_rate, or look for NaN in the feeds")
+        raise InvalidInput(
+            f"the loss became {float(loss.detach())}: lower learning_rate, or look for NaN in the feeds"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
@@ -86,14 +93,22 @@ def answers(module: nn.Module, feeds: Feeds) -> Tensor | tuple[Tensor, ...]:
 
 def inputs_of(module: nn.Module, feeds: Feeds) -> Feeds:
     """Those of the feeds that the module's `forward` names; InvalidInput when one is missing."""
-    wanted = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    wanted = [
+        name
+        for name, p in inspect.signature(module.forward).parameters.items()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     missing = [name for name in wanted if name not in feeds]
     if missing:
-        raise InvalidInput(f"feeds lack {', '.join(missing)}, which {type(module).__name__}.forward takes; they have {', '.join(feeds)}")
+        raise InvalidInput(
+            f"feeds lack {', '.join(missing)}, which {type(module).__name__}.forward takes; they have {', '.join(feeds)}"
+        )
     return {name: feeds[name] for name in wanted}
 
 
-def batches_from_feeds(feeds: Mapping[str, np.ndarray], batch: int, shared: Mapping[str, np.ndarray] | None = None) -> Batches:
+def batches_from_feeds(
+    feeds: Mapping[str, np.ndarray], batch: int, shared: Mapping[str, np.ndarray] | None = None
+) -> Batches:
     """Batches of `batch` users drawn from arrays whose first axis is users; `shared` arrays go into every batch whole."""
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or not min(counts.values(), default=0):

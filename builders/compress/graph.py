@@ -19,7 +19,10 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 SMALL = 256  # elements; a constant below it is a shape, an axis or a scalar, not a table
-_SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"  # the exporter's note of the module a node came from
+_SCOPES, _CLASSES = (
+    "pkg.torch.onnx.name_scopes",
+    "pkg.torch.onnx.class_hierarchy",
+)  # the exporter's note of the module a node came from
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Block:
     name: str
     op: str  # "MatMul", "Gemm" or "Gather"
     node: str  # the graph node's own name, unique
-    inputs: tuple[str, ...]  # float activations it reads: one, or two for a MatMul of activations, none for a table
+    inputs: tuple[
+        str, ...
+    ]  # float activations it reads: one, or two for a MatMul of activations, none for a table
     output: str  # of the node itself
     weight: str | None  # the constant's initializer, None for a MatMul of activations
     parameters: int  # elements of weight and bias
@@ -48,7 +53,11 @@ class Index:
     def only_reader(self, tensor: str, op: str) -> NodeProto | None:
         """The one node that reads `tensor`, when it is an `op` and the graph does not give the tensor away."""
         readers = self.readers.get(tensor, [])
-        return readers[0] if len(readers) == 1 and readers[0].op_type == op and tensor not in self.outputs else None
+        return (
+            readers[0]
+            if len(readers) == 1 and readers[0].op_type == op and tensor not in self.outputs
+            else None
+        )
 
 
 def load(model: bytes, name: str = "the model") -> ModelProto:
@@ -56,12 +65,16 @@ def load(model: bytes, name: str = "the model") -> ModelProto:
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's DecodeError has no stable home
-        raise InvalidInput(f"{name} is not an ONNX model or is cut short ({type(error).__name__}); export it again") from None
+        raise InvalidInput(
+            f"{name} is not an ONNX model or is cut short ({type(error).__name__}); export it again"
+        ) from None
     if not proto.graph.node:
         raise InvalidInput(f"{name} has no nodes: it is not an ONNX model or is cut short; export it again")
     for tensor in _tensors(proto.graph):
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise InvalidInput(f"{name}: {tensor.name} lies in another file (external data); save the model as one file")
+            raise InvalidInput(
+                f"{name}: {tensor.name} lies in another file (external data); save the model as one file"
+            )
     constants_from_nodes(proto)
     _name_nodes(proto.graph)
     return proto
@@ -97,7 +110,11 @@ def bias_of(node: NodeProto, known: Index) -> tuple[str | None, NodeProto | None
     add = known.only_reader(node.output[0], "Add")
     other = next((name for name in add.input if name != node.output[0]), None) if add else None
     weight = known.constants.get(node.input[1])
-    fits = other in known.constants and weight is not None and list(known.constants[other].dims) == [weight.dims[-1]]
+    fits = (
+        other in known.constants
+        and weight is not None
+        and list(known.constants[other].dims) == [weight.dims[-1]]
+    )
     return (other, add) if fits else (None, None)
 
 
@@ -110,14 +127,26 @@ def sizes(model: bytes) -> dict[str, int]:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """Of a constant's elements."""
-    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return (
+        int(np.prod(tensor.dims, dtype=np.int64))
+        * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
 
 
 def parameters(model: bytes) -> int:
     """Elements of all constants that are not shapes, axes or scalars of the graph."""
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN)
+    floats = (
+        TensorProto.FLOAT,
+        TensorProto.FLOAT16,
+        TensorProto.BFLOAT16,
+        TensorProto.INT8,
+        TensorProto.UINT8,
+        TensorProto.FLOAT8E4M3FN,
+    )
     return sum(
-        int(np.prod(t.dims, dtype=np.int64)) for t in load(model).graph.initializer if t.data_type in floats and not t.name.endswith(NOT_TRAINED)
+        int(np.prod(t.dims, dtype=np.int64))
+        for t in load(model).graph.initializer
+        if t.data_type in floats and not t.name.endswith(NOT_TRAINED)
     )
 
 
@@ -132,8 +161,13 @@ def array(tensor: TensorProto) -> Array:
 def constants_from_nodes(proto: ModelProto) -> None:
     """Constant nodes become initializers; InvalidInput for control flow, whose inner graphs no precision is chosen for."""
     for node in list(proto.graph.node):
-        if any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute):
-            raise InvalidInput(f"{node.name} ({node.op_type}) has a graph inside and cannot be quantized; export the model without control flow")
+        if any(
+            attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+            for attribute in node.attribute
+        ):
+            raise InvalidInput(
+                f"{node.name} ({node.op_type}) has a graph inside and cannot be quantized; export the model without control flow"
+            )
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             tensor = node.attribute[0].t
             tensor.name = node.output[0]
@@ -145,7 +179,9 @@ def dims(proto: ModelProto) -> dict[str, tuple[int | str, ...]]:
     """Axes of each tensor as far as they are known: lengths, and names of those that vary ("" where they have none)."""
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return {
-        v.name: tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim)
+        v.name: tuple(
+            d.dim_value if d.HasField("dim_value") else d.dim_param for d in v.type.tensor_type.shape.dim
+        )
         for v in (*inferred.input, *inferred.value_info, *inferred.output)
         if v.type.tensor_type.HasField("shape")
     }
@@ -171,7 +207,13 @@ def drop_notes(proto: ModelProto) -> None:
     """Removes what the exporter noted for people, and shapes written for the old graph."""
     del proto.graph.value_info[:]
     proto.ClearField("metadata_props")
-    for part in (proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+    for part in (
+        proto.graph,
+        *proto.graph.node,
+        *proto.graph.initializer,
+        *proto.graph.input,
+        *proto.graph.output,
+    ):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 
@@ -221,10 +263,20 @@ def _is_block(node: NodeProto, known: Index) -> bool:
         weight = known.constants.get(node.input[1])
         return node.input[0] not in known.constants and (weight is None or len(weight.dims) == 2)
     if node.op_type == "Gemm":
-        plain = all(a.name == "transB" or (a.name in ("alpha", "beta") and a.f == 1.0) or (a.name == "transA" and not a.i) for a in node.attribute)
+        plain = all(
+            a.name == "transB"
+            or (a.name in ("alpha", "beta") and a.f == 1.0)
+            or (a.name == "transA" and not a.i)
+            for a in node.attribute
+        )
         return plain and node.input[0] not in known.constants and node.input[1] in known.constants
     table = known.constants.get(node.input[0]) if node.op_type == "Gather" else None
-    if table is None or table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or int(np.prod(table.dims)) < SMALL:
+    if (
+        table is None
+        or table.data_type != TensorProto.FLOAT
+        or len(table.dims) != 2
+        or int(np.prod(table.dims)) < SMALL
+    ):
         return False
     return len(known.readers[table.name]) == 1 and all(a.name != "axis" or a.i == 0 for a in node.attribute)
 
@@ -240,7 +292,15 @@ def _block(node: NodeProto, known: Index) -> tuple[str, str, tuple[str, ...], st
         return node.op_type, node.name, (node.input[0], node.input[1]), node.output[0], None, 0, 0
     tensors = [known.constants[name] for name in (weight, bias) if name in known.constants]
     elements = sum(int(np.prod(tensor.dims)) for tensor in tensors)
-    return node.op_type, node.name, inputs, node.output[0], weight, elements, sum(tensor_bytes(tensor) for tensor in tensors)
+    return (
+        node.op_type,
+        node.name,
+        inputs,
+        node.output[0],
+        weight,
+        elements,
+        sum(tensor_bytes(tensor) for tensor in tensors),
+    )
 
 
 def _names(nodes: list[NodeProto]) -> list[str]:

@@ -67,7 +67,10 @@ class Prune(_Entry):
         if len(given) > 1:
             raise ValueError("share and threshold are two measures of the same; keep one")
         if given and given[0] not in allowed:
-            raise ValueError(f"method {self.method!r} takes no {given[0]}; leave it out" + (" (its share is one half)" if not allowed else ""))
+            raise ValueError(
+                f"method {self.method!r} takes no {given[0]}; leave it out"
+                + (" (its share is one half)" if not allowed else "")
+            )
         if allowed and not given:
             raise ValueError(f"method {self.method!r} needs {' or '.join(allowed)}, such as share = 0.5")
         return self
@@ -96,7 +99,9 @@ class Distil(_Entry):
 class Budget(_Entry):
     """What the planner may spend or must reach: exactly one of three."""
 
-    loss: float | None = Field(default=None, gt=0, le=0.5)  # relative NDCG@10 lost; the smallest engine within it is chosen
+    loss: float | None = Field(
+        default=None, gt=0, le=0.5
+    )  # relative NDCG@10 lost; the smallest engine within it is chosen
     size: float | None = Field(default=None, gt=0, le=1)  # bytes, share of the fp32 engine's
     latency: float | None = Field(
         default=None, gt=0, le=1
@@ -106,7 +111,9 @@ class Budget(_Entry):
     def _one(self) -> Budget:
         given = [name for name in ("loss", "size", "latency") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a budget is exactly one of loss, size, latency; it has {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"a budget is exactly one of loss, size, latency; it has {' and '.join(given) or 'none'}"
+            )
         return self
 
 
@@ -137,11 +144,17 @@ class ModelPlan(_Entry):
 class Gate(_Entry):
     """Limits of what users may lose against the uncompressed release."""
 
-    ranking: float = Field(default=0.005, gt=0, le=0.5)  # relative loss of HR@10, NDCG@10, recall@N; relative rise of a regression's RMSE
+    ranking: float = Field(
+        default=0.005, gt=0, le=0.5
+    )  # relative loss of HR@10, NDCG@10, recall@N; relative rise of a regression's RMSE
     auc: float = Field(default=0.002, gt=0, le=0.5)  # absolute loss, each task
     ece: float = Field(default=0.005, gt=0, le=0.5)  # absolute rise, each task
-    overlap: float = Field(default=0.95, ge=0, lt=1)  # share of the top 10 that stays, where only precision changed
-    slices: float = Field(default=0.03, gt=0, le=1)  # relative loss of NDCG@10 in any slice of the users, after Holm's correction
+    overlap: float = Field(
+        default=0.95, ge=0, lt=1
+    )  # share of the top 10 that stays, where only precision changed
+    slices: float = Field(
+        default=0.03, gt=0, le=1
+    )  # relative loss of NDCG@10 in any slice of the users, after Holm's correction
     slice_users: int = Field(default=2000, ge=1)  # slices of fewer users are reported, not gated
     samples: int = Field(default=1000, ge=200, le=20_000)  # resamples of the bootstrap
 
@@ -158,7 +171,9 @@ class CompressionPlan(_Entry):
 
     def of(self, model: str) -> ModelPlan:
         """The part of one of MODELS."""
-        return {"user_encoder": self.user_encoder, "item_encoder": self.item_encoder, "ranker": self.ranker}[model]
+        return {"user_encoder": self.user_encoder, "item_encoder": self.item_encoder, "ranker": self.ranker}[
+            model
+        ]
 
     @model_validator(mode="after")
     def _students_fit(self) -> CompressionPlan:
@@ -166,10 +181,14 @@ class CompressionPlan(_Entry):
             distil = self.of(model).distil
             known = _student_widths(model) if distil else ()
             if distil and not known:
-                raise ValueError(f"{model}.distil: there is no student for it, its widths are the contract's; prune or quantize it instead")
+                raise ValueError(
+                    f"{model}.distil: there is no student for it, its widths are the contract's; prune or quantize it instead"
+                )
             for name in distil.student if distil else ():
                 if name not in known:
-                    raise ValueError(f"{model}.distil.student.{name}: no such width; known here: {', '.join(known)}")
+                    raise ValueError(
+                        f"{model}.distil.student.{name}: no such width; known here: {', '.join(known)}"
+                    )
         return self
 
     @property
@@ -186,7 +205,7 @@ class CompressionPlan(_Entry):
 def _student_widths(model: str) -> tuple[str, ...]:
     """What a student of the model may have smaller."""
     if model == "ranker":
-        from builders.ranker import RankerConfig  # torch: only for plans that distil a ranker
+        from builders.ranker.model import RankerConfig
 
         return tuple(field.name for field in dataclasses.fields(RankerConfig) if field.name != "dropout")
     return ("layers", "heads", "feed") if model == "user_encoder" else ()
@@ -201,7 +220,9 @@ def read_plan(name_or_path: str | Path) -> CompressionPlan:
     try:
         return read_toml(CompressionPlan, path, f"compression plan {path}", first_error)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise InvalidInput(f"compression plan {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}") from None
+        raise InvalidInput(
+            f"compression plan {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}"
+        ) from None
     except OSError as error:
         raise InvalidInput(f"compression plan {path} cannot be read: {error.strerror}") from None
 
@@ -218,7 +239,9 @@ def first_error(error: ValidationError) -> str:
     elif kind == "value_error":
         message = f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     else:
-        wanted = "should be a table" if kind == "model_type" else first["msg"].replace("Input should", "should")
+        wanted = (
+            "should be a table" if kind == "model_type" else first["msg"].replace("Input should", "should")
+        )
         message = f"{where} = {value!r}: {wanted}"
     return message + (f" (and {rest} more)" if rest else "")
 
@@ -228,7 +251,11 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = CompressionPlan
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
-        model = next(kind for kind in (*typing.get_args(annotation), annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+        model = next(
+            kind
+            for kind in (*typing.get_args(annotation), annotation)
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        )
     return list(model.model_fields)
 
 

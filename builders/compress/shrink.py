@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from builders.compress.distil import DistilLosses, distil, distil_loss
-from builders.compress.evaluate import Evaluation, OnnxSession
+from builders.compress.distil.distil import DistilLosses, distil, distil_loss
+from builders.compress.distil.students import student_ranker, student_user_encoder
 from builders.compress.finetune import Batches, batches_from_feeds, finetune
 from builders.compress.graph import parameters
-from builders.compress.judge import Judge, Judged
+from builders.compress.judge.evaluate import Evaluation
+from builders.compress.judge.judge import Judge, Judged, compare
+from builders.compress.judge.timing import time_pair, time_share
 from builders.compress.plan import CompressionPlan, Distil, Prune
-from builders.compress.prune import Masks, magnitude, structured, two_four
-from builders.compress.report import Variant
-from builders.compress.sensitivity import compare
-from builders.compress.students import student_ranker, student_user_encoder
-from builders.compress.timing import time_pair, time_share
-from builders.export import export_model
-from builders.index import StagedRelease
-from builders.models import UserEncoder
-from builders.ranker import Ranker
+from builders.compress.prune.prune import Masks, magnitude, structured, two_four
+from builders.compress.results import Variant
+from builders.compress.session import OnnxSession
+from builders.encoders.models import UserEncoder
+from builders.export.stage import export_model
+from builders.index.staged import StagedRelease
+from builders.ranker.model import Ranker
 from builders.stages import Report
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from builders.compress.stage import Source
+    from builders.compress.source import Source
 
 TRAINING_USERS = 3000  # (or items) whose feeds teach; a quarter of a smaller shop's users
 BATCHES = {"ranker": 16, "user_encoder": 256, "item_encoder": 512}  # users (items) a step
@@ -58,7 +58,9 @@ class Shrunk:
     notes: list[str] = field(default_factory=list)
 
 
-def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evaluation, report: Report) -> Shrunk:
+def shrink(
+    source: Source, model: str, plan: CompressionPlan, evaluation: Evaluation, report: Report
+) -> Shrunk:
     """Distils and prunes `model` as the plan says; what it does not name is left out."""
     reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
     judge, part = evaluation.judge(model), plan.of(model)
@@ -69,11 +71,21 @@ def shrink(source: Source, model: str, plan: CompressionPlan, evaluation: Evalua
         report(0.0, "distilling")
         student = student_of(source, model, part.distil.student, plan.seed)
         module = _distilled(state, student, part.distil, plan.seed, report)
-        state = _next(source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation)
+        state = _next(
+            source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation
+        )
     if part.prune:
         report(0.3, "pruning")
         module = _pruned(state, part.prune, plan.seed, report)
-        state = _next(source, model, state, module, "prune", f"{part.prune.method} {part.prune.share or part.prune.threshold or 0.5:g}", evaluation)
+        state = _next(
+            source,
+            model,
+            state,
+            module,
+            "prune",
+            f"{part.prune.method} {part.prune.share or part.prune.threshold or 0.5:g}",
+            evaluation,
+        )
     return state
 
 
@@ -86,7 +98,15 @@ def exported(source: Source, model: str, module: nn.Module, evaluation: Evaluati
         return path.read_bytes()
 
 
-def _next(source: Source, model: str, state: Shrunk, module: nn.Module, family: str, name: str, evaluation: Evaluation) -> Shrunk:
+def _next(
+    source: Source,
+    model: str,
+    state: Shrunk,
+    module: nn.Module,
+    family: str,
+    name: str,
+    evaluation: Evaluation,
+) -> Shrunk:
     """The state after one step: exported, judged against the uncompressed engine, timed beside it."""
     engine = exported(source, model, module, evaluation)
     loss = compare(state.uncompressed, state.judge(engine)).relative
@@ -97,7 +117,15 @@ def _next(source: Source, model: str, state: Shrunk, module: nn.Module, family: 
         "parameters": parameters(engine), "latency_ms": ms, "chosen": False,
     }  # fmt: skip
     note = f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, {ms:.2f} ms for 8 users, loss {loss:+.2%}"
-    return replace(state, module=module, model=engine, ms=ms, loss=loss, variants=[*state.variants, variant], notes=[*state.notes, note])
+    return replace(
+        state,
+        module=module,
+        model=engine,
+        ms=ms,
+        loss=loss,
+        variants=[*state.variants, variant],
+        notes=[*state.notes, note],
+    )
 
 
 def _ms(engine: bytes, feeds: dict[str, Array]) -> float:
@@ -109,7 +137,9 @@ def training_batches(source: Source, model: str, evaluation: Evaluation) -> Batc
     """Draws real inputs of the model; the user encoder's come with items to rank."""
     feeds = evaluation.feeds(model, min(TRAINING_USERS, evaluation.most(model)))
     items = evaluation.verifier.embeddings[1 : _ITEMS + 1]
-    return batches_from_feeds(feeds, BATCHES[model], {"item_embeddings": items} if model == "user_encoder" else None)
+    return batches_from_feeds(
+        feeds, BATCHES[model], {"item_embeddings": items} if model == "user_encoder" else None
+    )
 
 
 def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) -> nn.Module:
@@ -120,7 +150,9 @@ def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) 
     if isinstance(teacher, UserEncoder):
         widths = {name: size for name, size in sizes.items() if isinstance(size, int)}
         return student_user_encoder(teacher, widths, seed)
-    raise InvalidInput(f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, or prune this one")
+    raise InvalidInput(
+        f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, or prune this one"
+    )
 
 
 def _distilled(state: Shrunk, student: nn.Module, wanted: Distil, seed: int, report: Report) -> nn.Module:
@@ -133,13 +165,30 @@ def _pruned(state: Shrunk, wanted: Prune, seed: int, report: Report) -> nn.Modul
     """The pruned module, fine-tuned with itself, unpruned, as the teacher."""
     masks: tuple[Masks, ...] = ()
     if wanted.method == "structured":
-        module = structured(state.module, wanted.share or 0.5, state.batches(np.random.default_rng(seed)), round_to=wanted.round_to)
+        module = structured(
+            state.module,
+            wanted.share or 0.5,
+            state.batches(np.random.default_rng(seed)),
+            round_to=wanted.round_to,
+        )
     else:
         module = copy.deepcopy(state.module)
-        masks = (two_four(module) if wanted.method == "two_four" else magnitude(module, threshold=wanted.threshold, share=wanted.share),)
+        masks = (
+            two_four(module)
+            if wanted.method == "two_four"
+            else magnitude(module, threshold=wanted.threshold, share=wanted.share),
+        )
     if wanted.steps:
         told = _part_of(report, 0.3, 0.5, "fine-tuning, ")
-        finetune(module, distil_loss(state.module, _FINE_TUNING), state.batches, steps=wanted.steps, seed=seed, repairs=masks, progress=told)
+        finetune(
+            module,
+            distil_loss(state.module, _FINE_TUNING),
+            state.batches,
+            steps=wanted.steps,
+            seed=seed,
+            repairs=masks,
+            progress=told,
+        )
     return module.eval()
 
 

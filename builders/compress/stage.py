@@ -15,44 +15,34 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from torch import nn
 
-from builders.compress import gate
-from builders.compress.evaluate import Evaluation, OnnxSession
 from builders.compress.graph import parameters
-from builders.compress.measure import Measured
+from builders.compress.judge import gate
+from builders.compress.judge.evaluate import Evaluation
+from builders.compress.judge.measure import Measured
 from builders.compress.plan import CompressionPlan, ModelPlan, facts
-from builders.compress.precision import Choice, choose_precisions
-from builders.compress.report import CompressionReport, EngineSize, NodePrecision, Variant
+from builders.compress.quantize.precision import Choice, choose_precisions
+from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
+from builders.compress.session import OnnxSession
 from builders.compress.shrink import Shrunk, shrink
-from builders.dataset import Dataset
+from builders.compress.source import Source
 from builders.folders import link
-from builders.index import StagedRelease, build_index, write_vectors
-from builders.ranker import RankerConfig
-from builders.rows import write_items
+from builders.index.snapshot import write_items
+from builders.index.stage import build_index, write_vectors
+from builders.index.staged import StagedRelease
 from builders.stages import Report
-from builders.verify import Verifier
-from ensemble.arrays import Array
-from ensemble.item_index import VECTORS
-from ensemble.recall import settings_from_json
+from builders.verify.stage import Verifier
+from ensemble.index.item_index import VECTORS
+from ensemble.steps.recall import settings_from_json
 
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}
 _QUERIES = 512  # user embeddings that tune the index anew
 
 
-@dataclass(frozen=True)
-class Source:
-    """The uncompressed release: its staged folder, and what its engines were exported from."""
-
-    dataset: Dataset
-    folder: Path
-    modules: dict[str, nn.Module]  # by model
-    item_id_embeddings: Array  # [I + 1, E] float32: what item_encoder reads of each item
-    ranker_config: RankerConfig
-
-
-def compress(source: Source, plan: CompressionPlan, plan_name: str, folder: Path, report: Report) -> CompressionReport:
+def compress(
+    source: Source, plan: CompressionPlan, plan_name: str, folder: Path, report: Report
+) -> CompressionReport:
     """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table, where the gate fails."""
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
@@ -102,10 +92,14 @@ class _Work:
             report(0.9, "items encoded again, index")
             self._encode_items(evaluation)
 
-    def _choices(self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report) -> dict[str, Choice]:
+    def _choices(
+        self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report
+    ) -> dict[str, Choice]:
         """The chosen engine of each runtime that the plan quantizes for."""
         quantize = self.plan.of(model).quantize
-        wanted = {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
+        wanted = (
+            {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
+        )
         return {
             runtime: choose_precisions(self.source, model, shrunk, self.plan, runtime, evaluation, report)
             for runtime, precisions in wanted.items()
@@ -113,7 +107,12 @@ class _Work:
         }
 
     def evaluation(self, folder: Path) -> Evaluation:
-        return Evaluation(self.source.dataset, folder, item_id_embeddings=self.source.item_id_embeddings, seed=self.plan.seed)
+        return Evaluation(
+            self.source.dataset,
+            folder,
+            item_id_embeddings=self.source.item_id_embeddings,
+            seed=self.plan.seed,
+        )
 
     def _keep(self, model: str, runtime: str, engine: bytes) -> None:
         path = self.folder / "engines" / model / FILES[runtime]
@@ -132,14 +131,20 @@ class _Work:
                 link(self.source.folder / name, folder / name)
         write_items(dataset, embeddings, features, folder)
         targets = dataset.validation
-        queries = Verifier(dataset, folder).encode_users(targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES])[:, 0]
-        tuned, plan = build_index(np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed)
+        queries = Verifier(dataset, folder).encode_users(
+            targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES]
+        )[:, 0]
+        tuned, plan = build_index(
+            np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed
+        )
         settings = settings_from_json((folder / "recall.json").read_text())
         for name in ("index.faiss", "recall.json", VECTORS):
             (folder / name).unlink(missing_ok=True)  # a link to the index stage's own: never written into
         faiss.write_index(tuned.index, str(folder / "index.faiss"))
         write_vectors(embeddings, plan, folder)
-        (folder / "recall.json").write_text(dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json())
+        (folder / "recall.json").write_text(
+            dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json()
+        )
 
     def told(self, plan_name: str) -> CompressionReport:
         """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""
@@ -149,7 +154,9 @@ class _Work:
             if runtime == "onnxruntime" or any((self.folder / "engines").glob(f"*/{file}")):
                 self.verdicts[runtime] = self._verdict(before, evaluation.measure(self.folder, file=file))
         for slower in self.verdicts["onnxruntime"].slower:
-            self.notes.append(f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, {slower.reference_ms:.2f} ms uncompressed")
+            self.notes.append(
+                f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, {slower.reference_ms:.2f} ms uncompressed"
+            )
         return {
             "plan": facts(self.plan),
             "plan_name": plan_name,
@@ -161,7 +168,9 @@ class _Work:
         }
 
     def _verdict(self, before: Measured, after: Measured) -> gate.Verdict:
-        return gate.verdict(before, after, self.plan.gate, keeps_weights=self.plan.keeps_weights, seed=self.plan.seed)
+        return gate.verdict(
+            before, after, self.plan.gate, keeps_weights=self.plan.keeps_weights, seed=self.plan.seed
+        )
 
     def _size(self, model: str, runtime: str) -> EngineSize | None:
         after, before = (

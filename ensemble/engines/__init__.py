@@ -11,7 +11,7 @@ import numpy as np
 from ensemble.arrays import Tensors
 from ensemble.errors import ReleaseError
 from ensemble.options import Options
-from ensemble.release import Release
+from ensemble.release.release import Release
 from ensemble.spec import ModelSpec, TensorSpec
 
 # Users run at once: beyond, a ranker's activations outgrow the core's cache (1.67 ms a user at 8, 2.03 at 64: DECISIONS.md).
@@ -50,20 +50,31 @@ def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
 
 def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
     """ReleaseError unless the engine takes and gives exactly the model's tensors."""
-    for what, found, wanted in (("takes", engine.inputs, model.inputs), ("gives", engine.outputs, model.outputs)):
+    for what, found, wanted in (
+        ("takes", engine.inputs, model.inputs),
+        ("gives", engine.outputs, model.outputs),
+    ):
         differing = signature_difference(found, wanted)
         if differing:
-            raise ReleaseError(f"{path}: the model {what} {differing}; the contract of {model.name} wants {', '.join(str(t) for t in wanted)}")
+            raise ReleaseError(
+                f"{path}: the model {what} {differing}; the contract of {model.name} wants {', '.join(str(t) for t in wanted)}"
+            )
 
 
-def signature_difference(found: list[tuple[str, str, tuple[int | None, ...]]], wanted: tuple[TensorSpec, ...]) -> str:
+def signature_difference(
+    found: list[tuple[str, str, tuple[int | None, ...]]], wanted: tuple[TensorSpec, ...]
+) -> str:
     """Names the first tensor that is missing, extra or shaped otherwise; empty when all fit."""
     have = {name: (dtype, dims) for name, dtype, dims in found}
     for spec in wanted:
         if spec.name not in have:
             return f"no tensor {spec.name}"
         dtype, dims = have.pop(spec.name)
-        if dtype != spec.dtype or len(dims) != len(spec.dims) or any(d not in (None, s) for d, s in zip(dims, spec.dims, strict=True)):
+        if (
+            dtype != spec.dtype
+            or len(dims) != len(spec.dims)
+            or any(d not in (None, s) for d, s in zip(dims, spec.dims, strict=True))
+        ):
             return f"{spec.name} as {dtype} {list(dims)} instead of {spec.dtype} {list(spec.dims)}"
     return f"an extra tensor {next(iter(have))}" if have else ""
 
@@ -74,8 +85,14 @@ class EngineStep:
     def __init__(self, model: ModelSpec, release: Release) -> None:
         runtime = os.environ.get(ENGINE_VARIABLE, ONNXRUNTIME)
         if runtime not in (ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT):
-            raise ReleaseError(f"{ENGINE_VARIABLE}={runtime}: known are {ONNXRUNTIME}, {ONNXRUNTIME_GPU} and {TENSORRT}")
-        path = _plan_path(model, release) if runtime == TENSORRT else release.member_file(model.name, "model.onnx")
+            raise ReleaseError(
+                f"{ENGINE_VARIABLE}={runtime}: known are {ONNXRUNTIME}, {ONNXRUNTIME_GPU} and {TENSORRT}"
+            )
+        path = (
+            _plan_path(model, release)
+            if runtime == TENSORRT
+            else release.member_file(model.name, "model.onnx")
+        )
         if runtime != TENSORRT:
             release.verify([path])
         self.engine = open_engine(path, gpu=runtime == ONNXRUNTIME_GPU)
@@ -87,13 +104,15 @@ class EngineStep:
         if len(options) <= self._chunk:
             return self.engine.run(tensors)
         pieces = [slice(start, start + self._chunk) for start in range(0, len(options), self._chunk)]
-        parts = [self.engine.run({name: tensor[piece] for name, tensor in tensors.items()}) for piece in pieces]
+        parts = [
+            self.engine.run({name: tensor[piece] for name, tensor in tensors.items()}) for piece in pieces
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _plan_path(model: ModelSpec, release: Release) -> Path:
     """The plan that fits this node; opening it verifies it."""
+    from ensemble.engines.plans import find_plan
     from ensemble.engines.tensorrt import this_node
-    from ensemble.plans import find_plan
 
     return find_plan(release, model.name, this_node()).path

@@ -27,7 +27,9 @@ def _driver() -> Any:
         raise ReleaseError(NO_GPU) from None
     count = c_int(0)
     if library.cuInit(0) or library.cuDeviceGetCount(byref(count)) or count.value < 1:
-        raise ReleaseError("no GPU: the NVIDIA driver is there, but finds no device (is one given to this container?)")
+        raise ReleaseError(
+            "no GPU: the NVIDIA driver is there, but finds no device (is one given to this container?)"
+        )
     return library
 
 
@@ -37,10 +39,18 @@ def gpu_facts() -> tuple[str, str, str]:
     major, minor, version = c_int(), c_int(), c_int()
     device = c_int()
     failed = library.cuDeviceGet(byref(device), 0) or library.cuDeviceGetName(name, 256, device)
-    failed = failed or library.cuDeviceGetAttribute(byref(major), _MAJOR, device) or library.cuDeviceGetAttribute(byref(minor), _MINOR, device)
+    failed = (
+        failed
+        or library.cuDeviceGetAttribute(byref(major), _MAJOR, device)
+        or library.cuDeviceGetAttribute(byref(minor), _MINOR, device)
+    )
     if failed or library.cuDriverGetVersion(byref(version)):
         raise ReleaseError("the NVIDIA driver does not describe GPU 0; `nvidia-smi` may say why")
-    return name.value.decode(), f"{major.value}.{minor.value}", f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return (
+        name.value.decode(),
+        f"{major.value}.{minor.value}",
+        f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )
 
 
 class Gpu:
@@ -52,7 +62,9 @@ class Gpu:
         self._call("cuDeviceGet", byref(device), 0)
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
         self.enter()
-        self._call("cuStreamCreate", byref(stream), 1)  # 1 = non-blocking: does not wait for the default stream
+        self._call(
+            "cuStreamCreate", byref(stream), 1
+        )  # 1 = non-blocking: does not wait for the default stream
         self.stream = int(stream.value or 0)
 
     def enter(self) -> None:
@@ -71,11 +83,23 @@ class Gpu:
 
     def upload(self, array: np.ndarray, address: int) -> None:
         """Contiguous array -> device, in the stream."""
-        self._call("cuMemcpyHtoDAsync_v2", c_uint64(address), c_void_p(array.ctypes.data), c_size_t(array.nbytes), c_void_p(self.stream))
+        self._call(
+            "cuMemcpyHtoDAsync_v2",
+            c_uint64(address),
+            c_void_p(array.ctypes.data),
+            c_size_t(array.nbytes),
+            c_void_p(self.stream),
+        )
 
     def download(self, address: int, array: np.ndarray) -> None:
         """Device -> contiguous array, in the stream; there after synchronize()."""
-        self._call("cuMemcpyDtoHAsync_v2", c_void_p(array.ctypes.data), c_uint64(address), c_size_t(array.nbytes), c_void_p(self.stream))
+        self._call(
+            "cuMemcpyDtoHAsync_v2",
+            c_void_p(array.ctypes.data),
+            c_uint64(address),
+            c_size_t(array.nbytes),
+            c_void_p(self.stream),
+        )
 
     def synchronize(self) -> None:
         """Waits for all that is in the stream."""
@@ -102,4 +126,6 @@ class Gpu:
         if code:
             text = c_char_p()
             self._library.cuGetErrorString(code, byref(text))
-            raise ReleaseError(f"GPU 0: {function} failed: {(text.value or b'unknown error').decode()} ({code})")
+            raise ReleaseError(
+                f"GPU 0: {function} failed: {(text.value or b'unknown error').decode()} ({code})"
+            )

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint16, c_uint64, c_void_p, py_object
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint64,
+    c_void_p,
+    py_object,
+)
 from math import prod
 from typing import Any
 
@@ -57,7 +70,14 @@ _exported: dict[int, tuple[Any, ...]] = {}  # address of what we gave away -> wh
 class DeviceTensor:
     """A contiguous array in a device's memory, which `release` gives back; torch.from_dlpack and its like take it."""
 
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype, release: Callable[[int], None], device: int = CUDA) -> None:
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        release: Callable[[int], None],
+        device: int = CUDA,
+    ) -> None:
         self.address, self.shape, self.dtype = address, shape, dtype
         self._release, self._device = release, device
 
@@ -71,7 +91,15 @@ class DeviceTensor:
         """A capsule; ours are complete when they are given out, so there is no stream to wait for."""
         shape = (c_int64 * len(self.shape))(*self.shape)
         code = next(code for code, kind in _KINDS.items() if kind == self.dtype.kind)
-        tensor = _Tensor(self.address, _Device(self._device, 0), len(self.shape), _Dtype(code, self.dtype.itemsize * 8, 1), shape, None, 0)
+        tensor = _Tensor(
+            self.address,
+            _Device(self._device, 0),
+            len(self.shape),
+            _Dtype(code, self.dtype.itemsize * 8, 1),
+            shape,
+            None,
+            0,
+        )
         managed = _Managed(tensor, None, _delete)
         _exported[ctypes.addressof(managed)] = (managed, shape, self)
         return _new(ctypes.addressof(managed), _NAME, _drop_unused)
@@ -94,7 +122,11 @@ class Borrowed:
 
     def __init__(self, tensor: Any, stream: int | None = None) -> None:
         self.device = int(tensor.__dlpack_device__()[0])
-        self._capsule = tensor.__dlpack__(stream=stream) if stream is not None and self.device == CUDA else tensor.__dlpack__()
+        self._capsule = (
+            tensor.__dlpack__(stream=stream)
+            if stream is not None and self.device == CUDA
+            else tensor.__dlpack__()
+        )
         self._tensor = ctypes.cast(_get_pointer(self._capsule, _NAME), POINTER(_Managed)).contents.tensor
         self._check_contiguous()
 
@@ -110,18 +142,26 @@ class Borrowed:
     def dtype(self) -> np.dtype:
         given = self._tensor.dtype
         if given.lanes != 1 or given.code not in _KINDS:
-            raise InvalidInput(f"a tensor of DLPack type {given.code} with {given.lanes} lanes; known: bool, integers and floats of one lane")
+            raise InvalidInput(
+                f"a tensor of DLPack type {given.code} with {given.lanes} lanes; known: bool, integers and floats of one lane"
+            )
         return np.dtype(bool) if given.code == 6 else np.dtype(f"{_KINDS[given.code]}{given.bits // 8}")
 
     def array(self) -> np.ndarray:
         """The tensor as an array on the same memory, if that is the CPU's; it lives no longer than this object."""
         num_bytes = prod(self.shape) * self.dtype.itemsize
-        return np.frombuffer(memoryview((ctypes.c_char * num_bytes).from_address(self.address)), self.dtype).reshape(self.shape)
+        return np.frombuffer(
+            memoryview((ctypes.c_char * num_bytes).from_address(self.address)), self.dtype
+        ).reshape(self.shape)
 
     def _check_contiguous(self) -> None:
         if not self._tensor.strides:
             return
         strides = [self._tensor.strides[i] for i in range(len(self.shape))]
         wanted = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
-        if any(size != 1 and given != want for size, given, want in zip(self.shape, strides, wanted, strict=True)):
-            raise InvalidInput(f"a DLPack tensor {list(self.shape)} with strides {strides}; give it contiguous")
+        if any(
+            size != 1 and given != want for size, given, want in zip(self.shape, strides, wanted, strict=True)
+        ):
+            raise InvalidInput(
+                f"a DLPack tensor {list(self.shape)} with strides {strides}; give it contiguous"
+            )

@@ -10,7 +10,12 @@ import onnxruntime as ort
 from ensemble.errors import ReleaseError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
 
 
 class OnnxEngine:
@@ -30,7 +35,9 @@ class OnnxEngine:
             self._session = ort.InferenceSession(path.read_bytes(), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
             raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
-        _check_provider(path, provider, self._session.get_providers())  # one that does not start is dropped in silence
+        _check_provider(
+            path, provider, self._session.get_providers()
+        )  # one that does not start is dropped in silence
         self.inputs = [_described(node) for node in self._session.get_inputs()]
         self.outputs = [_described(node) for node in self._session.get_outputs()]
         self._output_names = [name for name, _, _ in self.outputs]

@@ -15,8 +15,8 @@ import numpy as np
 
 from ensemble.engines.cuda import Gpu, gpu_facts
 from ensemble.engines.dlpack import CUDA, Borrowed, DeviceTensor
+from ensemble.engines.plans import MANIFEST, Node, Plan, read_plan
 from ensemble.errors import ReleaseError
-from ensemble.plans import MANIFEST, Node, Plan, read_plan
 
 Described = tuple[str, str, tuple[int | None, ...]]
 # Not trt.nptype: that of 8.5 asks for np.bool, which numpy has not had since 1.24.
@@ -75,7 +75,9 @@ def start(kind: Any, log: Any) -> Any:
     try:
         return kind(log)
     except TypeError:
-        raise ReleaseError(f"TensorRT does not start: {log.told()}; does `nvidia-smi` show the GPU?") from None
+        raise ReleaseError(
+            f"TensorRT does not start: {log.told()}; does `nvidia-smi` show the GPU?"
+        ) from None
 
 
 class TensorRTEngine:
@@ -87,11 +89,15 @@ class TensorRTEngine:
         self._log, self._gpu = logger(trt), Gpu()
         self._runtime = start(trt.Runtime, self._log)
         if plan.key.portable:
-            self._runtime.engine_host_code_allowed = True  # a version-compatible plan carries its own small runtime; its digest was checked
+            self._runtime.engine_host_code_allowed = (
+                True  # a version-compatible plan carries its own small runtime; its digest was checked
+            )
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
-            raise ReleaseError(f"cannot open {path}: {self._log.told()}; build it again on this node: `peregrine compile`")
+            raise ReleaseError(
+                f"cannot open {path}: {self._log.told()}; build it again on this node: `peregrine compile`"
+            )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         taken = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._dtypes = {name: np.dtype(DTYPES[self._engine.get_tensor_dtype(name).name]) for name in names}
@@ -104,7 +110,9 @@ class TensorRTEngine:
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Arrays, or GPU tensors with __dlpack__, by name in; arrays out."""
-        answer = {name: np.empty(shape, self._dtypes[name]) for name, shape in self._answer_shapes(feeds).items()}
+        answer = {
+            name: np.empty(shape, self._dtypes[name]) for name, shape in self._answer_shapes(feeds).items()
+        }
         held = self._launch(feeds, self._buffers)
         for name, array in answer.items():
             self._gpu.download(self._buffers[name], array)
@@ -116,7 +124,9 @@ class TensorRTEngine:
         """The same, but the outputs stay on the GPU, in memory of their own: the next step takes them by __dlpack__."""
         self._gpu.enter()
         tensors = {
-            name: DeviceTensor(self._gpu.allocate(self._bytes(name, shape[0])), shape, self._dtypes[name], self._gpu.free)
+            name: DeviceTensor(
+                self._gpu.allocate(self._bytes(name, shape[0])), shape, self._dtypes[name], self._gpu.free
+            )
             for name, shape in self._answer_shapes(feeds).items()
         }
         held = self._launch(feeds, {name: tensor.address for name, tensor in tensors.items()})
@@ -172,7 +182,9 @@ class TensorRTEngine:
     def _check(self, name: str, given: np.ndarray | Borrowed, shape: tuple[int, ...]) -> None:
         """TensorRT reads whatever lies at an address: a wrong dtype or shape would be a wrong answer, not an error."""
         if (given.dtype, given.shape) != (self._dtypes[name], shape):
-            raise ReleaseError(f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} {list(given.shape)}")
+            raise ReleaseError(
+                f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} {list(given.shape)}"
+            )
 
     def _answer_shapes(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of the outputs for these feeds, which are held against the plan's batch first."""
@@ -181,14 +193,18 @@ class TensorRTEngine:
             raise ReleaseError(f"the plan takes {', '.join(missing)}, which was not given")
         rows = {int(feeds[name].shape[0]) for name, _, _ in self.inputs}
         if len(rows) != 1 or not 1 <= min(rows) <= self.max_batch:
-            raise ReleaseError(f"inputs of {sorted(rows)} rows: the plan takes one batch of 1 to {self.max_batch}")
+            raise ReleaseError(
+                f"inputs of {sorted(rows)} rows: the plan takes one batch of 1 to {self.max_batch}"
+            )
         return {name: (min(rows), *self._dims[name]) for name, _, _ in self.outputs}
 
     def _fixed_dims(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Every tensor's sizes without the batch: the profile fixes them, whatever axes the ONNX model left open."""
         for name, shape in self._most.items():
             self._context.set_input_shape(name, shape)
-        return {name: tuple(self._most.get(name) or self._context.get_tensor_shape(name))[1:] for name in names}
+        return {
+            name: tuple(self._most.get(name) or self._context.get_tensor_shape(name))[1:] for name in names
+        }
 
     def _bytes(self, name: str, rows: int) -> int:
         return rows * prod(self._dims[name]) * self._dtypes[name].itemsize

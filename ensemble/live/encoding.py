@@ -18,11 +18,11 @@ import numpy as np
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.options import default_options
-from ensemble.release import Release
+from ensemble.release.release import Release
+from ensemble.release.snapshot import item_dtype
 from ensemble.schema import Feature, number_names
-from ensemble.snapshot import item_dtype
 
-ENCODING = "encoding.json"  # what builders.packing did to each column
+ENCODING = "encoding.json"  # what builders.data.packing did to each column
 _KEYS = ("item_id", "item_embedding", "title")  # beside features, unless a feature has that name
 _WORD = re.compile(r"[^\W_]+")
 
@@ -32,20 +32,28 @@ class ItemEncoding:
 
     def __init__(self, release: Release) -> None:
         if not (release.path / ENCODING).exists():
-            raise ReleaseError(f"release {release.name} has no {ENCODING}, so items cannot be added or updated; build it again")
+            raise ReleaseError(
+                f"release {release.name} has no {ENCODING}, so items cannot be added or updated; build it again"
+            )
         release.verify_data(ENCODING, "new_item_id_embedding.npy", "vocabularies.json")
         self.schema, self.dtype = release.schema, item_dtype(release.schema)
         self.how = {entry["name"]: entry for entry in json.loads((release.path / ENCODING).read_text())}
         vocabularies = release.vocabularies.get("items", {})
-        self.code_of = {name: {value: v for v, value in enumerate(values)} for name, values in vocabularies.items()}
+        self.code_of = {
+            name: {value: v for v, value in enumerate(values)} for name, values in vocabularies.items()
+        }
         self.numbers = {name: column for column, name in enumerate(number_names(release.schema))}
         self.new_id = np.load(release.path / "new_item_id_embedding.npy", allow_pickle=False)
         self.features = {f.name: f for f in release.schema.items.features}
         # a field of an item is a feature's own name, or its column in the shop's file
-        self.fields = {key: entry["name"] for entry in self.how.values() for key in (entry["name"], entry["source"])}
+        self.fields = {
+            key: entry["name"] for entry in self.how.values() for key in (entry["name"], entry["source"])
+        }
         self.engine = EngineStep(release.model("item_encoder"), release)
 
-    def rows(self, changes: list[Mapping[str, Any]], old: np.ndarray, old_numbers: np.ndarray, is_new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, changes: list[Mapping[str, Any]], old: np.ndarray, old_numbers: np.ndarray, is_new: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """n items, with their old rows [n] and numbers [n, *] (is_new [n]: none) -> packed rows [n], numbers [n, *]."""
         rows, numbers = old.copy(), old_numbers.copy()
         rows[is_new], numbers[is_new] = np.zeros(1, self.dtype)[0], np.nan
@@ -56,7 +64,9 @@ class ItemEncoding:
         if len(kept):
             before, features_before = self._encode(old[kept])
             moved = old["embedding"][kept] + embedding[kept] - before
-            length = np.linalg.norm(embedding[kept], axis=1, keepdims=True) / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
+            length = np.linalg.norm(embedding[kept], axis=1, keepdims=True) / np.maximum(
+                np.linalg.norm(moved, axis=1, keepdims=True), 1e-12
+            )
             same = (embedding[kept] == before).all(axis=1, keepdims=True)
             embedding[kept] = np.where(same, old["embedding"][kept], moved * length)
             features[kept] = old["features"][kept] + features[kept] - features_before
@@ -70,24 +80,36 @@ class ItemEncoding:
             if "item_embedding" in change:
                 rows["embedding"][i] = self._embedding(change)
             if not np.isfinite(rows["embedding"][i]).all() or not np.isfinite(rows["features"][i]).all():
-                raise InvalidInput(f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it; check its features")
+                raise InvalidInput(
+                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it; check its features"
+                )
             if not rows["embedding"][i].any():
-                raise InvalidInput(f"item {change['item_id']!r}: its embedding is all zeros, so no search could find it")
+                raise InvalidInput(
+                    f"item {change['item_id']!r}: its embedding is all zeros, so no search could find it"
+                )
 
     def _embedding(self, change: Mapping[str, Any]) -> np.ndarray:
         wanted, given = self.schema.sizes.embedding, change["item_embedding"]
-        if isinstance(given, list) and len(given) == wanted and set(map(type, given)) <= {int, float}:  # JSON's numbers; true is none
+        if (
+            isinstance(given, list) and len(given) == wanted and set(map(type, given)) <= {int, float}
+        ):  # JSON's numbers; true is none
             with contextlib.suppress(OverflowError), np.errstate(over="ignore"):
                 vector = np.array(given, np.float32)
                 if np.isfinite(vector).all():
                     return vector
         count = f"{len(given)} components" if isinstance(given, list) else type(given).__name__
-        raise InvalidInput(f"item {change['item_id']!r}: item_embedding must be {wanted} finite numbers, got {count}")
+        raise InvalidInput(
+            f"item {change['item_id']!r}: item_embedding must be {wanted} finite numbers, got {count}"
+        )
 
     def _encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes and values of rows [n] -> embedding [n, D], features [n, F] of items that are only known by these."""
         ids = np.repeat(self.new_id, len(rows), axis=0)
-        feeds = {"item_id_embedding": ids, "item_codes": np.ascontiguousarray(rows["codes"]), "item_values": np.ascontiguousarray(rows["values"])}
+        feeds = {
+            "item_id_embedding": ids,
+            "item_codes": np.ascontiguousarray(rows["codes"]),
+            "item_values": np.ascontiguousarray(rows["values"]),
+        }
         found = self.engine.run(default_options(len(rows)), **feeds)
         return found["item_embedding"].copy(), found["item_features"].copy()
 
@@ -98,7 +120,9 @@ class ItemEncoding:
             if key in _KEYS and key not in known:
                 continue
             if key not in known:
-                raise InvalidInput(f"item {change['item_id']!r}: no item feature {key!r}; known: {', '.join(sorted(known)) or 'none'}")
+                raise InvalidInput(
+                    f"item {change['item_id']!r}: no item feature {key!r}; known: {', '.join(sorted(known)) or 'none'}"
+                )
             try:
                 self._write_one(self.features[known[key]], value, row, numbers)
             except ValueError as error:
@@ -107,7 +131,9 @@ class ItemEncoding:
     def _write_one(self, feature: Feature, value: Any, row: np.void, numbers: np.ndarray) -> None:
         how = self.how[feature.name]
         if feature.is_code:
-            indices = self._category(feature, value) if feature.kind == "category" else self._words(feature, value)
+            indices = (
+                self._category(feature, value) if feature.kind == "category" else self._words(feature, value)
+            )
             codes = np.zeros(feature.width, np.int32)
             codes[: len(indices[: feature.width])] = [feature.offset + i for i in indices[: feature.width]]
             row["codes"][feature.columns] = codes
@@ -130,7 +156,7 @@ class ItemEncoding:
 
 
 def _text(value: Any) -> str:
-    """As builders.tables.texts_from_column: whole numbers as decimal text, booleans as true and false."""
+    """As builders.shop.tables.texts_from_column: whole numbers as decimal text, booleans as true and false."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, (str, int)):
@@ -142,7 +168,13 @@ def _numbers(value: Any, width: int, separator: str | None) -> np.ndarray | None
     """[width] float64, or None for a missing value."""
     if value is None or value == "":
         return None
-    parts: Any = value.split(separator or " ") if isinstance(value, str) and width > 1 else value if isinstance(value, list) else [value]
+    parts: Any = (
+        value.split(separator or " ")
+        if isinstance(value, str) and width > 1
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
     try:
         numbers = np.array([float(part) for part in parts])
     except (TypeError, ValueError):
@@ -155,7 +187,7 @@ def _numbers(value: Any, width: int, separator: str | None) -> np.ndarray | None
 
 
 def _standardized(numbers: np.ndarray, how: Mapping[str, Any]) -> np.ndarray:
-    """The same arithmetic as builders.packing's."""
+    """The same arithmetic as builders.data.packing's."""
     if how["log1p"]:
         if (numbers < 0).any():
             raise ValueError("is negative; its feature is read as log(1 + x)")

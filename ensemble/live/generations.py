@@ -9,8 +9,7 @@ import numpy as np
 
 from ensemble.errors import ReleaseError
 from ensemble.live.log import record_dtype
-from ensemble.release import file_sha256
-from ensemble.repository import write_durably
+from ensemble.release.files import file_sha256, write_durably
 from ensemble.schema import Schema
 
 FILES = ("rows.npy", "index.faiss")
@@ -22,7 +21,9 @@ def current_generation(folder: Path) -> int:
     try:
         return int(path.read_text())
     except (OSError, ValueError) as error:
-        raise ReleaseError(f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} away") from None
+        raise ReleaseError(
+            f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} away"
+        ) from None
 
 
 def point_to(folder: Path, generation: int) -> None:
@@ -39,7 +40,9 @@ def generation_records(folder: Path, schema: Schema) -> np.ndarray:
     except (OSError, ValueError, KeyError) as error:
         raise ReleaseError(f"cannot open generation {folder}: {error}; {_way_back(folder)}") from None
     if differing or records.dtype != record_dtype(schema):
-        raise ReleaseError(f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; {_way_back(folder)}")
+        raise ReleaseError(
+            f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; {_way_back(folder)}"
+        )
     return records
 
 

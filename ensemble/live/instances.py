@@ -8,7 +8,7 @@ import struct
 import uuid
 from pathlib import Path
 
-from ensemble.repository import try_flock
+from ensemble.release.files import try_flock
 
 _SEQUENCE = struct.Struct("<Q")
 
@@ -27,10 +27,14 @@ class InstanceFile:
         if self._descriptor < 0:
             try:
                 self._folder.mkdir(exist_ok=True)  # nothing before the first change made the folder above it
-                self._descriptor = os.open(self._folder / f".{self._name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._descriptor = os.open(
+                    self._folder / f".{self._name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+                )
             except OSError:
                 return
-            try_flock(self._descriptor)  # before it has the name that sequences() looks for: it removes what nobody holds
+            try_flock(
+                self._descriptor
+            )  # before it has the name that sequences() looks for: it removes what nobody holds
             (self._folder / f".{self._name}").rename(self._folder / self._name)
         os.pwrite(self._descriptor, _SEQUENCE.pack(sequence), 0)
         self._published = sequence

@@ -13,44 +13,61 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
 from ensemble.live.generations import current_generation, generation_records
 from ensemble.live.instances import InstanceFile
 from ensemble.live.log import DELETE, LogReader
+from ensemble.release.release import Release
+from ensemble.release.snapshot import gather
 from ensemble.schema import number_names
-from ensemble.snapshot import gather
-
-if TYPE_CHECKING:
-    from ensemble.main_index import MainIndex
-    from ensemble.release import Release
 
 _POLL_S = 0.05
 _AT_ONCE = 2048  # records applied by a request; a longer backlog is the thread's
 _PIECE = 512  # records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy of these takes
 _SWITCH_S = 0.0005  # how long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's return, are too much
-_ROOM = 1 << 16  # slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
+_ROOM = (
+    1 << 16
+)  # slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
+
+
+class SearchedIndex(Protocol):
+    """The main index, as far as a state has to know it; ensemble.index.main_index has the real one."""
+
+    def search(self, query: Array, depth: int, mask: Array | None = None) -> tuple[Array, Array]:
+        """Finds the best `depth` rows for each query [Q, D] among those that pass `mask`: rows and scores [Q, depth]."""
+        ...
 
 
 class LiveState:
     """Generation g and the log behind it. Arrays only grow, slots are never written twice: an old view stays right."""
 
     def __init__(self, release: Release, folder: Path, generation: int | None) -> None:
-        self.release, self.generation, self.items, self.ids = release, generation or 0, release.items, release.item_ids
+        self.release, self.generation, self.items, self.ids = (
+            release,
+            generation or 0,
+            release.items,
+            release.item_ids,
+        )
         self.num_base = len(self.items)
         self.slots = np.zeros(_ROOM, self.items.dtype)
-        self.vectors = np.zeros((_ROOM, self.items["embedding"].shape[1]), np.float32)  # the slots' embeddings again, side by side: searched exactly
+        self.vectors = np.zeros(
+            (_ROOM, self.items["embedding"].shape[1]), np.float32
+        )  # the slots' embeddings again, side by side: searched exactly
         self.numbers = np.zeros((_ROOM, max(1, len(number_names(release.schema)))), np.float32)
         self.slot_rows = np.zeros(_ROOM, np.int64)
-        self.slot_of_row = np.zeros(self.num_base + (1 << 20), np.int32)  # slot + 1, 0: the release's own content. Untouched pages cost nothing
+        self.slot_of_row = np.zeros(
+            self.num_base + (1 << 20), np.int32
+        )  # slot + 1, 0: the release's own content. Untouched pages cost nothing
         self.deleted = np.zeros(len(self.slot_of_row), bool)
         self.new_ids: list[bytes] = []  # of rows num_base, num_base + 1, …
         self.row_of_new: dict[bytes, int] = {}
         self.num_slots = self.num_stale = self.num_deleted = 0
-        self.main: MainIndex | None = None
+        self.main: SearchedIndex | None = None
         self.folder, self.reader, self.delta_start = folder / f"g{self.generation}", None, 0
         if generation is not None:
             self.reader = LogReader(folder / f"log-{self.generation}", release.schema)
@@ -71,7 +88,11 @@ class LiveState:
         self._make_room(len(records))
         kept = records[records["kind"] != DELETE]
         places = slice(self.num_slots, self.num_slots + len(kept))
-        self.slots[places], self.numbers[places], self.slot_rows[places] = kept["item"], kept["numbers"], kept["row"]
+        self.slots[places], self.numbers[places], self.slot_rows[places] = (
+            kept["item"],
+            kept["numbers"],
+            kept["row"],
+        )
         self.vectors[places] = kept["item"]["embedding"]
         touched = np.unique(rows)
         was_valid = (self.slot_of_row[touched] <= self.delta_start) & ~self.deleted[touched]
@@ -94,7 +115,9 @@ class LiveState:
         while room < self.num_slots + more:
             room *= 2
         if room > len(self.slots):  # new arrays: views go on reading the old ones
-            self.slots, self.vectors, self.numbers = (_longer(a, room) for a in (self.slots, self.vectors, self.numbers))
+            self.slots, self.vectors, self.numbers = (
+                _longer(a, room) for a in (self.slots, self.vectors, self.numbers)
+            )
             self.slot_rows = _longer(self.slot_rows, room)
         if self.num_base + len(self.new_ids) > len(self.slot_of_row):
             length = 2 * len(self.slot_of_row)
@@ -102,7 +125,14 @@ class LiveState:
 
     def view(self) -> LiveView:
         sequence = self.reader.sequence if self.reader else 0
-        return LiveView(self, sequence, self.num_base + len(self.new_ids), self.num_slots, self.num_stale, self.num_deleted)
+        return LiveView(
+            self,
+            sequence,
+            self.num_base + len(self.new_ids),
+            self.num_slots,
+            self.num_stale,
+            self.num_deleted,
+        )
 
 
 def _longer(array: np.ndarray, length: int) -> np.ndarray:
@@ -147,7 +177,9 @@ class LiveView:
             unknown = np.flatnonzero(rows.ravel() == 0)
             flat = np.asarray(ids, dtype="S").ravel()
             found = [self.state.row_of_new.get(i, 0) for i in flat[unknown].tolist()]
-            rows.ravel()[unknown] = np.where(np.array(found, np.int64) < self.num_rows, found, 0) if found else 0
+            rows.ravel()[unknown] = (
+                np.where(np.array(found, np.int64) < self.num_rows, found, 0) if found else 0
+            )
         return rows
 
     def ids_from_rows(self, rows: np.ndarray) -> np.ndarray:
@@ -185,7 +217,9 @@ class LiveView:
         rows = self.state.slot_rows[self.delta]
         slots = self.state.slot_of_row[rows]
         # a slot beyond this view is a later change's: until then, ours counts
-        return ((slots != np.arange(self.delta.start, self.delta.stop) + 1) & (slots <= self.num_slots)) | self.state.deleted[rows]
+        return (
+            (slots != np.arange(self.delta.start, self.delta.stop) + 1) & (slots <= self.num_slots)
+        ) | self.state.deleted[rows]
 
 
 class LiveItems:
@@ -280,7 +314,11 @@ class LiveItems:
     def _opened(self) -> LiveView:
         """A new state, all of its log read."""
         self._seen = self._mark()
-        view = _caught_up(LiveState(self.release, self.folder, current_generation(self.folder) if self._seen else None).view())
+        view = _caught_up(
+            LiveState(
+                self.release, self.folder, current_generation(self.folder) if self._seen else None
+            ).view()
+        )
         if self._open_main is not None:
             view.state.main = self._open_main(view.state)
         return view

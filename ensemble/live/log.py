@@ -18,13 +18,22 @@ import numpy as np
 from ensemble import contract
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import ReleaseError
-from ensemble.repository import sync_folder
+from ensemble.release.files import sync_folder
+from ensemble.release.snapshot import item_dtype
 from ensemble.schema import Schema, number_names
-from ensemble.snapshot import item_dtype
 
 ADD, UPDATE, DELETE = 1, 2, 3
 _MAGIC = b"peregrine live 1"
-HEADER = np.dtype([("magic", "S16"), ("contract", "S16"), ("record_bytes", "<u4"), ("generation", "<u4"), ("after", "<u8"), ("crc", "<u4")])
+HEADER = np.dtype(
+    [
+        ("magic", "S16"),
+        ("contract", "S16"),
+        ("record_bytes", "<u4"),
+        ("generation", "<u4"),
+        ("after", "<u8"),
+        ("crc", "<u4"),
+    ]
+)
 HEADER_BYTES = 64
 _PIECE = 4096  # records read and checked at once
 
@@ -58,14 +67,20 @@ def _good(records: np.ndarray) -> np.ndarray:
 def _checksums(records: np.ndarray) -> np.ndarray:
     """[n] uint32: crc32 of each record's bytes but for its last four."""
     data, size = records.tobytes(), records.dtype.itemsize
-    return np.array([zlib.crc32(data[start : start + size - 4]) for start in range(0, len(data), size)], np.uint32)
+    return np.array(
+        [zlib.crc32(data[start : start + size - 4]) for start in range(0, len(data), size)], np.uint32
+    )
 
 
 def create_log(path: Path, schema: Schema, generation: int, after: int) -> None:
     """An empty log whose first record will be `after` + 1; durable before it has its name."""
     header = np.zeros(1, HEADER)
     header["magic"], header["contract"] = _MAGIC, contract.fingerprint(schema)
-    header["record_bytes"], header["generation"], header["after"] = record_dtype(schema).itemsize, generation, after
+    header["record_bytes"], header["generation"], header["after"] = (
+        record_dtype(schema).itemsize,
+        generation,
+        after,
+    )
     header["crc"] = zlib.crc32(header.tobytes()[:-4])
     staged = path.with_name(f".{path.name}.new")
     with staged.open("wb") as file:
@@ -85,7 +100,9 @@ class LogReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ReleaseError(f"cannot open {path}: {error.strerror}; {_way_back(path)}") from error
-        weakref.finalize(self, os.close, self._descriptor)  # views of a generation that was merged away are let go one by one
+        weakref.finalize(
+            self, os.close, self._descriptor
+        )  # views of a generation that was merged away are let go one by one
         self.offset = HEADER_BYTES
         self.sequence = self._check_header(contract.fingerprint(schema))
 
@@ -93,9 +110,13 @@ class LogReader:
         raw = os.pread(self._descriptor, HEADER_BYTES, 0)
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
-            raise ReleaseError(f"{self.path} is no log of live items, or its header is damaged at offset 0; {_way_back(self.path)}")
+            raise ReleaseError(
+                f"{self.path} is no log of live items, or its header is damaged at offset 0; {_way_back(self.path)}"
+            )
         if header["contract"].decode() != fingerprint or header["record_bytes"] != self.dtype.itemsize:
-            raise ReleaseError(f"{self.path} belongs to a release with another contract or schema; {_way_back(self.path)}")
+            raise ReleaseError(
+                f"{self.path} belongs to a release with another contract or schema; {_way_back(self.path)}"
+            )
         return int(header["after"])
 
     def has_more(self) -> bool:
@@ -112,7 +133,9 @@ class LogReader:
         count = len(records) if good.all() else int(np.argmin(good))
         if count < len(records) and (good[count + 1 :].any() or self._follows_good(count)):
             offset = self.offset + count * self.dtype.itemsize
-            raise ReleaseError(f"{self.path} is damaged at offset {offset}, with whole records behind it; {_way_back(self.path, offset)}")
+            raise ReleaseError(
+                f"{self.path} is damaged at offset {offset}, with whole records behind it; {_way_back(self.path, offset)}"
+            )
         self.offset += count * self.dtype.itemsize
         self.sequence += count
         return records[:count]
@@ -140,7 +163,9 @@ class LogWriter:
         if torn:
             os.ftruncate(self._descriptor, reader.offset)
             os.fsync(self._descriptor)
-            note(f"{path}: the last {torn} bytes were torn by a crash and are cut off; whole up to sequence {reader.sequence}")
+            note(
+                f"{path}: the last {torn} bytes were torn by a crash and are cut off; whole up to sequence {reader.sequence}"
+            )
 
     def append(self, records: np.ndarray) -> int:
         """Writes a group [n], sequence numbers filled in, and makes it durable; returns the last sequence number."""
@@ -150,7 +175,9 @@ class LogWriter:
             while data:
                 data = data[os.write(self._descriptor, data) :]
             os.fsync(self._descriptor)
-        except OSError as error:  # a full disk: nothing of the group may stay, or later groups would lie behind a torn one
+        except (
+            OSError
+        ) as error:  # a full disk: nothing of the group may stay, or later groups would lie behind a torn one
             os.ftruncate(self._descriptor, start)
             raise ReleaseError(f"cannot write {self.path}: {error.strerror}; nothing was changed") from error
         self.sequence += len(records)
@@ -158,5 +185,9 @@ class LogWriter:
 
 
 def _way_back(path: Path, offset: int = 0) -> str:
-    keep = f"cut it there (`truncate -s {offset} {path}`: changes from there on are lost), or " if offset else ""
-    return f"{keep}put a copy of it back, or move {path.parent} away: the release then serves without live items"
+    keep = (
+        f"cut it there (`truncate -s {offset} {path}`: changes from there on are lost), or " if offset else ""
+    )
+    return (
+        f"{keep}put a copy of it back, or move {path.parent} away: the release then serves without live items"
+    )

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
-from ensemble.live.asked import Asked, groups
 from ensemble.live.instances import sequences
+from ensemble.live.requests import Asked, groups
 from ensemble.live.writer import ItemWriter
-from ensemble.release import active_release, open_release
-from ensemble.repository import try_flock, write_durably
+from ensemble.release.files import try_flock, write_durably
+from ensemble.release.release import active_release, open_release
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
@@ -57,7 +57,9 @@ class ItemService:
         self._merging: tuple[subprocess.Popen[str], int] | None = None
         self._idle_until = math.inf
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
-        self._home = tempfile.TemporaryDirectory(prefix=_HOME)  # 0700; a repository's path may be too long for a socket
+        self._home = tempfile.TemporaryDirectory(
+            prefix=_HOME
+        )  # 0700; a repository's path may be too long for a socket
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(Path(self._home.name) / "s"))
         self._socket.listen(64)
@@ -66,7 +68,9 @@ class ItemService:
     def run(self) -> None:
         """Until stop()."""
         self._thread.start()
-        write_durably(self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()}))
+        write_durably(
+            self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()})
+        )
         with contextlib.suppress(OSError):  # the socket is closed by stop()
             while True:
                 threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
@@ -111,12 +115,17 @@ class ItemService:
         asked.done.wait()
         if "error" in asked.reply:
             return asked.reply
-        return {**asked.reply, **self._wait_for_instances(asked.reply["release"], asked.reply["sequence"], wait_s)}
+        return {
+            **asked.reply,
+            **self._wait_for_instances(asked.reply["release"], asked.reply["sequence"], wait_s),
+        }
 
     def _wait_for_instances(self, release: str, sequence: int, wait_s: float) -> dict[str, Any]:
         """Until every living instance has the change, or the time is over."""
         deadline = time.monotonic() + wait_s
-        if wait_s > 0:  # instances that run already look for a first log every so often, and only then say that they are there
+        if (
+            wait_s > 0
+        ):  # instances that run already look for a first log every so often, and only then say that they are there
             time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
         while True:
             found = sequences(self.folder / release)
@@ -149,7 +158,11 @@ class ItemService:
             sequence = writer.apply(changes)
             if any(asked.request["op"] == "merge" for asked in group):
                 self._start_merge()
-            reply: dict[str, Any] = {"release": writer.release.name, "sequence": sequence, **self._facts(writer)}
+            reply: dict[str, Any] = {
+                "release": writer.release.name,
+                "sequence": sequence,
+                **self._facts(writer),
+            }
         except PeregrineError as error:
             if len(group) > 1:
                 for asked in group:
@@ -166,13 +179,20 @@ class ItemService:
     def _facts(self, writer: ItemWriter) -> dict[str, Any]:
         view = writer.live.view
         items, unmerged = view.num_rows - 1 - view.num_deleted, view.num_slots - view.state.delta_start
-        return {"generation": view.state.generation, "items": items, "unmerged": unmerged, "merging": self._merging is not None}
+        return {
+            "generation": view.state.generation,
+            "items": items,
+            "unmerged": unmerged,
+            "merging": self._merging is not None,
+        }
 
     def _opened(self) -> ItemWriter:
         """The writer of the release that is active now."""
         name = active_release(self.repository)
         if name is None:
-            raise ReleaseError(f"{self.repository} has no active release; `peregrine release activate NAME` makes one")
+            raise ReleaseError(
+                f"{self.repository} has no active release; `peregrine release activate NAME` makes one"
+            )
         if self._writer is None or self._writer.release.name != name:
             if self._writer is not None:
                 self._writer.close()
@@ -194,9 +214,16 @@ class ItemService:
     def _start_merge(self) -> None:
         writer = self._opened()
         if self._merging is None:
-            arguments = ("ensemble.live.merging", str(self.repository), writer.release.name, str(writer.sequence))
+            arguments = (
+                "ensemble.live.merge",
+                str(self.repository),
+                writer.release.name,
+                str(writer.sequence),
+            )
             process = _python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))  # a niced one would be let finish its slices of 8 ms
+            os.sched_setscheduler(
+                process.pid, os.SCHED_IDLE, os.sched_param(0)
+            )  # a niced one would be let finish its slices of 8 ms
             self._idle_until = time.monotonic() + _IDLE_ONLY_S
             self._merging = process, writer.sequence
 
@@ -204,7 +231,9 @@ class ItemService:
         assert self._merging is not None
         process, merged = self._merging
         if process.poll() is None:
-            if time.monotonic() > self._idle_until:  # on a machine without idle time it would never end, and the delta would grow
+            if (
+                time.monotonic() > self._idle_until
+            ):  # on a machine without idle time it would never end, and the delta would grow
                 os.setpriority(os.PRIO_PROCESS, process.pid, 19)
                 os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
                 self._idle_until = math.inf
@@ -243,7 +272,11 @@ def service_process(repository: Path, log: Callable[[str], None] = lambda line: 
 
 def _python(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
     """A module of ours as a process that imports what we import, on one thread: serving comes first."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 

@@ -17,10 +17,12 @@ from ensemble.live.encoding import ItemEncoding
 from ensemble.live.generations import current_generation, point_to
 from ensemble.live.items import LiveItems
 from ensemble.live.log import ADD, DELETE, UPDATE, LogReader, LogWriter, create_log, record_dtype
-from ensemble.release import Release
-from ensemble.repository import try_flock
+from ensemble.release.files import try_flock
+from ensemble.release.release import Release
 
-Change = Mapping[str, Any]  # {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}
+Change = Mapping[
+    str, Any
+]  # {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}
 OPERATIONS = ("add", "update", "upsert", "delete")
 MAX_GROUP = 10_000  # changes at once
 
@@ -34,7 +36,9 @@ class ItemWriter:
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not try_flock(self._lock):
             os.close(self._lock)
-            raise ReleaseError(f"another process writes the live items of {release.name} in {release.repository}; use it, or stop it")
+            raise ReleaseError(
+                f"another process writes the live items of {release.name} in {release.repository}; use it, or stop it"
+            )
         try:
             self._open()
         except BaseException:
@@ -82,14 +86,18 @@ class ItemWriter:
         ids = [_item_id(change) for change in changes]
         twice = next((item_id for item_id, count in Counter(ids).items() if count > 1), None)
         if twice is not None:
-            raise InvalidInput(f"item {twice.decode()!r} is changed twice at once; send the second change after the first")
+            raise InvalidInput(
+                f"item {twice.decode()!r} is changed twice at once; send the second change after the first"
+            )
         rows, kinds = self._rows(changes, ids)
         records = np.zeros(len(changes), record_dtype(self.release.schema))
         records["id"], records["row"], records["kind"] = np.array(ids, dtype="S") if ids else b"", rows, kinds
         encoded = np.flatnonzero(records["kind"] != DELETE)
         if len(encoded):
             old, old_numbers, is_new = self._old(rows[encoded], records["kind"][encoded] == ADD)
-            packed, numbers = self.encoding.rows([changes[i]["item"] for i in encoded], old, old_numbers, is_new)
+            packed, numbers = self.encoding.rows(
+                [changes[i]["item"] for i in encoded], old, old_numbers, is_new
+            )
             records["item"][encoded], records["numbers"][encoded] = packed, numbers
         return records
 
@@ -102,11 +110,15 @@ class ItemWriter:
         for i, change in enumerate(changes):
             kind = change.get("op")
             if kind not in OPERATIONS:
-                raise InvalidInput(f"item {ids[i].decode()!r}: op {kind!r} is unknown; use {', '.join(OPERATIONS)}")
+                raise InvalidInput(
+                    f"item {ids[i].decode()!r}: op {kind!r} is unknown; use {', '.join(OPERATIONS)}"
+                )
             if kind == "add" and here[i]:
                 raise InvalidInput(f"item {ids[i].decode()!r} exists already; update it instead")
             if kind in ("update", "delete") and not here[i]:
-                raise InvalidInput(f"item {ids[i].decode()!r} is unknown; {'add it first' if kind == 'update' else 'there is nothing to delete'}")
+                raise InvalidInput(
+                    f"item {ids[i].decode()!r} is unknown; {'add it first' if kind == 'update' else 'there is nothing to delete'}"
+                )
             kinds[i] = DELETE if kind == "delete" else UPDATE if here[i] else ADD
         new = np.flatnonzero(rows == 0)
         rows[new] = view.num_rows + np.arange(len(new))
@@ -118,14 +130,20 @@ class ItemWriter:
         slots = state.slot_of_row[known]
         old = np.array(state.items[np.where(slots > 0, 0, known)])
         numbers = np.array(self.release.item_numbers[np.where(slots > 0, 0, known)])
-        old[slots > 0], numbers[slots > 0] = state.slots[slots[slots > 0] - 1], state.numbers[slots[slots > 0] - 1]
+        old[slots > 0], numbers[slots > 0] = (
+            state.slots[slots[slots > 0] - 1],
+            state.numbers[slots[slots > 0] - 1],
+        )
         return old, numbers, is_new
 
     def turn_to(self, generation: int, merged: int) -> None:
         """Makes a finished generation, which has all changes up to `merged`, the served one; later changes move to its log."""
         path, schema = self.folder / f"log-{generation}", self.release.schema
         create_log(path, schema, generation, merged)
-        later, reader = LogWriter(path, schema, LogReader(path, schema), self.note), LogReader(self._log.path, schema)
+        later, reader = (
+            LogWriter(path, schema, LogReader(path, schema), self.note),
+            LogReader(self._log.path, schema),
+        )
         while len(records := reader.read()):
             if len(kept := records[records["sequence"] > merged]):
                 later.append(kept.copy())
@@ -155,11 +173,15 @@ def _item_id(change: Change) -> bytes:
     item = change.get("item") if isinstance(change, Mapping) else None
     item_id = item.get("item_id") if isinstance(item, Mapping) else None
     if not isinstance(item_id, (str, int)) or isinstance(item_id, bool):
-        raise InvalidInput(f"a change must be an operation and an item with an item_id (text or a whole number), got {str(change)[:60]!r}")
+        raise InvalidInput(
+            f"a change must be an operation and an item with an item_id (text or a whole number), got {str(change)[:60]!r}"
+        )
     try:
         encoded = str(item_id).encode()
     except UnicodeEncodeError:
         raise InvalidInput(f"item_id {str(item_id)[:40]!r}: is not UTF-8") from None
     if not encoded or len(encoded) > MAX_ID_BYTES or encoded.endswith(b"\0"):
-        raise InvalidInput(f"item_id {str(item_id)[:40]!r}: must have 1 to {MAX_ID_BYTES} bytes and not end in NUL")
+        raise InvalidInput(
+            f"item_id {str(item_id)[:40]!r}: must have 1 to {MAX_ID_BYTES} bytes and not end in NUL"
+        )
     return encoded

@@ -18,16 +18,20 @@ from typing import Any
 import numpy as np
 
 from ensemble.errors import InvalidInput, ServerError
-from ensemble.release import Release
+from ensemble.release.release import Release
 from ensemble.tiers.connection import connect_now
 from ensemble.tiers.load import load_release
 from ensemble.tiers.reader import RowReader, RowReaders
-from ensemble.tiers.rows import item_identities, user_identities
+from ensemble.tiers.records import item_identities, user_identities
 from ensemble.tiers.settings import TierSettings
 
 CANDIDATES, HISTORY = 512, 50
 _LOAD = 0.3
-_MISSED = {"memory": 0.0, "90 % memory, 10 % redis": 0.1, "redis": 1.0}  # share of rows that are dropped from L1 before each read
+_MISSED = {
+    "memory": 0.0,
+    "90 % memory, 10 % redis": 0.1,
+    "redis": 1.0,
+}  # share of rows that are dropped from L1 before each read
 
 
 def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]:
@@ -38,23 +42,44 @@ def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]
         if url is None:
             url = stack.enter_context(_own_redis())
             load_release(release, url)
-        lines = [_line(release, RowReaders(release), "snapshot", what, seconds, 0.0) for what in ("features", "recall")]
+        lines = [
+            _line(release, RowReaders(release), "snapshot", what, seconds, 0.0)
+            for what in ("features", "recall")
+        ]
         # deadline: far from what is measured, so that a busy machine gives slow lines, not wrong ones
-        readers = RowReaders(release, TierSettings(url, deadline_ms=1000, soft_ttl_s=3600, hard_ttl_s=3600, negative_ttl_s=3600))
+        readers = RowReaders(
+            release,
+            TierSettings(url, deadline_ms=1000, soft_ttl_s=3600, hard_ttl_s=3600, negative_ttl_s=3600),
+        )
         stack.callback(readers.close)
         if not readers.redis or readers.redis.tracker.version is None:
-            raise ServerError(f"Redis has no rows of release {release.name}; load them: peregrine features load")
+            raise ServerError(
+                f"Redis has no rows of release {release.name}; load them: peregrine features load"
+            )
         for what in ("features", "recall"):
-            lines += [_line(release, readers, tier, what, seconds, missed) for tier, missed in _MISSED.items()]
+            lines += [
+                _line(release, readers, tier, what, seconds, missed) for tier, missed in _MISSED.items()
+            ]
         causes = dict(readers.redis.causes)
     row_bytes = {"users": release.users.dtype.itemsize, "items": release.items.dtype.itemsize}
-    return {"release": release.name, "shop": release.schema.shop, "row_bytes": row_bytes, "load": _LOAD, "failures": causes, "lines": lines}
+    return {
+        "release": release.name,
+        "shop": release.schema.shop,
+        "row_bytes": row_bytes,
+        "load": _LOAD,
+        "failures": causes,
+        "lines": lines,
+    }
 
 
-def _line(release: Release, readers: RowReaders, tier: str, what: str, seconds: float, missed: float) -> dict[str, Any]:
+def _line(
+    release: Release, readers: RowReaders, tier: str, what: str, seconds: float, missed: float
+) -> dict[str, Any]:
     """One line of the table: reads for `seconds`, then quantiles."""
     rng = np.random.default_rng(0)
-    read, drop, num_rows = _features(release, readers, rng) if what == "features" else _recall(release, readers, rng)
+    read, drop, num_rows = (
+        _features(release, readers, rng) if what == "features" else _recall(release, readers, rng)
+    )
     cpu: list[int] = []
     wall: list[int] = []
     end = time.monotonic() + seconds
@@ -67,8 +92,15 @@ def _line(release: Release, readers: RowReaders, tier: str, what: str, seconds: 
         wall.append(time.perf_counter_ns() - started)
         time.sleep(min(wall[-1] * 1e-9 * (1 - _LOAD) / _LOAD, 0.05))
     cpu_ms, wall_ms = np.array(cpu[10:]) / 1e6, np.array(wall[10:]) / 1e6  # the first few fill caches
-    numbers = {f"{name}_{q}_ms": round(float(np.quantile(ms, at)), 4) for name, ms in (("cpu", cpu_ms), ("wall", wall_ms)) for q, at in _QUANTILES}
-    rates = {f"rows_per_{name}": round(num_rows / float(ms.mean()) * 1000) for name, ms in (("cpu_s", cpu_ms), ("s", wall_ms))}
+    numbers = {
+        f"{name}_{q}_ms": round(float(np.quantile(ms, at)), 4)
+        for name, ms in (("cpu", cpu_ms), ("wall", wall_ms))
+        for q, at in _QUANTILES
+    }
+    rates = {
+        f"rows_per_{name}": round(num_rows / float(ms.mean()) * 1000)
+        for name, ms in (("cpu_s", cpu_ms), ("s", wall_ms))
+    }
     return {"step": what, "tier": tier, "rows": num_rows, "reads": len(cpu_ms), **numbers, **rates}
 
 
@@ -123,13 +155,17 @@ def _drop(reader: RowReader, rows: np.ndarray, share: float, rng: np.random.Gene
 def _own_redis() -> Iterator[str]:
     """A redis-server on a free port, gone afterwards."""
     if not shutil.which("redis-server"):
-        raise ServerError("redis-server is not installed; install it, or give --redis URL of one that has the release's rows")
+        raise ServerError(
+            "redis-server is not installed; install it, or give --redis URL of one that has the release's rows"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([*command, "--dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "--dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             yield _when_ready(f"redis://127.0.0.1:{port}")
         finally:
@@ -155,11 +191,27 @@ def print_table(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        "step", "rows from", "rows", "CPU p50 ms", "CPU p99 ms", "wall p50 ms", "wall p99 ms", "rows / CPU s", "rows / s", title="one read, 30 % load"
+        "step",
+        "rows from",
+        "rows",
+        "CPU p50 ms",
+        "CPU p99 ms",
+        "wall p50 ms",
+        "wall p99 ms",
+        "rows / CPU s",
+        "rows / s",
+        title="one read, 30 % load",
     )
     for line in figures["lines"]:
         times = [f"{line[name]:.3f}" for name in ("cpu_p50_ms", "cpu_p99_ms", "wall_p50_ms", "wall_p99_ms")]
-        table.add_row(line["step"], line["tier"], str(line["rows"]), *times, f"{line['rows_per_cpu_s']:,}", f"{line['rows_per_s']:,}")
+        table.add_row(
+            line["step"],
+            line["tier"],
+            str(line["rows"]),
+            *times,
+            f"{line['rows_per_cpu_s']:,}",
+            f"{line['rows_per_s']:,}",
+        )
     Console().print(table)
     if figures["failures"]:
         print(f"calls to Redis without a valid answer: {figures['failures']}")

@@ -21,7 +21,11 @@ def open_client(url: str, timeout_s: float, *, whole_call: bool = True) -> Any:
     timeout_s (whole_call: even if a reply drips in; else each read gets that long, and a lost connection is tried again thrice, which
     writers want: what they write may be written twice)."""
     redis = _redis()
-    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0) if whole_call else redis.retry.Retry(redis.backoff.ExponentialBackoff(0.5, 0.05), 3)
+    retry = (
+        redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+        if whole_call
+        else redis.retry.Retry(redis.backoff.ExponentialBackoff(0.5, 0.05), 3)
+    )
     options: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
@@ -48,7 +52,9 @@ def connect_now(url: str, timeout_s: float = 5.0) -> Any:
         client.ping()
         return client
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, OSError) as error:
-        raise ServerError(f"Redis at {hidden(url)} does not answer: {reason(error)}; start it, or correct --redis") from None
+        raise ServerError(
+            f"Redis at {hidden(url)} does not answer: {reason(error)}; start it, or correct --redis"
+        ) from None
 
 
 def reason(error: BaseException) -> str:

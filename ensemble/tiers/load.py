@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ensemble.errors import InvalidInput, ServerError
-from ensemble.release import Release
+from ensemble.release.release import Release
 from ensemble.tiers.connection import connect_now, reason
-from ensemble.tiers.rows import (
+from ensemble.tiers.records import (
     item_identities,
     keys_from_identities,
     meta_key,
@@ -43,7 +43,14 @@ class Loaded:
     expiring: int  # keys of the previous version, which go after keep_s
 
 
-def load_release(release: Release, url: str, progress: Progress = lambda text, share: None, *, ttl_days: float = 30.0, keep_s: int = 600) -> Loaded:
+def load_release(
+    release: Release,
+    url: str,
+    progress: Progress = lambda text, share: None,
+    *,
+    ttl_days: float = 30.0,
+    keep_s: int = 600,
+) -> Loaded:
     """Loads every row, switches readers over at once, lets the previous version's rows expire after keep_s.
 
     Every key has a TTL, so that a load which is killed leaves nothing for ever, and an eviction policy of volatile-* spares
@@ -52,7 +59,9 @@ def load_release(release: Release, url: str, progress: Progress = lambda text, s
     import redis
 
     if not 0 < ttl_days < 36500 or not 0 < keep_s < 1 << 30:
-        raise InvalidInput(f"--ttl-days must be above 0 and below 36500, and keep_s above 0; got {ttl_days:g}, {keep_s}")
+        raise InvalidInput(
+            f"--ttl-days must be above 0 and below 36500, and keep_s above 0; got {ttl_days:g}, {keep_s}"
+        )
     release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
     client, started = connect_now(url, 30.0), time.monotonic()
     version, ttl_s = secrets.token_hex(6).encode(), max(1, int(ttl_days * 86400))
@@ -60,25 +69,49 @@ def load_release(release: Release, url: str, progress: Progress = lambda text, s
         client.set(meta_key(version), _meta(release, ttl_s), ex=ttl_s)
         total = len(release.user_ids) + 2 * len(release.item_ids)
         done = 0
-        for pieces in (_rows(release, "users", version), _rows(release, "items", version), _names(release, version)):
+        for pieces in (
+            _rows(release, "users", version),
+            _rows(release, "items", version),
+            _names(release, version),
+        ):
             for piece in pieces:
                 _set(client, piece, ttl_s)
                 done += len(piece)
                 progress(f"{done:,} of {total:,} rows", done / max(total, 1))
         previous = client.hget(shop_key(release.schema.shop), release.name)
-        client.hset(shop_key(release.schema.shop), release.name, version)  # from here on readers ask for the new rows
+        client.hset(
+            shop_key(release.schema.shop), release.name, version
+        )  # from here on readers ask for the new rows
         expiring = _expire(client, previous, keep_s) if previous else 0
     except (redis.exceptions.RedisError, OSError) as error:
-        raise ServerError(f"Redis: {reason(error)}; the load stopped, readers stay with the version they had; load again when it is cured") from None
+        raise ServerError(
+            f"Redis: {reason(error)}; the load stopped, readers stay with the version they had; load again when it is cured"
+        ) from None
     seconds = time.monotonic() - started
     counts = (len(release.user_ids), len(release.item_ids))
-    return Loaded(release.schema.shop, release.name, version.decode(), previous.decode() if previous else None, *counts, round(seconds, 3), expiring)
+    return Loaded(
+        release.schema.shop,
+        release.name,
+        version.decode(),
+        previous.decode() if previous else None,
+        *counts,
+        round(seconds, 3),
+        expiring,
+    )
 
 
 def _meta(release: Release, ttl_s: int) -> str:
     """What a writer must know that has no release folder."""
     digest, schema = row_format(release, "users").digest, json.loads(release.schema.to_json())
-    return json.dumps({"release": release.name, "digest": digest, "num_items": len(release.item_ids), "ttl_s": ttl_s, "schema": schema})
+    return json.dumps(
+        {
+            "release": release.name,
+            "digest": digest,
+            "num_items": len(release.item_ids),
+            "ttl_s": ttl_s,
+            "schema": schema,
+        }
+    )
 
 
 def _rows(release: Release, table: str, version: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
@@ -98,7 +131,10 @@ def _names(release: Release, version: bytes) -> Iterator[list[tuple[bytes, bytes
     """(key, row number) of every item id, in pieces."""
     for first in range(1, len(release.item_ids) + 1, _PIECE):
         rows = np.arange(first, min(first + _PIECE, len(release.item_ids) + 1))
-        yield [(name_key(version, name), b"%d" % row) for name, row in zip(release.item_ids.ids_from_rows(rows).tolist(), rows.tolist(), strict=True)]
+        yield [
+            (name_key(version, name), b"%d" % row)
+            for name, row in zip(release.item_ids.ids_from_rows(rows).tolist(), rows.tolist(), strict=True)
+        ]
 
 
 def _set(client: Any, pairs: list[tuple[bytes, bytes]], ttl_s: int) -> None:

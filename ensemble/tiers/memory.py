@@ -18,7 +18,9 @@ from ensemble.tiers.settings import TierSettings
 
 WAYS = 4
 MISS, FRESH, STALE = 0, 1, 2  # STALE: past its soft TTL, to be used only if nothing newer can be had
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
+_MIX = np.uint64(
+    0x9E3779B97F4A7C15
+)  # 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
 
 
 @dataclass
@@ -62,7 +64,10 @@ class MemoryTier:
         sets = max(1, settings.memory_bytes // (WAYS * self.slot_bytes))
         self.num_sets = 1 << (sets.bit_length() - 1)  # a power of two at most the bound
         slots = self.num_sets * WAYS
-        self._low, self._high = np.zeros(slots, np.uint64), np.zeros(slots, np.uint64)  # identities, word by word
+        self._low, self._high = (
+            np.zeros(slots, np.uint64),
+            np.zeros(slots, np.uint64),
+        )  # identities, word by word
         self._sets = self._low.reshape(self.num_sets, WAYS)
         self._rows = np.zeros(slots, dtype)  # pages that are never written are never allocated
         self._soft, self._hard, self._claim = np.zeros(slots), np.zeros(slots), np.zeros(slots)
@@ -101,9 +106,17 @@ class MemoryTier:
         """As get(), but nothing is counted, used or claimed by it."""
         with self._lock:
             slots, found, stale, absent = self._look(identities, self.clock())
-            return Lookup(found.astype(np.int8) + stale, absent, np.zeros(len(slots), bool), self._rows.take(slots), self._tick)
+            return Lookup(
+                found.astype(np.int8) + stale,
+                absent,
+                np.zeros(len(slots), bool),
+                self._rows.take(slots),
+                self._tick,
+            )
 
-    def _look(self, identities: np.ndarray, now: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _look(
+        self, identities: np.ndarray, now: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """slots [n]; found, stale, absent [n] bool."""
         self._tick += 1
         slots, found = self._find(identities)
@@ -118,16 +131,22 @@ class MemoryTier:
             self._tick += 1
             slots, there = self._find(identities)
             valid = self._invalidated[slots // WAYS] <= stamp
-            self._used[slots[there & valid]] = self._tick  # in their places: no newcomer of this call takes those
+            self._used[slots[there & valid]] = (
+                self._tick
+            )  # in their places: no newcomer of this call takes those
             slots, chosen = self._places(slots, there, valid)
             slots, rows, absent = slots[chosen], rows[chosen], absent[chosen]
             self._low[slots], self._high[slots] = identities[chosen].T
             self._rows[slots], self._absent[slots] = rows, absent
             self._used[slots] = self._tick
             now, ttl = self.clock(), self.settings
-            short = 1 - ttl.jitter * self._random.random((2, len(slots)))  # only ever shorter: a TTL is a promise
+            short = 1 - ttl.jitter * self._random.random(
+                (2, len(slots))
+            )  # only ever shorter: a TTL is a promise
             self._soft[slots] = now + np.where(absent, ttl.negative_ttl_s, ttl.soft_ttl_s) * short[0]
-            self._hard[slots] = now + np.where(absent, ttl.negative_ttl_s * short[0], ttl.hard_ttl_s * short[1])
+            self._hard[slots] = now + np.where(
+                absent, ttl.negative_ttl_s * short[0], ttl.hard_ttl_s * short[1]
+            )
             self._claim[slots] = 0
 
     def drop(self, identities: np.ndarray) -> None:
@@ -154,13 +173,19 @@ class MemoryTier:
         """[n, 2] -> slots [n] (the set's first where it is not in), found [n] bool."""
         low, high = identities[:, 0], identities[:, 1]
         shift = 65 - self.num_sets.bit_length()
-        sets = ((low ^ high) * _MIX >> np.uint64(shift)).astype(np.int64) if shift < 64 else np.zeros(len(low), np.int64)
+        sets = (
+            ((low ^ high) * _MIX >> np.uint64(shift)).astype(np.int64)
+            if shift < 64
+            else np.zeros(len(low), np.int64)
+        )
         slots = (self._sets[sets] == low[:, None]).argmax(axis=1)
         slots += sets * WAYS
         # where two of a set shared their low word (one pair in 2^64) the second is never found: a miss, nothing worse
         return slots, (self._low[slots] == low) & (self._high[slots] == high)
 
-    def _places(self, slots: np.ndarray, there: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _places(
+        self, slots: np.ndarray, there: np.ndarray, valid: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Slots [n] to write to, chosen [n] bool. The r-th newcomer of a set takes its r-th least recently used way; a fifth stays out."""
         new = np.flatnonzero(valid & ~there)
         sets = slots[new] // WAYS

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def merge_past(seen: np.ndarray, times: np.ndarray, rows: np.ndarray, event_times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_past(
+    seen: np.ndarray, times: np.ndarray, rows: np.ndarray, event_times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """seen [W] int32 left-padded with -1 and times [W] float64 (-inf: as loaded), with items rows [E] at event_times [E] -> the same, merged.
 
     An item stands once, at its latest time; those as loaded keep their order before all that have a time; equal times are in order of

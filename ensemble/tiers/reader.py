@@ -12,17 +12,22 @@ from functools import cached_property
 import numpy as np
 
 from ensemble.contract import Degraded
-from ensemble.metrics import Metric
-from ensemble.release import Release
-from ensemble.snapshot import gather
+from ensemble.release.release import Release
+from ensemble.release.snapshot import gather
+from ensemble.telemetry import Metric
 from ensemble.tiers.memory import FRESH, MISS, Lookup, MemoryTier
 from ensemble.tiers.past import merge_past
+from ensemble.tiers.records import RowFormat, item_identities, row_format, user_identities
 from ensemble.tiers.redis_tier import RedisTier
-from ensemble.tiers.rows import RowFormat, item_identities, row_format, user_identities
 from ensemble.tiers.settings import TierSettings, settings_from_environment
 
-_STALE, _MISSING = int(Degraded.FEATURES_STALE), int(Degraded.FEATURES_MISSING)  # as plain numbers: NumPy takes long over enums
-_DISTINCT_ABOVE = 2048  # rows: beyond it copying a row twice costs more than finding out that it is there twice
+_STALE, _MISSING = (
+    int(Degraded.FEATURES_STALE),
+    int(Degraded.FEATURES_MISSING),
+)  # as plain numbers: NumPy takes long over enums
+_DISTINCT_ABOVE = (
+    2048  # rows: beyond it copying a row twice costs more than finding out that it is there twice
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class Rows:
 class RowReader:
     """Reads one table of one release."""
 
-    def __init__(self, table: np.ndarray, row_format: RowFormat | None = None, redis: RedisTier | None = None) -> None:
+    def __init__(
+        self, table: np.ndarray, row_format: RowFormat | None = None, redis: RedisTier | None = None
+    ) -> None:
         """`table` [n + 1] packed is the snapshot's; without `redis` and its `row_format` nothing else is read."""
         self.table, self.format, self.redis = table, row_format, redis
         self.snapshot_rows = self.stale_rows = self.missing_rows = 0
@@ -96,7 +103,11 @@ class RowReader:
         fresh = looked.state == FRESH
         if fresh.all() and not looked.absent.any():
             return looked.rows, np.zeros(len(rows), np.int64), fresh
-        found, absent, unsure = looked.rows, looked.absent, ~fresh  # absent: Redis says that it has none; unsure: it did not say
+        found, absent, unsure = (
+            looked.rows,
+            looked.absent,
+            ~fresh,
+        )  # absent: Redis says that it has none; unsure: it did not say
         ask = np.flatnonzero((looked.state == MISS) | looked.refresh)
         if len(ask):
             first, inverse = _distinct(identities[ask])
@@ -106,7 +117,9 @@ class RowReader:
         held = (looked.state != MISS) | ~unsure
         return self._filled(found, rows, held & ~absent, unsure)
 
-    def _ask(self, identities: np.ndarray, rows: np.ndarray, ask: np.ndarray, looked: Lookup, refills: int) -> np.ndarray:
+    def _ask(
+        self, identities: np.ndarray, rows: np.ndarray, ask: np.ndarray, looked: Lookup, refills: int
+    ) -> np.ndarray:
         """Asks Redis for the distinct identities[ask] and puts what it says into looked and L1 -> [len(ask)] bool, what it spoke of.
 
         One thread a table at a time; who had to wait finds in L1 what the other has brought, and asks only for the rest.
@@ -137,9 +150,13 @@ class RowReader:
             events = found["seen"][n].copy()
             found[n] = self.table[rows[n]]
             late = events[events > 0]
-            found["seen"][n] = merge_past(found["seen"][n], np.full(len(events), -np.inf), late, np.arange(len(late)))[0]
+            found["seen"][n] = merge_past(
+                found["seen"][n], np.full(len(events), -np.inf), late, np.arange(len(late))
+            )[0]
 
-    def _filled(self, found: np.ndarray, rows: np.ndarray, held: np.ndarray, unsure: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _filled(
+        self, found: np.ndarray, rows: np.ndarray, held: np.ndarray, unsure: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Puts the snapshot's rows, and the default row, where no tier above holds one; says what that means for the answer."""
         in_snapshot = (rows > 0) & (rows < len(self.table))
         left = np.flatnonzero(~held)
@@ -166,7 +183,12 @@ class RowReader:
             Metric("peregrine_tier_evictions", memory, c.evictions),
             Metric("peregrine_tier_invalidations", memory, c.invalidations),
             Metric("peregrine_tier_memory_bytes", memory, self.memory.bytes, is_counter=False),
-            Metric("peregrine_tier_memory_max_bytes", memory, self.memory.max_rows * self.memory.slot_bytes, is_counter=False),
+            Metric(
+                "peregrine_tier_memory_max_bytes",
+                memory,
+                self.memory.max_rows * self.memory.slot_bytes,
+                is_counter=False,
+            ),
             Metric("peregrine_tier_hits", snapshot, self.snapshot_rows - self.missing_rows),
             Metric("peregrine_tier_misses", snapshot, self.missing_rows),
             Metric("peregrine_tier_stale", snapshot, self.stale_rows),
@@ -203,7 +225,9 @@ class RowReaders:
         return self._open("items", self._release.items)
 
     def _open(self, table: str, rows: np.ndarray) -> RowReader:
-        self._opened.append(RowReader(rows, row_format(self._release, table) if self.redis else None, self.redis))
+        self._opened.append(
+            RowReader(rows, row_format(self._release, table) if self.redis else None, self.redis)
+        )
         return self._opened[-1]
 
     def close(self) -> None:
@@ -212,4 +236,7 @@ class RowReaders:
 
     def metrics(self) -> list[Metric]:
         """Every tier's numbers; nothing without Redis."""
-        return [*(one for reader in self._opened for one in reader.metrics()), *(self.redis.metrics() if self.redis else ())]
+        return [
+            *(one for reader in self._opened for one in reader.metrics()),
+            *(self.redis.metrics() if self.redis else ()),
+        ]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ensemble.metrics import Metric
+from ensemble.telemetry import Metric
 from ensemble.tiers.breaker import Breaker
 from ensemble.tiers.connection import Caller, check_installed
+from ensemble.tiers.latencies import Latencies
 from ensemble.tiers.memory import MemoryTier
-from ensemble.tiers.metrics import Latencies
-from ensemble.tiers.rows import RowFormat, identities_from_keys, keys_from_identities, prefix
+from ensemble.tiers.records import RowFormat, identities_from_keys, keys_from_identities, prefix
 from ensemble.tiers.settings import TierSettings
 from ensemble.tiers.tracking import Tracker
 
@@ -69,7 +69,9 @@ class RedisTier:
             if values is None:
                 return None
             records, good, causes = row_format.unpack(values, identities)
-            if "wrong_id" in causes and not self._is_in_step():  # replies have slipped: nothing more may be read from this connection
+            if (
+                "wrong_id" in causes and not self._is_in_step()
+            ):  # replies have slipped: nothing more may be read from this connection
                 self._disconnect()
         self.causes.update(causes)
         self.rows_asked += len(values)
@@ -83,7 +85,9 @@ class RedisTier:
         started = time.perf_counter()
         try:
             values = self._opened().mget(keys)
-        except Exception as error:  # a broken reply can come out of the parser as anything, and no request may fail for it
+        except (
+            Exception
+        ) as error:  # a broken reply can come out of the parser as anything, and no request may fail for it
             self._fail(_cause(error))
             return None
         finally:
@@ -134,15 +138,25 @@ class RedisTier:
             Metric("peregrine_tier_misses", tier, self.rows_asked - self.rows_found),
             Metric("peregrine_tier_read_bytes", tier, self.bytes_read),
             Metric("peregrine_tier_breaker_opened", tier, self.breaker.opened),
-            Metric("peregrine_tier_breaker_closed", tier, float(self.breaker.state == "closed"), is_counter=False),
+            Metric(
+                "peregrine_tier_breaker_closed", tier, float(self.breaker.state == "closed"), is_counter=False
+            ),
             Metric("peregrine_tier_tracking", tier, float(self.tracker.connected), is_counter=False),
             *self.latencies.metrics(tier="redis"),
         ]
-        return out + [Metric("peregrine_tier_failures", (*tier, ("cause", cause)), n) for cause, n in sorted(self.causes.items())]
+        return out + [
+            Metric("peregrine_tier_failures", (*tier, ("cause", cause)), n)
+            for cause, n in sorted(self.causes.items())
+        ]
 
 
 def _cause(error: Exception) -> str:
     """The counter an error goes to: a fixed word, never its text."""
     name = type(error).__name__
-    known = {"TimeoutError": "timeout", "ConnectionError": "connection", "AuthenticationError": "auth", "NoPermissionError": "auth"}
+    known = {
+        "TimeoutError": "timeout",
+        "ConnectionError": "connection",
+        "AuthenticationError": "auth",
+        "NoPermissionError": "auth",
+    }
     return known.get(name, "connection" if isinstance(error, OSError) else "error_reply")

@@ -20,7 +20,9 @@ class TierSettings:
 
     url: str = field(repr=False)  # redis://, rediss:// (TLS), unix://; redis+cluster:// for a cluster
     deadline_ms: float = 5.0  # of every call to Redis, connecting included; after it the snapshot answers
-    soft_ttl_s: float = 30.0  # past it a row in memory is asked for again, and used only if Redis does not answer
+    soft_ttl_s: float = (
+        30.0  # past it a row in memory is asked for again, and used only if Redis does not answer
+    )
     hard_ttl_s: float = 300.0  # past it a row in memory is never used
     negative_ttl_s: float = 10.0  # how long "Redis has no such row" is believed
     jitter: float = 0.2  # each row's times are shortened by up to this share, so that rows loaded together do not expire together
@@ -30,8 +32,18 @@ class TierSettings:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(_SCHEMES):
-            raise InvalidInput(f"--redis: {hidden(self.url)!r} is not a Redis URL; write redis://[USER:PASSWORD@]HOST:PORT[/DB]")
-        for name in ("deadline_ms", "soft_ttl_s", "hard_ttl_s", "negative_ttl_s", "memory_bytes", "breaker_failures", "breaker_open_s"):
+            raise InvalidInput(
+                f"--redis: {hidden(self.url)!r} is not a Redis URL; write redis://[USER:PASSWORD@]HOST:PORT[/DB]"
+            )
+        for name in (
+            "deadline_ms",
+            "soft_ttl_s",
+            "hard_ttl_s",
+            "negative_ttl_s",
+            "memory_bytes",
+            "breaker_failures",
+            "breaker_open_s",
+        ):
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"tiers: {name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.jitter < 1 or self.soft_ttl_s > self.hard_ttl_s:
@@ -53,7 +65,9 @@ def url_from_option(text: str) -> str:
     try:
         lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--redis: cannot read {text[1:]}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        raise InvalidInput(
+            f"--redis: cannot read {text[1:]}: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+        ) from None
     return lines[0].strip() if lines else ""
 
 
@@ -72,4 +86,6 @@ def settings_from_environment() -> TierSettings | None:
     try:
         return TierSettings(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InvalidInput(f"{VARIABLE}={path}: not a file of tier settings ({type(error).__name__}); start the server again") from None
+        raise InvalidInput(
+            f"{VARIABLE}={path}: not a file of tier settings ({type(error).__name__}); start the server again"
+        ) from None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ensemble.tiers import rows
+from ensemble.tiers import records as rows
 
 _QUIET_S = 1.0  # without a message: is the connection still there?
 _ANSWER_S = 1.0
@@ -21,12 +21,19 @@ class Tracker:
     """Follows one shop's pointer and the rows of the version it points to."""
 
     def __init__(
-        self, client: Callable[[], Any], shop: str, release: str, on_keys: Callable[[str, list[bytes]], None], on_flush: Callable[[], None]
+        self,
+        client: Callable[[], Any],
+        shop: str,
+        release: str,
+        on_keys: Callable[[str, list[bytes]], None],
+        on_flush: Callable[[], None],
     ) -> None:
         """`client` gives the tier's client; on_keys(table, keys) and on_flush() are called on the tracker's thread."""
         self._client, self._shop, self._release = client, shop, release
         self._on_keys, self._on_flush = on_keys, on_flush
-        self.version: bytes | None = None  # stays when the connection is lost: TTLs bound what may then be stale
+        self.version: bytes | None = (
+            None  # stays when the connection is lost: TTLs bound what may then be stale
+        )
         self.connected, self.connects, self.failures = False, 0, 0
         self._first, self._stop = threading.Event(), threading.Event()
         self._again, self._moved = threading.Event(), False
@@ -63,12 +70,22 @@ class Tracker:
             version = client.hget(rows.shop_key(self._shop), self._release)
             prefixes = {table: rows.prefix(version, table) for table in rows.TABLES} if version else {}
             for connection in connections if prefixes else ():
-                _ask(connection, "CLIENT", "TRACKING", "ON", "BCAST", *[part for p in prefixes.values() for part in ("PREFIX", p)])
+                _ask(
+                    connection,
+                    "CLIENT",
+                    "TRACKING",
+                    "ON",
+                    "BCAST",
+                    *[part for p in prefixes.values() for part in ("PREFIX", p)],
+                )
             self.version = version
             self._on_flush()
             self.connected, self.connects = True, self.connects + 1
             self._first.set()
-            others = [threading.Thread(target=self._listen, args=(c, prefixes), daemon=True) for c in connections[1:]]
+            others = [
+                threading.Thread(target=self._listen, args=(c, prefixes), daemon=True)
+                for c in connections[1:]
+            ]
             for thread in others:
                 thread.start()
             self._listen(connections[0], prefixes)
@@ -104,7 +121,10 @@ class Tracker:
             mine = [key for key in keys if key.startswith(start)]
             if mine:
                 self._on_keys(table, mine)
-        if rows.shop_key(self._shop) in keys and self._client().hget(rows.shop_key(self._shop), self._release) != self.version:
+        if (
+            rows.shop_key(self._shop) in keys
+            and self._client().hget(rows.shop_key(self._shop), self._release) != self.version
+        ):
             self._moved = True
             self._again.set()
 
@@ -120,12 +140,21 @@ def _connect(pool: Any) -> Any:
     """A connection of our own with the pool's address and login, speaking RESP3, whose reads may wait."""
     from redis.maint_notifications import MaintNotificationsConfig
 
-    keep = {k: v for k, v in pool.connection_kwargs.items() if k not in ("parser_class", "protocol", "socket_timeout", "maint_notifications_config")}
+    keep = {
+        k: v
+        for k, v in pool.connection_kwargs.items()
+        if k not in ("parser_class", "protocol", "socket_timeout", "maint_notifications_config")
+    }
     connection = pool.connection_class(
-        **keep, protocol=3, socket_timeout=_ANSWER_S, maint_notifications_config=MaintNotificationsConfig(enabled=False)
+        **keep,
+        protocol=3,
+        socket_timeout=_ANSWER_S,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     connection.connect()
-    connection._get_parser().set_invalidation_push_handler(lambda message: message)  # as redis-py's own cache does; without it they are lost
+    connection._get_parser().set_invalidation_push_handler(
+        lambda message: message
+    )  # as redis-py's own cache does; without it they are lost
     return connection
 
 

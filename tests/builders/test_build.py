@@ -20,15 +20,16 @@ from rich.console import Console
 from shops import ROOT, one_thread, private_copy
 
 from ensemble.errors import InvalidInput
-from ensemble.release import active_release, open_release
-from ensemble.repository import release_names
+from ensemble.release.release import active_release, open_release
+from ensemble.release.repository import release_names
+from ensemble.steps.served import open_served
 
 KILLS = 10
 # Imports once, then builds in forked children: a kill then meets the build, not ten times the import of torch.
 DRIVER = """\
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import builders.build, builders.build_cli, clients.releases, torch.onnx, peregrine
+import builders.build, builders.cli.build, clients.operations.releases, torch.onnx, peregrine
 torch.set_num_threads(1)
 for line in sys.stdin:
     child = os.fork()
@@ -52,7 +53,13 @@ class Builds:
         self.folder, self.log = folder, log
         command = [sys.executable, "-c", DRIVER, str(ROOT)]
         self.driver = subprocess.Popen(
-            command, cwd=folder, env=one_thread(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("wb"), text=True
+            command,
+            cwd=folder,
+            env=one_thread(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            text=True,
         )
         self.child = 0
 
@@ -80,7 +87,7 @@ class Builds:
 
 @pytest.fixture(scope="module")
 def small_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from builders.generate import generate_shop
+    from builders.shop.generate import generate_shop
 
     folder = tmp_path_factory.mktemp("small") / "shop"
     generate_shop(folder, users=60, items=60, events=2000, seed=0, images=False)
@@ -111,7 +118,9 @@ def test_a_build_killed_at_ten_random_moments_harms_nothing_and_the_next_complet
     rng, killed_in = random.Random(0), []
     for _ in range(5 * KILLS):  # some builds are faster than their kill
         builds.start()
-        if len(killed_in) < KILLS // 2:  # at any moment of a cold build; each goes on where the one before was killed
+        if (
+            len(killed_in) < KILLS // 2
+        ):  # at any moment of a cold build; each goes on where the one before was killed
             time.sleep(rng.uniform(0, 2.5))
         else:  # in the middle of publishing: what of a release is there by then is not yet one
             wait_for(lambda: [*repository.glob(".staging-*"), *repository.glob("r2*")], 120)
@@ -119,7 +128,13 @@ def test_a_build_killed_at_ten_random_moments_harms_nothing_and_the_next_complet
         code = builds.kill()
         assert_serves_r1(repository, alias)
         if code == -signal.SIGKILL:
-            killed_in.append(sorted(p.name.partition("-")[0] for p in (repository / ".build" / "shop").glob("*-*") if p.suffix != ".partial"))
+            killed_in.append(
+                sorted(
+                    p.name.partition("-")[0]
+                    for p in (repository / ".build" / "shop").glob("*-*")
+                    if p.suffix != ".partial"
+                )
+            )
         else:
             assert code == 0, builds.log.read_text()[-2000:]
         for name in release_names(repository)[1:]:  # it was faster than the kill: let it publish again
@@ -164,7 +179,7 @@ for at in range(20):
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
         break
     if (repository / "r2" / "manifest.json").exists():
-        from ensemble.release import open_release
+        from ensemble.release.release import open_release
         open_release(repository, "r2").verify()  # there, so it must be whole
         print("whole")
         break
@@ -174,10 +189,14 @@ for at in range(20):
 
 def test_killed_before_any_rename_of_publishing_there_is_no_release_or_a_whole_one(tmp_path):
     """The moments that random kills would hardly ever meet: microseconds apart."""
-    command = [sys.executable, "-c", KILLED_AT_EACH_RENAME, str(ROOT), str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=tmp_path, env=one_thread(), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", KILLED_AT_EACH_RENAME, str(ROOT), str(ROOT / "tests" / "helpers")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=one_thread(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split().count("none") >= 8, "one a member, the release's own folder, the staging folder"
+    assert done.stdout.split().count("none") >= 8, (
+        "one a member, the release's own folder, the staging folder"
+    )
     assert release_names(tmp_path / "repository") == ["r2"]
     open_release(tmp_path / "repository", "r2").verify()
 
@@ -188,7 +207,9 @@ def build(shop: Path, repository: Path, **options) -> tuple[str, dict[str, bool]
     from builders.build import build as build_release
     from builders.presets import preset
 
-    name, stages = build_release(BuildOptions(shop, repository, preset("tiny"), **options), Console(file=io.StringIO()))
+    name, stages = build_release(
+        BuildOptions(shop, repository, preset("tiny"), **options), Console(file=io.StringIO())
+    )
     return name, {stage.name: stage.skipped for stage in stages.done}
 
 
@@ -197,7 +218,9 @@ def warm(release_cache, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """(shop, repository) of a finished build, its stages with it."""
     folder = tmp_path_factory.mktemp("warm")
     source = release_cache.folder("tiny")
-    shutil.copytree(source / "repository", folder / "repository", ignore=shutil.ignore_patterns(".lock", ".server.json"))
+    shutil.copytree(
+        source / "repository", folder / "repository", ignore=shutil.ignore_patterns(".lock", ".server.json")
+    )
     shutil.copytree(source / "shop", folder / "shop")
     return folder / "shop", folder / "repository"
 
@@ -210,9 +233,15 @@ def test_unchanged_stages_are_skipped_and_the_release_is_the_same(warm):
     name, skipped = build(shop, repository)
     assert skipped == {**dict.fromkeys(ALL, True), "repository": False}
     old, new = (json.loads((repository / r / "manifest.json").read_text())["files"] for r in ("r1", name))
-    same = {path: entry["sha256"] for path, entry in old.items() if path.endswith((".npy", ".onnx", ".faiss", ".json"))}
+    same = {
+        path: entry["sha256"]
+        for path, entry in old.items()
+        if path.endswith((".npy", ".onnx", ".faiss", ".json"))
+    }
     assert same == {
-        path.replace(name, "r1", 1): entry["sha256"] for path, entry in new.items() if path.endswith((".npy", ".onnx", ".faiss", ".json"))
+        path.replace(name, "r1", 1): entry["sha256"]
+        for path, entry in new.items()
+        if path.endswith((".npy", ".onnx", ".faiss", ".json"))
     }
     assert active_release(repository) == "r1", "building is not activating"
 
@@ -314,15 +343,39 @@ WANTED = (
     "user_codes [B, C] int32, user_values [B, R] float32, in this order"
 )
 REFUSED = [
-    ("user_encoder", "OtherName", f"forward(history, history_mask, user_codes, user_values) differs at history_embeddings; {WANTED}"),
-    ("user_encoder", "Missing", f"forward(history_embeddings, history_mask, user_codes) differs at user_values; {WANTED}"),
-    ("user_encoder", "OtherShape", "gives [3, 32] torch.float32 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32"),
-    ("user_encoder", "OtherDtype", "gives [3, 1, 32] torch.float64 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32"),
+    (
+        "user_encoder",
+        "OtherName",
+        f"forward(history, history_mask, user_codes, user_values) differs at history_embeddings; {WANTED}",
+    ),
+    (
+        "user_encoder",
+        "Missing",
+        f"forward(history_embeddings, history_mask, user_codes) differs at user_values; {WANTED}",
+    ),
+    (
+        "user_encoder",
+        "OtherShape",
+        "gives [3, 32] torch.float32 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32",
+    ),
+    (
+        "user_encoder",
+        "OtherDtype",
+        "gives [3, 1, 32] torch.float64 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32",
+    ),
     ("user_encoder", "Two", "gives 2 tensors; the contract wants user_embeddings [B, M, D] float32"),
     ("user_encoder", "Fails", "forward fails on tensors of the contract: RuntimeError: "),
     ("user_encoder", "NoModule", "NoModule(schema) gives a NoModule, not a torch.nn.Module"),
-    ("user_encoder", "Nowhere", "cannot import it (module 'own_models' has no attribute 'Nowhere'); give MODULE:CLASS, with MODULE importable from "),
-    ("ranker", "RankerWithoutScores", "differs at candidate_scores; the contract wants history_features [B, H, F] float32, "),
+    (
+        "user_encoder",
+        "Nowhere",
+        "cannot import it (module 'own_models' has no attribute 'Nowhere'); give MODULE:CLASS, with MODULE importable from ",
+    ),
+    (
+        "ranker",
+        "RankerWithoutScores",
+        "differs at candidate_scores; the contract wants history_features [B, H, F] float32, ",
+    ),
 ]
 
 
@@ -335,7 +388,9 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 
 @pytest.mark.parametrize(("model", "kind", "text"), REFUSED, ids=[kind for _, kind, _ in REFUSED])
-def test_an_own_model_with_another_signature_is_refused_with_the_tensors_named(own_models, tiny_release, model, kind, text):
+def test_an_own_model_with_another_signature_is_refused_with_the_tensors_named(
+    own_models, tiny_release, model, kind, text
+):
     from builders.own_model import own_model
 
     with pytest.raises(InvalidInput) as caught:
@@ -365,7 +420,9 @@ def test_own_models_are_built_into_a_release_that_answers(own_models, small_shop
     """Both at once: trained, exported, indexed, verified, and asked."""
     from ensemble.local import LocalPipeline
 
-    name, _ = build(small_shop, tmp_path / "repository", user_encoder="own_models:Good", ranker="own_models:GoodRanker")
-    pipeline = LocalPipeline(open_release(tmp_path / "repository", name))
+    name, _ = build(
+        small_shop, tmp_path / "repository", user_encoder="own_models:Good", ranker="own_models:GoodRanker"
+    )
+    pipeline = LocalPipeline(open_served(tmp_path / "repository", name))
     answer = pipeline.recommend(pipeline.release.user_ids.sorted_ids[:5].tolist())
     assert (answer["item_ids"] != b"").all()

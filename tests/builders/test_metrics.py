@@ -18,7 +18,9 @@ def test_auc_equals_brute_force_with_ties_and_undefined_labels():
     scores = rng.integers(0, 9, 300).astype(np.float32)
     assert metrics.auc(labels, scores) == pytest.approx(_brute_auc(labels, scores), abs=1e-12)
     undefined = np.concatenate([labels, np.full(50, np.nan, np.float32)])
-    assert metrics.auc(undefined, np.concatenate([scores, np.ones(50)])) == pytest.approx(_brute_auc(labels, scores), abs=1e-12)
+    assert metrics.auc(undefined, np.concatenate([scores, np.ones(50)])) == pytest.approx(
+        _brute_auc(labels, scores), abs=1e-12
+    )
 
 
 def test_auc_is_half_for_equal_scores_and_nan_for_one_class():
@@ -27,7 +29,9 @@ def test_auc_is_half_for_equal_scores_and_nan_for_one_class():
 
 
 def test_rmse_and_log_loss_leave_undefined_rows_out():
-    assert metrics.rmse(np.array([1.0, np.nan, 3.0]), np.array([0.0, 9.0, 3.0])) == pytest.approx(np.sqrt(0.5))
+    assert metrics.rmse(np.array([1.0, np.nan, 3.0]), np.array([0.0, 9.0, 3.0])) == pytest.approx(
+        np.sqrt(0.5)
+    )
     assert metrics.log_loss(np.array([1.0, np.nan]), np.array([0.5, 0.0])) == pytest.approx(np.log(2))
     assert np.isnan(metrics.rmse(np.array([np.nan]), np.zeros(1)))
 
@@ -64,7 +68,9 @@ def test_paired_bootstrap_sees_a_difference_and_resamples_users():
     assert better.low > 0.03
     assert better.high < 0.07
     assert better.p_worse == 0
-    shared = np.repeat(rng.normal(0, 1, 500), 4)  # one shock a user: rows say nothing new, so the spread is that of 500 users
+    shared = np.repeat(
+        rng.normal(0, 1, 500), 4
+    )  # one shock a user: rows say nothing new, so the spread is that of 500 users
     wide = metrics.paired_bootstrap(np.zeros(2000), shared, users)
     assert wide.high - wide.low == pytest.approx(2 * 1.96 * shared.std() / np.sqrt(500), rel=0.15)
     same = metrics.paired_bootstrap(first, first, users)

@@ -25,7 +25,11 @@ def test_a_stage_runs_once_for_the_same_options(stages):
         ran.append(folder.name)
         np.save(folder / "x.npy", np.zeros(3))
 
-    first, second, third = stages.run("data", work, 1), stages.run("data", work, 1), stages.run("data", work, 2)
+    first, second, third = (
+        stages.run("data", work, 1),
+        stages.run("data", work, 1),
+        stages.run("data", work, 2),
+    )
     assert (first.skipped, second.skipped, third.skipped) == (False, True, False)
     assert first.folder == second.folder != third.folder
     assert len(ran) == 2
@@ -34,9 +38,18 @@ def test_a_stage_runs_once_for_the_same_options(stages):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), r"stage index: no space left in .*finished stages are kept"),
-        (RuntimeError("faiss: write error: 0 != 1 (No space left on device)"), r"stage index: no space left in "),
-        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), r"stage index: cannot write /a/b: Permission denied; .*--repository"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"stage index: no space left in .*finished stages are kept",
+        ),
+        (
+            RuntimeError("faiss: write error: 0 != 1 (No space left on device)"),
+            r"stage index: no space left in ",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            r"stage index: cannot write /a/b: Permission denied; .*--repository",
+        ),
     ],
     ids=["full", "full, says Faiss", "read-only"],
 )

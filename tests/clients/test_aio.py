@@ -33,7 +33,9 @@ def test_recommend_and_batches() -> None:
 def test_errors_budget_and_retry() -> None:
     async def body() -> None:
         away = Unavailable("away", "INTERNAL", retryable=True)
-        client = AsyncClient(transport=FakeTransport({"u": ["x"]}, failures=[away, InvalidArgument("top_k: no")]))
+        client = AsyncClient(
+            transport=FakeTransport({"u": ["x"]}, failures=[away, InvalidArgument("top_k: no")])
+        )
         with pytest.raises(InvalidArgument, match=r"^top_k: no$"):
             await client.recommend("u")
         assert (await client.recommend("u")).items

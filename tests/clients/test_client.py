@@ -7,13 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fake_triton import FakeTriton
+from shops import ROOT
 
 from clients.client import Client
-from clients.errors import BudgetExceeded, CallError, InvalidArgument, Overloaded, ServerFault, Unavailable, error_from_status, scrubbed
+from clients.errors import (
+    BudgetExceeded,
+    CallError,
+    InvalidArgument,
+    Overloaded,
+    ServerFault,
+    Unavailable,
+    error_from_status,
+    scrubbed,
+)
 from clients.transport import FakeTransport, GrpcTransport
 from clients.wire import call_from_options, decode_bytes, encode_bytes
 from ensemble.contract import Degraded
@@ -45,7 +54,14 @@ def test_recommend_many_cuts_padding_of_each_user() -> None:
 
 
 def test_options_become_parameters_and_what_is_not_given_is_not_sent() -> None:
-    options = {"top_k": 5, "session_items": ["a", 7], "exclude_seen": False, "allow": {"brand": ["X"]}, "weights": {"buy": 2.0}, "diversity": 0.5}
+    options = {
+        "top_k": 5,
+        "session_items": ["a", 7],
+        "exclude_seen": False,
+        "allow": {"brand": ["X"]},
+        "weights": {"buy": 2.0},
+        "diversity": 0.5,
+    }
     sent = ask(**options).calls[0].parameters
     assert sent == {
         "top_k": 5,
@@ -59,7 +75,12 @@ def test_options_become_parameters_and_what_is_not_given_is_not_sent() -> None:
 
 
 def test_recommend_many_takes_one_value_per_user() -> None:
-    options = {"top_k": [1, 2], "session_items": [["a"], None], "caps": {"brand": 1}, "exclude_seen": [True, None]}
+    options = {
+        "top_k": [1, 2],
+        "session_items": [["a"], None],
+        "caps": {"brand": 1},
+        "exclude_seen": [True, None],
+    }
     sent = call_from_options(["u", "v"], options, None, per_user=True).parameters
     assert {name: json.loads(value) for name, value in sent.items()} == {  # type: ignore[arg-type]
         "top_k": [1, 2],
@@ -96,7 +117,11 @@ def test_bad_options_are_refused_before_they_are_sent(user: object, options: dic
     [
         ([], {}, "user_id: at least one user is needed, got none"),
         (["u", "v"], {"top_k": [1]}, "top_k: one value per user is needed: 2 users, got 1 values"),
-        (["u", "v"], {"top_k": [1, None]}, "top_k: None is no value; give one to every user, or leave top_k out"),
+        (
+            ["u", "v"],
+            {"top_k": [1, None]},
+            "top_k: None is no value; give one to every user, or leave top_k out",
+        ),
     ],
 )
 def test_bad_batches_are_refused(users: list[str], options: dict, message: str) -> None:
@@ -114,7 +139,12 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
             InvalidArgument,
             "top_k: must be 1..100, got 0",
         ),
-        ("INVALID_ARGUMENT", "[request id: 7] in ensemble 'recommend', caps: no", InvalidArgument, "caps: no"),
+        (
+            "INVALID_ARGUMENT",
+            "[request id: 7] in ensemble 'recommend', caps: no",
+            InvalidArgument,
+            "caps: no",
+        ),
         (
             "INVALID_ARGUMENT",
             "[request id: <id_unknown>] inference request batch-size must be <= 64 for 'recommend'",
@@ -139,8 +169,18 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
             ServerFault,
             "server s:1 failed (INTERNAL): KeyError: 'x'; its log has the details",
         ),
-        ("UNAVAILABLE", "Exceeds maximum queue size", Overloaded, "server s:1 is overloaded: Exceeds maximum queue size"),
-        ("UNAVAILABLE", "Request timeout expired", BudgetExceeded, "budget_ms: server s:1 gave up within the request's own timeout"),
+        (
+            "UNAVAILABLE",
+            "Exceeds maximum queue size",
+            Overloaded,
+            "server s:1 is overloaded: Exceeds maximum queue size",
+        ),
+        (
+            "UNAVAILABLE",
+            "Request timeout expired",
+            BudgetExceeded,
+            "budget_ms: server s:1 gave up within the request's own timeout",
+        ),
         (
             "UNAVAILABLE",
             "This protocol is restricted, expecting header 'triton-grpc-protocol-x'",
@@ -149,7 +189,9 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
         ),
     ],
 )
-def test_errors_say_what_to_do_and_leak_nothing(status: str, text: str, kind: type[Exception], message: str) -> None:
+def test_errors_say_what_to_do_and_leak_nothing(
+    status: str, text: str, kind: type[Exception], message: str
+) -> None:
     error = error_from_status(status, text, "s:1")
     assert type(error) is kind
     assert str(error) == message
@@ -157,7 +199,9 @@ def test_errors_say_what_to_do_and_leak_nothing(status: str, text: str, kind: ty
 
 
 def test_scrubbed_removes_keys_paths_and_addresses() -> None:
-    assert scrubbed("open /dev/shm/triton_python_backend_shm_region_1 at 0x7f00 failed") == "open … at … failed"
+    assert (
+        scrubbed("open /dev/shm/triton_python_backend_shm_region_1 at 0x7f00 failed") == "open … at … failed"
+    )
 
 
 @pytest.mark.parametrize("status", ["UNAVAILABLE", "INTERNAL"])
@@ -170,7 +214,10 @@ def test_what_may_pass_is_asked_once_more(status: str) -> None:
         Client(transport=FakeTransport(LISTS, failures=[error, error])).recommend("u1")
 
 
-@pytest.mark.parametrize("error", [InvalidArgument("top_k: no"), ServerFault("bug", "INTERNAL"), Overloaded("full", "RESOURCE_EXHAUSTED")])
+@pytest.mark.parametrize(
+    "error",
+    [InvalidArgument("top_k: no"), ServerFault("bug", "INTERNAL"), Overloaded("full", "RESOURCE_EXHAUSTED")],
+)
 def test_what_will_not_pass_is_not_asked_again(error: Exception) -> None:
     transport = FakeTransport(LISTS, failures=[error])
     with pytest.raises(type(error)):
@@ -197,7 +244,9 @@ def test_a_budget_ends_the_waiting() -> None:
     assert time.perf_counter() - started < 0.4
 
 
-@pytest.mark.parametrize("values", [[b"a"] * 100, [b"abc", b"", b"de"] * 40, [b""] * 100, [], [b"x\0"] * 100, ["é".encode()] * 3])
+@pytest.mark.parametrize(
+    "values", [[b"a"] * 100, [b"abc", b"", b"de"] * 40, [b""] * 100, [], [b"x\0"] * 100, ["é".encode()] * 3]
+)
 def test_bytes_survive_the_wire(values: list[bytes]) -> None:
     assert decode_bytes(encode_bytes(values), len(values)) == values
 
@@ -216,21 +265,33 @@ def test_grpc_answers_become_results(triton: FakeTriton) -> None:
     assert first.items[1].probabilities == {"click": 0.5, "buy": 0.5}
     assert (first.degraded, second.degraded, second.user_id) == (Degraded(0), Degraded.UNKNOWN_USER, "ü2")
     sent = triton.requests[0]
-    assert (sent.model_name, len(sent.inputs), sent.inputs[0].name, list(sent.inputs[0].shape)) == ("recommend", 1, "user_id", [2, 1])
+    assert (sent.model_name, len(sent.inputs), sent.inputs[0].name, list(sent.inputs[0].shape)) == (
+        "recommend",
+        1,
+        "user_id",
+        [2, 1],
+    )
     assert sent.parameters["top_k"].int64_param == 3
     assert sent.parameters["diversity"].double_param == 0.5
     assert sent.parameters["exclude_seen"].bool_param is True
 
 
 def test_grpc_errors_are_stripped(triton: FakeTriton) -> None:
-    triton.failures = [("INVALID_ARGUMENT", "in ensemble 'recommend', in ensemble 'r1_recommend', top_k: must be 1..100, got 0")]
+    triton.failures = [
+        (
+            "INVALID_ARGUMENT",
+            "in ensemble 'recommend', in ensemble 'r1_recommend', top_k: must be 1..100, got 0",
+        )
+    ]
     with Client(triton.url) as client, pytest.raises(InvalidArgument) as caught:
         client.recommend("u1", top_k=0)
     assert str(caught.value) == "top_k: must be 1..100, got 0"
 
 
 def test_a_dead_stub_is_asked_around(triton: FakeTriton) -> None:
-    triton.failures = [("INTERNAL", "in ensemble 'recommend', Stub process 'r1_features_0_0' is not healthy.")]
+    triton.failures = [
+        ("INTERNAL", "in ensemble 'recommend', Stub process 'r1_features_0_0' is not healthy.")
+    ]
     with Client(triton.url) as client:
         assert client.recommend("u1").items
     assert len(triton.requests) == 2
@@ -269,7 +330,10 @@ def test_calls_that_were_given_up_are_bounded(triton: FakeTriton) -> None:
                 client.recommend("u1", budget_ms=5)
         with pytest.raises(Overloaded) as caught:
             client.recommend("u1", budget_ms=5)
-        assert str(caught.value) == f"4 calls to {triton.url} are still running, and it cannot be told to stop; ask again later"
+        assert (
+            str(caught.value)
+            == f"4 calls to {triton.url} are still running, and it cannot be told to stop; ask again later"
+        )
         assert transport.num_abandoned == 4
         triton.delay_s = 0.0
         assert client.recommend("u1").items  # without a budget nothing can be given up
@@ -287,7 +351,9 @@ def test_a_closed_client_says_so(triton: FakeTriton) -> None:
 def test_no_server_is_one_clear_line() -> None:
     with (
         Client("127.0.0.1:1") as client,
-        pytest.raises(Unavailable, match=r"^server 127\.0\.0\.1:1 is not available: .*is `peregrine serve` running\?$"),
+        pytest.raises(
+            Unavailable, match=r"^server 127\.0\.0\.1:1 is not available: .*is `peregrine serve` running\?$"
+        ),
     ):
         client.recommend("u1")
 
@@ -295,5 +361,7 @@ def test_no_server_is_one_clear_line() -> None:
 def test_importing_the_client_is_free_of_servers_screens_and_grpc() -> None:
     heavy = ("grpc", "typer", "rich", "psutil", "matplotlib", "torch", "faiss")
     script = f"import sys, clients.client, clients.aio; print(*set({heavy}) & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert result.stdout.strip() == ""

@@ -12,7 +12,7 @@ from asking import IN_FLIGHT, OUTPUTS, TritonAsker
 from tritonclient.grpc import InferInput, service_pb2
 from tritonclient.utils import InferenceServerException
 
-from ensemble.server import Server
+from ensemble.server.supervisor import Server
 
 pytestmark = pytest.mark.triton
 
@@ -24,19 +24,34 @@ BAD_PARAMETERS = [
     ({"top_k": 2**31}, "top_k: must be 1..50, got 2147483648"),
     ({"top_k": "many"}, "top_k: not JSON: Expecting value: line 1 column 1 (char 0)"),
     ({"session_items": json.dumps(["1"] * 10_000)}, "session_items: at most 1000 items, got 10000"),
-    ({"exclude_items": "[1, 2"}, "exclude_items: not JSON: Expecting ',' delimiter: line 1 column 6 (char 5)"),
+    (
+        {"exclude_items": "[1, 2"},
+        "exclude_items: not JSON: Expecting ',' delimiter: line 1 column 6 (char 5)",
+    ),
     ({"session_items": json.dumps(["x" * 129])}, "session_items: an id must have at most 128 bytes, got 129"),
     ({"session_items": '["\\ud800"]'}, 'session_items: an id is not UTF-8: "\\ud800"'),
-    ({"session_items": "[" * 50_000}, "session_items: not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
-    ({"weights": '{"interact": NaN}'}, "weights: the weight of 'interact' must be a finite number, at most 1e6 in size, got NaN"),
+    (
+        {"session_items": "[" * 50_000},
+        "session_items: not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+    ),
+    (
+        {"weights": '{"interact": NaN}'},
+        "weights: the weight of 'interact' must be a finite number, at most 1e6 in size, got NaN",
+    ),
     ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: interact'),
-    ({"weights": "{"}, "weights: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    (
+        {"weights": "{"},
+        "weights: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
     ({"deny": '{"brand": ["x"]}'}, 'deny: no item category "brand"; known: attributes, kind'),
     ({"caps": '{"kind": 0}'}, "caps: the cap of 'kind' must be a whole number from 1, got 0"),
     ({"diversity": 1.5}, "diversity: must be 0..1, got 1.5"),
     ({"diversity": "NaN"}, "diversity: must be 0..1, got NaN"),
     ({"exclude_seen": "perhaps"}, "exclude_seen: not JSON: Expecting value: line 1 column 1 (char 0)"),
-    ({"topk": 5}, "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity"),
+    (
+        {"topk": 5},
+        "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity",
+    ),
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]
 BAD_IDS = [
@@ -70,7 +85,11 @@ def assert_refused(error: InferenceServerException, text: str) -> None:
     assert error.message().endswith(text), error.message()
 
 
-@pytest.mark.parametrize(("parameters", "text"), BAD_PARAMETERS, ids=[f"{n}-{next(iter(p))}" for n, (p, _) in enumerate(BAD_PARAMETERS)])
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    BAD_PARAMETERS,
+    ids=[f"{n}-{next(iter(p))}" for n, (p, _) in enumerate(BAD_PARAMETERS)],
+)
 def test_a_bad_parameter_is_refused_by_name(asker, parameters, text):
     assert_refused(refusal(asker, [b"1"], parameters), text)
 
@@ -91,7 +110,9 @@ def test_a_bad_user_id_is_refused(asker, user_id, text):
 def batches(asker: TritonAsker, server: Server) -> tuple[int, int]:
     """(requests, batches they came in) of the features step so far."""
     model = "r1_recommend" if server.launch.configuration else "r1_features"
-    found = asker.client.get_inference_statistics(model, headers=server.headers, as_json=True)["model_stats"][0]
+    found = asker.client.get_inference_statistics(model, headers=server.headers, as_json=True)["model_stats"][
+        0
+    ]
     return int(found["inference_count"]), int(found["execution_count"])
 
 
@@ -99,7 +120,9 @@ def test_a_bad_request_leaves_its_batch_mates_unharmed(asker, server):
     """Bad and good sent together, so that they meet in Triton's batches, again and again."""
     good = [([str(n).encode()], {"top_k": 5}) for n in range(1, 9)]
     wanted = [asker.ask(*request) for request in good]
-    bad = [([b"1"], parameters) for parameters, _ in BAD_PARAMETERS] + [([user_id], {}) for user_id, _ in BAD_IDS]
+    bad = [([b"1"], parameters) for parameters, _ in BAD_PARAMETERS] + [
+        ([user_id], {}) for user_id, _ in BAD_IDS
+    ]
 
     def ask(request):
         try:

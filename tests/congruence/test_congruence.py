@@ -21,7 +21,17 @@ from ensemble.options import default_options
 
 TOLERANCE = 1e-5
 USERS = 1000
-SIZES = (*range(1, 65), 64, 64, 32, 16, 8, 4, 2, *(1,) * 30)  # of the requests: every batch size at least once
+SIZES = (
+    *range(1, 65),
+    64,
+    64,
+    32,
+    16,
+    8,
+    4,
+    2,
+    *(1,) * 30,
+)  # of the requests: every batch size at least once
 AskAll = Callable[[list[Request]], list[Tensors]]
 
 
@@ -41,14 +51,20 @@ def questions_of(twin: LocalPipeline, count: int, seed: int) -> list[Question]:
     tasks = [task.name for task in twin.release.schema.tasks]
     asked = []
     for n in range(count):
-        options = {name: make(rng, items, values, tasks) for name, make in MAKERS.items() if rng.random() < 0.25}
+        options = {
+            name: make(rng, items, values, tasks) for name, make in MAKERS.items() if rng.random() < 0.25
+        }
         options |= {"session_items": _items(rng, items, 6)} if n % 2 else {}
-        asked.append(Question(b"nobody" if rng.random() < 0.03 else bytes(users[n % min(USERS, len(users))]), options))
+        asked.append(
+            Question(b"nobody" if rng.random() < 0.03 else bytes(users[n % min(USERS, len(users))]), options)
+        )
     return asked
 
 
 def _items(rng: np.random.Generator, items: np.ndarray, most: int) -> list[str]:
-    return [i.decode() for i in rng.choice(items, rng.integers(0, most + 1))] + ["no such item"] * int(rng.random() < 0.1)
+    return [i.decode() for i in rng.choice(items, rng.integers(0, most + 1))] + ["no such item"] * int(
+        rng.random() < 0.1
+    )
 
 
 def _values(rng: np.random.Generator, values: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -62,7 +78,9 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "exclude_seen": lambda rng, items, values, tasks: bool(rng.random() < 0.5),
     "allow": lambda rng, items, values, tasks: _values(rng, values),
     "deny": lambda rng, items, values, tasks: _values(rng, values),
-    "weights": lambda rng, items, values, tasks: {str(rng.choice(tasks)): round(float(rng.normal(1, 0.5)), 3)},
+    "weights": lambda rng, items, values, tasks: {
+        str(rng.choice(tasks)): round(float(rng.normal(1, 0.5)), 3)
+    },
     "caps": lambda rng, items, values, tasks: {str(rng.choice(sorted(values))): int(rng.integers(1, 4))},
     "diversity": lambda rng, items, values, tasks: round(float(rng.random() * 0.8), 3),
 }
@@ -105,14 +123,18 @@ def check(reference: Reference, requests: list[Request], answers: list[Tensors])
         widest = 0
         for row in range(len(users)):
             question = reference.questions[place % len(reference.questions)]
-            wanted = {name: array[0] for name, array in reference.answers[place % len(reference.questions)].items()}
+            wanted = {
+                name: array[0] for name, array in reference.answers[place % len(reference.questions)].items()
+            }
             found = {name: array[row] for name, array in answer.items()}
             widest = max(widest, len(wanted["item_ids"]))
             problem = difference(wanted, found)
             if problem and is_nth_candidate(reference, question, wanted, found):
                 by_nth += 1
             elif problem:
-                told.append(f"user {question.user_id!r} of a request of {len(users)}, {question.options}: {problem}")
+                told.append(
+                    f"user {question.user_id!r} of a request of {len(users)}, {question.options}: {problem}"
+                )
             place += 1
         assert answer["item_ids"].shape == (len(users), widest)
     assert not told, f"{len(told)} of {place} users differ, the first: {told[0]}"
@@ -149,11 +171,20 @@ def is_nth_candidate(reference: Reference, question: Question, wanted: Tensors, 
     """True when an item is there for another that recall likes as well, to within the tolerance."""
     rows, scores = reference.candidates(question)
     ids = reference.twin.release.item_ids
-    extra = [int(ids.rows_from_ids(np.array([i]))[0]) for i in set(found["item_ids"].tolist()) - set(wanted["item_ids"].tolist())]
+    extra = [
+        int(ids.rows_from_ids(np.array([i]))[0])
+        for i in set(found["item_ids"].tolist()) - set(wanted["item_ids"].tolist())
+    ]
     outside = [row for row in extra if row not in rows]
-    inside = [row for row in range(1, len(scores)) if row not in rows] if not outside else [int(row) for row in rows if row > 0]
+    inside = (
+        [row for row in range(1, len(scores)) if row not in rows]
+        if not outside
+        else [int(row) for row in rows if row > 0]
+    )
     tested = outside or [int(row) for row in rows if row > 0]
-    return any(abs(scores[row] - scores[other]) < TOLERANCE for row in tested for other in inside if row != other)
+    return any(
+        abs(scores[row] - scores[other]) < TOLERANCE for row in tested for other in inside if row != other
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,22 +215,30 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def asker_of(request: pytest.FixtureRequest, implementation: str, server: str, pipeline: LocalPipeline) -> Iterator[AskAll]:
+def asker_of(
+    request: pytest.FixtureRequest, implementation: str, server: str, pipeline: LocalPipeline
+) -> Iterator[AskAll]:
     if implementation == "twin":
         yield ask_twin(pipeline)
         return
-    asker = TritonAsker(request.getfixturevalue(f"{server}_fused" if "fused" in implementation else server).url)
+    asker = TritonAsker(
+        request.getfixturevalue(f"{server}_fused" if "fused" in implementation else server).url
+    )
     yield asker.ask_all
     asker.close()
 
 
 @pytest.fixture
-def ask_beauty(request: pytest.FixtureRequest, implementation: str, sequences_twin: LocalPipeline) -> Iterator[AskAll]:
+def ask_beauty(
+    request: pytest.FixtureRequest, implementation: str, sequences_twin: LocalPipeline
+) -> Iterator[AskAll]:
     yield from asker_of(request, implementation, "sequences_server", sequences_twin)
 
 
 @pytest.fixture
-def ask_labelled(request: pytest.FixtureRequest, implementation: str, twin: LocalPipeline) -> Iterator[AskAll]:
+def ask_labelled(
+    request: pytest.FixtureRequest, implementation: str, twin: LocalPipeline
+) -> Iterator[AskAll]:
     yield from asker_of(request, implementation, "tiny_server", twin)
 
 
@@ -237,19 +276,26 @@ def padded_feeds(pipeline: LocalPipeline) -> Tensors:
     users = pipeline.release.user_ids.sorted_ids[:32]
     known: Tensors = {"user_id": users[:, None]}
     for name in ("features", "user_encoder", "recall"):
-        known |= pipeline.steps[name].run(default_options(32), **{t.name: known[t.name] for t in pipeline.spec.model(name).inputs})
+        known |= pipeline.steps[name].run(
+            default_options(32), **{t.name: known[t.name] for t in pipeline.spec.model(name).inputs}
+        )
     assert not known["history_mask"].all(axis=1).any() or not known["history_mask"].all()
     return known
 
 
-@pytest.mark.parametrize(("model", "history"), [("user_encoder", "history_embeddings"), ("ranker", "history_features")])
+@pytest.mark.parametrize(
+    ("model", "history"), [("user_encoder", "history_embeddings"), ("ranker", "history_features")]
+)
 def test_what_stands_under_the_history_mask_does_not_change_the_scores(twin, sequences_twin, model, history):
     for pipeline in (twin, sequences_twin):
         feeds = padded_feeds(pipeline)
         dirty = np.where(feeds["history_mask"][:, :, None], feeds[history], np.float32(7.5))
         assert (dirty != feeds[history]).any()
         step, names = pipeline.steps[model], [t.name for t in pipeline.spec.model(model).inputs]
-        clean_out, dirty_out = (step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names}) for change in ({}, {history: dirty}))
+        clean_out, dirty_out = (
+            step.run(default_options(32), **{n: ({**feeds, **change})[n] for n in names})
+            for change in ({}, {history: dirty})
+        )
         for name in clean_out:
             np.testing.assert_allclose(dirty_out[name], clean_out[name], rtol=0, atol=TOLERANCE)
 
@@ -258,8 +304,16 @@ def test_fewer_candidates_beside_padding_have_the_same_probabilities(twin, seque
     for pipeline in (twin, sequences_twin):
         feeds = padded_feeds(pipeline)
         names = [t.name for t in pipeline.spec.model("ranker").inputs]
-        whole = pipeline.steps["ranker"].run(default_options(32), **{n: feeds[n] for n in names})["candidate_probabilities"]
-        blanked = {n: np.where(np.arange(64)[None, :, None] < 20, feeds[n], 0).astype(np.float32) for n in names if n.startswith("candidate_")}
-        padded = pipeline.steps["ranker"].run(default_options(32), **{n: {**feeds, **blanked}[n] for n in names})["candidate_probabilities"]
+        whole = pipeline.steps["ranker"].run(default_options(32), **{n: feeds[n] for n in names})[
+            "candidate_probabilities"
+        ]
+        blanked = {
+            n: np.where(np.arange(64)[None, :, None] < 20, feeds[n], 0).astype(np.float32)
+            for n in names
+            if n.startswith("candidate_")
+        }
+        padded = pipeline.steps["ranker"].run(
+            default_options(32), **{n: {**feeds, **blanked}[n] for n in names}
+        )["candidate_probabilities"]
         np.testing.assert_allclose(padded[:, :20], whole[:, :20], rtol=0, atol=TOLERANCE)
         assert np.isfinite(padded).all()

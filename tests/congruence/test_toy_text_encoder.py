@@ -50,21 +50,21 @@ from pathlib import Path
 import numpy as np
 import ensemble
 from ensemble.local import LocalPipeline
-from ensemble.release import open_release
+from ensemble.steps.served import open_served
 root, users = sys.argv[1], [u.encode() for u in sys.argv[2].split()]
 assert str(Path(ensemble.__file__).parent.parent) == root, ensemble.__file__
-answer = LocalPipeline(open_release(Path(sys.argv[1]) / "repository", "r1")).recommend(users)
+answer = LocalPipeline(open_served(Path(sys.argv[1]) / "repository", "r1")).recommend(users)
 np.savez(sys.argv[3], **{name: array.astype("S") if array.dtype == object else array for name, array in answer.items()})
 """
 BUILD = "import sys; sys.argv[0] = 'peregrine'; from peregrine import main; main()"
 SHOP = (
-    "from pathlib import Path; import sys; from builders.generate import generate_shop; "
+    "from pathlib import Path; import sys; from builders.shop.generate import generate_shop; "
     "generate_shop(Path(sys.argv[1]), users=80, items=90, events=2500, images=False)"
 )
 SERVE = """\
 import signal, sys
 from pathlib import Path
-from ensemble.server import serve
+from ensemble.server.supervisor import serve
 with serve(Path(sys.argv[1]), port=0, metrics_port=None) as server:
     print(server.url, flush=True)
     sys.stdin.read()
@@ -85,19 +85,42 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "ensemble" / "contract.py").write_text(contract)
     (root / "ensemble" / "text_encoder.py").write_text(TEXT_ENCODER)
     python(root, SHOP, str(root / "shop"))
-    python(root, BUILD, "build", str(root / "shop"), "--preset", "tiny", "--activate", "--repository", str(root / "repository"))
+    python(
+        root,
+        BUILD,
+        "build",
+        str(root / "shop"),
+        "--preset",
+        "tiny",
+        "--activate",
+        "--repository",
+        str(root / "repository"),
+    )
     return root
 
 
 def python(root: Path, code: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, env=one_thread(PYTHONPATH=str(root)), capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root,
+        env=one_thread(PYTHONPATH=str(root)),
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
 
 
 @pytest.fixture(scope="module")
 def url(tree: Path) -> Iterator[str]:
     command = [sys.executable, "-c", SERVE, str(tree / "repository")]
-    server = subprocess.Popen(command, cwd=tree, env=one_thread(PYTHONPATH=str(tree)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command,
+        cwd=tree,
+        env=one_thread(PYTHONPATH=str(tree)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert server.stdout is not None
     url = server.stdout.readline().strip()
     assert url, "the server did not start"
@@ -109,7 +132,11 @@ def url(tree: Path) -> Iterator[str]:
 def test_the_toy_is_a_member_of_the_release(tree):
     assert (tree / "repository" / "r1_text_encoder" / "1" / "model.py").exists()
     ensemble = (tree / "repository" / "r1_recommend" / "config.pbtxt").read_text()
-    assert ensemble.index('"r1_user_encoder"') < ensemble.index('"r1_text_encoder"') < ensemble.index('"r1_recall"')
+    assert (
+        ensemble.index('"r1_user_encoder"')
+        < ensemble.index('"r1_text_encoder"')
+        < ensemble.index('"r1_recall"')
+    )
 
 
 def test_served_and_local_answers_are_the_same_and_the_toy_counts(tree, url, tmp_path):
@@ -132,9 +159,9 @@ def test_served_and_local_answers_are_the_same_and_the_toy_counts(tree, url, tmp
 def test_recall_searches_with_what_the_toy_gives(tree):
     """The item nearest to the toy's vector is a candidate, whatever the user encoder says."""
     code = (
-        "import sys, numpy as np; from pathlib import Path; from ensemble.local import LocalPipeline; from ensemble.release import open_release\n"
+        "import sys, numpy as np; from pathlib import Path; from ensemble.local import LocalPipeline; from ensemble.steps.served import open_served\n"
         "from ensemble.options import default_options\n"
-        "p = LocalPipeline(open_release(Path(sys.argv[1]), 'r1')); ids = p.release.user_ids.sorted_ids[:30]\n"
+        "p = LocalPipeline(open_served(Path(sys.argv[1]), 'r1')); ids = p.release.user_ids.sorted_ids[:30]\n"
         "known = {'user_id': ids[:, None]}\n"
         "for name in ('features', 'user_encoder', 'text_encoder', 'recall'):\n"
         "    known |= p.steps[name].run(default_options(30), **{t.name: known[t.name] for t in p.spec.model(name).inputs})\n"

@@ -15,7 +15,13 @@ from ensemble.errors import InvalidArgument
 from ensemble.options import Filter, Options, UserOptions, default_options, parse_options, stack
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
-ITEMS = Table((Feature("brand", "category", 0, 1, 1, 5), Feature("kind", "category", 1, 2, 6, 4), Feature("price", "number", 0, 1)))
+ITEMS = Table(
+    (
+        Feature("brand", "category", 0, 1, 1, 5),
+        Feature("kind", "category", 1, 2, 6, 4),
+        Feature("price", "number", 0, 1),
+    )
+)
 SCHEMA = Schema("shop", ITEMS, Table(), (Task("ctr", "binary"), Task("dwell", "regression", "ctr", 0.1)))
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -48,7 +54,10 @@ BAD = [
     ({"session_items": f"[{'9' * 400}]"}, "session_items: an id must have at most 128 bytes, got 400"),
     ({"session_items": '["\\ud800"]'}, 'session_items: an id is not UTF-8: "\\ud800"'),
     ({"session_items": '["a\\u0000"]'}, "session_items: an id ends in a NUL byte"),
-    ({"session_items": '[["a"], ["b"]]'}, "session_items: 2 values for 1 users; give one value for all, or one each"),
+    (
+        {"session_items": '[["a"], ["b"]]'},
+        "session_items: 2 values for 1 users; give one value for all, or one each",
+    ),
     ({"exclude_items": json.dumps(["i"] * 1001)}, "exclude_items: at most 1000 items, got 1001"),
     ({"exclude_seen": 1}, "exclude_seen: must be true or false, got 1"),
     ({"exclude_seen": "yes"}, "exclude_seen: not JSON: Expecting value: line 1 column 1 (char 0)"),
@@ -58,13 +67,31 @@ BAD = [
     ({"allow": '{"price": ["1"]}'}, 'allow: no item category "price"; known: brand, kind'),
     ({"deny": '{"brand": "x"}'}, "deny: 'brand' must be a JSON array of at most 1000 strings, got \"x\""),
     ({"deny": '{"brand": [1]}'}, "deny: 'brand' must be a JSON array of at most 1000 strings, got [1]"),
-    ({"deny": json.dumps({"brand": ["x"] * 1001})}, "deny: 'brand' must be a JSON array of at most 1000 strings, got "),
+    (
+        {"deny": json.dumps({"brand": ["x"] * 1001})},
+        "deny: 'brand' must be a JSON array of at most 1000 strings, got ",
+    ),
     ({"weights": "NaN"}, "weights: must be a JSON object, got NaN"),
-    ({"weights": '{"ctr": NaN}'}, "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got NaN"),
-    ({"weights": '{"ctr": 1e999}'}, "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got Infinity"),
-    ({"weights": '{"ctr": "1"}'}, "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got \"1\""),
-    ({"weights": f'{{"ctr": {"9" * 400}}}'}, "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got 999"),
-    ({"weights": '{"ctr": -1000001}'}, "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got -1000001"),
+    (
+        {"weights": '{"ctr": NaN}'},
+        "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got NaN",
+    ),
+    (
+        {"weights": '{"ctr": 1e999}'},
+        "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got Infinity",
+    ),
+    (
+        {"weights": '{"ctr": "1"}'},
+        "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got \"1\"",
+    ),
+    (
+        {"weights": f'{{"ctr": {"9" * 400}}}'},
+        "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got 999",
+    ),
+    (
+        {"weights": '{"ctr": -1000001}'},
+        "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got -1000001",
+    ),
     ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: ctr, dwell'),
     ({"caps": '{"brand": 0}'}, "caps: the cap of 'brand' must be a whole number from 1, got 0"),
     ({"caps": '{"brand": 1.5}'}, "caps: the cap of 'brand' must be a whole number from 1, got 1.5"),
@@ -76,14 +103,19 @@ BAD = [
     ({"diversity": "9" * 5000}, "diversity: not JSON: Exceeds the limit (4300 digits)"),
     ({"diversity": True}, "diversity: must be 0..1, got true"),
     ({"diversity": None}, "diversity: must be 0..1, got null"),
-    ({"num": 3}, "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity"),
+    (
+        {"num": 3},
+        "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity",
+    ),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),
 ]
 WITHOUT_LIMIT = ("got ", "(4300 digits)", "exceeded", "got 999")  # texts of which only the beginning is ours
 
 
-@pytest.mark.parametrize(("parameters", "text"), BAD, ids=[f"{n}-{next(iter(p))}" for n, (p, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("parameters", "text"), BAD, ids=[f"{n}-{next(iter(p))}" for n, (p, _) in enumerate(BAD)]
+)
 def test_a_bad_parameter_is_named_with_what_came(parameters, text):
     with pytest.raises(InvalidArgument) as caught:
         parse(**parameters)
@@ -93,7 +125,9 @@ def test_a_bad_parameter_is_named_with_what_came(parameters, text):
     assert len(said) < 250
 
 
-@pytest.mark.parametrize("name", ["top_k", "session_items", "weights", "allow", "caps", "diversity", "exclude_seen"])
+@pytest.mark.parametrize(
+    "name", ["top_k", "session_items", "weights", "allow", "caps", "diversity", "exclude_seen"]
+)
 def test_whatever_is_nested_deeply_is_an_invalid_argument(name):
     for depth in range(900, 1000, 7):
         with pytest.raises(InvalidArgument, match=f"^{name}: "):
@@ -108,10 +142,30 @@ def test_parameters_that_are_no_object_are_refused(text):
 
 @given(
     st.dictionaries(
-        st.sampled_from(["top_k", "session_items", "exclude_items", "exclude_seen", "allow", "deny", "weights", "caps", "diversity"]),
+        st.sampled_from(
+            [
+                "top_k",
+                "session_items",
+                "exclude_items",
+                "exclude_seen",
+                "allow",
+                "deny",
+                "weights",
+                "caps",
+                "diversity",
+            ]
+        ),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["brand", "ctr", "[]", "{}"]),
-            lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["brand", "kind", "ctr", "dwell"]), inner, max_size=3),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.text(max_size=5)
+            | st.sampled_from(["brand", "ctr", "[]", "{}"]),
+            lambda inner: (
+                st.lists(inner, max_size=4)
+                | st.dictionaries(st.sampled_from(["brand", "kind", "ctr", "dwell"]), inner, max_size=3)
+            ),
             max_leaves=6,
         ).map(lambda value: value if isinstance(value, (bool, int, float)) else json.dumps(value)),
         max_size=3,
@@ -132,7 +186,12 @@ def test_any_parameters_either_parse_or_are_an_invalid_argument(parameters, num_
 
 
 def test_nothing_asked_is_the_default():
-    assert parse_options("", 2, SCHEMA) == parse_options("{}", 2, SCHEMA) == parse_options("null", 2, SCHEMA) == default_options(2)
+    assert (
+        parse_options("", 2, SCHEMA)
+        == parse_options("{}", 2, SCHEMA)
+        == parse_options("null", 2, SCHEMA)
+        == default_options(2)
+    )
     assert default_options(1).users == (UserOptions(),)
 
 
@@ -150,15 +209,27 @@ def test_one_value_is_shared_and_a_list_is_one_each():
     shared = parse(3, top_k=5, session_items='["a", 7]', deny='{"brand": ["x"]}')
     assert shared.users == (shared.users[0],) * 3
     assert shared.users[0].session_items == (b"a", b"7")
-    each = parse(3, top_k="[1, 2, 3]", session_items='[["a"], [], ["b", "c"]]', weights='[{"ctr": 2}, {}, {"dwell": -1}]')
+    each = parse(
+        3,
+        top_k="[1, 2, 3]",
+        session_items='[["a"], [], ["b", "c"]]',
+        weights='[{"ctr": 2}, {}, {"dwell": -1}]',
+    )
     assert each.top_k.tolist() == [1, 2, 3]
     assert [u.session_items for u in each.users] == [(b"a",), (), (b"b", b"c")]
     assert [dict(u.weights) for u in each.users] == [{"ctr": 2.0}, {}, {"dwell": -1.0}]
 
 
 def test_one_value_each_must_be_as_many_as_users():
-    for name, value in (("top_k", "[1, 2]"), ("session_items", '[["a"], []]'), ("allow", "[{}, {}]"), ("exclude_seen", "[true, true]")):
-        with pytest.raises(InvalidArgument, match=rf"^{name}: 2 values for 3 users; give one value for all, or one each$"):
+    for name, value in (
+        ("top_k", "[1, 2]"),
+        ("session_items", '[["a"], []]'),
+        ("allow", "[{}, {}]"),
+        ("exclude_seen", "[true, true]"),
+    ):
+        with pytest.raises(
+            InvalidArgument, match=rf"^{name}: 2 values for 3 users; give one value for all, or one each$"
+        ):
             parse(3, **{name: value})
 
 
@@ -217,11 +288,23 @@ RANGES = {
 @pytest.mark.parametrize(("ranges", "text"), RANGES.items())
 def test_a_bad_range_is_named(ranges, text):
     with pytest.raises(InvalidArgument) as caught:
-        parse_options(json.dumps({"ranges": ranges}), 1, Schema("shop", Table((Feature("price", "number", 0, 1),)), Table(), (), Sizes()))
+        parse_options(
+            json.dumps({"ranges": ranges}),
+            1,
+            Schema("shop", Table((Feature("price", "number", 0, 1),)), Table(), (), Sizes()),
+        )
     assert str(caught.value) == text
 
 
 def test_a_range_may_be_open():
-    schema = Schema("shop", Table((Feature("price", "number", 0, 1), Feature("stock", "number", 1, 1))), Table(), (), Sizes())
-    asked = parse_options('{"ranges": "{\\"stock\\": [1, null], \\"price\\": [null, 20]}"}', 1, schema).users[0]
+    schema = Schema(
+        "shop",
+        Table((Feature("price", "number", 0, 1), Feature("stock", "number", 1, 1))),
+        Table(),
+        (),
+        Sizes(),
+    )
+    asked = parse_options('{"ranges": "{\\"stock\\": [1, null], \\"price\\": [null, 20]}"}', 1, schema).users[
+        0
+    ]
     assert asked.ranges == (("price", -math.inf, 20.0), ("stock", 1.0, math.inf))

@@ -30,7 +30,11 @@ def test_the_example_in_the_docstring_is_a_plan_that_says_what_it_says(tmp_path)
     example = "\n".join(line[4:] for line in plan.__doc__.splitlines() if line.startswith("    "))
     found = read_plan(_written(tmp_path, example))
     assert found.of("ranker").distil.student == {"hidden": 96, "expert": (64, 32)}
-    assert (found.ranker.prune.method, found.ranker.prune.share, found.ranker.prune.round_to) == ("structured", 0.5, 16)
+    assert (found.ranker.prune.method, found.ranker.prune.share, found.ranker.prune.round_to) == (
+        "structured",
+        0.5,
+        16,
+    )
     assert found.ranker.quantize.pinned == {"node_linear_7": "fp32"}
     assert found.ranker.quantize.tensorrt == ("int8", "fp16", "fp32")
     assert found.gate == Gate()
@@ -39,7 +43,13 @@ def test_the_example_in_the_docstring_is_a_plan_that_says_what_it_says(tmp_path)
 
 
 def test_limits_are_the_documented_ones():
-    assert (Gate().ranking, Gate().auc, Gate().overlap, Gate().slices, Gate().slice_users) == (0.005, 0.002, 0.95, 0.03, 2000)
+    assert (Gate().ranking, Gate().auc, Gate().overlap, Gate().slices, Gate().slice_users) == (
+        0.005,
+        0.002,
+        0.95,
+        0.03,
+        2000,
+    )
 
 
 def test_a_plan_cannot_be_changed_and_its_facts_make_it_again():
@@ -50,7 +60,7 @@ def test_a_plan_cannot_be_changed_and_its_facts_make_it_again():
 
 
 def test_a_students_widths_are_those_of_the_rankers_config():
-    from builders.ranker import RankerConfig
+    from builders.ranker.model import RankerConfig
 
     widths = plan._student_widths("ranker")
     assert dataclasses.replace(RankerConfig(), **dict.fromkeys(widths, 16))
@@ -60,30 +70,72 @@ def test_a_students_widths_are_those_of_the_rankers_config():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[ranker.prune]\nmethod = "magic"', "ranker.prune.method = 'magic': should be 'magnitude', 'structured' or 'two_four'"),
-        ('[rankr.prune]\nmethod = "two_four"', "rankr: no such key; known here: seed, calibration_users, user_encoder, item_encoder, ranker, gate"),
-        ('[ranker.quantize]\nonnxruntime = ["int4"]', "ranker.quantize.onnxruntime.0 = 'int4': should be 'int8' or 'fp32'"),
-        ('[ranker.quantize]\ntensorrt = ["int4"]', "ranker.quantize.tensorrt.0 = 'int4': should be 'int8', 'fp8', 'fp16' or 'fp32'"),
-        ('[ranker.quantize]\npinned = {a = "fp99"}', "ranker.quantize.pinned.a = 'fp99': should be 'int8', 'fp8', 'fp16' or 'fp32'"),
+        (
+            '[ranker.prune]\nmethod = "magic"',
+            "ranker.prune.method = 'magic': should be 'magnitude', 'structured' or 'two_four'",
+        ),
+        (
+            '[rankr.prune]\nmethod = "two_four"',
+            "rankr: no such key; known here: seed, calibration_users, user_encoder, item_encoder, ranker, gate",
+        ),
+        (
+            '[ranker.quantize]\nonnxruntime = ["int4"]',
+            "ranker.quantize.onnxruntime.0 = 'int4': should be 'int8' or 'fp32'",
+        ),
+        (
+            '[ranker.quantize]\ntensorrt = ["int4"]',
+            "ranker.quantize.tensorrt.0 = 'int4': should be 'int8', 'fp8', 'fp16' or 'fp32'",
+        ),
+        (
+            '[ranker.quantize]\npinned = {a = "fp99"}',
+            "ranker.quantize.pinned.a = 'fp99': should be 'int8', 'fp8', 'fp16' or 'fp32'",
+        ),
         ("[ranker.quantise]\n", "ranker.quantise: no such key; known here: distil, prune, quantize"),
-        ("[ranker.quantize]\nbudget = {loss = 0.9}", "ranker.quantize.budget.loss = 0.9: should be less than or equal to 0.5"),
-        ("[ranker.quantize]\nbudget = {size = 0}", "ranker.quantize.budget.size = 0: should be greater than 0"),
-        ("[ranker.quantize]\nbudget = {latency = nan}", "ranker.quantize.budget.latency = nan: should be a finite number"),
+        (
+            "[ranker.quantize]\nbudget = {loss = 0.9}",
+            "ranker.quantize.budget.loss = 0.9: should be less than or equal to 0.5",
+        ),
+        (
+            "[ranker.quantize]\nbudget = {size = 0}",
+            "ranker.quantize.budget.size = 0: should be greater than 0",
+        ),
+        (
+            "[ranker.quantize]\nbudget = {latency = nan}",
+            "ranker.quantize.budget.latency = nan: should be a finite number",
+        ),
         (
             "[ranker.quantize]\nbudget = {loss = 0.1, size = 0.5}",
             "ranker.quantize.budget: a budget is exactly one of loss, size, latency; it has loss and size",
         ),
-        ("[ranker.quantize]\nbudget = {}", "ranker.quantize.budget: a budget is exactly one of loss, size, latency; it has none"),
-        ('[ranker.prune]\nmethod = "magnitude"', "ranker.prune: method 'magnitude' needs share or threshold, such as share = 0.5"),
+        (
+            "[ranker.quantize]\nbudget = {}",
+            "ranker.quantize.budget: a budget is exactly one of loss, size, latency; it has none",
+        ),
+        (
+            '[ranker.prune]\nmethod = "magnitude"',
+            "ranker.prune: method 'magnitude' needs share or threshold, such as share = 0.5",
+        ),
         (
             '[ranker.prune]\nmethod = "magnitude"\nshare = 0.5\nthreshold = 1.0',
             "ranker.prune: share and threshold are two measures of the same",
         ),
-        ('[ranker.prune]\nmethod = "structured"\nthreshold = 1.0', "ranker.prune: method 'structured' takes no threshold; leave it out"),
-        ('[ranker.prune]\nmethod = "two_four"\nshare = 0.5', "ranker.prune: method 'two_four' takes no share; leave it out (its share is one half)"),
+        (
+            '[ranker.prune]\nmethod = "structured"\nthreshold = 1.0',
+            "ranker.prune: method 'structured' takes no threshold; leave it out",
+        ),
+        (
+            '[ranker.prune]\nmethod = "two_four"\nshare = 0.5',
+            "ranker.prune: method 'two_four' takes no share; leave it out (its share is one half)",
+        ),
         ("[ranker.prune]\nshare = 0.5\nsteps = 3", "ranker.prune.method is missing"),
-        ("[ranker.distil]\nstudent = {hiden = 8}", "ranker.distil.student.hiden: no such width; known here: codes, attention,"),
-        ("[ranker.distil]\nstudent = {hidden = 0}", "ranker.distil: student.hidden = 0: a size is at least 1"),
+        (
+            "[ranker.distil]\nstudent = {hiden = 8}",
+            "ranker.distil.student.hiden: no such width; known here: codes, attention,",
+        ),
+        (
+            "[ranker.distil]\nstudent = {hidden = 0}",
+            "ranker.distil: student.hidden = 0: a size is at least 1",
+        ),
         (
             "[ranker.distil]\nstudent = {hidden = 8}\nkd = 0",
             "ranker.distil: kd, at and rd are all 0: the student would",
@@ -103,7 +155,10 @@ def test_a_mistake_is_one_line_with_file_key_value_and_cure(tmp_path, text, mess
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path):
-    with pytest.raises(InvalidInput, match="compression plan tiny: no such file, and no preset; presets: none, balanced, small, fast"):
+    with pytest.raises(
+        InvalidInput,
+        match="compression plan tiny: no such file, and no preset; presets: none, balanced, small, fast",
+    ):
         read_plan("tiny")
     with pytest.raises(InvalidInput, match="no such file"):
         read_plan(tmp_path)

@@ -8,13 +8,14 @@ import pytest
 from rich.console import Console
 
 from builders.build import BuildOptions, build
-from builders.compress.compare_chain import ChainRow, compare_chain
+from builders.compare.chain import ChainRow, compare_chain
 from builders.compress.plan import read_plan
 from builders.presets import preset
 from ensemble.errors import InvalidInput
 from ensemble.local import LocalPipeline
-from ensemble.release import open_release
-from ensemble.repository import release_names
+from ensemble.release.release import open_release
+from ensemble.release.repository import release_names
+from ensemble.steps.served import open_served
 
 # Every method once, cheaply; limits as wide as 600 users and thirty steps of training need.
 PLAN = """\
@@ -53,7 +54,9 @@ steps = 0
 def compressed(workshop: Path, text: str) -> str:
     path = workshop / "plan.toml"
     path.write_text(text)
-    options = BuildOptions(workshop / "shop", workshop / "repository", preset("tiny"), plan=read_plan(path), plan_name=path.name)
+    options = BuildOptions(
+        workshop / "shop", workshop / "repository", preset("tiny"), plan=read_plan(path), plan_name=path.name
+    )
     return build(options, Console(quiet=True))[0]
 
 
@@ -71,11 +74,22 @@ def test_engines_are_smaller_and_the_report_says_by_how_much(workshop, release):
         assert engine.stat().st_size == sizes[model, "onnxruntime"]["bytes"]
         assert before.stat().st_size == sizes[model, "onnxruntime"]["reference_bytes"]
         assert engine.stat().st_size < before.stat().st_size
-    assert sizes["item_encoder", "onnxruntime"]["bytes"] <= 0.6 * sizes["item_encoder", "onnxruntime"]["reference_bytes"]
-    assert sizes["user_encoder", "onnxruntime"]["parameters"] < sizes["user_encoder", "onnxruntime"]["reference_parameters"]
+    assert (
+        sizes["item_encoder", "onnxruntime"]["bytes"]
+        <= 0.6 * sizes["item_encoder", "onnxruntime"]["reference_bytes"]
+    )
+    assert (
+        sizes["user_encoder", "onnxruntime"]["parameters"]
+        < sizes["user_encoder", "onnxruntime"]["reference_parameters"]
+    )
     assert sizes["ranker", "tensorrt"]["bytes"] < 0.6 * sizes["ranker", "tensorrt"]["reference_bytes"]
-    assert {node["runtime"] for node in told["nodes"] if node["model"] == "ranker"} == {"onnxruntime", "tensorrt"}
-    assert {"uncompressed", "planner", "global", "distil", "prune"} <= {variant["family"] for variant in told["variants"]}
+    assert {node["runtime"] for node in told["nodes"] if node["model"] == "ranker"} == {
+        "onnxruntime",
+        "tensorrt",
+    }
+    assert {"uncompressed", "planner", "global", "distil", "prune"} <= {
+        variant["family"] for variant in told["variants"]
+    }
     served = [(v["model"], v["runtime"]) for v in told["variants"] if v["chosen"]]
     assert sorted(served) == sorted(set(served)), "one engine a model and runtime is served"
     assert told["gates"]["onnxruntime"]["ok"]
@@ -90,7 +104,7 @@ def test_typed_onnx_for_tensorrt_lies_beside_the_engine_and_in_the_manifest(work
 
 
 def test_it_answers_like_any_release(workshop, release):
-    answer = LocalPipeline(open_release(workshop / "repository", release)).recommend(["u1", "nobody"])
+    answer = LocalPipeline(open_served(workshop / "repository", release)).recommend(["u1", "nobody"])
     assert (answer["item_ids"] != b"").all()
     assert answer["release"].ravel().tolist() == [release.encode()] * 2
 
@@ -118,15 +132,26 @@ def test_more_calibration_users_than_there_are_is_refused(workshop, release):
 
 
 def test_the_chain_is_compared_step_by_step(workshop, release):
-    rows = compare_chain(workshop / "repository", "r1", release, batches=(1, 4), report=lambda share, text: None)
+    rows = compare_chain(
+        workshop / "repository", "r1", release, batches=(1, 4), report=lambda share, text: None
+    )
     assert [row.batch for row in rows] == [1, 4]
     for row in rows:
-        assert list(row.before_ms) == list(row.after_ms) == ["features", "user_encoder", "recall", "ranker", "reranking"]
+        assert (
+            list(row.before_ms)
+            == list(row.after_ms)
+            == ["features", "user_encoder", "recall", "ranker", "reranking"]
+        )
         assert row.engines == ("user_encoder", "ranker")
         assert min(*row.before_ms.values(), *row.after_ms.values()) > 0
 
 
 def test_amdahls_bound_changes_the_engines_alone():
-    row = ChainRow(1, {"features": 3.0, "recall": 1.0, "ranker": 6.0}, {"features": 2.0, "recall": 1.0, "ranker": 2.0}, ("ranker",))
+    row = ChainRow(
+        1,
+        {"features": 3.0, "recall": 1.0, "ranker": 6.0},
+        {"features": 2.0, "recall": 1.0, "ranker": 2.0},
+        ("ranker",),
+    )
     assert row.gain == pytest.approx(10 / 5)
     assert row.bound == pytest.approx(10 / 6)

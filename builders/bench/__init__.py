@@ -1,0 +1,1 @@
+"""Measures what no test can: index sizes, public embeddings, and everything that a GPU host can prove."""

@@ -1,0 +1,1 @@
+"""The subcommands of `peregrine` that work offline: shop, build, compare, compile, report."""

@@ -1,0 +1,127 @@
+"""`peregrine build`: reads what was asked for, runs the build, shows what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from builders.stages import Stages
+
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` (base's sizes, one epoch, for load tests)."
+    ),
+]
+Compress = Annotated[
+    str,
+    typer.Option(
+        metavar="PLAN",
+        help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is the gate.",
+    ),
+]
+IndexMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--index-memory-mb",
+        min=1,
+        help="Memory of the item index; by default whole vectors up to 2 million items, then a twentieth of them.",
+    ),
+]
+
+
+def build(
+    shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
+    preset: Preset = "base",
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = Path("model_repository"),
+    release: Annotated[
+        str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")
+    ] = None,
+    activate: Annotated[bool, typer.Option("--activate", help="Serve it from now on.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed, data and machine give the same release.")] = 0,
+    user_encoder: Annotated[str | None, typer.Option(help="Your own user encoder, MODULE:CLASS.")] = None,
+    ranker: Annotated[str | None, typer.Option(help="Your own ranker, MODULE:CLASS.")] = None,
+    compress: Compress = "none",
+    index_memory_mb: IndexMemory = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
+
+    Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it was:
+
+        peregrine shop generate shops/demo
+        peregrine build shops/demo --preset tiny --activate
+    """
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # read when torch is imported; spinning threads make a busy machine ten times slower
+    from rich.console import Console
+
+    from builders.build import BuildOptions, build
+    from builders.compress.plan import read_plan
+    from builders.presets import preset as preset_named
+
+    console = Console(stderr=True)
+    index_bytes = index_memory_mb and index_memory_mb * 1_000_000
+    own = {"user_encoder": user_encoder, "ranker": ranker}
+    options = BuildOptions(
+        shop,
+        repository,
+        preset_named(preset),
+        release,
+        seed,
+        **own,
+        plan=read_plan(compress),
+        plan_name=compress,
+        index_bytes=index_bytes,
+    )
+    name, stages = build(options, console)
+    if activate:
+        from clients.operations.releases import activate as activate_release
+
+        activate_release(repository, name)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "release": name,
+                    "active": activate,
+                    **_facts(stages),
+                    "report": json.loads((repository / name / "report.json").read_text()),
+                }
+            )
+        )
+    else:
+        _tell(console, stages, repository, name, activate)
+
+
+def _tell(console: Console, stages: Stages, repository: Path, name: str, is_active: bool) -> None:
+    """What each stage took, the release's report, and what to do next."""
+    from rich.markdown import Markdown
+
+    console.print(stages.table())
+    console.print(Markdown((repository / name / "report.md").read_text()))
+    after = "serve it: peregrine serve" if is_active else f"activate it: peregrine release activate {name}"
+    console.print(f"release {name} is in {repository}; {after} --repository {repository}")
+
+
+def _facts(stages: Stages) -> dict[str, Any]:
+    """What each stage took, for --json."""
+    return {
+        "stages": [
+            {
+                "stage": s.name,
+                "skipped": s.skipped,
+                "duration_s": round(s.duration_s, 3),
+                "peak_bytes": s.peak_bytes,
+            }
+            for s in stages.done
+        ]
+    }

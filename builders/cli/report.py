@@ -1,0 +1,40 @@
+"""`peregrine report`: a release's numbers as a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    repository: Annotated[Path, typer.Option("--repository", "-r", help="The model repository.")] = Path(
+        "model_repository"
+    ),
+    release: Annotated[str | None, typer.Option(help="The release; the active one if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write; RELEASE.html if not given.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write every figure as PNG into this folder.")] = None,
+) -> None:
+    """Writes a release's report as one HTML page with its figures inside: ranking, recall, compression, gate, latency."""
+    from builders.report.html import page, release_figures, write_figures
+    from ensemble.errors import InvalidInput, ReleaseError
+    from ensemble.release.release import active_release, open_release
+
+    name = release or active_release(repository)
+    if name is None:
+        raise ReleaseError(
+            f"no release is active in {repository}; name one with --release, or `peregrine release activate NAME`"
+        )
+    manifest = open_release(repository, name).manifest
+    if not manifest.get("report"):
+        raise ReleaseError(f"release {name} has no report in its manifest; build it again")
+    found = release_figures(manifest["report"])
+    target = out or Path(f"{name}.html")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page(manifest, found), encoding="utf-8")
+        pictures = write_figures(found, png) if png else []
+    except OSError as error:
+        raise InvalidInput(f"cannot write {error.filename or target}: {error.strerror}") from None
+    print(f"{target}" + (f" and {len(pictures)} PNG in {png}" if png else ""))

@@ -1,0 +1,181 @@
+"""`peregrine shop generate | import | check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ensemble.errors import PeregrineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""A shop is a folder: shop.toml and the parquet or CSV files it names.
+
+\b
+The shortest shop.toml:
+    name = "mine"
+    [interactions]
+    file = "interactions.csv"     # columns user_id, item_id, time (Unix seconds)
+
+\b
+Add what you have:
+    split = "time"                # or "leave_one_out" (default); a top-level key, above the tables
+    [items]
+    file = "items.parquet"
+    id = "item_id"
+    title = "title"
+    [[items.features]]            # [users] and [[users.features]] likewise
+    name = "brand"                # the column; or: name = "words", column = "title"
+    kind = "category"             # category | number | text | image | vector(<dim>)
+    [[tasks]]                     # what the ranker learns; without one: will the user take it
+    name = "ctr"
+    kind = "binary"               # or "regression"
+    label = {column = "clicked"}  # or {column = "rating", threshold = 4} or {event = "click"}
+    [[tasks]]
+    name = "cvr"
+    label = {column = "bought"}
+    given = "ctr"                 # defined only where ctr happened
+
+\b
+With one row per event, [interactions] gets event = "<column>" and, if showing is an event too, impression = "view".
+history = "ctr" | ["click", "buy"] | "all" says which rows are a user's history. All keys: builders/shop/shop_toml.py.
+""",
+)
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except PeregrineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    users: Annotated[int, typer.Option(help="Number of users.")] = 5_000,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 2_000,
+    events: Annotated[int, typer.Option(help="Number of shown items, clicked or not.")] = 300_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same shop.")] = 0,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            "--images/--no-images", help="Render a small picture of each item; default: up to 2,000 items."
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Make a beauty shop whose truth is known: clicks, purchases and dwell are drawn from planted probabilities.
+
+    \b
+    peregrine shop generate shops/demo
+    peregrine shop generate shops/large --items 1000000 --users 200000 --events 5000000
+    """
+    with _one_line_errors():
+        from builders.shop.generate import generate_shop
+        from ensemble.progress import bar
+
+        with bar("generate") as update:
+            generate_shop(
+                out,
+                users=users,
+                items=items,
+                events=events,
+                seed=seed,
+                images=images,
+                force=force,
+                progress=update,
+            )
+    typer.echo(
+        f"{out}: {users} users, {items} items, {events} interactions. Next: peregrine shop check {out}"
+    )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The file or folder to read.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    form: Annotated[str, typer.Option("--format", help="sequences | recbole | movielens")],
+    name: Annotated[str | None, typer.Option(help="Which data set, where SRC holds several.")] = None,
+    force: Force = False,
+) -> None:
+    """Turn known data formats into a shop.
+
+    \b
+    sequences  lines "user item item …", oldest first; NAME_items.tsv (item_id, title) and NAME_item2attributes.json
+               are read where they lie beside. One task, interact; the last item of each user tests.
+    recbole    atomic files: NAME.inter, and NAME.item, NAME.user where there are any
+    movielens  the unpacked folder: ml-100k, ml-1m, ml-20m, ml-latest… A rating of 4 or more is a like.
+
+    \b
+    peregrine shop import --format sequences --name Beauty data/seq_s3rec shops/beauty
+    """
+    with _one_line_errors():
+        from builders.shop.importers import import_shop
+        from ensemble.progress import bar
+
+        with bar("import") as update:
+            update(form, 0.0)
+            import_shop(form, source, out, name=name, force=force)
+    typer.echo(f"{out} is written. Next: peregrine shop check {out}")
+
+
+@app.command()
+def check(
+    shop: Annotated[Path, typer.Argument(metavar="SHOP", help="The shop's folder.")],
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help='Print {"shop", "sections", "warnings"}; "error" if it cannot be built.'),
+    ] = False,
+) -> None:
+    """Say what is in a shop and what is wrong with it. Exit code 2 where a build would refuse it."""
+    from builders.data.check import check_shop
+    from ensemble.progress import bar
+
+    try:
+        with bar("check") as update:
+            report = check_shop(shop, progress=lambda step: update(step, 0.0))
+    except PeregrineError as error:
+        if as_json:
+            typer.echo(json.dumps({"shop": str(shop), "error": str(error)}))
+        else:
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=1))
+        return
+    _print(report.shop, report.sections, report.warnings)
+
+
+def _print(name: str, sections: dict[str, dict[str, Any]], warnings: list[str]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=name, show_header=False, box=None, pad_edge=False)
+    for title, section in sections.items():
+        for at, (what, value) in enumerate(section.items()):
+            shown = (
+                ", ".join(f"{k} {v:,}" for k, v in value.items())
+                if isinstance(value, dict)
+                else f"{value:,}"
+                if isinstance(value, (int, float))
+                else str(value)
+            )
+            table.add_row(title if at == 0 else "", what, escape(shown), end_section=at == len(section) - 1)
+    console = Console()
+    console.print(table)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    console.print(
+        "[green]nothing wrong[/green]" if not warnings else f"{len(warnings)} warnings; a build works"
+    )

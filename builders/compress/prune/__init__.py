@@ -1,0 +1,1 @@
+"""Removes weights, channels and heads that matter least."""

@@ -1,0 +1,1 @@
+"""Gives every node the smallest precision that ranking allows."""

@@ -1,0 +1,110 @@
+"""What users lose when one block of a model alone goes down in precision.
+
+Ranking metrics of a few hundred users are noisy; how much of the shown lists changes is much less so, and the error of the
+model's output not at all: all three are measured, and `cost` weighs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from builders.compress import graph
+from builders.compress.graph import Block
+from builders.compress.judge.judge import Judge, Judged, Loss, compare
+from builders.compress.quantize.calibration import Ranges
+from builders.compress.quantize.quantize import choices, quantize
+from builders.compress.session import open_session
+from builders.stages import Report
+from ensemble.arrays import Array
+from ensemble.errors import InvalidInput
+
+_ERROR_USERS = 32
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A row of the table: one block alone at one precision."""
+
+    name: str
+    op: str
+    parameters: int
+    bytes_share: float  # of the fp32 model
+    flops_share: float  # of all blocks
+    precision: str
+    loss: Loss
+    output_error: float  # root mean square error of the outputs over their deviation: breaks ties
+
+    @property
+    def cost(self) -> float:
+        """Of the loss; among equals the smaller error of the output is better."""
+        return self.loss.cost + 1e-3 * min(self.output_error, 1.0)
+
+
+def sensitivities(
+    model: bytes,
+    feeds: Mapping[str, Array],
+    judge: Judge,
+    *,
+    ranges: Ranges,
+    runtime: str,
+    precisions: tuple[str, ...],
+    skip: frozenset[str],
+    uncompressed: Judged,
+    progress: Report | None,
+) -> list[Sensitivity]:
+    """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration users'."""
+    proto = graph.load(model)
+    blocks = graph.blocks(proto)
+    flops = block_flops(blocks, ranges)
+    total = sum(flops.values()) or 1.0
+    possible = [(b, p) for b in blocks if b.name not in skip for p in precisions if p in choices(b, runtime)]
+    todo = [(b, p) for b, p in possible if p != "fp16" or not fp16_misfit(model, b, ranges, runtime)]
+    outputs = _outputs(model, feeds, runtime)
+    rows = []
+    for done, (block, precision) in enumerate(todo):
+        variant = quantize(model, {block.name: precision}, ranges, runtime)
+        loss = compare(uncompressed, judge(variant))
+        error = _output_error(outputs, _outputs(variant, feeds, runtime))
+        shares = (block.bytes / len(model), flops[block.name] / total)
+        rows.append(Sensitivity(block.name, block.op, block.parameters, *shares, precision, loss, error))
+        if progress:
+            progress(
+                (done + 1) / len(todo), f"{block.name} at {precision}: {loss.overlap:.1%} of the lists stay"
+            )
+    return rows
+
+
+def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
+    """Floating point operations a user of each block (2 a multiply-add), from the shapes seen in calibration."""
+    found = {}
+    for block in blocks:
+        known = block.inputs and block.inputs[0] in ranges and block.output in ranges
+        shape = ranges[block.inputs[0]].shape if known else ()
+        found[block.name] = 2.0 * float(np.prod(ranges[block.output].shape)) * shape[-1] if shape else 0.0
+    return found
+
+
+def fp16_misfit(model: bytes, block: Block, ranges: Ranges, runtime: str) -> str:
+    """Why this block cannot be fp16; empty where it can."""
+    try:
+        quantize(model, {block.name: "fp16"}, ranges, runtime)
+    except InvalidInput as error:
+        return str(error)
+    return ""
+
+
+def _outputs(model: bytes, feeds: Mapping[str, Array], runtime: str) -> list[Array]:
+    session = open_session(model, plain=runtime == "tensorrt")
+    return session.run(None, {i.name: feeds[i.name][:_ERROR_USERS] for i in session.get_inputs()})
+
+
+def _output_error(wanted: list[Array], found: list[Array]) -> float:
+    """The worst output's error; infinite where it is not finite."""
+    errors = [
+        float(np.sqrt(np.mean((a - b) ** 2)) / max(float(a.std()), 1e-12))
+        for a, b in zip(wanted, found, strict=True)
+    ]
+    return max((error if np.isfinite(error) else np.inf for error in errors), default=0.0)

@@ -1,0 +1,1 @@
+"""Turns a shop's tables into rows, histories, splits and impressions."""

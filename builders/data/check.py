@@ -1,0 +1,197 @@
+"""What is in a shop, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builders.data.dataset import Dataset
+from builders.data.stage import dataset_from_tables
+from builders.shop.read import ShopTables, read_shop
+from builders.shop.shop_toml import FeatureColumn
+from builders.shop.tables import Column, is_list
+from ensemble.schema import Feature, Table
+
+FEW_LABELS = 100  # below this a task cannot be learned, let alone calibrated
+
+
+@dataclass
+class Report:
+    """Counts as {section: {what: value}}; a warning is a fact that makes a build worse, not impossible."""
+
+    shop: str
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_shop(
+    folder: Path, *, now_s: float | None = None, progress: Callable[[str], None] = lambda step: None
+) -> Report:
+    """Reads all of the shop as a build does; raises InvalidInput at what would stop one."""
+    tables = read_shop(folder, now_s=now_s, progress=progress)
+    dataset = dataset_from_tables(tables, progress=progress)
+    report = Report(tables.shop.name)
+    _interactions(report, tables)
+    _histories(report, dataset)
+    _features(
+        report,
+        "items",
+        tables.shop.items.features if tables.shop.items else [],
+        tables.items.columns,
+        dataset.schema.items,
+        dataset.item_codes,
+    )
+    _features(
+        report,
+        "users",
+        tables.shop.users.features if tables.shop.users else [],
+        tables.users.columns,
+        dataset.schema.users,
+        dataset.user_codes,
+    )
+    _tasks(report, dataset)
+    progress("looking for images")
+    _images(report, folder, tables)
+    return report
+
+
+def _interactions(report: Report, tables: ShopTables) -> None:
+    interactions = tables.interactions
+    first, last = int(interactions.times.min()), int(interactions.times.max())
+    section: dict[str, Any] = {
+        "rows": len(interactions),
+        "users": len(np.unique(tables.user_rows)),
+        "items": len(np.unique(tables.item_rows)),
+    }
+    if first > 100_000_000:  # later than 1973: a clock; else positions
+        section |= {"from": _day(first), "to": _day(last)}
+    else:
+        section |= {"times": f"{first} to {last} (positions, no clock)"}
+    if interactions.events is not None:
+        counts = np.bincount(interactions.events + 1, minlength=len(interactions.event_names) + 1)[1:]
+        section["events"] = {
+            name: int(count) for name, count in zip(interactions.event_names, counts, strict=True)
+        }
+    report.sections["interactions"] = section
+    if tables.num_dropped:
+        share = tables.num_dropped / (tables.num_dropped + len(interactions))
+        where = tables.shop.items.file if tables.shop.items else ""
+        report.warnings.append(
+            f"{tables.num_dropped} interactions ({share:.1%}) are left out: their items, {tables.first_dropped!r} first, are not in {where}"
+        )
+
+
+def _day(time_s: int) -> str:
+    return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d}"
+
+
+def _histories(report: Report, dataset: Dataset) -> None:
+    lengths = np.diff(dataset.histories.offsets)[1:]
+    some = lengths[lengths > 0]
+    report.sections["histories"] = {
+        "users": len(dataset.user_ids),
+        "users without history": int((lengths == 0).sum()),
+        "median length": float(np.median(some)) if len(some) else 0.0,
+        "longest": int(lengths.max(initial=0)),
+        "validation users": len(dataset.validation.user_rows),
+        "test users": len(dataset.test.user_rows),
+    }
+    report.sections["catalogue"] = {
+        "items": len(dataset.item_ids),
+        "items nobody took": int(len(dataset.item_ids) - len(np.unique(dataset.histories.item_rows))),
+        "items without title": int((dataset.item_titles[1:] == b"").sum()),
+    }
+    for name, targets in (("validation", dataset.validation), ("test", dataset.test)):
+        if len(targets.user_rows) < 2:
+            report.warnings.append(
+                f"the {name} split has {len(targets.user_rows)} users; quality cannot be measured (see split in shop.toml)"
+            )
+
+
+def _features(
+    report: Report,
+    what: str,
+    entries: list[FeatureColumn],
+    columns: dict[str, Column],
+    table: Table,
+    codes: np.ndarray,
+) -> None:
+    section: dict[str, Any] = {}
+    packed: dict[str, Feature] = {f.name: f for f in table.features}
+    for entry in entries:
+        column = columns[entry.source]
+        filled = 1 - column.values.null_count / max(len(column.values), 1)
+        section[entry.name] = f"{entry.kind}, {filled:.1%} filled"
+        feature = packed.get(entry.name)
+        if feature is not None and feature.kind == "category":
+            section[entry.name] += f", {feature.size - 1} values"
+            full = (codes[1:, feature.columns] > 0).all(axis=1).mean()
+            if feature.width > 1 and full > 0.05 and (is_list(column) or entry.separator):
+                report.warnings.append(
+                    f"{what}: {full:.0%} of rows fill all {feature.width} places of {entry.name!r}; raise its width if values are cut"
+                )
+        if filled == 0:
+            report.warnings.append(f"{what}: the feature {entry.name!r} is empty in every row")
+        elif feature is not None and feature.kind == "category" and feature.size == 2:
+            report.warnings.append(
+                f"{what}: the feature {entry.name!r} has a single value; it tells rows apart in nothing but its absence"
+            )
+    report.sections[f"{what}' features"] = section
+
+
+def _tasks(report: Report, dataset: Dataset) -> None:
+    section: dict[str, Any] = {}
+    parts = [
+        p
+        for p in (dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions)
+        if p is not None
+    ]
+    for at, task in enumerate(dataset.schema.tasks):
+        given = f" given {task.given}" if task.given else ""
+        if not parts:
+            section[task.name] = f"{task.kind}, no label: learned from sampled negatives"
+            continue
+        known = np.concatenate([p.labels[:, at] for p in parts])
+        known = known[~np.isnan(known)]
+        what = "positive" if task.kind == "binary" else "on average"
+        mean = f"{known.mean():.2%}" if task.kind == "binary" else f"{known.mean():.3f}"
+        section[task.name] = f"{task.kind}{given}, {len(known)} labels, {mean} {what}"
+        fewest = int(min((known == 1).sum(), (known == 0).sum())) if task.kind == "binary" else len(known)
+        if fewest < FEW_LABELS:
+            report.warnings.append(
+                f"task {task.name!r} has only {fewest} {'labels of one kind' if task.kind == 'binary' else 'labels'}; it will hardly be learned"
+            )
+    report.sections["tasks"] = section
+    if parts:
+        names = ("train", "validation", "test")
+        report.sections["impressions"] = {
+            name: len(part.times) for name, part in zip(names, parts, strict=True)
+        }
+
+
+def _images(report: Report, folder: Path, tables: ShopTables) -> None:
+    """Image files must exist; they are not encoded yet."""
+    for what, entity, rows in (
+        ("items", tables.shop.items, tables.items),
+        ("users", tables.shop.users, tables.users),
+    ):
+        for entry in entity.features if entity else []:
+            if entry.kind != "image":
+                continue
+            paths = [p for p in rows.columns[entry.source].values.to_pylist() if p]
+            missing = [p for p in paths if not (folder / p).is_file()]
+            report.sections.setdefault("images", {})[f"{what}.{entry.name}"] = (
+                f"{len(paths) - len(missing)} files; not encoded yet, a build leaves them aside"
+            )
+            if missing:
+                report.warnings.append(
+                    f"{what}: {len(missing)} files of the feature {entry.name!r} are missing, {missing[0]!r} first"
+                )

@@ -1,0 +1,141 @@
+"""What the offline stages read: a shop as dense arrays. `data.py` makes it; nothing here knows a file format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensemble.arrays import Array
+from ensemble.schema import Schema, schema_from_json
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Positive events of every user in time order (CSR): user row u has item_rows[offsets[u]:offsets[u + 1]]."""
+
+    offsets: Array  # [U + 2] int64; user row 0 (unknown) is empty
+    item_rows: Array  # [P] int64
+    times: Array  # [P] int64, seconds (or positions, where the shop has no clock)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Held-out next items: each row is a user, how much of the history is known, and what came next."""
+
+    user_rows: Array  # [Q] int64
+    history_ends: (
+        Array  # [Q] int64, absolute end into Histories.item_rows: known = item_rows[offsets[u]:history_ends]
+    )
+    item_rows: Array  # [Q] int64, the true next item
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """Shown items and what became of them. Labels are NaN where a task is not defined (buy without a click)."""
+
+    user_rows: Array  # [E] int64
+    item_rows: Array  # [E] int64
+    times: Array  # [E] int64
+    history_ends: (
+        Array  # [E] int64, absolute end into Histories.item_rows: positives strictly before this impression
+    )
+    labels: Array  # [E, T] float32
+    truth: Array | None = (
+        None  # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
+    )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One shop. Rows are dense: row 0 is "unknown", row 1 + i is the i-th id in sorted (byte) order."""
+
+    schema: Schema
+    item_ids: Array  # [I] S, sorted
+    user_ids: Array  # [U] S, sorted
+    item_titles: Array  # [I + 1] S, UTF-8, cut at 120 bytes; empty where there is none
+    item_codes: Array  # [I + 1, C] int32
+    item_values: Array  # [I + 1, R] float32, standardized, 0 where missing
+    user_codes: Array  # [U + 1, C] int32
+    user_values: Array  # [U + 1, R] float32
+    vocabularies: dict[
+        str, dict[str, list[str]]
+    ]  # {"items": {feature: [value, …]}, "users": …}, categories only
+    histories: Histories
+    train_ends: Array  # [U + 1] int64, absolute end into Histories.item_rows of what may be trained on
+    validation: Targets
+    test: Targets
+    train_impressions: Impressions | None  # None: no labels; the ranker's task is then `interact`
+    validation_impressions: Impressions | None
+    test_impressions: Impressions | None
+    item_numbers: Array  # [I + 1, n] float32, number features as the shop wrote them, NaN where missing
+    item_encoding: list[dict[str, Any]]  # builders.data.packing.Packed.encoding
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+
+def save_dataset(dataset: Dataset, folder: Path) -> None:
+    """One .npy an array, named by its path in the dataset; schema and vocabularies as JSON."""
+    for name, value in _leaves(dataset, ""):
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    (folder / "schema.json").write_text(dataset.schema.to_json())
+    (folder / "vocabularies.json").write_text(json.dumps(dataset.vocabularies))
+    (folder / "encoding.json").write_text(json.dumps(dataset.item_encoding))
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Memory-maps what save_dataset wrote."""
+    arrays: dict[str, Any] = {}
+    for path in folder.glob("*.npy"):
+        place, *rest = path.stem.split(".")
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # private and writable, as torch wants it
+        arrays[place] = {**arrays.get(place, {}), rest[0]: array} if rest else array
+    for place, kind in _PARTS.items():
+        arrays[place] = kind(**arrays[place]) if place in arrays else None
+    vocabularies = json.loads((folder / "vocabularies.json").read_text())
+    schema, encoding = (
+        schema_from_json((folder / "schema.json").read_text()),
+        json.loads((folder / "encoding.json").read_text()),
+    )
+    return Dataset(schema=schema, vocabularies=vocabularies, item_encoding=encoding, **arrays)
+
+
+_PARTS: dict[str, Any] = {
+    "histories": Histories,
+    "validation": Targets,
+    "test": Targets,
+    "train_impressions": Impressions,
+    "validation_impressions": Impressions,
+    "test_impressions": Impressions,
+}
+
+
+def _leaves(part: Any, prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for entry in fields(part):
+        value = getattr(part, entry.name)
+        found += (
+            _leaves(value, f"{prefix}{entry.name}.")
+            if entry.name in _PARTS and value is not None
+            else [(prefix + entry.name, value)]
+        )
+    return found
+
+
+def history_windows(histories: Histories, user_rows: Array, history_ends: Array, length: int) -> Array:
+    """The last `length` items before each end: [L, H] int64, newest last, padded on the left with -1."""
+    position = history_ends[:, None] - length + np.arange(length)
+    inside = position >= histories.offsets[user_rows][:, None]
+    if not len(histories.item_rows):
+        return np.full(position.shape, -1, np.int64)
+    return np.where(inside, histories.item_rows[np.clip(position, 0, len(histories.item_rows) - 1)], -1)

@@ -1,0 +1,111 @@
+"""Histories, held-out next items and impressions: what may be trained on, and what tests it. All by sorting, no loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from builders.data.dataset import Histories, Impressions, Targets
+from builders.shop.shop_toml import Split
+from ensemble.arrays import Array
+from ensemble.errors import InvalidInput
+
+NEVER = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Everything of a Dataset that depends on the split."""
+
+    train_ends: Array  # [U + 1] int64
+    validation: Targets
+    test: Targets
+    cuts: tuple[Array, Array]  # [U + 1] int64 each: when a user's validation, and when its test, begins
+
+
+def histories_from_positives(users: Array, items: Array, times: Array, num_users: int) -> Histories:
+    """CSR by user row, in time order; events of the same second keep the file's order."""
+    order = np.lexsort((times, users))
+    offsets = np.zeros(num_users + 2, np.int64)
+    np.cumsum(np.bincount(users, minlength=num_users + 1), out=offsets[1:])
+    return Histories(offsets, items[order], times[order])
+
+
+def users_of(histories: Histories) -> Array:
+    """[P] int64: the user row of each event."""
+    return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
+
+
+def split_histories(split: Split, histories: Histories, times: Array) -> Splits:
+    """Splits by `split`; `times` [n] are those of all interactions, whose quantiles cut a split by time."""
+    if split.kind == "leave_one_out":
+        return _leave_one_out(histories)
+    return _by_time(histories, times, split)
+
+
+def _leave_one_out(histories: Histories) -> Splits:
+    """Last event tests, second last validates; users with fewer than 3 events only train (protocol S1)."""
+    starts, ends = histories.offsets[:-1], histories.offsets[1:]
+    held = np.flatnonzero(ends - starts >= 3)
+    last = ends[held] - 1
+    train_ends = ends.copy()
+    train_ends[held] -= 2
+    cuts = (np.full(len(starts), NEVER), np.full(len(starts), NEVER))
+    cuts[0][held], cuts[1][held] = histories.times[last - 1], histories.times[last]
+    validation, test = (Targets(held, end, histories.item_rows[end]) for end in (last - 1, last))
+    return Splits(train_ends, validation, test, cuts)
+
+
+def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
+    """The user's first event in the period, of an item new to it, is the target; at least one item is known before it."""
+    late, later = (
+        int(np.quantile(times, q, method="higher"))
+        for q in (1 - split.validation - split.test, 1 - split.test)
+    )
+    users = users_of(histories)
+    num_users = len(histories.offsets) - 1
+    train_ends = histories.offsets[:-1] + np.bincount(users[histories.times < late], minlength=num_users)
+    pair = users * (int(histories.item_rows.max(initial=0)) + 1) + histories.item_rows
+    new = np.zeros(len(pair), bool)
+    new[np.unique(pair, return_index=True)[1]] = True
+    fit = new & (np.arange(len(pair)) > histories.offsets[users])
+
+    def first_targets(begin: int, end: int) -> Targets:
+        rows = np.flatnonzero(fit & (histories.times >= begin) & (histories.times < end))
+        who, first = np.unique(users[rows], return_index=True)
+        return Targets(who, rows[first], histories.item_rows[rows[first]])
+
+    cuts = (np.full(num_users, late), np.full(num_users, later))
+    return Splits(train_ends, first_targets(late, later), first_targets(later, NEVER), cuts)
+
+
+def history_ends(histories: Histories, users: Array, times: Array) -> Array:
+    """[E] int64: absolute end of what the user had taken strictly before each time. One search over (user, time) keys."""
+    if not len(histories.times):
+        return histories.offsets[users]
+    low = min(int(histories.times.min()), int(times.min(initial=NEVER)))
+    high = max(int(histories.times.max()), int(times.max(initial=low)))
+    span = high - low + 1
+    if span * (len(histories.offsets) + 1) >= NEVER:
+        raise InvalidInput(
+            f"interactions: times from {low} to {high} are too far apart for {len(histories.offsets)} users; times are Unix seconds"
+        )
+    keys = users_of(histories) * span + (histories.times - low)
+    return np.searchsorted(keys, users * span + (times - low), side="left")
+
+
+def split_impressions(
+    impressions: Impressions, cuts: tuple[Array, Array]
+) -> tuple[Impressions, Impressions, Impressions]:
+    """(train, validation, test), each in time order, by when each user's validation and test begin."""
+    begin = cuts[0][impressions.user_rows], cuts[1][impressions.user_rows]
+    train = impressions.times < begin[0]
+    test = impressions.times >= begin[1]
+    return tuple(_where(impressions, keep) for keep in (train, ~train & ~test, test))  # type: ignore[return-value]
+
+
+def _where(impressions: Impressions, keep: Array) -> Impressions:
+    fields = ("user_rows", "item_rows", "times", "history_ends", "labels")
+    truth = None if impressions.truth is None else impressions.truth[keep]
+    return replace(impressions, truth=truth, **{name: getattr(impressions, name)[keep] for name in fields})

@@ -1,0 +1,127 @@
+"""A shop's folder -> one Dataset of dense arrays: ids, packed features, histories, splits, impressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from builders.data.dataset import Dataset, Histories, Impressions
+from builders.data.packing import pack_features
+from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
+from builders.shop.interactions import Exposures, exposures_from_interactions
+from builders.shop.read import Rows, ShopTables, read_shop
+from builders.shop.shop_toml import Shop
+from builders.shop.tables import texts_from_column
+from ensemble.arrays import Array
+from ensemble.schema import Schema, Sizes, Task
+
+TITLE_BYTES = 120
+
+
+def load_dataset(
+    shop_dir: Path,
+    *,
+    sizes: Sizes | None = None,
+    now_s: float | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Dataset:
+    """The whole of a shop as arrays. `progress` is called with the name of each step as it begins."""
+    tables = read_shop(Path(shop_dir), now_s=now_s, progress=progress)
+    return dataset_from_tables(tables, sizes=sizes, progress=progress)
+
+
+def dataset_from_tables(
+    tables: ShopTables, *, sizes: Sizes | None = None, progress: Callable[[str], None] = lambda step: None
+) -> Dataset:
+    """Packs features, orders histories, splits."""
+    shop, items, users = tables.shop, tables.items, tables.users
+    progress("packing features")
+    item_pack = pack_features(
+        shop.items.features if shop.items else [], items.columns, items.index + 1, len(items.ids)
+    )
+    user_pack = pack_features(
+        shop.users.features if shop.users else [], users.columns, users.index + 1, len(users.ids)
+    )
+    progress("ordering histories")
+    exposures = exposures_from_interactions(shop, tables.interactions)
+    histories = _histories(tables, exposures)
+    splits = split_histories(shop.split, histories, tables.interactions.times)
+    progress("splitting impressions")
+    parts = (
+        split_impressions(_impressions(tables, exposures, histories), splits.cuts)
+        if shop.has_labels
+        else (None, None, None)
+    )
+    tasks = tuple(Task(t.name, t.kind, t.given, t.weight) for t in shop.tasks) or (
+        Task("interact", "binary"),
+    )
+    return Dataset(
+        schema=Schema(shop.name, item_pack.table, user_pack.table, tasks, sizes or Sizes()),
+        item_ids=items.ids,
+        user_ids=users.ids,
+        item_titles=_titles(shop, items),
+        item_codes=item_pack.codes,
+        item_values=item_pack.values,
+        user_codes=user_pack.codes,
+        user_values=user_pack.values,
+        vocabularies={"items": item_pack.vocabularies, "users": user_pack.vocabularies},
+        histories=histories,
+        train_ends=splits.train_ends,
+        validation=splits.validation,
+        test=splits.test,
+        train_impressions=parts[0],
+        validation_impressions=parts[1],
+        test_impressions=parts[2],
+        item_numbers=item_pack.numbers,
+        item_encoding=item_pack.encoding,
+    )
+
+
+def positive_rows(tables: ShopTables, exposures: Exposures) -> Array:
+    """Rows of the interactions that form histories, as `history` in shop.toml says (see builders/shop/shop_toml.py)."""
+    shop, interactions = tables.shop, tables.interactions
+    rule = shop.interactions.history
+    if isinstance(rule, list):
+        return np.flatnonzero(np.any([interactions.is_event(name) for name in rule], axis=0))
+    named = [t for t in shop.tasks if t.kind == "binary" and t.label and rule in ("", t.name)]
+    if rule == "all" or not named:
+        return np.arange(len(interactions))
+    task = named[0]
+    if task.label and task.label.event:  # the event has its own row and time, later than the exposure's
+        return np.flatnonzero(interactions.is_event(task.label.event))
+    return exposures.rows[exposures.labels[:, shop.tasks.index(task)] == 1]
+
+
+def _histories(tables: ShopTables, exposures: Exposures) -> Histories:
+    rows = positive_rows(tables, exposures)
+    return histories_from_positives(
+        tables.user_rows[rows], tables.item_rows[rows], tables.interactions.times[rows], len(tables.users.ids)
+    )
+
+
+def _impressions(tables: ShopTables, exposures: Exposures, histories: Histories) -> Impressions:
+    rows, truth = exposures.rows, tables.interactions.truth
+    users, times = tables.user_rows[rows], tables.interactions.times[rows]
+    ends = history_ends(histories, users, times)
+    return Impressions(
+        users, tables.item_rows[rows], times, ends, exposures.labels, None if truth is None else truth[rows]
+    )
+
+
+def _titles(shop: Shop, items: Rows) -> Array:
+    """[I + 1] S: titles as UTF-8, cut at TITLE_BYTES without splitting a letter."""
+    if shop.items is None or shop.items.title is None:
+        return np.zeros(len(items.ids) + 1, "S1")
+    texts = pc.fill_null(texts_from_column(items.columns[shop.items.title]), "")
+    cut = pc.utf8_slice_codeunits(texts, 0, TITLE_BYTES).cast(pa.large_binary())
+    titles = np.array(["", *cut.to_pylist()], dtype="O")
+    titles[0] = b""
+    for row in 1 + np.flatnonzero(pc.binary_length(cut).to_numpy(zero_copy_only=False) > TITLE_BYTES):
+        titles[row] = titles[row][:TITLE_BYTES].decode(errors="ignore").encode()
+    ordered = np.full(len(items.ids) + 1, b"", dtype="O")
+    ordered[items.index + 1] = titles[1:]
+    return ordered.astype("S") if len(ordered) else np.zeros(1, "S1")

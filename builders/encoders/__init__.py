@@ -1,0 +1,1 @@
+"""Trains the encoders whose embeddings recall searches with and in."""

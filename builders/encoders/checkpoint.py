@@ -1,0 +1,42 @@
+"""Saves trained encoders in a folder and reads them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from builders.encoders.encoders import EncoderCheckpoint, EncoderConfig
+from builders.weights import read_state, save_state
+
+
+def save_encoders(checkpoint: EncoderCheckpoint, folder: Path) -> None:
+    """config.json, log.json, item_id_embeddings.npy and the two modules' weights."""
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(checkpoint.config), indent=1))
+    (folder / "log.json").write_text(json.dumps(checkpoint.log, indent=1))
+    np.save(folder / "item_id_embeddings.npy", checkpoint.item_ids)
+    save_state(checkpoint.item_state, folder / "item_encoder.npz")
+    save_state(checkpoint.user_state, folder / "user_encoder.npz")
+
+
+def read_encoders(folder: Path, own: nn.Module | None = None) -> EncoderCheckpoint:
+    """Inverse of save_encoders, given the user's own module if it was one."""
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    fields: dict[str, Any] = {
+        name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in raw.items()
+    }
+    config = EncoderConfig(**fields)
+    ids = np.load(folder / "item_id_embeddings.npy", allow_pickle=False)
+    log = json.loads((folder / "log.json").read_text())
+    return EncoderCheckpoint(
+        config,
+        ids,
+        read_state(folder / "item_encoder.npz"),
+        read_state(folder / "user_encoder.npz"),
+        log,
+        own,
+    )

@@ -1,0 +1,84 @@
+"""Users' item sequences as flat arrays, and the two shapes models see: packed rows to train on, left-padded windows to serve.
+
+Axes: U users, R packed rows, H history.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ensemble.arrays import Array
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' item rows in time order: user u has rows[offsets[u]:offsets[u + 1]]. offsets [U + 1] int64, rows int64 >= 1."""
+
+    offsets: Array
+    rows: Array
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Training windows laid end to end. An id of 0 is an empty place; a place without a next item has target 0."""
+
+    items: Array  # [R, H] int64
+    targets: Array  # [R, H] int64
+    segments: Array  # [R, H] int64: places see earlier places of their own segment
+    users: Array  # [R, H] int64
+
+    def take(self, rows: Array) -> "PackedRows":
+        """Some of the rows. rows [n] int64."""
+        return PackedRows(self.items[rows], self.targets[rows], self.segments[rows], self.users[rows])
+
+    def windows(self) -> tuple[Array, Array, Array]:
+        """For each filled place P, in order, its own left-padded window of H: row [P], places [P, H] int64, inside [P, H] bool."""
+        row, place = np.nonzero(self.items > 0)
+        length = self.items.shape[1]
+        back = place[:, None] - np.arange(length - 1, -1, -1)
+        places = np.maximum(back, 0)
+        return (
+            row,
+            places,
+            (back >= 0) & (self.segments[row[:, None], places] == self.segments[row, place][:, None]),
+        )
+
+
+def pack_sequences(sequences: Sequences, order: Array, length: int) -> PackedRows:
+    """Lays the users' training windows end to end in rows of `length` places, so that hardly any place is padding.
+
+    order [n] int64 are the users to take. A sequence longer than a row is cut from its newest end.
+    """
+    starts, counts = sequences.offsets[order], np.diff(sequences.offsets)[order] - 1
+    pieces = np.maximum(-(-counts // length), 0)
+    owner = np.repeat(np.arange(len(order)), pieces)
+    back = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    ends = starts[owner] + counts[owner] - back * length
+    begins = np.maximum(ends - length, starts[owner])
+    sizes = ends - begins
+    places, used = np.empty(len(sizes), np.int64), 0
+    for piece, size in enumerate(sizes.tolist()):
+        used += -used % length if used % length + size > length else 0
+        places[piece] = used
+        used += size
+    inside = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    to, source = np.repeat(places, sizes) + inside, np.repeat(begins, sizes) + inside
+    out = np.zeros((4, -(-used // length) * length), np.int64)
+    out[:, to] = (
+        sequences.rows[source],
+        sequences.rows[source + 1],
+        np.repeat(np.arange(len(sizes)) + 1, sizes),
+        np.repeat(order[owner], sizes),
+    )
+    return PackedRows(*out.reshape(4, -1, length))
+
+
+def windows(sequences: Sequences, users: Array, length: int) -> Array:
+    """The newest `length` items of each user, left padded with 0. users [n] int64 -> [n, length] int64."""
+    places = sequences.offsets[users + 1][:, None] - length + np.arange(length)
+    known = places >= sequences.offsets[users][:, None]
+    return (
+        np.where(known, sequences.rows[np.where(known, places, 0)], 0)
+        if len(sequences.rows)
+        else np.zeros(known.shape, np.int64)
+    )

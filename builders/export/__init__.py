@@ -1,0 +1,1 @@
+"""Turns checkpoints into ONNX models, and stages all that will be served in one folder."""

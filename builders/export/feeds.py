@@ -1,0 +1,42 @@
+"""What models are fed outside of serving: histories up to any point, users' embeddings there, and real inputs for exported engines."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from builders.data.dataset import Dataset, history_windows
+from builders.index.offline import OfflineRecall
+from builders.ranker.stage import RankerCheckpoint
+from ensemble.arrays import Array
+
+_CHECKED = 64  # users and items whose feeds the exported engines are checked on
+
+
+def engine_feeds(
+    dataset: Dataset, item_embeddings: Array, trained: RankerCheckpoint, id_rows: Array, recall: OfflineRecall
+) -> dict[str, Array]:
+    """Real inputs of all engines, by tensor name: those of the first users, with recall's candidates, and of the first items.
+
+    Random scores would not do: where the calibrated probabilities are all next to 0, the two sigmoids differ in most of their digits.
+    """
+    user_rows = np.arange(1, 1 + min(_CHECKED, dataset.num_users))
+    ends = dataset.histories.offsets[user_rows + 1]
+    windows = history_windows(dataset.histories, user_rows, ends, dataset.schema.sizes.history)
+    candidates, scores = recall.candidates(user_rows, ends)
+    (past, history), (known, candidates) = (
+        ((rows > 0)[..., None].astype(np.float32), np.maximum(rows, 0)) for rows in (windows, candidates)
+    )
+    items = slice(1, 1 + _CHECKED)
+    return {
+        "history_embeddings": item_embeddings[history] * past,
+        "history_features": trained.item_features[history] * past,
+        "history_mask": windows > 0,
+        "user_codes": np.asarray(dataset.user_codes[user_rows]),
+        "user_values": np.asarray(dataset.user_values[user_rows]),
+        "user_features": trained.user_features[user_rows],
+        "candidate_features": trained.item_features[candidates] * known,
+        "candidate_scores": scores,
+        "item_codes": np.asarray(dataset.item_codes[items]),
+        "item_values": np.asarray(dataset.item_values[items]),
+        "item_id_embedding": id_rows[items],
+    }

@@ -1,0 +1,118 @@
+"""Asks the recall that will be served about any user at any point of the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from builders.data.dataset import Dataset, history_windows
+from builders.index.staged import StagedRelease
+from ensemble.arrays import Array
+from ensemble.contract import QUERY_TENSORS, SOURCES
+from ensemble.local import open_step
+from ensemble.options import default_options
+from ensemble.release.release import Release
+from ensemble.release.snapshot import gather
+from ensemble.spec import ModelSpec
+from ensemble.steps.recall import Recall
+
+
+class OfflineRecall:
+    """The Recall that will be served, asked about any user at any point of the history (a ScoreFunction and a CandidateFunction)."""
+
+    def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
+        staged = StagedRelease(folder)
+        self.recall = Recall(staged.model("recall"), staged)
+        self.dataset, self.encode_users = dataset, encode_users
+        self.between = [
+            (model, open_step(model, staged))
+            for model in _before_recall(staged)
+            if model.name not in ("features", "user_encoder")
+        ]
+        self.query_names = [spec.name for spec in staged.model("recall").inputs if spec.name != "seen_rows"]
+
+    def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
+        """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""
+        return self.candidates_for(self.encode_users(user_rows, history_ends), user_rows, history_ends)
+
+    def candidates_for(
+        self, user_embeddings: Array, user_rows: Array, history_ends: Array
+    ) -> tuple[Array, Array]:
+        """candidates(), with the users' embeddings [L, M, D] already there."""
+        sizes = self.recall.sizes
+        rows, scores = (
+            np.full((len(user_rows), sizes.candidates), -1, np.int64),
+            np.zeros((len(user_rows), sizes.candidates, len(SOURCES)), np.float32),
+        )
+        for piece in _pieces(len(user_rows)):
+            seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], sizes.seen)
+            queries = self.queries(
+                user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
+            )
+            found = self.recall.run(default_options(len(seen)), seen_rows=seen, **queries)
+            rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
+        return rows, scores
+
+    def popular_scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+        """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was trained on."""
+        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+        out[..., SOURCES.index("popular")] = np.where(
+            item_rows > 0, self.recall.popularity[np.maximum(item_rows, 0)], 0
+        )
+        return out
+
+    def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+        """[L], [L], item_rows [L, N] (-1 padded) -> every source's score [L, N, S] float32."""
+        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+        user_embeddings = self.encode_users(user_rows, history_ends)
+        for piece in _pieces(len(user_rows)):
+            seen = history_windows(
+                self.dataset.histories, user_rows[piece], history_ends[piece], self.recall.sizes.seen
+            )
+            embeddings = gather(item_rows[piece], self.recall.items, "embedding")
+            queries = self.queries(
+                user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
+            )
+            query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
+            out[piece] = self.recall.source_scores(
+                query, item_rows[piece], embeddings, self.recall.transition_offers(seen)
+            )
+        return out
+
+    def queries(self, user_rows: Array, tensors: dict[str, Array]) -> dict[str, Array]:
+        """What recall takes beside seen_rows [L, W]; models between features and recall other than the user encoder are run here."""
+        known = {"user_id": self.dataset.user_ids[user_rows - 1][:, None], **tensors}
+        for model, step in self.between:
+            known |= step.run(
+                default_options(len(user_rows)), **{spec.name: known[spec.name] for spec in model.inputs}
+            )
+        return {name: known[name] for name in self.query_names}
+
+
+def _before_recall(release: Release) -> list[ModelSpec]:
+    models = release.pipeline.models
+    return list(models[: [model.name for model in models].index("recall")])
+
+
+def _pieces(count: int, size: int = 256) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L] -> user_embeddings [L, M, D]
+
+
+class ScoreFunction(Protocol):
+    """What recall says of any item at any point of a history. It must know nothing that happened after training ended."""
+
+    def __call__(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+        """user_rows [L], history_ends [L] (absolute, as in Histories), item_rows [L, N] (-1 padded) -> scores [L, N, S] float32."""
+
+
+class CandidateFunction(Protocol):
+    """What recall would offer at any point of a history."""
+
+    def __call__(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
+        """user_rows [L], history_ends [L] -> candidate rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""

@@ -1,0 +1,56 @@
+"""The snapshot's packed rows, written piece by piece: never twice in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from builders.data.dataset import Dataset, history_windows
+from ensemble.arrays import Array
+from ensemble.release.snapshot import item_dtype, user_dtype
+
+_PIECE = 1 << 16  # rows
+
+
+def write_items(dataset: Dataset, embeddings: Array, features: Array | None, folder: Path) -> None:
+    """The items' packed rows; `features` [I + 1, F] are 0 until the ranker is trained."""
+    dtype = item_dtype(dataset.schema)
+    out = _mapped(folder / "items.npy", dtype, dataset.num_items + 1)
+    for start in range(0, len(out), _PIECE):
+        piece = slice(start, start + _PIECE)
+        out["embedding"][piece], out["codes"][piece], out["values"][piece] = (
+            embeddings[piece],
+            dataset.item_codes[piece],
+            dataset.item_values[piece],
+        )
+        if features is not None:
+            out["features"][piece] = features[piece]
+    out.flush()
+
+
+def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
+    """The users' packed rows; `features` [U + 1, U'] are the ranker's. All that is known of the past, held-out events too."""
+    histories = dataset.histories
+    out = _mapped(folder / "users.npy", user_dtype(dataset.schema), dataset.num_users + 1)
+    for start in range(0, len(out), _PIECE):
+        user_rows = np.arange(start, min(start + _PIECE, len(out)))
+        out["seen"][user_rows] = history_windows(
+            histories, user_rows, histories.offsets[user_rows + 1], dataset.schema.sizes.seen
+        )
+        for field, table in (
+            ("codes", dataset.user_codes),
+            ("values", dataset.user_values),
+            ("features", features),
+        ):
+            out[field][user_rows] = table[user_rows]
+    out.flush()
+
+
+def _mapped(path: Path, dtype: np.dtype, num_rows: int) -> np.memmap:
+    """A new mapped array whose space is there: on a full disk a mapped write would end the process with SIGBUS."""
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows,))
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out

@@ -1,0 +1,137 @@
+"""Publishing: a finished release enters the repository whole, or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.release.files import sync_folder, write_durably
+from ensemble.release.release import MANIFEST_FORMAT
+from ensemble.release.repository import check_name, locked, next_release_name, remove, staging, sweep
+
+__all__ = ["next_release_name", "publish", "remove", "sweep"]
+_PIECE_BYTES = 4 << 20
+
+
+def publish(
+    repository: Path, name: str, members: Mapping[str, Path], release_files: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Copies a release into the repository: member folders are renamed in first, `name`/ with its manifest last.
+
+    members: bare model name ("ranker", "recommend") -> folder with config.pbtxt and 1/; release_files: what `name`/ holds
+    beside manifest.json; manifest: its entries beside release, created, format, peregrine and files, which are filled in here.
+    """
+    repository.mkdir(parents=True, exist_ok=True)
+    check_name(name)
+    sweep(repository)
+    folders = {**{f"{name}_{model}": folder for model, folder in members.items()}, name: release_files}
+    _refuse_existing(repository, folders)
+    with (
+        _room_for(repository, name, sum(_bytes_of(folder) for folder in folders.values())),
+        staging(repository) as stage,
+    ):
+        files: dict[str, dict[str, Any]] = {}
+        for target, source in folders.items():
+            _copy(source, stage / target, stage, files)
+        whole = {**_defaults(name), **manifest, "files": dict(sorted(files.items()))}
+        write_durably(stage / name / "manifest.json", json.dumps(whole, indent=1) + "\n")
+        _rename_in(repository, stage, list(folders))
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        version = importlib.metadata.version("peregrine-recommender")
+    except importlib.metadata.PackageNotFoundError:
+        version = "source"
+    return {"release": name, "created": created, "peregrine": version, "format": MANIFEST_FORMAT}
+
+
+def _rename_in(repository: Path, stage: Path, folders: list[str]) -> None:
+    """Members first, the release's own folder (the last of `folders`) last: its manifest is the moment of publication."""
+    with locked(repository):
+        _refuse_existing(repository, folders)
+        moved: list[str] = []
+        try:
+            for folder in folders:
+                if folder == folders[-1]:
+                    sync_folder(repository)  # no power cut may keep the manifest and lose a member
+                (stage / folder).rename(repository / folder)
+                moved.append(folder)
+            sync_folder(repository)
+        except OSError:
+            for folder in reversed(moved):
+                (repository / folder).rename(stage / folder)
+            raise
+
+
+def _refuse_existing(repository: Path, folders: Mapping[str, Path] | list[str]) -> None:
+    for folder in folders:
+        if (repository / folder).exists():
+            raise InvalidInput(
+                f"{repository / folder} exists already; a release never changes: choose another name, or remove that release first"
+            )
+
+
+@contextlib.contextmanager
+def _room_for(repository: Path, name: str, need_bytes: int) -> Iterator[None]:
+    """Turns a full or read-only disk into one line with the room that is needed; the staging folder inside is gone by then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = f"need {need_bytes / 1e6:.1f} MB"
+            raise ReleaseError(
+                f"publish: no space left in {repository}, {need} for release {name}; free some and build again"
+            ) from error
+        raise ReleaseError(
+            f"publish: cannot write release {name} into {repository}: {error.strerror} ({error.filename})"
+        ) from error
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Copies a folder, empty ones inside it too; adds {path: sha256, bytes} of each file, paths relative to the repository."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            _copy(path, target / path.name, stage, files)
+        else:
+            files[str((target / path.name).relative_to(stage))] = _copy_file(path, target / path.name)
+    if (target / "model.py").exists():
+        _forbid_bytecode(target)
+    sync_folder(target)
+
+
+def _forbid_bytecode(version: Path) -> None:
+    """A file where Python would make a folder of bytecode: the stub ignores PYTHONDONTWRITEBYTECODE, and a version
+    folder that changes while it is served makes Triton load all its members again at the next activation (3 s, tried).
+    """
+    (version / "__pycache__").touch()
+
+
+def _copy_file(source: Path, target: Path) -> dict[str, Any]:
+    """Copies and digests in one pass, so that the digest is of the bytes that were written."""
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while piece := reader.read(_PIECE_BYTES):
+            writer.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}

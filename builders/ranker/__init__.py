@@ -1,0 +1,1 @@
+"""Trains the model that scores every candidate for every task."""

@@ -1,0 +1,262 @@
+"""State of one training of the ranker, and its one loop: feeds, epochs, early stop. What is trained on is train_ranker's affair."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from builders.data.dataset import Dataset, history_windows
+from builders.ranker.lists import Lists
+from builders.ranker.loss import Loss
+from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, RankerConfig
+from ensemble.arrays import Array
+
+Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
+_HEAD_CHUNK = 65_536  # items the head computes at once
+
+
+@dataclass(frozen=True)
+class RankerTraining:
+    """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
+
+    model: RankerConfig = field(default_factory=RankerConfig)
+    epochs: int = 5  # at most; learning rates fall linearly to 0 over them
+    patience: int = 3  # epochs without a better validation before it stops
+    batch: int = 2048
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.1
+    row_rate: float = 1e-4  # learning rate of user and item rows; faster, they learn single clicks by heart
+    row_decay: float = 1e-2  # pull of the rows in a batch towards 0
+    row_scale: float = 0.01  # standard deviation of new rows
+    id_dropout: float = 0.5  # users and items made unknown, so that unknown ones are served well
+    history_dropout: float = (
+        0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
+    )
+    score_dropout: float = (
+        0.1  # recall's scores hidden: they are a little too good on what recall was trained on
+    )
+    average: float = 0.99  # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the last weights
+    bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
+    conditional: float = 1.0  # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
+    list_epochs: int = 4  # `interact`: in place of epochs
+    list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
+    list_negatives: int = 128  # `interact`: recalled items a list and epoch
+    uniform_negatives: int = 16  # `interact`: uniform items a list
+    held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates
+    test_lists: int = (
+        4096  # `interact`: at most this many test targets are reported on here (verify reports on all)
+    )
+
+
+BASE_TRAINING = RankerTraining()
+TINY_TRAINING = RankerTraining(
+    model=TINY,
+    epochs=4,
+    batch=512,
+    learning_rate=5e-3,
+    row_rate=1e-2,
+    row_scale=0.05,
+    weight_decay=1e-2,
+    list_learning_rate=5e-3,
+    id_dropout=0.1,
+    history_dropout=0.1,
+    list_negatives=32,
+    uniform_negatives=8,
+    test_lists=512,
+)
+
+
+class RankerTrainer:
+    """The model, the item head, the two tables of rows, the frozen tensors they read, and the optimizers."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        item_embeddings: Array,
+        model: CalibratedRanker,
+        config: RankerTraining,
+        rng: np.random.Generator,
+        progress: Progress,
+    ):
+        s, self.dataset, self.model, self.config, self.rng, self.progress = (
+            dataset.schema.sizes,
+            dataset,
+            model,
+            config,
+            rng,
+            progress,
+        )
+        self.head = ItemFeatures(dataset.schema, config.model)
+        self.item_rows = nn.Embedding(dataset.num_items + 1, s.item_features, sparse=True)
+        self.user_rows = nn.Embedding(dataset.num_users + 1, s.user_features, sparse=True)
+        for table in (self.item_rows, self.user_rows):
+            nn.init.normal_(table.weight, std=config.row_scale)
+            table.weight.data[0] = 0
+        self.embeddings = torch.from_numpy(np.ascontiguousarray(item_embeddings, dtype=np.float32))
+        self.item_codes, self.item_values = (
+            torch.from_numpy(dataset.item_codes),
+            torch.from_numpy(dataset.item_values),
+        )
+        self.user_codes, self.user_values = (
+            torch.from_numpy(dataset.user_codes),
+            torch.from_numpy(dataset.user_values),
+        )
+        self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
+        trusted = (
+            dataset.train_impressions is None
+        )  # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
+        self.head.embedding_scale.fill_(
+            max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0
+        )
+        self.head.direct.requires_grad_(not trusted)  # it stays 0 where the embeddings say what codes would
+        dense = [
+            weight for weight in (*self.model.parameters(), *self.head.parameters()) if weight.requires_grad
+        ]
+        self.mean = RunningMean(dense)
+        self.optimizers = (
+            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.SparseAdam([self.item_rows.weight, self.user_rows.weight], lr=config.row_rate),
+        )
+
+    def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The tensors of the ranker's forward for some lists, and the mean square of the id rows they read."""
+        c, training = self.config, self.trained.training
+        windows = torch.from_numpy(
+            history_windows(
+                self.dataset.histories, lists.user_rows, lists.history_ends, self.dataset.schema.sizes.history
+            )
+        )
+        users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
+        mask = windows > 0
+        if training and c.history_dropout:
+            mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
+        (history, candidates), square = self._item_features(windows.clamp(min=0), items)
+        known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
+        user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)
+        scores = torch.from_numpy(lists.scores)
+        if training and c.score_dropout:
+            scores = scores * (torch.rand(*scores.shape[:2], 1) >= c.score_dropout)
+        user = (self.user_codes[users], self.user_values[users], user_features)
+        tensors = (history * mask.unsqueeze(-1), mask, *user, candidates * (items > 0).unsqueeze(-1), scores)
+        return tensors, square + user_features.square().mean()
+
+    def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each rows [L, …] -> item_features [L, …, F], the head run once per distinct item of all; and the mean square of their id rows."""
+        distinct, place = torch.unique(torch.cat([part.flatten() for part in rows]), return_inverse=True)
+        known = (
+            distinct
+            if not self.trained.training
+            else distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
+        )
+        id_rows = self.item_rows(known)
+        features = self.head(
+            id_rows, self.item_codes[distinct], self.item_values[distinct], self.embeddings[distinct]
+        )
+        places = place.split([part.numel() for part in rows])
+        return [
+            functional.embedding(at.view(part.shape), features) for at, part in zip(places, rows, strict=True)
+        ], id_rows.square().mean()
+
+    def item_features(self) -> Array:
+        """The head's output for every item [I + 1, F] float32; row 0 is 0."""
+        self.trained.eval()
+        out = np.zeros(self.item_rows.weight.shape, np.float32)
+        with torch.no_grad():
+            for start in range(0, len(out), _HEAD_CHUNK):
+                part = slice(start, start + _HEAD_CHUNK)
+                out[part] = self.head(
+                    self.item_rows.weight[part],
+                    self.item_codes[part],
+                    self.item_values[part],
+                    self.embeddings[part],
+                ).numpy()
+        out[0] = 0
+        return out
+
+    def user_features(self) -> Array:
+        """The users' rows [U + 1, U'] float32; row 0 (unknown) is 0."""
+        rows = self.user_rows.weight.detach().numpy().copy()
+        rows[0] = 0
+        return rows
+
+    def logits(self, lists: Lists, chunk: int = 8192) -> Array:
+        """Logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time."""
+        self.trained.eval()
+        step = max(1, chunk // max(1, lists.item_rows.shape[1]))
+        out = np.zeros(lists.labels.shape, np.float32)
+        with torch.no_grad():
+            for start in range(0, len(lists), step):
+                part = np.arange(start, min(start + step, len(lists)))
+                out[part] = self.model.logits(*self.tensors(lists.take(part))[0]).numpy()
+        return out
+
+    def epoch(self, lists: Lists, loss_function: Loss, epoch: int) -> None:
+        """Pass number `epoch` (from 0) over the lists, in random order."""
+        self.trained.train()
+        order = self.rng.permutation(len(lists))
+        num_batches = max(1, round(lists.item_rows.size / self.config.batch))
+        for step, part in enumerate(np.array_split(order, num_batches)):
+            self._set_rates(1 - (epoch + step / num_batches) / self.config.epochs)
+            batch = lists.take(part)
+            tensors, square = self.tensors(batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+                logits = self.model.logits(*tensors)
+            loss = (
+                loss_function(logits.float(), torch.from_numpy(batch.labels)) + self.config.row_decay * square
+            )
+            self.trained.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.mean.update(self.config.average)
+
+    def _set_rates(self, share: float) -> None:
+        """Learning rates at `share` of their start."""
+        for optimizer, rate in zip(
+            self.optimizers, (self.config.learning_rate, self.config.row_rate), strict=True
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+
+    def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
+        """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the first included. -> epochs run."""
+        best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
+        self.progress(0.0, f"ranker: before training, validation {best:.5f}")
+        while epoch < self.config.epochs and waited < self.config.patience:
+            self.epoch(draw(), loss_function, epoch)
+            self.mean.exchange()
+            figure, epoch, waited = judge(), epoch + 1, waited + 1
+            self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
+            if figure < best:
+                best, best_state, waited = figure, copy.deepcopy(self.trained.state_dict()), 0
+            self.mean.exchange()
+        self.trained.load_state_dict(best_state)
+        return epoch
+
+
+class RunningMean:
+    """Exponential mean of the dense weights over the steps (Polyak averaging): it has less of the last batches' noise than they have."""
+
+    def __init__(self, weights: list[nn.Parameter]):
+        self.weights, self.mean, self.steps = weights, [weight.detach().clone() for weight in weights], 0
+
+    def update(self, keep: float) -> None:
+        """After a step. The mean of the first steps is short, so that it does not hold the untrained weights."""
+        self.steps += 1
+        torch._foreach_lerp_(
+            self.mean,
+            [weight.detach() for weight in self.weights],
+            1 - min(keep, self.steps / (self.steps + 9)),
+        )
+
+    def exchange(self) -> None:
+        """Puts the mean in the place of the weights, and back."""
+        for place, weight in enumerate(self.weights):
+            weight.data, self.mean[place] = self.mean[place], weight.data

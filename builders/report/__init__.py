@@ -1,0 +1,1 @@
+"""Draws what a release is and costs, for people: `peregrine report`."""

@@ -1,0 +1,285 @@
+"""A release's report as one HTML page that needs nothing else, and its figures as PNG files."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from builders.compress.plan import Gate
+from builders.compress.results import CompressionReport
+from builders.report import figures as figures
+from builders.verify.markdown import WAYS
+
+Figures = dict[str, bytes]  # name without suffix -> PNG
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1040px;margin:2.5rem auto;padding:0 1.25rem}
+h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.4rem 0 .5rem;border-bottom:1px solid #ddd;padding-bottom:.25rem}
+h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.4rem 0;max-width:46rem}.facts{color:#666}
+table{border-collapse:collapse;font-size:.86rem;margin:.6rem 0;font-variant-numeric:tabular-nums}
+th,td{padding:.22rem .8rem .22rem 0;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
+th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
+.FAIL{color:#D55E00;font-weight:700}.WARN{color:#9a6a00;font-weight:700}.reported{color:#767676}
+img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}.tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
+.tile b{display:block;font-size:1.25rem}.tile span{color:#666;font-size:.82rem}
+"""
+
+
+def release_figures(report: Mapping[str, Any]) -> Figures:
+    """Every figure that the report has the numbers for."""
+    found: Figures = {}
+    ways = report.get("ranking", {}).get("ways", {})
+    if ways:
+        found["ranking"] = figures.png(partial(figures.ranking, ways, WAYS))
+    if report.get("compress"):
+        found |= _compression_figures(report["compress"])
+    return found
+
+
+def _compression_figures(compress: CompressionReport) -> Figures:
+    found: Figures = {}
+    limit = compress["plan"].get("gate", {}).get("ranking", Gate().ranking)
+    for (model, runtime), variants in _by_engine(compress["variants"]):
+        found[f"pareto_{model}_{runtime}"] = figures.png(partial(figures.pareto, variants, limit))
+    for (model, runtime), nodes in _by_engine(compress["nodes"]):
+        found[f"precision_{model}_{runtime}"] = figures.png(partial(figures.precision_map, nodes))
+    for runtime, gate in compress["gates"].items():
+        found[f"gate_{runtime}"] = figures.png(partial(figures.gate, gate["rows"]))
+        if gate["timings"]:
+            found[f"latency_{runtime}"] = figures.png(partial(figures.latency, gate["timings"]))
+    return found
+
+
+def _by_engine(rows: Sequence[Any]) -> Iterator[tuple[tuple[str, str], list[Any]]]:
+    """Rows of the same model and runtime together, in the order of their first."""
+    for key in dict.fromkeys((row["model"], row["runtime"]) for row in rows):
+        yield key, [row for row in rows if (row["model"], row["runtime"]) == key]
+
+
+def write_figures(found: Figures, folder: Path) -> list[Path]:
+    """One PNG a figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in found]
+    for path, picture in zip(paths, found.values(), strict=True):
+        path.write_bytes(picture)
+    return paths
+
+
+def page(manifest: Mapping[str, Any], found: Figures) -> str:
+    """The whole page; figures are inside it."""
+    report = manifest["report"]
+    title = f"{manifest['shop']}: release {manifest['release']}"
+    facts = " · ".join(
+        f"{name} {manifest[name]}" for name in ("created", "preset", "seed", "peregrine") if name in manifest
+    )
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="facts">{_text(facts)}</p>',
+        *_ranking(report, found),
+        *_tasks(report),
+        *_recall(report),
+    ]
+    parts += ["<h2>Compression</h2>"]
+    if report.get("compress"):
+        parts += _compression(report["compress"], found)
+    else:
+        parts.append(
+            "<p>This release is not compressed: its engines are served as they were exported, in fp32.</p>"
+        )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{_STYLE}</style>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
+    ranking = report.get("ranking", {})
+    ways = ranking.get("ways", {})
+    if not ways:
+        return ["<h2>Ranking</h2>", "<p>This shop has no held-out next items.</p>"]
+    rows = [[WAYS.get(name, name), *(f"{value:.4f}" for value in of.values())] for name, of in ways.items()]
+    parts = [
+        f"<h2>Ranking of {ranking['users']:,} held-out next items</h2>",
+        *_image(found, "ranking"),
+        _table(["", *next(iter(ways.values()))], rows),
+    ]
+    difference = ranking.get("chain_minus_recall_ndcg@10")
+    if difference:
+        interval = (
+            f"{difference['mean']:+.5f}, 95% interval [{difference['low']:+.5f}, {difference['high']:+.5f}]"
+        )
+        parts.append(f"<p>Chain minus recall, NDCG@10: {interval} (paired bootstrap over users).</p>")
+    return parts
+
+
+def _tasks(report: Mapping[str, Any]) -> list[str]:
+    tasks = report.get("tasks")
+    if not tasks:
+        return []
+    columns = sorted({column for of in tasks.values() for column in of})
+    return [
+        "<h2>Tasks on held-out impressions</h2>",
+        _table(["task", *columns], [[t, *(_number(of.get(c)) for c in columns)] for t, of in tasks.items()]),
+    ]
+
+
+def _recall(report: Mapping[str, Any]) -> list[str]:
+    settings = dict(report.get("recall", {}))
+    tried = settings.pop("tried", [])
+    parts = [
+        "<h2>Recall</h2>",
+        _table(["setting", "chosen"], [[name, _number(value)] for name, value in settings.items()]),
+    ]
+    if tried:
+        columns = list(dict.fromkeys(column for row in tried for column in row))
+        parts += [
+            "<h3>Tried for the index</h3>",
+            _table(columns, [[_number(row.get(column)) for column in columns] for row in tried]),
+        ]
+    return parts if settings or tried else []
+
+
+def _compression(compress: CompressionReport, found: Figures) -> list[str]:
+    parts = [_tiles(compress), *(f"<p>{_text(note)}</p>" for note in compress["notes"])]
+    for runtime, gate in compress["gates"].items():
+        passed = "passed" if gate["ok"] else "failed"
+        parts += [
+            f"<h3>The gate on {_text(runtime)}: {passed}</h3>",
+            *_image(found, f"gate_{runtime}"),
+            _gate_table(gate["rows"]),
+        ]
+        parts += (
+            [f"<h3>Latency on {_text(runtime)}</h3>", *_image(found, f"latency_{runtime}")]
+            if gate["timings"]
+            else []
+        )
+    for (model, runtime), variants in _by_engine(compress["variants"]):
+        parts += [
+            f"<h3>{_text(model)} on {_text(runtime)}: every variant tried</h3>",
+            *_image(found, f"pareto_{model}_{runtime}"),
+            _variants(variants),
+        ]
+    for (model, runtime), nodes in _by_engine(compress["nodes"]):
+        parts += [
+            f"<h3>{_text(model)} on {_text(runtime)}: precision by node</h3>",
+            *_image(found, f"precision_{model}_{runtime}"),
+            _nodes(nodes),
+        ]
+    return parts
+
+
+def _tiles(compress: CompressionReport) -> str:
+    """What came of it, per engine."""
+    tiles = [
+        f'<div class="tile"><span>plan</span><b>{_text(compress["plan_name"])}</b><span>{len(compress["nodes"])} nodes judged</span></div>'
+    ]
+    for engine in compress["engines"]:
+        smaller = engine["reference_bytes"] / max(engine["bytes"], 1)
+        fewer = engine["parameters"] / max(engine["reference_parameters"], 1) - 1
+        size = (
+            f"{engine['reference_bytes'] / 1e6:.2f} → {engine['bytes'] / 1e6:.2f} MB, parameters {fewer:+.0%}"
+        )
+        where = _text(f"{engine['model']}, {engine['runtime']}")
+        tiles.append(
+            f'<div class="tile"><span>{where}</span><b>{smaller:.1f}× smaller</b><span>{size}</span></div>'
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _gate_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ["figure", "users", "uncompressed", "compressed", "loss", "95% interval", "limit", "verdict"]
+    lines = []
+    for row in rows:
+        show = partial(_loss, relative=row["relative"])
+        interval = f"{show(row['low'])} … {show(row['high'])}"
+        both = [_number(row["reference"], 5), _number(row["candidate"], 5)]
+        limit = f"{row['limit']:.2%}" if row["relative"] else f"{row['limit']:g}"
+        lines.append(
+            [row["figure"], f"{row['users']:,}", *both, show(row["loss"]), interval, limit, row["verdict"]]
+        )
+    return _table(head, lines, [row["verdict"] for row in rows])
+
+
+def _loss(value: float | None, *, relative: bool) -> str:
+    return _share(value) if relative or value is None else f"{value:+.5f}"
+
+
+def _variants(variants: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            v["name"],
+            v["family"],
+            f"{v['loss']:+.2%}",
+            f"{v['bytes'] / 1e6:.3f}",
+            f"{v['parameters']:,}",
+            _number(v["latency_ms"], 3),
+            "chosen" * v["chosen"],
+        ]
+        for v in variants
+    ]
+    return _table(["variant", "kind", "NDCG@10 lost", "MB", "parameters", "ms at batch 8", ""], rows)
+
+
+def _nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            n["node"],
+            n["op"],
+            f"{n['parameters']:,}",
+            _share(n["changed"]),
+            _share(n["loss"]),
+            n["precision"],
+            n["reason"] or "lowest",
+        ]
+        for n in figures.most_sensitive_first(nodes)
+    ]
+    table = _table(
+        ["node", "operator", "parameters", "lists changed, alone", "NDCG@10 lost, alone", "precision", "why"],
+        rows,
+    )
+    return f"<details><summary>all {len(rows)} nodes</summary>{table}</details>"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2%}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    """Cells are text, not HTML."""
+    lines = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"]
+    for place, row in enumerate(rows):
+        of = f' class="{classes[place]}"' if classes and classes[place] != "ok" else ""
+        lines.append(f"<tr{of}>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _image(found: Figures, name: str) -> list[str]:
+    if name not in found:
+        return []
+    return [
+        f'<img alt="{_text(name.replace("_", " "))}" src="data:image/png;base64,{base64.b64encode(found[name]).decode()}">'
+    ]
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(_number(part) for part in value)
+    return (
+        f"{value:.{digits}f}".rstrip("0").rstrip(".")
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value))

@@ -1,0 +1,1 @@
+"""Reads, checks, imports and generates shops: shop.toml and its tables."""

@@ -1,0 +1,217 @@
+"""The interactions file: rows, labels, and which rows are one impression."""
+
+from __future__ import annotations
+
+import time as clock
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from builders.shop.shop_toml import Shop, ShopTask
+from builders.shop.tables import (
+    Column,
+    first_true,
+    ids_from_column,
+    numbers_from_column,
+    read_table,
+    texts_from_column,
+    times_from_column,
+)
+from ensemble.arrays import Array
+from ensemble.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Rows of the file, as written. Users and items are indices into the sorted distinct ids."""
+
+    user_ids: Array  # [U] S, those that occur
+    item_ids: Array  # [I] S, those that occur
+    users: Array  # [n] int64
+    items: Array  # [n] int64
+    times: Array  # [n] int64
+    labels: Array  # [n, T] float32, of the row alone; NaN where it says nothing about the task
+    event_names: list[str]
+    events: Array | None  # [n] int64 into event_names, -1 where empty; None: the shop has no event column
+    truth: Array | None  # [n, T] float32
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def where(self, keep: Array) -> Interactions:
+        """The rows of `keep` [n] bool; ids stay as they are."""
+        if keep.all():
+            return self
+        events = None if self.events is None else self.events[keep]
+        truth = None if self.truth is None else self.truth[keep]
+        return Interactions(
+            self.user_ids,
+            self.item_ids,
+            self.users[keep],
+            self.items[keep],
+            self.times[keep],
+            self.labels[keep],
+            self.event_names,
+            events,
+            truth,
+        )
+
+    def is_event(self, name: str) -> Array:
+        """[n] bool: rows of the event called `name`."""
+        assert self.events is not None
+        return self.events == (self.event_names.index(name) if name in self.event_names else -2)
+
+
+def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> Interactions:
+    """Reads and checks the interactions file; InvalidInput at the first wrong cell."""
+    entry = shop.interactions
+    labels = [task.label.column for task in shop.tasks if task.label and task.label.column]
+    columns = read_table(
+        folder,
+        entry.file,
+        [entry.user, entry.item, entry.time, *([entry.event] if entry.event else []), *labels],
+    )
+    if not len(columns[entry.user].values):
+        raise InvalidInput(f"{entry.file} has no rows; a shop needs interactions to learn from")
+    user_ids, users = ids_from_column(columns[entry.user])
+    item_ids, items = ids_from_column(columns[entry.item])
+    if len(user_ids) < 2:
+        raise InvalidInput(
+            f"{entry.file}: all rows are of one user, {user_ids[0].decode()!r}; at least 2 are needed to learn what users share"
+        )
+    times = times_from_column(columns[entry.time], clock.time() if now_s is None else now_s)
+    names: list[str] = []
+    events = None
+    if entry.event:
+        encoded = texts_from_column(columns[entry.event]).dictionary_encode()
+        names, events = (
+            encoded.dictionary.to_pylist(),
+            encoded.indices.fill_null(-1).to_numpy().astype(np.int64),
+        )
+    _check_event_names(shop, names)
+    per_task = [_row_labels(task, columns, names, events, len(times)) for task in shop.tasks]
+    stacked = np.stack(per_task, axis=1) if per_task else np.zeros((len(times), 0), np.float32)
+    return Interactions(
+        user_ids, item_ids, users, items, times, stacked, names, events, _read_truth(folder, shop, len(times))
+    )
+
+
+def _check_event_names(shop: Shop, names: list[str]) -> None:
+    entry = shop.interactions
+    wanted = [(f"task {t.name!r}", t.label.event) for t in shop.tasks if t.label and t.label.event]
+    wanted += (
+        [("interactions.history", name) for name in entry.history] if isinstance(entry.history, list) else []
+    )
+    wanted += [("interactions.impression", entry.impression)] if entry.impression else []
+    for who, name in wanted:
+        if name not in names:
+            there = ", ".join(map(repr, sorted(names)[:10]))
+            raise InvalidInput(
+                f"{entry.file}: {who} wants the event {name!r}, which no row has; column {entry.event!r} holds {there}"
+            )
+
+
+def _row_labels(
+    task: ShopTask, columns: dict[str, Column], names: list[str], events: Array | None, num_rows: int
+) -> Array:
+    """[n] float32: what each row by itself says about `task`, NaN for nothing."""
+    label = task.label
+    if label is None:
+        return np.full(num_rows, np.nan, np.float32)
+    if label.event is not None:
+        assert events is not None  # shop.toml was checked: an event label needs an event column
+        return (events == names.index(label.event)).astype(np.float32)
+    assert label.column is not None
+    column = columns[label.column]
+    numbers = numbers_from_column(column)
+    known = ~np.isnan(numbers)
+    if task.kind == "binary":
+        if label.threshold is not None:
+            numbers = np.where(known, numbers >= label.threshold, np.nan)
+        wrong = first_true(known & (numbers != 0) & (numbers != 1))
+        if wrong >= 0:
+            raise column.error(
+                wrong,
+                f"is neither 0 nor 1; task {task.name!r} is binary: give its label a threshold or make it a regression",
+            )
+    if label.log1p:
+        wrong = first_true(known & (numbers < 0))
+        if wrong >= 0:
+            raise column.error(wrong, f"is negative; log1p of task {task.name!r} wants 0 or more")
+        numbers = np.log1p(numbers)
+    return numbers.astype(np.float32)
+
+
+def _read_truth(folder: Path, shop: Shop, num_rows: int) -> Array | None:
+    file = shop.interactions.truth
+    if file is None or not shop.tasks:
+        return None
+    columns = read_table(folder, file, [task.name for task in shop.tasks])
+    truth = np.stack([numbers_from_column(columns[task.name]) for task in shop.tasks], axis=1).astype(
+        np.float32
+    )
+    if len(truth) != num_rows:
+        raise InvalidInput(
+            f"{file} has {len(truth)} rows, {shop.interactions.file} {num_rows}; they must be aligned: generate the shop again"
+        )
+    return truth
+
+
+@dataclass(frozen=True)
+class Exposures:
+    """What was shown to whom, in time order, and what became of it."""
+
+    rows: Array  # [E] int64 into the interactions: the row that is the exposure
+    labels: Array  # [E, T] float32, NaN where a task is not defined
+
+
+def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Exposures:
+    """One exposure per row; with an event column, rows of one exposure are brought together.
+
+    With `impression = "view"`, a view is an exposure and the user's later events on that item, up to its next view, label
+    it (events without a view before them form no exposure). Without it, rows of the same user, item and time are one.
+    A task's label is the largest that its rows give; where the task it is `given` did not happen, it is NaN.
+    """
+    rows, labels = np.arange(len(interactions)), interactions.labels
+    if interactions.events is not None and len(interactions):
+        rows, labels = _grouped(shop, interactions)
+    order = np.argsort(interactions.times[rows], kind="stable")
+    rows, labels = rows[order], labels[order].copy()
+    place = {task.name: at for at, task in enumerate(shop.tasks)}
+    for at, task in enumerate(shop.tasks):
+        if task.given:
+            labels[labels[:, place[task.given]] != 1, at] = np.nan
+    _refuse_labels_nobody_has(shop, labels)
+    return Exposures(rows, labels)
+
+
+def _grouped(shop: Shop, interactions: Interactions) -> tuple[Array, Array]:
+    """(first row of each exposure [E], labels [E, T])."""
+    users, items, times = interactions.users, interactions.items, interactions.times
+    impression = shop.interactions.impression
+    shows = interactions.is_event(impression) if impression else np.zeros(len(times), bool)
+    order = np.lexsort((~shows, times, items, users))
+    users, items, times, shows = users[order], items[order], times[order], shows[order]
+    starts = np.ones(len(order), bool)
+    starts[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
+    starts[1:] |= shows[1:] if impression else times[1:] != times[:-1]
+    first = np.flatnonzero(starts)
+    labels = np.fmax.reduceat(interactions.labels[order], first, axis=0)
+    seen = shows[first] if impression else np.ones(len(first), bool)
+    return order[first[seen]], labels[seen]
+
+
+def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:
+    for at, task in enumerate(shop.tasks):
+        if task.label is None:
+            continue
+        known = labels[~np.isnan(labels[:, at]), at]
+        source = f"event {task.label.event!r}" if task.label.event else f"column {task.label.column!r}"
+        given = f" where {task.given!r} happened" if task.given else ""
+        wanting = "1" if task.kind == "binary" and len(known) else ""
+        if (wanting and not (known == 1).any()) or not len(known):
+            what = f"({source} is {'never 1' if wanting else 'always empty'}{given})"
+            raise InvalidInput(
+                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its label or drop it"
+            )

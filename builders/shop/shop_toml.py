@@ -1,0 +1,210 @@
+"""A shop's folder: `shop.toml` says which columns of which files are what. This page is that file's reference.
+
+name = "beauty"
+split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
+[interactions]                       # one row per shown item, or one row per event
+file = "interactions.parquet"        # parquet or CSV
+user = "user_id"
+item = "item_id"
+time = "time"                        # Unix seconds, a timestamp column, or any number that orders
+[items]
+file = "items.parquet"
+id = "item_id"
+title = "title"
+features = [{name = "brand", kind = "category"}, {name = "price", kind = "number", log1p = true}]
+[[tasks]]
+name = "ctr"
+kind = "binary"
+label = {column = "clicked"}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from builders.toml_file import read_toml
+from ensemble.errors import InvalidInput
+
+SHOP_FILE = "shop.toml"
+NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
+KINDS = "category, number, text, image, vector(<dim>)"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FeatureColumn(_Entry):
+    """One feature of the items or users."""
+
+    name: str = Field(pattern=NAME)
+    kind: str  # category | number | text | image | vector(<dim>)
+    column: str = ""  # default: the feature's name
+    width: int | None = Field(
+        default=None, ge=1, le=256
+    )  # values kept per row: category 1 (lists 8), text 16
+    separator: str | None = None  # splits one text cell into several values ("red|matte")
+    buckets: int = Field(default=16384, ge=16, le=4_000_000)  # hash buckets of a text's words
+    vocabulary: int = Field(
+        default=100_000, ge=1
+    )  # a category's most frequent values kept; the others share one code
+    log1p: bool = False  # number: log(1 + x) before it is standardized
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if not re.fullmatch(r"category|number|text|image|vector\([1-9][0-9]{0,4}\)", kind):
+            raise ValueError(f"{kind!r} is no kind of feature; use {KINDS}")
+        return kind
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector feature; 1 for a number."""
+        return int(self.kind[7:-1]) if self.kind.startswith("vector") else 1
+
+
+class Interactions(_Entry):
+    """Who met what, when. Rows need no order."""
+
+    file: str
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str = "time"
+    event: str | None = None  # column with event names, for shops that log one row per event
+    impression: str | None = None  # the event that shows an item; later events of that user and item label it
+    history: str | list[str] = (
+        ""  # a task's name, event names, or "all"; default: the first binary task's positives
+    )
+    truth: str | None = (
+        None  # generated shops: true values, aligned with the rows; read by tests, never by the build
+    )
+
+
+class Entities(_Entry):
+    """The items or the users: one row each."""
+
+    file: str
+    id: str
+    title: str | None = None
+    features: list[FeatureColumn] = []
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Entities:
+        _refuse_repeats([f.name for f in self.features], "features")
+        return self
+
+
+class Label(_Entry):
+    """Where a task's truth comes from: an event's name, or a column."""
+
+    event: str | None = None
+    column: str | None = None
+    threshold: float | None = None  # binary: 1 at or above it
+    log1p: bool = False  # regression: log(1 + x), fit for seconds and counts
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Label:
+        if (self.event is None) == (self.column is None):
+            raise ValueError('a label is either {event = "…"} or {column = "…"}')
+        return self
+
+
+class ShopTask(_Entry):
+    """Something to predict. Without a label (then the only task) it is "will the user take this item"."""
+
+    name: str = Field(pattern=NAME)
+    kind: Literal["binary", "regression"] = "binary"
+    label: Label | None = None
+    given: str | None = None  # the binary task before it that must have happened: buy given click
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+
+class Split(_Entry):
+    """leave_one_out: each user's last event tests, the one before validates. time: the last tenths of the clock do."""
+
+    kind: Literal["leave_one_out", "time"]
+    validation: float = Field(default=0.1, gt=0, lt=0.5)
+    test: float = Field(default=0.1, gt=0, lt=0.5)
+
+
+class Shop(_Entry):
+    """All of shop.toml."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$")
+    split: Split = Split(kind="leave_one_out")
+    interactions: Interactions
+    items: Entities | None = None  # None: the items are those that the interactions name
+    users: Entities | None = None
+    tasks: list[ShopTask] = []
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _short_split(cls, split: Any) -> Any:
+        return {"kind": split} if isinstance(split, str) else split
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> Shop:
+        _refuse_repeats([t.name for t in self.tasks], "tasks")
+        before: dict[str, str] = {}
+        for task in self.tasks:
+            if task.label is None and len(self.tasks) > 1:
+                raise ValueError(f"task {task.name!r} has no label; only a shop's single task may do without")
+            if task.label and task.label.event and not self.interactions.event:
+                raise ValueError(
+                    f"task {task.name!r} is labelled by the event {task.label.event!r}, but interactions.event names no column"
+                )
+            if task.given and before.get(task.given) != "binary":
+                raise ValueError(
+                    f"task {task.name!r} is given {task.given!r}, which is no binary task before it"
+                )
+            before[task.name] = task.kind
+        rule = self.interactions.history
+        if isinstance(rule, list) and not self.interactions.event:
+            raise ValueError("interactions.history lists events, but interactions.event names no column")
+        if isinstance(rule, str) and rule not in ("", "all") and before.get(rule) != "binary":
+            raise ValueError(
+                f'interactions.history is {rule!r}, which is no binary task; use a task, a list of events, or "all"'
+            )
+        if self.interactions.impression and not self.interactions.event:
+            raise ValueError("interactions.impression needs interactions.event, the column with event names")
+        return self
+
+    @property
+    def has_labels(self) -> bool:
+        """False where the single task, `interact`, learns from sampled negatives."""
+        return any(task.label for task in self.tasks)
+
+
+def open_shop(folder: Path) -> Shop:
+    """Reads and checks `folder`/shop.toml; InvalidInput names the first wrong key."""
+    path = folder / SHOP_FILE
+    if not path.is_file():
+        raise InvalidInput(
+            f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)"
+        )
+    return read_toml(Shop, path, str(path), _first_error)
+
+
+def _first_error(error: ValidationError) -> str:
+    """One line out of pydantic's report: where, and what is wrong."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    rest = error.error_count() - 1
+    if first["type"] == "extra_forbidden":
+        message = "no such key; see `peregrine shop --help`"
+    return f"{where}: {message}".removeprefix(": ") + (f" (and {rest} more)" if rest else "")
+
+
+def _refuse_repeats(names: list[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two {what} are called {name!r}")

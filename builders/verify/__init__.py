@@ -1,0 +1,1 @@
+"""Asks the staged release about held-out users and writes down how good its lists are."""

@@ -1,0 +1,1 @@
+"""Changes what a running server serves."""

@@ -1,0 +1,175 @@
+"""Releases of a repository: list, activate, remove; with or without a server at work on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clients.operations.control import Control
+from ensemble import contract
+from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
+from ensemble.release.release import active_release, open_release
+from ensemble.release.repository import ALIAS_FILE, check_name, locked, point_alias, release_names
+from ensemble.release.repository import remove as remove_files
+from ensemble.server.running import running_server
+
+SETTLE_S = 0.5  # between the flip and the unloading of the old release: for requests that have entered the old alias, but not yet the old ensemble
+
+
+@dataclass(frozen=True)
+class ReleaseInfo:
+    """One line of `release list`."""
+
+    name: str
+    created: str
+    shop: str
+    size_bytes: int
+    is_active: bool
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an activation did."""
+
+    release: str
+    previous: str | None
+    served: bool  # a running server answers with it now
+    load_ms: float = 0.0  # loading and asking the release's models, beside the old ones
+    flip_ms: float = 0.0  # the call that turns the alias
+
+
+def list_releases(repository: Path) -> list[ReleaseInfo]:
+    """Every release of the repository, oldest name first."""
+    _check_repository(repository)
+    active = active_release(repository)
+    return [_info(repository, name, active) for name in release_names(repository)]
+
+
+def read_manifest(repository: Path, name: str) -> dict[str, Any]:
+    """The manifest of release `name`."""
+    _check_repository(repository)
+    path = repository / check_name(name) / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReleaseError(
+            f"no release {name!r} in {repository}; there are: {', '.join(release_names(repository)) or 'none'}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"cannot read {path}: {error}") from error
+
+
+def activate(repository: Path, name: str) -> Activation:
+    """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and in the server."""
+    read_manifest(repository, name)
+    open_release(repository, name).verify()
+    with locked(repository):
+        previous = (
+            active_release(repository) if (repository / contract.PIPELINE / "config.pbtxt").exists() else None
+        )
+        server = running_server(repository)
+        if server is None:
+            point_alias(repository, _alias_of(repository, name))
+            return Activation(name, previous, served=False)
+        with Control(server) as control:
+            load_ms = _load_beside(control, name)
+            flip_ms = _flip(control, repository, name)
+            if any(not model.startswith(f"{name}_") for model in _release_models(control)):
+                time.sleep(SETTLE_S)
+                _unload_others(control, name)
+        return Activation(name, previous, True, load_ms, flip_ms)
+
+
+def remove(repository: Path, name: str) -> None:
+    """Removes a release that is not active, from the server and from disk."""
+    read_manifest(repository, name)
+    if active_release(repository) == name:
+        raise ReleaseError(
+            f"release {name} is active; activate another one first: peregrine release activate NAME"
+        )
+    server = running_server(repository)
+    if server is not None:
+        with Control(server) as control:
+            control.unload_release(name)
+    remove_files(repository, name)
+
+
+def _load_beside(control: Control, name: str) -> float:
+    """Loads the release next to the one that serves, and asks it once; unloads it again if it is no good."""
+    ensemble, started = f"{name}_{contract.PIPELINE}", time.perf_counter()
+    try:
+        control.load(ensemble)
+        _check_canary(control, ensemble, name)
+    except ServerError as error:
+        with contextlib.suppress(ServerError):  # the first error is the one to tell
+            control.unload_release(name)
+        raise ReleaseError(f"release {name} is not activated, the old one goes on: {error}") from error
+    return (time.perf_counter() - started) * 1e3
+
+
+def _flip(control: Control, repository: Path, name: str) -> float:
+    """Turns the alias, on disk first: a server that starts from now on agrees with the one at work."""
+    path = repository / contract.PIPELINE / "config.pbtxt"
+    before = path.read_text(encoding="utf-8")
+    text = _alias_of(repository, name)
+    point_alias(repository, text)
+    started = time.perf_counter()
+    try:
+        control.load(contract.PIPELINE, _json_from_pbtxt(text))
+        flip_ms = (time.perf_counter() - started) * 1e3
+        _check_canary(control, contract.PIPELINE, name)
+    except PeregrineError as error:
+        point_alias(repository, before)
+        control.load(contract.PIPELINE, _json_from_pbtxt(before))
+        raise ReleaseError(f"release {name} is not activated, the old one is back: {error}") from error
+    return flip_ms
+
+
+def _check_canary(control: Control, model: str, name: str) -> None:
+    release, num_items = control.canary(model)
+    if release != name or not num_items:
+        raise ServerError(
+            f"canary request to {model}: release {release!r} answered with {num_items} items; wanted {name!r} and at least one"
+        )
+
+
+def _unload_others(control: Control, name: str) -> None:
+    """Also what an activation that was killed before its flip had loaded."""
+    for other in sorted({model.partition("_")[0] for model in _release_models(control)} - {name}):
+        control.unload_release(other)
+
+
+def _release_models(control: Control) -> list[str]:
+    return [model for model in control.ready_models() if model != contract.PIPELINE]
+
+
+def _alias_of(repository: Path, name: str) -> str:
+    path = repository / name / ALIAS_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReleaseError(f"cannot read {path}: {error.strerror}; build the release again") from error
+
+
+def _json_from_pbtxt(text: str) -> str:
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    return json_format.MessageToJson(text_format.Parse(text, ModelConfig()))
+
+
+def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
+    manifest = read_manifest(repository, name)
+    size = sum(int(entry["bytes"]) for entry in manifest.get("files", {}).values())
+    return ReleaseInfo(
+        name, str(manifest.get("created", "")), str(manifest.get("shop", "")), size, name == active
+    )
+
+
+def _check_repository(repository: Path) -> None:
+    if not repository.is_dir():
+        raise InvalidInput(f"repository {repository} does not exist; `peregrine build SHOP` makes one")

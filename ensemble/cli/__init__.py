@@ -1,0 +1,1 @@
+"""The subcommands of `peregrine` that need the online path only: serve, features."""

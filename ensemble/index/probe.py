@@ -1,0 +1,185 @@
+"""Is recall still as good as it was built? A sampled share of live queries is searched exactly, in the background.
+
+Also drift: where the embeddings of live queries lie, against the release's own, which are those that its index was tuned with.
+All of it are plain numbers; python_model.py publishes them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ensemble.index.filters import RowMask
+from ensemble.live.items import LiveView
+
+_WAITING = 64  # queries; a probe that cannot keep up samples less
+_REMEMBERED = 1000  # the last probed queries make the figures
+BASELINE = "queries.json"  # what the build saw: QueryBaseline
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How much is probed, and when it is alarming."""
+
+    share: float = 0.001  # of queries
+    alarm_below: float = 0.9  # recall_at_n
+    most_busy: float = (
+        0.05  # of a core: an exact search of ten million items takes seconds, and serving comes first
+    )
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class QueryBaseline:
+    """What held-out user embeddings looked like when the release was built."""
+
+    mean: tuple[float, ...]  # [D]
+    deviation: float  # root mean square distance from the mean
+    centres: tuple[tuple[float, ...], ...]  # [C, D]
+    occupancy: tuple[float, ...]  # [C], share of queries nearest to each centre
+    best_scores: tuple[float, ...]  # deciles of the best item's score
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
+
+
+def baseline(queries: np.ndarray, best_scores: np.ndarray, centres: int = 16) -> QueryBaseline:
+    """From held-out user embeddings [Q, D] and the score of each one's best item [Q]."""
+    mean = queries.mean(axis=0)
+    chosen = queries[np.linspace(0, len(queries) - 1, min(centres, len(queries))).astype(int)]
+    deviation = float(np.sqrt(((queries - mean) ** 2).sum(axis=1).mean()))
+    deciles = np.quantile(best_scores, np.linspace(0.1, 0.9, 9))
+    return QueryBaseline(
+        tuple(mean.tolist()),
+        deviation,
+        tuple(map(tuple, chosen.tolist())),
+        tuple(_occupancy(queries, chosen).tolist()),
+        tuple(deciles.tolist()),
+    )
+
+
+def read_baseline(path: Path) -> QueryBaseline | None:
+    """The release's own, or None in one that has none."""
+    return QueryBaseline(**json.loads(path.read_text())) if path.exists() else None
+
+
+def _occupancy(queries: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    nearest = np.argmax(queries @ centres.T - 0.5 * (centres**2).sum(axis=1), axis=1)
+    return np.bincount(nearest, minlength=len(centres)) / max(1, len(queries))
+
+
+class RecallProbe:
+    """Takes queries as they are served, with what was found for them; compares in a thread of its own."""
+
+    def __init__(self, settings: ProbeSettings, base: QueryBaseline | None) -> None:
+        self.settings, self.base = settings, base
+        self._rng, self._lock = np.random.default_rng(settings.seed), threading.Lock()
+        self._waiting: queue.Queue[tuple[np.ndarray, np.ndarray, RowMask | None, LiveView]] = queue.Queue(
+            _WAITING
+        )
+        self._shares: deque[float] = deque(maxlen=_REMEMBERED)
+        self._queries: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
+        self._best: deque[float] = deque(maxlen=_REMEMBERED)
+        self._compared = self._dropped = self._failed = 0
+        self._thread: threading.Thread | None = None
+
+    def offer(self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: list[RowMask | None]) -> None:
+        """A batch's query [B, M, D] and found rows [B, M, n] best first: a throw of the dice, and mostly nothing else."""
+        for user in np.flatnonzero(self._rng.random(len(query)) < self.settings.share):
+            self._take(view, query[user, 0], rows[user, 0], masks[user])
+
+    def _take(self, view: LiveView, query: np.ndarray, rows: np.ndarray, mask: RowMask | None) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="recall-probe", daemon=True)
+            self._thread.start()
+        try:
+            self._waiting.put_nowait((query.copy(), rows.copy(), mask, view))
+        except queue.Full:
+            self._dropped += 1
+
+    def _work(self) -> None:
+        while True:
+            query = self._waiting.get()
+            started = time.thread_time()
+            try:
+                self._compare(*query)
+            except Exception:  # a probe must never end, and never harm what it watches
+                self._failed += 1
+                logging.getLogger(__name__).exception("recall probe")
+            self._waiting.task_done()
+            time.sleep((time.thread_time() - started) * (1 / self.settings.most_busy - 1))
+
+    def _compare(self, query: np.ndarray, rows: np.ndarray, mask: RowMask | None, view: LiveView) -> None:
+        main = view.state.main
+        assert main is not None
+        every = np.arange(1, view.num_rows)
+        passing = every[~view.is_deleted(every) & (mask.passes(every) if mask is not None else True)]
+        found = rows[rows > 0]
+        truth, scores = self._exact(view, query, passing, max(1, len(found)))
+        share = float(np.isin(truth, found).mean()) if len(truth) else 1.0
+        with self._lock:
+            self._shares.append(share)
+            self._queries.append(query)
+            self._best.append(float(scores[0]) if len(scores) else 0.0)
+            self._compared += 1
+            recall = self.recall()
+        if recall < self.settings.alarm_below and self._compared % 100 == 1:
+            logging.getLogger(__name__).warning(
+                "recall_at_n of live queries is %.3f, below %.3f", recall, self.settings.alarm_below
+            )
+
+    def _exact(
+        self, view: LiveView, query: np.ndarray, rows: np.ndarray, depth: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go now and then."""
+        best, best_scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        for start in range(0, len(rows), 1 << 14):
+            piece = rows[start : start + (1 << 14)]
+            best = np.concatenate([best, piece])
+            best_scores = np.concatenate([best_scores, view.gather(piece, "embedding") @ query])
+            order = np.lexsort((best, -best_scores))[:depth]
+            best, best_scores = best[order], best_scores[order]
+        return best, best_scores
+
+    def recall(self) -> float:
+        """Mean over the last probed queries; 1 before the first."""
+        return float(np.mean(self._shares)) if self._shares else 1.0
+
+    def wait(self) -> None:
+        """Returns when all that was offered is compared."""
+        self._waiting.join()
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers by name."""
+        with self._lock:
+            recall, probed = self.recall(), len(self._shares)
+            drift = self._drift() if self.base is not None and probed else {}
+        alarm, lost = (
+            float(recall < self.settings.alarm_below),
+            {"recall_dropped": float(self._dropped), "recall_failed": float(self._failed)},
+        )
+        return {"recall_at_n": recall, "recall_alarm": alarm, "recall_probed": float(probed), **lost, **drift}
+
+    def _drift(self) -> dict[str, float]:
+        """mean shift in the baseline's deviations; half the sum of occupancy differences (0 same, 1 elsewhere); the largest
+        difference of the best score's distribution from the baseline's at its deciles (Kolmogorov-Smirnov)."""
+        assert self.base is not None
+        queries, best = np.stack(self._queries), np.array(self._best)
+        centres = np.array(self.base.centres, np.float32)
+        below = np.array([(best <= decile).mean() for decile in self.base.best_scores])
+        return {
+            "query_mean_shift": float(np.linalg.norm(queries.mean(axis=0) - np.array(self.base.mean)))
+            / max(self.base.deviation, 1e-12),
+            "query_occupancy_shift": float(
+                np.abs(_occupancy(queries, centres) - np.array(self.base.occupancy)).sum() / 2
+            ),
+            "query_score_shift": float(np.abs(below - np.linspace(0.1, 0.9, 9)).max()),
+        }

@@ -1,0 +1,1 @@
+"""Opens releases for reading and keeps the repository's shape on disk."""

@@ -1,0 +1,157 @@
+"""A release on disk, opened for reading: what the manifest promises is what is served, or nothing is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensemble import contract
+from ensemble.errors import ReleaseError
+from ensemble.release.files import file_sha256
+from ensemble.release.ids import IdMap, open_ids
+from ensemble.schema import Schema, schema_from_json
+from ensemble.spec import ModelSpec, PipelineSpec
+
+MANIFEST_FORMAT = 1
+_ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
+
+
+class Release:
+    """One immutable bundle. Arrays are memory-mapped, so all processes of a machine share one copy in page cache."""
+
+    def __init__(self, repository: Path, name: str, manifest: dict[str, Any]) -> None:
+        self.repository, self.name, self.manifest = repository, name, manifest
+        self.path = repository / name
+
+    @cached_property
+    def schema(self) -> Schema:
+        return schema_from_json(self._text("schema.json"))
+
+    @cached_property
+    def pipeline(self) -> PipelineSpec:
+        return contract.recommend(self.schema)
+
+    @cached_property
+    def vocabularies(self) -> dict[str, dict[str, list[str]]]:
+        """{"items": {feature: [value, …]}, "users": …}: value v of a category has code offset + 1 + v."""
+        return json.loads(self._text("vocabularies.json"))
+
+    @cached_property
+    def item_ids(self) -> IdMap:
+        return open_ids(self.path / "item_ids.npy")
+
+    @cached_property
+    def user_ids(self) -> IdMap:
+        return open_ids(self.path / "user_ids.npy")
+
+    @cached_property
+    def items(self) -> np.ndarray:
+        """[I + 1] packed rows (snapshot.item_dtype); row 0 is the unknown item."""
+        return self._array("items.npy")
+
+    @cached_property
+    def users(self) -> np.ndarray:
+        """[U + 1] packed rows (snapshot.user_dtype); row 0 is the unknown user."""
+        return self._array("users.npy")
+
+    @cached_property
+    def item_numbers(self) -> np.ndarray:
+        """[I + 1, n] float32: the items' number features as the shop wrote them, NaN where missing."""
+        return self._array("numbers.npy")
+
+    @cached_property
+    def item_titles(self) -> np.ndarray:
+        """[I + 1] S, UTF-8."""
+        return self._array("item_titles.npy")
+
+    def model(self, name: str) -> ModelSpec:
+        """The ModelSpec of one member."""
+        return contract.item_encoder(self.schema) if name == "item_encoder" else self.pipeline.model(name)
+
+    def member_file(self, model: str, file: str) -> Path:
+        """A file of a member model's only version."""
+        return self.repository / f"{self.name}_{model}" / "1" / file
+
+    def verify(self, paths: Iterable[Path] | None = None) -> None:
+        """Compares files with the manifest's sha256 (all of them when `paths` is None); ReleaseError names the first that differs."""
+        promised = self.manifest["files"]
+        wanted = promised if paths is None else [str(p.relative_to(self.repository)) for p in paths]
+        for relative in wanted:
+            entry = promised.get(relative)
+            if entry is None:
+                raise ReleaseError(f"manifest: {relative} is not a file of release {self.name}")
+            self._verify_file(relative, entry)
+
+    def verify_data(self, *names: str) -> None:
+        """verify() for files in the release's own folder."""
+        self.verify(self.path / name for name in names)
+
+    def _verify_file(self, relative: str, entry: dict[str, Any]) -> None:
+        try:
+            digest = file_sha256(self.repository / relative)
+        except OSError as error:
+            raise ReleaseError(
+                f"manifest: cannot read {relative} of release {self.name}: {error.strerror}; activate another release or build again"
+            ) from error
+        if digest != entry["sha256"]:
+            raise ReleaseError(
+                f"manifest: sha256 mismatch {relative}; release {self.name} was changed: activate another release or build again"
+            )
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ReleaseError(f"cannot read {self.path / name}: {error.strerror}") from error
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            return np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ReleaseError(f"cannot open {self.path / name}: {error}") from error
+
+
+def open_release(repository: Path, name: str) -> Release:
+    """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract. Digests: Release.verify."""
+    path = repository / name / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReleaseError(
+            f"no release {name!r} in {repository}: {path} does not exist; `peregrine release list` shows what there is"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"cannot read {path}: {error}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+        raise ReleaseError(f"{path} is not a manifest; build the release again")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ReleaseError(
+            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads; build the release again"
+        )
+    release = Release(repository, name, {"files": {}, **manifest})
+    release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
+    if manifest.get("contract") != contract.fingerprint(release.schema):
+        raise ReleaseError(
+            f"release {name} was built for another contract (tensors or steps differ); build it again with this Peregrine"
+        )
+    return release
+
+
+def active_release(repository: Path) -> str | None:
+    """The release that the alias points to, or None before the first activation."""
+    try:
+        text = (repository / contract.PIPELINE / "config.pbtxt").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    match = _ACTIVE.search(text)
+    if match is None:
+        raise ReleaseError(
+            f"{repository / contract.PIPELINE / 'config.pbtxt'} names no release; activate one: peregrine release activate NAME"
+        )
+    return match.group(1)

@@ -1,0 +1,1 @@
+"""Finds, configures, starts, watches and stops tritonserver."""

@@ -1,0 +1,174 @@
+"""Which tritonserver this machine has, and the private folder it is run from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ensemble.errors import ServerError
+from ensemble.release.files import try_flock
+
+_SHM = Path("/dev/shm")
+_SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
+
+
+@dataclass(frozen=True, order=True)
+class FeatureLevel:
+    """tritonserver's version, as far as it decides what we may do. 2.51 = 24.10, which nvidia-pytriton carries."""
+
+    major: int
+    minor: int
+
+    @property
+    def may_leave_loopback(self) -> bool:
+        """Older ones have known holes that are reachable over the network."""
+        return self >= FeatureLevel(2, 72)
+
+    @property
+    def survives_cancelled_calls(self) -> bool:
+        """Older ones crash when a client's gRPC deadline passes."""
+        return self >= FeatureLevel(2, 59)
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
+PYTRITON_LEVEL = FeatureLevel(2, 51)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver on this machine."""
+
+    binary: Path
+    backends: Path
+    level: FeatureLevel | None  # None: unknown, so nothing is taken for granted
+    stub: Path | None = None  # nvidia-pytriton keeps one stub per Python version apart
+    libraries: tuple[Path, ...] = ()
+
+
+def find_tritonserver() -> Installation:
+    """The tritonserver on PATH (images), else nvidia-pytriton's; ServerError if there is neither."""
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        root = Path(on_path).resolve().parent.parent
+        return Installation(Path(on_path), root / "backends", _level_from_file(root / "TRITON_VERSION"))
+    spec = importlib.util.find_spec("pytriton")  # found, not imported: importing it pulls in its own stack
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerError(
+            "tritonserver not found: not on PATH, and nvidia-pytriton is not installed; cure: pip install 'peregrine-recommender[triton]'"
+        )
+    package = Path(next(iter(spec.submodule_search_locations)))
+    root, python = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
+    if not stub.exists():
+        have = ", ".join(sorted(path.name for path in stub.parent.parent.glob("*"))) or "none"
+        raise ServerError(f"nvidia-pytriton has no Python backend for Python {python}; it has: {have}")
+    libraries = (package.parent / "nvidia_pytriton.libs", _libpython_folder())
+    return Installation(root / "bin" / "tritonserver", root / "backends", PYTRITON_LEVEL, stub, libraries)
+
+
+def _level_from_file(path: Path) -> FeatureLevel | None:
+    match = re.match(r"(\d+)\.(\d+)", path.read_text()) if path.exists() else None
+    return FeatureLevel(int(match[1]), int(match[2])) if match else None
+
+
+def _libpython_folder() -> Path:
+    """Where this interpreter's libpython is: the stub must load that one and no other, or its standard library does not fit."""
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    places = [Path(str(sysconfig.get_config_var(key))) for key in ("LIBDIR", "LIBPL")] + [
+        Path(sys.base_prefix) / "lib"
+    ]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    places += [Path(base) / str(multiarch) for base in ("/usr/lib", "/lib")] if multiarch else []
+    for place in places:
+        if (place / name).exists():
+            return place
+    raise ServerError(
+        f"{name} not found, which Triton's Python backend needs; install it (Debian: libpython3) or use a Python built with --enable-shared"
+    )
+
+
+@dataclass
+class RunFolder:
+    """A private folder with the backends as this environment needs them; locked while its owner lives."""
+
+    path: Path
+    descriptor: int
+    region_prefix: str  # of the shared memory of our stubs, in /dev/shm
+
+    def remove(self) -> None:
+        remove_regions(self.region_prefix)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.descriptor)
+
+
+def make_run_folder(installation: Installation) -> RunFolder:
+    """Copies the Python backend aside, with our packages put first in its sys.path, and links the other backends."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    path = Path(
+        tempfile.mkdtemp(prefix=f"peregrine-{os.getpid()}-", dir=base if os.access(base, os.W_OK) else None)
+    )
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try_flock(descriptor)
+    backends = path / "backends"
+    (backends / "python").mkdir(parents=True)
+    for other in installation.backends.iterdir():
+        if other.name != "python":
+            (backends / other.name).symlink_to(other)
+    for file in (installation.backends / "python").iterdir():
+        if file.is_file():
+            shutil.copy2(file, backends / "python" / file.name)
+    if installation.stub:
+        shutil.copy2(installation.stub, backends / "python" / installation.stub.name)
+    _put_our_packages_first(backends / "python" / "triton_python_backend_utils.py")
+    return RunFolder(path, descriptor, f"{_SHM_PREFIX}{os.getpid()}_{path.name.rpartition('-')[2]}_")
+
+
+def _put_our_packages_first(utils: Path) -> None:
+    """The stub ignores PYTHONPATH and virtual environments; what it would find first is the base interpreter's numpy."""
+    source_root = str(Path(__file__).resolve().parents[2])
+    packages = list(
+        dict.fromkeys([source_root, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    )
+    line = f"import sys as _sys; _sys.dont_write_bytecode = True; _sys.path[:0] = {packages!r}\n"
+    utils.write_text(line + utils.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def sweep_run_folders() -> None:
+    """Removes run folders and shared memory whose owner was killed."""
+    for base in {tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", "")} - {""}:
+        for path in Path(base).glob("peregrine-[0-9]*-*"):
+            with contextlib.suppress(OSError):
+                _sweep_run_folder(path)
+    for region in _SHM.glob(f"{_SHM_PREFIX}*") if _SHM.is_dir() else ():
+        owner = region.name[len(_SHM_PREFIX) :].partition("_")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            with contextlib.suppress(OSError):
+                region.unlink()
+
+
+def _sweep_run_folder(path: Path) -> None:
+    if Path(f"/proc/{path.name.split('-')[1]}").exists():
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if try_flock(descriptor):  # its owner may live in another pid namespace
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def remove_regions(prefix: str) -> None:
+    """Removes our stubs' shared memory: after a kill -9 it stays behind."""
+    for region in _SHM.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            region.unlink()

@@ -1,0 +1,251 @@
+"""One tritonserver process: its flags, its environment, its stubs, its end."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ensemble import contract
+from ensemble.engines import CPU, ENGINE_VARIABLE, INDEX_VARIABLE, TENSORRT
+from ensemble.server.installation import Installation, RunFolder, remove_regions
+from ensemble.server.runtime import OVERLAY, Runtime
+from ensemble.tiers import settings as tiers
+
+EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
+CONTROL_HEADER = "triton-grpc-protocol-peregrine"
+_NOT_FOR_CHILDREN = (
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "PEREGRINE_REDIS",
+)  # the last may hold a password
+_RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
+# Runs as the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel sends it
+# SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads can deadlock.
+_LAUNCHER = (
+    "import ctypes, os, resource, sys; ctypes.CDLL(None).prctl(1, 15); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one tritonserver is started with."""
+
+    repository: Path
+    address: str
+    port: int
+    metrics_port: int | None  # None: no metrics
+    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    verbose: int = 0
+    configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
+    runtime: Runtime = field(default_factory=Runtime)
+    index: str = CPU  # engines.CPU or GPU: where the main index is searched
+    redis: str | None = field(
+        default=None, repr=False
+    )  # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
+
+
+def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
+    """tritonserver and its flags; why each one: what is not needed is off, and loading is explicit."""
+    metrics = ["--allow-metrics=false"]
+    if launch.metrics_port is not None:
+        metrics = [f"--metrics-address={launch.address}", f"--metrics-port={launch.metrics_port}"]
+    configuration = TENSORRT if launch.runtime.plans else launch.configuration
+    chosen = [*launch.runtime.flags, *([f"--model-config-name={configuration}"] if configuration else [])]
+    return [
+        str(installation.binary),
+        f"--model-repository={run.path / OVERLAY if launch.runtime.plans else launch.repository}",
+        f"--backend-directory={run.path / 'backends'}",
+        f"--backend-config=python,shm-region-prefix-name={run.region_prefix}",
+        "--model-control-mode=explicit",
+        f"--load-model={contract.PIPELINE}",
+        "--disable-auto-complete-config",
+        "--strict-readiness=false",
+        "--allow-http=false",
+        f"--grpc-address={launch.address}",
+        f"--grpc-port={launch.port}",
+        *metrics,
+        *chosen,
+        f"--grpc-restricted-protocol={_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}={launch.secret}",
+        f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        "--grpc-keepalive-time=30000",
+        "--grpc-http2-min-recv-ping-interval-without-data=5000",
+        f"--log-verbose={launch.verbose}",
+    ]
+
+
+def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
+    """One thread a process: parallelism is the instances', not each library's."""
+    libraries = [str(path) for path in installation.libraries] + [os.environ.get("LD_LIBRARY_PATH", "")]
+    path = [
+        str(Path(sys.base_prefix) / "bin"),
+        os.environ.get("PATH", os.defpath),
+    ]  # the stub finds its standard library by PATH
+    ours = {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages in again
+        "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        ENGINE_VARIABLE: launch.runtime.engine,
+        INDEX_VARIABLE: launch.index,
+        "TRITON_SERVER_VERSION": str(
+            installation.level or ""
+        ),  # images set it; python_model.py knows old stubs by it
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+        "PATH": ":".join(path),
+    }
+    return {**{k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN}, **ours}
+
+
+def _tiers(run: RunFolder, launch: Launch) -> dict[str, str]:
+    """Tells the steps where their feature tiers' settings are: in a file of the run folder that only we may read."""
+    if launch.redis is None:
+        return {}
+    path = run.path / "tiers.json"
+    tiers.write_settings(path, tiers.TierSettings(launch.redis))
+    return {tiers.VARIABLE: str(path)}
+
+
+class TritonProcess:
+    """A running tritonserver with its stubs, in a process group of its own, and the last lines it wrote."""
+
+    def __init__(
+        self, installation: Installation, run: RunFolder, launch: Launch, on_line: Callable[[str], None]
+    ) -> None:
+        self.run, self.log = run, collections.deque[str](maxlen=400)
+        self._on_line = on_line
+        self._before, self._environments = _environments(), set[Path]()
+        launcher = [
+            sys.executable,
+            "-S",
+            "-E",
+            "-c",
+            _LAUNCHER,
+            str(os.getpid()),
+            *command_line(installation, run, launch),
+        ]
+        self._process = subprocess.Popen(
+            launcher,
+            env=_environment(installation, launch) | _tiers(run, launch),
+            cwd=run.path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, name="triton-log", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.log.append(line.rstrip())
+            self._on_line(line.rstrip())
+
+    def note_environments(self) -> None:
+        """Call when it is ready: the folder it has made for packed Python environments, which it removes unless it is killed."""
+        self._environments = _environments() - self._before
+
+    def log_tail(self) -> str:
+        """What it last complained of: errors and tracebacks, not the banner of flags."""
+        said = [line for line in self.log if line and line[0] not in "+|I"]
+        return "\n".join((said or list(self.log))[-12:])
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> int:
+        """SIGTERM, so that requests in flight are answered; then whatever is left of the group is killed. Returns its exit code."""
+        if self.exit_code is None:
+            os.kill(
+                self.pid, signal.SIGTERM
+            )  # not the group: stubs that die first fail the requests in flight
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_TIMEOUT_S + 10)
+        self._end_group()
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """At once, stubs included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Orphan stubs end by themselves within a second, mostly; the rest are killed."""
+        if self.exit_code is not None:
+            self._wait_for_stubs(2.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._wait_for_stubs(5.0)
+        remove_regions(self.run.region_prefix)
+        if self._process.wait() != 0:
+            for folder in self._environments or _environments() - self._before:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # ours is empty: we pack no environment
+
+    def _wait_for_stubs(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while any(self.stubs()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def stubs(self) -> Iterator[Stub]:
+        """The group's living stub processes."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.pid and int(folder.name) != self.pid and state != "Z":
+                    yield _stub(
+                        int(folder.name),
+                        (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"),
+                    )
+
+
+def _environments() -> set[Path]:
+    return set(Path("/tmp").glob("python_env_*"))  # the path is Triton's, whatever TMPDIR says
+
+
+@dataclass(frozen=True)
+class Stub:
+    """One Python process of the backend: one instance of one model. Both are empty while it is being started."""
+
+    pid: int
+    model: str
+    instance: str
+
+
+def _stub(pid: int, command: list[str]) -> Stub:
+    """From triton_python_backend_stub <repository>/<model>/<version>/model.py … <instance> <runtime directory> and a final empty word."""
+    if not command[0].endswith("triton_python_backend_stub"):
+        return Stub(pid, "", "")
+    model = Path(command[1]).parent.parent.name
+    return Stub(pid, model, next((word for word in command[2:] if word.startswith(f"{model}_")), ""))
+
+
+def memory_bytes(pid: int) -> tuple[int, int]:
+    """(resident, proportional) bytes of a process; shared pages, such as a mapped snapshot, count once in the sum of the second."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0, 0
+    found = dict(re.findall(r"^(Rss|Pss):\s+(\d+) kB", text, re.MULTILINE))
+    return int(found.get("Rss", 0)) * 1024, int(found.get("Pss", 0)) * 1024

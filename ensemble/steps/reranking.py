@@ -1,0 +1,145 @@
+"""Step 5, reranking: probabilities -> one score -> the K items to show, under the rules of the request."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from ensemble.arrays import Tensors
+from ensemble.live.items import LiveView
+from ensemble.options import NO_CAP, Options
+from ensemble.spec import ModelSpec
+from ensemble.steps.served import ServedRelease
+
+
+class Reranking:
+    """Blends task values by weights, caps categories, diversifies; opens item rows only when a rule needs them."""
+
+    def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
+        release.verify_data("item_ids.npy", "items.npy")
+        self.live = release.live
+        self.tasks = release.schema.tasks
+        self.columns = {task.name: t for t, task in enumerate(self.tasks)}
+        self.given = [self.columns[task.given] if task.given else -1 for task in self.tasks]
+        self.category = {f.name: f for f in release.schema.items.features if f.kind == "category"}
+        self.release = release.name.encode()
+        self.task_names = json.dumps([task.name for task in self.tasks]).encode()
+
+    def run(
+        self,
+        options: Options,
+        *,
+        candidate_rows: np.ndarray,
+        candidate_probabilities: np.ndarray,
+        user_status: np.ndarray,
+        candidate_status: np.ndarray,
+    ) -> Tensors:
+        """candidate_* [B, N…] -> the answer [B, K…] with K the largest top_k of the batch (contract.py)."""
+        view = self.live.refresh()
+        probabilities = np.nan_to_num(candidate_probabilities, nan=0.0, posinf=0.0, neginf=0.0)
+        scores = np.where(
+            (candidate_rows > 0) & (candidate_rows < view.num_rows),
+            self.blend(options, probabilities),
+            -np.inf,
+        )
+        order = np.lexsort((candidate_rows, -scores), axis=-1)
+        width = min(int(options.top_k.max(initial=1)), order.shape[1])
+        ruled = np.array([i for i, u in enumerate(options.users) if u.caps or u.diversity > 0], np.int64)
+        if len(ruled):
+            order[ruled] = self._under_rules(
+                options, ruled, candidate_rows[ruled], scores[ruled], order[ruled], width, view
+            )
+        order = order[:, :width]
+        rows = np.take_along_axis(candidate_rows, order, axis=1)
+        shown = (rows > 0) & (np.arange(width) < options.top_k[:, None])
+        return {
+            "item_ids": view.ids_from_rows(np.where(shown & (rows < view.num_rows), rows, 0)).astype(object),
+            "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
+            "probabilities": np.where(
+                shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0
+            ).astype(np.float32),
+            "tasks": np.full((len(rows), 1), self.task_names, object),
+            "degraded": user_status | candidate_status,
+            "release": np.full(
+                (len(rows), 1), self.release + (b"+%d" % view.sequence if view.sequence else b""), object
+            ),
+        }
+
+    def blend(self, options: Options, probabilities: np.ndarray) -> np.ndarray:
+        """[B, N, T] -> score [B, N]: sum of weight x value, a conditional task's value times what it is conditional on.
+
+        So the buy term is P(click) P(buy | click), the probability over the entire space (ESMM, Ma et al. 2018, eq. 1).
+        """
+        weights = np.tile(np.array([task.weight for task in self.tasks], np.float32), (len(options), 1))
+        for user, one in enumerate(options.users):
+            for task, weight in one.weights:
+                weights[user, self.columns[task]] = weight
+        values = probabilities.copy()
+        for t, given in enumerate(self.given):  # tasks are ordered: what is given comes before
+            if given >= 0:
+                values[..., t] *= values[..., given]
+        return np.einsum("bnt,bt->bn", values, weights)
+
+    def _under_rules(
+        self,
+        options: Options,
+        users: np.ndarray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        order: np.ndarray,
+        width: int,
+        view: LiveView,
+    ) -> np.ndarray:
+        """Greedy choice of `width` candidates for the users that ask for caps or diversity -> order [b, N].
+
+        MMR (Carbonell & Goldstein 1998): (1 - diversity) x relevance - diversity x greatest cosine to what is chosen,
+        relevance scaled to 0..1 a user. A capped candidate is put behind all others, never dropped: a short list is worse.
+        """
+        rows, scores = (
+            np.take_along_axis(rows, order, axis=1),
+            np.take_along_axis(scores, order, axis=1),
+        )  # best first
+        diversity = np.array([options.users[u].diversity for u in users], np.float32)[:, None]
+        value = (1 - diversity) * _scaled(scores)
+        vectors = view.gather(rows, "embedding")
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-12)
+        caps = [
+            self._cap(options, users, name, rows, view)
+            for name in {name for u in users for name, _ in options.users[u].caps}
+        ]
+        nearest = np.zeros(rows.shape, np.float32)
+        taken = np.zeros(rows.shape, bool)
+        chosen = []
+        lines = np.arange(len(rows))
+        for _ in range(width):  # K turns, each over all users at once
+            utility = value - diversity * nearest - 1e6 * (rows <= 0)
+            for counts, limit, _codes in caps:
+                utility = utility - 1e3 * (counts >= limit)
+            pick = np.argmax(np.where(taken, -np.inf, utility), axis=1)
+            chosen.append(pick)
+            taken[lines, pick] = True
+            nearest = np.maximum(nearest, np.einsum("bnd,bd->bn", vectors, vectors[lines, pick]))
+            for counts, _limit, codes in caps:
+                counts += (
+                    (codes[:, :, :, None] == codes[lines, pick][:, None, None, :]) & (codes > 0)[..., None]
+                ).any(axis=(2, 3))
+        rest = np.argsort(taken, axis=1, kind="stable")[:, : rows.shape[1] - width]
+        return np.take_along_axis(order, np.concatenate([np.stack(chosen, axis=1), rest], axis=1), axis=1)
+
+    def _cap(
+        self, options: Options, users: np.ndarray, name: str, rows: np.ndarray, view: LiveView
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the values' codes [b, N, C]."""
+        limits = np.array([dict(options.users[u].caps).get(name, NO_CAP) for u in users])[:, None]
+        codes = view.gather(np.maximum(rows, 0), "codes")[..., self.category[name].columns]
+        return np.zeros(rows.shape, np.int64), limits, codes
+
+
+def _scaled(scores: np.ndarray) -> np.ndarray:
+    """[b, N] -> the same, 0..1 a user; -inf becomes 0."""
+    finite = np.isfinite(scores)
+    low = np.where(finite, scores, np.inf).min(axis=1, keepdims=True)
+    high = np.where(finite, scores, -np.inf).max(axis=1, keepdims=True)
+    span = np.where(np.isfinite(high - low) & (high > low), high - low, 1)
+    return np.where(finite, (scores - np.where(np.isfinite(low), low, 0)) / span, 0).astype(np.float32)

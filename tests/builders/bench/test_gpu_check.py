@@ -1,0 +1,103 @@
+"""gpu-check ends with one line where there is no GPU, and its rows mean what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pretend
+import pytest
+from shops import ROOT, private_copy
+
+from builders.bench.gpu_engines import BATCHES, Case, Row
+from builders.compile.samples import real_feeds
+
+
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(tiny_repository, tmp_path):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    command = [
+        sys.executable,
+        "-m",
+        "builders.bench.gpu_check",
+        "-r",
+        str(tiny_repository),
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: no GPU: ")
+    assert "--cpu" in done.stderr
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_a_number_off_by_more_than_its_precision_may_be_is_wrong_and_so_is_nan():
+    def row(error: float | None) -> Row:
+        return Row("engine", "ranker", "TensorRT", "fp16", 8, 0.1, error, 2e-2)
+
+    assert [row(error).is_wrong for error in (None, 0.0, 2e-2, 2.1e-2, float("nan"), float("inf"))] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_arithmetic_and_bytes_are_counted_from_the_graph(tiny_release):
+    model = tiny_release.pipeline.model("user_encoder")
+    case = Case(tiny_release, model, real_feeds(tiny_release, [model], users=4)["user_encoder"])
+    flops, ends, weights = case.work
+    import onnx
+
+    products = {
+        node.input[1] for node in onnx.load(case.path).graph.node if node.op_type in ("MatMul", "Gemm")
+    }
+    in_products = sum(
+        int(np.prod(t.dims)) for t in onnx.load(case.path).graph.initializer if t.name in products
+    )
+    assert flops >= 2 * in_products, "every weight of a product is multiplied and added at least once a user"
+    assert ends == sum(array[0].nbytes for array in case.feeds.values()) + sum(
+        array[0].nbytes for array in case.wanted.values()
+    )
+    assert weights == case.path.stat().st_size
+    assert case.roofline(64, 2.0, 1.0) == pytest.approx(case.roofline(64, 1.0, 1.0) / 2)
+    assert {name: array.shape[0] for name, array in case.part(7).items()} == dict.fromkeys(case.feeds, 7)
+
+
+def test_plans_are_built_compared_and_timed_in_every_precision_on_a_pretended_gpu(tiny_repository, tmp_path):
+    code = """
+import dataclasses, json, sys
+from pathlib import Path
+from builders.compile.stage import tensorrt_toolchain
+from builders.bench.gpu_engines import Case, _typed_rows, variants
+from builders.compile.samples import real_feeds
+from ensemble.release.release import open_release
+release = open_release(Path(sys.argv[1]), "r1")
+model = release.model("user_encoder")
+case = Case(release, model, real_feeds(release, [model], users=8)["user_encoder"])
+found = dict(variants(case))
+rows = list(_typed_rows(case, "fp32", found["fp32"], tensorrt_toolchain(), ""))
+rows += [row for name in ("fp16", "int8", "fp8") for row in _typed_rows(case, name, found[name], None, "no GPU")]
+print(json.dumps([dataclasses.asdict(row) | {"wrong": row.is_wrong} for row in rows]))
+"""
+    done = pretend.run(
+        pretend.environment(tmp_path), "-c", code, str(private_copy(tiny_repository, tmp_path / "repository"))
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["batch"] for row in rows if row["runtime"].startswith("TensorRT, ")} == {64}
+    plans = [row for row in rows if row["runtime"] == "TensorRT" and not row["note"].startswith("no GPU")]
+    assert [row["batch"] for row in plans] == list(BATCHES)
+    assert all(row["ms"] == 0.5 and row["error"] < 1e-5 and 0 < row["roofline"] < 1 for row in plans)
+    typed = {row["note"]: row for row in rows if row["runtime"] == "onnxruntime CPU, typed"}
+    assert set(typed) == {"fp16", "int8", "fp8"}
+    assert not any(row["wrong"] for row in rows)
+    assert typed["fp16"]["error"] < typed["fp8"]["error"], "fp8 keeps 3 bits of mantissa, fp16 10"
+    assert [row["note"] for row in rows if row["batch"] == 0] == ["no GPU"] * 3

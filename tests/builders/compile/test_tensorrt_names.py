@@ -1,0 +1,146 @@
+"""Every TensorRT name that the code uses exists in TensorRT 10.16 and 11.4: held against NVIDIA's own Python bindings.
+
+The bindings are a wheel without the libraries; with stubs in their place they import on any machine, and all names are real.
+They go to a cache folder, never into the environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pretend import compiler
+from shops import ROOT
+
+from ensemble.engines.tensorrt import DTYPES
+
+SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "compile.py")
+VERSIONS = ("10.16", "11.4")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peregrine"
+SYMBOLS = (
+    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry", "getPluginRegistry", "getNvOnnxParserVersion", "initLibNvInferPlugins",
+)  # fmt: skip
+# What objects the code's variables are: their attributes are names of these classes.
+CLASSES = {
+    "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser", "profile": "IOptimizationProfile",
+    "error": "ParserError", "self._engine": "ICudaEngine", "self._context": "IExecutionContext", "self._runtime": "Runtime",
+}  # fmt: skip
+# Functions about TensorRT 8.5 alone.
+OLD_ONLY = ("_old_network_flags", "_old_onnx", "_old_settings")
+
+
+def used_names() -> set[str]:
+    """ "BuilderFlag.SPARSE_WEIGHTS", "IBuilderConfig.set_flag" …: attributes of `trt` and of the variables in CLASSES."""
+    found = set()
+    for path in SOURCES:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name not in OLD_ONLY:
+                texts = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+                found |= {text.removeprefix("trt.") for text in texts if text.startswith("trt.")}
+                found |= {
+                    f"{CLASSES[owner]}.{name}"
+                    for owner, _, name in (text.rpartition(".") for text in texts)
+                    if owner in CLASSES
+                }
+    return found | {f"DataType.{name}" for name in DTYPES} | {"DataType.FLOAT.name"}
+
+
+def test_the_names_are_found_at_all():
+    names = used_names()
+    assert {
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "IExecutionContext.execute_async_v3",
+        "OnnxParser.parse",
+        "Runtime",
+        "ParserError.desc",
+    } <= names
+    assert {
+        "BuilderFlag.VERSION_COMPATIBLE",
+        "HardwareCompatibilityLevel.AMPERE_PLUS",
+        "IBuilderConfig.create_timing_cache",
+    } <= names
+    assert not {name for name in names if "FP16" in name or "EXPLICIT_BATCH" in name}, (
+        "removed in TensorRT 11"
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_name_exists_in_the_real_bindings(version, tmp_path):
+    bindings = fetched(version)
+    stubs = stub_libraries(tmp_path, version.partition(".")[0])
+    code = (
+        "import sys, tensorrt_bindings as trt\n"
+        "def there(name):\n"
+        "    owner = trt\n"
+        "    for part in name.split('.'):\n"
+        "        owner = getattr(owner, part, None)\n"
+        "    return owner is not None\n"
+        "print(trt.__version__, *(name for name in sys.argv[1:] if not there(name)))"
+    )
+    env = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(stubs),
+        "PYTHONPATH": str(bindings),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *sorted(used_names()), "BuilderFlag.NO_SUCH_FLAG"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, *missing = done.stdout.split()
+    assert found.startswith(version + ".")
+    assert missing == ["BuilderFlag.NO_SUCH_FLAG"]
+
+
+def fetched(version: str) -> Path:
+    """The bindings' folder, fetched once; the test is skipped where pip cannot."""
+    folder = CACHE / f"tensorrt-{version}"
+    if not (folder / "tensorrt_bindings").is_dir():
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--retries=1",
+            "--timeout=10",
+            "--no-deps",
+            "--no-compile",
+            "--only-binary=:all:",
+            "--target",
+            str(folder),
+        ]
+        done = subprocess.run(
+            [*command, f"tensorrt-cu13-bindings=={version}.*"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(
+                f"pip cannot fetch tensorrt-cu13-bindings {version}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no reason'}"
+            )
+    return folder
+
+
+def stub_libraries(folder: Path, major: str) -> Path:
+    """Three libraries that have the functions the bindings are linked to; calling one gives nothing."""
+    source = folder / "stub.c"
+    source.write_text("\n".join(f"void *{symbol}(void) {{ return 0; }}" for symbol in SYMBOLS))
+    for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+        file = f"lib{name}.so.{major}"
+        subprocess.run(
+            [compiler(), "-shared", "-fPIC", f"-Wl,-soname,{file}", "-o", str(folder / file), str(source)],
+            check=True,
+        )
+    return folder

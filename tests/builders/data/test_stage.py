@@ -1,0 +1,275 @@
+"""A shop becomes dense arrays: features, histories, splits and labels, held against plain loops."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders.data.dataset import Dataset
+from builders.data.splits import history_ends
+from builders.data.stage import load_dataset
+
+NOW_S = 1_000_000_000.0
+ITEMS = "item_id,title,brand,tags,price,look\n7,Velvet Lip-Stick,A,x|y,1,1 2\n8,Été noir,,y|,,\n9,serum,B,,3,3 4\n10,other serum,A,z|y|x,5,5 6\n"
+SHOP = """\
+name = "tiny"
+split = "SPLIT"
+[interactions]
+file = "interactions.csv"
+INTERACTIONS
+[items]
+file = "items.csv"
+id = "item_id"
+title = "title"
+features = [
+  {name = "brand", kind = "category"},
+  {name = "price", kind = "number"},
+  {name = "tags", kind = "category", separator = "|", width = 2},
+  {name = "look", kind = "vector(2)"},
+  {name = "words", column = "title", kind = "text", buckets = 64, width = 3},
+]
+TASKS
+"""
+
+
+def load(
+    folder: Path, rows: str, *, split: str = "leave_one_out", interactions: str = "", tasks: str = ""
+) -> Dataset:
+    (folder / "shop.toml").write_text(
+        SHOP.replace("SPLIT", split).replace("INTERACTIONS", interactions).replace("TASKS", tasks)
+    )
+    (folder / "interactions.csv").write_text(rows)
+    (folder / "items.csv").write_text(ITEMS)
+    return load_dataset(folder, now_s=NOW_S)
+
+
+ROWS = "user_id,item_id,time\nv,9,3\nu,7,1\nu,8,5\nu,9,4\nv,7,9\nu,10,9\nw,7,2\n"
+
+
+def test_rows_are_sorted_ids_and_row_0_is_unknown(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS)
+    assert dataset.item_ids.tolist() == [b"10", b"7", b"8", b"9"]
+    assert dataset.user_ids.tolist() == [b"u", b"v", b"w"]
+    assert dataset.item_titles.tolist() == [
+        b"",
+        b"other serum",
+        b"Velvet Lip-Stick",
+        "Été noir".encode(),
+        b"serum",
+    ]
+    assert not dataset.item_codes[0].any()
+    assert not dataset.item_values[0].any()
+
+
+def test_categories_own_ranges_of_codes(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS)
+    brand, tags = dataset.schema.items.category("brand"), dataset.schema.items.category("tags")
+    assert brand is not None
+    assert tags is not None
+    assert dataset.vocabularies["items"] == {"brand": ["A", "B"], "tags": ["y", "x", "z"]}
+    assert (brand.offset, brand.size, tags.offset, tags.size) == (1, 3, 4, 4)
+    assert dataset.item_codes[:, brand.columns].ravel().tolist() == [0, 2, 2, 0, 3]
+    assert dataset.item_codes[:, tags.columns].tolist() == [[0, 0], [7, 5], [6, 5], [5, 0], [0, 0]]
+
+
+def test_values_outside_the_vocabulary_share_one_code(tmp_path: Path) -> None:
+    load(tmp_path, ROWS)
+    text = (
+        (tmp_path / "shop.toml").read_text().replace('name = "brand", ', 'name = "brand", vocabulary = 1, ')
+    )
+    (tmp_path / "shop.toml").write_text(text)
+    dataset = load_dataset(tmp_path, now_s=NOW_S)
+    assert dataset.vocabularies["items"]["brand"] == ["A"]
+    assert dataset.item_codes[:, 0].tolist() == [0, 2, 2, 0, 1]
+
+
+def test_words_are_hashed_in_lower_case(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS)
+    words = next(f for f in dataset.schema.items.features if f.name == "words")
+    expected = [words.offset + zlib.crc32(word.encode()) % 64 for word in ("velvet", "lip", "stick")]
+    assert dataset.item_codes[2, words.columns].tolist() == expected
+    assert dataset.item_codes[3, words.columns].tolist() == [
+        words.offset + zlib.crc32(w.encode()) % 64 for w in ("été", "noir")
+    ] + [0]
+    assert dataset.item_codes.max() < dataset.schema.items.num_codes
+
+
+def test_numbers_and_vectors_are_standardized_and_0_where_missing(tmp_path: Path) -> None:
+    values = load(tmp_path, ROWS).item_values
+    assert values[3].tolist() == [0, 0, 0]
+    known = values[[1, 2, 4]]
+    np.testing.assert_allclose(known.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(known.std(0), 1, atol=1e-6)
+
+
+def test_long_titles_are_cut_between_letters(tmp_path: Path) -> None:
+    load(tmp_path, ROWS)
+    (tmp_path / "items.csv").write_text(ITEMS.replace("serum", "é" * 59 + "xé"), "utf-8")
+    title = load_dataset(tmp_path, now_s=NOW_S).item_titles[4]
+    assert title.decode() == "é" * 59 + "x"
+
+
+def test_histories_are_in_time_order_whatever_the_file_s_order(tmp_path: Path) -> None:
+    histories = load(tmp_path, ROWS).histories
+    assert histories.offsets.tolist() == [0, 0, 4, 6, 7]
+    assert histories.item_rows.tolist() == [2, 4, 3, 1, 4, 2, 2]
+    assert histories.times.tolist() == [1, 4, 5, 9, 3, 9, 2]
+
+
+def test_leave_one_out_holds_the_last_two_of_users_with_three(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS)
+    assert dataset.train_ends.tolist() == [0, 2, 6, 7]
+    assert (dataset.validation.user_rows.tolist(), dataset.validation.item_rows.tolist()) == ([1], [3])
+    assert (
+        dataset.test.user_rows.tolist(),
+        dataset.test.item_rows.tolist(),
+        dataset.test.history_ends.tolist(),
+    ) == ([1], [1], [3])
+    assert dataset.train_impressions is None
+    assert [task.name for task in dataset.schema.tasks] == ["interact"]
+
+
+CLICKS = "[[tasks]]\nname = 'ctr'\nlabel = {column = 'clicked'}\n"
+
+
+@pytest.mark.parametrize("split", ["time", "leave_one_out"])
+def test_splits_and_history_ends_agree_with_plain_loops(tmp_path: Path, split: str) -> None:
+    rng = np.random.default_rng(3)
+    num = 400
+    users, items = rng.integers(0, 12, num), rng.choice([7, 8, 9, 10], num)
+    times, clicked = rng.integers(0, 300, num), rng.random(num) < 0.5
+    lines = [f"u{u:02d},{i},{t},{int(c)}" for u, i, t, c in zip(users, items, times, clicked, strict=True)]
+    dataset = load(
+        tmp_path, "user_id,item_id,time,clicked\n" + "\n".join(lines) + "\n", split=split, tasks=CLICKS
+    )
+    histories = dataset.histories
+    parts = [dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions]
+    assert sum(len(p.times) for p in parts if p) == num
+    for part in parts:
+        assert part is not None
+        assert (np.diff(part.times) >= 0).all()
+        for user, time, end in zip(part.user_rows, part.times, part.history_ends, strict=True):
+            begin, stop = histories.offsets[user], histories.offsets[user + 1]
+            assert end == begin + sum(t < time for t in histories.times[begin:stop])
+    if split == "time":
+        late, later = sorted(times)[320], sorted(times)[360]
+        for user in range(1, 13):
+            begin, stop = histories.offsets[user], histories.offsets[user + 1]
+            assert dataset.train_ends[user] == begin + sum(histories.times[begin:stop] < late)
+        for targets, low, high in ((dataset.validation, late - 1, later), (dataset.test, later - 1, 10**9)):
+            for user, end, item in zip(
+                targets.user_rows, targets.history_ends, targets.item_rows, strict=True
+            ):
+                assert low <= histories.times[end] < high
+                assert histories.item_rows[end] == item
+                assert histories.offsets[user] < end
+                assert item not in histories.item_rows[histories.offsets[user] : end]
+        train, test = parts[0], parts[2]
+        assert train is not None
+        assert test is not None
+        assert train.times.max() < test.times.min()
+
+
+EVENTS = """\
+user_id,item_id,time,event,seconds
+u,7,1,view,
+u,7,2,click,
+u,7,3,buy,5
+u,7,4,view,
+u,8,5,view,
+u,8,6,click,
+v,9,1,click,
+v,9,2,view,
+v,9,2,click,
+v,10,3,view,
+v,10,9,buy,
+"""
+EVENT_TASKS = """
+[[tasks]]
+name = "ctr"
+label = {event = "click"}
+[[tasks]]
+name = "cvr"
+label = {event = "buy"}
+given = "ctr"
+[[tasks]]
+name = "stay"
+kind = "regression"
+label = {column = "seconds", log1p = true}
+given = "cvr"
+"""
+
+
+def _all_labels(dataset: Dataset) -> dict[tuple[bytes, bytes, int], list[float]]:
+    found = {}
+    for part in (dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions):
+        assert part is not None
+        for u, i, t, labels in zip(part.user_rows, part.item_rows, part.times, part.labels, strict=True):
+            found[dataset.user_ids[u - 1], dataset.item_ids[i - 1], int(t)] = labels.round(3).tolist()
+    return found
+
+
+def test_events_after_a_view_label_it_until_the_next_view(tmp_path: Path) -> None:
+    dataset = load(
+        tmp_path, EVENTS, split="time", interactions='event = "event"\nimpression = "view"', tasks=EVENT_TASKS
+    )
+    nan = float("nan")
+    expected = {
+        (b"u", b"7", 1): [1, 1, 1.792],
+        (b"u", b"7", 4): [0, nan, nan],
+        (b"u", b"8", 5): [1, 0, nan],
+        (b"v", b"9", 2): [1, 0, nan],
+        (b"v", b"10", 3): [0, nan, nan],  # bought without a click: not "given ctr"
+    }
+    found = _all_labels(dataset)
+    assert found.keys() == expected.keys()
+    for key, labels in expected.items():
+        np.testing.assert_allclose(found[key], labels, atol=1e-3, err_msg=str(key))
+    assert dataset.histories.times.tolist() == [2, 6, 1, 2]  # the clicks, at their own times
+
+
+def test_history_may_be_named_events(tmp_path: Path) -> None:
+    entry = 'event = "event"\nimpression = "view"\nhistory = ["buy"]'
+    dataset = load(tmp_path, EVENTS, split="time", interactions=entry, tasks=EVENT_TASKS)
+    assert dataset.histories.times.tolist() == [3, 9]
+
+
+def test_without_a_view_event_rows_of_the_same_moment_are_one_impression(tmp_path: Path) -> None:
+    dataset = load(
+        tmp_path,
+        EVENTS,
+        split="time",
+        interactions='event = "event"',
+        tasks=EVENT_TASKS.split('[[tasks]]\nname = "cvr"')[0],
+    )
+    found = _all_labels(dataset)
+    assert len(found) == 10
+    assert found[b"v", b"9", 2] == [1.0]
+
+
+def test_a_threshold_makes_a_rating_a_label(tmp_path: Path) -> None:
+    rows = "user_id,item_id,time,stars\nu,7,1,4.5\nu,8,2,3\nv,9,3,4\nv,7,4,\n"
+    dataset = load(
+        tmp_path, rows, tasks="[[tasks]]\nname = 'like'\nlabel = {column = 'stars', threshold = 4}\n"
+    )
+    assert dataset.train_impressions is not None
+    np.testing.assert_array_equal(dataset.train_impressions.labels.ravel(), [1, 0, 1, np.nan])
+    assert dataset.histories.times.tolist() == [1, 3]
+
+
+def test_users_of_the_users_file_have_rows_and_features(tmp_path: Path) -> None:
+    load(tmp_path, ROWS)
+    text = (tmp_path / "shop.toml").read_text()
+    users = '[users]\nfile = "users.csv"\nid = "id"\nfeatures = [{name = "skin", kind = "category"}]\n'
+    (tmp_path / "shop.toml").write_text(text + users)
+    (tmp_path / "users.csv").write_text("id,skin\nz,dry\nu,oily\n")
+    dataset = load_dataset(tmp_path, now_s=NOW_S)
+    assert dataset.user_ids.tolist() == [b"u", b"v", b"w", b"z"]
+    assert dataset.user_codes.ravel().tolist() == [0, 3, 0, 0, 2]
+    assert dataset.histories.offsets.tolist() == [0, 0, 4, 6, 7, 7]
+
+
+def test_history_ends_of_users_without_history_are_their_empty_range(tmp_path: Path) -> None:
+    histories = load(tmp_path, ROWS).histories
+    assert history_ends(histories, np.array([0, 3, 3]), np.array([100, 0, 3])).tolist() == [0, 6, 7]

@@ -1,0 +1,186 @@
+"""A release is in the repository whole or not at all, whoever is killed and whenever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from shops import ROOT
+from toy_repository import manifest_of, publish_toy
+
+from builders.publish import stage as publishing
+from builders.publish.stage import next_release_name, publish, remove, sweep
+from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.release.release import active_release, open_release
+from ensemble.release.repository import locked, member_folders, release_names
+
+
+def test_publish_makes_a_release_that_verifies(tmp_path):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    open_release(repository, "r1").verify()
+    assert release_names(repository) == ["r1"]
+    assert active_release(repository) == "r1"
+    on_disk = {
+        str(p.relative_to(repository))
+        for p in repository.glob("r1*/**/*")
+        if p.is_file() and p.name not in ("manifest.json", "__pycache__")
+    }
+    assert set(manifest_of(repository, "r1")["files"]) == on_disk
+    assert {p.name for p in repository.iterdir() if p.name.startswith(".")} == {".lock"}
+
+
+def test_next_release_name_is_above_all_that_are_there(tmp_path):
+    assert next_release_name(tmp_path / "absent") == "r1"
+    for name in ("r2", "r10_ranker", "autumn", "recommend"):
+        (tmp_path / name).mkdir()
+    assert next_release_name(tmp_path) == "r11"
+
+
+@pytest.mark.parametrize("name", ["R1", "r_1", "", "../r1", "-r", "recommend"])
+def test_bad_release_name_is_refused(tmp_path, name):
+    with pytest.raises(InvalidInput, match="release name"):
+        publish(tmp_path / "models", name, {}, tmp_path, {})
+
+
+def test_a_release_is_never_overwritten(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path)
+    before = manifest_of(tmp_path / "models", "r1")
+    with pytest.raises(InvalidInput, match="exists already; a release never changes"):
+        publish_toy(tmp_path / "models", "r1", tmp_path, padding_bytes=2000)
+    assert manifest_of(tmp_path / "models", "r1") == before
+
+
+def test_a_changed_file_is_named(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path)
+    (tmp_path / "models/r1/padding.bin").write_bytes(b"\0" * 1000)
+    with pytest.raises(ReleaseError, match=r"sha256 mismatch r1/padding\.bin"):
+        open_release(tmp_path / "models", "r1").verify()
+
+
+def test_remove_takes_a_release_with_its_members_but_never_the_active_one(tmp_path):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    publish_toy(repository, "r2", tmp_path)
+    with pytest.raises(ReleaseError, match="release r1 is active"):
+        remove(repository, "r1")
+    with pytest.raises(ReleaseError, match=r"no release 'r3' in .*; there are: r1, r2"):
+        remove(repository, "r3")
+    remove(repository, "r2")
+    assert release_names(repository) == ["r1"]
+    assert member_folders(repository, "r2") == []
+
+
+def test_sweep_removes_orphans_and_nothing_else(tmp_path):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    publish_toy(repository, "r2", tmp_path)
+    (repository / "r2" / "manifest.json").unlink()  # half a release, not active
+    (repository / ".staging-1-dead").mkdir()
+    (repository / "other_model" / "1").mkdir(parents=True)
+    (repository / "other_model" / "config.pbtxt").write_text('name: "other_model"')
+    removed = sweep(repository)
+    assert set(removed) >= {".staging-1-dead", "r2_ranker", "r2_recommend"}
+    assert (repository / "other_model").exists()
+    assert member_folders(repository, "r2") == []
+    open_release(repository, "r1").verify()
+    assert sweep(repository) == []
+    publish_toy(repository, "r2", tmp_path)  # the name is free again
+
+
+def test_sweep_spares_the_active_release_even_if_it_is_half_there(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path, activate=True)
+    (tmp_path / "models/r1/manifest.json").unlink()
+    assert sweep(tmp_path / "models") == []
+
+
+def test_sweep_spares_a_living_builds_staging(tmp_path):
+    from ensemble.release.repository import staging
+
+    with staging(tmp_path) as folder:
+        assert sweep(tmp_path) == []
+        assert folder.exists()
+    assert not folder.exists()
+
+
+def test_lock_names_its_holder(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(ReleaseError, match=f"is being changed by process {os.getpid()}"),
+        locked(tmp_path, wait_s=0.1),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("fail_at", [1, 4, 9])
+def test_full_disk_says_how_much_is_needed_and_leaves_nothing(tmp_path, monkeypatch, fail_at):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    copied, copy = [], publishing._copy_file
+
+    def full(source, target):
+        copied.append(source)
+        if len(copied) == fail_at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(publishing, "_copy_file", full)
+    with pytest.raises(ReleaseError, match=r"publish: no space left in .*, need 2\.0 MB for release r2"):
+        publish_toy(repository, "r2", tmp_path, padding_bytes=2_000_000)
+    assert not any("r2" in p.name or p.name.startswith(".staging") for p in repository.iterdir())
+    monkeypatch.undo()
+    publish_toy(repository, "r3", tmp_path)
+    assert release_names(repository) == ["r1", "r3"]
+
+
+PUBLISHER = """
+import sys, itertools
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from toy_repository import publish_toy
+from ensemble.release.repository import next_release_name, remove
+repository, scratch = Path({repository!r}), Path({scratch!r})
+print("ready", flush=True)
+for i in itertools.count():
+    name = next_release_name(repository)
+    publish_toy(repository, name, scratch / str(i), padding_bytes=3_000_000)
+    if i % 2:
+        remove(repository, name)
+"""
+
+
+def test_kill_9_at_random_moments_leaves_only_whole_releases(tmp_path):
+    repository, rng = tmp_path / "models", random.Random(7)
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    for kill in range(10):
+        scratch = tmp_path / f"scratch{kill}"
+        code = PUBLISHER.format(
+            root=str(ROOT),
+            tests=str(ROOT / "tests" / "helpers"),
+            repository=str(repository),
+            scratch=str(scratch),
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert active_release(repository) == "r1"
+        for name in release_names(repository):
+            open_release(repository, name).verify()
+            assert len(member_folders(repository, name)) == 7
+        sweep(repository)
+        whole = {
+            f.name
+            for name in release_names(repository)
+            for f in (repository / name, *member_folders(repository, name))
+        }
+        left = {p.name for p in repository.iterdir() if p.name != ".lock" and not p.name.startswith(".new-")}
+        assert left == {*whole, "recommend"}
+    publish_toy(repository, next_release_name(repository), tmp_path / "last")

@@ -1,0 +1,427 @@
+"""The ranker: its contract, its independence of padding and neighbours, its calibration, and training end to end in seconds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from builders import metrics
+from builders.data.dataset import Dataset, Histories, Impressions, Targets, history_windows
+from builders.ranker import calibrate
+from builders.ranker.checkpoint import read_ranker, save_ranker
+from builders.ranker.lists import lists_from_impressions, zero_scores
+from builders.ranker.loss import impression_loss
+from builders.ranker.model import (
+    TINY,
+    CalibratedRanker,
+    ItemFeatures,
+    OwnRanker,
+    Ranker,
+    flops_per_user,
+    num_parameters,
+)
+from builders.ranker.stage import train_ranker
+from builders.ranker.trainer import TINY_TRAINING, RunningMean
+from ensemble import contract
+from ensemble.schema import Feature, Schema, Sizes, Table, Task
+
+SIZES = Sizes(seen=20, history=8, embedding=16, candidates=12, item_features=8, user_features=8)
+ITEMS = Table(
+    (
+        Feature("brand", "category", 0, 1, 1, 7),
+        Feature("words", "text", 1, 3, 8, 16),
+        Feature("price", "number", 0, 1),
+    )
+)
+USERS = Table((Feature("style", "category", 0, 1, 1, 5),))
+TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click", 0.1))
+SCHEMA = Schema("toy", ITEMS, USERS, TASKS, SIZES)
+NUM_USERS, NUM_ITEMS = 60, 40
+
+
+def _feeds(num_users, rng, num_candidates=SIZES.candidates):
+    s = SIZES
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    feeds = {
+        "history_features": normal(num_users, s.history, s.item_features),
+        "history_mask": rng.random((num_users, s.history)) < 0.6,
+        "user_codes": rng.integers(0, USERS.num_codes, (num_users, 1)).astype(np.int32),
+        "user_values": normal(num_users, 1),
+        "user_features": normal(num_users, s.user_features),
+        "candidate_features": normal(num_users, num_candidates, s.item_features),
+        "candidate_scores": normal(num_users, num_candidates, len(contract.SOURCES)),
+    }
+    return {name: torch.from_numpy(array) for name, array in feeds.items()}
+
+
+def _shaken(seed=0):
+    """A ranker whose zero-initialized layers are random, so that every path shows in its answers."""
+    torch.manual_seed(seed)
+    ranker = Ranker(SCHEMA, TINY).eval()
+    for parameter in ranker.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return ranker
+
+
+def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
+    """Clicks that depend on the user's style and the item's brand; every number is planted."""
+    rng = np.random.default_rng(seed)
+    item_codes = np.zeros((NUM_ITEMS + 1, 4), np.int32)
+    brand = rng.integers(0, 6, NUM_ITEMS)
+    item_codes[1:, 0] = 2 + brand
+    user_codes = np.zeros((NUM_USERS + 1, 1), np.int32)
+    style = rng.integers(0, 4, NUM_USERS)
+    user_codes[1:, 0] = 2 + style
+    taste = rng.normal(0, 1.5, (4, 6))
+    lengths = rng.integers(4, 20, NUM_USERS + 1)
+    lengths[0] = 0
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    histories = Histories(offsets, rng.integers(1, NUM_ITEMS + 1, offsets[-1]), np.arange(offsets[-1]))
+    users, known = np.arange(1, NUM_USERS + 1), offsets[1:-1] + 2
+    targets = Targets(users, known, histories.item_rows[known])
+
+    def impressions(num):
+        user, item = rng.integers(1, NUM_USERS + 1, num), rng.integers(1, NUM_ITEMS + 1, num)
+        click = 1 / (1 + np.exp(1 - taste[style[user - 1], brand[item - 1]]))
+        buy = 1 / (1 + np.exp(-0.5 * taste[0, brand[item - 1]]))
+        dwell = 3 + 0.5 * taste[1, brand[item - 1]]
+        clicked = rng.random(num) < click
+        labels = np.full((num, 3), np.nan, np.float32)
+        labels[:, 0] = clicked
+        labels[clicked, 1] = (rng.random(num) < buy)[clicked]
+        labels[clicked, 2] = (dwell + rng.normal(0, 0.5, num))[clicked]
+        ends = offsets[user] + rng.integers(0, 3, num)
+        return Impressions(
+            user, item, np.arange(num), ends, labels, np.stack([click, buy, dwell], 1).astype(np.float32)
+        )
+
+    parts = (
+        [impressions(num_impressions), impressions(4000), impressions(4000)]
+        if schema.tasks == TASKS
+        else [None] * 3
+    )
+    ids = np.array([f"{n:04d}".encode() for n in range(max(NUM_USERS, NUM_ITEMS))])
+    return Dataset(
+        schema, ids[:NUM_ITEMS], ids[:NUM_USERS], np.full(NUM_ITEMS + 1, b"t"), item_codes, np.zeros((NUM_ITEMS + 1, 1), np.float32), user_codes,
+        np.zeros((NUM_USERS + 1, 1), np.float32), {"items": {}, "users": {}}, histories, offsets[1:], targets, targets, *parts,
+        np.full((NUM_ITEMS + 1, 1), np.nan, np.float32), [],
+    )  # fmt: skip
+
+
+def _embeddings(seed=0):
+    return np.random.default_rng(seed).normal(size=(NUM_ITEMS + 1, SIZES.embedding)).astype(np.float32)
+
+
+# --- the module
+
+
+def test_forward_names_and_shapes_are_the_contracts():
+    feeds = _feeds(3, np.random.default_rng(0))
+    assert tuple(feeds) == contract.RANKER_INPUTS
+    answer = _shaken()(**feeds)
+    assert answer.shape == (3, SIZES.candidates, len(TASKS))
+    assert answer.dtype == torch.float32
+    assert ((answer[..., :2] > 0) & (answer[..., :2] < 1)).all()
+
+
+def test_padding_and_neighbours_do_not_change_a_candidate():
+    ranker, feeds = _shaken(), _feeds(4, np.random.default_rng(0))
+    with torch.no_grad():
+        whole = ranker(**feeds)
+        padded = {k: v.clone() for k, v in feeds.items()}
+        for name in ("candidate_features", "candidate_scores"):
+            padded[name][:, 5:] = 0
+        assert torch.allclose(ranker(**padded)[:, :5], whole[:, :5], atol=1e-6)
+        alone = torch.cat([ranker(**{k: v[row : row + 1] for k, v in feeds.items()}) for row in range(4)])
+    assert torch.allclose(alone, whole, atol=1e-6)
+
+
+def test_what_stands_behind_the_mask_does_not_matter_and_an_empty_history_is_finite():
+    ranker, feeds = _shaken(), _feeds(4, np.random.default_rng(0))
+    with torch.no_grad():
+        whole = ranker(**feeds)
+        feeds["history_features"] = torch.where(
+            feeds["history_mask"][..., None], feeds["history_features"], torch.tensor(7.0)
+        )
+        assert torch.allclose(ranker(**feeds), whole, atol=1e-6)
+        feeds["history_mask"][:] = False
+        assert torch.isfinite(ranker(**feeds)).all()
+
+
+def test_an_untrained_ranker_has_the_order_of_its_wide_path():
+    ranker, feeds = Ranker(SCHEMA, TINY).eval(), _feeds(2, np.random.default_rng(0))
+    with torch.no_grad():
+        ranker.wide.weight[:] = torch.tensor([1.0, 2.0, 0.0])
+        logits = ranker.logits(*feeds.values())[..., 0]
+    fused = feeds["candidate_scores"][..., 0] + 2 * feeds["candidate_scores"][..., 1]
+    assert torch.equal(logits.argsort(1), fused.argsort(1))
+
+
+def test_regression_is_a_line_and_binary_a_sigmoid_of_the_logits():
+    ranker = Ranker(SCHEMA, TINY).eval()
+    ranker.calibration_scale.copy_(torch.tensor([2.0, 1.0, 3.0]))
+    ranker.calibration_bias.copy_(torch.tensor([0.5, 0.0, -1.0]))
+    answer = ranker.probabilities(torch.tensor([1.0, 0.0, 4.0]))
+    assert answer.tolist() == pytest.approx([1 / (1 + np.exp(-2.5)), 0.5, 11.0])
+
+
+def test_sizes_are_stated_and_grow_with_the_candidates():
+    ranker = Ranker(SCHEMA, TINY)
+    assert num_parameters(ranker) == sum(p.numel() for p in ranker.parameters())
+    once, twice = flops_per_user(ranker, 100), flops_per_user(ranker, 200)
+    assert 0 < twice - once < once + 1
+    assert flops_per_user(ranker, 0) == 2 * once - twice
+
+
+def test_onnx_export_gives_what_torch_gives_for_any_batch(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ranker, rng = _shaken(), np.random.default_rng(0)
+    feeds = _feeds(2, rng)
+    batch = torch.export.Dim("B", min=1, max=64)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        ranker, tuple(feeds.values()), str(path), dynamo=True, external_data=False, verbose=False,
+        input_names=list(feeds), output_names=["candidate_probabilities"], dynamic_shapes={name: {0: batch} for name in feeds},
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for num_users in (1, 5):
+        feeds = _feeds(num_users, rng)
+        with torch.no_grad():
+            wanted = ranker(**feeds).numpy()
+        got = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})[0]
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+# --- lists and losses
+
+
+def test_history_windows_are_left_padded_and_end_at_the_end():
+    histories = Histories(np.array([0, 0, 3, 5]), np.array([11, 12, 13, 21, 22]), np.arange(5))
+    windows = history_windows(histories, np.array([1, 1, 2, 0]), np.array([3, 1, 5, 0]), 2)
+    assert windows.tolist() == [[12, 13], [-1, 11], [21, 22], [-1, -1]]
+
+
+def test_impressions_of_one_history_share_a_list_and_none_is_lost():
+    impressions = _dataset().train_impressions
+    lists, places = lists_from_impressions(impressions, zero_scores)
+    assert len(np.unique(places)) == len(places)
+    column = lists.item_rows.shape[1]
+    assert (lists.item_rows.ravel()[places] == impressions.item_rows).all()
+    assert (lists.user_rows[places // column] == impressions.user_rows).all()
+    assert (lists.history_ends[places // column] == impressions.history_ends).all()
+    np.testing.assert_array_equal(lists.labels.reshape(-1, 3)[places], impressions.labels)
+    assert (lists.item_rows > 0).sum() == len(places)
+    assert np.isnan(lists.labels[lists.item_rows < 0]).all()
+
+
+def test_a_conditional_task_is_trained_on_the_product_over_all_impressions():
+    logits = torch.tensor([[[0.3, -0.7, 0.0]], [[-1.0, 0.2, 0.0]]])
+    labels = torch.tensor([[[1.0, 0.0, float("nan")]], [[0.0, float("nan"), float("nan")]]])
+    p = logits.sigmoid()
+    click = -(p[0, 0, 0].log() + (1 - p[1, 0, 0]).log())
+    product = -((1 - p[0, 0, 0] * p[0, 0, 1]).log() + (1 - p[1, 0, 0] * p[1, 0, 1]).log())
+    assert float(impression_loss(TASKS)(logits, labels)) == pytest.approx(
+        float(click + product) / 2, rel=1e-5
+    )
+    extreme = torch.full((1, 1, 3), 90.0, requires_grad=True)
+    impression_loss(TASKS)(extreme, torch.tensor([[[1.0, 0.0, 1.0]]])).backward()
+    assert torch.isfinite(extreme.grad).all()
+
+
+def test_platt_scaling_recovers_a_planted_map_and_leaves_one_class_alone():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-2, 2, 100_000)
+    labels = (rng.random(100_000) < 1 / (1 + np.exp(-(0.5 * logits - 1)))).astype(np.float32)
+    scale, bias = calibrate.fit_platt(logits, labels)
+    assert (scale, bias) == (pytest.approx(0.5, abs=0.03), pytest.approx(-1, abs=0.05))
+    assert calibrate.fit_platt(logits, np.zeros(100_000)) == (1.0, 0.0)
+    few = np.zeros(100_000)
+    few[:3] = 1
+    scale, bias = calibrate.fit_platt(logits, few)
+    assert scale == pytest.approx(1.0)
+    assert (1 / (1 + np.exp(-(scale * logits + bias)))).mean() == pytest.approx(3e-5, rel=0.01)
+    assert calibrate.fit_platt(-logits, labels)[0] >= calibrate.MIN_SCALE
+    assert calibrate.fit_line(logits, 3 * logits + 2) == (pytest.approx(3), pytest.approx(2))
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def trained():
+    dataset = _dataset()
+    return dataset, train_ranker(
+        dataset,
+        _embeddings(),
+        scores=zero_scores,
+        config=replace(TINY_TRAINING, epochs=10, batch=256),
+        seed=0,
+    )
+
+
+def test_training_comes_near_the_oracle_and_is_calibrated(trained):
+    dataset, checkpoint = trained
+    truth, labels = dataset.test_impressions.truth, dataset.test_impressions.labels
+    figures = checkpoint.report["test"]
+    for place, task in enumerate(("click", "buy")):
+        assert figures[task]["auc"] > metrics.auc(labels[:, place], truth[:, place]) - 0.05
+        noise = metrics.ece(labels[:, place], truth[:, place])  # what true probabilities show on so few rows
+        assert figures[task]["ece"] < noise + 0.04
+    assert figures["dwell"]["rmse"] < 1.15 * metrics.rmse(labels[:, 2], truth[:, 2])
+
+
+def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
+    dataset, checkpoint = trained
+    assert checkpoint.item_features.shape == (NUM_ITEMS + 1, SIZES.item_features)
+    assert checkpoint.user_features.shape == (NUM_USERS + 1, SIZES.user_features)
+    assert not checkpoint.item_features[0].any()
+    assert not checkpoint.user_features[0].any()
+    inputs = (checkpoint.item_id_features, dataset.item_codes, dataset.item_values, _embeddings())
+    with torch.no_grad():
+        again = checkpoint.item_head(*map(torch.from_numpy, inputs))
+    np.testing.assert_allclose(again.numpy()[1:], checkpoint.item_features[1:], atol=1e-6)
+    save_ranker(checkpoint, tmp_path)
+    loaded = read_ranker(tmp_path, SCHEMA, TINY)
+    feeds = _feeds(2, np.random.default_rng(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.ranker(**feeds), checkpoint.ranker(**feeds))
+    assert loaded.report == checkpoint.report
+
+
+def test_the_weights_kept_are_a_running_mean_and_the_exchange_undoes_itself():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    mean, wanted = RunningMean([weight]), 0.0
+    for step in range(1, 21):
+        weight.data.fill_(step)
+        mean.update(0.6)
+        keep = min(0.6, step / (step + 9))
+        wanted = keep * wanted + (1 - keep) * step
+    mean.exchange()
+    assert weight.tolist() == pytest.approx([wanted] * 2)
+    mean.exchange()
+    assert weight.tolist() == [20.0, 20.0]
+
+
+def test_the_running_mean_is_what_a_labelled_shop_gets_and_0_keeps_the_last_weights():
+    dataset, config = _dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
+    first, last = (
+        train_ranker(dataset, _embeddings(), scores=zero_scores, config=replace(config, average=keep))
+        for keep in (0.99, 0.0)
+    )
+    assert first.report["validation"] != last.report["validation"]
+
+
+def test_the_straight_way_of_the_item_head_is_trained_with_labels_only(trained):
+    assert trained[1].item_head.direct.weight.any()
+    assert not _interact(informative=True)[1].item_head.direct.weight.any()
+
+
+def test_the_same_seed_trains_the_same_ranker():
+    dataset, config = _dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
+    first, second, other = (
+        train_ranker(dataset, _embeddings(), scores=zero_scores, config=config, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first.item_features, second.item_features)
+    assert np.array_equal(first.user_features, second.user_features)
+    assert first.report == second.report
+    assert not np.array_equal(first.user_features, other.user_features)
+
+
+class _Own(torch.nn.Module):
+    """A user's ranker: probabilities from recall's first score and a bias per task."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(SIZES.item_features + 1, len(TASKS))
+
+    def forward(
+        self,
+        history_features,
+        history_mask,
+        user_codes,
+        user_values,
+        user_features,
+        candidate_features,
+        candidate_scores,
+    ):
+        raw = self.layer(torch.cat([candidate_features, candidate_scores[..., :1]], -1))
+        return torch.cat([raw[..., :2].sigmoid(), raw[..., 2:]], -1)
+
+
+def test_a_users_own_ranker_is_trained_and_calibrated_too():
+    dataset = _dataset()
+    checkpoint = train_ranker(
+        dataset, _embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0
+    )
+    assert isinstance(checkpoint.ranker, OwnRanker)
+    assert checkpoint.report["test"]["buy"]["auc"] > 0.55  # brands differ in how well they sell
+    noise = metrics.ece(dataset.test_impressions.labels[:, 0], dataset.test_impressions.truth[:, 0])
+    assert checkpoint.report["test"]["click"]["ece"] < noise + 0.04
+    assert isinstance(checkpoint.ranker, CalibratedRanker)
+
+
+# --- a shop without labels
+
+INTERACT = replace(SCHEMA, tasks=(Task("interact", "binary"),))
+
+
+def _interact(informative, seed=0):
+    """A shop whose recall puts the target anywhere; if `informative`, the item's brand alone tells which candidate it is."""
+    rng, dataset = np.random.default_rng(seed), _dataset(INTERACT)
+    users = np.arange(NUM_USERS) % NUM_USERS + 1
+    many = np.tile(users, 10)
+    brand = dataset.item_codes[:, 0]
+    liked = np.flatnonzero(brand == 2 + 1) if informative else np.arange(1, NUM_ITEMS + 1)
+    targets = Targets(many, dataset.histories.offsets[many] + 2, rng.choice(liked, len(many)))
+    dataset = replace(dataset, validation=targets, test=targets)
+
+    def candidates(user_rows, history_ends):
+        order = (
+            np.random.default_rng(len(user_rows))
+            .random((len(user_rows), NUM_ITEMS))
+            .argsort(1)[:, : SIZES.candidates]
+            + 1
+        )
+        scores = np.zeros((*order.shape, 3), np.float32)
+        scores[..., 0] = -np.arange(order.shape[1]) / 10
+        return order, scores
+
+    config = replace(TINY_TRAINING, epochs=4, batch=256, id_dropout=0.5)
+    return dataset, train_ranker(
+        dataset,
+        _embeddings(),
+        scores=zero_scores,
+        candidates=candidates,
+        source_weights=(1.0, 0.0, 0.0),
+        config=config,
+    )
+
+
+def test_interact_learns_an_order_better_than_recalls_where_there_is_one():
+    _, checkpoint = _interact(informative=True)
+    assert checkpoint.report["deep_path"]
+    figures = checkpoint.report["validation"]
+    assert figures["ndcg@10"]["ranker"] > figures["ndcg@10"]["recall"] + 0.02
+    assert figures["interact"]["ece"] < 0.05
+
+
+def test_interact_falls_back_to_recalls_order_where_there_is_nothing_to_learn():
+    _, checkpoint = _interact(informative=False)
+    assert not checkpoint.report["deep_path"]
+    assert checkpoint.report["test"]["ndcg@10"]["ranker"] == checkpoint.report["test"]["ndcg@10"]["recall"]
+    assert checkpoint.report["test"]["interact"]["ece"] < 0.05
+
+
+def test_training_without_labels_or_candidates_is_refused():
+    with pytest.raises(ValueError, match="candidates"):
+        train_ranker(_dataset(INTERACT), _embeddings(), scores=zero_scores, config=TINY_TRAINING)
+
+
+def test_item_head_reads_the_contracts_tensors():
+    head = ItemFeatures(SCHEMA, TINY)
+    codes, values = torch.zeros(5, ITEMS.code_width, dtype=torch.int32), torch.zeros(5, ITEMS.value_width)
+    out = head(torch.zeros(5, SIZES.item_features), codes, values, torch.zeros(5, SIZES.embedding))
+    assert out.shape == (5, SIZES.item_features)
+    assert torch.isfinite(out).all()

@@ -1,0 +1,202 @@
+"""Files of each known format, written small, become shops that load."""
+
+import os
+from pathlib import Path
+
+import pytest
+from shops import ROOT
+
+from builders.data.stage import load_dataset
+from builders.shop.importers import import_shop
+from builders.shop.shop_toml import open_shop
+from ensemble.errors import InvalidInput
+
+SHARED = Path(os.environ.get("PEREGRINE_SHARED", ROOT.parent / "shared"))
+
+
+def write(folder: Path, files: dict[str, str], encoding: str = "utf-8") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding)
+    return folder
+
+
+def test_sequences_with_titles_and_attributes(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "seq",
+        {
+            "Toy.txt": "u1 3 1 2 3\nu2 2 1\n",
+            "Toy_items.tsv": 'item_id\tasin\ttitle\n1\tA\tRed "Lipstick"\n2\tB\tRemover\n4\tC\tNew\n',
+            "Toy_item2attributes.json": '{"1": [5, 6, 5], "2": [6]}',
+            "Toy_sample.txt": "u1 9 9\n",
+        },
+    )
+    import_shop("sequences", source, tmp_path / "shop")
+    dataset = load_dataset(tmp_path / "shop")
+    assert dataset.schema.shop == "Toy"
+    assert dataset.item_ids.tolist() == [b"1", b"2", b"3", b"4"]
+    assert dataset.item_titles.tolist() == [b"", b'Red "Lipstick"', b"Remover", b"", b"New"]
+    assert dataset.histories.item_rows.tolist() == [3, 1, 2, 3, 2, 1]
+    assert dataset.histories.times.tolist() == [1, 2, 3, 4, 1, 2]
+    assert dataset.test.item_rows.tolist() == [3]
+    assert dataset.vocabularies["items"] == {"attributes": ["6", "5"]}
+    assert dataset.train_impressions is None
+    assert [(t.name, t.kind) for t in dataset.schema.tasks] == [("interact", "binary")]
+
+
+def test_sequences_of_a_single_file(tmp_path: Path) -> None:
+    source = write(tmp_path / "seq", {"plain.txt": "1 2 3\n2 3 4 5\n\n"})
+    import_shop("sequences", source / "plain.txt", tmp_path / "shop")
+    assert load_dataset(tmp_path / "shop").num_items == 4
+
+
+def test_recbole_s_atomic_files(tmp_path: Path) -> None:
+    ratings = "".join(f"{u}\t{i}\t{(u * i) % 5 + 1}\t{u * 10 + i}\n" for u in (1, 2, 3) for i in range(1, 7))
+    films = "".join(f"{i}\tTitle {i}\tA B\t{i}.5\t0.1 {i}\n" for i in range(1, 7))
+    source = write(
+        tmp_path / "toy",
+        {
+            "toy.inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + ratings,
+            "toy.item": "item_id:token\tmovie_title:token_seq\tclass:token_seq\tprice:float\tlook:float_seq\n"
+            + films,
+            "toy.user": "user_id:token\tage:token\n1\t24\n2\t\n",
+        },
+    )
+    import_shop("recbole", source, tmp_path / "shop")
+    dataset = load_dataset(tmp_path / "shop")
+    assert [(f.name, f.kind) for f in dataset.schema.items.features] == [
+        ("words", "text"),
+        ("class", "category"),
+        ("price", "number"),
+        ("look", "vector"),
+    ]
+    assert dataset.vocabularies["items"]["class"] == ["A", "B"]
+    assert dataset.vocabularies["users"] == {"age": ["24"]}
+    assert [t.name for t in dataset.schema.tasks] == ["like"]
+    assert dataset.item_titles[1] == b"Title 1"
+    assert open_shop(tmp_path / "shop").split.kind == "time"
+
+
+def test_recbole_without_labels_or_times(tmp_path: Path) -> None:
+    source = write(tmp_path / "toy", {"toy.inter": "user_id:token\titem_id:token\n1\ta\n1\tb\n2\ta\n1\tc\n"})
+    import_shop("recbole", source / "toy.inter", tmp_path / "shop")
+    dataset = load_dataset(tmp_path / "shop")
+    assert dataset.train_impressions is None
+    assert dataset.histories.item_rows.tolist() == [1, 2, 3, 1]
+
+
+RATINGS = [
+    (user, item, (user + item) % 5 + 1, 900_000_000 + 10 * user + item)
+    for user in (1, 2, 3, 4)
+    for item in range(1, 7)
+]
+
+
+def _movielens(folder: Path, form: str) -> Path:
+    if form == "100k":
+        genres = ["unknown", "Action", "Adventure", "Animation", *[f"g{g}" for g in range(4, 19)]]
+        flags = "|".join("1" if g in (1, 3) else "0" for g in range(19))
+        files = {
+            "u.data": "".join("\t".join(map(str, row)) + "\n" for row in RATINGS),
+            "u.item": "".join(f"{i}|Amélie {i} (1995)|01-Jan-1995||http://x|{flags}\n" for i in range(1, 7)),
+            "u.user": "1|24|M|technician|85711\n2|53|F|other|94043\n",
+            "u.genre": "".join(f"{name}|{at}\n" for at, name in enumerate(genres)),
+        }
+    elif form == "1m":
+        files = {
+            "ratings.dat": "".join("::".join(map(str, row)) + "\n" for row in RATINGS),
+            "movies.dat": "".join(f"{i}::Amélie {i} (1995)::Action|Animation\n" for i in range(1, 7)),
+            "users.dat": "1::M::24::10::48067\n2::F::53::16::70072\n",
+        }
+    else:
+        files = {
+            "ratings.csv": "userId,movieId,rating,timestamp\n"
+            + "".join(",".join(map(str, row)) + "\n" for row in RATINGS),
+            "movies.csv": "movieId,title,genres\n"
+            + "".join(f'{i},"Amélie {i} (1995)",Action|Animation\n' for i in range(1, 7)),
+        }
+    return write(folder, files, "utf-8" if form == "latest" else "latin-1")
+
+
+@pytest.mark.parametrize("form", ["100k", "1m", "latest"])
+def test_movielens(tmp_path: Path, form: str) -> None:
+    import_shop("movielens", _movielens(tmp_path / form, form), tmp_path / "shop", name="ml")
+    dataset = load_dataset(tmp_path / "shop")
+    assert (dataset.num_users, dataset.num_items) == (4, 6)
+    assert dataset.item_titles[1].decode() == "Amélie 1 (1995)"
+    assert dataset.vocabularies["items"]["genres"] == ["Action", "Animation"]
+    assert dataset.train_impressions is not None
+    assert dataset.train_impressions.times[0] == 900_000_011
+    likes = sum(rating >= 4 for _, _, rating, _ in RATINGS)
+    assert len(dataset.histories.item_rows) == likes
+    if form != "latest":
+        assert dataset.vocabularies["users"]["gender"] == ["F", "M"]
+
+
+@pytest.mark.parametrize(
+    ("form", "files", "message"),
+    [
+        ("csv", {}, "--format 'csv' is unknown; use sequences, recbole, movielens"),
+        (
+            "sequences",
+            {"a.txt": "1 2\n", "b.txt": "1 2\n"},
+            "SRC: pick one file of 'user item item …' lines with --name; there are: a, b",
+        ),
+        (
+            "sequences",
+            {},
+            "SRC: pick one file of 'user item item …' lines with --name; there are: no .txt file",
+        ),
+        (
+            "sequences",
+            {"a.txt": "1 2\n3\n"},
+            "SRC/a.txt: line 2: wanted 'user item item …', one line per user, oldest item first",
+        ),
+        ("recbole", {}, "SRC: 0 files match *.inter; give the file itself or --name"),
+        (
+            "recbole",
+            {"a.inter": "user_id\titem_id\n1\t2\n"},
+            "SRC/a.inter: header 'user_id' is not name:type with type token, token_seq, float or float_seq",
+        ),
+        (
+            "recbole",
+            {"a.inter": "who:token\titem_id:token\n1\t2\n"},
+            "SRC/a.inter: no token columns user_id and item_id; there are who, item_id",
+        ),
+        ("movielens", {}, "SRC: no u.data, ratings.dat or ratings.csv; SRC is the unpacked MovieLens folder"),
+        (
+            "movielens",
+            {"ratings.dat": "1::1::5::1\n"},
+            "SRC/movies.dat is missing; it belongs to this MovieLens set",
+        ),
+    ],
+)
+def test_what_cannot_be_imported_is_named(
+    tmp_path: Path, form: str, files: dict[str, str], message: str
+) -> None:
+    source = write(tmp_path / "src", files)
+    with pytest.raises(InvalidInput) as caught:
+        import_shop(form, source, tmp_path / "shop")
+    assert str(caught.value).replace(str(source), "SRC") == message
+    assert not (tmp_path / "shop").exists()
+
+
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"nowhere is missing; SRC is a file or folder to import"):
+        import_shop("sequences", tmp_path / "nowhere", tmp_path / "shop")
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data/seq_s3rec/Beauty.txt").is_file(),
+    reason="data/seq_s3rec is not here (PEREGRINE_SHARED names its folder)",
+)
+def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
+    import_shop("sequences", SHARED / "data/seq_s3rec", tmp_path / "shop", name="Beauty")
+    dataset = load_dataset(tmp_path / "shop")
+    assert (dataset.num_users, dataset.num_items, len(dataset.histories.item_rows)) == (
+        22_363,
+        12_101,
+        198_502,
+    )
+    assert len(dataset.test.user_rows) == len(dataset.validation.user_rows) == 22_363
+    assert (dataset.item_titles[1:] != b"").sum() == 12_094

@@ -1,0 +1,308 @@
+"""Each thing that can be wrong with a shop, with the exact words that say so."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from builders.data.check import check_shop
+from builders.data.stage import load_dataset
+from ensemble.errors import InvalidInput
+
+NOW_S = 1_000_000_000.0
+SHOP = """\
+name = "tiny"
+split = "time"
+[interactions]
+file = "interactions.csv"
+[items]
+file = "items.csv"
+id = "item_id"
+title = "title"
+features = [{name = "brand", kind = "category"}, {name = "price", kind = "number"}]
+[[tasks]]
+name = "ctr"
+label = {column = "clicked"}
+"""
+HEADER = "user_id,item_id,time,clicked\n"
+INTERACTIONS = HEADER + "u1,a,10,1\nu1,b,20,0\nu2,b,30,1\nu2,c,40,1\nu1,c,50,1\n"
+ITEMS = "item_id,title,brand,price\na,Red Lipstick,Lumari,9.5\nb,Remover,Vena,4\nc,Serum,Lumari,30\n"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    (tmp_path / "shop.toml").write_text(SHOP)
+    (tmp_path / "interactions.csv").write_text(INTERACTIONS)
+    (tmp_path / "items.csv").write_text(ITEMS)
+    return tmp_path
+
+
+def error_of(shop: Path) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        load_dataset(shop, now_s=NOW_S)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text.replace(str(shop), "SHOP")
+
+
+def test_the_tiny_shop_is_right(shop: Path) -> None:
+    report = check_shop(shop, now_s=NOW_S)
+    assert report.sections["interactions"]["rows"] == 5
+    assert report.sections["tasks"]["ctr"] == "binary, 5 labels, 80.00% positive"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "interactions.csv",
+            None,
+            "SHOP/interactions.csv is missing; shop.toml names it as 'interactions.csv'",
+        ),
+        ("items.csv", None, "SHOP/items.csv is missing; shop.toml names it as 'items.csv'"),
+        (
+            "shop.toml",
+            None,
+            "SHOP/shop.toml is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, "
+            "or write one (see `peregrine shop --help`)",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("time", "when"),
+            "SHOP/interactions.csv has no column 'time'; its columns are 'user_id', 'item_id', 'when', 'clicked'",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,yes"),
+            "interactions.csv: column 'clicked', row 3: 'yes' is no number",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,3"),
+            "interactions.csv: column 'clicked', row 3: '3' is neither 0 nor 1; "
+            "task 'ctr' is binary: give its label a threshold or make it a regression",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,nan"),
+            "interactions.csv: column 'clicked', row 3: 'nan' is no finite number; leave the cell empty (null) where a value is missing",
+        ),
+        (
+            "items.csv",
+            ITEMS.replace("9.5", "NaN"),
+            "items.csv: column 'price', row 1: 'NaN' is no finite number; leave the cell empty (null) where a value is missing",
+        ),
+        ("items.csv", ITEMS.replace("30", "cheap"), "items.csv: column 'price', row 3: 'cheap' is no number"),
+        (
+            "items.csv",
+            ITEMS + "a,Again,Vena,1\n",
+            "items.csv: column 'item_id', row 4: 'a' is there already (row 1); one row per item_id",
+        ),
+        ("items.csv", ITEMS.splitlines()[0] + "\n", "items.csv has no rows"),
+        (
+            "items.csv",
+            "\n".join(ITEMS.splitlines()[:2]) + "\n",
+            "items.csv has one item, 'a'; at least 2 are needed to rank",
+        ),
+        ("interactions.csv", HEADER, "interactions.csv has no rows; a shop needs interactions to learn from"),
+        ("interactions.csv", "", "SHOP/interactions.csv cannot be read: Empty CSV file"),
+        (
+            "interactions.csv",
+            INTERACTIONS + "u1,a\n",
+            "SHOP/interactions.csv cannot be read: CSV parse error: Expected 4 columns, got 2: u1,a",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2", "u1"),
+            "interactions.csv: all rows are of one user, 'u1'; at least 2 are needed to learn what users share",
+        ),
+        (
+            "interactions.csv",
+            re.sub(",1\n", ",0\n", INTERACTIONS),
+            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is never 1); correct its label or drop it",
+        ),
+        (
+            "interactions.csv",
+            re.sub(",[01]\n", ",\n", INTERACTIONS),
+            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is always empty); correct its label or drop it",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", "u2,c,4102444800"),
+            "interactions.csv: column 'time', row 4: '4102444800' is in the future (2100-01-01); times are Unix seconds",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", "u2,c,999999999000"),
+            "interactions.csv: column 'time', row 4: '999999999000' is in the future (milliseconds?); times are Unix seconds",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", "u2,c,"),
+            "interactions.csv: column 'time', row 4: the time is missing",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", ",c,40"),
+            "interactions.csv: column 'user_id', row 4: the id is missing",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", "u\0,c,40"),
+            "interactions.csv: column 'user_id', row 4: 'u\\x00' holds a NUL byte; ids are text without it",
+        ),
+        (
+            "interactions.csv",
+            INTERACTIONS.replace("u2,c,40", "ü" * 65 + ",c,40"),
+            f"interactions.csv: column 'user_id', row 4: {repr('ü' * 65)[:57]}… has 130 bytes; an id has at most 128",
+        ),
+        (
+            "items.csv",
+            ITEMS.replace("\na,", "\nx,").replace("\nb,", "\ny,").replace("\nc,", "\nz,"),
+            "interactions.csv: no row's item is in items.csv, for example 'a'; do both use the same ids?",
+        ),
+    ],
+)
+def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message: str) -> None:
+    if text is None:
+        (shop / file).unlink()
+    else:
+        (shop / file).write_text(text)
+    assert error_of(shop) == message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'kind = "number"',
+            'kind = "nr"',
+            "items.features.1.kind: 'nr' is no kind of feature; use category, number, text, image, vector(<dim>)",
+        ),
+        ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
+        ('title = "title"', 'titel = "title"', "items.titel: no such key; see `peregrine shop --help`"),
+        (
+            '{column = "clicked"}',
+            "{threshold = 1}",
+            'tasks.0.label: a label is either {event = "…"} or {column = "…"}',
+        ),
+        (
+            '{column = "clicked"}',
+            '{event = "click"}',
+            "task 'ctr' is labelled by the event 'click', but interactions.event names no column",
+        ),
+        (
+            'name = "ctr"',
+            'name = "ctr"\ngiven = "view"',
+            "task 'ctr' is given 'view', which is no binary task before it",
+        ),
+        ('split = "time"', 'split = "random"', "split.kind: Input should be 'leave_one_out' or 'time'"),
+        ('file = "interactions.csv"', "", "interactions.file: Field required"),
+    ],
+)
+def test_a_wrong_shop_toml_is_named(shop: Path, old: str, new: str, message: str) -> None:
+    (shop / "shop.toml").write_text(SHOP.replace(old, new, 1))
+    assert error_of(shop) == f"SHOP/shop.toml: {message}"
+
+
+def test_what_is_not_toml_is_named(shop: Path) -> None:
+    (shop / "shop.toml").write_text("name = \n")
+    assert error_of(shop) == "SHOP/shop.toml is not TOML: Invalid value (at line 1, column 8)"
+
+
+def test_a_corrupt_parquet_is_named(shop: Path) -> None:
+    (shop / "items.parquet").write_bytes(b"PAR1 and then nothing")
+    (shop / "shop.toml").write_text(SHOP.replace("items.csv", "items.parquet"))
+    assert error_of(shop).startswith(
+        "SHOP/items.parquet cannot be read: Parquet magic bytes not found in footer"
+    )
+
+
+def test_a_file_of_another_kind_is_named(shop: Path) -> None:
+    (shop / "items.xlsx").write_bytes(b"?")
+    (shop / "shop.toml").write_text(SHOP.replace("items.csv", "items.xlsx"))
+    assert error_of(shop) == "SHOP/items.xlsx: files end in .parquet or .csv, not '.xlsx'"
+
+
+def test_a_parquet_column_of_the_wrong_type_is_named(shop: Path) -> None:
+    pq.write_table(
+        pa.table({"item_id": [1.5, 2.0], "title": ["a", "b"], "brand": ["x", "y"], "price": [1, 2]}),
+        shop / "items.parquet",
+    )
+    (shop / "shop.toml").write_text(SHOP.replace("items.csv", "items.parquet"))
+    assert (
+        error_of(shop) == "items.parquet: column 'item_id' has type double; wanted text or integers, for ids"
+    )
+
+
+def test_a_vector_of_another_length_is_named(shop: Path) -> None:
+    pq.write_table(
+        pa.table({"item_id": ["a", "b", "c"], "title": ["x"] * 3, "look": [[1.0, 2.0], None, [1.0]]}),
+        shop / "items.parquet",
+    )
+    features = 'features = [{name = "look", kind = "vector(2)"}]'
+    (shop / "shop.toml").write_text(
+        re.sub("features = .*", features, SHOP).replace("items.csv", "items.parquet")
+    )
+    assert error_of(shop) == "items.parquet: column 'look', row 3: [1.0] has 1 components; vector(2) wants 2"
+
+
+def test_an_event_that_no_row_has_is_named(shop: Path) -> None:
+    (shop / "interactions.csv").write_text("user_id,item_id,time,event\nu1,a,1,view\nu2,b,2,buy\n")
+    (shop / "shop.toml").write_text(
+        SHOP.replace('"interactions.csv"', '"interactions.csv"\nevent = "event"').replace(
+            "column =", "event ="
+        )
+    )
+    assert (
+        error_of(shop)
+        == "interactions.csv: task 'ctr' wants the event 'clicked', which no row has; column 'event' holds 'buy', 'view'"
+    )
+
+
+def test_interactions_of_absent_items_are_dropped_and_counted(shop: Path) -> None:
+    (shop / "interactions.csv").write_text(INTERACTIONS + "u1,gone,60,1\nu2,lost,70,1\n")
+    dataset = load_dataset(shop, now_s=NOW_S)
+    assert len(dataset.histories.item_rows) == 4
+    report = check_shop(shop, now_s=NOW_S)
+    assert (
+        report.warnings[0]
+        == "2 interactions (28.6%) are left out: their items, 'gone' first, are not in items.csv"
+    )
+
+
+def test_check_names_missing_images_and_says_that_none_is_encoded(shop: Path) -> None:
+    (shop / "shop.toml").write_text(
+        SHOP.replace('{name = "price"', '{name = "photo", column = "title", kind = "image"}, {name = "price"')
+    )
+    (shop / "Serum").write_bytes(b"")
+    report = check_shop(shop, now_s=NOW_S)
+    assert report.sections["images"] == {"items.photo": "1 files; not encoded yet, a build leaves them aside"}
+    assert "items: 2 files of the feature 'photo' are missing, 'Red Lipstick' first" in report.warnings
+
+
+def test_csv_ids_keep_their_zeros_and_integers_are_decimal_text(shop: Path) -> None:
+    (shop / "interactions.csv").write_text(INTERACTIONS.replace(",a,", ",007,"))
+    (shop / "items.csv").write_text(ITEMS.replace("\na,", "\n007,"))
+    assert load_dataset(shop, now_s=NOW_S).item_ids.tolist() == [b"007", b"b", b"c"]
+    table = pa.table(
+        {"user_id": np.array([10, 9]), "item_id": np.array([-1, 3]), "time": [1, 2], "clicked": [True, True]}
+    )
+    pq.write_table(table, shop / "interactions.parquet")
+    head, tasks = (
+        SHOP.replace("interactions.csv", "interactions.parquet").split("[items]")[0],
+        SHOP[SHOP.index("[[tasks]]") :],
+    )
+    (shop / "shop.toml").write_text(head + tasks)
+    dataset = load_dataset(shop, now_s=NOW_S)
+    assert dataset.user_ids.tolist() == [b"10", b"9"]
+    assert dataset.item_ids.tolist() == [b"-1", b"3"]
+
+
+def test_a_byte_order_mark_and_iso_times_are_read(shop: Path) -> None:
+    text = "\ufeff" + re.sub(r",(\d)0,", r",2001-01-0\1 12:00:00,", INTERACTIONS)
+    (shop / "interactions.csv").write_text(text, "utf-8")
+    assert load_dataset(shop, now_s=NOW_S).histories.times[0] == 978_350_400

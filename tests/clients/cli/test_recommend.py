@@ -1,0 +1,93 @@
+"""`peregrine recommend` against a small gRPC server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from fake_triton import FakeTriton
+from typer.testing import CliRunner
+
+from clients.cli.recommend import DEFAULT_URL, Catalogue, find_server, recommend
+from ensemble.errors import InvalidArgument, InvalidInput
+
+
+@pytest.fixture
+def triton() -> Iterator[FakeTriton]:
+    server = FakeTriton()
+    yield server
+    server.stop()
+
+
+def run(*arguments: Any) -> str:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(recommend)
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).output
+
+
+def test_json_has_one_list_per_user(triton: FakeTriton, tmp_path: Path) -> None:
+    first, second = json.loads(run("u1", "u2", "--json", "--url", triton.url, "--repository", tmp_path))
+    assert first["items"][0] == {
+        "item_id": "i1",
+        "title": "",
+        "score": 3.0,
+        "probabilities": {"click": 0.5, "buy": 0.5},
+    }
+    assert (first["user_id"], first["release"], first["degraded"], first["recent"]) == ("u1", "r1", [], [])
+    assert second["degraded"] == ["UNKNOWN_USER"]
+
+
+def test_the_table_shows_items_scores_and_tasks(triton: FakeTriton, tmp_path: Path) -> None:
+    text = run("u1", "--url", triton.url, "--repository", tmp_path)
+    assert "u1 · release r1 · " in text
+    assert all(word in text for word in ("item-2", "2.0000", "click", "buy", "0.5000"))
+
+
+def test_options_reach_the_server(triton: FakeTriton, tmp_path: Path) -> None:
+    options = [
+        "--session",
+        "a,b",
+        "--allow",
+        "brand=X,Y",
+        "--cap",
+        "brand=2",
+        "--weight",
+        "buy=1.5",
+        "--include-seen",
+        "-k",
+        "3",
+    ]
+    run("u1", *options, "--url", triton.url, "--repository", tmp_path)
+    sent = triton.requests[0].parameters
+    assert (sent["session_items"].string_param, sent["allow"].string_param) == (
+        '["a","b"]',
+        '{"brand":["X","Y"]}',
+    )
+    assert (sent["caps"].string_param, sent["weights"].string_param) == ('{"brand":2}', '{"buy":1.5}')
+    assert (sent["exclude_seen"].bool_param, sent["top_k"].int64_param) == (False, 3)
+
+
+def test_bad_options_are_one_line(triton: FakeTriton, tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"^--cap: expected NAME=VALUE with a fitting value, got 'brand=x'$"
+    ):
+        run("u1", "--cap", "brand=x", "--url", triton.url)
+    triton.failures = [
+        (
+            "INVALID_ARGUMENT",
+            "in ensemble 'recommend', in ensemble 'r1_recommend', top_k: must be 1..100, got 0",
+        )
+    ]
+    with pytest.raises(InvalidArgument, match=r"^top_k: must be 1\.\.100, got 0$"):
+        run("u1", "-k", "0", "--url", triton.url, "--repository", tmp_path)
+
+
+def test_without_a_repository_there_is_a_default_server_and_no_titles(tmp_path: Path) -> None:
+    assert find_server(tmp_path / "absent", None) == (DEFAULT_URL, {})
+    assert find_server(tmp_path, "h:1") == ("h:1", {})
+    catalogue = Catalogue(tmp_path, "r1")
+    assert (catalogue.titles(["a"]), catalogue.recent("u1")) == ([""], [])

@@ -1,0 +1,162 @@
+"""Releases are turned under load without one failed request; a bad one never gets that far."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from shops import ROOT
+from toy_repository import publish_toy
+
+from clients.operations import releases
+from clients.operations.control import Control
+from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.release.release import active_release
+from ensemble.release.repository import release_names
+from ensemble.server.running import running_server
+from ensemble.server.supervisor import serve
+
+
+@pytest.fixture
+def repository(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path, activate=True)
+    publish_toy(tmp_path / "models", "r2", tmp_path)
+    return tmp_path / "models"
+
+
+def test_activate_without_a_server_writes_the_alias(repository):
+    done = releases.activate(repository, "r2")
+    assert (done.release, done.previous, done.served) == ("r2", "r1", False)
+    assert active_release(repository) == "r2"
+    assert (repository / "recommend" / "1").is_dir()
+
+
+def test_first_activation_makes_the_alias(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path)
+    assert releases.activate(tmp_path / "models", "r1").previous is None
+    assert active_release(tmp_path / "models") == "r1"
+
+
+def test_a_changed_release_is_not_activated(repository):
+    (repository / "r2" / "padding.bin").write_bytes(b"other")
+    with pytest.raises(ReleaseError, match=r"sha256 mismatch r2/padding\.bin"):
+        releases.activate(repository, "r2")
+    assert active_release(repository) == "r1"
+
+
+def test_an_absent_release_and_repository_are_named(repository):
+    with pytest.raises(ReleaseError, match=r"no release 'r7' in .*; there are: r1, r2"):
+        releases.activate(repository, "r7")
+    with pytest.raises(InvalidInput, match="release name 'R!'"):
+        releases.activate(repository, "R!")
+    with pytest.raises(InvalidInput, match="does not exist"):
+        releases.list_releases(repository / "nowhere")
+
+
+def test_command_line_lists_shows_activates_and_removes(repository):
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "peregrine.py"), "release", *arguments, "-r", str(repository)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert [(r["name"], r["is_active"]) for r in json.loads(run("list", "--json").stdout)] == [
+        ("r1", True),
+        ("r2", False),
+    ]
+    assert json.loads(run("show", "r2", "--json").stdout)["release"] == "r2"
+    assert run("activate", "r2").stdout == "release r2 is active (was r1); no server is running here\n"
+    refused = run("remove", "r2")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "error: release r2 is active; activate another one first: peregrine release activate NAME\n",
+    )
+    assert run("remove", "r1").returncode == 0
+    assert release_names(repository) == ["r2"]
+
+
+class Callers:
+    """Clients that ask without pause, and what they got."""
+
+    def __init__(self, url: str, count: int = 4) -> None:
+        self.releases: list[str] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(url,)) for _ in range(count)]
+
+    def _ask(self, url: str) -> None:
+        from tritonclient.grpc import InferenceServerClient, InferInput
+
+        client, user = InferenceServerClient(url), InferInput("user_id", [1, 1], "BYTES")
+        user.set_data_from_numpy(np.array([[b"u"]], dtype=object))
+        while not self._stop.is_set():
+            try:
+                self.releases.append(client.infer("recommend", [user]).as_numpy("release")[0, 0].decode())
+            except Exception as error:
+                self.failures.append(str(error))
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.triton
+def test_turning_there_and_back_under_load_fails_no_request(repository):
+    with serve(repository, port=0, metrics_port=None) as server, Callers(server.url) as callers:
+        for name in ("r2", "r1", "r2"):
+            done = releases.activate(repository, name)
+            assert done.served
+            assert done.flip_ms < 1000, "members were loaded again: their version folders changed"
+            seen = len(callers.releases)
+            while len(callers.releases) < seen + 20 and not callers.failures:
+                pass
+            assert set(callers.releases[seen + 8 :]) == {name}
+            with Control(running_server(repository)) as control:
+                assert all(
+                    model == "recommend" or model.startswith(f"{name}_") for model in control.ready_models()
+                )
+    assert callers.failures == []
+
+
+@pytest.mark.triton
+def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_path):
+    publish_toy(repository, "r3", tmp_path, broken="raise ValueError('no such planet')")
+    with serve(repository, port=0, metrics_port=None) as server, Callers(server.url, 2) as callers:
+        with pytest.raises(
+            ReleaseError, match=r"release r3 is not activated, the old one goes on: .*no such planet"
+        ):
+            releases.activate(repository, "r3")
+        assert active_release(repository) == "r1"
+        with Control(running_server(repository)) as control:
+            assert control.canary("recommend") == ("r1", 3)
+        releases.remove(repository, "r3")
+    assert callers.failures == []
+    assert set(callers.releases) == {"r1"}
+
+
+@pytest.mark.triton
+def test_a_flip_that_goes_wrong_is_taken_back(repository, monkeypatch):
+    with serve(repository, port=0, metrics_port=None):
+        check = releases._check_canary
+
+        def fail_through_the_alias(control, model, name):
+            if model == "recommend":
+                raise releases.ServerError("the canary died")
+            check(control, model, name)
+
+        monkeypatch.setattr(releases, "_check_canary", fail_through_the_alias)
+        with pytest.raises(
+            ReleaseError, match="release r2 is not activated, the old one is back: the canary died"
+        ):
+            releases.activate(repository, "r2")
+        assert active_release(repository) == "r1"
+        with Control(running_server(repository)) as control:
+            assert control.canary("recommend") == ("r1", 3)

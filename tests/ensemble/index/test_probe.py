@@ -1,0 +1,74 @@
+"""The probe finds what recall loses, and says when queries are no longer what the index was tuned for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from random_release import SETTINGS, make_release, open_recall
+
+from ensemble.index.probe import BASELINE, baseline
+from ensemble.options import default_options
+
+EVERY = dataclasses.replace(SETTINGS, probe_share=1.0)
+
+
+def asked(tmp_path, rng, query: np.ndarray, index: str = "Flat") -> dict[str, float]:
+    release = make_release(tmp_path, rng, num_items=2000, index=index, settings=EVERY)
+    usual = rng.standard_normal((500, 8)).astype(np.float32)
+    best = (usual @ release.items["embedding"][1:].T).max(axis=1)
+    (release.path / BASELINE).write_text(baseline(usual, best).to_json())
+    recall = open_recall(release)
+    recall.probe.settings = dataclasses.replace(recall.probe.settings, most_busy=1.0)
+    for start in range(
+        0, len(query), 30
+    ):  # the probe holds 64 at most: more would be dropped, which is what it is for
+        piece = query[start : start + 30, None]
+        recall.run(
+            default_options(len(piece)), seen_rows=np.full((len(piece), 12), -1), user_embeddings=piece
+        )
+        recall.probe.wait()
+    return {one.name.removeprefix("peregrine_"): one.value for one in recall.metrics()}
+
+
+def test_an_exact_index_loses_nothing_and_usual_queries_do_not_drift(tmp_path, rng):
+    found = asked(tmp_path, rng, rng.standard_normal((300, 8)).astype(np.float32))
+    assert (
+        found["recall_at_n"],
+        found["recall_alarm"],
+        found["recall_probed"],
+        found["recall_dropped"],
+        found["recall_failed"],
+    ) == (
+        1.0,
+        0.0,
+        300.0,
+        0.0,
+        0.0,
+    )
+    assert found["query_mean_shift"] < 0.1
+    assert found["query_occupancy_shift"] < 0.2
+    assert found["query_score_shift"] < 0.15
+
+
+def test_an_index_asked_too_shallowly_raises_the_alarm(tmp_path, rng):
+    found = asked(
+        tmp_path, rng, rng.standard_normal((120, 8)).astype(np.float32), index="IVF32,Flat"
+    )  # nprobe 1
+    assert found["recall_at_n"] < 0.7
+    assert found["recall_alarm"] == 1.0
+
+
+def test_the_alarm_is_told_again_however_long_it_lasts(tmp_path, rng, monkeypatch, caplog):
+    monkeypatch.setattr("ensemble.index.probe._REMEMBERED", 50)
+    asked(tmp_path, rng, rng.standard_normal((240, 8)).astype(np.float32), index="IVF32,Flat")
+    told = [record.message for record in caplog.records if record.name == "ensemble.index.probe"]
+    assert len(told) == 3, "at the 1st, 101st and 201st"
+    assert all(message.startswith("recall_at_n of live queries is 0.") for message in told)
+
+
+def test_queries_from_elsewhere_are_seen_as_drift(tmp_path, rng):
+    found = asked(tmp_path, rng, 3 * rng.standard_normal((120, 8)).astype(np.float32) + 2)
+    assert found["query_mean_shift"] > 0.5
+    assert found["query_occupancy_shift"] > 0.3
+    assert found["query_score_shift"] > 0.3

@@ -1,0 +1,349 @@
+"""Live items: what was added, changed and deleted is what brute force over the items as they are now finds; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_release import BRANDS, RandomRelease, make_release, open_again, open_recall, write_item_encoder
+
+from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.live.encoding import ItemEncoding
+from ensemble.live.merge import merge
+from ensemble.live.writer import ItemWriter
+from ensemble.options import parse_options
+from ensemble.steps.features import FeatureLookup
+from ensemble.steps.recall import Recall
+from ensemble.steps.reranking import Reranking
+
+KINDS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fsr"]
+
+
+def recall_of(release: RandomRelease, index: str = "Flat") -> Recall:
+    if "PQ" in index:
+        settings = json.loads((release.path / "recall.json").read_text())
+        (release.path / "recall.json").write_text(json.dumps({**settings, "nprobe": 8, "refine_factor": 16}))
+    return open_recall(release)
+
+
+def random_changes(rng: np.random.Generator, release: RandomRelease, count: int) -> list[dict]:
+    """Upserts and deletes of old and new items, each id once."""
+    ids = [f"i{i:05}" for i in rng.choice(120, count // 2, replace=False)] + [
+        f"new{i:03}" for i in rng.choice(100, count - count // 2, replace=False)
+    ]
+    view, changes = release.live.refresh(), []
+    for item_id in ids:
+        row = int(view.rows_from_ids(np.array([item_id.encode()]))[0])
+        there = row > 0 and not bool(view.is_deleted(np.array([row]))[0])
+        if there and rng.random() < 0.3:
+            changes.append({"op": "delete", "item": {"item_id": item_id}})
+            continue
+        features = {
+            "brand": str(rng.choice(BRANDS)),
+            "tags": "tag1|tag2",
+            "price": float(rng.uniform(1, 100)),
+        }
+        changes.append(
+            {
+                "op": "upsert",
+                "item": {"item_id": item_id, **features, "item_embedding": rng.standard_normal(8).tolist()},
+            }
+        )
+    return changes
+
+
+class Mirror:
+    """The items as plain dictionaries: the truth."""
+
+    def __init__(self, release: RandomRelease) -> None:
+        numbers, names = np.load(release.path / "numbers.npy"), release.item_ids.sorted_ids
+        self.items = {names[row - 1]: (np.array(release.items["embedding"][row]), self._brand(release, row), numbers[row, 0])
+                      for row in range(1, len(release.items))}  # fmt: skip
+
+    @staticmethod
+    def _brand(release: RandomRelease, row: int) -> str:
+        code = int(release.items["codes"][row, 0])
+        return BRANDS[code - 2] if code >= 2 else ""
+
+    def apply(self, changes: list[dict]) -> None:
+        for change in changes:
+            name, item = change["item"]["item_id"].encode(), change["item"]
+            if change["op"] == "delete":
+                del self.items[name]
+            else:
+                self.items[name] = (
+                    np.array(item["item_embedding"], np.float32),
+                    item["brand"],
+                    np.float32(item["price"]),
+                )
+
+    def best(
+        self,
+        query: np.ndarray,
+        depth: int,
+        brands: list[str] | None = None,
+        price: tuple[float, float] | None = None,
+    ) -> list[bytes]:
+        passing = {name: e @ query for name, (e, brand, cost) in self.items.items()
+                   if (brands is None or brand in brands) and (price is None or price[0] <= cost <= price[1])}  # fmt: skip
+        return sorted(passing, key=lambda name: -passing[name])[:depth]
+
+
+ASKED = [
+    {},
+    {"brands": ["brand1", "brand2"]},
+    {"price": (20.0, 60.0)},
+    {"brands": ["brand3"], "price": (0.0, 50.0)},
+    {"brands": []},
+]
+
+
+def found_names(recall: Recall, query: np.ndarray, depth: int, asked: dict) -> list[bytes]:
+    parameters = {}
+    if "brands" in asked:
+        parameters["allow"] = json.dumps({"brand": asked["brands"]})
+    if "price" in asked:
+        parameters["ranges"] = json.dumps({"price": asked["price"]})
+    wanted = parse_options(json.dumps(parameters), 1, recall.live.release.schema).users[0].filter
+    view = recall.live.refresh()
+    mask = None if wanted is None else recall.filters.mask(wanted, view)
+    rows = recall.index.find(view, query[None], depth, mask)[0][0]
+    return view.ids_from_rows(rows[rows > 0]).tolist()
+
+
+def hold_against(recall: Recall, mirror: Mirror, rng: np.random.Generator, exact: bool) -> None:
+    shares = []
+    for _ in range(8):
+        query = rng.standard_normal(8).astype(np.float32)
+        for asked in ASKED:
+            best, found = mirror.best(query, 20, **asked), found_names(recall, query, 20, asked)
+            assert len(found) == len(best) == len(set(found)), "as many as pass, each once"
+            assert found == best or not exact
+            shares.append(len(set(found) & set(best)) / max(1, len(best)) if best else 1.0)
+    assert np.mean(shares) >= 0.95
+
+
+@pytest.mark.parametrize("index", KINDS)
+def test_what_is_found_is_what_is_there(tmp_path, rng, index):
+    """Through changes, a merge, more changes and a restart; the reader is another one than the writer."""
+    release = make_release(tmp_path, rng, index=index)
+    write_item_encoder(release)
+    writer, recall, mirror = ItemWriter(release), recall_of(open_again(release), index), Mirror(release)
+    for turn in range(5):
+        changes = random_changes(rng, release, 40)
+        writer.apply(changes)
+        mirror.apply(changes)
+        hold_against(recall, mirror, rng, exact=index == "Flat")
+        if turn == 2:
+            merged = writer.sequence
+            number = merge(open_again(release), merged)
+            more = random_changes(rng, release, 20)  # while the merge runs
+            writer.apply(more)
+            mirror.apply(more)
+            writer.turn_to(number, merged)
+            hold_against(recall, mirror, rng, exact=index == "Flat")
+            assert recall.live.view.state.generation == 1
+            assert recall.live.view.num_slots - recall.live.view.state.delta_start <= 20
+    hold_against(recall_of(open_again(release), index), mirror, rng, exact=index == "Flat")
+    writer.close()
+    assert ItemWriter(open_again(release)).sequence == writer.sequence
+
+
+def test_every_step_knows_a_new_item(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    other = open_again(release)
+    features, recall, reranking = (
+        step(other.model(name), other)
+        for step, name in ((FeatureLookup, "features"), (Recall, "recall"), (Reranking, "reranking"))
+    )
+    vector = 9 * np.ones(8)
+    ItemWriter(release).apply(
+        [
+            {
+                "op": "add",
+                "item": {
+                    "item_id": "brand new",
+                    "brand": "brand1",
+                    "price": 5,
+                    "item_embedding": vector.tolist(),
+                },
+            }
+        ]
+    )
+    session = parse_options(
+        json.dumps({"session_items": '["brand new"]', "exclude_seen": False}), 1, release.schema
+    )
+    known = features.run(session, user_id=np.array([[b"u00001"]]))
+    assert known["seen_rows"][0, -1] == 121
+    np.testing.assert_array_equal(known["history_embeddings"][0, -1], vector)
+    found = recall.run(session, seen_rows=known["seen_rows"], user_embeddings=np.ones((1, 1, 8), np.float32))
+    place = found["candidate_rows"][0].tolist().index(121)
+    probabilities = np.zeros((1, 24, 3), np.float32)
+    probabilities[0, place] = 1
+    parameters = {
+        "candidate_rows": found["candidate_rows"],
+        "candidate_probabilities": probabilities,
+        "user_status": np.zeros((1, 1), np.int64),
+    }
+    parameters["candidate_status"] = found["candidate_status"]
+    answer = reranking.run(session, **parameters)
+    assert answer["item_ids"][0, 0] == b"brand new"
+    assert answer["release"][0, 0] == b"r1+1", "an answer says how far it is"
+    unseen = parse_options(json.dumps({"session_items": '["brand new"]'}), 1, release.schema)
+    rows = recall.run(unseen, seen_rows=known["seen_rows"], user_embeddings=np.ones((1, 1, 8), np.float32))[
+        "candidate_rows"
+    ]
+    assert 121 not in rows, "what the session holds is seen"
+    excluded = parse_options(json.dumps({"exclude_items": '["brand new"]'}), 1, release.schema)
+    rows = recall.run(
+        excluded, seen_rows=np.full((1, 12), -1), user_embeddings=np.ones((1, 1, 8), np.float32)
+    )["candidate_rows"]
+    assert 121 not in rows
+
+
+def test_new_items_that_are_the_same_are_cut_in_order_of_rows(tmp_path, rng):
+    """Who comes out may not hang on how deep batch-mates go."""
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    recall = recall_of(open_again(release), "Flat")
+    ItemWriter(release).apply(
+        [{"op": "add", "item": {"item_id": f"twin{n:02}", "item_embedding": [9.0] * 8}} for n in range(40)]
+    )
+    view, query = recall.live.refresh(), np.ones((1, 8), np.float32)
+    for depth in (3, 17, 39):
+        assert recall.index.find(view, query, depth, None)[0][0].tolist() == list(range(121, 121 + depth))
+
+
+def test_a_deleted_item_leaves_every_source(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    recall = open_recall(release)
+    popular = recall.popular_rows[:5]
+    names = release.item_ids.ids_from_rows(popular)
+    ItemWriter(open_again(release)).apply(
+        [{"op": "delete", "item": {"item_id": name.decode()}} for name in names]
+    )
+    seen = release.users["seen"][1:30].astype(np.int64)
+    options = parse_options('{"exclude_seen": false}', 29, release.schema)
+    rows = recall.run(
+        options, seen_rows=seen, user_embeddings=rng.standard_normal((29, 1, 8), dtype=np.float32)
+    )["candidate_rows"]
+    assert not np.isin(rows, popular).any()
+    assert (rows > 0).all(), "the list is still full"
+
+
+@pytest.mark.parametrize("index", KINDS)
+def test_a_new_item_that_was_merged_and_deleted_is_gone(tmp_path, rng, index):
+    """Its row is in the merged index, and has no content any more."""
+    release = make_release(tmp_path, rng, index=index)
+    write_item_encoder(release)
+    writer, recall = ItemWriter(release), recall_of(open_again(release), index)
+    writer.apply([{"op": "add", "item": {"item_id": "gone", "item_embedding": [9.0] * 8}}])
+    writer.apply([{"op": "delete", "item": {"item_id": "gone"}}])
+    writer.turn_to(merge(open_again(release), 2), 2)
+    found = found_names(recall, np.ones(8, np.float32), 20, {})
+    assert recall.live.view.state.generation == 1
+    assert len(found) == 20
+    assert b"gone" not in found
+
+
+def test_a_generation_that_was_merged_away_is_let_go(tmp_path, rng):
+    """With its index, its log's file and what filters remember of it: else every merge would cost its memory and disk once more."""
+    release = make_release(tmp_path, rng)
+    writer, recall = ItemWriter(release), recall_of(open_again(release))
+    query = rng.standard_normal(8).astype(np.float32)
+    gone = []
+    for turn in range(3):
+        writer.apply([{"op": "delete", "item": {"item_id": f"i{turn:05}"}}])
+        found_names(recall, query, 20, ASKED[1])
+        found_names(recall, query, 20, ASKED[turn + 2])
+        gone.append(weakref.ref(recall.live.view.state))
+        writer.turn_to(merge(open_again(release), turn + 1), turn + 1)
+        found_names(recall, query, 20, ASKED[1])
+    assert [state() for state in gone] == [None] * 3
+    logs = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert {Path(log).name for log in logs if log.startswith(str(tmp_path)) and "/log-" in log} == {"log-3"}
+
+
+def test_an_update_moves_only_what_it_names(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    writer = ItemWriter(release)
+    before = np.array(release.items[1])
+    name = release.item_ids.sorted_ids[0].decode()
+    writer.apply([{"op": "update", "item": {"item_id": name}}])
+    row = np.array([1])
+    np.testing.assert_array_equal(release.live.refresh().gather(row, "embedding")[0], before["embedding"])
+    writer.apply([{"op": "update", "item": {"item_id": name, "price_eur": 80.0}}])
+    view = release.live.refresh()
+    np.testing.assert_array_equal(view.gather(row, "codes")[0], before["codes"])
+    np.testing.assert_allclose(view.gather(row, "values")[0], [1.0])
+    assert (view.gather(row, "embedding")[0] != before["embedding"]).any()
+
+
+NAN, ZERO = [float("nan")] * 8, [0.0] * 8
+BAD = {
+    "a second add": ({"op": "add", "item": {"item_id": "i00003"}},
+        "item 'i00003' exists already; update it instead"),
+    "an unknown delete": ({"op": "delete", "item": {"item_id": "x"}},
+        "item 'x' is unknown; there is nothing to delete"),
+    "an unknown update": ({"op": "update", "item": {"item_id": "x"}},
+        "item 'x' is unknown; add it first"),
+    "an unknown kind": ({"op": "ad", "item": {"item_id": "x"}},
+        "item 'x': op 'ad' is unknown; use add, update, upsert, delete"),
+    "no id": ({"op": "add"}, "a change must be an operation and an item with an item_id (text or a whole number), got \"{'op': 'add'}\""),
+    "a long id": ({"op": "add", "item": {"item_id": "x" * 129}},
+        f"item_id {'x' * 40!r}: must have 1 to 128 bytes and not end in NUL"),
+    "an unknown feature": ({"op": "add", "item": {"item_id": "x", "prise": 3}},
+        "item 'x': no item feature 'prise'; known: brand, price, price_eur, tags"),
+    "text for a number": ({"op": "add", "item": {"item_id": "x", "price": "cheap"}},
+        "item 'x': price: is no number"),
+    "an infinite number": (
+        {"op": "add", "item": {"item_id": "x", "price": float("inf")}}, "item 'x': price: is no finite number; use null where a value is missing"),
+    "a number for text": ({"op": "add", "item": {"item_id": "x", "brand": 1.5}},
+        "item 'x': brand: must be text or a whole number, got float"),
+    "an id that is not UTF-8": ({"op": "add", "item": {"item_id": "x\ud800"}},
+        "item_id 'x\\ud800': is not UTF-8"),
+    "a NaN vector": ({"op": "add", "item": {"item_id": "x", "item_embedding": NAN}},
+        "item 'x': item_embedding must be 8 finite numbers, got 8 components"),
+    "a zero vector": ({"op": "add", "item": {"item_id": "x", "item_embedding": ZERO}},
+        "item 'x': its embedding is all zeros, so no search could find it"),
+    "a short vector": ({"op": "add", "item": {"item_id": "x", "item_embedding": [1.0]}},
+        "item 'x': item_embedding must be 8 finite numbers, got 1 components"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "text"), BAD.values(), ids=BAD)
+def test_a_bad_change_is_refused_whole_and_named(tmp_path, rng, change, text):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    writer = ItemWriter(release)
+    with pytest.raises(InvalidInput) as caught:
+        writer.apply([{"op": "delete", "item": {"item_id": "i00001"}}, change])
+    assert str(caught.value) == text
+    assert writer.sequence == 0, "nothing of the group is done"
+
+
+def test_a_second_writer_is_refused(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    writer = ItemWriter(release)
+    with pytest.raises(
+        ReleaseError, match=r"^another process writes the live items of r1 in .*; use it, or stop it$"
+    ):
+        ItemWriter(open_again(release))
+    writer.close()
+    ItemWriter(open_again(release)).close()
+
+
+def test_encoding_needs_what_the_build_wrote(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    (release.path / "encoding.json").unlink()
+    with pytest.raises(
+        ReleaseError,
+        match=r"^release r1 has no encoding\.json, so items cannot be added or updated; build it again$",
+    ):
+        ItemEncoding(release)

@@ -1,0 +1,206 @@
+"""The writer as a process, its instances and its clients: nothing acknowledged is lost, and done means that all have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_release import RandomRelease, make_release, open_again, write_item_encoder
+from shops import ROOT
+
+from clients.cli import items as items_cli
+from clients.errors import InvalidArgument, Unavailable
+from clients.items import ItemClient, read_changes
+from ensemble.live.instances import InstanceFile, sequences
+from ensemble.live.items import LiveItems
+from ensemble.live.service import ItemService
+
+
+def test_dead_instances_do_not_hold_a_change_up(tmp_path):
+    first, second = InstanceFile(tmp_path), InstanceFile(tmp_path)
+    first.publish(3)
+    second.publish(5)
+    assert sorted(sequences(tmp_path).values()) == [3, 5]
+    os.close(first._descriptor)  # as the kernel does for a killed process
+    assert list(sequences(tmp_path).values()) == [5]
+    second.close()
+    assert sequences(tmp_path) == {}
+
+
+def active(release: RandomRelease) -> RandomRelease:
+    """Makes the release one that other processes find: a manifest and an alias."""
+    from ensemble import contract
+
+    manifest = {
+        "format": 1,
+        "contract": contract.fingerprint(release.schema),
+        "files": _digests(release.repository),
+    }
+    (release.path / "manifest.json").write_text(json.dumps(manifest))
+    (release.repository / "recommend").mkdir()
+    (release.repository / "recommend" / "config.pbtxt").write_text('model_name: "r1_recommend"')
+    return release
+
+
+def _digests(repository: Path) -> dict[str, dict]:
+    from ensemble.release.files import file_sha256
+
+    return {
+        str(p.relative_to(repository)): {"sha256": file_sha256(p)}
+        for p in repository.rglob("*")
+        if p.is_file()
+    }
+
+
+def start_writer(repository: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ensemble.live.service", str(repository)]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            ItemClient(repository).close()
+            return process
+        except Unavailable:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+    raise AssertionError("the writer did not start")
+
+
+def delete_until_it_is_gone(repository: Path, items: range, acknowledged: set[str]) -> None:
+    with ItemClient(repository, wait_s=0) as client:
+        for i in items:
+            client.delete(f"i{i:05}")
+            acknowledged.add(f"i{i:05}")
+            time.sleep(0.005)
+        while True:
+            client.status()
+
+
+def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path, rng):
+    release = active(make_release(tmp_path, rng))
+    acknowledged: set[str] = set()
+    homes: list[Path] = []
+    for turn in range(2):
+        process = start_writer(tmp_path)
+        homes.append(Path(json.loads((tmp_path / ".live" / "writer.json").read_text())["socket"]).parent)
+        killer = threading.Timer(0.3, process.kill)
+        killer.start()
+        with pytest.raises(Unavailable):
+            delete_until_it_is_gone(tmp_path, range(60 * turn, 60 * turn + 60), acknowledged)
+        process.wait()
+        process.stdin.close()
+        process.stderr.close()
+        view, unique = open_again(release).live.view, len(acknowledged)
+        gone = {f"i{i:05}" for i in range(120) if view.state.deleted[1 + i]}
+        assert acknowledged <= gone
+        assert len(gone) <= unique + 2, "at most the ones in flight"
+    assert not homes[0].exists(), "what the killed one left is swept by the next"
+    shutil.rmtree(homes[1])
+
+
+def test_a_change_is_recallable_in_under_a_second_and_done_when_all_have_it(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    active(release)
+    service = ItemService(tmp_path, lambda line: None)
+    thread = threading.Thread(target=service.run, daemon=True)
+    thread.start()
+    followers = [LiveItems(open_again(release)) for _ in range(3)]
+    for follower in followers:
+        follower.follow()
+    deadline = time.monotonic() + 5
+    while not (tmp_path / ".live" / "writer.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        with ItemClient(tmp_path, wait_s=5.0) as client:
+            client.status()
+            while len(client.status().instances) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            client.add({"item_id": "first", "brand": "brand1"})  # opens the engine
+            started = time.monotonic()
+            done = client.add({"item_id": "n1", "brand": "brand1", "price": 3})
+            assert time.monotonic() - started < 1.0
+            assert done.done
+            assert list(done.instances.values()) == [2, 2, 2]
+            assert all(follower.view.rows_from_ids(np.array([b"n1"]))[0] == 122 for follower in followers)
+            with pytest.raises(InvalidArgument, match=r"^item 'n1' exists already; update it instead$"):
+                client.add({"item_id": "n1"})
+            client.merge()
+            while client.status().generation == 0 and time.monotonic() < deadline + 30:
+                time.sleep(0.02)
+            assert client.status().unmerged == 0
+            assert client.delete("n1").done
+            assert all(follower.view.state.generation == 1 for follower in followers)
+    finally:
+        for follower in followers:
+            follower.close()
+        service.stop()
+        thread.join()
+
+
+def test_without_a_writer_the_client_says_how_to_start_one(tmp_path):
+    with pytest.raises(
+        Unavailable,
+        match=r"^nobody writes the items of .*; start `peregrine serve`, or `peregrine items serve`$",
+    ):
+        ItemClient(tmp_path)
+
+
+def test_a_file_of_items_is_one_item_a_line_whatever_its_texts_hold(tmp_path):
+    (tmp_path / "items").write_text(
+        '{"item_id": "a", "brand": "x\u2028y"}\n\n7\n{"item_id": \n', encoding="utf-8", newline="\r\n"
+    )
+    lines = items_cli._lines(tmp_path / "items")
+    assert read_changes(lines[:3], "upsert", "items") == [
+        {"op": "upsert", "item": {"item_id": "a", "brand": "x\u2028y"}},
+        {"op": "upsert", "item": {"item_id": 7}},
+    ]
+    with pytest.raises(InvalidArgument, match=r"^items, line 4: not JSON: "):
+        read_changes(lines, "upsert", "items")
+
+
+def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+    class Client:
+        def __init__(self, *_):
+            self.parts = []
+
+        def apply(self, part):
+            self.parts.append(part)
+            if len(self.parts) == 2:
+                raise InvalidArgument("item 'x' is unknown")
+
+    monkeypatch.setattr(items_cli, "_AT_ONCE", 2)
+    changes = [{"op": "delete", "item": {"item_id": str(n)}} for n in range(5)]
+    with pytest.raises(
+        InvalidArgument,
+        match=r"^item 'x' is unknown \(the first 2 changes were made before it: send those after them again",
+    ):
+        items_cli._apply(Client(), changes)
+    client = Client()
+    items_cli._apply(client, changes[:2])
+    assert client.parts == [changes[:2]]
+
+
+def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    service = ItemService(tmp_path, lambda line: None)
+    process = subprocess.Popen(["sleep", "60"])
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    service._merging, service._idle_until = (process, 0), time.monotonic() + 60
+    service._end_merge()
+    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    service._idle_until = time.monotonic() - 1
+    service._end_merge()
+    assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    service.stop()

@@ -1,0 +1,197 @@
+"""What a server runs its engines on. Choosing is tried on a pretended GPU; the folder of links on the real tritonserver."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pretend
+import pytest
+from shops import ROOT, private_copy
+
+from clients.client import Client
+from ensemble.engines.plans import EngineKey, Plan
+from ensemble.server import supervisor as serving
+from ensemble.server.runtime import Overlay, Runtime
+
+KEY = EngineKey("ab" * 32, "11.4.0", "13.1", "9.0", "Pretend 9", "fp32", (), False, False)
+CHOOSE = """
+import json, sys
+from pathlib import Path
+from ensemble.errors import PeregrineError
+from ensemble.server.installation import Installation
+from ensemble.server.runtime import choose_runtime
+repository, backends, require, fused = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None, sys.argv[4] == "fused"
+heard = []
+try:
+    runtime = choose_runtime(repository, "r1", Installation(Path("tritonserver"), backends, None), require, fused, heard.append)
+    print(json.dumps([runtime.engine, [plan.member for plan in runtime.plans], list(runtime.flags), heard]))
+except PeregrineError as error:
+    print(json.dumps([str(error)]))
+"""
+
+
+def chosen(
+    env: dict[str, str], repository: Path, backends: Path, require: str = "", fused: str = "", **more: str
+) -> list:
+    done = pretend.run({**env, **more}, "-c", CHOOSE, str(repository), str(backends), require, fused)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    """A backends folder that has Triton's TensorRT backend."""
+    folder = tmp_path_factory.mktemp("backends")
+    (folder / "tensorrt").mkdir()
+    return folder
+
+
+def test_plans_that_fit_are_served_by_tritons_own_backend_where_it_has_one(gpu, compiled, native, tmp_path):
+    assert chosen(gpu, compiled, native) == ["onnxruntime", ["r1_user_encoder", "r1_ranker"], [], []]
+    assert chosen(gpu, compiled, native, "tensorrt") == [
+        "onnxruntime",
+        ["r1_user_encoder", "r1_ranker"],
+        [],
+        [],
+    ]
+    assert chosen(gpu, compiled, tmp_path) == ["tensorrt", [], [], []], (
+        "no such backend: the engine steps run plans in Python"
+    )
+    assert chosen(gpu, compiled, native, fused="fused") == ["tensorrt", [], [], []], (
+        "one process: no backend to hand to"
+    )
+    assert chosen(gpu, compiled, native, "onnxruntime") == ["onnxruntime", [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("more", "fact"),
+    [
+        ({"PRETEND_GPU": "Pretend 8"}, "the plan is for GPU Pretend 9, this node has Pretend 8"),
+        ({"PRETEND_SM": "86"}, "the plan is for SM 9.0, this node has 8.6"),
+        ({"PRETEND_TENSORRT": "11.3.0.1"}, "the plan is for TensorRT 11.4.0, this node has 11.3.0"),
+    ],
+)
+def test_plans_of_another_node_mean_onnx_said_loudly_or_a_refusal(gpu, compiled, native, more, fact):
+    engine, plans, flags, heard = chosen(gpu, compiled, native, **more)
+    assert (engine, plans, flags) == ("onnxruntime", [], [])
+    assert heard == [
+        f"WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: {fact}; build plans on this node: `peregrine compile`"
+    ]
+    (refusal,) = chosen(gpu, compiled, native, "tensorrt", **more)
+    assert (
+        refusal == f"--require tensorrt: user_encoder: {fact}; build plans on this node: `peregrine compile`"
+    )
+
+
+def test_a_cut_plan_means_onnx_said_loudly(gpu, compiled, native, tmp_path):
+    repository = private_copy(compiled, tmp_path / "repository")
+    path = next(repository.glob("r1_plans/*/r1_ranker/1/model.plan"))
+    path.write_bytes(path.read_bytes()[:100])
+    engine, plans, _, (line,) = chosen(gpu, repository, native)
+    assert (engine, plans) == ("onnxruntime", [])
+    assert line.startswith(
+        f"WARNING: serving ONNX on the CPU instead of TensorRT: {path} was changed or cut short"
+    )
+
+
+def test_no_plans_are_said_where_there_is_a_gpu_and_not_where_there_is_none(gpu, tiny_repository, native):
+    assert chosen(gpu, tiny_repository, native)[3] == [
+        "WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: release r1 has no plan; build plans on this node: `peregrine compile`"
+    ]
+    assert chosen(gpu, tiny_repository, native, PRETEND_GPUS="0") == ["onnxruntime", [], [], []]
+
+
+def test_portable_plans_need_a_flag_of_the_backend(gpu, tiny_repository, native, tmp_path):
+    repository = private_copy(tiny_repository, tmp_path / "repository")
+    assert pretend.peregrine(gpu, "compile", "-r", repository, "--portable").returncode == 0
+    _, plans, flags, _ = chosen(
+        gpu, repository, native, PRETEND_GPU="Pretend 8", PRETEND_SM="86", PRETEND_TENSORRT="11.9.0.1"
+    )
+    assert (len(plans), flags) == (2, ["--backend-config=tensorrt,version-compatible=true"])
+
+
+@pytest.mark.parametrize("require", ["tensorrt", "onnxruntime-gpu", "openvino"])
+def test_what_is_required_and_not_there_is_one_line_and_exit_code_2(tiny_repository, require):
+    if require != "openvino" and shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    command = [
+        sys.executable,
+        str(ROOT / "peregrine.py"),
+        "serve",
+        "-r",
+        str(tiny_repository),
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--require",
+        require,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "tritonserver not found" in done.stderr:
+        pytest.skip("no tritonserver")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith(
+        f"error: --require {require}: " + ("known are tensorrt" if require == "openvino" else "no GPU")
+    )
+
+
+def test_the_folder_of_links_follows_the_repository(tmp_path):
+    repository = tmp_path / "repository"
+    for name in ("recommend", "r1", "r1_ranker", "r1_recall", ".staging-x", "r1_plans/key/r1_ranker"):
+        (repository / name).mkdir(parents=True)
+    overlay = Overlay(
+        tmp_path / "links", repository, (Plan(repository / "r1_plans" / "key", "r1_ranker", KEY, {}),)
+    )
+    links = {path.name: path.readlink() for path in overlay.folder.iterdir()}
+    assert links == {name: repository / name for name in ("recommend", "r1", "r1_recall", "r1_plans")} | {
+        "r1_ranker": repository / "r1_plans" / "key" / "r1_ranker"
+    }
+    (repository / "r2_ranker").mkdir()
+    (repository / "r1_recall").rmdir()
+    overlay.refresh()
+    assert {path.name for path in overlay.folder.iterdir()} == {
+        "recommend",
+        "r1",
+        "r1_plans",
+        "r1_ranker",
+        "r2_ranker",
+    }
+
+
+@pytest.mark.triton
+def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_that_backend(
+    tiny_repository, twin, tmp_path, monkeypatch
+):
+    """The real server on the folder of links, with --model-config-name=tensorrt; the plan's folder holds an ONNX member instead."""
+    repository = private_copy(tiny_repository, tmp_path / "repository")
+    plan = Plan(tmp_path / "plans", "r1_ranker", KEY, {})
+    shutil.copytree(repository / "r1_ranker", plan.member_folder)
+    monkeypatch.setattr(serving, "choose_runtime", lambda *_: Runtime(plans=(plan,)))
+    before = set(Path(tmp_path).rglob("*"))
+    with serving.serve(repository, port=0, metrics_port=None) as server:
+        command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+        assert "--model-config-name=tensorrt" in command
+        mounted = Path(
+            next(part for part in command if part.startswith("--model-repository=")).partition("=")[2]
+        )
+        assert (mounted / "r1_ranker").readlink() == plan.member_folder
+        users = [user.decode() for user in twin.release.user_ids.sorted_ids[:3].tolist()]
+        with Client(server.url) as client:
+            found = client.recommend_many(users, top_k=5)
+        wanted = twin.recommend(users, {"top_k": 5})
+        for one, ids in zip(found, wanted["item_ids"], strict=True):
+            assert [item.encode() for item in one.item_ids] == ids[ids != b""].tolist()
+    assert not mounted.exists()
+    assert {path for path in set(Path(tmp_path).rglob("*")) - before if "__pycache__" not in str(path)} <= {
+        repository / ".lock",
+        repository / ".server.json",
+    }
+    assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
+        "removing the links leaves what they led to"
+    )

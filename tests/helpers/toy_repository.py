@@ -1,0 +1,78 @@
+"""Releases of a few kilobytes for tests of everything around a release: real contract, real configurations, steps that answer zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from builders.publish.stage import publish
+from builders.publish.triton_config import write_members
+from ensemble import contract
+from ensemble.release.repository import ALIAS_FILE, point_alias
+from ensemble.schema import Schema, Sizes, Table, Task
+
+SCHEMA = Schema(
+    "toy",
+    Table(),
+    Table(),
+    (Task("click", "binary"),),
+    Sizes(seen=4, history=2, embedding=4, candidates=8, item_features=2, user_features=2, max_batch=8),
+)
+SLOW = "import time; execute = self.execute; self.execute = lambda requests: (time.sleep(0.05), execute(requests))[1]"  # 0.25 s a request
+MODEL_PY = """\
+import triton_python_backend_utils as pb_utils  # first: it puts our packages, our numpy among them, first
+import json
+import numpy as np
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self.outputs = {o["name"]: o for o in config["output"]}
+        self.release = config["parameters"]["release"]["string_value"].encode()
+        BROKEN
+
+    def execute(self, requests):
+        return [self.answer(len(r.inputs()[0].as_numpy())) for r in requests]
+
+    def answer(self, batch):
+        tensors = []
+        for name, spec in self.outputs.items():
+            dims = [batch, *(3 if d == -1 else d for d in spec["dims"])]
+            kind = pb_utils.triton_string_to_numpy(spec["data_type"])
+            text = {"release": self.release, "tasks": b'["click"]'}.get(name, b"item")
+            values = np.full(dims, text, object) if kind is np.object_ else np.zeros(dims, kind)
+            tensors.append(pb_utils.Tensor(name, values))
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+"""
+
+
+def publish_toy(
+    repository: Path,
+    name: str,
+    scratch: Path,
+    *,
+    broken: str = "",
+    padding_bytes: int = 1000,
+    activate: bool = False,
+) -> None:
+    """Publishes a release whose steps answer zeros; `broken` is a statement for its initialize()."""
+    pipeline = contract.recommend(SCHEMA)
+    folder = scratch / f"toy-{name}"
+    members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, folder)
+    for model in (*pipeline.models, contract.item_encoder(SCHEMA)):
+        (members[model.name] / "1" / "model.py").write_text(MODEL_PY.replace("BROKEN", broken or "pass"))
+    (folder / name / "schema.json").write_text(SCHEMA.to_json())
+    (folder / name / "padding.bin").write_bytes(b"\1" * padding_bytes)
+    np.save(folder / name / "user_ids.npy", np.array([b"u1"]))
+    publish(
+        repository, name, members, folder / name, {"shop": "toy", "contract": contract.fingerprint(SCHEMA)}
+    )
+    if activate:
+        point_alias(repository, (repository / name / ALIAS_FILE).read_text())
+
+
+def manifest_of(repository: Path, name: str) -> dict:
+    return json.loads((repository / name / "manifest.json").read_text())
