@@ -1,4 +1,5 @@
-"""The one console command. Each subcommand is imported when it is called, so `peregrine --help` needs nothing but Python."""
+"""The one console command. Each subcommand is imported when it is called, so `peregrine --help` needs nothing
+but Python."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ _EXTRAS = {
 
 
 def main() -> None:
-    """Runs the command line and exits: 0, 2 for what the caller can fix (one line on stderr), 130 after Ctrl-C."""
+    """Runs the command line and exits: 0, 2 for what the caller can fix (one line on stderr), 130 after
+    Ctrl-C."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -84,7 +86,8 @@ def _run(name: str, arguments: list[str]) -> None:
         if extra is None:
             raise
         _fail(
-            f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install 'peregrine-recommender[{extra}]'"
+            f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install "
+            f"'peregrine-recommender[{extra}]'"
         )
     except KeyboardInterrupt:
         sys.exit(130)
@@ -109,7 +112,8 @@ def _usage() -> str:
             head,
             *lines,
             "",
-            "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says what), 130 interrupted.",
+            "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says "
+            "what), 130 interrupted.",
         ]
     )
 

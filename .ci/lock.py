@@ -1,8 +1,10 @@
-"""Writes requirements.lock: what pyproject's extras need, to the exact versions of this environment (`make lock`).
+"""Writes requirements.lock: what pyproject's extras need, to the exact versions of this environment (`make
+lock`).
 
-No index line, no host, no hash: the file says what, pip's own configuration says from where. Every package is listed, so that
-`pip install --no-deps -r requirements.lock` is complete; that matters for nvidia-pytriton, whose own requirements serve a
-Python API that Peregrine does not use (of the wheel only tritonserver is started).
+No index line, no host, no hash: the file says what, pip's own configuration says from where. Every package is
+listed, so that `pip install --no-deps -r requirements.lock` is complete; that matters for nvidia-pytriton,
+whose own requirements serve a Python API that Peregrine does not use (of the wheel only tritonserver is
+started).
 """
 
 from __future__ import annotations

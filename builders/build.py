@@ -2,8 +2,8 @@
 
     data -> encoders -> index -> ranker -> export -> compress -> verify -> repository
 
-The ranker learns from what recall offers, so the index comes before it; engines are exported when all training is done,
-and compressed, where a plan says so, on the very release that was exported.
+The ranker learns from what recall offers, so the index comes before it; engines are exported when all
+training is done, and compressed, where a plan says so, on the very release that was exported.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ from ensemble.schema import Schema, schema_from_json
 
 _ARRAYS = ("index.faiss", "transitions.npy", "popular.npy", "numbers.npy", "item_ids.npy")
 _FROM_INDEX = (*_ARRAYS, "recall.json", "schema.json", "vocabularies.json", ENCODING, BASELINE)
-_RANKED_PAIRS = (
-    300_000_000  # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
-)
+# users x items ranked for early stopping: all users of Beauty, a thousand of a million items
+_RANKED_PAIRS = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,8 @@ class BuildOptions:
     ranker: str | None = None
     plan: CompressionPlan = NO_PLAN
     plan_name: str = "none"
-    index_bytes: int | None = (
-        None  # memory of the main index; None: index_choice's default for the catalogue's size
-    )
+    # memory of the main index; None: index_choice's default for the catalogue's size
+    index_bytes: int | None = None
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
@@ -105,7 +103,8 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
 
 
 def uncompressed(options: BuildOptions, console: Console) -> Source:
-    """What `compress` starts from, out of the finished stages of the same build; those that are missing are run."""
+    """What `compress` starts from, out of the finished stages of the same build; those that are missing are
+    run."""
     data, encoders, _, ranker, export = _run_to_export(
         options, stages_of(options.repository, options.shop, console)
     )
@@ -254,7 +253,8 @@ def make_smaller(
     folder: Path,
     report: Report,
 ) -> None:
-    """The staged release -> the same with compressed engines, held against it by the gate; compress.json says how."""
+    """The staged release -> the same with compressed engines, held against it by the gate; compress.json says
+    how."""
     compress(
         _source(options, data, encoders, ranker, export), options.plan, options.plan_name, folder, report
     )
@@ -320,7 +320,8 @@ def _source(options: BuildOptions, data: Done, encoders: Done, ranker: Done, exp
 def _trained(
     options: BuildOptions, schema: Schema, encoders: Done, ranker: Done
 ) -> tuple[dict[str, nn.Module], Array, RankerCheckpoint]:
-    """(the engines' modules by model, id rows [I + 1, E] that item_encoder reads, the ranker's checkpoint) of finished stages."""
+    """(the engines' modules by model, id rows [I + 1, E] that item_encoder reads, the ranker's checkpoint) of
+    finished stages."""
     checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, schema, "user_encoder"))
     trained = read_ranker(
         ranker.folder, schema, options.preset.ranker.model, _own(options.ranker, schema, "ranker")

@@ -44,7 +44,8 @@ def _sweep(out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it, else a copy: whoever changes a linked file must unlink it first."""
+    """A hard link where the file system allows it, else a copy: whoever changes a linked file must unlink it
+    first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -1,7 +1,9 @@
-"""Figures of merit, in numpy, over whole arrays. Shared by training (early stop, calibration) and by `verify`.
+"""Figures of merit, in numpy, over whole arrays. Shared by training (early stop, calibration) and by
+`verify`.
 
-Axes: E impressions, Q held-out targets, N candidates. Labels are NaN where a task is not defined; those rows are left out.
-A figure that the data cannot give (AUC of one class, the mean of nothing) is NaN, never an error.
+Axes: E impressions, Q held-out targets, N candidates. Labels are NaN where a task is not defined; those rows
+are left out. A figure that the data cannot give (AUC of one class, the mean of nothing) is NaN, never an
+error.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ def auc(labels: Array, scores: Array) -> float:
     if not num_positive or not num_negative:
         return float("nan")
     _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    middle_rank = (
-        np.cumsum(counts) - (counts - 1) / 2
-    )  # 1-based; equal scores share the middle of their ranks
+    # 1-based; equal scores share the middle of their ranks
+    middle_rank = np.cumsum(counts) - (counts - 1) / 2
     rank_sum = float(middle_rank[group.ravel()[positive]].sum())
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
@@ -46,7 +47,8 @@ def log_loss(labels: Array, probabilities: Array) -> float:
 
 
 def ece(labels: Array, probabilities: Array, bins: int = 15) -> float:
-    """Expected calibration error over bins of equal mass: a shop's probabilities crowd near 0, where equal widths see one bin."""
+    """Expected calibration error over bins of equal mass: a shop's probabilities crowd near 0, where equal
+    widths see one bin."""
     labels, probabilities = _defined(labels, probabilities)
     if not len(labels):
         return float("nan")
@@ -57,25 +59,29 @@ def ece(labels: Array, probabilities: Array, bins: int = 15) -> float:
 
 
 def ranks_from_lists(lists: Array, targets: Array) -> Array:
-    """Place of each target in its list. lists [Q, N] int64, best first, padded with -1; targets [Q] -> [Q] float64, 0 = first, inf = missed."""
+    """Place of each target in its list. lists [Q, N] int64, best first, padded with -1; targets [Q] -> [Q]
+    float64, 0 = first, inf = missed."""
     found = lists == targets[:, None]
     return np.where(found.any(1), found.argmax(1), MISSED).astype(np.float64)
 
 
 def ranks_from_scores(scores: Array, target_columns: Array) -> Array:
-    """Place of the target's score among its row, ties count half. scores [Q, N], target_columns [Q] int64 (-1 = missed) -> [Q] float64."""
+    """Place of the target's score among its row, ties count half. scores [Q, N], target_columns [Q] int64 (-1
+    = missed) -> [Q] float64."""
     own = np.take_along_axis(scores, np.maximum(target_columns, 0)[:, None], 1)
     rank = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
     return np.where(target_columns >= 0, rank, MISSED)
 
 
 def hits(ranks: Array, k: int) -> Array:
-    """1 where the target is among the first k, else 0. [Q] -> [Q] float64; its mean is HR@k (and recall@N for k = N)."""
+    """1 where the target is among the first k, else 0. [Q] -> [Q] float64; its mean is HR@k (and recall@N for
+    k = N)."""
     return (ranks < k).astype(np.float64)
 
 
 def gains(ranks: Array, k: int) -> Array:
-    """Gain 1/log2(rank + 2) within the first k, else 0. [Q] -> [Q] float64; with one target a row, its mean is NDCG@k."""
+    """Gain 1/log2(rank + 2) within the first k, else 0. [Q] -> [Q] float64; with one target a row, its mean
+    is NDCG@k."""
     return np.where(ranks < k, 1 / np.log2(np.where(ranks < k, ranks, 0) + 2), 0.0)
 
 
@@ -112,7 +118,8 @@ class Difference:
 def paired_bootstrap(
     first: Array, second: Array, users: Array, *, samples: int = 1000, seed: int = 0
 ) -> Difference:
-    """Resamples users, not rows: rows of one user are not independent. first, second [Q] (gains, hits …), users [Q] int64."""
+    """Resamples users, not rows: rows of one user are not independent. first, second [Q] (gains, hits …),
+    users [Q] int64."""
     if not len(users):
         return Difference(*[float("nan")] * 4)
     _, group = np.unique(users, return_inverse=True)

@@ -1,4 +1,5 @@
-"""A user's own torch module in place of ours: loaded, and held against the contract before anything is trained."""
+"""A user's own torch module in place of ours: loaded, and held against the contract before anything is
+trained."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _TORCH = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, 
 
 
 def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
-    """`source` is "module:Class"; Class(schema) must be a module whose forward takes and gives the contract's tensors.
+    """`source` is "module:Class"; Class(schema) must be a module whose forward takes and gives the contract's
+    tensors.
 
     InvalidInput names the option, what was wanted and what came.
     """
@@ -30,7 +32,8 @@ def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
         kind = getattr(importlib.import_module(name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidInput(
-            f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from {Path.cwd()}"
+            f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from "
+            f"{Path.cwd()}"
         ) from None
     finally:
         sys.path.pop(0)
@@ -54,7 +57,8 @@ def _check_names(option: str, module: nn.Module, model: ModelSpec) -> None:
         wrong = [n for n in wanted if n not in have] or [n for n in have if n not in wanted] or have
         contract = ", ".join(map(str, model.inputs))
         raise InvalidInput(
-            f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants {contract}, in this order"
+            f"{option}: forward({', '.join(have)}) differs at {', '.join(wrong)}; the contract wants "
+            f"{contract}, in this order"
         )
 
 
@@ -65,14 +69,16 @@ def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
             outputs = module.eval()(**{spec.name: example(spec, batch) for spec in model.inputs})
     except Exception as error:  # the user's code may raise anything
         raise InvalidInput(
-            f"{option}: forward fails on tensors of the contract: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{option}: forward fails on tensors of the contract: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for spec, output in zip(model.outputs, outputs, strict=False):
         shape = (batch, *spec.dims)
         if tuple(output.shape) != shape or output.dtype != _TORCH[spec.dtype]:
             raise InvalidInput(
-                f"{option}: gives {list(output.shape)} {output.dtype} for {spec}; the contract wants {list(shape)} {spec.dtype}"
+                f"{option}: gives {list(output.shape)} {output.dtype} for {spec}; the contract wants "
+                f"{list(shape)} {spec.dtype}"
             )
     if len(outputs) != len(model.outputs):
         raise InvalidInput(

@@ -1,4 +1,5 @@
-"""Sizes and training settings by name: `tiny` for demos and tests (seconds), `base` for real shops, `quick` for load tests."""
+"""Sizes and training settings by name: `tiny` for demos and tests (seconds), `base` for real shops, `quick`
+for load tests."""
 
 from __future__ import annotations
 
@@ -20,9 +21,8 @@ class Preset:
     sizes: Sizes
     encoders: EncoderConfig
     ranker: RankerTraining
-    threads: int | None = (
-        None  # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
-    )
+    # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
+    threads: int | None = None
 
 
 PRESETS = {

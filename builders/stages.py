@@ -1,8 +1,10 @@
-"""Runs the stages of a build: skips those whose inputs and options are unchanged, times the others, survives being killed.
+"""Runs the stages of a build: skips those whose inputs and options are unchanged, times the others, survives
+being killed.
 
-A stage is a function that fills a folder. Its key is the digest of its name, its options, the keys of the stages it reads and
-the source of this package, so a changed option, input or line of code makes it run again, and those behind it. The folder
-gets its final name by rename when the stage is done; a killed stage leaves only a temporary folder, removed by the next build.
+A stage is a function that fills a folder. Its key is the digest of its name, its options, the keys of the
+stages it reads and the source of this package, so a changed option, input or line of code makes it run again,
+and those behind it. The folder gets its final name by rename when the stage is done; a killed stage leaves
+only a temporary folder, removed by the next build.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Stages:
         *,
         always: bool = False,
     ) -> Done:
-        """Runs `work(folder, report)` unless a folder with the same key is there (`always`: even then). `options` must be JSON-able."""
+        """Runs `work(folder, report)` unless a folder with the same key is there (`always`: even then).
+        `options` must be JSON-able."""
         facts = [name, options, [stage.key for stage in after], source_digest()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = self.root / f"{name}-{key}"
@@ -136,11 +139,13 @@ def _told(error: Exception, stage: str, root: Path) -> ReleaseError | None:
     if "No space left" in str(error) or "quota exceeded" in str(error):
         free_mb = shutil.disk_usage(root).free / 1e6 if root.exists() else 0
         return ReleaseError(
-            f"stage {stage}: no space left in {root} ({free_mb:.0f} MB free); free some and build again, finished stages are kept"
+            f"stage {stage}: no space left in {root} ({free_mb:.0f} MB free); free some and build again, "
+            "finished stages are kept"
         )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ReleaseError(
-            f"stage {stage}: cannot write {error.filename}: {error.strerror}; make it writable or choose another --repository"
+            f"stage {stage}: cannot write {error.filename}: {error.strerror}; make it writable or choose "
+            "another --repository"
         )
     return None
 

@@ -17,7 +17,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def read_toml(
     kind: type[_Model], path: Path, name: str, first_error: Callable[[ValidationError], str]
 ) -> _Model:
-    """The file at `path`; InvalidInput begins with `name`, and `first_error` puts the model's own complaint into words."""
+    """The file at `path`; InvalidInput begins with `name`, and `first_error` puts the model's own complaint
+    into words."""
     try:
         return kind.model_validate(tomllib.loads(path.read_text("utf-8")))
     except tomllib.TOMLDecodeError as error:

@@ -1,7 +1,7 @@
 """AsyncClient: clients.client.Client for asyncio, with the same arguments, results and errors.
 
-A cancelled task stops waiting, nothing more: the call itself lives in gRPC's own threads and runs to its end, because a
-cancelled call can kill an old server.
+A cancelled task stops waiting, nothing more: the call itself lives in gRPC's own threads and runs to its end,
+because a cancelled call can kill an old server.
 """
 
 from __future__ import annotations

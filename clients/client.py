@@ -1,4 +1,5 @@
-"""Client(url).recommend(user) -> Recommendations. The asyncio twin is clients.aio.AsyncClient, with the same arguments.
+"""Client(url).recommend(user) -> Recommendations. The asyncio twin is clients.aio.AsyncClient, with the same
+arguments.
 
     from clients.client import Client
 
@@ -57,11 +58,13 @@ class ClientCore:
         self._lock = threading.Lock()
 
     def connect(self, timeout_s: float = 2.0) -> bool:
-        """Whether the server answers. Not needed, but the first call then finds the connection made and the server's version known."""
+        """Whether the server answers. Not needed, but the first call then finds the connection made and the
+        server's version known."""
         return self._transport.connect(timeout_s)
 
     def close(self) -> None:
-        """Ends the connection; waits a little for calls that were given up, since ending them could end an old server."""
+        """Ends the connection; waits a little for calls that were given up, since ending them could end an
+        old server."""
         self._transport.close()
 
     def _call(
@@ -76,7 +79,8 @@ class ClientCore:
             self._retries = min(_RETRY_BURST, self._retries + RETRY_SHARE)
 
     def _retry_delay_s(self, error: CallError, attempt: int, left_s: float | None) -> float | None:
-        """Seconds until the one retry, or None when the error is the answer. A recommendation changes nothing, so asking again is safe."""
+        """Seconds until the one retry, or None when the error is the answer. A recommendation changes
+        nothing, so asking again is safe."""
         delay_s = _RECONNECT_S * random.uniform(0.5, 1.5) if error.status == "UNAVAILABLE" else 0.0
         if attempt or not error.retryable or (left_s is not None and left_s <= delay_s):
             return None
@@ -122,7 +126,8 @@ class Client(ClientCore):
         diversity: float | None = None,
         budget_ms: float | None = None,
     ) -> Recommendations:
-        """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable, ServerFault."""
+        """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable,
+        ServerFault."""
         options = {
             name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")
         }
@@ -131,7 +136,8 @@ class Client(ClientCore):
     def recommend_many(
         self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any
     ) -> list[Recommendations]:
-        """Lists of several users in one request; each option of `recommend` is shared, or a list with one value per user."""
+        """Lists of several users in one request; each option of `recommend` is shared, or a list with one
+        value per user."""
         return self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     def __enter__(self) -> Client:

@@ -1,4 +1,5 @@
-"""Errors of a call to `recommend`: one class per thing the caller can do. All are ensemble.errors.PeregrineError.
+"""Errors of a call to `recommend`: one class per thing the caller can do. All are
+ensemble.errors.PeregrineError.
 
 PeregrineError
 ├── InvalidInput
@@ -9,7 +10,8 @@ PeregrineError
     ├── Unavailable       nobody there who can answer: wait for the server, or start it
     └── ServerFault       a bug or a broken server: its log has the details
 
-Triton's texts carry its own prefixes, shared-memory keys, paths and tracebacks; none of these leaves this module.
+Triton's texts carry its own prefixes, shared-memory keys, paths and tracebacks; none of these leaves this
+module.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ _MAX_TEXT = 300
 
 
 def stripped(text: str) -> str:
-    """The part of Triton's text that says what is wrong: ensemble prefixes and further lines (tracebacks) gone."""
+    """The part of Triton's text that says what is wrong: ensemble prefixes and further lines (tracebacks)
+    gone."""
     lines = text.strip().splitlines()
     return _PREFIX.sub("", lines[0] if lines else "")[:_MAX_TEXT]
 
@@ -83,7 +86,8 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
         return BudgetExceeded(f"budget_ms: server {target} gave up within the request's own timeout", status)
     if "This protocol is restricted" in text:
         return Unavailable(
-            f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json",
+            f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote "
+            "into .server.json",
             status,
         )
     if status == "UNAVAILABLE":

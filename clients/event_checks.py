@@ -17,7 +17,8 @@ Id = str | int | bytes
 
 @dataclass(frozen=True)
 class Event:
-    """Somebody did something with an item. `time`: seconds, or any number that grows; `event`: its name, at most 64 bytes."""
+    """Somebody did something with an item. `time`: seconds, or any number that grows; `event`: its name, at
+    most 64 bytes."""
 
     user_id: Id
     item_id: Id
@@ -27,7 +28,8 @@ class Event:
 
 @dataclass(frozen=True)
 class ItemUpdate:
-    """New parts of an item's row, packed as the release has them (snapshot.py): codes and values by the feature's name."""
+    """New parts of an item's row, packed as the release has them (snapshot.py): codes and values by the
+    feature's name."""
 
     item_id: Id
     time: float
@@ -37,7 +39,8 @@ class ItemUpdate:
 
 
 def packed_update(row_format: rows.RowFormat, update: ItemUpdate) -> tuple[np.ndarray, np.ndarray]:
-    """A row [1] with the update's numbers, and which of its words [words] bool they are; InvalidArgument names what does not fit."""
+    """A row [1] with the update's numbers, and which of its words [words] bool they are; InvalidArgument
+    names what does not fit."""
     row, given = np.zeros(1, row_format.row), np.zeros(1, row_format.row)
     if update.features is not None:
         row["features"], given["features"] = (

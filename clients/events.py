@@ -5,8 +5,9 @@
     with EventWriter("redis://writer:…@127.0.0.1:6379", shop="beauty") as events:
         events.record_event("u42", "lipstick-7", "click", time.time())
 
-A user's past stays bounded, holds an item once, and is in order of event time: events may come late, twice, or from several
-writers at once. Every release of the shop whose rows are loaded is kept up to date. Servers drop their cached row at once.
+A user's past stays bounded, holds an item once, and is in order of event time: events may come late, twice,
+or from several writers at once. Every release of the shop whose rows are loaded is kept up to date. Servers
+drop their cached row at once.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ class EventWriter:
     def __init__(
         self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None
     ) -> None:
-        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do. `repository`: where items are looked
-        up that were added live (`peregrine items add`); without it, events that name them change nothing and come back as unknown."""
+        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do.
+        `repository`: where items are looked up that were added live (`peregrine items add`); without it,
+        events that name them change nothing and come back as unknown."""
         self._client, self._repository = connect_now(url), repository
         self._shop, self._only = shop, None if only is None else frozenset(only)
         self._targets: dict[bytes, _Target] = {}
@@ -83,7 +85,8 @@ class EventWriter:
         return self.record_events([Event(user_id, item_id, event, time)])
 
     def record_events(self, events: Sequence[Event]) -> Outcome:
-        """Many, each user's row written once. InvalidArgument names what is wrong with one, before any is written."""
+        """Many, each user's row written once. InvalidArgument names what is wrong with one, before any is
+        written."""
         checked = [check_event(event) for event in events]
         wanted = [
             one
@@ -93,7 +96,8 @@ class EventWriter:
         return self._guarded(lambda: self._record(wanted)) if wanted else Outcome()
 
     def update_item(self, update: ItemUpdate) -> Outcome:
-        """Replaces parts of an item's row; for each number the latest `time` wins, so that late and repeated updates do no harm."""
+        """Replaces parts of an item's row; for each number the latest `time` wins, so that late and repeated
+        updates do no harm."""
         item_id, time = encode_id("item_id", update.item_id), check_time(update.time)
         return self._guarded(lambda: self._update(item_id, time, update))
 
@@ -167,9 +171,8 @@ class EventWriter:
             if partial:
                 return None
             words = row.view(np.uint32)
-            newer = given & (
-                (times < time) | ((times == time) & (words < new.view(np.uint32)))
-            )  # one winner also among equals
+            # one winner also among equals
+            newer = given & ((times < time) | ((times == time) & (words < new.view(np.uint32))))
             if not newer.any():
                 return None
             words[newer], times[newer] = new.view(np.uint32)[newer], time
@@ -243,7 +246,8 @@ def _target(version: bytes, meta: Mapping[str, Any], repository: Path | None, re
 
 
 def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | None:
-    """The live items of a release, where the repository has the very one that was loaded, and this Peregrine reads it."""
+    """The live items of a release, where the repository has the very one that was loaded, and this Peregrine
+    reads it."""
     if repository is None or name not in release_names(repository):
         return None
     try:
@@ -271,7 +275,8 @@ def _value(client: Any, key: bytes) -> bytes | None:
 def _opened(
     row_format: rows.RowFormat, identity: np.ndarray, value: bytes | None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A stored value -> its row [1], its times, whether it lacks the loaded row (there was none, or none that is valid)."""
+    """A stored value -> its row [1], its times, whether it lacks the loaded row (there was none, or none that
+    is valid)."""
     if value is not None:
         records, good, _ = row_format.unpack([value], identity)
         if good[0]:

@@ -7,9 +7,9 @@
         items.update({"item_id": "lipstick-9", "price": 9.9})
         items.delete("lipstick-9")
 
-An item has an id and values of the features that the shop's items have, by feature name or column name; `item_embedding`, if given,
-takes the place of the encoder's. What an update does not name stays.
-Every call returns once the change is durable and, within `wait_s`, once every instance that recommends has it.
+An item has an id and values of the features that the shop's items have, by feature name or column name;
+`item_embedding`, if given, takes the place of the encoder's. What an update does not name stays. Every call
+returns once the change is durable and, within `wait_s`, once every instance that recommends has it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ItemClient:
             connection.connect(path)
         except (OSError, ValueError, KeyError):
             raise Unavailable(
-                f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine items serve`"
+                f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine "
+                "items serve`"
             ) from None
         connection.settimeout(self.wait_s + _GRACE_S)
         return connection
@@ -79,7 +80,8 @@ class ItemClient:
         return self.apply([{"op": "delete", "item": {"item_id": item_id}} for item_id in item_ids])
 
     def apply(self, changes: Sequence[Mapping[str, Any]]) -> Changed:
-        """All of the changes, or none: {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}."""
+        """All of the changes, or none: {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …,
+        feature: value, …}}."""
         return self._ask({"op": "change", "changes": list(changes)})
 
     def status(self) -> Changed:
@@ -99,7 +101,8 @@ class ItemClient:
             raise InvalidArgument(f"items: {error}") from None
         except OSError as error:
             raise Unavailable(
-                f"the writer of {self.repository} does not answer: {error}; what it did not answer may be done or not"
+                f"the writer of {self.repository} does not answer: {error}; what it did not answer may be "
+                "done or not"
             ) from None
         if not line:
             raise Unavailable(

@@ -1,11 +1,11 @@
 """How a Call reaches a server: over gRPC, or, in an application's tests, not at all.
 
-A transport's `start(call)` gives a Future and never blocks. Both clients use the same one: the asyncio client waits for
-the same futures, so a cancelled task or a closed loop cannot reach the call.
+A transport's `start(call)` gives a Future and never blocks. Both clients use the same one: the asyncio client
+waits for the same futures, so a cancelled task or a closed loop cannot reach the call.
 
-Below Triton 2.59 a gRPC deadline or cancel can kill the server. So no deadline is ever set, and a call that nobody
-waits for any more is cancelled only where the server is known to be newer; elsewhere it runs to its end, and the number
-of such calls is bounded.
+Below Triton 2.59 a gRPC deadline or cancel can kill the server. So no deadline is ever set, and a call that
+nobody waits for any more is cancelled only where the server is known to be newer; elsewhere it runs to its
+end, and the number of such calls is bounded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Transport(Protocol):
         """Whether a server answers, at most about `timeout_s` from now."""
 
     def send(self, call: Call) -> Answer:
-        """Sends a call without a budget and waits for its answer: spares a lone caller the way through another thread."""
+        """Sends a call without a budget and waits for its answer: spares a lone caller the way through
+        another thread."""
 
     def give_up(self, future: Future[Answer]) -> None:
         """Nobody waits for this future any more."""
@@ -156,14 +157,16 @@ class GrpcTransport:
             raise Unavailable(_CLOSED)
 
     def _refuse_beyond_limit(self, call: Call) -> None:
-        """Where calls cannot be cancelled, one with a budget may have to be given up: no more of them than may be abandoned."""
+        """Where calls cannot be cancelled, one with a budget may have to be given up: no more of them than
+        may be abandoned."""
         if self._cancel_is_safe or len(self._running) < self._max_abandoned:
             return
         given_up = sum(running.given_up for running in self._running.values())
         at_risk = sum(running.given_up or running.may_be_given_up for running in self._running.values())
         if (given_up if call.budget_ms is None else at_risk) >= self._max_abandoned:
             raise Overloaded(
-                f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to stop; ask again later"
+                f"{self._max_abandoned} calls to {self.url} are still running, and it cannot be told to "
+                "stop; ask again later"
             )
 
     def _finish(self, future: Future[Answer], rpc: Any) -> None:

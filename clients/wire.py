@@ -1,4 +1,5 @@
-"""Requests and answers on the wire: the one place where options become Triton request parameters and tensors become results.
+"""Requests and answers on the wire: the one place where options become Triton request parameters and tensors
+become results.
 
 Both clients share it, so that the sync and the asyncio one cannot differ.
 """
@@ -22,7 +23,8 @@ Id: TypeAlias = str | int
 Parameter: TypeAlias = bool | int | float | str
 Answer: TypeAlias = Mapping[str, Any]  # tensor name -> ndarray; BYTES tensors as a flat list of bytes
 
-# What an option is for a user who was given None while others were given a value: what it is when nobody gives it.
+# What an option is for a user who was given None while others were given a value: what it is when nobody
+# gives it.
 NEUTRAL: dict[str, Any] = {
     "session_items": [],
     "exclude_items": [],
@@ -50,7 +52,8 @@ class Call:
 def call_from_options(
     user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool
 ) -> Call:
-    """Checks what can only be checked here (types) and encodes; the server checks the rest, in one place for every client."""
+    """Checks what can only be checked here (types) and encodes; the server checks the rest, in one place for
+    every client."""
     if not user_ids:
         raise InvalidArgument("user_id: at least one user is needed, got none")
     if budget_ms is not None and not budget_ms > 0:
@@ -145,7 +148,8 @@ def decode_bytes(raw: bytes, count: int) -> list[bytes]:
     width = len(raw) // count if count >= _MANY else 0
     if width > 4 and width * count == len(raw):
         table = np.frombuffer(raw, np.uint8).reshape(count, width)
-        # An id that ends in NUL would be cut by numpy's S dtype, and is the server's bug; the slow way keeps even that one.
+        # An id that ends in NUL would be cut by numpy's S dtype, and is the server's bug; the slow way keeps
+        # even that one.
         if (
             (table[:, :4] == table[0, :4]).all()
             and int.from_bytes(raw[:4], "little") == width - 4

@@ -14,7 +14,8 @@ def ranks_within(owners: Array) -> Array:
 
 
 def sum_by_row(rows: Array, scores: Array) -> tuple[Array, Array]:
-    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1 and 0."""
+    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1
+    and 0."""
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
     last = np.ones(rows.shape, bool)
@@ -30,7 +31,8 @@ def sum_by_row(rows: Array, scores: Array) -> tuple[Array, Array]:
 
 
 def look_up(rows: Array, known_rows: Array, known_scores: Array, num_rows: int) -> Array:
-    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in it."""
+    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in
+    it."""
     owner = np.arange(len(rows))[:, None] * num_rows
     keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()
     order = np.argsort(known, kind="stable")

@@ -1,9 +1,10 @@
-"""The tensors and models of every pipeline, written once. All else (ONNX names, config.pbtxt, checks, clients) is derived.
+"""The tensors and models of every pipeline, written once. All else (ONNX names, config.pbtxt, checks,
+clients) is derived.
 
     recommend:  features -> user_encoder -> recall -> ranker -> reranking
 
-To add a model before recall, say text_encoder: define its tensors, add its ModelSpec, and, if recall shall search with
-its output, name that tensor in QUERY_TENSORS.
+To add a model before recall, say text_encoder: define its tensors, add its ModelSpec, and, if recall shall
+search with its output, name that tensor in QUERY_TENSORS.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Degraded(IntFlag):
     """Bits of the answer's `degraded`: what was missing while this list was made. 0 = nothing."""
 
     UNKNOWN_USER = 1  # not in the snapshot: answered from the session's items, or with a cold list
-    FEATURES_STALE = 2  # Redis did not answer: a row past its soft TTL, or the release's own, was used for the user, the past or a candidate
+    # Redis did not answer: a row past its soft TTL, or the release's own, was used for the user, the past or
+    # a candidate
+    FEATURES_STALE = 2
     FEATURES_MISSING = 4  # no tier answered, the default row was used
     RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
     UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
@@ -82,7 +85,8 @@ FEATURES_OUTPUTS = (
     "user_status",
 )
 USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
-# No embedding: encoders are trained on the clicks that label the ranker's impressions, and a pair of embeddings tells the label.
+# No embedding: encoders are trained on the clicks that label the ranker's impressions, and a pair of
+# embeddings tells the label.
 RANKER_INPUTS = (
     "history_features",
     "history_mask",
@@ -98,7 +102,8 @@ ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
 
 
 def item_encoder(schema: Schema) -> ModelSpec:
-    """The engine that turns an item's id row and features into the row the snapshot holds. Runs offline (and for new items)."""
+    """The engine that turns an item's id row and features into the row the snapshot holds. Runs offline (and
+    for new items)."""
     t = _tensors(schema)
     return ModelSpec(
         "item_encoder",
@@ -109,8 +114,8 @@ def item_encoder(schema: Schema) -> ModelSpec:
 
 
 def _tensors(schema: Schema) -> dict[str, TensorSpec]:
-    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U item and user features,
-    S recall sources, T tasks, K returned, C codes, R values, E id embedding."""
+    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U
+    item and user features, S recall sources, T tasks, K returned, C codes, R values, E id embedding."""
     s = schema.sizes
     w = Axis("W", "seen", s.seen)
     b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
@@ -207,7 +212,8 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
 
 
 def fingerprint(schema: Schema) -> str:
-    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was built for.
+    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was
+    built for.
 
     Where a step's class lies is no part of it: moving a file makes no release another one.
     """

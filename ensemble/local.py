@@ -60,7 +60,8 @@ class LocalPipeline:
         user_ids: Sequence[bytes | str],
         parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensors:
-        """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B, …]."""
+        """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B,
+        …]."""
         if parameters is None or isinstance(parameters, Mapping):
             options = parse_options(json.dumps(dict(parameters or {})), len(user_ids), self.release.schema)
         else:
@@ -71,7 +72,8 @@ class LocalPipeline:
         return self.run(options, {"user_id": ids[:, None]})
 
     def run(self, options: Options, tensors: Tensors) -> Tensors:
-        """From whatever tensors are given through all steps whose outputs are not yet there -> the answer's tensors."""
+        """From whatever tensors are given through all steps whose outputs are not yet there -> the answer's
+        tensors."""
         known = dict(tensors)
         for model in self.spec.models:
             if all(t.name in known for t in model.outputs):

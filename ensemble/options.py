@@ -1,7 +1,9 @@
-"""What a request may ask beside its user: parsed from Triton request parameters into columns for the whole batch.
+"""What a request may ask beside its user: parsed from Triton request parameters into columns for the whole
+batch.
 
-Parameters, unlike optional tensors, do not split Triton's dynamic batches, so traffic whose options all differ still batches.
-A string value holds JSON. For several users in one request a value is shared, or is a JSON array with one value per user.
+Parameters, unlike optional tensors, do not split Triton's dynamic batches, so traffic whose options all
+differ still batches. A string value holds JSON. For several users in one request a value is shared, or is a
+JSON array with one value per user.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ _FOREIGN = (
 )
 
 NO_CAP = 1 << 30  # more items than any list has
-_REMEMBERED_BYTES = (
-    2048  # longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
-)
+# longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
+_REMEMBERED_BYTES = 2048
 
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
 Range = tuple[str, float, float]  # a number feature, its least and its greatest value, both included
@@ -42,7 +43,8 @@ Range = tuple[str, float, float]  # a number feature, its least and its greatest
 
 @dataclass(frozen=True)
 class Filter:
-    """Items must have a value of every allowed feature, none of the denied values, and every number within its range."""
+    """Items must have a value of every allowed feature, none of the denied values, and every number within
+    its range."""
 
     allow: tuple[Category, ...] = ()
     deny: tuple[Category, ...] = ()
@@ -103,7 +105,8 @@ def default_options(num_users: int) -> Options:
 
 
 def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
-    """One request's parameters (a JSON object, as Triton hands it on) -> Options; InvalidArgument names the field."""
+    """One request's parameters (a JSON object, as Triton hands it on) -> Options; InvalidArgument names the
+    field."""
     if parameters in ("", "{}", "null"):
         return default_options(num_users)
     parse = _parse if len(parameters) <= _REMEMBERED_BYTES else _parse.__wrapped__
@@ -175,9 +178,8 @@ def _id(name: str, value: Any) -> bytes:
     if len(encoded) > MAX_ID_BYTES:
         raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {len(encoded)}")
     if encoded.endswith(b"\0"):
-        raise InvalidArgument(
-            f"{name}: an id ends in a NUL byte"
-        )  # NumPy would drop it and find another item
+        # NumPy would drop it and find another item
+        raise InvalidArgument(f"{name}: an id ends in a NUL byte")
     return encoded
 
 
@@ -198,7 +200,8 @@ def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], 
     for task, weight in _object(name, value, known, "task"):
         if not _is_number(weight) or abs(weight) > 1e6:
             raise InvalidArgument(
-                f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got {_short(weight)}"
+                f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got "
+                f"{_short(weight)}"
             )
     return tuple((task, float(weight)) for task, weight in value.items())
 
@@ -220,7 +223,8 @@ def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
             or len(values) > MAX_LIST
         ):
             raise InvalidArgument(
-                f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got {_short(values)}"
+                f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got "
+                f"{_short(values)}"
             )
     return tuple((feature, tuple(sorted(set(values)))) for feature, values in sorted(value.items()))
 
@@ -265,9 +269,8 @@ def _categories(schema: Schema) -> set[str]:
 def _is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return (
-        abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
-    )  # isfinite cannot take an int of any size
+    # isfinite cannot take an int of any size
+    return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The only user of Triton's Python backend API: requests <-> arrays, batching, errors.
 
-One adapter serves every step. It joins the requests of a dynamic batch, runs the step once, and splits the answer. A bad
-request is answered INVALID_ARG and left out; its batch-mates go on.
+One adapter serves every step. It joins the requests of a dynamic batch, runs the step once, and splits the
+answer. A bad request is answered INVALID_ARG and left out; its batch-mates go on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class PythonModel:
         """Opens the release's files, verified; an error here fails the load, not a request."""
         if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
             raise ReleaseError(
-                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install numpy 1.26"
+                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install "
+                "numpy 1.26"
             )
         parameters = {
             name: value["string_value"]
@@ -50,7 +51,8 @@ class PythonModel:
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
         self.publisher = Publisher(pb_utils, lambda: [*release.metrics(), *own()], labels)
         gc.collect()
-        gc.freeze()  # what is loaded stays: no collection walks through all of it again in the middle of a request
+        # what is loaded stays: no collection walks through all of it again in the middle of a request
+        gc.freeze()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
@@ -126,9 +128,8 @@ def _checked_ids(name: str, ids: np.ndarray) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{name}: an id is not UTF-8: byte {error.object[error.start]:#04x}") from None
     if any(i.endswith(b"\0") for i in flat):
-        raise InvalidArgument(
-            f"{name}: an id ends in a NUL byte"
-        )  # NumPy would drop it and find another user
+        # NumPy would drop it and find another user
+        raise InvalidArgument(f"{name}: an id ends in a NUL byte")
     return np.array(flat, dtype="S").reshape(ids.shape)
 
 

@@ -1,4 +1,5 @@
-"""What a shop looks like to the engines: features, tasks and sizes. Written by builders into every release."""
+"""What a shop looks like to the engines: features, tasks and sizes. Written by builders into every
+release."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ SCHEMA_VERSION = 1
 class Feature:
     """A column of the items or users table, packed into codes (category, text) or values (number, vector).
 
-    Codes of all features of a table share one range: feature f owns [offset, offset + size); code 0 is "nothing here".
-    `offset` itself is "seen, but not in the vocabulary"; category value v of the vocabulary is offset + 1 + v.
+    Codes of all features of a table share one range: feature f owns [offset, offset + size); code 0 is
+    "nothing here". `offset` itself is "seen, but not in the vocabulary"; category value v of the vocabulary
+    is offset + 1 + v.
     """
 
     name: str
@@ -116,7 +118,8 @@ def schema_from_json(text: str) -> Schema:
     raw: dict[str, Any] = json.loads(text)
     if raw.get("version") != SCHEMA_VERSION:
         raise ReleaseError(
-            f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; build the release again"
+            f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; "
+            "build the release again"
         )
     tables = {name: Table(tuple(Feature(**f) for f in raw[name]["features"])) for name in ("items", "users")}
     return Schema(

@@ -1,7 +1,8 @@
 """What a pipeline is: axes, tensors, models and how they are wired. Wrong wiring is refused when it is built.
 
 The names are the wiring: a tensor has one name everywhere (forward parameter = ONNX input = engine input =
-config.pbtxt input = step keyword = client field), so a model needs no input map, only the tensors it takes and gives.
+config.pbtxt input = step keyword = client field), so a model needs no input map, only the tensors it takes
+and gives.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class PipelineSpec:
             for tensor in model.outputs:
                 if tensor.name in known:
                     raise WiringError(
-                        f"{self.name}: {model.name} gives {tensor.name}, which exists already; a tensor has one source"
+                        f"{self.name}: {model.name} gives {tensor.name}, which exists already; a tensor has "
+                        "one source"
                     )
                 known[tensor.name] = tensor
         for tensor in self.outputs:
@@ -98,7 +100,8 @@ class PipelineSpec:
         source = known.get(tensor.name)
         if source is None:
             raise WiringError(
-                f"{self.name}: {taker} takes {tensor}, which nothing before it gives; known: {', '.join(known)}"
+                f"{self.name}: {taker} takes {tensor}, which nothing before it gives; known: "
+                f"{', '.join(known)}"
             )
         if (source.dtype, source.axes) != (tensor.dtype, tensor.axes):
             raise WiringError(f"{self.name}: {taker} takes {tensor}, but its source gives {source}")

@@ -1,4 +1,5 @@
-"""Numbers that steps tell of themselves: plain values here, Triton's custom metrics once they are published."""
+"""Numbers that steps tell of themselves: plain values here, Triton's custom metrics once they are
+published."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ class Metric(NamedTuple):
 
 
 class Publisher:
-    """Hands over what `read` says at most once a second, while requests come. Not in a thread: each number is a call to the server, which
-    may hold the GIL for longer than a tier's deadline. Triton's API comes as an argument: python_model.py is its only user."""
+    """Hands over what `read` says at most once a second, while requests come. Not in a thread: each number is
+    a call to the server, which may hold the GIL for longer than a tier's deadline. Triton's API comes as an
+    argument: python_model.py is its only user."""
 
     def __init__(self, pb_utils: Any, read: Callable[[], list[Metric]], labels: dict[str, str]) -> None:
         self._api, self._read, self._labels = pb_utils, read, labels

@@ -1,4 +1,5 @@
-"""What all tests share: this folder on the import path, skips that name what is missing, and releases built once."""
+"""What all tests share: this folder on the import path, skips that name what is missing, and releases built
+once."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def tiny_shop(release_cache: ReleaseCache) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the active release r1; shared by the run's tests: read it only, private_copy() to change it."""
+    """A repository with the active release r1; shared by the run's tests: read it only, private_copy() to
+    change it."""
     return private_copy(
         release_cache.folder("tiny") / "repository", tmp_path_factory.mktemp("tiny") / "repository"
     )

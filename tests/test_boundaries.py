@@ -83,7 +83,8 @@ def module_of(path: Path) -> str:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Modules of the three packages, and which of them each names in an import anywhere, for a type checker too."""
+    """Modules of the three packages, and which of them each names in an import anywhere, for a type checker
+    too."""
     trees = {module_of(path): tree for path, tree in sources(*PACKAGES)}
     return {module: (imported(tree) & trees.keys()) - {module} for module, tree in trees.items()}
 
@@ -113,7 +114,8 @@ ABOVE_ALL_STEPS = {"ensemble.local", "ensemble.python_model"}  # they run what t
 
 
 def test_each_floor_of_the_online_path_stands_on_those_below():
-    """The words at the root know no floor; whatever is live, searched or served knows only what lies under it."""
+    """The words at the root know no floor; whatever is live, searched or served knows only what lies under
+    it."""
 
     def floor(module: str) -> int:
         room = module.split(".")[1] if module.startswith("ensemble.") else ""
@@ -334,19 +336,24 @@ def test_right_wiring_is_accepted():
 
 
 WRONG = {
-    "an input that nothing gives": ((SECOND,), {}, "p: second takes vector [B, D] float32, which nothing before it gives; known: user_id"),
-    "steps in the wrong order": ((SECOND, FIRST), {}, "p: second takes vector [B, D] float32, which nothing before it gives; known: user_id"),
+    "an input that nothing gives": ((SECOND,), {}, "p: second takes vector [B, D] float32, which nothing "
+                                                   "before it gives; known: user_id"),
+    "steps in the wrong order": ((SECOND, FIRST), {}, "p: second takes vector [B, D] float32, which nothing "
+                                                      "before it gives; known: user_id"),
     "two sources of one tensor": (
-        (FIRST, dataclasses.replace(FIRST, name="again")), {}, "p: again gives vector, which exists already; a tensor has one source"),
+        (FIRST, dataclasses.replace(FIRST, name="again")), {}, "p: again gives vector, which exists "
+                                                               "already; a tensor has one source"),
     "a step that gives the request's tensor": (
-        (ModelSpec("echo", "m:Echo", (USER,), (USER,)),), {}, "p: echo gives user_id, which exists already; a tensor has one source"),
+        (ModelSpec("echo", "m:Echo", (USER,), (USER,)),), {}, "p: echo gives user_id, which exists already; "
+                                                              "a tensor has one source"),
     "another dtype": (
         (FIRST, ModelSpec("second", "m:S", (dataclasses.replace(VECTOR, dtype="int64"),), (ROWS,))), {},
         "p: second takes vector [B, D] int64, but its source gives vector [B, D] float32"),
     "another axis": (
         (FIRST, ModelSpec("second", "m:S", (dataclasses.replace(VECTOR, axes=(B, N)),), (ROWS,))), {},
         "p: second takes vector [B, N] float32, but its source gives vector [B, D] float32"),
-    "an answer that nobody gives": ((FIRST,), {}, "p: the answer takes rows [B, N] int64, which nothing before it gives; known: user_id, vector"),
+    "an answer that nobody gives": ((FIRST,), {}, "p: the answer takes rows [B, N] int64, which nothing "
+                                                  "before it gives; known: user_id, vector"),
 }  # fmt: skip
 
 

@@ -48,8 +48,8 @@ def test_a_missing_package_names_the_extra_that_brings_it():
     done = run("serve", "--help", before="sys.modules['typer'] = None")
     assert done.returncode == 2
     assert (
-        done.stderr
-        == "error: `peregrine serve` needs typer, which is not installed; cure: pip install 'peregrine-recommender[serve]'\n"
+        done.stderr == "error: `peregrine serve` needs typer, which is not installed; cure: pip install "
+        "'peregrine-recommender[serve]'\n"
     )
 
 

@@ -1,7 +1,7 @@
 """README.md is true: its shop builds, its commands run, its Python prints lists, and what it names exists.
 
-A fence's second word says what is done with it: `test` runs, `serve` runs in the background meanwhile, and a path is
-the file that the block is written to.
+A fence's second word says what is done with it: `test` runs, `serve` runs in the background meanwhile, and a
+path is the file that the block is written to.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def bash_blocks(first: int, last: int | None = None) -> list[str]:
 
 
 def write_own_shop(folder: Path, rng: np.random.Generator) -> None:
-    """What README's shop.toml speaks of, small: 150 users, 60 items, views that become clicks and purchases."""
+    """What README's shop.toml speaks of, small: 150 users, 60 items, views that become clicks and
+    purchases."""
     write_csv(
         folder / "users.csv",
         ("user_id", "skin_type"),

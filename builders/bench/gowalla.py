@@ -1,16 +1,23 @@
-"""Real embeddings of a public data set: how well they rank, how well an index finds them.   python -m builders.bench.gowalla SRC --out DIR
+"""Real embeddings of a public data set: how well they rank, how well an index finds them.   python -m
+builders.bench.gowalla SRC --out DIR
 
-SRC holds train.txt and test.txt, one "user item item ..." a line (Gowalla in the split of NGCF and LightGCN). Ranking is theirs: every item
-is ranked for every user, the user's train items are left out, Recall@20 is hits / test items and NDCG@20 is against the best order there is.
+SRC holds train.txt and test.txt, one "user item item ..." a line (Gowalla in the split of NGCF and LightGCN).
+Ranking is theirs: every item is ranked for every user, the user's train items are left out, Recall@20 is hits
+/ test items and NDCG@20 is against the best order there is.
 
-What is trained is the project's own pair of encoders on ids alone. Two things differ from a shop, as these lists have no order:
-  - every epoch sees each user's items in a new random order, and of a long list a new random sample: nobody counts for hundreds;
-  - the user encoder starts without a preference for recent items (`ordered=False`). Left as it is for shops, it learns slower here.
-A user is then a random window of their train items; `orders` windows averaged are a fuller picture of a long list for as many encodings.
-Early stopping looks at one train item of some users, held out; test.txt is read for the figures only.
+What is trained is the project's own pair of encoders on ids alone. Two things differ from a shop, as these
+lists have no order:
+  - every epoch sees each user's items in a new random order, and of a long list a new random sample: nobody
+    counts for hundreds;
+  - the user encoder starts without a preference for recent items (`ordered=False`). Left as it is for shops,
+    it learns slower here.
+A user is then a random window of their train items; `orders` windows averaged are a fuller picture of a long
+list for as many encodings. Early stopping looks at one train item of some users, held out; test.txt is read
+for the figures only.
 
-The index part asks each kind of builders.index.choice for half of the queries until its settings reach the wanted recall@100 against exact
-search, and reports the other half. DIR keeps embeddings.npz (a second run starts from there) and report.json.
+The index part asks each kind of builders.index.choice for half of the queries until its settings reach the
+wanted recall@100 against exact search, and reports the other half. DIR keeps embeddings.npz (a second run
+starts from there) and report.json.
 """
 
 from __future__ import annotations
@@ -108,7 +115,8 @@ def no_features(rows: int) -> tuple[Array, Array]:
 def train(
     lists: Sequences, num_items: int, config: EncoderConfig, seed: int, validating: int = 2000
 ) -> EncoderCheckpoint:
-    """Both encoders. train_encoders packs its sequences anew every epoch, so that what is drawn into them in between is what it sees."""
+    """Both encoders. train_encoders packs its sequences anew every epoch, so that what is drawn into them in
+    between is what it sees."""
     rng, items, users = (
         np.random.default_rng(seed),
         no_features(num_items + 1),
@@ -165,10 +173,11 @@ def popularity(lists: Sequences, num_items: int) -> tuple[Array, Array]:
 
 def plans(num_items: int, dim: int) -> list[IndexPlan]:
     """The kinds that choose_plan knows, with as many lists as it would take; exact search first."""
+    # `number`: bytes of an item's in its list
     lists, number = (
         1 << max(4, int(np.log2(2 * np.sqrt(num_items)))),
         8,
-    )  # `number`: bytes of an item's in its list
+    )
     return [
         IndexPlan("Flat", 4 * dim),
         IndexPlan(f"IVF{lists},Flat", 4 * dim + number, lists),
@@ -178,7 +187,8 @@ def plans(num_items: int, dim: int) -> list[IndexPlan]:
 
 
 def index_rows(items: Array, queries: Array, target: IndexTarget) -> list[dict[str, Any]]:
-    """Each kind tuned on the first half of the queries, measured on the second; items [I + 1, D], queries [Q, D]."""
+    """Each kind tuned on the first half of the queries, measured on the second; items [I + 1, D], queries [Q,
+    D]."""
     num_items, half, packed, rows = len(items) - 1, len(queries) // 2, packed_vectors(items, "fp16"), []
 
     def chunks(start: int, stop: int) -> Array:

@@ -2,9 +2,9 @@
 
     python -m builders.bench.gpu_check --repository DIR [--release NAME] [--json FILE] [--cpu]
 
-Three parts: every engine in every precision and runtime against onnxruntime; Faiss on the GPU against the CPU; the whole chain
-on Triton. What cannot run here says so in its row. Without a GPU it stops with one line and exit code 2; --cpu runs the rows
-that need none.
+Three parts: every engine in every precision and runtime against onnxruntime; Faiss on the GPU against the
+CPU; the whole chain on Triton. What cannot run here says so in its row. Without a GPU it stops with one line
+and exit code 2; --cpu runs the rows that need none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _CHAIN_S, _CPU_CHAIN_S = 3.0, 0.5  # of each of the twenty measurements of the c
 
 
 def main() -> None:
-    """Runs the check; exit code 0, 1 if a number is off by more than its precision may be, 2 if it cannot start."""
+    """Runs the check; exit code 0, 1 if a number is off by more than its precision may be, 2 if it cannot
+    start."""
     parser = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--repository", "-r", type=Path, default=Path("model_repository"))
     parser.add_argument("--release", help="the active one if not given")
@@ -119,7 +120,8 @@ def _guarded(part: str, what: str, rows: Any) -> Iterator[Row]:
 
 
 def _faiss_rows(size: int) -> Iterator[Row]:
-    """Flat inner product over random unit vectors: the same neighbours, and the time of a batch of queries."""
+    """Flat inner product over random unit vectors: the same neighbours, and the time of a batch of
+    queries."""
     import faiss
 
     rng = np.random.default_rng(0)
@@ -214,7 +216,8 @@ def _chain_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
 
 
 def _chain_table(report: dict[str, Any]) -> Iterator[Row]:
-    """p50 of the open loop at each rate, the throughput, and what each step took in the busiest measurement."""
+    """p50 of the open loop at each rate, the throughput, and what each step took in the busiest
+    measurement."""
     for row in report["open"]:
         yield Row(
             "chain",

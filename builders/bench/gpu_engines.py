@@ -1,4 +1,5 @@
-"""gpu-check's first part: every engine in every precision and runtime, on the same real feeds, against onnxruntime on the CPU."""
+"""gpu-check's first part: every engine in every precision and runtime, on the same real feeds, against
+onnxruntime on the CPU."""
 
 from __future__ import annotations
 
@@ -29,10 +30,11 @@ from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
 
 BATCHES = (1, 8, 64, 256)
+# of one H200: bf16 matrix work and memory traffic a second, as measured on it
 PEAK_FLOPS, PEAK_BYTES = (
     790e12,
     4.3e12,
-)  # of one H200: bf16 matrix work and memory traffic a second, as measured on it
+)
 _REPEATS, _COPIED_BATCH = 50, 64
 Feeds = dict[str, np.ndarray]
 
@@ -91,7 +93,8 @@ class Case:
 
     @cached_property
     def work(self) -> tuple[float, float, float]:
-        """(FLOPs a user, bytes a user, bytes a call): matrix products alone; inputs and outputs; weights. Activations stay on the chip."""
+        """(FLOPs a user, bytes a user, bytes a call): matrix products alone; inputs and outputs; weights.
+        Activations stay on the chip."""
         flops = _matrix_flops(self.path.read_bytes(), self.part(1))
         ends = sum(array.nbytes for array in (*self.feeds.values(), *self.wanted.values())) / len(
             next(iter(self.feeds.values()))
@@ -99,7 +102,8 @@ class Case:
         return flops, ends, float(self.path.stat().st_size)
 
     def roofline(self, batch: int, ms: float, bytes_share: float) -> float:
-        """Share of the GPU's peak: the time that its arithmetic or its memory needs at least, over the time taken."""
+        """Share of the GPU's peak: the time that its arithmetic or its memory needs at least, over the time
+        taken."""
         flops, ends, weights = self.work
         least_s = max(flops * batch / PEAK_FLOPS, (ends * batch + weights * bytes_share) / PEAK_BYTES)
         return least_s / (ms / 1e3)
@@ -121,7 +125,8 @@ def engine_rows(case: Case, tools: Toolchain | None, why_not: str) -> Iterator[R
 
 
 def variants(case: Case) -> Iterator[tuple[str, bytes]]:
-    """(name, ONNX): every block that can be at fp32, fp16, fp8, int8, the rest at fp32; and the release's own typed model, where it has one."""
+    """(name, ONNX): every block that can be at fp32, fp16, fp8, int8, the rest at fp32; and the release's own
+    typed model, where it has one."""
     data = case.path.read_bytes()
     blocks, measured = graph.blocks(graph.load(data)), calibrate(data, case.feeds, min_users=1)
     for kind in reversed(PRECISIONS["tensorrt"]):
@@ -226,7 +231,8 @@ def _timed(
 
 
 def wall_ms(call: Callable[[], Any], at_most_s: float = 1.0) -> float:
-    """Median milliseconds of a call, after one to warm up; of as many as fit into `at_most_s`, three at least."""
+    """Median milliseconds of a call, after one to warm up; of as many as fit into `at_most_s`, three at
+    least."""
     call()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < at_most_s and len(times) < _REPEATS):
@@ -245,7 +251,8 @@ def _or_why(part: str, what: str, runtime: str, rows: Callable[[], Iterator[Row]
 
 
 def _matrix_flops(data: bytes, feeds: Feeds) -> float:
-    """Multiplications and additions of every MatMul and Gemm on one user's feeds: their shapes are read off a run."""
+    """Multiplications and additions of every MatMul and Gemm on one user's feeds: their shapes are read off a
+    run."""
     model = onnx.load_from_string(data)
     products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}

@@ -1,15 +1,19 @@
-"""The index at 10^5, 10^6, 10^7 items: memory, latency, recall.   python -m builders.bench.index --items 100000,1000000 --like RELEASE
+"""The index at 10^5, 10^6, 10^7 items: memory, latency, recall.   python -m builders.bench.index --items
+100000,1000000 --like RELEASE
 
-Vectors are generated: no shop here has ten million items. They have the clusters (2048 centres, sizes) and, within them, the spectrum of
-the item embeddings of the release named by --like (Beauty's, in BENCHMARKS.md), and their length. Queries are real: the embeddings of that
-release's users, half for tuning, half for the figures.
+Vectors are generated: no shop here has ten million items. They have the clusters (2048 centres, sizes) and,
+within them, the spectrum of the item embeddings of the release named by --like (Beauty's, in BENCHMARKS.md),
+and their length. Queries are real: the embeddings of that release's users, half for tuning, half for the
+figures.
 
-Memory is what the process has of its own (anonymous resident bytes, smaps), read before and after the index is opened and asked; mapped
-files are reported beside it, as they are shared page cache that the system may drop. `opened_bytes` is what was there before the first
-query: the rest of `anonymous_bytes` is the scratch of one query, which does not grow with the items.
+Memory is what the process has of its own (anonymous resident bytes, smaps), read before and after the index
+is opened and asked; mapped files are reported beside it, as they are shared page cache that the system may
+drop. `opened_bytes` is what was there before the first query: the rest of `anonymous_bytes` is the scratch of
+one query, which does not grow with the items.
 
-Cold: the system has forgotten the files, as after a start without a look at them (`serve` verifies, so reads, all of them). The first query
-makes it read ahead so much that the next 99 say little of a disk, so it stands alone.
+Cold: the system has forgotten the files, as after a start without a look at them (`serve` verifies, so reads,
+all of them). The first query makes it read ahead so much that the next 99 say little of a disk, so it stands
+alone.
 """
 
 from __future__ import annotations
@@ -99,7 +103,8 @@ def user_embeddings(release: ServedRelease, count: int) -> Array:
 
 
 class Generated:
-    """Items by number, made when they are asked for: ten million float32 vectors are never anywhere at once."""
+    """Items by number, made when they are asked for: ten million float32 vectors are never anywhere at
+    once."""
 
     def __init__(self, like: Likeness) -> None:
         self.like, self._last = like, (-1, np.zeros((0, 0), np.float32))
@@ -156,9 +161,8 @@ def measure(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         queries, truth = held["queries"], held["truth"]
     dim, num_items = queries.shape[1], facts["items"]
     faiss.omp_set_num_threads(1)
-    MainIndex(
-        faiss.IndexFlatIP(dim), lambda rows: queries[rows], QuerySettings()
-    )  # what a process has anyway, before it opens the index
+    # what a process has anyway, before it opens the index
+    MainIndex(faiss.IndexFlatIP(dim), lambda rows: queries[rows], QuerySettings())
     before = own_bytes()
     paths = [folder / "index.faiss", folder / VECTORS]
     drop_from_cache(paths)

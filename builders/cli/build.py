@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 Preset = Annotated[
     str,
     typer.Option(
-        help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` (base's sizes, one epoch, for load tests)."
+        help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` "
+        "(base's sizes, one epoch, for load tests)."
     ),
 ]
 Compress = Annotated[
     str,
     typer.Option(
         metavar="PLAN",
-        help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is the gate.",
+        help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is "
+        "the gate.",
     ),
 ]
 IndexMemory = Annotated[
@@ -32,7 +34,8 @@ IndexMemory = Annotated[
     typer.Option(
         "--index-memory-mb",
         min=1,
-        help="Memory of the item index; by default whole vectors up to 2 million items, then a twentieth of them.",
+        help="Memory of the item index; by default whole vectors up to 2 million items, then a twentieth of "
+        "them.",
     ),
 ]
 
@@ -54,14 +57,14 @@ def build(
 ) -> None:
     """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
 
-    Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it was:
+    Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it
+    was:
 
         peregrine shop generate shops/demo
         peregrine build shops/demo --preset tiny --activate
     """
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # read when torch is imported; spinning threads make a busy machine ten times slower
+    # read when torch is imported; spinning threads make a busy machine ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
     from builders.build import BuildOptions, build

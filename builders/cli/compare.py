@@ -61,7 +61,8 @@ Users = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Held-out users that judge, at most. They neither teach nor calibrate, and are not the test users.",
+        help="Held-out users that judge, at most. They neither teach nor calibrate, and are not the test "
+        "users.",
     ),
 ]
 AsJson = Annotated[
@@ -93,12 +94,12 @@ def losses(
     \b
     Every row has the same student, start, batches and steps; only the losses differ:
         kd   the teacher's answers, softened      at   where its attention looks      rd   how samples lie to each other
-    Attention and relations alone do not tell the answers (a ranker's last layers stay as they start, an encoder may turn its
-    space): the rows `at` and `rd` show that, those with a tenth of kd what they do beside just enough of it.
+    Attention and relations alone do not tell the answers (a ranker's last layers stay as they start, an
+    encoder may turn its space): the rows `at` and `rd` show that, those with a tenth of kd what they do
+    beside just enough of it.
 
-    \b
-    NDCG@10 is a share of the teacher's, ± the standard error over seeds; overlap@10 the share of shown items that are the
-    teacher's too. Both are of the whole chain with the student in the model's place.
+    \b NDCG@10 is a share of the teacher's, ± the standard error over seeds; overlap@10 the share of shown
+    items that are the teacher's too. Both are of the whole chain with the student in the model's place.
 
     \b
         peregrine compare losses shops/demo --preset tiny --steps 200 --plot losses.png
@@ -150,13 +151,13 @@ def plans(
 ) -> None:
     """The planner beside global 8 bits at equal size: table and Pareto plot.
 
-    \b
-    Each node alone is lowered once and judged. For every size the planner then lowers the nodes that cost least for their
-    bytes; global 8 bits lowers the largest first, whatever that costs, until it is as small as the planner's engine.
+    \b Each node alone is lowered once and judged. For every size the planner then lowers the nodes that cost
+    least for their bytes; global 8 bits lowers the largest first, whatever that costs, until it is as small
+    as the planner's engine.
 
-    \b
-    Read `changed`, the share of shown items that are others than at fp32, before the loss of NDCG@10: with a few thousand
-    users the loss of one engine is mostly noise (its standard error stands beside it), the changed items hardly.
+    \b Read `changed`, the share of shown items that are others than at fp32, before the loss of NDCG@10: with
+    a few thousand users the loss of one engine is mostly noise (its standard error stands beside it), the
+    changed items hardly.
 
     \b
         peregrine compare plans shops/demo --preset tiny --plot plans.png
@@ -189,7 +190,8 @@ def chain(
     repository: Repository = _REPOSITORY,
     as_json: AsJson = None,
 ) -> None:
-    """What compression did for the whole chain: CPU of every step of two releases, by turns, beside Amdahl's bound.
+    """What compression did for the whole chain: CPU of every step of two releases, by turns, beside Amdahl's
+    bound.
 
     \b
         peregrine compare chain r1 small
@@ -205,9 +207,8 @@ def chain(
 
 
 def _source(shop: Path, preset: str, repository: Path, seed: int) -> Source:
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # read when torch is imported; spinning threads make a busy machine ten times slower
+    # read when torch is imported; spinning threads make a busy machine ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
     from builders.build import BuildOptions, uncompressed
@@ -300,7 +301,8 @@ def _writable(*targets: Path | None) -> None:
     for target in targets:
         if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
             raise InvalidInput(
-                f"cannot write {target}: {'it is a folder' if target.is_dir() else 'its folder is missing or read-only'}"
+                f"cannot write {target}: "
+                f"{'it is a folder' if target.is_dir() else 'its folder is missing or read-only'}"
             )
 
 

@@ -30,9 +30,11 @@ def compile_plans(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Builds TensorRT plans of a release, beside it: run this inside the serving image on the GPU node that will serve it.
+    """Builds TensorRT plans of a release, beside it: run this inside the serving image on the GPU node that
+    will serve it.
 
-    Plans that are there and fit are kept, so a second call takes seconds; `peregrine serve` finds them by itself.
+    Plans that are there and fit are kept, so a second call takes seconds; `peregrine serve` finds them by
+    itself.
     """
     from builders.compile.stage import compile_release, tensorrt_toolchain
     from ensemble.progress import bar

@@ -16,7 +16,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page to write; RELEASE.html if not given.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write every figure as PNG into this folder.")] = None,
 ) -> None:
-    """Writes a release's report as one HTML page with its figures inside: ranking, recall, compression, gate, latency."""
+    """Writes a release's report as one HTML page with its figures inside: ranking, recall, compression, gate,
+    latency."""
     from builders.report.html import page, release_figures, write_figures
     from ensemble.errors import InvalidInput, ReleaseError
     from ensemble.release.release import active_release, open_release
@@ -24,7 +25,8 @@ def report(
     name = release or active_release(repository)
     if name is None:
         raise ReleaseError(
-            f"no release is active in {repository}; name one with --release, or `peregrine release activate NAME`"
+            f"no release is active in {repository}; name one with --release, or `peregrine release activate "
+            "NAME`"
         )
     manifest = open_release(repository, name).manifest
     if not manifest.get("report"):

@@ -74,7 +74,8 @@ def generate(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Make a beauty shop whose truth is known: clicks, purchases and dwell are drawn from planted probabilities.
+    """Make a beauty shop whose truth is known: clicks, purchases and dwell are drawn from planted
+    probabilities.
 
     \b
     peregrine shop generate shops/demo

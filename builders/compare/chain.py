@@ -1,4 +1,5 @@
-"""What compression did for the whole chain: every step of two releases, by turns in one process, beside Amdahl's bound."""
+"""What compression did for the whole chain: every step of two releases, by turns in one process, beside
+Amdahl's bound."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def compare_chain(
     seed: int = 0,
     report: Report,
 ) -> list[ChainRow]:
-    """Runs the local twins of two releases on the same users by turns, so that what the machine does besides falls on both."""
+    """Runs the local twins of two releases on the same users by turns, so that what the machine does besides
+    falls on both."""
     twins = [LocalPipeline(open_served(repository, name)) for name in (before, after)]
     engines = tuple(model.name for model in twins[0].spec.models if model.is_engine)
     users, rng, rows = twins[0].release.user_ids.sorted_ids, np.random.default_rng(seed), []

@@ -33,7 +33,8 @@ def losses_figure(found: LossTable) -> Figure:
     axes[1].set_xlabel("shown items that are the teacher's, %")
     share, seeds = found.parameters / found.teacher_parameters, len(found.seeds)
     axes[0].set_title(
-        f"{found.model}: students of {share:.0%} of the teacher's parameters, {seeds} seed{'s' * (seeds != 1)}"
+        f"{found.model}: students of {share:.0%} of the teacher's parameters, {seeds} "
+        f"seed{'s' * (seeds != 1)}"
     )
     return figure
 
@@ -77,7 +78,8 @@ def _dots(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
 
 
 def plans_figure(found: PlanTable) -> Figure:
-    """Changed items and lost NDCG@10 (with its standard error) against size, and against latency where it was measured."""
+    """Changed items and lost NDCG@10 (with its standard error) against size, and against latency where it was
+    measured."""
     from matplotlib import pyplot as plt
 
     columns = [("size of the engine, % of fp32's", [100 * point.size for point in found.points])]
@@ -116,7 +118,8 @@ def _points(
     y: Sequence[float],
     errors: Sequence[float] | None,
 ) -> None:
-    """The points of one panel, those of a family in its look, and the front: what no other point beats in both."""
+    """The points of one panel, those of a family in its look, and the front: what no other point beats in
+    both."""
     best = front(x, y)
     axes.step(
         [x[i] for i in best],

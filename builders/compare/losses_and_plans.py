@@ -1,8 +1,10 @@
-"""Two comparisons that decide how a release is compressed, on the finished stages of a build: `peregrine compare`.
+"""Two comparisons that decide how a release is compressed, on the finished stages of a build: `peregrine
+compare`.
 
-losses: the same student, from the same start, on the same batches, taught by the teacher's logits (kd), attention (at) and
-relations (rd), alone and together (sources: builders/compress/distil/distil.py); a few seeds, since one says little.
-plans: the planner's choice of blocks at several sizes beside plain 8 bits, largest blocks first, at the same size.
+losses: the same student, from the same start, on the same batches, taught by the teacher's logits (kd),
+attention (at) and relations (rd), alone and together (sources: builders/compress/distil/distil.py); a few
+seeds, since one says little. plans: the planner's choice of blocks at several sizes beside plain 8 bits,
+largest blocks first, at the same size.
 
 Both are judged by held-out users who chose nothing; the test users stay the gate's.
 """
@@ -89,8 +91,9 @@ def compare_losses(
     users: int,
     report: Report,
 ) -> LossTable:
-    """Trains one student of `model` a seed and choice of losses, and judges each. `student`: sizes, by default half the teacher's;
-    `weights`: of kd, at and rd in every row that has them, by default 1; `only`: names of rows, by default all.
+    """Trains one student of `model` a seed and choice of losses, and judges each. `student`: sizes, by
+    default half the teacher's; `weights`: of kd, at and rd in every row that has them, by default 1; `only`:
+    names of rows, by default all.
     """
     _check(source, model)
     choices = _choices({"kd": 1.0, "at": 1.0, "rd": 1.0, **(weights or {})}, only)
@@ -125,7 +128,8 @@ def compare_losses(
 
 
 def _choices(weights: Mapping[str, float], only: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Name -> weights of the losses. Attention and relations alone do not tell the answers, so two rows have a little kd with them."""
+    """Name -> weights of the losses. Attention and relations alone do not tell the answers, so two rows have
+    a little kd with them."""
     kd, little = weights["kd"], _LITTLE * weights["kd"]
     parts = {"at": weights["at"], "rd": weights["rd"]}
     found: dict[str, dict[str, float]] = {"untrained": {}, "kd": {"kd": kd}}
@@ -140,7 +144,8 @@ def _choices(weights: Mapping[str, float], only: Sequence[str]) -> dict[str, dic
 
 
 class _Contest:
-    """What all students share: teacher, size, judges; `train` is distil with its batches, steps and learning rate."""
+    """What all students share: teacher, size, judges; `train` is distil with its batches, steps and learning
+    rate."""
 
     def __init__(
         self,
@@ -196,7 +201,8 @@ def _half(source: Source, model: str) -> dict[str, Any]:
         return {**whole, "layers": max(1, whole["layers"] // 2), "feed": whole["feed"] // 2}
     c = source.ranker_config
     halves = {name: getattr(c, name) // 2 for name in ("hidden", "tower", "products")}
-    # attention too: of the teacher's width it would be copied whole, and the loss of attention would have nothing to teach
+    # attention too: of the teacher's width it would be copied whole, and the loss of attention would have
+    # nothing to teach
     return {
         **halves,
         "attention": max(1, c.attention // 2 // c.heads) * c.heads,
@@ -250,9 +256,11 @@ def compare_plans(
     calibration_users: int,
     report: Report,
 ) -> PlanTable:
-    """The planner at each of `sizes` (shares of fp32's bytes), and 8 bits, largest blocks first, down to what the planner reached.
+    """The planner at each of `sizes` (shares of fp32's bytes), and 8 bits, largest blocks first, down to what
+    the planner reached.
 
-    Each block is measured alone once, for all sizes. A size that cannot be reached is a note; InvalidInput when none can.
+    Each block is measured alone once, for all sizes. A size that cannot be reached is a note; InvalidInput
+    when none can.
     """
     _check(source, model)
     report(0.0, "users that calibrate and users that judge")
@@ -315,6 +323,7 @@ def _check(source: Source, model: str) -> None:
     ranker = source.modules[model]
     if isinstance(ranker, Ranker) and not float(ranker.deep_gate):
         raise InvalidInput(
-            "the ranker of this build is recall's own order: its network did not help held-out users and is off, so nothing in it can be "
+            "the ranker of this build is recall's own order: its network did not help held-out users and is "
+            "off, so nothing in it can be "
             "lost; cure: --model user_encoder, or more interactions"
         )

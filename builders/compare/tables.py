@@ -47,9 +47,11 @@ def loss_words(found: LossTable) -> list[str]:
         f"{name} {list(size) if isinstance(size, tuple) else size}" for name, size in found.student.items()
     )
     return [
-        f"student: {sizes}; {found.steps} steps, {len(found.seeds)} seeds; judged by {found.users:,} held-out users, the teacher's NDCG@10 there is "
+        f"student: {sizes}; {found.steps} steps, {len(found.seeds)} seeds; judged by {found.users:,} "
+        "held-out users, the teacher's NDCG@10 there is "
         f"{found.teacher_ndcg:.4f}",
-        f"± is the standard error over seeds; that over users, which all rows share, is up to {100 * noise:.2f} points of NDCG@10",
+        "± is the standard error over seeds; that over users, which all rows share, is up to "
+        f"{100 * noise:.2f} points of NDCG@10",
     ]
 
 
@@ -85,7 +87,9 @@ def plan_words(found: PlanTable) -> list[str]:
     pairs = found.pairs()
     fewer = sum(planner.changed < plain.changed for planner, plain in pairs)
     return [
-        f"{found.users:,} held-out users judge; size and time (of 8 users) are shares of fp32's, ± is the standard error over users",
-        f"the planner changes fewer of the shown items at {fewer} of {len(pairs)} sizes; NDCG@10 is noisier: read it with its error",
+        f"{found.users:,} held-out users judge; size and time (of 8 users) are shares of fp32's, ± is the "
+        "standard error over users",
+        f"the planner changes fewer of the shown items at {fewer} of {len(pairs)} sizes; NDCG@10 is "
+        "noisier: read it with its error",
         *found.notes,
     ]

@@ -24,7 +24,8 @@ from ensemble.spec import ModelSpec
 
 
 def is_whole(folder: Path) -> bool:
-    """True when a plan is there with every file as its manifest says; else it is absent, or changed since: to be built again."""
+    """True when a plan is there with every file as its manifest says; else it is absent, or changed since: to
+    be built again."""
     try:
         read_plan(folder / MANIFEST).verify()
     except PeregrineError:
@@ -71,7 +72,8 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def move_in(release: Release, staged: Path, folder: Path) -> None:
-    """By rename under the repository's lock, so that readers find all or nothing; a damaged folder of the same key goes."""
+    """By rename under the repository's lock, so that readers find all or nothing; a damaged folder of the
+    same key goes."""
     with locked(release.repository):
         if not (release.path / MANIFEST).exists():
             raise ReleaseError(f"release {release.name} was removed while its plans were built")
@@ -94,7 +96,8 @@ def room_for(release: Release) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(release.repository).free / 1e6
             raise ReleaseError(
-                f"compile: no space left in {release.repository} ({free:.0f} MB free); free some and run it again: it goes on"
+                f"compile: no space left in {release.repository} ({free:.0f} MB free); free some and run it "
+                "again: it goes on"
             ) from error
         raise ReleaseError(
             f"compile: cannot write plans into {release.repository}: {error.strerror} ({error.filename})"

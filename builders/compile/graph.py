@@ -1,4 +1,5 @@
-"""ONNX on its way into TensorRT: what a model computes in, whether its weights are 2:4, and the repairs that a parser needs."""
+"""ONNX on its way into TensorRT: what a model computes in, whether its weights are 2:4, and the repairs that
+a parser needs."""
 
 from __future__ import annotations
 
@@ -28,20 +29,23 @@ def read_model(data: bytes, where: str) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and onnx's own share no base but Exception
         raise ReleaseError(
-            f"{where} is not a whole ONNX model: {str(error).strip().splitlines()[0]}; build the release again"
+            f"{where} is not a whole ONNX model: {str(error).strip().splitlines()[0]}; build the release "
+            "again"
         ) from None
     outside = [
         tensor.name for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL
     ]
     if outside:
         raise ReleaseError(
-            f"{where}: {outside[0]} lies in a file outside the model, which could be any file; save it as one file"
+            f"{where}: {outside[0]} lies in a file outside the model, which could be any file; save it as "
+            "one file"
         )
     return model
 
 
 def precision(model: onnx.ModelProto) -> str:
-    """The types that the graph computes in, such as "fp16+fp32+int8": those of its weights, its casts and its quantized nodes."""
+    """The types that the graph computes in, such as "fp16+fp32+int8": those of its weights, its casts and its
+    quantized nodes."""
     found = {tensor.data_type for tensor in model.graph.initializer} | {
         value.type.tensor_type.elem_type for value in model.graph.input
     }
@@ -59,7 +63,8 @@ def precision(model: onnx.ModelProto) -> str:
 
 
 def is_sparse(model: onnx.ModelProto) -> bool:
-    """True when a weight has at most two of every four neighbours along the summed axis: what sparse tensor cores skip.
+    """True when a weight has at most two of every four neighbours along the summed axis: what sparse tensor
+    cores skip.
 
     NVIDIA, "Accelerating Sparse Deep Neural Networks" (2021), https://arxiv.org/abs/2104.08378.
     """
@@ -80,8 +85,9 @@ def _is_two_of_four(weight: np.ndarray) -> bool:
 def use_every_input(model: onnx.ModelProto) -> list[str]:
     """Adds 0 times each unread input to the first output, in place; returns their names.
 
-    A shop without user features leaves `user_codes` unread, and TensorRT drops what nothing reads: the plan's inputs would no
-    longer be the contract's. clip(sum, 0, 0) is 0 for every input, and the builder does not fold it.
+    A shop without user features leaves `user_codes` unread, and TensorRT drops what nothing reads: the plan's
+    inputs would no longer be the contract's. clip(sum, 0, 0) is 0 for every input, and the builder does not
+    fold it.
     """
     graph = model.graph
     read = {name for node in graph.node for name in node.input}
@@ -139,7 +145,8 @@ def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
         raise ReleaseError(
-            f"this model cannot be brought down to opset {OLD_OPSET} for TensorRT 8.5: {reason}; use TensorRT 10.12 or newer"
+            f"this model cannot be brought down to opset {OLD_OPSET} for TensorRT 8.5: {reason}; use "
+            "TensorRT 10.12 or newer"
         ) from None
     for node in (
         model.graph.node
@@ -174,7 +181,8 @@ def _expanded(
 
 
 def _gelu(node: onnx.NodeProto, prefix: str) -> Spelt:
-    """x / 2 * (1 + erf(x / sqrt 2)), or its tanh form: Hendrycks and Gimpel (2016), https://arxiv.org/abs/1606.08415."""
+    """x / 2 * (1 + erf(x / sqrt 2)), or its tanh form: Hendrycks and Gimpel (2016),
+    https://arxiv.org/abs/1606.08415."""
     exact = not any(a.s == b"tanh" for a in node.attribute if a.name == "approximate")
     x, (out,) = node.input[0], node.output
     chain = (
@@ -197,11 +205,13 @@ def _gelu(node: onnx.NodeProto, prefix: str) -> Spelt:
 
 
 def _layer_normalization(node: onnx.NodeProto, prefix: str) -> Spelt:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis: Ba et al. (2016), https://arxiv.org/abs/1607.06450."""
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis: Ba et al. (2016),
+    https://arxiv.org/abs/1607.06450."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if attributes.get("axis", -1) != -1:
         raise ReleaseError(
-            f"{node.name}: LayerNormalization over axes from {attributes['axis']} on cannot be spelt out for TensorRT 8.5; only the last axis"
+            f"{node.name}: LayerNormalization over axes from {attributes['axis']} on cannot be spelt out "
+            "for TensorRT 8.5; only the last axis"
         )
     x, scale, bias, (out, *_) = (
         node.input[0],

@@ -16,11 +16,11 @@ Feeds = dict[str, np.ndarray]
 
 
 def real_feeds(release: ServedRelease, models: Sequence[ModelSpec], users: int = 0) -> dict[str, Feeds]:
-    """{model: its inputs for `users` users with a past, spread over the shop; 0 = the largest batch} as the steps before it give them."""
+    """{model: its inputs for `users` users with a past, spread over the shop; 0 = the largest batch} as the
+    steps before it give them."""
     rows = users or release.pipeline.max_batch
-    known = np.flatnonzero(
-        release.users["seen"][:, -1] > 0
-    )  # left-padded: the last place is the first to be filled
+    # left-padded: the last place is the first to be filled
+    known = np.flatnonzero(release.users["seen"][:, -1] > 0)
     if not len(known):
         raise ReleaseError(
             f"release {release.name} has no user with a past, on whose feeds its engines could be checked"

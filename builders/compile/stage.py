@@ -1,10 +1,11 @@
 """Stage `compile`: a release's ONNX models -> TensorRT plans for the GPU of this machine, beside the release.
 
-Plans fit one GPU and one TensorRT, so they are built where they are served: inside the serving image on the GPU node. The
-release itself never changes. Plans are built with the API that TensorRT 10.12 to 11 share, on strongly typed networks: the
-ONNX model says what is fp16, int8 or fp8. TensorRT 8.5, which the check on a bare GPU host brings, is weakly typed; what
-differs there is in _old_* and nowhere else. Polygraphy is not used: it hides the differences between versions, but of those
-we have one, and it would have to be installed in the serving image.
+Plans fit one GPU and one TensorRT, so they are built where they are served: inside the serving image on the
+GPU node. The release itself never changes. Plans are built with the API that TensorRT 10.12 to 11 share, on
+strongly typed networks: the ONNX model says what is fp16, int8 or fp8. TensorRT 8.5, which the check on a
+bare GPU host brings, is weakly typed; what differs there is in _old_* and nowhere else. Polygraphy is not
+used: it hides the differences between versions, but of those we have one, and it would have to be installed
+in the serving image.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease, open_served
 
 Report = Callable[[str, float], None]
-# Largest error of a plan against onnxruntime on the same feeds, relative to the largest output; by the coarsest type it computes
+# Largest error of a plan against onnxruntime on the same feeds, relative to the largest output; by the
+# coarsest type it computes
 # in. fp32 runs on TF32 tensor cores (10 bits of mantissa); fp8 keeps 3 bits, int8 256 steps a tensor.
 TOLERANCES = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 1e-1, "fp8": 2e-1}
 
@@ -95,7 +97,8 @@ def compile_release(
     portable: bool = False,
     report: Report = lambda step, share: None,
 ) -> list[Compiled]:
-    """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next call goes on where it was."""
+    """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next
+    call goes on where it was."""
     release = open_served(repository.resolve(), name)
     sweep(release.repository)
     models = engine_models(release)
@@ -177,7 +180,8 @@ def timing_cache(repository: Path, node: Node) -> Path:
 def _check_plan(
     path: Path, model: ModelSpec, source: Path, feeds: dict[str, np.ndarray], types: str, tools: Toolchain
 ) -> float:
-    """Runs the plan and onnxruntime on the same real feeds; ReleaseError if tensors differ from the contract's or numbers too much."""
+    """Runs the plan and onnxruntime on the same real feeds; ReleaseError if tensors differ from the
+    contract's or numbers too much."""
     engine = tools.open(path)
     check_signature(engine, model, path)
     found, wanted = engine.run(feeds), OnnxEngine(source, 1, fuse=types == "fp32").run(feeds)
@@ -185,13 +189,15 @@ def _check_plan(
     tolerance = max(TOLERANCES[kind] for kind in types.split("+"))
     if not error <= tolerance:
         raise ReleaseError(
-            f"{model.name}: the plan's outputs differ from onnxruntime's by {error:.1e} ({types}: at most {tolerance:.0e}); it is not kept"
+            f"{model.name}: the plan's outputs differ from onnxruntime's by {error:.1e} ({types}: at most "
+            f"{tolerance:.0e}); it is not kept"
         )
     return error
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest difference, relative to the largest wanted value: values near 0 have no scale of their own. NaN stays NaN."""
+    """Largest difference, relative to the largest wanted value: values near 0 have no scale of their own. NaN
+    stays NaN."""
     return float(np.abs(found - wanted).max() / max(1e-6, float(np.abs(wanted).max())))
 
 
@@ -246,7 +252,8 @@ def _profile(builder: Any, wanted: tuple[Range, ...]) -> Any:
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    """What earlier builds measured; a cache that TensorRT does not take (another version's, or damaged) is started anew."""
+    """What earlier builds measured; a cache that TensorRT does not take (another version's, or damaged) is
+    started anew."""
     known = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)

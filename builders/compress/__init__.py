@@ -1,1 +1,2 @@
-"""Stage `compress`: prune, distil, quantize by sensitivity; and the gate that proves the ranking did not suffer."""
+"""Stage `compress`: prune, distil, quantize by sensitivity; and the gate that proves the ranking did not
+suffer."""

@@ -1,7 +1,8 @@
 """One short training loop for all that changes a trained module: pruning, distilling, quantizing.
 
-Feeds are dicts by contract tensor name, first axis users; what a loss wants beside the module's inputs (labels, items) lies in
-the same dict under names that no input has. All random numbers come from `seed`: the same seed gives the same weights.
+Feeds are dicts by contract tensor name, first axis users; what a loss wants beside the module's inputs
+(labels, items) lies in the same dict under names that no input has. All random numbers come from `seed`: the
+same seed gives the same weights.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def finetune(
 ) -> list[float]:
     """Trains `module` in place: Adam, learning rate falling linearly to 0. Returns the loss of every step.
 
-    `repairs` are applied after each step. Dropout is off unless wanted: a teacher's answer is no noisy label. Whatever mode
-    the module was in, it is in evaluation mode afterwards.
+    `repairs` are applied after each step. Dropout is off unless wanted: a teacher's answer is no noisy label.
+    Whatever mode the module was in, it is in evaluation mode afterwards.
     """
     if steps < 1:
         raise InvalidInput(f"steps = {steps}: want at least 1")
@@ -101,7 +102,8 @@ def inputs_of(module: nn.Module, feeds: Feeds) -> Feeds:
     missing = [name for name in wanted if name not in feeds]
     if missing:
         raise InvalidInput(
-            f"feeds lack {', '.join(missing)}, which {type(module).__name__}.forward takes; they have {', '.join(feeds)}"
+            f"feeds lack {', '.join(missing)}, which {type(module).__name__}.forward takes; they have "
+            f"{', '.join(feeds)}"
         )
     return {name: feeds[name] for name in wanted}
 
@@ -109,7 +111,8 @@ def inputs_of(module: nn.Module, feeds: Feeds) -> Feeds:
 def batches_from_feeds(
     feeds: Mapping[str, np.ndarray], batch: int, shared: Mapping[str, np.ndarray] | None = None
 ) -> Batches:
-    """Batches of `batch` users drawn from arrays whose first axis is users; `shared` arrays go into every batch whole."""
+    """Batches of `batch` users drawn from arrays whose first axis is users; `shared` arrays go into every
+    batch whole."""
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or not min(counts.values(), default=0):
         raise InvalidInput(f"feeds: want the same number of users, at least 1, in all; got {counts}")

@@ -1,7 +1,8 @@
-"""What compression needs to know of an ONNX graph: a safe way in and out, its blocks by readable names, and its bytes.
+"""What compression needs to know of an ONNX graph: a safe way in and out, its blocks by readable names, and
+its bytes.
 
-A *block* is what a precision can be chosen for: a MatMul or Gemm (with its bias and ReLU, if they follow), and a table that rows
-are gathered from. All else in a graph follows its neighbours.
+A *block* is what a precision can be chosen for: a MatMul or Gemm (with its bias and ReLU, if they follow),
+and a table that rows are gathered from. All else in a graph follows its neighbours.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 SMALL = 256  # elements; a constant below it is a shape, an axis or a scalar, not a table
+# the exporter's note of the module a node came from
 _SCOPES, _CLASSES = (
     "pkg.torch.onnx.name_scopes",
     "pkg.torch.onnx.class_hierarchy",
-)  # the exporter's note of the module a node came from
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Index:
     outputs: set[str] = field(default_factory=set)
 
     def only_reader(self, tensor: str, op: str) -> NodeProto | None:
-        """The one node that reads `tensor`, when it is an `op` and the graph does not give the tensor away."""
+        """The one node that reads `tensor`, when it is an `op` and the graph does not give the tensor
+        away."""
         readers = self.readers.get(tensor, [])
         return (
             readers[0]
@@ -61,7 +64,8 @@ class Index:
 
 
 def load(model: bytes, name: str = "the model") -> ModelProto:
-    """Serialized ONNX -> a model whose nodes have unique names; InvalidInput when it is cut short or points to other files."""
+    """Serialized ONNX -> a model whose nodes have unique names; InvalidInput when it is cut short or points
+    to other files."""
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's DecodeError has no stable home
@@ -96,7 +100,8 @@ def index(proto: ModelProto) -> Index:
 
 
 def blocks(proto: ModelProto) -> list[Block]:
-    """The blocks in the order of the graph; names are those of the modules they were exported from, where known."""
+    """The blocks in the order of the graph; names are those of the modules they were exported from, where
+    known."""
     known = index(proto)
     nodes = [node for node in proto.graph.node if _is_block(node, known)]
     found = [_block(node, known) for node in nodes]
@@ -104,7 +109,8 @@ def blocks(proto: ModelProto) -> list[Block]:
 
 
 def bias_of(node: NodeProto, known: Index) -> tuple[str | None, NodeProto | None]:
-    """(the initializer added to a MatMul or Gemm's output, the Add that does it: None for a Gemm, which has it inside)."""
+    """(the initializer added to a MatMul or Gemm's output, the Add that does it: None for a Gemm, which has
+    it inside)."""
     if node.op_type == "Gemm":
         return (node.input[2] if len(node.input) > 2 else None), None
     add = known.only_reader(node.output[0], "Add")
@@ -159,14 +165,16 @@ def array(tensor: TensorProto) -> Array:
 
 
 def constants_from_nodes(proto: ModelProto) -> None:
-    """Constant nodes become initializers; InvalidInput for control flow, whose inner graphs no precision is chosen for."""
+    """Constant nodes become initializers; InvalidInput for control flow, whose inner graphs no precision is
+    chosen for."""
     for node in list(proto.graph.node):
         if any(
             attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
             for attribute in node.attribute
         ):
             raise InvalidInput(
-                f"{node.name} ({node.op_type}) has a graph inside and cannot be quantized; export the model without control flow"
+                f"{node.name} ({node.op_type}) has a graph inside and cannot be quantized; export the model "
+                "without control flow"
             )
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             tensor = node.attribute[0].t
@@ -176,7 +184,8 @@ def constants_from_nodes(proto: ModelProto) -> None:
 
 
 def dims(proto: ModelProto) -> dict[str, tuple[int | str, ...]]:
-    """Axes of each tensor as far as they are known: lengths, and names of those that vary ("" where they have none)."""
+    """Axes of each tensor as far as they are known: lengths, and names of those that vary ("" where they have
+    none)."""
     inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return {
         v.name: tuple(
@@ -304,7 +313,8 @@ def _block(node: NodeProto, known: Index) -> tuple[str, str, tuple[str, ...], st
 
 
 def _names(nodes: list[NodeProto]) -> list[str]:
-    """The module's path where one module has one block, "module.operation" where it has more, else the node's own name."""
+    """The module's path where one module has one block, "module.operation" where it has more, else the node's
+    own name."""
     scopes = [_scopes(node) for node in nodes]
     times = Counter(module for module, _ in scopes if module)
     wanted = [
@@ -316,7 +326,8 @@ def _names(nodes: list[NodeProto]) -> list[str]:
 
 
 def _scopes(node: NodeProto) -> tuple[str, str]:
-    """(path of the innermost torch module, name of the operation in it); empty where the exporter left no note."""
+    """(path of the innermost torch module, name of the operation in it); empty where the exporter left no
+    note."""
     notes = {prop.key: prop.value for prop in node.metadata_props}
     try:
         path = ast.literal_eval(notes.get(_SCOPES, "[]"))

@@ -99,13 +99,11 @@ class Distil(_Entry):
 class Budget(_Entry):
     """What the planner may spend or must reach: exactly one of three."""
 
-    loss: float | None = Field(
-        default=None, gt=0, le=0.5
-    )  # relative NDCG@10 lost; the smallest engine within it is chosen
+    # relative NDCG@10 lost; the smallest engine within it is chosen
+    loss: float | None = Field(default=None, gt=0, le=0.5)
     size: float | None = Field(default=None, gt=0, le=1)  # bytes, share of the fp32 engine's
-    latency: float | None = Field(
-        default=None, gt=0, le=1
-    )  # at batch 8, share of the fp32 engine's; TensorRT, not timed here, may lose half of gate.ranking
+    # at batch 8, share of the fp32 engine's; TensorRT, not timed here, may lose half of gate.ranking
+    latency: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -118,7 +116,8 @@ class Budget(_Entry):
 
 
 class Quantize(_Entry):
-    """Precisions chosen per node, by sensitivity, within a budget. A pin that a runtime does not know is none there."""
+    """Precisions chosen per node, by sensitivity, within a budget. A pin that a runtime does not know is none
+    there."""
 
     onnxruntime: tuple[Literal["int8", "fp32"], ...] = ("int8", "fp32")
     tensorrt: tuple[Precision, ...] = ("int8", "fp16", "fp32")
@@ -144,17 +143,14 @@ class ModelPlan(_Entry):
 class Gate(_Entry):
     """Limits of what users may lose against the uncompressed release."""
 
-    ranking: float = Field(
-        default=0.005, gt=0, le=0.5
-    )  # relative loss of HR@10, NDCG@10, recall@N; relative rise of a regression's RMSE
+    # relative loss of HR@10, NDCG@10, recall@N; relative rise of a regression's RMSE
+    ranking: float = Field(default=0.005, gt=0, le=0.5)
     auc: float = Field(default=0.002, gt=0, le=0.5)  # absolute loss, each task
     ece: float = Field(default=0.005, gt=0, le=0.5)  # absolute rise, each task
-    overlap: float = Field(
-        default=0.95, ge=0, lt=1
-    )  # share of the top 10 that stays, where only precision changed
-    slices: float = Field(
-        default=0.03, gt=0, le=1
-    )  # relative loss of NDCG@10 in any slice of the users, after Holm's correction
+    # share of the top 10 that stays, where only precision changed
+    overlap: float = Field(default=0.95, ge=0, lt=1)
+    # relative loss of NDCG@10 in any slice of the users, after Holm's correction
+    slices: float = Field(default=0.03, gt=0, le=1)
     slice_users: int = Field(default=2000, ge=1)  # slices of fewer users are reported, not gated
     samples: int = Field(default=1000, ge=200, le=20_000)  # resamples of the bootstrap
 
@@ -182,7 +178,8 @@ class CompressionPlan(_Entry):
             known = _student_widths(model) if distil else ()
             if distil and not known:
                 raise ValueError(
-                    f"{model}.distil: there is no student for it, its widths are the contract's; prune or quantize it instead"
+                    f"{model}.distil: there is no student for it, its widths are the contract's; prune or "
+                    "quantize it instead"
                 )
             for name in distil.student if distil else ():
                 if name not in known:
@@ -215,7 +212,8 @@ NO_PLAN = CompressionPlan()
 
 
 def read_plan(name_or_path: str | Path) -> CompressionPlan:
-    """A preset by name, or a TOML file; InvalidInput names the file, the first wrong key, its value and the cure."""
+    """A preset by name, or a TOML file; InvalidInput names the file, the first wrong key, its value and the
+    cure."""
     path = _FOLDER / f"{name_or_path}.toml" if str(name_or_path) in PRESETS else Path(name_or_path)
     try:
         return read_toml(CompressionPlan, path, f"compression plan {path}", first_error)

@@ -1,4 +1,5 @@
-"""The shape of compress.json: what the stage `compress` tells people and `peregrine report` draws. In a manifest: report.compress."""
+"""The shape of compress.json: what the stage `compress` tells people and `peregrine report` draws. In a
+manifest: report.compress."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Variant(TypedDict):
 
 
 class NodePrecision(TypedDict):
-    """One node of the graph: what it costs when it alone has the lowest precision it may have, and what was decided."""
+    """One node of the graph: what it costs when it alone has the lowest precision it may have, and what was
+    decided."""
 
     model: str
     runtime: str

@@ -11,8 +11,8 @@ from ensemble.errors import InvalidInput
 
 
 class OnnxSession:
-    """A serialized ONNX model on the CPU, one thread. Graphs with 8- or 16-bit floats are run as they are written: beyond basic
-    optimization, onnxruntime 1.31 does not run fp8, and crashes on some fp16 graphs."""
+    """A serialized ONNX model on the CPU, one thread. Graphs with 8- or 16-bit floats are run as they are
+    written: beyond basic optimization, onnxruntime 1.31 does not run fp8, and crashes on some fp16 graphs."""
 
     def __init__(self, model: bytes, name: str = "the model") -> None:
         self._session = open_session(model, plain=_has_short_floats(graph.load(model, name)))
@@ -39,7 +39,8 @@ def _has_short_floats(model: onnx.ModelProto) -> bool:
 
 
 def open_session(model: bytes, *, plain: bool = False) -> ort.InferenceSession:
-    """One thread on the CPU; `plain`: only the optimizations that keep each node's own rounding (fp16 and fp8 graphs need it)."""
+    """One thread on the CPU; `plain`: only the optimizations that keep each node's own rounding (fp16 and fp8
+    graphs need it)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

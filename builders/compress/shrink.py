@@ -1,4 +1,5 @@
-"""The torch side of one model's compression: distil, then prune, each fine-tuned; and the fp32 ONNX model of what comes out."""
+"""The torch side of one model's compression: distil, then prune, each fine-tuned; and the fp32 ONNX model of
+what comes out."""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) 
         widths = {name: size for name, size in sizes.items() if isinstance(size, int)}
         return student_user_encoder(teacher, widths, seed)
     raise InvalidInput(
-        f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, or prune this one"
+        f"{model}.distil: no student of {type(teacher).__name__} is known; distil ranker or user_encoder, "
+        "or prune this one"
     )
 
 

@@ -1,9 +1,11 @@
-"""The stage `compress`: a staged release in, the same release with smaller engines out, and the proof that it may be served.
+"""The stage `compress`: a staged release in, the same release with smaller engines out, and the proof that it
+may be served.
 
-    item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of each runtime
+    item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of
+    each runtime
 
-Each model goes through distil, prune and quantize as its plan says, judged in the chain as it stands by then; the gate holds
-the whole against the uncompressed release, on users that chose nothing.
+Each model goes through distil, prune and quantize as its plan says, judged in the chain as it stands by then;
+the gate holds the whole against the uncompressed release, on users that chose nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _QUERIES = 512  # user embeddings that tune the index anew
 def compress(
     source: Source, plan: CompressionPlan, plan_name: str, folder: Path, report: Report
 ) -> CompressionReport:
-    """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table, where the gate fails."""
+    """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table,
+    where the gate fails."""
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
     work = _Work(source, plan, folder, report)
@@ -155,7 +158,8 @@ class _Work:
                 self.verdicts[runtime] = self._verdict(before, evaluation.measure(self.folder, file=file))
         for slower in self.verdicts["onnxruntime"].slower:
             self.notes.append(
-                f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, {slower.reference_ms:.2f} ms uncompressed"
+                f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, "
+                f"{slower.reference_ms:.2f} ms uncompressed"
             )
         return {
             "plan": facts(self.plan),

@@ -85,7 +85,8 @@ def _interactions(report: Report, tables: ShopTables) -> None:
         share = tables.num_dropped / (tables.num_dropped + len(interactions))
         where = tables.shop.items.file if tables.shop.items else ""
         report.warnings.append(
-            f"{tables.num_dropped} interactions ({share:.1%}) are left out: their items, {tables.first_dropped!r} first, are not in {where}"
+            f"{tables.num_dropped} interactions ({share:.1%}) are left out: their items, "
+            f"{tables.first_dropped!r} first, are not in {where}"
         )
 
 
@@ -112,7 +113,8 @@ def _histories(report: Report, dataset: Dataset) -> None:
     for name, targets in (("validation", dataset.validation), ("test", dataset.test)):
         if len(targets.user_rows) < 2:
             report.warnings.append(
-                f"the {name} split has {len(targets.user_rows)} users; quality cannot be measured (see split in shop.toml)"
+                f"the {name} split has {len(targets.user_rows)} users; quality cannot be measured (see "
+                "split in shop.toml)"
             )
 
 
@@ -136,13 +138,15 @@ def _features(
             full = (codes[1:, feature.columns] > 0).all(axis=1).mean()
             if feature.width > 1 and full > 0.05 and (is_list(column) or entry.separator):
                 report.warnings.append(
-                    f"{what}: {full:.0%} of rows fill all {feature.width} places of {entry.name!r}; raise its width if values are cut"
+                    f"{what}: {full:.0%} of rows fill all {feature.width} places of {entry.name!r}; raise "
+                    "its width if values are cut"
                 )
         if filled == 0:
             report.warnings.append(f"{what}: the feature {entry.name!r} is empty in every row")
         elif feature is not None and feature.kind == "category" and feature.size == 2:
             report.warnings.append(
-                f"{what}: the feature {entry.name!r} has a single value; it tells rows apart in nothing but its absence"
+                f"{what}: the feature {entry.name!r} has a single value; it tells rows apart in nothing but "
+                "its absence"
             )
     report.sections[f"{what}' features"] = section
 
@@ -167,7 +171,8 @@ def _tasks(report: Report, dataset: Dataset) -> None:
         fewest = int(min((known == 1).sum(), (known == 0).sum())) if task.kind == "binary" else len(known)
         if fewest < FEW_LABELS:
             report.warnings.append(
-                f"task {task.name!r} has only {fewest} {'labels of one kind' if task.kind == 'binary' else 'labels'}; it will hardly be learned"
+                f"task {task.name!r} has only {fewest} "
+                f"{'labels of one kind' if task.kind == 'binary' else 'labels'}; it will hardly be learned"
             )
     report.sections["tasks"] = section
     if parts:
@@ -193,5 +198,6 @@ def _images(report: Report, folder: Path, tables: ShopTables) -> None:
             )
             if missing:
                 report.warnings.append(
-                    f"{what}: {len(missing)} files of the feature {entry.name!r} are missing, {missing[0]!r} first"
+                    f"{what}: {len(missing)} files of the feature {entry.name!r} are missing, "
+                    f"{missing[0]!r} first"
                 )

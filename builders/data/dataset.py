@@ -1,4 +1,5 @@
-"""What the offline stages read: a shop as dense arrays. `data.py` makes it; nothing here knows a file format."""
+"""What the offline stages read: a shop as dense arrays. `data.py` makes it; nothing here knows a file
+format."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from ensemble.schema import Schema, schema_from_json
 
 @dataclass(frozen=True)
 class Histories:
-    """Positive events of every user in time order (CSR): user row u has item_rows[offsets[u]:offsets[u + 1]]."""
+    """Positive events of every user in time order (CSR): user row u has item_rows[offsets[u]:offsets[u +
+    1]]."""
 
     offsets: Array  # [U + 2] int64; user row 0 (unknown) is empty
     item_rows: Array  # [P] int64
@@ -27,26 +29,24 @@ class Targets:
     """Held-out next items: each row is a user, how much of the history is known, and what came next."""
 
     user_rows: Array  # [Q] int64
-    history_ends: (
-        Array  # [Q] int64, absolute end into Histories.item_rows: known = item_rows[offsets[u]:history_ends]
-    )
+    # [Q] int64, absolute end into Histories.item_rows: known = item_rows[offsets[u]:history_ends]
+    history_ends: Array
     item_rows: Array  # [Q] int64, the true next item
 
 
 @dataclass(frozen=True)
 class Impressions:
-    """Shown items and what became of them. Labels are NaN where a task is not defined (buy without a click)."""
+    """Shown items and what became of them. Labels are NaN where a task is not defined (buy without a
+    click)."""
 
     user_rows: Array  # [E] int64
     item_rows: Array  # [E] int64
     times: Array  # [E] int64
-    history_ends: (
-        Array  # [E] int64, absolute end into Histories.item_rows: positives strictly before this impression
-    )
+    # [E] int64, absolute end into Histories.item_rows: positives strictly before this impression
+    history_ends: Array
     labels: Array  # [E, T] float32
-    truth: Array | None = (
-        None  # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
-    )
+    # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
+    truth: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Packed:
 
 
 def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringArray]:
-    """(row of each word [m] int64 ascending, word [m]): lower case, split at all that is neither letter nor digit."""
+    """(row of each word [m] int64 ascending, word [m]): lower case, split at all that is neither letter nor
+    digit."""
     plain = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{L}\p{N}]+", " "))
     lists = pc.split_pattern(plain, pattern=" ")
     words = pc.list_flatten(lists)
@@ -55,7 +56,8 @@ def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringA
 def pack_features(
     features: list[FeatureColumn], columns: dict[str, Column], rows: Array, num_rows: int
 ) -> Packed:
-    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1. Images wait for their encoder."""
+    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1. Images wait for their
+    encoder."""
     packed: list[Feature] = []
     codes: list[Array] = []
     values: list[Array] = []
@@ -118,7 +120,8 @@ def pack_features(
 
 
 def _indices(feature: FeatureColumn, column: Column) -> tuple[Array, int, list[str] | None]:
-    """(indices [n, width] int64 within the feature's own range, -1 = nothing; the range's size; the vocabulary)."""
+    """(indices [n, width] int64 within the feature's own range, -1 = nothing; the range's size; the
+    vocabulary)."""
     if feature.kind == "category":
         rows, texts = lists_from_column(column, feature.separator)
         width = feature.width or (LIST_WIDTH if is_list(column) or feature.separator else 1)
@@ -137,7 +140,8 @@ def _indices(feature: FeatureColumn, column: Column) -> tuple[Array, int, list[s
 
 
 def _vocabulary_index(texts: pa.LargeStringArray, limit: int) -> tuple[Array, list[str]]:
-    """(1 + place in the vocabulary [m], 0 where the value fell out of it; the vocabulary, most frequent first, ties by text)."""
+    """(1 + place in the vocabulary [m], 0 where the value fell out of it; the vocabulary, most frequent
+    first, ties by text)."""
     encoded = texts.dictionary_encode()
     index = encoded.indices.to_numpy()
     distinct = np.array(encoded.dictionary.to_pylist(), dtype=object)
@@ -159,7 +163,8 @@ def _placed(rows: Array, index: Array, num_rows: int, width: int) -> Array:
 
 
 def _standardized(feature: FeatureColumn, column: Column) -> tuple[Array, Array, Array]:
-    """([n, dim] float32: mean 0 and deviation 1 per component over the rows that have a value, 0 where missing; the mean; the deviation)."""
+    """([n, dim] float32: mean 0 and deviation 1 per component over the rows that have a value, 0 where
+    missing; the mean; the deviation)."""
     numbers = (
         numbers_from_column(column)[:, None]
         if feature.kind == "number"

@@ -1,4 +1,5 @@
-"""Histories, held-out next items and impressions: what may be trained on, and what tests it. All by sorting, no loops."""
+"""Histories, held-out next items and impressions: what may be trained on, and what tests it. All by sorting,
+no loops."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def _leave_one_out(histories: Histories) -> Splits:
 
 
 def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
-    """The user's first event in the period, of an item new to it, is the target; at least one item is known before it."""
+    """The user's first event in the period, of an item new to it, is the target; at least one item is known
+    before it."""
     late, later = (
         int(np.quantile(times, q, method="higher"))
         for q in (1 - split.validation - split.test, 1 - split.test)
@@ -81,7 +83,8 @@ def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
 
 
 def history_ends(histories: Histories, users: Array, times: Array) -> Array:
-    """[E] int64: absolute end of what the user had taken strictly before each time. One search over (user, time) keys."""
+    """[E] int64: absolute end of what the user had taken strictly before each time. One search over (user,
+    time) keys."""
     if not len(histories.times):
         return histories.offsets[users]
     low = min(int(histories.times.min()), int(times.min(initial=NEVER)))
@@ -89,7 +92,8 @@ def history_ends(histories: Histories, users: Array, times: Array) -> Array:
     span = high - low + 1
     if span * (len(histories.offsets) + 1) >= NEVER:
         raise InvalidInput(
-            f"interactions: times from {low} to {high} are too far apart for {len(histories.offsets)} users; times are Unix seconds"
+            f"interactions: times from {low} to {high} are too far apart for {len(histories.offsets)} "
+            "users; times are Unix seconds"
         )
     keys = users_of(histories) * span + (histories.times - low)
     return np.searchsorted(keys, users * span + (times - low), side="left")

@@ -82,7 +82,8 @@ def dataset_from_tables(
 
 
 def positive_rows(tables: ShopTables, exposures: Exposures) -> Array:
-    """Rows of the interactions that form histories, as `history` in shop.toml says (see builders/shop/shop_toml.py)."""
+    """Rows of the interactions that form histories, as `history` in shop.toml says (see
+    builders/shop/shop_toml.py)."""
     shop, interactions = tables.shop, tables.interactions
     rule = shop.interactions.history
     if isinstance(rule, list):

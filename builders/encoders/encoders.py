@@ -24,7 +24,8 @@ _SCORES_AT_ONCE = 1 << 25  # of a full ranking: 128 MiB
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What is trained and how. A catalogue of 10^4 items (Beauty) learns in half the epochs at learning_rate 3e-3."""
+    """What is trained and how. A catalogue of 10^4 items (Beauty) learns in half the epochs at learning_rate
+    3e-3."""
 
     num_item_codes: int = 1  # size of the items' joint code table
     item_code_slices: Slices = ()  # (start, stop) columns of each feature
@@ -39,9 +40,8 @@ class EncoderConfig:
     dropout: float = 0.3
     temperature: float = 0.07
     id_dropout: float = 0.1  # share of ids replaced by row 0, so that features learn to speak for a cold item
-    history_dropout: float = (
-        0.02  # share of histories hidden, so that the default learns what a new user wants
-    )
+    # share of histories hidden, so that the default learns what a new user wants
+    history_dropout: float = 0.02
     epochs: int = 20
     batch_positions: int = 4096
     learning_rate: float = 1e-3
@@ -87,9 +87,8 @@ class EncoderCheckpoint:
     item_ids: Array  # [I + 1, D] float32
     item_state: dict[str, Tensor]
     user_state: dict[str, Tensor]
-    log: list[dict[str, float]] = field(
-        default_factory=list
-    )  # one entry an epoch: epoch, loss, seconds, ndcg_at_10
+    # one entry an epoch: epoch, loss, seconds, ndcg_at_10
+    log: list[dict[str, float]] = field(default_factory=list)
     own: nn.Module | None = None  # the user's own user encoder, whose weights user_state then holds
 
     def item_encoder(self) -> ItemEncoder:
@@ -135,7 +134,8 @@ def encode_rows(checkpoint: EncoderCheckpoint, rows: Array, item_codes: Array, i
 
 
 def encode_items(checkpoint: EncoderCheckpoint, item_codes: Array, item_values: Array) -> Array:
-    """[I + 1, C] int32, [I + 1, R] float32 -> [I + 1, D] float32, row 0 = unknown item. Rows past the id table are new items."""
+    """[I + 1, C] int32, [I + 1, R] float32 -> [I + 1, D] float32, row 0 = unknown item. Rows past the id
+    table are new items."""
     new = len(item_codes) - len(checkpoint.item_ids)
     if new > 0:
         checkpoint = replace(
@@ -149,7 +149,8 @@ def encode_items(checkpoint: EncoderCheckpoint, item_codes: Array, item_values: 
 def encode_users(
     checkpoint: EncoderCheckpoint, items: Array, histories: Sequences, user_codes: Array, user_values: Array
 ) -> Array:
-    """items [I + 1, D] from encode_items, features by the rows of `histories` -> user embeddings [U, M, D] float32."""
+    """items [I + 1, D] from encode_items, features by the rows of `histories` -> user embeddings [U, M, D]
+    float32."""
     encoder, lengths = checkpoint.user_encoder(), np.diff(histories.offsets)
     out = np.empty((len(lengths), checkpoint.config.interests, checkpoint.config.dim), np.float32)
     order = np.argsort(lengths, kind="stable")  # short windows together: their common padding is cut off
@@ -171,7 +172,8 @@ def evaluate_encoders(
     user_codes: Array,
     user_values: Array,
 ) -> dict[str, float]:
-    """Full ranking, items of the history removed, score = best dot product over interests -> {hit_rate_at_10, ndcg_at_10}."""
+    """Full ranking, items of the history removed, score = best dot product over interests -> {hit_rate_at_10,
+    ndcg_at_10}."""
     items = encode_items(checkpoint, item_codes, item_values)
     histories, rows, catalogue = validation.histories, validation.user_rows, torch.from_numpy(items).T
     users = encode_users(checkpoint, items, histories, user_codes[rows], user_values[rows])

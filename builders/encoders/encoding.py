@@ -11,7 +11,8 @@ from ensemble.arrays import Array
 
 
 class UserEncoding:
-    """Torch's user encoder over any users at any point of the history: [L], [L] -> user_embeddings [L, M, D]."""
+    """Torch's user encoder over any users at any point of the history: [L], [L] -> user_embeddings [L, M,
+    D]."""
 
     def __init__(self, checkpoint: EncoderCheckpoint, dataset: Dataset, item_embeddings: Array) -> None:
         self.checkpoint, self.dataset, self.item_embeddings = checkpoint, dataset, item_embeddings

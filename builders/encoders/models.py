@@ -1,14 +1,17 @@
 """The retrieval models: an item encoder and a user encoder whose dot product ranks the catalogue.
 
-Both sides have length 1 / sqrt(temperature), so the dot product is cosine / temperature, the softmax's own logit, and
-inner product and cosine rank alike in any index; a cold item is not ranked down for the short vector it has.
+Both sides have length 1 / sqrt(temperature), so the dot product is cosine / temperature, the softmax's own
+logit, and inner product and cosine rank alike in any index; a cold item is not ranked down for the short
+vector it has.
 
-Axes: B batch, H history (left padded, newest item last), D embedding, M interests, C code columns, R value columns,
-Q query positions, K key positions. Parameter names of `forward` are the tensor names of the contract.
-A contract has no empty tensors: a shop without codes (or values) passes one column of zeros and sizes of 1.
+Axes: B batch, H history (left padded, newest item last), D embedding, M interests, C code columns, R value
+columns, Q query positions, K key positions. Parameter names of `forward` are the tensor names of the
+contract. A contract has no empty tensors: a shop without codes (or values) passes one column of zeros and
+sizes of 1.
 
-Sources: SASRec (Kang & McAuley 2018), ComiRec-SA (Cen et al. 2020), ALiBi (Press et al. 2022) for the slopes of the
-position bias, DropoutNet (Volkovs et al. 2017) for training with item ids left out (see train_encoders).
+Sources: SASRec (Kang & McAuley 2018), ComiRec-SA (Cen et al. 2020), ALiBi (Press et al. 2022) for the slopes
+of the position bias, DropoutNet (Volkovs et al. 2017) for training with item ids left out (see
+train_encoders).
 """
 
 import torch
@@ -17,13 +20,13 @@ from torch.nn import functional
 
 from builders.layers import CodeEmbedding, Dropout
 
-_FAR = (
-    -1e4
-)  # added to a masked logit: finite, so a row that is wholly masked stays finite (in bf16 and fp16 too)
+# added to a masked logit: finite, so a row that is wholly masked stays finite (in bf16 and fp16 too)
+_FAR = -1e4
 
 
 class ItemEncoder(nn.Module):
-    """The item's id row plus what its features say: their sum, corrected by a small network that sees them apart."""
+    """The item's id row plus what its features say: their sum, corrected by a small network that sees them
+    apart."""
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class ItemRows(nn.Module):
     def forward(
         self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D], item_features [B, F]."""
+        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D],
+        item_features [B, F]."""
         embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
         return embedding, self.head(
             item_id_embedding[:, self.embedding :], item_codes, item_values, embedding
@@ -75,17 +79,19 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float, width: int):
         super().__init__()
+        # a pruned block has fewer heads, and reads the bias of those it kept
         self.heads, self.bias_rows = (
             heads,
             list(range(heads)),
-        )  # a pruned block has fewer heads, and reads the bias of those it kept
+        )
         self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.feed = nn.Sequential(nn.Linear(dim, width), nn.GELU(), Dropout(dropout), nn.Linear(width, dim))
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, bias: Tensor) -> Tensor:
-        """states [B, H, D], bias [B, heads, Q, H] (mask and distance) of the newest Q positions -> theirs [B, Q, D]."""
+        """states [B, H, D], bias [B, heads, Q, H] (mask and distance) of the newest Q positions -> theirs [B,
+        Q, D]."""
         split = self.qkv(self.norm_attention(states)).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
         query, states = query[:, :, -bias.shape[2] :], states[:, -bias.shape[2] :]
@@ -97,10 +103,12 @@ class Block(nn.Module):
 
 
 class UserEncoder(nn.Module):
-    """SASRec on item embeddings plus a recency-weighted sum of the items themselves; interests > 1 adds ComiRec-SA.
+    """SASRec on item embeddings plus a recency-weighted sum of the items themselves; interests > 1 adds
+    ComiRec-SA.
 
-    Order enters only as a learned bias on the distance between two items, so a packed training row, a full window and
-    a left-padded one give a user the same embedding. Who has no history gets a learned default; features are added.
+    Order enters only as a learned bias on the distance between two items, so a packed training row, a full
+    window and a left-padded one give a user the same embedding. Who has no history gets a learned default;
+    features are added.
     """
 
     def __init__(
@@ -145,7 +153,8 @@ class UserEncoder(nn.Module):
     def forward(
         self, history_embeddings: Tensor, history_mask: Tensor, user_codes: Tensor, user_values: Tensor
     ) -> Tensor:
-        """[B, H, D] float32, [B, H] bool, [B, Cu] int32, [B, Ru] float32 -> user_embeddings [B, M, D] float32."""
+        """[B, H, D] float32, [B, H] bool, [B, Cu] int32, [B, Ru] float32 -> user_embeddings [B, M, D]
+        float32."""
         length = history_mask.shape[1]
         order = torch.arange(length, device=history_mask.device)
         seen = history_mask[:, None, :] & (order[:, None] >= order[None, :])
@@ -156,7 +165,8 @@ class UserEncoder(nn.Module):
         )
 
     def embeddings(self, states: Tensor, features: Tensor) -> Tensor:
-        """states [B, M, D] of a position (or the default), features [B, D] -> user_embeddings [B, M, D] float32."""
+        """states [B, M, D] of a position (or the default), features [B, D] -> user_embeddings [B, M, D]
+        float32."""
         return self.length * functional.normalize((states + features[:, None]).float(), dim=-1)
 
     def features(self, user_codes: Tensor, user_values: Tensor) -> Tensor:
@@ -164,10 +174,11 @@ class UserEncoder(nn.Module):
         return torch.stack([self.values(user_values), *self.codes(user_codes)]).sum(0)
 
     def positions(self, history_embeddings: Tensor, seen: Tensor, *, newest_only: bool = False) -> Tensor:
-        """[B, H, D] float32, seen [B, Q, K] bool (which items a position may use) -> [B, Q, M, D] without features.
+        """[B, H, D] float32, seen [B, Q, K] bool (which items a position may use) -> [B, Q, M, D] without
+        features.
 
-        Training learns from all positions at once; serving reads the newest, and with `newest_only` no other one is computed
-        where the last block could leave it out.
+        Training learns from all positions at once; serving reads the newest, and with `newest_only` no other
+        one is computed where the last block could leave it out.
         """
         order = torch.arange(seen.shape[1], device=seen.device)
         age = (order[:, None] - order[None, :]).clamp(0, self.max_history - 1)

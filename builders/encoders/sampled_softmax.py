@@ -1,4 +1,5 @@
-"""What a large catalogue costs in training, kept small: the loss over sampled candidates and the optimizer of the id table.
+"""What a large catalogue costs in training, kept small: the loss over sampled candidates and the optimizer of
+the id table.
 
 Axes: P positions, N candidates, D embedding.
 """
@@ -12,7 +13,8 @@ from torch import Tensor
 class SampledSoftmax(torch.autograd.Function):
     """Mean cross-entropy of users [P, D] against candidates [N, D], in slices that stay in the cache.
 
-    Gradients are made on the way forward, so the [P, N] logits, by far the largest tensor, never exist at once.
+    Gradients are made on the way forward, so the [P, N] logits, by far the largest tensor, never exist at
+    once.
     """
 
     @staticmethod
@@ -42,7 +44,8 @@ class SampledSoftmax(torch.autograd.Function):
 
 
 class RowAdam:
-    """Adam on the rows of a table that a batch touched, with one second moment a row: 1 + 1/D tables of state, not 2."""
+    """Adam on the rows of a table that a batch touched, with one second moment a row: 1 + 1/D tables of
+    state, not 2."""
 
     def __init__(self, table: Tensor):
         self.table, self.steps = table, 0

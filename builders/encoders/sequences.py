@@ -1,4 +1,5 @@
-"""Users' item sequences as flat arrays, and the two shapes models see: packed rows to train on, left-padded windows to serve.
+"""Users' item sequences as flat arrays, and the two shapes models see: packed rows to train on, left-padded
+windows to serve.
 
 Axes: U users, R packed rows, H history.
 """
@@ -12,7 +13,8 @@ from ensemble.arrays import Array
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users' item rows in time order: user u has rows[offsets[u]:offsets[u + 1]]. offsets [U + 1] int64, rows int64 >= 1."""
+    """Users' item rows in time order: user u has rows[offsets[u]:offsets[u + 1]]. offsets [U + 1] int64, rows
+    int64 >= 1."""
 
     offsets: Array
     rows: Array
@@ -20,7 +22,8 @@ class Sequences:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Training windows laid end to end. An id of 0 is an empty place; a place without a next item has target 0."""
+    """Training windows laid end to end. An id of 0 is an empty place; a place without a next item has target
+    0."""
 
     items: Array  # [R, H] int64
     targets: Array  # [R, H] int64
@@ -32,7 +35,8 @@ class PackedRows:
         return PackedRows(self.items[rows], self.targets[rows], self.segments[rows], self.users[rows])
 
     def windows(self) -> tuple[Array, Array, Array]:
-        """For each filled place P, in order, its own left-padded window of H: row [P], places [P, H] int64, inside [P, H] bool."""
+        """For each filled place P, in order, its own left-padded window of H: row [P], places [P, H] int64,
+        inside [P, H] bool."""
         row, place = np.nonzero(self.items > 0)
         length = self.items.shape[1]
         back = place[:, None] - np.arange(length - 1, -1, -1)
@@ -45,7 +49,8 @@ class PackedRows:
 
 
 def pack_sequences(sequences: Sequences, order: Array, length: int) -> PackedRows:
-    """Lays the users' training windows end to end in rows of `length` places, so that hardly any place is padding.
+    """Lays the users' training windows end to end in rows of `length` places, so that hardly any place is
+    padding.
 
     order [n] int64 are the users to take. A sequence longer than a row is cut from its newest end.
     """

@@ -1,11 +1,13 @@
 """Trains the item and the user encoder together: every position of every sequence predicts its next item.
 
-The loss is a sampled softmax whose candidates are shared by a batch: the batch's own items, uniform ones and, later in
-training, mined hard ones. A candidate's logit is lowered by the log of its chance of being one (logQ; Jean et al. 2015,
-Yi et al. 2019), so the sum over candidates estimates the sum over the catalogue. Hard candidates, the snapshot's best
-items for some of the batch's positions, are there on purpose: their chance is 1. Easy to hard: their number grows.
+The loss is a sampled softmax whose candidates are shared by a batch: the batch's own items, uniform ones and,
+later in training, mined hard ones. A candidate's logit is lowered by the log of its chance of being one
+(logQ; Jean et al. 2015, Yi et al. 2019), so the sum over candidates estimates the sum over the catalogue.
+Hard candidates, the snapshot's best items for some of the batch's positions, are there on purpose: their
+chance is 1. Easy to hard: their number grows.
 
-Axes: U users, I items, D embedding, P positions that have a next item, N candidates, R x H packed rows and places.
+Axes: U users, I items, D embedding, P positions that have a next item, N candidates, R x H packed rows and
+places.
 """
 
 import copy
@@ -32,7 +34,8 @@ from ensemble.arrays import Array
 
 
 class _Trainer:
-    """The state of one training: weights, optimizers, the shop's features as tensors, the clock of the schedule."""
+    """The state of one training: weights, optimizers, the shop's features as tensors, the clock of the
+    schedule."""
 
     def __init__(
         self,
@@ -48,7 +51,8 @@ class _Trainer:
         ):
             if codes.max(initial=0) >= size:
                 raise ValueError(
-                    f"{name}_codes go up to {codes.max()}, EncoderConfig.num_{name}_codes is {size}: it must be larger"
+                    f"{name}_codes go up to {codes.max()}, EncoderConfig.num_{name}_codes is {size}: it "
+                    "must be larger"
                 )
         self.config, self.sequences = config, sequences
         self.item_codes, self.item_values, self.user_codes, self.user_values = (
@@ -66,9 +70,8 @@ class _Trainer:
         )
         self.rows = RowAdam(self.table)
         self.share = np.bincount(sequences.rows, minlength=num_rows) / max(len(sequences.rows), 1)
-        self.snapshot: tuple[Array, Tensor] | None = (
-            None  # item rows [n] and embeddings [n, D] that hard items come from
-        )
+        # item rows [n] and embeddings [n, D] that hard items come from
+        self.snapshot: tuple[Array, Tensor] | None = None
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a half cosine down to 0."""
@@ -121,7 +124,8 @@ class _Trainer:
         return loss.item()
 
     def encode(self, rows: Array) -> tuple[Tensor, Tensor]:
-        """rows [n] int64 -> (their id rows as a leaf [n, D], item embeddings [n, D]), some of the ids hidden."""
+        """rows [n] int64 -> (their id rows as a leaf [n, D], item embeddings [n, D]), some of the ids
+        hidden."""
         index = torch.from_numpy(rows)
         leaf = self.table[index].requires_grad_()
         hidden = torch.rand(len(rows), 1) < self.config.id_dropout
@@ -148,7 +152,8 @@ class _Trainer:
             return self.users.embeddings(torch.where(hidden, self.users.default, states), features)
 
     def own_states(self, batch: PackedRows, history: Tensor) -> Tensor:
-        """user_states of a user's own module, which knows nothing of packed rows: one left-padded window a place."""
+        """user_states of a user's own module, which knows nothing of packed rows: one left-padded window a
+        place."""
         row, places, inside = batch.windows()
         inside = inside & (self.rng.random(len(row)) >= self.config.history_dropout)[:, None]
         known = torch.from_numpy(inside)
@@ -157,7 +162,8 @@ class _Trainer:
         return self.users(embeddings, known, self.user_codes[owners], self.user_values[owners]).float()
 
     def mine(self, users: Tensor, rows: Array) -> Array:
-        """The snapshot's best items for 64 of the positions, less `rows`; ever more of them. -> [n] int64 ascending."""
+        """The snapshot's best items for 64 of the positions, less `rows`; ever more of them. -> [n] int64
+        ascending."""
         begin = self.config.hard_from
         wanted = (
             int(self.config.num_hard * (self.steps / self.total_steps - begin) / (1 - begin))
@@ -195,9 +201,9 @@ def train_encoders(
 ) -> EncoderCheckpoint:  # fmt: skip
     """Both encoders, at the epoch of the best validation NDCG@10 (without validation: the last).
 
-    sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features by item row
-    (row 0 unknown), those of users by the rows of `sequences`; `user_encoder` is the user's own in place of ours.
-    Same seed, threads and machine: same checkpoint.
+    sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features
+    by item row (row 0 unknown), those of users by the rows of `sequences`; `user_encoder` is the user's own
+    in place of ours. Same seed, threads and machine: same checkpoint.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,5 @@
-"""What models are fed outside of serving: histories up to any point, users' embeddings there, and real inputs for exported engines."""
+"""What models are fed outside of serving: histories up to any point, users' embeddings there, and real inputs
+for exported engines."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 def engine_feeds(
     dataset: Dataset, item_embeddings: Array, trained: RankerCheckpoint, id_rows: Array, recall: OfflineRecall
 ) -> dict[str, Array]:
-    """Real inputs of all engines, by tensor name: those of the first users, with recall's candidates, and of the first items.
+    """Real inputs of all engines, by tensor name: those of the first users, with recall's candidates, and of
+    the first items.
 
-    Random scores would not do: where the calibrated probabilities are all next to 0, the two sigmoids differ in most of their digits.
+    Random scores would not do: where the calibrated probabilities are all next to 0, the two sigmoids differ
+    in most of their digits.
     """
     user_rows = np.arange(1, 1 + min(_CHECKED, dataset.num_users))
     ends = dataset.histories.offsets[user_rows + 1]

@@ -1,4 +1,5 @@
-"""Stage `export`: torch modules -> single-file ONNX models whose names, axes and dtypes come from the contract."""
+"""Stage `export`: torch modules -> single-file ONNX models whose names, axes and dtypes come from the
+contract."""
 
 from __future__ import annotations
 
@@ -18,15 +19,18 @@ from ensemble.engines import check_signature, open_engine
 from ensemble.errors import InvalidInput
 from ensemble.spec import ModelSpec, TensorSpec
 
-# fp32 on both sides: they differ by the order of sums only. Relative to the largest output, because logits near 0 have no scale.
+# fp32 on both sides: they differ by the order of sums only. Relative to the largest output, because logits
+# near 0 have no scale.
 FP32_TOLERANCE = 1e-4
 EXAMPLE_BATCH = 3  # anything but 0 and 1, which torch.export would take for constants
 
 
 def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, np.ndarray]) -> float:
-    """Writes `module` as ONNX to `path` and returns its largest relative error against torch on `feeds` (real inputs by name).
+    """Writes `module` as ONNX to `path` and returns its largest relative error against torch on `feeds` (real
+    inputs by name).
 
-    ReleaseError when the exported tensors are not the contract's, InvalidInput when the numbers differ by more than FP32_TOLERANCE.
+    ReleaseError when the exported tensors are not the contract's, InvalidInput when the numbers differ by
+    more than FP32_TOLERANCE.
     """
     module = module.eval()
     arguments = {spec.name: torch.from_numpy(_example(feeds[spec.name])) for spec in model.inputs}
@@ -64,14 +68,16 @@ def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
         error = float(np.abs(found[spec.name] - array).max() / max(1e-6, np.abs(array).max()))
         if not error <= FP32_TOLERANCE:
             raise InvalidInput(
-                f"{model.name}: {spec.name} of the exported ONNX model differs from torch by {error:.1e} (tolerance {FP32_TOLERANCE:.0e})"
+                f"{model.name}: {spec.name} of the exported ONNX model differs from torch by {error:.1e} "
+                f"(tolerance {FP32_TOLERANCE:.0e})"
             )
         worst = max(worst, error)
     return worst
 
 
 def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
-    """Axes that the graph leaves open: the batch, and the candidates, so that offline stages can ask about a few."""
+    """Axes that the graph leaves open: the batch, and the candidates, so that offline stages can ask about a
+    few."""
     return {
         place: torch.export.Dim(axis.letter, min=1, max=65536)
         for place, axis in enumerate(spec.axes)

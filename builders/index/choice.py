@@ -1,7 +1,7 @@
 """Which Faiss index, and how it is asked: chosen by catalogue size and memory, tuned against exact search.
 
-How an index is built (IndexPlan) and how it is asked (ensemble.index.main_index.QuerySettings) are apart: one build is tried with many
-settings, and the table of what was tried goes into the report.
+How an index is built (IndexPlan) and how it is asked (ensemble.index.main_index.QuerySettings) are apart: one
+build is tried with many settings, and the table of what was tried goes into the report.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class TunedIndex:
 def choose_plan(
     num_items: int, dim: int, budget_bytes: int | None = None, *, precision: Precision = "fp16", seed: int = 0
 ) -> IndexPlan:
-    """The most exact index that fits `budget_bytes` (None: flat vectors up to a gigabyte at 128 components, then a twentieth)."""
+    """The most exact index that fits `budget_bytes` (None: flat vectors up to a gigabyte at 128 components,
+    then a twentieth)."""
     lists = 1 << max(4, int(np.log2(2 * np.sqrt(max(1, num_items)))))
     budget = (
         budget_bytes
@@ -91,7 +92,8 @@ def choose_plan(
     if not fitting:
         least = min(_total_bytes(p, num_items, dim) for p in plans)
         raise InvalidInput(
-            f"index memory {budget} bytes: {num_items} items of {dim} components need at least {least}; give more, or fewer components"
+            f"index memory {budget} bytes: {num_items} items of {dim} components need at least {least}; "
+            "give more, or fewer components"
         )
     return fitting[0]
 
@@ -138,7 +140,8 @@ def pack_vectors(path: Path, plan: IndexPlan, num_items: int, dim: int, chunks: 
 
 
 def sample(chunks: Chunks, num_items: int, size: int, seed: int) -> Array:
-    """About `size` vectors [n, D]: short runs from everywhere, as reading single rows of a mapped file costs a page each."""
+    """About `size` vectors [n, D]: short runs from everywhere, as reading single rows of a mapped file costs
+    a page each."""
     if size >= num_items:
         return chunks(0, num_items)
     run = 64

@@ -21,7 +21,8 @@ from ensemble.steps.recall import Recall
 
 
 class OfflineRecall:
-    """The Recall that will be served, asked about any user at any point of the history (a ScoreFunction and a CandidateFunction)."""
+    """The Recall that will be served, asked about any user at any point of the history (a ScoreFunction and a
+    CandidateFunction)."""
 
     def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
         staged = StagedRelease(folder)
@@ -35,7 +36,8 @@ class OfflineRecall:
         self.query_names = [spec.name for spec in staged.model("recall").inputs if spec.name != "seen_rows"]
 
     def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
-        """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""
+        """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S]
+        float32."""
         return self.candidates_for(self.encode_users(user_rows, history_ends), user_rows, history_ends)
 
     def candidates_for(
@@ -57,7 +59,8 @@ class OfflineRecall:
         return rows, scores
 
     def popular_scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was trained on."""
+        """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was
+        trained on."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
         out[..., SOURCES.index("popular")] = np.where(
             item_rows > 0, self.recall.popularity[np.maximum(item_rows, 0)], 0
@@ -83,7 +86,8 @@ class OfflineRecall:
         return out
 
     def queries(self, user_rows: Array, tensors: dict[str, Array]) -> dict[str, Array]:
-        """What recall takes beside seen_rows [L, W]; models between features and recall other than the user encoder are run here."""
+        """What recall takes beside seen_rows [L, W]; models between features and recall other than the user
+        encoder are run here."""
         known = {"user_id": self.dataset.user_ids[user_rows - 1][:, None], **tensors}
         for model, step in self.between:
             known |= step.run(
@@ -105,14 +109,17 @@ EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L]
 
 
 class ScoreFunction(Protocol):
-    """What recall says of any item at any point of a history. It must know nothing that happened after training ended."""
+    """What recall says of any item at any point of a history. It must know nothing that happened after
+    training ended."""
 
     def __call__(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """user_rows [L], history_ends [L] (absolute, as in Histories), item_rows [L, N] (-1 padded) -> scores [L, N, S] float32."""
+        """user_rows [L], history_ends [L] (absolute, as in Histories), item_rows [L, N] (-1 padded) -> scores
+        [L, N, S] float32."""
 
 
 class CandidateFunction(Protocol):
     """What recall would offer at any point of a history."""
 
     def __call__(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
-        """user_rows [L], history_ends [L] -> candidate rows [L, N] (-1 padded, best first), scores [L, N, S] float32."""
+        """user_rows [L], history_ends [L] -> candidate rows [L, N] (-1 padded, best first), scores [L, N, S]
+        float32."""

@@ -31,7 +31,8 @@ def write_items(dataset: Dataset, embeddings: Array, features: Array | None, fol
 
 
 def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
-    """The users' packed rows; `features` [U + 1, U'] are the ranker's. All that is known of the past, held-out events too."""
+    """The users' packed rows; `features` [U + 1, U'] are the ranker's. All that is known of the past,
+    held-out events too."""
     histories = dataset.histories
     out = _mapped(folder / "users.npy", user_dtype(dataset.schema), dataset.num_users + 1)
     for start in range(0, len(out), _PIECE):
@@ -49,7 +50,8 @@ def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
 
 
 def _mapped(path: Path, dtype: np.dtype, num_rows: int) -> np.memmap:
-    """A new mapped array whose space is there: on a full disk a mapped write would end the process with SIGBUS."""
+    """A new mapped array whose space is there: on a full disk a mapped write would end the process with
+    SIGBUS."""
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows,))
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -1,6 +1,7 @@
 """Stage `index`: item embeddings and training events -> everything recall reads.
 
-Also StagedRelease, through which the offline stages run the very steps that will be served, before a release exists.
+Also StagedRelease, through which the offline stages run the very steps that will be served, before a release
+exists.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from ensemble.release.ids import write_ids
 from ensemble.schema import Schema
 from ensemble.steps.recall import RecallSettings, fused
 
-NEIGHBOURS = 100  # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
+# transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
+NEIGHBOURS = 100
 _TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 _POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
 
@@ -51,7 +53,8 @@ def build_index(
     budget_bytes: int | None = None,
     target: IndexTarget | None = None,
 ) -> tuple[TunedIndex, IndexPlan]:
-    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried; and how it was built."""
+    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried;
+    and how it was built."""
     num_items, dim = embeddings.shape
     target, plan = target or IndexTarget(), choose_plan(num_items, dim, budget_bytes, seed=seed)
 
@@ -71,7 +74,8 @@ def build_index(
 
 
 def write_vectors(embeddings: Array, plan: IndexPlan, folder: Path) -> None:
-    """vectors.npy: item embeddings [I + 1, D] as the plan's index is refined with; nothing for an index that needs none."""
+    """vectors.npy: item embeddings [I + 1, D] as the plan's index is refined with; nothing for an index that
+    needs none."""
     if plan.refined:
         num_items, dim = len(embeddings) - 1, embeddings.shape[1]
         pack_vectors(
@@ -100,7 +104,8 @@ def write_recall(
     seed: int = 0,
     budget_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes all that Recall opens into `folder`; user_embeddings [Q, M, D] are those of dataset.validation, in its order.
+    """Writes all that Recall opens into `folder`; user_embeddings [Q, M, D] are those of dataset.validation,
+    in its order.
 
     Trained on the training part of the histories only. Returns the index's table of tried settings.
     """
@@ -146,7 +151,8 @@ def write_recall(
 
 
 def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
-    """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for popular."""
+    """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for
+    popular."""
     return RecallSettings(
         **dataclasses.asdict(query),
         transition_quota=num_candidates * 3 // 8,
@@ -163,7 +169,8 @@ def write_schema(schema: Schema, vocabularies: dict[str, dict[str, list[str]]], 
 def _with_fitted_weights(
     dataset: Dataset, user_embeddings: Array, folder: Path, settings: RecallSettings
 ) -> RecallSettings:
-    """Source weights with the best NDCG@10 on (a sample of) the validation targets: a small grid, user_embeddings' weight 1."""
+    """Source weights with the best NDCG@10 on (a sample of) the validation targets: a small grid,
+    user_embeddings' weight 1."""
     targets = dataset.validation
     chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:4000])
     if not len(chosen):

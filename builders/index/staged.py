@@ -9,7 +9,8 @@ from ensemble.steps.served import ServedRelease
 
 
 class StagedRelease(ServedRelease):
-    """A release that is still being built: its files lie in one folder, and there is no manifest to hold them against."""
+    """A release that is still being built: its files lie in one folder, and there is no manifest to hold them
+    against."""
 
     def __init__(self, folder: Path, name: str = "staged") -> None:
         super().__init__(folder.parent, name, {})

@@ -1,4 +1,5 @@
-"""Item-to-item transitions: what people took soon after an item. Seconds to count, and a source of recall of its own.
+"""Item-to-item transitions: what people took soon after an item. Seconds to count, and a source of recall of
+its own.
 
 Axes: U users, I items, L neighbours, B batch, H history, K newest items looked at.
 """
@@ -15,9 +16,10 @@ def item_transitions(
 ) -> tuple[Array, Array]:
     """Counts b after a at distance d <= window as 1/d, and divides by the root of all that followed a.
 
-    The root stands between a plain count (which lets popular items speak loudest) and a probability (which believes a rare
-    item's single follower). Sequences as in builders.encoders.sequences: offsets [U + 1] int64, rows int64 in time order.
-    Returns neighbour_rows [I + 1, L] int32, best first, padded with -1, and neighbour_scores [I + 1, L] float32, padded with 0.
+    The root stands between a plain count (which lets popular items speak loudest) and a probability (which
+    believes a rare item's single follower). Sequences as in builders.encoders.sequences: offsets [U + 1]
+    int64, rows int64 in time order. Returns neighbour_rows [I + 1, L] int32, best first, padded with -1, and
+    neighbour_scores [I + 1, L] float32, padded with 0.
     """
     owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     neighbour_rows = np.full((num_items + 1, neighbours), -1, np.int32)
@@ -39,7 +41,8 @@ def item_transitions(
 def _summed_pairs(
     owner: Array, rows: Array, num_items: int, window: int, shard: int, shards: int
 ) -> tuple[Array, Array, Array]:
-    """Each (source, target) of the sources with row % shards == shard once, with its summed weight; [n] int64, int64, float64."""
+    """Each (source, target) of the sources with row % shards == shard once, with its summed weight; [n]
+    int64, int64, float64."""
     keys, weights = [], []
     for distance in range(1, min(window, len(rows) - 1) + 1):
         before, after = rows[:-distance], rows[distance:]

@@ -1,4 +1,5 @@
-"""Publishing: a finished release enters the repository whole, or not at all, whenever the process is killed."""
+"""Publishing: a finished release enters the repository whole, or not at all, whenever the process is
+killed."""
 
 from __future__ import annotations
 
@@ -25,10 +26,12 @@ _PIECE_BYTES = 4 << 20
 def publish(
     repository: Path, name: str, members: Mapping[str, Path], release_files: Path, manifest: Mapping[str, Any]
 ) -> None:
-    """Copies a release into the repository: member folders are renamed in first, `name`/ with its manifest last.
+    """Copies a release into the repository: member folders are renamed in first, `name`/ with its manifest
+    last.
 
-    members: bare model name ("ranker", "recommend") -> folder with config.pbtxt and 1/; release_files: what `name`/ holds
-    beside manifest.json; manifest: its entries beside release, created, format, peregrine and files, which are filled in here.
+    members: bare model name ("ranker", "recommend") -> folder with config.pbtxt and 1/; release_files: what
+    `name`/ holds beside manifest.json; manifest: its entries beside release, created, format, peregrine and
+    files, which are filled in here.
     """
     repository.mkdir(parents=True, exist_ok=True)
     check_name(name)
@@ -57,7 +60,8 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _rename_in(repository: Path, stage: Path, folders: list[str]) -> None:
-    """Members first, the release's own folder (the last of `folders`) last: its manifest is the moment of publication."""
+    """Members first, the release's own folder (the last of `folders`) last: its manifest is the moment of
+    publication."""
     with locked(repository):
         _refuse_existing(repository, folders)
         moved: list[str] = []
@@ -78,20 +82,23 @@ def _refuse_existing(repository: Path, folders: Mapping[str, Path] | list[str]) 
     for folder in folders:
         if (repository / folder).exists():
             raise InvalidInput(
-                f"{repository / folder} exists already; a release never changes: choose another name, or remove that release first"
+                f"{repository / folder} exists already; a release never changes: choose another name, or "
+                "remove that release first"
             )
 
 
 @contextlib.contextmanager
 def _room_for(repository: Path, name: str, need_bytes: int) -> Iterator[None]:
-    """Turns a full or read-only disk into one line with the room that is needed; the staging folder inside is gone by then."""
+    """Turns a full or read-only disk into one line with the room that is needed; the staging folder inside is
+    gone by then."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             need = f"need {need_bytes / 1e6:.1f} MB"
             raise ReleaseError(
-                f"publish: no space left in {repository}, {need} for release {name}; free some and build again"
+                f"publish: no space left in {repository}, {need} for release {name}; free some and build "
+                "again"
             ) from error
         raise ReleaseError(
             f"publish: cannot write release {name} into {repository}: {error.strerror} ({error.filename})"
@@ -103,7 +110,8 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Copies a folder, empty ones inside it too; adds {path: sha256, bytes} of each file, paths relative to the repository."""
+    """Copies a folder, empty ones inside it too; adds {path: sha256, bytes} of each file, paths relative to
+    the repository."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.name == "__pycache__":
@@ -118,8 +126,9 @@ def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, An
 
 
 def _forbid_bytecode(version: Path) -> None:
-    """A file where Python would make a folder of bytecode: the stub ignores PYTHONDONTWRITEBYTECODE, and a version
-    folder that changes while it is served makes Triton load all its members again at the next activation (3 s, tried).
+    """A file where Python would make a folder of bytecode: the stub ignores PYTHONDONTWRITEBYTECODE, and a
+    version folder that changes while it is served makes Triton load all its members again at the next
+    activation (3 s, tried).
     """
     (version / "__pycache__").touch()
 

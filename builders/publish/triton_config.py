@@ -1,10 +1,11 @@
-"""Spec -> typed ModelConfig -> config.pbtxt. Nobody edits a config.pbtxt by hand, and nothing else writes one.
+"""Spec -> typed ModelConfig -> config.pbtxt. Nobody edits a config.pbtxt by hand, and nothing else writes
+one.
 
 Every configuration runs on any Triton with the Python backend, from 2.51 on: fields that 2.51 rejects
-(ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a second file,
-<model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's ensemble runs all steps in one process;
-tensorrt.pbtxt of an engine, for Triton's native TensorRT backend, lies beside its plan (ensemble/engines/plans.py), so that a model without a
-plan falls back to config.pbtxt.
+(ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a
+second file, <model>/configs/<name>.pbtxt, chosen with --model-config-name: fused.pbtxt of the release's
+ensemble runs all steps in one process; tensorrt.pbtxt of an engine, for Triton's native TensorRT backend,
+lies beside its plan (ensemble/engines/plans.py), so that a model without a plan falls back to config.pbtxt.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def member_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, max_batch, release)
     config.backend = "python"
     config.parameters["step"].string_value = spec.name
-    # No delay: five steps would add five of them. No queue policy: it loses requests on 2.51 and collapses goodput.
+    # No delay: five steps would add five of them. No queue policy: it loses requests on 2.51 and collapses
+    # goodput.
     config.dynamic_batching.max_queue_delay_microseconds = 0
     config.dynamic_batching.SetInParent()
     config.instance_group.add(count=spec.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
@@ -63,17 +65,18 @@ def alias_config(spec: PipelineSpec, release: str) -> ModelConfig:
 
 
 def tensorrt_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
-    """An engine run by Triton's native TensorRT backend: the same tensors, a plan, CUDA graphs, real samples to warm up with."""
+    """An engine run by Triton's native TensorRT backend: the same tensors, a plan, CUDA graphs, real samples
+    to warm up with."""
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, max_batch, release)
     config.platform = "tensorrt_plan"
     config.default_model_filename = PLAN_FILE
-    config.dynamic_batching.max_queue_delay_microseconds = (
-        0  # as in member_config, and no preferred sizes: they would wait for more
-    )
+    # as in member_config, and no preferred sizes: they would wait for more
+    config.dynamic_batching.max_queue_delay_microseconds = 0
     config.dynamic_batching.SetInParent()
+    # so many on each GPU
     config.instance_group.add(
         count=spec.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, profile=["0"]
-    )  # so many on each GPU
+    )
     config.optimization.cuda.graphs = True
     for size in batch_sizes(max_batch):
         _add_graph(config, spec, size)
@@ -110,10 +113,11 @@ def config_text(config: ModelConfig) -> str:
 def write_members(
     pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: str, folder: Path
 ) -> dict[str, Path]:
-    """Writes each member's config.pbtxt and model.py, and the ensemble's, under `folder`; returns {model name: its folder}.
+    """Writes each member's config.pbtxt and model.py, and the ensemble's, under `folder`; returns {model
+    name: its folder}.
 
-    `extra` are members outside the ensemble (item_encoder). Engines' model.onnx go beside their model.py; the folder
-    named by the release gets the alias. All is then what repository.publish takes.
+    `extra` are members outside the ensemble (item_encoder). Engines' model.onnx go beside their model.py; the
+    folder named by the release gets the alias. All is then what repository.publish takes.
     """
     models = (*pipeline.models, *extra)
     folders = {

@@ -1,7 +1,7 @@
 """Calibration: one affine map per task, fitted on held-out rows, folded into the ranker's graph.
 
-Binary tasks: Platt scaling, sigmoid(scale * logit + bias). Regression tasks: the least-squares line. Order never changes,
-as a scale is never below MIN_SCALE.
+Binary tasks: Platt scaling, sigmoid(scale * logit + bias). Regression tasks: the least-squares line. Order
+never changes, as a scale is never below MIN_SCALE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _FEW = 10  # fewer rows of a class than this say nothing about a slope: only the
 
 
 def fit_platt(logits: Array, labels: Array, steps: int = 30) -> tuple[float, float]:
-    """Scale and bias that minimize log loss of labels [E] 0/1/NaN given logits [E]; (1, 0) where there is nothing to fit."""
+    """Scale and bias that minimize log loss of labels [E] 0/1/NaN given logits [E]; (1, 0) where there is
+    nothing to fit."""
     logits, labels = _defined(logits, labels)
     num_positive = float(labels.sum())
     if num_positive < 1 or num_positive > len(labels) - 1:

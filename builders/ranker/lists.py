@@ -1,7 +1,8 @@
-"""What the ranker is trained on: lists. A list is one user at one point of the history, with the items shown or recalled there.
+"""What the ranker is trained on: lists. A list is one user at one point of the history, with the items shown
+or recalled there.
 
-Impressions that share user and history share a list, so that user-side work is done once for them. Axes: L lists,
-N items a list (padded with -1), H history, S recall sources, T tasks, E impressions.
+Impressions that share user and history share a list, so that user-side work is done once for them. Axes: L
+lists, N items a list (padded with -1), H history, S recall sources, T tasks, E impressions.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array
 
 
 def lists_from_targets(dataset: Dataset, targets: Targets, candidates: CandidateFunction) -> Lists:
-    """Recall's candidates for each held-out target; the label of the one task is 1 on the target (if it was recalled), else 0."""
+    """Recall's candidates for each held-out target; the label of the one task is 1 on the target (if it was
+    recalled), else 0."""
     parts = []
     for start in range(0, len(targets.user_rows), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -113,7 +115,8 @@ def lists_from_targets(dataset: Dataset, targets: Targets, candidates: Candidate
 def with_uniform(
     lists: Lists, num_items: int, count: int, scores: ScoreFunction, rng: np.random.Generator
 ) -> Lists:
-    """The lists with `count` more items each, drawn uniformly from the catalogue, labelled 0 (an item twice in a list: NaN)."""
+    """The lists with `count` more items each, drawn uniformly from the catalogue, labelled 0 (an item twice
+    in a list: NaN)."""
     drawn = rng.integers(1, num_items + 1, (len(lists), count))
     again = (
         (drawn[:, :, None] == lists.item_rows[:, None, :]).any(2) if count else np.zeros(drawn.shape, bool)

@@ -16,9 +16,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
     """Sum over tasks, each per impression that the task could apply to.
 
-    A binary task that is `given` another one is trained on the product of the chain's probabilities over all impressions
-    (ESMM), so that it is right where nothing was clicked too; `conditional` adds the loss over its own rows alone. Numbers
-    are trained on the rows that have one; their labels come standardized.
+    A binary task that is `given` another one is trained on the product of the chain's probabilities over all
+    impressions (ESMM), so that it is right where nothing was clicked too; `conditional` adds the loss over
+    its own rows alone. Numbers are trained on the rows that have one; their labels come standardized.
     """
     places = {task.name: place for place, task in enumerate(tasks)}
 
@@ -65,7 +65,8 @@ def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
 
 
 def list_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax cross entropy of the list's positive, plus a tenth of the log loss of every item. [L, N, 1] each."""
+    """Softmax cross entropy of the list's positive, plus a tenth of the log loss of every item. [L, N, 1]
+    each."""
     logits, labels = logits[..., 0], labels[..., 0]
     defined = ~labels.isnan()
     positive = defined & (labels > 0.5)

@@ -1,12 +1,14 @@
-"""The ranker: target attention over the history and a mixture of experts over the shop's tasks; and the item head beside it.
+"""The ranker: target attention over the history and a mixture of experts over the shop's tasks; and the item
+head beside it.
 
-Axes: B batch, H history (left padded, newest last), D embedding, N candidates, F item features, U user features, S recall
-sources, T tasks, C code columns, R value columns, K attention width, E experts. Parameter names of `forward` are the tensor
-names of the contract. All that depends on the user alone is computed once per user and broadcast to the N candidates; no
-candidate sees another one, so padding changes nothing.
+Axes: B batch, H history (left padded, newest last), D embedding, N candidates, F item features, U user
+features, S recall sources, T tasks, C code columns, R value columns, K attention width, E experts. Parameter
+names of `forward` are the tensor names of the contract. All that depends on the user alone is computed once
+per user and broadcast to the N candidates; no candidate sees another one, so padding changes nothing.
 
-Sources: DIN (Zhou et al. 2018), with scaled dot products for its activation unit; MMoE (Ma et al. KDD 2018); ESMM (Ma et al.
-SIGIR 2018): a task that is `given` another one has its conditional probability as output, and is trained on the product.
+Sources: DIN (Zhou et al. 2018), with scaled dot products for its activation unit; MMoE (Ma et al. KDD 2018);
+ESMM (Ma et al. SIGIR 2018): a task that is `given` another one has its conditional probability as output, and
+is trained on the product.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ TINY = RankerConfig(
 
 
 class CalibratedRanker(nn.Module):
-    """The contract's ranker around `logits`: per task one affine map, then a sigmoid (binary) or nothing (regression).
+    """The contract's ranker around `logits`: per task one affine map, then a sigmoid (binary) or nothing
+    (regression).
 
-    For binary tasks the map is the calibration; for regression tasks it also undoes the standardization of training.
+    For binary tasks the map is the calibration; for regression tasks it also undoes the standardization of
+    training.
     """
 
     calibration_scale: Tensor
@@ -57,9 +61,8 @@ class CalibratedRanker(nn.Module):
 
     def __init__(self, schema: Schema):
         super().__init__()
-        self.register_buffer(
-            "score_gate", torch.ones(len(SOURCES))
-        )  # 0 for sources whose scores training must not trust
+        # 0 for sources whose scores training must not trust
+        self.register_buffer("score_gate", torch.ones(len(SOURCES)))
         self.register_buffer("calibration_scale", torch.ones(len(schema.tasks)))
         self.register_buffer("calibration_bias", torch.zeros(len(schema.tasks)))
         self.register_buffer("is_binary", torch.tensor([task.kind == "binary" for task in schema.tasks]))
@@ -74,10 +77,11 @@ class CalibratedRanker(nn.Module):
         candidate_features: Tensor,
         candidate_scores: Tensor,
     ) -> Tensor:
-        """-> candidate_probabilities [B, N, T] float32: calibrated probabilities of binary tasks, numbers of the others.
+        """-> candidate_probabilities [B, N, T] float32: calibrated probabilities of binary tasks, numbers of
+        the others.
 
-        history_features [B, H, F], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R], user_features [B, U],
-        candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
+        history_features [B, H, F], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R],
+        user_features [B, U], candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
         """
         user = (user_codes, user_values, user_features)
         return self.probabilities(
@@ -99,7 +103,8 @@ class CalibratedRanker(nn.Module):
 
 
 class Ranker(CalibratedRanker):
-    """logit = linear in recall's scores (the wide path) + experts and products of user and candidate (the deep path)."""
+    """logit = linear in recall's scores (the wide path) + experts and products of user and candidate (the
+    deep path)."""
 
     score_mean: Tensor
     score_scale: Tensor
@@ -129,9 +134,8 @@ class Ranker(CalibratedRanker):
         self.dropout = Dropout(c.dropout)
         lasts = [tower.get_submodule("1") for tower in self.towers]
         for layer in (*lasts, self.products_out, self.wide):
-            nn.init.zeros_(
-                layer.get_parameter("weight")
-            )  # training starts at the wide path, which starts at recall's own order
+            # training starts at the wide path, which starts at recall's own order
+            nn.init.zeros_(layer.get_parameter("weight"))
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
         """See CalibratedRanker.forward -> [B, N, T] float32."""
@@ -153,9 +157,8 @@ class Ranker(CalibratedRanker):
         experts = [expert(hidden) for expert in self.experts]  # [B, N, width] each
         outputs = []
         for gate, tower in zip(self.gates, self.towers, strict=True):
-            share = gate(hidden).softmax(
-                -1
-            )  # [B, N, E]; a sum of products is faster than a stack, most of all at 8 bits
+            # [B, N, E]; a sum of products is faster than a stack, most of all at 8 bits
+            share = gate(hidden).softmax(-1)
             outputs.append(
                 tower(sum(share[..., place : place + 1] * expert for place, expert in enumerate(experts)))
             )
@@ -163,7 +166,8 @@ class Ranker(CalibratedRanker):
 
 
 class UserSide(nn.Module):
-    """All that is known of the user alone, as one vector: own row, features, the history's mean, newest item and length."""
+    """All that is known of the user alone, as one vector: own row, features, the history's mean, newest item
+    and length."""
 
     def __init__(self, schema: Schema, config: RankerConfig):
         super().__init__()
@@ -182,7 +186,8 @@ class UserSide(nn.Module):
     def forward(
         self, values: Tensor, mask: Tensor, user_codes: Tensor, user_values: Tensor, user_features: Tensor
     ) -> Tensor:
-        """values [B, H, K], mask [B, H] bool, user_codes [B, C], user_values [B, R], user_features [B, U] -> [B, width]."""
+        """values [B, H, K], mask [B, H] bool, user_codes [B, C], user_values [B, R], user_features [B, U] ->
+        [B, width]."""
         present = mask.unsqueeze(-1).to(values.dtype)
         length = present.sum(1)  # [B, 1]
         mean = (values * present).sum(1) / length.clamp(min=1.0)
@@ -192,9 +197,11 @@ class UserSide(nn.Module):
 
 
 class TargetAttention(nn.Module):
-    """What of the history matters to this candidate: queries from candidates, keys and values from the history.
+    """What of the history matters to this candidate: queries from candidates, keys and values from the
+    history.
 
-    A learned "nothing" stands beside the history: an empty one stays finite, and a candidate may find nothing alike in it.
+    A learned "nothing" stands beside the history: an empty one stays finite, and a candidate may find nothing
+    alike in it.
     """
 
     def __init__(self, dim: int, history: int, config: RankerConfig):
@@ -209,7 +216,8 @@ class TargetAttention(nn.Module):
         return self.key(history), self.value(history)
 
     def forward(self, items: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """items [B, N, F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is empty."""
+        """items [B, N, F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is
+        empty."""
         query, key, value = (self._split(side) for side in (self.query(items), keys, values))
         place = self.position + torch.where(mask, 0.0, _FAR)[:, None, None, :]  # [B, heads, 1, H]
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + place  # [B, heads, N, H]
@@ -224,28 +232,29 @@ class TargetAttention(nn.Module):
 
 
 class ItemFeatures(nn.Module):
-    """The item encoder's second head, all that the ranker sees of an item: its id row, codes, values and, gated, its embedding."""
+    """The item encoder's second head, all that the ranker sees of an item: its id row, codes, values and,
+    gated, its embedding."""
 
     embedding_scale: Tensor
 
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
         super().__init__()
         c, width = config or RankerConfig(), schema.sizes.item_features
-        self.register_buffer(
-            "embedding_scale", torch.ones(())
-        )  # 1 / root mean square of the embeddings; 0 where they tell the labels
+        # 1 / root mean square of the embeddings; 0 where they tell the labels
+        self.register_buffer("embedding_scale", torch.ones(()))
         self.codes = _codes(schema.items, c.codes)
         inside = width + len(self.codes.slices) * c.codes + schema.items.value_width + schema.sizes.embedding
         self.layers = nn.Sequential(_mlp((inside, 2 * width)), nn.Linear(2 * width, width))
-        # a straight way beside the layers, which alone may not tell some codes apart (two textures); 0 where it is not trained
+        # a straight way beside the layers, which alone may not tell some codes apart (two textures); 0 where
+        # it is not trained
         self.direct = nn.utils.skip_init(nn.Linear, inside, width, bias=False)
         nn.init.zeros_(self.direct.weight)
 
     def forward(
         self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor, item_embedding: Tensor
     ) -> Tensor:
-        """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values [B, R],
-        item_embedding [B, D] (the first head's output) -> item_features [B, F].
+        """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values
+        [B, R], item_embedding [B, D] (the first head's output) -> item_features [B, F].
         """
         parts = [
             item_id_features,
@@ -276,7 +285,8 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
-    """Floating point operations (2 a multiply-add) of one user with N candidates, in linear layers and attention."""
+    """Floating point operations (2 a multiply-add) of one user with N candidates, in linear layers and
+    attention."""
     attention, user = ranker.attention, ranker.user
     per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in)
     once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (
@@ -302,7 +312,6 @@ def _codes(table: Table, dim: int) -> CodeEmbedding:
     """One pooled vector for each category and text feature of a table."""
     slices = tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
     codes = CodeEmbedding(table.num_codes, slices, dim)
-    nn.init.normal_(
-        codes.table.weight, std=0.3
-    )  # the ranker trains for few steps: codes must be told apart from the first one on
+    # the ranker trains for few steps: codes must be told apart from the first one on
+    nn.init.normal_(codes.table.weight, std=0.3)
     return codes

@@ -1,9 +1,11 @@
-"""Training of the ranker, of the item head beside it, and of the two tables of rows that the snapshot will hold.
+"""Training of the ranker, of the item head beside it, and of the two tables of rows that the snapshot will
+hold.
 
-With labels: all tasks on all impressions, CVR over the whole space (ESMM). Without labels (`interact`): recall's own candidates
-plus uniform items around held-out next items. The encoders have seen the train positions, so recall's scores are too good
-there; the validation targets are the first on which they are what serving will see. The ranker therefore learns from a share
-of the users' validation targets, stops early on the other users', and falls back to recall's order if it does not beat it.
+With labels: all tasks on all impressions, CVR over the whole space (ESMM). Without labels (`interact`):
+recall's own candidates plus uniform items around held-out next items. The encoders have seen the train
+positions, so recall's scores are too good there; the validation targets are the first on which they are what
+serving will see. The ranker therefore learns from a share of the users' validation targets, stops early on
+the other users', and falls back to recall's order if it does not beat it.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from ensemble.arrays import Array
 from ensemble.contract import SOURCES
 from ensemble.schema import Task
 
-# Encoders and transitions were trained on the very clicks that label the training impressions: their scores all but tell the
+# Encoders and transitions were trained on the very clicks that label the training impressions: their scores
+# all but tell the
 # label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
 HONEST_SOURCES = ("popular",)
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
-_DOUBT = (
-    1 / 3
-)  # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned rows, they have none
+# the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
+# rows, they have none
+_DOUBT = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,10 @@ class RankerCheckpoint:
     """All that export and snapshot need; `report` is JSON-ready."""
 
     ranker: CalibratedRanker  # calibrated, in eval mode
-    item_head: ItemFeatures  # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
-    item_id_features: (
-        Array  # [I + 1, F] float32, the id rows that the head reads; row 0 is that of a new item
-    )
+    # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
+    item_head: ItemFeatures
+    # [I + 1, F] float32, the id rows that the head reads; row 0 is that of a new item
+    item_id_features: Array
     item_features: Array  # [I + 1, F] float32, the head's output for every item: the snapshot's `features`
     user_features: Array  # [U + 1, U'] float32, row 0 (unknown) is 0
     report: dict[str, Any]
@@ -69,10 +72,12 @@ def train_ranker(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RankerCheckpoint:
-    """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation targets.
+    """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation
+    targets.
 
-    item_embeddings [I + 1, D] float32 are frozen; source_weights [S] are those of recall's fused score, where the ranker of
-    `interact` starts; `ranker` is a user's own module with the contract's tensors. The same seed gives the same numbers.
+    item_embeddings [I + 1, D] float32 are frozen; source_weights [S] are those of recall's fused score, where
+    the ranker of `interact` starts; `ranker` is a user's own module with the contract's tensors. The same
+    seed gives the same numbers.
     """
     if dataset.train_impressions is None and candidates is None:
         raise ValueError(
@@ -163,7 +168,8 @@ def _fit_lists(
     scores: ScoreFunction,
     source_weights: tuple[float, ...],
 ) -> dict[str, Any]:
-    """Trains around the validation targets of most users, stops and calibrates on those of the others. -> report."""
+    """Trains around the validation targets of most users, stops and calibrates on those of the others. ->
+    report."""
     trainer.config = replace(
         trainer.config,
         epochs=trainer.config.list_epochs,
@@ -291,7 +297,8 @@ def _calibrate(trainer: RankerTrainer, logits: Array, labels: Array) -> None:
 
 
 def _figures(trainer: RankerTrainer, logits: Array, labels: Array) -> dict[str, Any]:
-    """Per task: AUC, ECE and log loss (binary) or RMSE (regression) of calibrated outputs. logits and labels [E, T]."""
+    """Per task: AUC, ECE and log loss (binary) or RMSE (regression) of calibrated outputs. logits and labels
+    [E, T]."""
     with torch.no_grad():
         outputs = trainer.model.probabilities(torch.from_numpy(logits)).numpy()
     return {
@@ -301,7 +308,8 @@ def _figures(trainer: RankerTrainer, logits: Array, labels: Array) -> dict[str, 
 
 
 def task_figures(task: Task, labels: Array, outputs: Array) -> dict[str, float]:
-    """Figures of one task. labels [E] (NaN = not defined), outputs [E]: calibrated probabilities or numbers."""
+    """Figures of one task. labels [E] (NaN = not defined), outputs [E]: calibrated probabilities or
+    numbers."""
     if task.kind == "regression":
         return {"rmse": metrics.rmse(labels, outputs)}
     return {

@@ -1,4 +1,5 @@
-"""State of one training of the ranker, and its one loop: feeds, epochs, early stop. What is trained on is train_ranker's affair."""
+"""State of one training of the ranker, and its one loop: feeds, epochs, early stop. What is trained on is
+train_ranker's affair."""
 
 from __future__ import annotations
 
@@ -35,23 +36,24 @@ class RankerTraining:
     row_decay: float = 1e-2  # pull of the rows in a batch towards 0
     row_scale: float = 0.01  # standard deviation of new rows
     id_dropout: float = 0.5  # users and items made unknown, so that unknown ones are served well
-    history_dropout: float = (
-        0.3  # items of the history hidden, the newest excepted: a whole history would tell users apart
-    )
-    score_dropout: float = (
-        0.1  # recall's scores hidden: they are a little too good on what recall was trained on
-    )
-    average: float = 0.99  # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the last weights
-    bf16: bool = True  # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
-    conditional: float = 1.0  # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
+    # items of the history hidden, the newest excepted: a whole history would tell users apart
+    history_dropout: float = 0.3
+    # recall's scores hidden: they are a little too good on what recall was trained on
+    score_dropout: float = 0.1
+    # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the
+    # last weights
+    average: float = 0.99
+    # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
+    bf16: bool = True
+    # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
+    conditional: float = 1.0
     list_epochs: int = 4  # `interact`: in place of epochs
     list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
     uniform_negatives: int = 16  # `interact`: uniform items a list
     held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates
-    test_lists: int = (
-        4096  # `interact`: at most this many test targets are reported on here (verify reports on all)
-    )
+    # `interact`: at most this many test targets are reported on here (verify reports on all)
+    test_lists: int = 4096
 
 
 BASE_TRAINING = RankerTraining()
@@ -108,9 +110,8 @@ class RankerTrainer:
             torch.from_numpy(dataset.user_values),
         )
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
-        trusted = (
-            dataset.train_impressions is None
-        )  # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
+        # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
+        trusted = dataset.train_impressions is None
         self.head.embedding_scale.fill_(
             max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0
         )
@@ -125,7 +126,8 @@ class RankerTrainer:
         )
 
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The tensors of the ranker's forward for some lists, and the mean square of the id rows they read."""
+        """The tensors of the ranker's forward for some lists, and the mean square of the id rows they
+        read."""
         c, training = self.config, self.trained.training
         windows = torch.from_numpy(
             history_windows(
@@ -147,7 +149,8 @@ class RankerTrainer:
         return tensors, square + user_features.square().mean()
 
     def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each rows [L, …] -> item_features [L, …, F], the head run once per distinct item of all; and the mean square of their id rows."""
+        """Each rows [L, …] -> item_features [L, …, F], the head run once per distinct item of all; and the
+        mean square of their id rows."""
         distinct, place = torch.unique(torch.cat([part.flatten() for part in rows]), return_inverse=True)
         known = (
             distinct
@@ -226,7 +229,8 @@ class RankerTrainer:
                 group["lr"] = rate * share
 
     def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
-        """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the first included. -> epochs run."""
+        """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the
+        first included. -> epochs run."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
         self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
@@ -242,13 +246,15 @@ class RankerTrainer:
 
 
 class RunningMean:
-    """Exponential mean of the dense weights over the steps (Polyak averaging): it has less of the last batches' noise than they have."""
+    """Exponential mean of the dense weights over the steps (Polyak averaging): it has less of the last
+    batches' noise than they have."""
 
     def __init__(self, weights: list[nn.Parameter]):
         self.weights, self.mean, self.steps = weights, [weight.detach().clone() for weight in weights], 0
 
     def update(self, keep: float) -> None:
-        """After a step. The mean of the first steps is short, so that it does not hold the untrained weights."""
+        """After a step. The mean of the first steps is short, so that it does not hold the untrained
+        weights."""
         self.steps += 1
         torch._foreach_lerp_(
             self.mean,

@@ -80,7 +80,8 @@ def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -
 
 
 def pareto(variants: Sequence[Mapping[str, Any]], limit: float) -> Figure:
-    """Loss against size, and against latency where it was measured: every variant of one model on one runtime."""
+    """Loss against size, and against latency where it was measured: every variant of one model on one
+    runtime."""
     timed = [variant for variant in variants if variant["latency_ms"] is not None]
     figure, panels = _axes(10.5 if timed else 6.2, 4.2, 2 if timed else 1)
     _scatter(panels[0], variants, [variant["bytes"] / 1e6 for variant in variants], limit)
@@ -134,7 +135,8 @@ def _labels(
     y: Sequence[float],
     limit_share: float,
 ) -> None:
-    """Each point's name beside it, in the first of eight places where it covers neither a point nor another name."""
+    """Each point's name beside it, in the first of eight places where it covers neither a point nor another
+    name."""
     from matplotlib.patheffects import withStroke
 
     to_pixels = axes.transData.transform
@@ -183,7 +185,8 @@ def most_sensitive_first(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
-    """One bar a node: how much of the lists it changes alone, coloured by the precision it got, the most sensitive on top."""
+    """One bar a node: how much of the lists it changes alone, coloured by the precision it got, the most
+    sensitive on top."""
     order = most_sensitive_first(nodes)
     shown = order[:_MOST_NODES][::-1]
     figure, [axes] = _axes(8.5, 1.1 + 0.215 * len(shown))
@@ -209,7 +212,8 @@ def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
     for place, precision in enumerate(found[::-1]):
         count = sum(node["precision"] == precision for node in order)
         axes.text(
-            1, 0.02 + place * 0.24 / figure.get_figheight(), f"■ {precision}: {count} node{'s' * (count != 1)}", transform=axes.transAxes,
+            1, 0.02 + place * 0.24 / figure.get_figheight(), f"■ {precision}: {count} "
+                                                             f"node{'s' * (count != 1)}", transform=axes.transAxes,
             color=PRECISIONS[precision], ha="right", va="bottom", size=9, weight="bold",
         )  # fmt: skip
     return figure

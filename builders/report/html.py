@@ -263,7 +263,8 @@ def _image(found: Figures, name: str) -> list[str]:
     if name not in found:
         return []
     return [
-        f'<img alt="{_text(name.replace("_", " "))}" src="data:image/png;base64,{base64.b64encode(found[name]).decode()}">'
+        f'<img alt="{_text(name.replace("_", " "))}" '
+        f'src="data:image/png;base64,{base64.b64encode(found[name]).decode()}">'
     ]
 
 

@@ -1,4 +1,5 @@
-"""`peregrine shop generate`: writes the shop that builders/shop/planted.py draws. Its truth.parquet is for tests only."""
+"""`peregrine shop generate`: writes the shop that builders/shop/planted.py draws. Its truth.parquet is for
+tests only."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def generate_shop(
     force: bool = False,
     progress: Callable[[str, float], None] = lambda step, share: None,
 ) -> None:
-    """Writes a shop to `out`. `images` None renders them for at most MAX_DEFAULT_IMAGES items. `progress(step, share done)`."""
+    """Writes a shop to `out`. `images` None renders them for at most MAX_DEFAULT_IMAGES items.
+    `progress(step, share done)`."""
     for name, value, least in (("users", users, 10), ("items", items, 24), ("events", events, 100)):
         if value < least:
             raise InvalidInput(f"--{name} {value}: at least {least}")

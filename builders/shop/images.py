@@ -1,4 +1,5 @@
-"""Small pictures of the generated items: the shade is the colour, the texture its surface, the scene the background."""
+"""Small pictures of the generated items: the shade is the colour, the texture its surface, the scene the
+background."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def draw_item(shade: int, texture: int, scene: int, rng: np.random.Generator) ->
 
 
 def _surface(texture: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Brightness in [-1, 2] of matte, gloss, cream and powder, in the order of builders.shop.generate.TEXTURES."""
+    """Brightness in [-1, 2] of matte, gloss, cream and powder, in the order of
+    builders.shop.generate.TEXTURES."""
     if texture == 0:
         return np.zeros_like(x)
     if texture == 1:

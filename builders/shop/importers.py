@@ -119,7 +119,8 @@ def _sequence_file(source: Path, name: str | None) -> Path:
     if len(found) != 1:
         there = ", ".join(sorted(p.stem for p in source.glob("*.txt"))) or "no .txt file"
         raise InvalidInput(
-            f"{source}: pick one file of 'user item item …' lines with --name{f', not {name!r}' if name else ''}; there are: {there}"
+            f"{source}: pick one file of 'user item item …' lines with "
+            f"--name{f', not {name!r}' if name else ''}; there are: {there}"
         )
     return found[0]
 

@@ -78,7 +78,8 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
     item_ids, items = ids_from_column(columns[entry.item])
     if len(user_ids) < 2:
         raise InvalidInput(
-            f"{entry.file}: all rows are of one user, {user_ids[0].decode()!r}; at least 2 are needed to learn what users share"
+            f"{entry.file}: all rows are of one user, {user_ids[0].decode()!r}; at least 2 are needed to "
+            "learn what users share"
         )
     times = times_from_column(columns[entry.time], clock.time() if now_s is None else now_s)
     names: list[str] = []
@@ -108,7 +109,8 @@ def _check_event_names(shop: Shop, names: list[str]) -> None:
         if name not in names:
             there = ", ".join(map(repr, sorted(names)[:10]))
             raise InvalidInput(
-                f"{entry.file}: {who} wants the event {name!r}, which no row has; column {entry.event!r} holds {there}"
+                f"{entry.file}: {who} wants the event {name!r}, which no row has; column {entry.event!r} "
+                f"holds {there}"
             )
 
 
@@ -133,7 +135,8 @@ def _row_labels(
         if wrong >= 0:
             raise column.error(
                 wrong,
-                f"is neither 0 nor 1; task {task.name!r} is binary: give its label a threshold or make it a regression",
+                f"is neither 0 nor 1; task {task.name!r} is binary: give its label a threshold or make it a "
+                "regression",
             )
     if label.log1p:
         wrong = first_true(known & (numbers < 0))
@@ -153,7 +156,8 @@ def _read_truth(folder: Path, shop: Shop, num_rows: int) -> Array | None:
     )
     if len(truth) != num_rows:
         raise InvalidInput(
-            f"{file} has {len(truth)} rows, {shop.interactions.file} {num_rows}; they must be aligned: generate the shop again"
+            f"{file} has {len(truth)} rows, {shop.interactions.file} {num_rows}; they must be aligned: "
+            "generate the shop again"
         )
     return truth
 
@@ -169,9 +173,10 @@ class Exposures:
 def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Exposures:
     """One exposure per row; with an event column, rows of one exposure are brought together.
 
-    With `impression = "view"`, a view is an exposure and the user's later events on that item, up to its next view, label
-    it (events without a view before them form no exposure). Without it, rows of the same user, item and time are one.
-    A task's label is the largest that its rows give; where the task it is `given` did not happen, it is NaN.
+    With `impression = "view"`, a view is an exposure and the user's later events on that item, up to its next
+    view, label it (events without a view before them form no exposure). Without it, rows of the same user,
+    item and time are one. A task's label is the largest that its rows give; where the task it is `given` did
+    not happen, it is NaN.
     """
     rows, labels = np.arange(len(interactions)), interactions.labels
     if interactions.events is not None and len(interactions):
@@ -213,5 +218,6 @@ def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:
         if (wanting and not (known == 1).any()) or not len(known):
             what = f"({source} is {'never 1' if wanting else 'always empty'}{given})"
             raise InvalidInput(
-                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its label or drop it"
+                f"{shop.interactions.file}: nobody has the label of task {task.name!r} {what}; correct its "
+                "label or drop it"
             )

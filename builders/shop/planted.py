@@ -1,8 +1,10 @@
-"""The planted truth of a generated shop: what is for sale, who visits, what each will do, and the log of it all.
+"""The planted truth of a generated shop: what is for sale, who visits, what each will do, and the log of it
+all.
 
-What a user will like depends on the user's style and skin type, on age (how much a price hurts), on a favourite shade that
-only the history tells, and on the category of the item clicked last: after lipstick, remover. All of it can be learned from
-features and history, so a good ranker comes close to the oracle; popularity, which knows no user, stays behind.
+What a user will like depends on the user's style and skin type, on age (how much a price hurts), on a
+favourite shade that only the history tells, and on the category of the item clicked last: after lipstick,
+remover. All of it can be learned from features and history, so a good ranker comes close to the oracle;
+popularity, which knows no user, stays behind.
 """
 
 from __future__ import annotations
@@ -142,7 +144,8 @@ def _spread(rng: np.random.Generator, shape: tuple[int, int], deviation: float) 
 
 @dataclass(frozen=True)
 class Log:
-    """Interactions in time order, [n] each; `truth` [n, 3]: P(click), P(buy given click), mean log1p(dwell) given click."""
+    """Interactions in time order, [n] each; `truth` [n, 3]: P(click), P(buy given click), mean log1p(dwell)
+    given click."""
 
     users: Array
     items: Array
@@ -262,9 +265,8 @@ class _Policy:
         self.bounds = np.searchsorted(catalogue.category[self.by_category], np.arange(len(CATEGORIES) + 1))
         weights = np.exp(tastes.style_category[:, None, :] + tastes.next_category[None, :, :])
         weights *= np.diff(self.bounds) > 0  # a tiny shop may have an empty category
-        self.category = np.cumsum(
-            weights / weights.sum(-1, keepdims=True), axis=-1
-        )  # [styles, last, categories]
+        # [styles, last, categories]
+        self.category = np.cumsum(weights / weights.sum(-1, keepdims=True), axis=-1)
 
     def draw(self, rng: np.random.Generator, style: Array, last: Array) -> Array:
         """Items shown to users of these styles and last clicks, [n] int64."""

@@ -62,11 +62,13 @@ def read_shop(
     if not len(kept):
         file = shop.items.file if shop.items else ""
         raise InvalidInput(
-            f"{shop.interactions.file}: no row's item is in {file}, for example {dropped!r}; do both use the same ids?"
+            f"{shop.interactions.file}: no row's item is in {file}, for example {dropped!r}; do both use "
+            "the same ids?"
         )
     if len(items.ids) < 2:
         raise InvalidInput(
-            f"{shop.items.file if shop.items else shop.interactions.file} has one item, {items.ids[0].decode()!r}; at least 2 are needed to rank"
+            f"{shop.items.file if shop.items else shop.interactions.file} has one item, "
+            f"{items.ids[0].decode()!r}; at least 2 are needed to rank"
         )
     return ShopTables(shop, items, users, kept, user_rows[keep], item_rows[keep], int((~keep).sum()), dropped)
 

@@ -1,4 +1,5 @@
-"""A shop's folder: `shop.toml` says which columns of which files are what. This page is that file's reference.
+"""A shop's folder: `shop.toml` says which columns of which files are what. This page is that file's
+reference.
 
 name = "beauty"
 split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
@@ -44,14 +45,12 @@ class FeatureColumn(_Entry):
     name: str = Field(pattern=NAME)
     kind: str  # category | number | text | image | vector(<dim>)
     column: str = ""  # default: the feature's name
-    width: int | None = Field(
-        default=None, ge=1, le=256
-    )  # values kept per row: category 1 (lists 8), text 16
+    # values kept per row: category 1 (lists 8), text 16
+    width: int | None = Field(default=None, ge=1, le=256)
     separator: str | None = None  # splits one text cell into several values ("red|matte")
     buckets: int = Field(default=16384, ge=16, le=4_000_000)  # hash buckets of a text's words
-    vocabulary: int = Field(
-        default=100_000, ge=1
-    )  # a category's most frequent values kept; the others share one code
+    # a category's most frequent values kept; the others share one code
+    vocabulary: int = Field(default=100_000, ge=1)
     log1p: bool = False  # number: log(1 + x) before it is standardized
 
     @field_validator("kind")
@@ -80,12 +79,10 @@ class Interactions(_Entry):
     time: str = "time"
     event: str | None = None  # column with event names, for shops that log one row per event
     impression: str | None = None  # the event that shows an item; later events of that user and item label it
-    history: str | list[str] = (
-        ""  # a task's name, event names, or "all"; default: the first binary task's positives
-    )
-    truth: str | None = (
-        None  # generated shops: true values, aligned with the rows; read by tests, never by the build
-    )
+    # a task's name, event names, or "all"; default: the first binary task's positives
+    history: str | list[str] = ""
+    # generated shops: true values, aligned with the rows; read by tests, never by the build
+    truth: str | None = None
 
 
 class Entities(_Entry):
@@ -128,7 +125,8 @@ class ShopTask(_Entry):
 
 
 class Split(_Entry):
-    """leave_one_out: each user's last event tests, the one before validates. time: the last tenths of the clock do."""
+    """leave_one_out: each user's last event tests, the one before validates. time: the last tenths of the
+    clock do."""
 
     kind: Literal["leave_one_out", "time"]
     validation: float = Field(default=0.1, gt=0, lt=0.5)
@@ -159,7 +157,8 @@ class Shop(_Entry):
                 raise ValueError(f"task {task.name!r} has no label; only a shop's single task may do without")
             if task.label and task.label.event and not self.interactions.event:
                 raise ValueError(
-                    f"task {task.name!r} is labelled by the event {task.label.event!r}, but interactions.event names no column"
+                    f"task {task.name!r} is labelled by the event {task.label.event!r}, but "
+                    "interactions.event names no column"
                 )
             if task.given and before.get(task.given) != "binary":
                 raise ValueError(
@@ -171,7 +170,8 @@ class Shop(_Entry):
             raise ValueError("interactions.history lists events, but interactions.event names no column")
         if isinstance(rule, str) and rule not in ("", "all") and before.get(rule) != "binary":
             raise ValueError(
-                f'interactions.history is {rule!r}, which is no binary task; use a task, a list of events, or "all"'
+                f"interactions.history is {rule!r}, which is no binary task; use a task, a list of events, "
+                'or "all"'
             )
         if self.interactions.impression and not self.interactions.event:
             raise ValueError("interactions.impression needs interactions.event, the column with event names")
@@ -188,7 +188,8 @@ def open_shop(folder: Path) -> Shop:
     path = folder / SHOP_FILE
     if not path.is_file():
         raise InvalidInput(
-            f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or write one (see `peregrine shop --help`)"
+            f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or "
+            "write one (see `peregrine shop --help`)"
         )
     return read_toml(Shop, path, str(path), _first_error)
 

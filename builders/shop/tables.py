@@ -1,4 +1,5 @@
-"""Columns of parquet and CSV files as arrays, checked: every error names file, column, row (from 1), value and cure."""
+"""Columns of parquet and CSV files as arrays, checked: every error names file, column, row (from 1), value
+and cure."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Column:
 
 
 def read_table(folder: Path, file: str, columns: list[str]) -> dict[str, Column]:
-    """The named columns of a parquet or CSV file. Cells of a CSV stay text, so that an id like 007 keeps its zeros."""
+    """The named columns of a parquet or CSV file. Cells of a CSV stay text, so that an id like 007 keeps its
+    zeros."""
     path = folder / file
     if not path.is_file():
         raise InvalidInput(f"{path} is missing; shop.toml names it as {file!r}")
@@ -174,7 +176,8 @@ def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def times_from_column(column: Column, now_s: float) -> Array:
-    """[n] int64 Unix seconds out of numbers, timestamps or ISO texts; refused where missing or in the future."""
+    """[n] int64 Unix seconds out of numbers, timestamps or ISO texts; refused where missing or in the
+    future."""
     values, kind = column.values, column.values.type
     missing = first_true(_numpy(values.is_null()))
     if missing >= 0:
@@ -243,7 +246,8 @@ def is_list(column: Column) -> bool:
 
 
 def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.LargeStringArray]:
-    """Values of all rows in one line: (row of each value [m] int64 ascending, value [m] text). Empty values are left out."""
+    """Values of all rows in one line: (row of each value [m] int64 ascending, value [m] text). Empty values
+    are left out."""
     if is_list(column):
         values = pa.chunked_array(
             [chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.values.chunks],

@@ -21,7 +21,8 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     lines = [
         f"# {dataset.schema.shop}",
         "",
-        f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} positive events.",
+        f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
+        "positive events.",
         "",
     ]
     lines += [
@@ -38,7 +39,8 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         d = ranking["chain_minus_recall_ndcg@10"]
         lines += [
             "",
-            f"Chain minus recall, NDCG@10: {d['mean']:+.5f}, 95% interval [{d['low']:+.5f}, {d['high']:+.5f}] (paired bootstrap over users).",
+            f"Chain minus recall, NDCG@10: {d['mean']:+.5f}, 95% interval [{d['low']:+.5f}, "
+            f"{d['high']:+.5f}] (paired bootstrap over users).",
         ]
     if "tasks" in found:
         columns = sorted({column for of in found["tasks"].values() for column in of})
@@ -54,7 +56,8 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     else:
         lines += [
             "",
-            "This shop has no labels: the ranker's probability is calibrated only relative to recall's candidates plus uniform negatives.",
+            "This shop has no labels: the ranker's probability is calibrated only relative to recall's "
+            "candidates plus uniform negatives.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,8 @@
-"""Stage `verify`: the metrics of what will be served, measured on the very steps and engines that will serve it.
+"""Stage `verify`: the metrics of what will be served, measured on the very steps and engines that will serve
+it.
 
-Full ranking on held-out users next to popularity and the item-transition kNN on the same split; tasks on held-out impressions.
+Full ranking on held-out users next to popularity and the item-transition kNN on the same split; tasks on
+held-out impressions.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class Verifier:
         ]
 
     def ranks(self, targets: Targets, progress: Any = None) -> tuple[Array, dict[str, Array]]:
-        """(user rows [Q], {way of ranking: ranks [Q]}) for (a sample of) the targets; engines release the GIL, so two batches at once."""
+        """(user rows [Q], {way of ranking: ranks [Q]}) for (a sample of) the targets; engines release the
+        GIL, so two batches at once."""
         chosen = self._sample(len(targets.user_rows))
         pieces = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
         with ThreadPoolExecutor(2) as pool:
@@ -119,7 +122,8 @@ class Verifier:
         }
 
     def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
-        """Full ranking: scores [Q, I + 1] with seen items and row 0 out, ties half -> rank [Q] of the target."""
+        """Full ranking: scores [Q, I + 1] with seen items and row 0 out, ties half -> rank [Q] of the
+        target."""
         scores = scores.astype(np.float32, copy=True)
         lines, columns = np.nonzero(seen_rows > 0)
         own = scores[np.arange(len(target)), target]
@@ -137,7 +141,8 @@ class Verifier:
         return self._rank_of(dense, seen_rows, target)
 
     def task_metrics(self, impressions: Impressions) -> dict[str, dict[str, float]]:
-        """{task: auc, ece | rmse, positives …} of the served ranker on held-out impressions; conditional tasks where defined."""
+        """{task: auc, ece | rmse, positives …} of the served ranker on held-out impressions; conditional
+        tasks where defined."""
         values = self.impression_probabilities(impressions)
         report: dict[str, dict[str, float]] = {}
         for t, task in enumerate(self.dataset.schema.tasks):
@@ -181,7 +186,8 @@ class Verifier:
 
 
 def ranking_report(users: Array, ranks: dict[str, Array], num_candidates: int) -> dict[str, Any]:
-    """HR@k, NDCG@k and recall@N of each way of ranking, and the chain against recall by a paired bootstrap over users."""
+    """HR@k, NDCG@k and recall@N of each way of ranking, and the chain against recall by a paired bootstrap
+    over users."""
     report: dict[str, Any] = {"users": len(users), "ways": {}}
     for name, of in ranks.items():
         cuts = {

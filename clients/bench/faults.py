@@ -1,10 +1,13 @@
-"""What faults of Redis cost who asks for lists.   python -m clients.bench.faults --repository REPOSITORY [--rate R] [--seconds S] [--json F]
+"""What faults of Redis cost who asks for lists.   python -m clients.bench.faults --repository REPOSITORY
+[--rate R] [--seconds S] [--json F]
 
-It starts a redis-server, loads the release's rows, serves a copy of the repository with the real tritonserver and asks at Poisson times (open
-loop: a delay counts from when the request was due). Each row: some seconds as usual, a fault, its repair, some seconds more; a/b/c is before /
-during / after. Every answer is held against the user's healthy one: rows in Redis are the snapshot's, so a list that differs beyond ties is
-wrong, flagged or not. stale, missing: answers so flagged. recovery: from the repair until the last of them before ten in a row are not, and
-until the last of all; on a busy machine some are flagged without any fault, because Redis was asked for longer than --deadline-ms.
+It starts a redis-server, loads the release's rows, serves a copy of the repository with the real tritonserver
+and asks at Poisson times (open loop: a delay counts from when the request was due). Each row: some seconds as
+usual, a fault, its repair, some seconds more; a/b/c is before / during / after. Every answer is held against
+the user's healthy one: rows in Redis are the snapshot's, so a list that differs beyond ties is wrong, flagged
+or not. stale, missing: answers so flagged. recovery: from the repair until the last of them before ten in a
+row are not, and until the last of all; on a busy machine some are flagged without any fault, because Redis
+was asked for longer than --deadline-ms.
 
 frozen    SIGSTOP, then SIGCONT                               slow_N      a proxy holds each command back for N ms
 killed    kill -9; back, empty; loaded some seconds later     resets      the proxy cuts each reply in half, then resets
@@ -12,8 +15,8 @@ full      maxmemory 1mb evicts all, pointers too; loaded      masterdown  a repl
 garbage   a tenth of the keys hold no row of theirs; loaded   noauth      the steps' user is off, their connections are ended
 stampede  500 callers at once of a user whose row every memory has just dropped, between two such bursts of a row that is there
 
-A row in memory is believed for --soft-ttl-s, not for the product's 30 s, so that nearly every request needs Redis and feels its faults.
-Only the stampede is served with the product's own times.
+A row in memory is believed for --soft-ttl-s, not for the product's 30 s, so that nearly every request needs
+Redis and feels its faults. Only the stampede is served with the product's own times.
 """
 
 from __future__ import annotations
@@ -85,7 +88,8 @@ def closed_loop(url: str, users: Sequence[str], in_flight: int, top_k: int = _TO
 
 
 def _open_loop(url: str, users: list[str], rate: float, pipe: Any) -> None:
-    """`users` in turn until told to stop. A process of its own: what is done to Redis meanwhile must not take its GIL."""
+    """`users` in turn until told to stop. A process of its own: what is done to Redis meanwhile must not take
+    its GIL."""
     transport, rng, asked = GrpcTransport(url), random.Random(0), list[Future[Note]]()
     with ThreadPoolExecutor(_BURST) as pool:
         _ask(transport, users[0], 0.0)
@@ -131,7 +135,8 @@ class Bench:
     healthy: dict[str, Recommendations] = field(default_factory=dict)
 
     def learn(self) -> None:
-        """Warms a server; on the first, notes healthy lists and how many answers a second a closed loop gets."""
+        """Warms a server; on the first, notes healthy lists and how many answers a second a closed loop
+        gets."""
         everyone = sorted(set(self.users))
         closed_loop(self.url, everyone[:100], _IN_FLIGHT)
         if self.healthy:
@@ -215,7 +220,8 @@ class Bench:
 
 
 def recovery(after: list[tuple[float, bool]]) -> dict[str, float]:
-    """When the last flagged answer came before ten clean ones in a row, and the last of all. Seconds; 0: none did."""
+    """When the last flagged answer came before ten clean ones in a row, and the last of all. Seconds; 0: none
+    did."""
     flags = [flagged for _, flagged in after]
     clean = next((n for n in range(len(flags)) if not any(flags[n : n + _CLEAN])), len(flags))
     return {
@@ -264,7 +270,8 @@ def table(rows: list[Row]) -> str:
 
 @contextlib.contextmanager
 def served(repository: Path, file: Path, settings: TierSettings) -> Iterator[str]:
-    """As `peregrine serve --redis` does, but with settings of our own: its processes inherit the variable that names their file."""
+    """As `peregrine serve --redis` does, but with settings of our own: its processes inherit the variable
+    that names their file."""
     write_settings(file, settings)
     os.environ[VARIABLE] = str(file)
     try:
@@ -275,7 +282,8 @@ def served(repository: Path, file: Path, settings: TierSettings) -> Iterator[str
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All of the faults asked for: the server once for each way to Redis, for the stampede with the product's own times."""
+    """All of the faults asked for: the server once for each way to Redis, for the stampede with the product's
+    own times."""
     release = open_release(given.repository, active_release(given.repository) or "none")
     copy, rng = folder / "repository", np.random.default_rng(0)
     shutil.copytree(given.repository, copy, ignore=shutil.ignore_patterns(".*"))
@@ -361,7 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(report["rows"]))
     targets = f"failed 0, wrong 0, p99 during <= before + {_MARGIN_MS:.0f} ms, recovery of frozen <= {_RECOVERY_S} s"
     print(
-        f"\n{report['rate']:.0f} requests a second, of {report['capacity']:.0f} in a closed loop. Targets: {targets}."
+        f"\n{report['rate']:.0f} requests a second, of {report['capacity']:.0f} in a closed loop. Targets: "
+        f"{targets}."
     )
 
 

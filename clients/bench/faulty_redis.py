@@ -1,4 +1,5 @@
-"""A redis-server that can be harmed and repaired, and a proxy that spoils what it says: the faults of clients.bench.faults, by name."""
+"""A redis-server that can be harmed and repaired, and a proxy that spoils what it says: the faults of
+clients.bench.faults, by name."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from ensemble.tiers.records import TABLES, prefix, shop_key
 
 
 class Proxy:
-    """TCP between the steps and Redis, in a thread. delay_s: of each command; cut: each reply ends in its middle."""
+    """TCP between the steps and Redis, in a thread. delay_s: of each command; cut: each reply ends in its
+    middle."""
 
     def __init__(self, target: int) -> None:
         self.delay_s, self.cut, self._target, loop = 0.0, False, target, asyncio.new_event_loop()
@@ -51,14 +53,16 @@ class Proxy:
                 await asyncio.sleep(0.0 if is_reply else self.delay_s)
                 sink.write(data[: len(data) // 2] if is_reply and self.cut else data)
                 if is_reply and self.cut:
+                    # a reset, not an end
                     sink.get_extra_info("socket").setsockopt(
                         socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                    )  # a reset, not an end
+                    )
                     return
 
 
 class FaultyRedis:
-    """A redis-server on a free port with a release's rows. `client` is a user of its own, let in whatever becomes of the steps'."""
+    """A redis-server on a free port with a release's rows. `client` is a user of its own, let in whatever
+    becomes of the steps'."""
 
     def __init__(self, release: Release, folder: Path, pause_s: float) -> None:
         if not shutil.which("redis-server"):

@@ -1,9 +1,11 @@
-"""Items that change while they are served.   python -m clients.bench.live --repository REPOSITORY --rate 1000 --seconds 60
+"""Items that change while they are served.   python -m clients.bench.live --repository REPOSITORY --rate 1000
+--seconds 60
 
-A writer process takes upserts at --rate; the pipeline, in this process, answers one user at a time at half load. At the end: the
-delay before and during, the largest gap between writing and seeing, recall@100 of the index against brute force over the items as they are
-now (so against what a fresh build would find), and, after kill -9 of the writer, whether every acknowledged change is there.
-Works on a copy of the repository's active release; needs no server.
+A writer process takes upserts at --rate; the pipeline, in this process, answers one user at a time at half
+load. At the end: the delay before and during, the largest gap between writing and seeing, recall@100 of the
+index against brute force over the items as they are now (so against what a fresh build would find), and,
+after kill -9 of the writer, whether every acknowledged change is there. Works on a copy of the repository's
+active release; needs no server.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _GROUP_S = 0.05  # upserts are sent in groups, as a feed of a shop would
 
 
 class Upserts:
-    """Sends upserts at a steady rate until told to stop or the writer is gone. A process of its own: the feed must not take the steps' GIL."""
+    """Sends upserts at a steady rate until told to stop or the writer is gone. A process of its own: the feed
+    must not take the steps' GIL."""
 
     def __init__(self, repository: Path, ids: list[str], rate: float, dim: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -95,7 +98,8 @@ def _feed(
 
 
 def delays(pipeline: LocalPipeline, users: list[str], seconds: float, every_s: float) -> np.ndarray:
-    """[n, 2] milliseconds of each answer, open loop: counted from when it was due, and of this thread's CPU. every_s 0: one after the other."""
+    """[n, 2] milliseconds of each answer, open loop: counted from when it was due, and of this thread's CPU.
+    every_s 0: one after the other."""
     took: list[tuple[float, float]] = []
     began = time.perf_counter()
     while (due := began + len(took) * every_s if every_s else time.perf_counter()) < began + seconds:
@@ -108,8 +112,9 @@ def delays(pipeline: LocalPipeline, users: list[str], seconds: float, every_s: f
 
 
 def half_load(pipeline: LocalPipeline, users: list[str]) -> float:
-    """Seconds between answers that leave half of the thread's time. Answers that come one by one cost more than those of a closed loop, up to
-    a half, so half of a closed loop's rate would be more than half load."""
+    """Seconds between answers that leave half of the thread's time. Answers that come one by one cost more
+    than those of a closed loop, up to a half, so half of a closed loop's rate would be more than half
+    load."""
     every_s = 0.0
     for _ in range(3):
         every_s = 2 * float(np.mean(delays(pipeline, users, _TRIED_S, every_s)[:, 1])) / 1000
@@ -187,7 +192,8 @@ def measure(repository: Path, rate: float, seconds: float) -> dict[str, Any]:
 
 
 def lost(repository: Path, fed: Fed) -> int:
-    """Acknowledged items that a fresh process does not find with their last acknowledged vector, or a later one of the same id."""
+    """Acknowledged items that a fresh process does not find with their last acknowledged vector, or a later
+    one of the same id."""
     view = open_served(repository, active_release(repository) or "none").live.view
     names = list(fed.acknowledged)
     rows = view.rows_from_ids(np.array([name.encode() for name in names]))

@@ -1,8 +1,9 @@
-"""The load generator: real user ids drawn by Zipf, sent at Poisson times (open loop) or one after another (closed loop).
+"""The load generator: real user ids drawn by Zipf, sent at Poisson times (open loop) or one after another
+(closed loop).
 
-Open loop: requests leave when the schedule says so, whether or not earlier ones were answered, and latency counts from the
-scheduled time. A server that stalls is charged for everybody who had to wait (no coordinated omission). What the generator
-itself could not send in time is reported as lag.
+Open loop: requests leave when the schedule says so, whether or not earlier ones were answered, and latency
+counts from the scheduled time. A server that stalls is charged for everybody who had to wait (no coordinated
+omission). What the generator itself could not send in time is reported as lag.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the server. `rate` (requests a second) makes it an open loop, `concurrency` a closed one."""
+    """What is asked of the server. `rate` (requests a second) makes it an open loop, `concurrency` a closed
+    one."""
 
     url: str
     users_file: str  # .npy [U] S, the ids that users are drawn from
@@ -50,7 +52,8 @@ class Load:
 
 
 def zipf_users(users: np.ndarray, count: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
-    """`count` ids out of users [U] S; the i-th most active user has weight i ** -exponent, and who that is is drawn too."""
+    """`count` ids out of users [U] S; the i-th most active user has weight i ** -exponent, and who that is is
+    drawn too."""
     weights = np.arange(1, len(users) + 1, dtype=np.float64) ** -exponent
     cumulated = np.cumsum(weights)
     ranks = np.searchsorted(cumulated, rng.random(count) * cumulated[-1])
@@ -91,7 +94,8 @@ class Generator:
         self.failures: Counter[str] = Counter()
 
     def send(self, number: int) -> None:
-        """Starts request `number`; (number, time of its answer) arrives in `answers`, time -1 for a failure."""
+        """Starts request `number`; (number, time of its answer) arrives in `answers`, time -1 for a
+        failure."""
         rpc = self._infer.future(self._payloads[number % len(self._payloads)])
         self._running[number] = rpc  # gRPC cancels a call that is garbage
         rpc.add_done_callback(partial(self._note, number))
@@ -187,7 +191,8 @@ def _drain(generator: Generator, count: int) -> list[tuple[int, float]]:
 
 
 def _closed_loop(generator: Generator, seconds: float) -> dict[str, Any]:
-    """`concurrency` requests in flight at any time; one thread sends, so that latency is not the generator's own contention."""
+    """`concurrency` requests in flight at any time; one thread sends, so that latency is not the generator's
+    own contention."""
     start = time.perf_counter()
     sent_at: dict[int, float] = {}
     for number in range(generator.load.concurrency):

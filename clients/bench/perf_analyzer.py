@@ -1,6 +1,7 @@
 """Triton's perf_analyzer: where its binary is, how to get it, how to run it, what it says.
 
-Its closed loop hides queueing (a slow answer delays the next question), so it stands beside our open loop, not instead.
+Its closed loop hides queueing (a slow answer delays the next question), so it stands beside our open loop,
+not instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ensemble.contract import PIPELINE
 from ensemble.errors import InvalidInput, PeregrineError
 
 VARIABLE = "PEREGRINE_PERF_ANALYZER"
-# Later wheels need a newer glibc, or carry no binary; it is unpacked aside, because it must not replace the tritonclient in use.
+# Later wheels need a newer glibc, or carry no binary; it is unpacked aside, because it must not replace the
+# tritonclient in use.
 _WHEELS = ("tritonclient==2.50.0", "nvidia-cuda-runtime-cu12")
 _PATTERNS = ("data/bin/perf_analyzer", "libcudart.so.12")
 
@@ -56,7 +58,8 @@ def cache_folder() -> Path:
 
 
 def find() -> PerfAnalyzer | None:
-    """$PEREGRINE_PERF_ANALYZER (binary or folder), what install() made, or PATH; None if there is none that starts."""
+    """$PEREGRINE_PERF_ANALYZER (binary or folder), what install() made, or PATH; None if there is none that
+    starts."""
     named, on_path = os.environ.get(VARIABLE), shutil.which("perf_analyzer")
     folder = cache_folder()
     candidates = [Path(named)] if named and Path(named).is_file() else []
@@ -107,7 +110,8 @@ def install(folder: Path | None = None) -> PerfAnalyzer:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise PeregrineError(
-                f"pip could not download {', '.join(_WHEELS)}: {(result.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+                f"pip could not download {', '.join(_WHEELS)}: "
+                f"{(result.stderr.strip().splitlines() or ['no reason given'])[-1]}"
             )
         for wheel in Path(scratch).glob("*.whl"):
             _unpack(wheel, folder)
@@ -141,7 +145,8 @@ class Sweep:
 
 
 def measure(found: PerfAnalyzer, sweep: Sweep) -> dict[str, Any]:
-    """One concurrency: throughput, latencies (from each request's own times), and perf_analyzer's view of the server."""
+    """One concurrency: throughput, latencies (from each request's own times), and perf_analyzer's view of the
+    server."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "input.json").write_text(
@@ -157,14 +162,16 @@ def measure(found: PerfAnalyzer, sweep: Sweep) -> dict[str, Any]:
         if result.returncode or not (folder / "out.csv").exists():
             lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
             raise PeregrineError(
-                f"perf_analyzer ended with code {result.returncode}: {lines[-1] if lines else 'it said nothing'}"
+                f"perf_analyzer ended with code {result.returncode}: "
+                f"{lines[-1] if lines else 'it said nothing'}"
             )
         return {**row_from_csv((folder / "out.csv").read_text()), **_exported(folder / "profile.json")}
 
 
 def arguments(sweep: Sweep, folder: Path) -> list[str]:
-    """perf_analyzer's command line. It measures three windows; whether they agree is left to the reader of the percentiles,
-    because where other work runs beside it they never do, and it would end without a figure."""
+    """perf_analyzer's command line. It measures three windows; whether they agree is left to the reader of
+    the percentiles, because where other work runs beside it they never do, and it would end without a
+    figure."""
     options = [
         "-m",
         PIPELINE,

@@ -1,8 +1,8 @@
 """Twins behind one queue: how long arrivals of the same rate would wait if serving cost nothing.
 
-One twin a core; whichever is free takes all that wait, up to the release's max_batch. No gRPC, no Triton, no generator: what is left
-of a latency is computing and waiting for computing, the floor under any server of these models on this machine (an M/D/c queue
-with batch service).
+One twin a core; whichever is free takes all that wait, up to the release's max_batch. No gRPC, no Triton, no
+generator: what is left of a latency is computing and waiting for computing, the floor under any server of
+these models on this machine (an M/D/c queue with batch service).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _LEAD_S = 0.2  # from the first twin's coming to the start, so that all are ther
 
 
 class Queue:
-    """Arrivals [R] that several processes take from; its state is a file, so that they need no parent in common."""
+    """Arrivals [R] that several processes take from; its state is a file, so that they need no parent in
+    common."""
 
     def __init__(self, path: Path, arrivals: np.ndarray) -> None:
         """`arrivals`: seconds from the start, ascending; the same in every process."""
@@ -37,7 +38,8 @@ class Queue:
         self._state = mmap.mmap(self._file.fileno(), _STATE.size)
 
     def take(self, most: int) -> np.ndarray:
-        """Waits for the next arrival; -> the times [1..most] of all that have come by then, on perf_counter's clock; [0] at the end.
+        """Waits for the next arrival; -> the times [1..most] of all that have come by then, on perf_counter's
+        clock; [0] at the end.
 
         A twin waits in the lock, so that idle ones stand in line, too.
         """

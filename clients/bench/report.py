@@ -78,14 +78,17 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Everything that was measured, as tables."""
     m, r = report["machine"], report["release"]
     console.print(
-        f"[bold]{r['shop']}[/] release {r['name']}: {r['users']:,} users, {r['items']:,} items, {r['candidates']} candidates"
+        f"[bold]{r['shop']}[/] release {r['name']}: {r['users']:,} users, {r['items']:,} items, "
+        f"{r['candidates']} candidates"
     )
     console.print(
-        f"{m['cpu']}, {m['cores']} cores, load {m['load_average_1min']:.1f} before; tritonserver {r['tritonserver']}; {report['date']}"
+        f"{m['cpu']}, {m['cores']} cores, load {m['load_average_1min']:.1f} before; tritonserver "
+        f"{r['tritonserver']}; {report['date']}"
     )
     if m["load_average_1min"] > m["cores"] * _BUSY:
         console.print(
-            "[yellow]Other work kept this machine busy: times are too long and ratios of times unsure; CPU milliseconds hold.[/]"
+            "[yellow]Other work kept this machine busy: times are too long and ratios of times unsure; CPU "
+            "milliseconds hold.[/]"
         )
     for table in (_versus_table(report), _load_table(report), _steps_table(report)):
         console.print(table)
@@ -131,7 +134,8 @@ def _load_table(report: Mapping[str, Any]) -> Table:
         "of twins",
     )
     table = _table(
-        "Under load (* the generator could not send in time: what it shared the machine with was measured too)",
+        "Under load (* the generator could not send in time: what it shared the machine with was measured "
+        "too)",
         "load",
         *columns,
     )
@@ -217,7 +221,8 @@ def _number(value: float | None) -> str:
 
 
 def write_plot(report: Mapping[str, Any], path: Path) -> None:
-    """Latency over throughput: open loop p50 and p99, the closed loops' p50, the lone twin and the twins' throughput."""
+    """Latency over throughput: open loop p50 and p99, the closed loops' p50, the lone twin and the twins'
+    throughput."""
     import matplotlib
 
     matplotlib.use("Agg")

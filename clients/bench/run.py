@@ -73,11 +73,13 @@ class Bench:
         server = running_server(options.repository) if options.repository.is_dir() else None
         if server is None:
             raise ServerError(
-                f"no server is at work on {options.repository}; start one: peregrine serve --repository {options.repository}"
+                f"no server is at work on {options.repository}; start one: peregrine serve --repository "
+                f"{options.repository}"
             )
         if options.url not in (None, server.url):
             raise InvalidInput(
-                f"--url {options.url}: {options.repository} is served at {server.url}; bench measures a server together with its release"
+                f"--url {options.url}: {options.repository} is served at {server.url}; bench measures a "
+                "server together with its release"
             )
         self.url, self.headers = server.url, server.headers
         self.probe = ServerProbe(self.url, self.headers, server.pid)
@@ -141,7 +143,8 @@ class Bench:
         return measure_queued(self._twin_load(1), rate, os.cpu_count() or 1)
 
     def lone(self) -> Row:
-        """One request at a time, and the twin, twice by turns: the machine's other work then falls on both."""
+        """One request at a time, and the twin, twice by turns: the machine's other work then falls on
+        both."""
         self.say("lone requests, Triton and twin by turns")
         pairs = [(self.triton(concurrency=1), self.twin(1)) for _ in range(2)]
         ours, twins = (
@@ -185,7 +188,8 @@ class Bench:
         return rows
 
     def twins_at(self, batch: float) -> Row:
-        """One twin per core at a mean batch size that may lie between two whole ones: cost per user is linear in 1 / batch."""
+        """One twin per core at a mean batch size that may lie between two whole ones: cost per user is linear
+        in 1 / batch."""
         processes = os.cpu_count() or 1
         low, high = max(1, math.floor(batch)), max(1, math.ceil(batch))
         self.say(f"{processes} twins at once, {low}–{high} users a batch")
@@ -267,7 +271,8 @@ def _saturation(best: Row, twins: Row) -> Row:
 
 
 def _half(rows: list[Row], lone: Row) -> Row | None:
-    """p99 at half of saturation (the nearest open-loop row between .4 and .6), against a lone request's p50 and queued twins' p99."""
+    """p99 at half of saturation (the nearest open-loop row between .4 and .6), against a lone request's p50
+    and queued twins' p99."""
     near = [row for row in rows if abs(row["share"] - HALF) <= 0.1]
     if not near:
         return None

@@ -1,4 +1,5 @@
-"""What the server did between two moments: CPU seconds of its processes, and Triton's own statistics per step."""
+"""What the server did between two moments: CPU seconds of its processes, and Triton's own statistics per
+step."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class ServerProbe:
         )
 
     def cpu_s(self) -> float | None:
-        """CPU seconds so far of tritonserver and everything below it; the kernel counts each process in steps of 10 ms."""
+        """CPU seconds so far of tritonserver and everything below it; the kernel counts each process in steps
+        of 10 ms."""
         processes = self._processes()
         return None if processes is None else sum(sum(process.cpu_times()[:2]) for process in processes)
 
@@ -95,7 +97,8 @@ def _counters(model: Any) -> dict[str, int]:
 def steps_between(
     before: Snapshot, after: Snapshot, release: str, names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """By step of the release, in the order of `names`: mean batch, and milliseconds a request spent in each phase."""
+    """By step of the release, in the order of `names`: mean batch, and milliseconds a request spent in each
+    phase."""
     steps = {}
     for name in names:
         now = after.models.get(f"{release}_{name}", {})
@@ -112,5 +115,6 @@ def steps_between(
 
 
 def mean_batch(steps: Mapping[str, Mapping[str, float]]) -> float:
-    """The batch size at which work per user equals that of these steps, if an execution costs a + b * users: the harmonic mean."""
+    """The batch size at which work per user equals that of these steps, if an execution costs a + b * users:
+    the harmonic mean."""
     return len(steps) / sum(1 / step["mean_batch"] for step in steps.values()) if steps else 1.0

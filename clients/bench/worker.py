@@ -1,6 +1,8 @@
-"""Measurements in processes of their own, so that what measures does not share a core's time, or a GIL, with what is measured.
+"""Measurements in processes of their own, so that what measures does not share a core's time, or a GIL, with
+what is measured.
 
-The parent sends a JSON line; the child prepares, says "ready", waits for "go", measures, and answers with a JSON line.
+The parent sends a JSON line; the child prepares, says "ready", waits for "go", measures, and answers with a
+JSON line.
 """
 
 from __future__ import annotations

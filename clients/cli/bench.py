@@ -1,4 +1,5 @@
-"""`peregrine bench`: latency, throughput and cost of the served release, beside the same pipeline without a server."""
+"""`peregrine bench`: latency, throughput and cost of the served release, beside the same pipeline without a
+server."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Measures the server at work on the repository: closed loop, open loop, per step, and against its local twin."""
+    """Measures the server at work on the repository: closed loop, open loop, per step, and against its local
+    twin."""
     from rich.console import Console
 
     if install_perf_analyzer:

@@ -63,8 +63,9 @@ def tail(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Reads {"user_id", "item_id", "event", "time"} a line (or {"item_id", "time", "features" | "codes" | "values"}: an item's new numbers)
-    and writes them. Bad lines are named and skipped; exit code 2 if there were any. The same file again changes nothing."""
+    """Reads {"user_id", "item_id", "event", "time"} a line (or {"item_id", "time", "features" | "codes" |
+    "values"}: an item's new numbers) and writes them. Bad lines are named and skipped; exit code 2 if there
+    were any. The same file again changes nothing."""
     from clients.events import EventWriter
     from ensemble.tiers.settings import TierSettings, url_from_option
 
@@ -186,7 +187,8 @@ def _seconds(value: Any) -> Any:
 
 
 def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:
-    """Whole lines; None whenever there is nothing more for now. Not readline: it would wait with lines in hand."""
+    """Whole lines; None whenever there is nothing more for now. Not readline: it would wait with lines in
+    hand."""
     held = b""
     while True:
         if not select.select([descriptor], [], [], 0)[0]:

@@ -150,7 +150,8 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
             except PeregrineError as error:
                 if start:
                     error.args = (
-                        f"{error} (the first {start} changes were made before it: send those after them again)",
+                        f"{error} (the first {start} changes were made before it: send those after them "
+                        "again)",
                     )
                 raise
     return done
@@ -162,9 +163,8 @@ def _lines(file: Path) -> list[str]:
     if str(file) == "-":
         return sys.stdin.readlines()
     try:
-        return file.read_text(encoding="utf-8").split(
-            "\n"
-        )  # splitlines would also cut at U+2028, which JSON may hold
+        # splitlines would also cut at U+2028, which JSON may hold
+        return file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"--file {file}: {error}") from None
 
@@ -192,5 +192,6 @@ def _print(changed: Any, as_json: bool, count: int | None = None) -> None:
         else "durable, but not yet in all instances"
     )
     print(
-        f"{what}release {changed.release}+{changed.sequence}, {where}; {changed.items} items, {changed.unmerged} changes beside the main index"
+        f"{what}release {changed.release}+{changed.sequence}, {where}; {changed.items} items, "
+        f"{changed.unmerged} changes beside the main index"
     )

@@ -73,7 +73,8 @@ def show(name: Name, repository: Repository = DEFAULT, as_json: AsJson = False) 
 
 @app.command()
 def activate(name: Name, repository: Repository = DEFAULT, as_json: AsJson = False) -> None:
-    """Makes a release the one that `recommend` answers with; a running server follows at once, no request fails."""
+    """Makes a release the one that `recommend` answers with; a running server follows at once, no request
+    fails."""
     from clients.operations import releases
 
     done = releases.activate(repository, name)

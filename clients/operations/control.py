@@ -1,7 +1,8 @@
-"""Triton's model-control calls to the server of one repository. Waits are bounded here, never by a gRPC deadline.
+"""Triton's model-control calls to the server of one repository. Waits are bounded here, never by a gRPC
+deadline.
 
-A deadline that passes is a cancelled call, which crashes Triton below 2.59; so a call that takes too long is left to
-itself in a daemon thread, and the caller is told.
+A deadline that passes is a cancelled call, which crashes Triton below 2.59; so a call that takes too long is
+left to itself in a daemon thread, and the caller is told.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Control:
         self._client.close()
 
     def load(self, model: str, config_json: str | None = None) -> None:
-        """Loads a model, members of an ensemble included; with `config_json` in place of the configuration on disk.
+        """Loads a model, members of an ensemble included; with `config_json` in place of the configuration on
+        disk.
 
         Triton says OK although an ensemble may be gone afterwards, so readiness is asked for as well.
         """
@@ -72,7 +74,8 @@ class Control:
         return sorted(model.name for model in index.models if model.state == "READY")
 
     def canary(self, model: str) -> tuple[str, int]:
-        """Asks `model` for an unknown user's list; returns (the release that answered, how many items it gave)."""
+        """Asks `model` for an unknown user's list; returns (the release that answered, how many items it
+        gave)."""
         from tritonclient.grpc import InferInput
 
         user = InferInput("user_id", [1, 1], "BYTES")
@@ -102,6 +105,7 @@ class Control:
             raise ServerError(f"{what}: {' '.join(words)}") from error
         if "value" not in done:
             raise ServerError(
-                f"{what}: no answer from {self._server.url} within {self._timeout_s:.0f} s; restart `peregrine serve`"
+                f"{what}: no answer from {self._server.url} within {self._timeout_s:.0f} s; restart "
+                "`peregrine serve`"
             )
         return done["value"]

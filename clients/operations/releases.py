@@ -17,7 +17,9 @@ from ensemble.release.repository import ALIAS_FILE, check_name, locked, point_al
 from ensemble.release.repository import remove as remove_files
 from ensemble.server.running import running_server
 
-SETTLE_S = 0.5  # between the flip and the unloading of the old release: for requests that have entered the old alias, but not yet the old ensemble
+# between the flip and the unloading of the old release: for requests that have entered the old alias, but not
+# yet the old ensemble
+SETTLE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,16 @@ def read_manifest(repository: Path, name: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReleaseError(
-            f"no release {name!r} in {repository}; there are: {', '.join(release_names(repository)) or 'none'}"
+            f"no release {name!r} in {repository}; there are: "
+            f"{', '.join(release_names(repository)) or 'none'}"
         ) from None
     except (OSError, ValueError) as error:
         raise ReleaseError(f"cannot read {path}: {error}") from error
 
 
 def activate(repository: Path, name: str) -> Activation:
-    """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and in the server."""
+    """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and
+    in the server."""
     read_manifest(repository, name)
     open_release(repository, name).verify()
     with locked(repository):
@@ -133,7 +137,8 @@ def _check_canary(control: Control, model: str, name: str) -> None:
     release, num_items = control.canary(model)
     if release != name or not num_items:
         raise ServerError(
-            f"canary request to {model}: release {release!r} answered with {num_items} items; wanted {name!r} and at least one"
+            f"canary request to {model}: release {release!r} answered with {num_items} items; wanted "
+            f"{name!r} and at least one"
         )
 
 

@@ -41,7 +41,8 @@ def load(
     ] = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Loads a release's rows of users and items; servers turn to them at once, the rows loaded before expire."""
+    """Loads a release's rows of users and items; servers turn to them at once, the rows loaded before
+    expire."""
     from ensemble.progress import bar
     from ensemble.tiers.load import load_release
     from ensemble.tiers.settings import TierSettings, hidden, url_from_option
@@ -71,7 +72,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each line of the table.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON.")] = None,
 ) -> None:
-    """CPU and wall time of reading 1 user + its history and a list of candidates: snapshot, memory, Redis; rows per second."""
+    """CPU and wall time of reading 1 user + its history and a list of candidates: snapshot, memory, Redis;
+    rows per second."""
     from ensemble.tiers.bench import measure, print_table
     from ensemble.tiers.settings import url_from_option
 
@@ -88,6 +90,7 @@ def _open(repository: Path, name: str | None) -> Release:
     name = name or active_release(repository)
     if name is None:
         raise ReleaseError(
-            f"no release is active in {repository}; name one with --release, or build one: peregrine build SHOP --activate"
+            f"no release is active in {repository}; name one with --release, or build one: peregrine build "
+            "SHOP --activate"
         )
     return open_release(repository, name)

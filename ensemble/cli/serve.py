@@ -34,19 +34,22 @@ def serve(
         bool,
         typer.Option(
             "--fused",
-            help="All steps of a request in one process: fewest hops, for machines without a GPU (README, Serve).",
+            help="All steps of a request in one process: fewest hops, for machines without a GPU (README, "
+            "Serve).",
         ),
     ] = False,
     require: Annotated[
         str | None,
         typer.Option(
-            help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is there if not given."
+            help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is "
+            "there if not given."
         ),
     ] = None,
     index: Annotated[
         str,
         typer.Option(
-            help="Where the main index is searched: cpu, or gpu: with faiss-gpu, and an index of whole vectors."
+            help="Where the main index is searched: cpu, or gpu: with faiss-gpu, and an index of whole "
+            "vectors."
         ),
     ] = "cpu",
     redis: Annotated[
@@ -60,7 +63,8 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")] = False,
     start_timeout_s: Annotated[float, typer.Option(help="How long the models may take to load.")] = 300.0,
 ) -> None:
-    """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and stops."""
+    """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and
+    stops."""
     from ensemble.live.service import service_process
     from ensemble.server import supervisor as server
     from ensemble.tiers.settings import url_from_option
@@ -93,9 +97,8 @@ def serve(
 
 def _raise_once(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            other, signal.SIG_IGN
-        )  # the drain is bounded; a second signal must not cut it short and leave processes
+        # the drain is bounded; a second signal must not cut it short and leave processes
+        signal.signal(other, signal.SIG_IGN)
     raise _Signal(number)
 
 
@@ -120,8 +123,10 @@ def _greeting(running: Any, start_s: float) -> str:
             f"  metrics    {running.metrics_url or 'off'}",
             f"  instances  {sum(map(len, stubs.values()))} Python processes: "
             + ", ".join(f"{len(pids)} {name}" for name, pids in stubs.items()),
-            "             (two a step: Triton never restarts one that dies; one thread each: instances are the parallelism)",
-            f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB resident, summed)",
+            "             (two a step: Triton never restarts one that dies; one thread each: instances are "
+            "the parallelism)",
+            f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB "
+            "resident, summed)",
             *(
                 [f"  features   {hidden(running.launch.redis)}, then the release's own rows"]
                 if running.launch.redis
@@ -129,7 +134,8 @@ def _greeting(running: Any, start_s: float) -> str:
             ),
             *(
                 [
-                    "  faster     with --fused: the same answers from one process a request; these engines run on the CPU"
+                    "  faster     with --fused: the same answers from one process a request; these engines "
+                    "run on the CPU"
                 ]
                 if _could_be_fused(running)
                 else []

@@ -1,4 +1,5 @@
-"""The seam between steps and runtimes: an Engine runs named arrays; open_engine chooses by the file's suffix."""
+"""The seam between steps and runtimes: an Engine runs named arrays; open_engine chooses by the file's
+suffix."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from ensemble.options import Options
 from ensemble.release.release import Release
 from ensemble.spec import ModelSpec, TensorSpec
 
-# Users run at once: beyond, a ranker's activations outgrow the core's cache (1.67 ms a user at 8, 2.03 at 64: DECISIONS.md).
+# Users run at once: beyond, a ranker's activations outgrow the core's cache (1.67 ms a user at 8, 2.03 at 64:
+# DECISIONS.md).
 CHUNK = 8
-# What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a runtime.
+# What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a
+# runtime.
 ENGINE_VARIABLE = "PEREGRINE_ENGINE"
 ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT = "onnxruntime", "onnxruntime-gpu", "tensorrt"
 # The same for where recall searches its main index.
@@ -25,7 +28,8 @@ CPU, GPU = "cpu", "gpu"
 
 
 class Engine(Protocol):
-    """A loaded model. `inputs` and `outputs` give (name, numpy dtype name, dims without batch; None = varies)."""
+    """A loaded model. `inputs` and `outputs` give (name, numpy dtype name, dims without batch; None =
+    varies)."""
 
     inputs: list[tuple[str, str, tuple[int | None, ...]]]
     outputs: list[tuple[str, str, tuple[int | None, ...]]]
@@ -36,7 +40,8 @@ class Engine(Protocol):
 
 
 def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
-    """Opens a model file; ReleaseError names the file when it cannot be. gpu: ONNX Runtime's CUDA provider, or an error."""
+    """Opens a model file; ReleaseError names the file when it cannot be. gpu: ONNX Runtime's CUDA provider,
+    or an error."""
     if path.suffix == ".onnx":
         from ensemble.engines.onnx import CPU, CUDA, OnnxEngine
 
@@ -57,7 +62,8 @@ def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
         differing = signature_difference(found, wanted)
         if differing:
             raise ReleaseError(
-                f"{path}: the model {what} {differing}; the contract of {model.name} wants {', '.join(str(t) for t in wanted)}"
+                f"{path}: the model {what} {differing}; the contract of {model.name} wants "
+                f"{', '.join(str(t) for t in wanted)}"
             )
 
 
@@ -80,7 +86,8 @@ def signature_difference(
 
 
 class EngineStep:
-    """The step of every engine model: verifies and opens the release's model file or its plan, then hands tensors through."""
+    """The step of every engine model: verifies and opens the release's model file or its plan, then hands
+    tensors through."""
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         runtime = os.environ.get(ENGINE_VARIABLE, ONNXRUNTIME)
@@ -100,7 +107,8 @@ class EngineStep:
         check_signature(self.engine, model, path)
 
     def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
-        """The model's input tensors by name -> its output tensors by name; large batches in chunks that fit the cache."""
+        """The model's input tensors by name -> its output tensors by name; large batches in chunks that fit
+        the cache."""
         if len(options) <= self._chunk:
             return self.engine.run(tensors)
         pieces = [slice(start, start + self._chunk) for start in range(0, len(options), self._chunk)]

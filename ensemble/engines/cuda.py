@@ -1,8 +1,8 @@
 """The GPU through the driver's own library and ctypes: memory, copies, a stream, events. Nothing to install.
 
-Chosen over cuda-python and libcudart: libcuda.so.1 comes with the driver, so it is on every machine that has a GPU, and its
-functions keep their names and meaning across CUDA versions (the _v2 ones since CUDA 3.2). The primary context is the one that
-TensorRT, PyTorch and Faiss use, so pointers are theirs too.
+Chosen over cuda-python and libcudart: libcuda.so.1 comes with the driver, so it is on every machine that has
+a GPU, and its functions keep their names and meaning across CUDA versions (the _v2 ones since CUDA 3.2). The
+primary context is the one that TensorRT, PyTorch and Faiss use, so pointers are theirs too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _driver() -> Any:
 
 
 def gpu_facts() -> tuple[str, str, str]:
-    """(name, SM, the driver's CUDA version) of GPU 0, such as ("NVIDIA H200", "9.0", "13.0"); ReleaseError without a GPU."""
+    """(name, SM, the driver's CUDA version) of GPU 0, such as ("NVIDIA H200", "9.0", "13.0"); ReleaseError
+    without a GPU."""
     library, name = _driver(), ctypes.create_string_buffer(256)
     major, minor, version = c_int(), c_int(), c_int()
     device = c_int()
@@ -54,7 +55,8 @@ def gpu_facts() -> tuple[str, str, str]:
 
 
 class Gpu:
-    """GPU 0 with a stream of its own. Every call may come from another thread: the context is made current first."""
+    """GPU 0 with a stream of its own. Every call may come from another thread: the context is made current
+    first."""
 
     def __init__(self) -> None:
         self._library = _driver()
@@ -62,9 +64,8 @@ class Gpu:
         self._call("cuDeviceGet", byref(device), 0)
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
         self.enter()
-        self._call(
-            "cuStreamCreate", byref(stream), 1
-        )  # 1 = non-blocking: does not wait for the default stream
+        # 1 = non-blocking: does not wait for the default stream
+        self._call("cuStreamCreate", byref(stream), 1)
         self.stream = int(stream.value or 0)
 
     def enter(self) -> None:

@@ -1,4 +1,5 @@
-"""DLPack without a framework: other libraries' GPU tensors in, ours out, no copy. Version 0 of the protocol, which all speak.
+"""DLPack without a framework: other libraries' GPU tensors in, ours out, no copy. Version 0 of the protocol,
+which all speak.
 
 Layout of the structures: dlpack.h of DLPack 0.8 (https://dmlc.github.io/dlpack/latest/c_api.html).
 """
@@ -68,7 +69,8 @@ _exported: dict[int, tuple[Any, ...]] = {}  # address of what we gave away -> wh
 
 
 class DeviceTensor:
-    """A contiguous array in a device's memory, which `release` gives back; torch.from_dlpack and its like take it."""
+    """A contiguous array in a device's memory, which `release` gives back; torch.from_dlpack and its like
+    take it."""
 
     def __init__(
         self,
@@ -143,12 +145,14 @@ class Borrowed:
         given = self._tensor.dtype
         if given.lanes != 1 or given.code not in _KINDS:
             raise InvalidInput(
-                f"a tensor of DLPack type {given.code} with {given.lanes} lanes; known: bool, integers and floats of one lane"
+                f"a tensor of DLPack type {given.code} with {given.lanes} lanes; known: bool, integers and "
+                "floats of one lane"
             )
         return np.dtype(bool) if given.code == 6 else np.dtype(f"{_KINDS[given.code]}{given.bits // 8}")
 
     def array(self) -> np.ndarray:
-        """The tensor as an array on the same memory, if that is the CPU's; it lives no longer than this object."""
+        """The tensor as an array on the same memory, if that is the CPU's; it lives no longer than this
+        object."""
         num_bytes = prod(self.shape) * self.dtype.itemsize
         return np.frombuffer(
             memoryview((ctypes.c_char * num_bytes).from_address(self.address)), self.dtype

@@ -1,4 +1,5 @@
-"""ONNX Runtime, on the CPU unless a GPU is asked for. One thread an engine: parallelism comes from instances, and idle threads must not spin."""
+"""ONNX Runtime, on the CPU unless a GPU is asked for. One thread an engine: parallelism comes from instances,
+and idle threads must not spin."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ _DTYPES = {
 
 
 class OnnxEngine:
-    """One InferenceSession. The file is read as bytes, so external data, which could point anywhere, is never followed."""
+    """One InferenceSession. The file is read as bytes, so external data, which could point anywhere, is never
+    followed."""
 
     def __init__(self, path: Path, threads: int, provider: str = CPU, *, fuse: bool = True) -> None:
-        """ReleaseError if `provider` does not become active. fuse=False: basic optimizations only, all that fp16 and fp8 graphs bear on the CPU."""
+        """ReleaseError if `provider` does not become active. fuse=False: basic optimizations only, all that
+        fp16 and fp8 graphs bear on the CPU."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -35,9 +38,8 @@ class OnnxEngine:
             self._session = ort.InferenceSession(path.read_bytes(), options, providers=[provider])
         except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
             raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
-        _check_provider(
-            path, provider, self._session.get_providers()
-        )  # one that does not start is dropped in silence
+        # one that does not start is dropped in silence
+        _check_provider(path, provider, self._session.get_providers())
         self.inputs = [_described(node) for node in self._session.get_inputs()]
         self.outputs = [_described(node) for node in self._session.get_outputs()]
         self._output_names = [name for name, _, _ in self.outputs]
@@ -50,7 +52,8 @@ class OnnxEngine:
 def _check_provider(path: Path, provider: str, active: list[str]) -> None:
     if provider not in active:
         raise ReleaseError(
-            f"{path}: {provider} was asked for, active are {', '.join(active)}; install onnxruntime-gpu on a node with a GPU, or use the CPU"
+            f"{path}: {provider} was asked for, active are {', '.join(active)}; install onnxruntime-gpu on "
+            "a node with a GPU, or use the CPU"
         )
 
 

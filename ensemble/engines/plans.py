@@ -1,10 +1,11 @@
-"""TensorRT plans lie beside the release they were built from, which never changes; each says which node it fits.
+"""TensorRT plans lie beside the release they were built from, which never changes; each says which node it
+fits.
 
 rN_plans/<key>/manifest.json        one engine: its key, the digests of its files; written last, renamed in whole
 rN_plans/<key>/rN_<model>/          what Triton's native backend mounts: configs/tensorrt.pbtxt, 1/model.plan, warmup/
 
-<key> is a digest of all that decides whether a plan may run: see EngineKey. Several nodes may share one repository: each
-takes the plans that fit it.
+<key> is a digest of all that decides whether a plan may run: see EngineKey. Several nodes may share one
+repository: each takes the plans that fit it.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Plan:
                 ) from error
             if not same:
                 raise ReleaseError(
-                    f"{self.folder / relative} was changed or cut short (sha256 differs from its manifest); {_CURE}"
+                    f"{self.folder / relative} was changed or cut short (sha256 differs from its manifest); "
+                    f"{_CURE}"
                 )
 
 
@@ -135,7 +137,8 @@ def plans_folder(repository: Path, release: str) -> Path:
 
 
 def source_onnx(release: Release, model: str) -> Path:
-    """What plans are built from: the typed ONNX where the release was compressed for TensorRT, else the ONNX that the CPU runs."""
+    """What plans are built from: the typed ONNX where the release was compressed for TensorRT, else the ONNX
+    that the CPU runs."""
     typed = release.member_file(model, TYPED_ONNX)
     return (
         typed
@@ -145,7 +148,8 @@ def source_onnx(release: Release, model: str) -> Path:
 
 
 def find_plan(release: Release, model: str, node: Node) -> Plan:
-    """The plan of `model` that runs on `node`, built from this release's ONNX; ReleaseError says what is in the way."""
+    """The plan of `model` that runs on `node`, built from this release's ONNX; ReleaseError says what is in
+    the way."""
     wanted = release.manifest["files"][str(source_onnx(release, model).relative_to(release.repository))][
         "sha256"
     ]
@@ -165,7 +169,8 @@ def find_plan(release: Release, model: str, node: Node) -> Plan:
 
 
 def find_plans(release: Release, node: Node) -> dict[str, Plan]:
-    """{engine model of the pipeline: its plan, verified}; ReleaseError names the first that is missing, does not fit or was changed."""
+    """{engine model of the pipeline: its plan, verified}; ReleaseError names the first that is missing, does
+    not fit or was changed."""
     plans = {
         model.name: find_plan(release, model.name, node)
         for model in release.pipeline.models
@@ -183,7 +188,8 @@ def read_plans(release: Release) -> list[Plan]:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan that a manifest describes; ReleaseError if it is none of ours. Files are not read: Plan.verify."""
+    """The plan that a manifest describes; ReleaseError if it is none of ours. Files are not read:
+    Plan.verify."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
@@ -215,7 +221,8 @@ def ranges(model: ModelSpec, max_batch: int) -> tuple[Range, ...]:
     for name, dims in fixed.items():
         if 0 in dims:
             raise ReleaseError(
-                f"{model.name}: {name} {list(dims)} has an axis without a size; a plan needs every axis but the batch fixed"
+                f"{model.name}: {name} {list(dims)} has an axis without a size; a plan needs every axis but "
+                "the batch fixed"
             )
     return tuple(Range(name, (least, *dims), (usual, *dims), (most, *dims)) for name, dims in fixed.items())
 

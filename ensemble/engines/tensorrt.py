@@ -1,6 +1,7 @@
 """A TensorRT plan as an Engine: numpy in, numpy out, or tensors that stay on the GPU between steps (DLPack).
 
-Uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address, execute_async_v3.
+Uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address,
+execute_async_v3.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def this_node() -> Node:
 
 
 def tensorrt_version() -> str:
-    """ "10.16.1", of the library that Triton's backend loads; where there is none on the search path, of the Python package."""
+    """ "10.16.1", of the library that Triton's backend loads; where there is none on the search path, of the
+    Python package."""
     for name in _LIBRARIES:
         try:
             number = ctypes.CDLL(name).getInferLibVersion()
@@ -71,7 +73,8 @@ def logger(trt: Any) -> Any:
 
 
 def start(kind: Any, log: Any) -> Any:
-    """trt.Builder or trt.Runtime; a TypeError without a reason is what they raise when CUDA does not start."""
+    """trt.Builder or trt.Runtime; a TypeError without a reason is what they raise when CUDA does not
+    start."""
     try:
         return kind(log)
     except TypeError:
@@ -89,9 +92,8 @@ class TensorRTEngine:
         self._log, self._gpu = logger(trt), Gpu()
         self._runtime = start(trt.Runtime, self._log)
         if plan.key.portable:
-            self._runtime.engine_host_code_allowed = (
-                True  # a version-compatible plan carries its own small runtime; its digest was checked
-            )
+            # a version-compatible plan carries its own small runtime; its digest was checked
+            self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
@@ -121,7 +123,8 @@ class TensorRTEngine:
         return answer
 
     def run_on_gpu(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
-        """The same, but the outputs stay on the GPU, in memory of their own: the next step takes them by __dlpack__."""
+        """The same, but the outputs stay on the GPU, in memory of their own: the next step takes them by
+        __dlpack__."""
         self._gpu.enter()
         tensors = {
             name: DeviceTensor(
@@ -135,7 +138,8 @@ class TensorRTEngine:
         return tensors
 
     def time_ms(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
-        """GPU time of each of `repeats` runs on the same feeds, copies not counted: CUDA events around execute_async_v3."""
+        """GPU time of each of `repeats` runs on the same feeds, copies not counted: CUDA events around
+        execute_async_v3."""
         self._answer_shapes(feeds)
         held = self._launch(feeds, self._buffers)
         times = []
@@ -147,7 +151,8 @@ class TensorRTEngine:
         return times
 
     def _launch(self, feeds: Mapping[str, Any], outputs: Mapping[str, int]) -> list[Any]:
-        """Puts the inputs' copies and one run into the stream -> what must live until the stream is through."""
+        """Puts the inputs' copies and one run into the stream -> what must live until the stream is
+        through."""
         self._gpu.enter()
         held = []
         for name, _, _ in self.inputs:
@@ -166,7 +171,8 @@ class TensorRTEngine:
             raise ReleaseError(f"TensorRT could not run the plan: {self._log.told()}")
 
     def _placed(self, name: str, value: Any, shape: tuple[int, ...]) -> tuple[int, Any]:
-        """Where the input is on the GPU: in its owner's memory if it is there already, else copied into our buffer."""
+        """Where the input is on the GPU: in its owner's memory if it is there already, else copied into our
+        buffer."""
         if isinstance(value, np.ndarray):
             array = np.ascontiguousarray(value)
         else:
@@ -180,10 +186,12 @@ class TensorRTEngine:
         return self._buffers[name], (array, value)
 
     def _check(self, name: str, given: np.ndarray | Borrowed, shape: tuple[int, ...]) -> None:
-        """TensorRT reads whatever lies at an address: a wrong dtype or shape would be a wrong answer, not an error."""
+        """TensorRT reads whatever lies at an address: a wrong dtype or shape would be a wrong answer, not an
+        error."""
         if (given.dtype, given.shape) != (self._dtypes[name], shape):
             raise ReleaseError(
-                f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} {list(given.shape)}"
+                f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} "
+                f"{list(given.shape)}"
             )
 
     def _answer_shapes(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -199,7 +207,8 @@ class TensorRTEngine:
         return {name: (min(rows), *self._dims[name]) for name, _, _ in self.outputs}
 
     def _fixed_dims(self, names: list[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor's sizes without the batch: the profile fixes them, whatever axes the ONNX model left open."""
+        """Every tensor's sizes without the batch: the profile fixes them, whatever axes the ONNX model left
+        open."""
         for name, shape in self._most.items():
             self._context.set_input_shape(name, shape)
         return {

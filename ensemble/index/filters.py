@@ -1,4 +1,5 @@
-"""Which items may be shown: categories and ranges of numbers as masks over rows, remembered because pages ask again and again."""
+"""Which items may be shown: categories and ranges of numbers as masks over rows, remembered because pages ask
+again and again."""
 
 from __future__ import annotations
 
@@ -11,9 +12,8 @@ from ensemble.live.items import LiveState, LiveView
 from ensemble.options import Category, Filter
 from ensemble.schema import Schema, number_names
 
-_REMEMBERED = (
-    128  # masks; one bit an item would do, one byte is faster to index: 128 MB for a million items at most
-)
+# masks; one bit an item would do, one byte is faster to index: 128 MB for a million items at most
+_REMEMBERED = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +21,8 @@ class RowMask:
     """Which rows pass one filter, as of one view."""
 
     view: LiveView
-    main: (
-        np.ndarray
-    )  # [main rows] bool, the main index's rows with the content that it holds; row 0 never passes
+    # [main rows] bool, the main index's rows with the content that it holds; row 0 never passes
+    main: np.ndarray
     slots: np.ndarray  # [num_slots - delta_start] bool, slots of the delta
 
     def passes(self, rows: np.ndarray) -> np.ndarray:
@@ -44,7 +43,8 @@ class ItemFilters:
     def __init__(
         self, schema: Schema, vocabularies: dict[str, list[str]], codes: np.ndarray, numbers: np.ndarray
     ) -> None:
-        """`codes` [I + 1, C] int32 of the snapshot, `vocabularies` {feature: values} of items, `numbers` [I + 1, n] float32 raw, NaN missing."""
+        """`codes` [I + 1, C] int32 of the snapshot, `vocabularies` {feature: values} of items, `numbers` [I +
+        1, n] float32 raw, NaN missing."""
         self._features = {f.name: f for f in schema.items.features if f.kind == "category"}
         self._code_of = {
             name: {value: f.offset + 1 + v for v, value in enumerate(vocabularies.get(name, []))}
@@ -57,7 +57,8 @@ class ItemFilters:
     def mask(self, wanted: Filter, view: LiveView) -> RowMask:
         """The mask of `wanted`; the same object for the same filter and view."""
         if self._masks and next(iter(self._masks.values())).view.state is not view.state:
-            self._masks.clear()  # all at once: one mask would keep the whole index of a generation that was merged away
+            # all at once: one mask would keep the whole index of a generation that was merged away
+            self._masks.clear()
         known = self._masks.get(wanted)
         if known is None:
             known = RowMask(
@@ -95,9 +96,8 @@ class ItemFilters:
             mask &= ~self._has(category, codes)
         for name, low, high in wanted.ranges:
             column = numbers[:, self._columns[name]]
-            mask &= (column >= np.float32(low)) & (
-                column <= np.float32(high)
-            )  # NaN, a missing number, is in no range
+            # NaN, a missing number, is in no range
+            mask &= (column >= np.float32(low)) & (column <= np.float32(high))
         return mask
 
     def _has(self, category: Category, codes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Lists of candidates from several places -> one list: shards, or the main index and the live items beside it."""
+"""Lists of candidates from several places -> one list: shards, or the main index and the live items beside
+it."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ Found = tuple[
 
 
 def merge_found(parts: Sequence[Found], depth: int) -> Found:
-    """The best `depth` of all parts [Q, any length], in any order; no row is in two of them. Equal scores in order of rows.
+    """The best `depth` of all parts [Q, any length], in any order; no row is in two of them. Equal scores in
+    order of rows.
 
-    The parts may be shards of one catalogue, searched anywhere: rows are the catalogue's, so nothing else has to be agreed on.
+    The parts may be shards of one catalogue, searched anywhere: rows are the catalogue's, so nothing else has
+    to be agreed on.
     """
     return cut(
         np.concatenate([p[0] for p in parts], axis=1), np.concatenate([p[1] for p in parts], axis=1), depth

@@ -1,8 +1,9 @@
-"""A Faiss index on the GPU, as main_index.MainIndex asks it. Needs faiss-gpu, or faiss-gpu-cuvs, which then searches with cuVS by itself;
-the CPU twin gives the same neighbours.
+"""A Faiss index on the GPU, as main_index.MainIndex asks it. Needs faiss-gpu, or faiss-gpu-cuvs, which then
+searches with cuVS by itself; the CPU twin gives the same neighbours.
 
-Classic GPU indexes ignore ID selectors without a word, so a filter is over-fetch and mask, and a search of the passing rows where that
-leaves too few. They are not thread-safe: each instance has its own resources and its own lock, and its scratch memory is bounded.
+Classic GPU indexes ignore ID selectors without a word, so a filter is over-fetch and mask, and a search of
+the passing rows where that leaves too few. They are not thread-safe: each instance has its own resources and
+its own lock, and its scratch memory is bounded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def check_gpu() -> None:
     """InvalidInput unless Faiss can search on a GPU here."""
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
         raise InvalidInput(
-            "--index gpu: faiss-gpu or the GPU is missing; install faiss-gpu instead of faiss-cpu, or leave --index out"
+            "--index gpu: faiss-gpu or the GPU is missing; install faiss-gpu instead of faiss-cpu, or leave "
+            "--index out"
         )
 
 
@@ -42,7 +44,8 @@ class GpuIndex(MainIndex):
         except RuntimeError as error:
             kind, reason = type(index).__name__, str(error).strip().splitlines()[-1]
             raise ReleaseError(
-                f"the GPU cannot take this {kind} ({reason}); build with an --index-memory-mb that holds whole vectors"
+                f"the GPU cannot take this {kind} ({reason}); build with an --index-memory-mb that holds "
+                "whole vectors"
             ) from None
 
     def _approximate(self, query: np.ndarray, depth: int, mask: np.ndarray | None, nprobe: int) -> Found:

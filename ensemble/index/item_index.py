@@ -1,6 +1,8 @@
-"""The index over item embeddings, as recall asks it: whole batches, users with the same filter searched together.
+"""The index over item embeddings, as recall asks it: whole batches, users with the same filter searched
+together.
 
-Beside the main index, an exact search over the items that were added or changed since it was built; both lists are merged.
+Beside the main index, an exact search over the items that were added or changed since it was built; both
+lists are merged.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ensemble.index.vectors import Vectors, open_vectors
 from ensemble.live.items import LiveState, LiveView, SearchedIndex
 from ensemble.release.release import Release
 
-VECTORS = "vectors.npy"  # half-precision or int8 vectors that a compressed index is refined with; absent where it needs none
+# half-precision or int8 vectors that a compressed index is refined with; absent where it needs none
+VECTORS = "vectors.npy"
 
 
 def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainIndex:
@@ -35,7 +38,8 @@ def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainI
 def _main_vectors(release: Release, state: LiveState) -> Vectors:
     """Vectors of the main index's rows, as they were merged into it.
 
-    Holds arrays of the state, not the state, which holds the index: so a generation goes as soon as nobody uses it.
+    Holds arrays of the state, not the state, which holds the index: so a generation goes as soon as nobody
+    uses it.
     """
     embeddings, base = release.items["embedding"], lambda rows: embeddings[rows]
     num_base, slot_of_row, merged = state.num_base, state.slot_of_row, state.vectors[: state.delta_start]
@@ -47,9 +51,8 @@ def _main_vectors(release: Release, state: LiveState) -> Vectors:
 
     def vectors(rows: np.ndarray) -> np.ndarray:
         slots, out = slot_of_row[rows], base(np.where(rows < num_base, rows, 0))
-        own = (slots > 0) & (
-            slots <= len(merged)
-        )  # a row with a later slot is stale in this index: what it scores does not count
+        # a row with a later slot is stale in this index: what it scores does not count
+        own = (slots > 0) & (slots <= len(merged))
         out[own] = merged[slots[own] - 1]
         return out
 
@@ -89,7 +92,8 @@ class ItemIndex:
 def _without_stale(
     main: SearchedIndex, view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None
 ) -> Found:
-    """The main index without what was changed or deleted since: over-fetch and drop, and, where that leaves too few, a mask."""
+    """The main index without what was changed or deleted since: over-fetch and drop, and, where that leaves
+    too few, a mask."""
     more = min(view.num_stale, max(32, depth // 4))
     rows, scores = main.search(query, depth + more, None if mask is None else mask.main)
     stale = (rows > 0) & ~view.fresh[rows]

@@ -1,7 +1,9 @@
-"""One Faiss index as it was built: position p is item row p + 1. Any kind; compressed ones are refined with exact vectors.
+"""One Faiss index as it was built: position p is item row p + 1. Any kind; compressed ones are refined with
+exact vectors.
 
-Filters are masks over rows. A Flat or IVFFlat index gives exact scores; PQ and RaBitQ only choose `refine_factor` times as many
-items as wanted, which are then scored again with memory-mapped vectors, so that scores can be merged with any other list's.
+Filters are masks over rows. A Flat or IVFFlat index gives exact scores; PQ and RaBitQ only choose
+`refine_factor` times as many items as wanted, which are then scored again with memory-mapped vectors, so that
+scores can be merged with any other list's.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from ensemble.errors import ReleaseError
 from ensemble.index.found import Found, cut, nothing_found
 from ensemble.index.vectors import Vectors
 
+# share and number of rows under which a search of just these is cheaper, and exact
 _EXACT_BELOW, _EXACT_MOST = (
     0.02,
     200_000,
-)  # share and number of rows under which a search of just these is cheaper, and exact
+)
 _PIECE = 1 << 22  # floats gathered at once: 16 MB
 _MOST_PROBES_MORE = 8
 
@@ -34,16 +37,19 @@ class QuerySettings:
 
 
 def open_index(path: Path, num_items: int, embedding: int) -> faiss.Index:
-    """Memory-maps a Faiss index and holds it against what the release promises; position p of the index is item row p + 1."""
+    """Memory-maps a Faiss index and holds it against what the release promises; position p of the index is
+    item row p + 1."""
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
         raise ReleaseError(
-            f"cannot open {path}: {(str(error) or 'not enough memory for what it claims to hold').splitlines()[0]}"
+            f"cannot open {path}: "
+            f"{(str(error) or 'not enough memory for what it claims to hold').splitlines()[0]}"
         ) from None
     if (index.ntotal, index.d, index.metric_type) != (num_items, embedding, faiss.METRIC_INNER_PRODUCT):
         raise ReleaseError(
-            f"{path}: has {index.ntotal} vectors of {index.d}, metric {index.metric_type}; the release has {num_items} of {embedding}, inner product"
+            f"{path}: has {index.ntotal} vectors of {index.d}, metric {index.metric_type}; the release has "
+            f"{num_items} of {embedding}, inner product"
         )
     return index
 
@@ -59,16 +65,16 @@ class MainIndex:
         faiss.omp_set_num_threads(1)
 
     def search(self, query: np.ndarray, depth: int, mask: np.ndarray | None = None) -> Found:
-        """[Q, D] -> the best `depth` items that pass `mask` [num_items + 1 or more] bool, row by row of the catalogue."""
+        """[Q, D] -> the best `depth` items that pass `mask` [num_items + 1 or more] bool, row by row of the
+        catalogue."""
         passing = self.num_items if mask is None else int(np.count_nonzero(mask[1 : self.num_items + 1]))
         if not len(query) or not passing:
             return nothing_found(len(query), depth)
         if mask is not None and passing <= max(depth, min(_EXACT_BELOW * self.num_items, _EXACT_MOST)):
             return self.search_rows(query, depth, np.flatnonzero(mask[: self.num_items + 1]))
         wanted = min(depth, passing)
-        more = min(
-            np.sqrt(self.num_items / passing), _MOST_PROBES_MORE
-        )  # the best of few lie in more lists than the best of all
+        # the best of few lie in more lists than the best of all
+        more = min(np.sqrt(self.num_items / passing), _MOST_PROBES_MORE)
         rows, scores = self._approximate(query, depth, mask, int(np.ceil(self.query.nprobe * more)))
         short = np.flatnonzero(rows[:, wanted - 1] <= 0)
         if len(short) and self.num_lists > 1:  # the visited lists held too few: nothing may be lost for it
@@ -98,8 +104,8 @@ class MainIndex:
         return self._refined(query, rows, depth)
 
     def _with_ties(self, query: np.ndarray, depth: int, parameters: Any) -> Found:
-        """Equal scores in order of rows, also where the list is cut: Faiss leaves that open, and items that are the same to the
-        encoder would come or go with the depth that batch-mates need."""
+        """Equal scores in order of rows, also where the list is cut: Faiss leaves that open, and items that
+        are the same to the encoder would come or go with the depth that batch-mates need."""
         length = min(depth + 1, self.num_items)
         while True:
             scores, positions = self.index.search(query, length, params=parameters)

@@ -1,7 +1,8 @@
-"""Is recall still as good as it was built? A sampled share of live queries is searched exactly, in the background.
+"""Is recall still as good as it was built? A sampled share of live queries is searched exactly, in the
+background.
 
-Also drift: where the embeddings of live queries lie, against the release's own, which are those that its index was tuned with.
-All of it are plain numbers; python_model.py publishes them.
+Also drift: where the embeddings of live queries lie, against the release's own, which are those that its
+index was tuned with. All of it are plain numbers; python_model.py publishes them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ class ProbeSettings:
 
     share: float = 0.001  # of queries
     alarm_below: float = 0.9  # recall_at_n
-    most_busy: float = (
-        0.05  # of a core: an exact search of ten million items takes seconds, and serving comes first
-    )
+    # of a core: an exact search of ten million items takes seconds, and serving comes first
+    most_busy: float = 0.05
     seed: int = 0
 
 
@@ -92,7 +92,8 @@ class RecallProbe:
         self._thread: threading.Thread | None = None
 
     def offer(self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: list[RowMask | None]) -> None:
-        """A batch's query [B, M, D] and found rows [B, M, n] best first: a throw of the dice, and mostly nothing else."""
+        """A batch's query [B, M, D] and found rows [B, M, n] best first: a throw of the dice, and mostly
+        nothing else."""
         for user in np.flatnonzero(self._rng.random(len(query)) < self.settings.share):
             self._take(view, query[user, 0], rows[user, 0], masks[user])
 
@@ -139,7 +140,8 @@ class RecallProbe:
     def _exact(
         self, view: LiveView, query: np.ndarray, rows: np.ndarray, depth: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go now and then."""
+        """The true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go now
+        and then."""
         best, best_scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
         for start in range(0, len(rows), 1 << 14):
             piece = rows[start : start + (1 << 14)]
@@ -169,8 +171,9 @@ class RecallProbe:
         return {"recall_at_n": recall, "recall_alarm": alarm, "recall_probed": float(probed), **lost, **drift}
 
     def _drift(self) -> dict[str, float]:
-        """mean shift in the baseline's deviations; half the sum of occupancy differences (0 same, 1 elsewhere); the largest
-        difference of the best score's distribution from the baseline's at its deciles (Kolmogorov-Smirnov)."""
+        """mean shift in the baseline's deviations; half the sum of occupancy differences (0 same, 1
+        elsewhere); the largest difference of the best score's distribution from the baseline's at its deciles
+        (Kolmogorov-Smirnov)."""
         assert self.base is not None
         queries, best = np.stack(self._queries), np.array(self._best)
         centres = np.array(self.base.centres, np.float32)

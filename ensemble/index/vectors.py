@@ -1,7 +1,8 @@
-"""Memory-mapped vectors that a compressed index's finds are scored again with: half or a quarter of float32's bytes.
+"""Memory-mapped vectors that a compressed index's finds are scored again with: half or a quarter of float32's
+bytes.
 
-[I + 1] rows, row 0 unused. Half precision: a plain float16 array [I + 1, D]. int8: one record a row, its codes and the number
-that they count in units of, so that row = codes * scale.
+[I + 1] rows, row 0 unused. Half precision: a plain float16 array [I + 1, D]. int8: one record a row, its
+codes and the number that they count in units of, so that row = codes * scale.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def open_vectors(path: Path, num_rows: int, embedding: int) -> Vectors:
     row = np.dtype((table.dtype, table.shape[1:])) if table.ndim > 1 else table.dtype
     if row not in kinds or len(table) != num_rows:
         raise ReleaseError(
-            f"{path}: {len(table)} rows of {row}; the release has {num_rows} of {embedding} components; build the release again"
+            f"{path}: {len(table)} rows of {row}; the release has {num_rows} of {embedding} components; "
+            "build the release again"
         )
     return (
         (lambda rows: table[rows].astype(np.float32))

@@ -1,7 +1,9 @@
-"""A new or changed item, as JSON -> its packed row: features as the build packed them, vectors by the release's item_encoder.
+"""A new or changed item, as JSON -> its packed row: features as the build packed them, vectors by the
+release's item_encoder.
 
-A new item has no learned id row: the encoder gets the release's row for new items, and the item's features speak for it. A changed
-item keeps what was learned of it: its embedding moves by what the encoder says the change of its features is worth.
+A new item has no learned id row: the encoder gets the release's row for new items, and the item's features
+speak for it. A changed item keeps what was learned of it: its embedding moves by what the encoder says the
+change of its features is worth.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ItemEncoding:
     def __init__(self, release: Release) -> None:
         if not (release.path / ENCODING).exists():
             raise ReleaseError(
-                f"release {release.name} has no {ENCODING}, so items cannot be added or updated; build it again"
+                f"release {release.name} has no {ENCODING}, so items cannot be added or updated; build it "
+                "again"
             )
         release.verify_data(ENCODING, "new_item_id_embedding.npy", "vocabularies.json")
         self.schema, self.dtype = release.schema, item_dtype(release.schema)
@@ -54,7 +57,8 @@ class ItemEncoding:
     def rows(
         self, changes: list[Mapping[str, Any]], old: np.ndarray, old_numbers: np.ndarray, is_new: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """n items, with their old rows [n] and numbers [n, *] (is_new [n]: none) -> packed rows [n], numbers [n, *]."""
+        """n items, with their old rows [n] and numbers [n, *] (is_new [n]: none) -> packed rows [n], numbers
+        [n, *]."""
         rows, numbers = old.copy(), old_numbers.copy()
         rows[is_new], numbers[is_new] = np.zeros(1, self.dtype)[0], np.nan
         for i, change in enumerate(changes):
@@ -81,7 +85,8 @@ class ItemEncoding:
                 rows["embedding"][i] = self._embedding(change)
             if not np.isfinite(rows["embedding"][i]).all() or not np.isfinite(rows["features"][i]).all():
                 raise InvalidInput(
-                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it; check its features"
+                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it; check its "
+                    "features"
                 )
             if not rows["embedding"][i].any():
                 raise InvalidInput(
@@ -103,7 +108,8 @@ class ItemEncoding:
         )
 
     def _encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and values of rows [n] -> embedding [n, D], features [n, F] of items that are only known by these."""
+        """Codes and values of rows [n] -> embedding [n, D], features [n, F] of items that are only known by
+        these."""
         ids = np.repeat(self.new_id, len(rows), axis=0)
         feeds = {
             "item_id_embedding": ids,
@@ -121,7 +127,8 @@ class ItemEncoding:
                 continue
             if key not in known:
                 raise InvalidInput(
-                    f"item {change['item_id']!r}: no item feature {key!r}; known: {', '.join(sorted(known)) or 'none'}"
+                    f"item {change['item_id']!r}: no item feature {key!r}; known: "
+                    f"{', '.join(sorted(known)) or 'none'}"
                 )
             try:
                 self._write_one(self.features[known[key]], value, row, numbers)
@@ -156,7 +163,8 @@ class ItemEncoding:
 
 
 def _text(value: Any) -> str:
-    """As builders.shop.tables.texts_from_column: whole numbers as decimal text, booleans as true and false."""
+    """As builders.shop.tables.texts_from_column: whole numbers as decimal text, booleans as true and
+    false."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, (str, int)):

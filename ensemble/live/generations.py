@@ -22,7 +22,8 @@ def current_generation(folder: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError) as error:
         raise ReleaseError(
-            f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} away"
+            f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} "
+            "away"
         ) from None
 
 
@@ -32,7 +33,8 @@ def point_to(folder: Path, generation: int) -> None:
 
 
 def generation_records(folder: Path, schema: Schema) -> np.ndarray:
-    """The changes that generation `folder` has merged [n], each row once; its files must be what its meta.json promises."""
+    """The changes that generation `folder` has merged [n], each row once; its files must be what its
+    meta.json promises."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         differing = [name for name in FILES if file_sha256(folder / name) != meta["sha256"][name]]
@@ -41,7 +43,8 @@ def generation_records(folder: Path, schema: Schema) -> np.ndarray:
         raise ReleaseError(f"cannot open generation {folder}: {error}; {_way_back(folder)}") from None
     if differing or records.dtype != record_dtype(schema):
         raise ReleaseError(
-            f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; {_way_back(folder)}"
+            f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; "
+            f"{_way_back(folder)}"
         )
     return records
 

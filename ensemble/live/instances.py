@@ -1,4 +1,5 @@
-"""How far each instance is: one small file an instance, locked while it lives. A change is done when all have it."""
+"""How far each instance is: one small file an instance, locked while it lives. A change is done when all have
+it."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ _SEQUENCE = struct.Struct("<Q")
 
 
 class InstanceFile:
-    """This instance's number. The lock on it, not its name, says that the instance lives: process ids come again."""
+    """This instance's number. The lock on it, not its name, says that the instance lives: process ids come
+    again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._descriptor, self._published = folder / "instances", -1, -1
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def publish(self, sequence: int) -> None:
-        """Writes the number where it changed; in a repository that cannot be written to there is no writer to read it either."""
+        """Writes the number where it changed; in a repository that cannot be written to there is no writer to
+        read it either."""
         if sequence == self._published:
             return
         if self._descriptor < 0:
@@ -32,9 +35,8 @@ class InstanceFile:
                 )
             except OSError:
                 return
-            try_flock(
-                self._descriptor
-            )  # before it has the name that sequences() looks for: it removes what nobody holds
+            # before it has the name that sequences() looks for: it removes what nobody holds
+            try_flock(self._descriptor)
             (self._folder / f".{self._name}").rename(self._folder / self._name)
         os.pwrite(self._descriptor, _SEQUENCE.pack(sequence), 0)
         self._published = sequence

@@ -1,7 +1,8 @@
 """Every instance's view of the items: the release's rows, with the log's changes over them.
 
-A row belongs to an id for good: an update gives the row new content, a delete hides it, adding it again shows it again. So histories,
-transitions and id maps that name rows stay right. New content lies in slots: main index and delta are told apart by slot numbers.
+A row belongs to an id for good: an update gives the row new content, a delete hides it, adding it again shows
+it again. So histories, transitions and id maps that name rows stay right. New content lies in slots: main
+index and delta are told apart by slot numbers.
 """
 
 from __future__ import annotations
@@ -28,23 +29,28 @@ from ensemble.schema import number_names
 
 _POLL_S = 0.05
 _AT_ONCE = 2048  # records applied by a request; a longer backlog is the thread's
-_PIECE = 512  # records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy of these takes
-_SWITCH_S = 0.0005  # how long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's return, are too much
-_ROOM = (
-    1 << 16
-)  # slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
+# records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy
+# of these takes
+_PIECE = 512
+# how long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's
+# return, are too much
+_SWITCH_S = 0.0005
+# slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
+_ROOM = 1 << 16
 
 
 class SearchedIndex(Protocol):
     """The main index, as far as a state has to know it; ensemble.index.main_index has the real one."""
 
     def search(self, query: Array, depth: int, mask: Array | None = None) -> tuple[Array, Array]:
-        """Finds the best `depth` rows for each query [Q, D] among those that pass `mask`: rows and scores [Q, depth]."""
+        """Finds the best `depth` rows for each query [Q, D] among those that pass `mask`: rows and scores [Q,
+        depth]."""
         ...
 
 
 class LiveState:
-    """Generation g and the log behind it. Arrays only grow, slots are never written twice: an old view stays right."""
+    """Generation g and the log behind it. Arrays only grow, slots are never written twice: an old view stays
+    right."""
 
     def __init__(self, release: Release, folder: Path, generation: int | None) -> None:
         self.release, self.generation, self.items, self.ids = (
@@ -55,14 +61,12 @@ class LiveState:
         )
         self.num_base = len(self.items)
         self.slots = np.zeros(_ROOM, self.items.dtype)
-        self.vectors = np.zeros(
-            (_ROOM, self.items["embedding"].shape[1]), np.float32
-        )  # the slots' embeddings again, side by side: searched exactly
+        # the slots' embeddings again, side by side: searched exactly
+        self.vectors = np.zeros((_ROOM, self.items["embedding"].shape[1]), np.float32)
         self.numbers = np.zeros((_ROOM, max(1, len(number_names(release.schema)))), np.float32)
         self.slot_rows = np.zeros(_ROOM, np.int64)
-        self.slot_of_row = np.zeros(
-            self.num_base + (1 << 20), np.int32
-        )  # slot + 1, 0: the release's own content. Untouched pages cost nothing
+        # slot + 1, 0: the release's own content. Untouched pages cost nothing
+        self.slot_of_row = np.zeros(self.num_base + (1 << 20), np.int32)
         self.deleted = np.zeros(len(self.slot_of_row), bool)
         self.new_ids: list[bytes] = []  # of rows num_base, num_base + 1, …
         self.row_of_new: dict[bytes, int] = {}
@@ -160,7 +164,8 @@ class LiveView:
         return self.put_slots(gather(own, self.state.items, field), slots, field)
 
     def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """rows [...] int64 -> the same with 0 where the log has the content, and there its slot + 1, else 0."""
+        """rows [...] int64 -> the same with 0 where the log has the content, and there its slot + 1, else
+        0."""
         slots = np.where(rows > 0, self.state.slot_of_row[np.maximum(rows, 0)], 0)
         return np.where((slots > 0) | (rows >= self.state.num_base), 0, rows), slots
 
@@ -171,7 +176,8 @@ class LiveView:
         return out
 
     def rows_from_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Ids [...] S -> rows [...] int64, 0 where unknown. A deleted item keeps its row: who saw it saw it."""
+        """Ids [...] S -> rows [...] int64, 0 where unknown. A deleted item keeps its row: who saw it saw
+        it."""
         rows = self.state.ids.rows_from_ids(ids)
         if self.state.row_of_new:
             unknown = np.flatnonzero(rows.ravel() == 0)
@@ -243,7 +249,8 @@ class LiveItems:
             self.view.state.main = open_main(self.view.state)
 
     def refresh(self, limit: int = _AT_ONCE) -> LiveView:
-        """The newest view. Nothing new costs two system calls; while another thread is at it, the last view is the answer."""
+        """The newest view. Nothing new costs two system calls; while another thread is at it, the last view
+        is the answer."""
         if not self._lock.acquire(blocking=False):
             return self.view
         try:
@@ -255,7 +262,8 @@ class LiveItems:
         return self.view
 
     def follow(self) -> None:
-        """From now on a thread keeps the view fresh, opens new generations, and publishes how far this instance is."""
+        """From now on a thread keeps the view fresh, opens new generations, and publishes how far this
+        instance is."""
         if self._thread is None:
             sys.setswitchinterval(_SWITCH_S)
             self._instance = InstanceFile(self.folder)

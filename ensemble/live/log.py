@@ -1,8 +1,9 @@
 """The log of changes: a header, then fixed-width records; whoever reads knows the offset of every one.
 
-A record holds its sequence number, what happened, the item's row and id, its packed row (snapshot.item_dtype), its raw numbers and a
-crc32 of all that. Writers append whole groups and fsync once a group. A tail that was torn by a crash is cut off and said; a damaged
-record with good ones behind it is never skipped: the file is refused with its name, the offset and the way back.
+A record holds its sequence number, what happened, the item's row and id, its packed row
+(snapshot.item_dtype), its raw numbers and a crc32 of all that. Writers append whole groups and fsync once a
+group. A tail that was torn by a crash is cut off and said; a damaged record with good ones behind it is never
+skipped: the file is refused with its name, the offset and the way back.
 """
 
 from __future__ import annotations
@@ -100,9 +101,8 @@ class LogReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ReleaseError(f"cannot open {path}: {error.strerror}; {_way_back(path)}") from error
-        weakref.finalize(
-            self, os.close, self._descriptor
-        )  # views of a generation that was merged away are let go one by one
+        # views of a generation that was merged away are let go one by one
+        weakref.finalize(self, os.close, self._descriptor)
         self.offset = HEADER_BYTES
         self.sequence = self._check_header(contract.fingerprint(schema))
 
@@ -111,7 +111,8 @@ class LogReader:
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
             raise ReleaseError(
-                f"{self.path} is no log of live items, or its header is damaged at offset 0; {_way_back(self.path)}"
+                f"{self.path} is no log of live items, or its header is damaged at offset 0; "
+                f"{_way_back(self.path)}"
             )
         if header["contract"].decode() != fingerprint or header["record_bytes"] != self.dtype.itemsize:
             raise ReleaseError(
@@ -124,7 +125,8 @@ class LogReader:
         return os.fstat(self._descriptor).st_size >= self.offset + self.dtype.itemsize
 
     def read(self, limit: int = _PIECE) -> np.ndarray:
-        """The next records [n], n <= limit; none when there are no whole ones. ReleaseError where the middle is damaged."""
+        """The next records [n], n <= limit; none when there are no whole ones. ReleaseError where the middle
+        is damaged."""
         raw = os.pread(self._descriptor, limit * self.dtype.itemsize, self.offset)
         records = np.frombuffer(raw[: len(raw) - len(raw) % self.dtype.itemsize], self.dtype)
         good = _good(records)
@@ -134,7 +136,8 @@ class LogReader:
         if count < len(records) and (good[count + 1 :].any() or self._follows_good(count)):
             offset = self.offset + count * self.dtype.itemsize
             raise ReleaseError(
-                f"{self.path} is damaged at offset {offset}, with whole records behind it; {_way_back(self.path, offset)}"
+                f"{self.path} is damaged at offset {offset}, with whole records behind it; "
+                f"{_way_back(self.path, offset)}"
             )
         self.offset += count * self.dtype.itemsize
         self.sequence += count
@@ -164,11 +167,13 @@ class LogWriter:
             os.ftruncate(self._descriptor, reader.offset)
             os.fsync(self._descriptor)
             note(
-                f"{path}: the last {torn} bytes were torn by a crash and are cut off; whole up to sequence {reader.sequence}"
+                f"{path}: the last {torn} bytes were torn by a crash and are cut off; whole up to sequence "
+                f"{reader.sequence}"
             )
 
     def append(self, records: np.ndarray) -> int:
-        """Writes a group [n], sequence numbers filled in, and makes it durable; returns the last sequence number."""
+        """Writes a group [n], sequence numbers filled in, and makes it durable; returns the last sequence
+        number."""
         records["sequence"] = self.sequence + 1 + np.arange(len(records), dtype=np.uint64)
         data, start = memoryview(sealed(records).tobytes()), os.fstat(self._descriptor).st_size
         try:

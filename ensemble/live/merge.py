@@ -1,4 +1,5 @@
-"""Log -> a new main index, in a process of its own, niced to idle: serving goes on, and is turned to it in one step.
+"""Log -> a new main index, in a process of its own, niced to idle: serving goes on, and is turned to it in
+one step.
 
 python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE
 """
@@ -23,7 +24,8 @@ _PIECE = 1 << 16  # rows added at once
 
 
 def merge(release: Release, sequence: int) -> int:
-    """Writes the generation that has all changes up to `sequence`; returns its number. Nobody serves it until writer.turn_to."""
+    """Writes the generation that has all changes up to `sequence`; returns its number. Nobody serves it until
+    writer.turn_to."""
     folder = release.repository / ".live" / release.name
     state = state_at(release, folder, sequence)
     number, staged = state.generation + 1, folder / f".merging-{os.getpid()}"
@@ -47,7 +49,8 @@ def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
         records = state.reader.read(min(4096, sequence - state.reader.sequence))
         if not len(records):
             raise ReleaseError(
-                f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}; nothing was merged"
+                f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}; nothing "
+                "was merged"
             )
         state.apply(records)
     return state
@@ -70,7 +73,8 @@ def merged_records(state: LiveState) -> np.ndarray:
 
 
 def merged_index(release: Release, state: LiveState) -> faiss.Index:
-    """The release's index over all rows with their present content. Its centroids and codebooks stay: only what they hold is new."""
+    """The release's index over all rows with their present content. Its centroids and codebooks stay: only
+    what they hold is new."""
     index = faiss.read_index(str(release.path / "index.faiss"))
     index.reset()
     embeddings, num_rows = release.items["embedding"], state.num_base + len(state.new_ids)

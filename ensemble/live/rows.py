@@ -1,7 +1,7 @@
 """Rows of items as steps read them: what the log has changed from the log, everything else through the tiers.
 
-The log wins over Redis: recall searches and filters by the log's content, and two writers of one row would have no order between them.
-So the tiers are never asked for an item that was added or changed live.
+The log wins over Redis: recall searches and filters by the log's content, and two writers of one row would
+have no order between them. So the tiers are never asked for an item that was added or changed live.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The writer as a process: one a repository, behind a unix socket. Lives beside tritonserver in `peregrine serve`.
+"""The writer as a process: one a repository, behind a unix socket. Lives beside tritonserver in `peregrine
+serve`.
 
     python -m ensemble.live.service REPOSITORY
 
-One line of JSON a request, one a reply: {"op": "change", "changes": [{"op": "add", "item": {…}}], "wait_s": 2} | {"op": "status"} |
-{"op": "merge"}. Changes that arrive while a group is being written form the next group: one fsync for all of them.
+One line of JSON a request, one a reply: {"op": "change", "changes": [{"op": "add", "item": {…}}], "wait_s":
+2} | {"op": "status"} | {"op": "merge"}. Changes that arrive while a group is being written form the next
+group: one fsync for all of them.
 """
 
 from __future__ import annotations
@@ -57,9 +59,8 @@ class ItemService:
         self._merging: tuple[subprocess.Popen[str], int] | None = None
         self._idle_until = math.inf
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
-        self._home = tempfile.TemporaryDirectory(
-            prefix=_HOME
-        )  # 0700; a repository's path may be too long for a socket
+        # 0700; a repository's path may be too long for a socket
+        self._home = tempfile.TemporaryDirectory(prefix=_HOME)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(Path(self._home.name) / "s"))
         self._socket.listen(64)
@@ -125,7 +126,9 @@ class ItemService:
         deadline = time.monotonic() + wait_s
         if (
             wait_s > 0
-        ):  # instances that run already look for a first log every so often, and only then say that they are there
+            # instances that run already look for a first log every so often, and only then say that they are
+            # there
+        ):
             time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
         while True:
             found = sequences(self.folder / release)
@@ -151,7 +154,8 @@ class ItemService:
             self._care()
 
     def _answer(self, group: list[Asked]) -> None:
-        """One group as one append; when that fails, each request on its own, so that one's mistake is not the others'."""
+        """One group as one append; when that fails, each request on its own, so that one's mistake is not the
+        others'."""
         try:
             changes = [change for asked in group for change in asked.request.get("changes", [])]
             writer = self._opened()
@@ -221,9 +225,8 @@ class ItemService:
                 str(writer.sequence),
             )
             process = _python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            os.sched_setscheduler(
-                process.pid, os.SCHED_IDLE, os.sched_param(0)
-            )  # a niced one would be let finish its slices of 8 ms
+            # a niced one would be let finish its slices of 8 ms
+            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
             self._idle_until = time.monotonic() + _IDLE_ONLY_S
             self._merging = process, writer.sequence
 
@@ -248,7 +251,8 @@ class ItemService:
 
 
 def _remove_socket_of_the_killed(writer_file: Path) -> None:
-    """We hold the repository's lock, so whoever wrote the file is gone, and had no time to tidy up if the file is still there."""
+    """We hold the repository's lock, so whoever wrote the file is gone, and had no time to tidy up if the
+    file is still there."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         home = Path(json.loads(writer_file.read_text())["socket"]).parent
         if home.name.startswith(_HOME):
@@ -257,7 +261,8 @@ def _remove_socket_of_the_killed(writer_file: Path) -> None:
 
 @contextlib.contextmanager
 def service_process(repository: Path, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """The writer's process while the block runs; a repository that cannot be written to, or has a writer, gets none."""
+    """The writer's process while the block runs; a repository that cannot be written to, or has a writer,
+    gets none."""
     if not os.access(repository, os.W_OK):
         log(f"items: {repository} cannot be written to, so items cannot be changed from here")
         yield

@@ -37,7 +37,8 @@ class ItemWriter:
         if not try_flock(self._lock):
             os.close(self._lock)
             raise ReleaseError(
-                f"another process writes the live items of {release.name} in {release.repository}; use it, or stop it"
+                f"another process writes the live items of {release.name} in {release.repository}; use it, "
+                "or stop it"
             )
         try:
             self._open()
@@ -69,7 +70,8 @@ class ItemWriter:
         return self._encoding
 
     def apply(self, changes: Sequence[Change]) -> int:
-        """Makes all changes durable, or none of them; returns the last one's sequence number. InvalidInput names the first bad one."""
+        """Makes all changes durable, or none of them; returns the last one's sequence number. InvalidInput
+        names the first bad one."""
         records = self.records(changes)
         if len(records):
             self._log.append(records)
@@ -117,7 +119,8 @@ class ItemWriter:
                 raise InvalidInput(f"item {ids[i].decode()!r} exists already; update it instead")
             if kind in ("update", "delete") and not here[i]:
                 raise InvalidInput(
-                    f"item {ids[i].decode()!r} is unknown; {'add it first' if kind == 'update' else 'there is nothing to delete'}"
+                    f"item {ids[i].decode()!r} is unknown; "
+                    f"{'add it first' if kind == 'update' else 'there is nothing to delete'}"
                 )
             kinds[i] = DELETE if kind == "delete" else UPDATE if here[i] else ADD
         new = np.flatnonzero(rows == 0)
@@ -137,7 +140,8 @@ class ItemWriter:
         return old, numbers, is_new
 
     def turn_to(self, generation: int, merged: int) -> None:
-        """Makes a finished generation, which has all changes up to `merged`, the served one; later changes move to its log."""
+        """Makes a finished generation, which has all changes up to `merged`, the served one; later changes
+        move to its log."""
         path, schema = self.folder / f"log-{generation}", self.release.schema
         create_log(path, schema, generation, merged)
         later, reader = (
@@ -156,7 +160,8 @@ class ItemWriter:
         self._sweep(generation)
 
     def _sweep(self, generation: int) -> None:
-        """Removes what no instance needs: logs and generations before the last one, and what a killed merge left."""
+        """Removes what no instance needs: logs and generations before the last one, and what a killed merge
+        left."""
         kept = {generation, generation - 1}
         for path in self.folder.iterdir():
             number = path.name.removeprefix("log-").removeprefix("g")
@@ -174,7 +179,8 @@ def _item_id(change: Change) -> bytes:
     item_id = item.get("item_id") if isinstance(item, Mapping) else None
     if not isinstance(item_id, (str, int)) or isinstance(item_id, bool):
         raise InvalidInput(
-            f"a change must be an operation and an item with an item_id (text or a whole number), got {str(change)[:60]!r}"
+            "a change must be an operation and an item with an item_id (text or a whole number), got "
+            f"{str(change)[:60]!r}"
         )
     try:
         encoded = str(item_id).encode()

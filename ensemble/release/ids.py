@@ -13,8 +13,8 @@ from ensemble.errors import InvalidInput
 class IdMap:
     """Row 0 is "unknown", row 1 + i is the i-th id in byte order. One mapped file, shared by all processes.
 
-    Ten million ids of 12 bytes are 120 MB of page cache, whoever many open them; a lookup is a binary search over
-    the whole batch at once.
+    Ten million ids of 12 bytes are 120 MB of page cache, whoever many open them; a lookup is a binary search
+    over the whole batch at once.
     """
 
     def __init__(self, sorted_ids: np.ndarray) -> None:
@@ -42,11 +42,13 @@ class IdMap:
 
 
 def write_ids(path: Path, sorted_ids: np.ndarray) -> None:
-    """Writes the id map of `sorted_ids` [I] S; InvalidInput unless they are sorted, distinct and short enough."""
+    """Writes the id map of `sorted_ids` [I] S; InvalidInput unless they are sorted, distinct and short
+    enough."""
     if sorted_ids.dtype.itemsize > MAX_ID_BYTES:
         longest = max(sorted_ids, key=len)
         raise InvalidInput(
-            f"id {longest.decode(errors='replace')!r} has {len(longest)} bytes; at most {MAX_ID_BYTES} are allowed"
+            f"id {longest.decode(errors='replace')!r} has {len(longest)} bytes; at most {MAX_ID_BYTES} are "
+            "allowed"
         )
     if len(sorted_ids) > 1 and not (sorted_ids[:-1] < sorted_ids[1:]).all():
         raise InvalidInput("ids of an id map must be sorted and distinct")

@@ -23,7 +23,8 @@ _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE
 
 
 class Release:
-    """One immutable bundle. Arrays are memory-mapped, so all processes of a machine share one copy in page cache."""
+    """One immutable bundle. Arrays are memory-mapped, so all processes of a machine share one copy in page
+    cache."""
 
     def __init__(self, repository: Path, name: str, manifest: dict[str, Any]) -> None:
         self.repository, self.name, self.manifest = repository, name, manifest
@@ -79,7 +80,8 @@ class Release:
         return self.repository / f"{self.name}_{model}" / "1" / file
 
     def verify(self, paths: Iterable[Path] | None = None) -> None:
-        """Compares files with the manifest's sha256 (all of them when `paths` is None); ReleaseError names the first that differs."""
+        """Compares files with the manifest's sha256 (all of them when `paths` is None); ReleaseError names
+        the first that differs."""
         promised = self.manifest["files"]
         wanted = promised if paths is None else [str(p.relative_to(self.repository)) for p in paths]
         for relative in wanted:
@@ -97,11 +99,13 @@ class Release:
             digest = file_sha256(self.repository / relative)
         except OSError as error:
             raise ReleaseError(
-                f"manifest: cannot read {relative} of release {self.name}: {error.strerror}; activate another release or build again"
+                f"manifest: cannot read {relative} of release {self.name}: {error.strerror}; activate "
+                "another release or build again"
             ) from error
         if digest != entry["sha256"]:
             raise ReleaseError(
-                f"manifest: sha256 mismatch {relative}; release {self.name} was changed: activate another release or build again"
+                f"manifest: sha256 mismatch {relative}; release {self.name} was changed: activate another "
+                "release or build again"
             )
 
     def _text(self, name: str) -> str:
@@ -118,13 +122,15 @@ class Release:
 
 
 def open_release(repository: Path, name: str) -> Release:
-    """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract. Digests: Release.verify."""
+    """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract. Digests:
+    Release.verify."""
     path = repository / name / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReleaseError(
-            f"no release {name!r} in {repository}: {path} does not exist; `peregrine release list` shows what there is"
+            f"no release {name!r} in {repository}: {path} does not exist; `peregrine release list` shows "
+            "what there is"
         ) from None
     except (OSError, ValueError) as error:
         raise ReleaseError(f"cannot read {path}: {error}") from error
@@ -132,13 +138,15 @@ def open_release(repository: Path, name: str) -> Release:
         raise ReleaseError(f"{path} is not a manifest; build the release again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ReleaseError(
-            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads; build the release again"
+            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads; "
+            "build the release again"
         )
     release = Release(repository, name, {"files": {}, **manifest})
     release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
     if manifest.get("contract") != contract.fingerprint(release.schema):
         raise ReleaseError(
-            f"release {name} was built for another contract (tensors or steps differ); build it again with this Peregrine"
+            f"release {name} was built for another contract (tensors or steps differ); build it again with "
+            "this Peregrine"
         )
     return release
 
@@ -152,6 +160,7 @@ def active_release(repository: Path) -> str | None:
     match = _ACTIVE.search(text)
     if match is None:
         raise ReleaseError(
-            f"{repository / contract.PIPELINE / 'config.pbtxt'} names no release; activate one: peregrine release activate NAME"
+            f"{repository / contract.PIPELINE / 'config.pbtxt'} names no release; activate one: peregrine "
+            "release activate NAME"
         )
     return match.group(1)

@@ -1,4 +1,5 @@
-"""The repository's shape on disk: which releases exist, who may change it, what a killed process left. Standard library only.
+"""The repository's shape on disk: which releases exist, who may change it, what a killed process left.
+Standard library only.
 
 recommend/config.pbtxt    the alias: the active release, the only file that ever changes
 rN/manifest.json          release rN exists if and only if this file does
@@ -35,7 +36,8 @@ def check_name(name: str) -> str:
     """`name` itself, if it can name a release."""
     if not NAME.fullmatch(name) or name == contract.PIPELINE:
         raise InvalidInput(
-            f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not {contract.PIPELINE!r}, which is the alias)"
+            f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not "
+            f"{contract.PIPELINE!r}, which is the alias)"
         )
     return name
 
@@ -66,7 +68,8 @@ def member_folders(repository: Path, name: str) -> list[Path]:
 def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
     """Holds the repository's lock; ReleaseError naming the holder if it is not free within `wait_s`.
 
-    flock, because the kernel drops it when its holder dies: a killed build never leaves the repository locked.
+    flock, because the kernel drops it when its holder dies: a killed build never leaves the repository
+    locked.
     """
     try:
         lock = os.open(repository / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -94,7 +97,8 @@ def _wait_for(lock: int, repository: Path, wait_s: float) -> None:
 
 @contextlib.contextmanager
 def staging(repository: Path) -> Iterator[Path]:
-    """A private folder on the repository's file system, gone afterwards; locked, so that sweep() leaves it alone while we live."""
+    """A private folder on the repository's file system, gone afterwards; locked, so that sweep() leaves it
+    alone while we live."""
     # the lock comes before the name that sweep() looks for: else it could remove the folder between the two
     hidden = Path(tempfile.mkdtemp(prefix=f".new-{os.getpid()}-", dir=repository))
     descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -119,19 +123,19 @@ def sweep(repository: Path) -> list[str]:
 
 
 def _orphans(repository: Path) -> Iterator[Path]:
-    """Staging folders without a living owner, and parts of a release that does not exist and is not the active one.
+    """Staging folders without a living owner, and parts of a release that does not exist and is not the
+    active one.
 
-    A member counts only if its own config.pbtxt says which release it belongs to, a release's own folder only if it
-    holds an alias: other people's models stay.
+    A member counts only if its own config.pbtxt says which release it belongs to, a release's own folder only
+    if it holds an alias: other people's models stay.
     """
     spared = {*release_names(repository), active_release(repository) if _alias(repository).exists() else None}
     for path in sorted(repository.iterdir()):
         if path.name.startswith(STAGING):
             orphan = not _has_owner(path)
         elif path.name.startswith(".new-"):
-            orphan = (
-                time.time() - path.stat().st_mtime > 60
-            )  # a staging folder lives under this name for a moment only
+            # a staging folder lives under this name for a moment only
+            orphan = time.time() - path.stat().st_mtime > 60
         elif match := _MEMBER.fullmatch(path.name):
             orphan = match[1] not in spared and _release_of(path) == match[1]
         else:
@@ -161,10 +165,12 @@ def _alias(repository: Path) -> Path:
 
 
 def remove(repository: Path, name: str) -> None:
-    """Removes a release that is not active. Its manifest goes first: killed in the middle, the rest are orphans for sweep()."""
+    """Removes a release that is not active. Its manifest goes first: killed in the middle, the rest are
+    orphans for sweep()."""
     if not (repository / check_name(name) / "manifest.json").exists():
         raise ReleaseError(
-            f"no release {name!r} in {repository}; there are: {', '.join(release_names(repository)) or 'none'}"
+            f"no release {name!r} in {repository}; there are: "
+            f"{', '.join(release_names(repository)) or 'none'}"
         )
     with locked(repository):
         if active_release(repository) == name:
@@ -177,9 +183,9 @@ def remove(repository: Path, name: str) -> None:
 
 
 def point_alias(repository: Path, config: str) -> None:
-    """Makes `config` the alias's configuration: by rename, so that a reader finds the old text or the new one. Call under locked()."""
+    """Makes `config` the alias's configuration: by rename, so that a reader finds the old text or the new
+    one. Call under locked()."""
     version = _alias(repository).parent / "1"
-    version.mkdir(
-        parents=True, exist_ok=True
-    )  # Triton wants a version folder, though an ensemble has nothing to put there
+    # Triton wants a version folder, though an ensemble has nothing to put there
+    version.mkdir(parents=True, exist_ok=True)
     write_durably(_alias(repository), config)

@@ -8,7 +8,8 @@ from ensemble.schema import Schema
 
 
 def item_dtype(schema: Schema) -> np.dtype:
-    """One item: embedding [D] and features [F] from the item_encoder, codes [C] and values [R] from the catalogue."""
+    """One item: embedding [D] and features [F] from the item_encoder, codes [C] and values [R] from the
+    catalogue."""
     sizes = schema.sizes
     return np.dtype(
         [
@@ -21,7 +22,8 @@ def item_dtype(schema: Schema) -> np.dtype:
 
 
 def user_dtype(schema: Schema) -> np.dtype:
-    """One user: seen item rows [W], oldest first, left-padded with -1; learned features [U]; codes [C]; values [R]."""
+    """One user: seen item rows [W], oldest first, left-padded with -1; learned features [U]; codes [C];
+    values [R]."""
     sizes = schema.sizes
     return np.dtype(
         [
@@ -34,7 +36,8 @@ def user_dtype(schema: Schema) -> np.dtype:
 
 
 def gather(rows: np.ndarray, table: np.ndarray, field: str) -> np.ndarray:
-    """Field of the packed `table` at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is negative.
+    """Field of the packed `table` at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is
+    negative.
 
     Indexing the field's view copies each row's field once; np.take would first copy the whole table.
     """

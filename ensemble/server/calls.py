@@ -1,4 +1,5 @@
-"""The few gRPC calls that supervising a server takes. No deadline that the server would notice: old ones crash on cancelled calls."""
+"""The few gRPC calls that supervising a server takes. No deadline that the server would notice: old ones
+crash on cancelled calls."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ def is_model_ready(url: str, model: str) -> bool:
 
 
 def drain(url: str, headers: Mapping[str, str], model: str, limit_s: float) -> bool:
-    """Closes an ensemble to new requests and waits until those in flight are answered; its members go on meanwhile.
+    """Closes an ensemble to new requests and waits until those in flight are answered; its members go on
+    meanwhile.
 
-    Triton's own drain at SIGTERM stops every member at once: of 24 requests in flight through five steps it failed 21
-    (tried); with the outermost ensemble unloaded first, none. The repository index says UNLOADING until the last is answered.
+    Triton's own drain at SIGTERM stops every member at once: of 24 requests in flight through five steps it
+    failed 21 (tried); with the outermost ensemble unloaded first, none. The repository index says UNLOADING
+    until the last is answered.
     """
     import grpc
 

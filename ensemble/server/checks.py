@@ -43,7 +43,8 @@ def check_servable(repository: Path) -> str:
         raise ReleaseError(f"no release is active in {repository}; {cure}")
     if not (repository / name / "manifest.json").exists():
         raise ReleaseError(
-            f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate another release or build again"
+            f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate "
+            "another release or build again"
         )
     open_release(repository, name).verify()
     return name
@@ -60,7 +61,8 @@ def check_address(address: str, installation: Installation) -> None:
     if not loopback and not (installation.level and installation.level.may_leave_loopback):
         level = installation.level or "of unknown version"
         raise ServerError(
-            f"address {address} refused: tritonserver {level} has known holes and must stay on 127.0.0.1; 2.72 or newer may leave it"
+            f"address {address} refused: tritonserver {level} has known holes and must stay on 127.0.0.1; "
+            "2.72 or newer may leave it"
         )
 
 
@@ -74,6 +76,7 @@ def check_port(address: str, port: int) -> int:
         except (OSError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
             raise ServerError(
-                f"port {port} on {address} cannot be used: {reason}; choose another with --port or --metrics-port"
+                f"port {port} on {address} cannot be used: {reason}; choose another with --port or "
+                "--metrics-port"
             ) from error
         return int(probe.getsockname()[1])

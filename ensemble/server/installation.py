@@ -22,7 +22,8 @@ _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
 @dataclass(frozen=True, order=True)
 class FeatureLevel:
-    """tritonserver's version, as far as it decides what we may do. 2.51 = 24.10, which nvidia-pytriton carries."""
+    """tritonserver's version, as far as it decides what we may do. 2.51 = 24.10, which nvidia-pytriton
+    carries."""
 
     major: int
     minor: int
@@ -64,7 +65,8 @@ def find_tritonserver() -> Installation:
     spec = importlib.util.find_spec("pytriton")  # found, not imported: importing it pulls in its own stack
     if spec is None or not spec.submodule_search_locations:
         raise ServerError(
-            "tritonserver not found: not on PATH, and nvidia-pytriton is not installed; cure: pip install 'peregrine-recommender[triton]'"
+            "tritonserver not found: not on PATH, and nvidia-pytriton is not installed; cure: pip install "
+            "'peregrine-recommender[triton]'"
         )
     package = Path(next(iter(spec.submodule_search_locations)))
     root, python = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -82,7 +84,8 @@ def _level_from_file(path: Path) -> FeatureLevel | None:
 
 
 def _libpython_folder() -> Path:
-    """Where this interpreter's libpython is: the stub must load that one and no other, or its standard library does not fit."""
+    """Where this interpreter's libpython is: the stub must load that one and no other, or its standard
+    library does not fit."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     places = [Path(str(sysconfig.get_config_var(key))) for key in ("LIBDIR", "LIBPL")] + [
         Path(sys.base_prefix) / "lib"
@@ -93,7 +96,8 @@ def _libpython_folder() -> Path:
         if (place / name).exists():
             return place
     raise ServerError(
-        f"{name} not found, which Triton's Python backend needs; install it (Debian: libpython3) or use a Python built with --enable-shared"
+        f"{name} not found, which Triton's Python backend needs; install it (Debian: libpython3) or use a "
+        "Python built with --enable-shared"
     )
 
 
@@ -112,7 +116,8 @@ class RunFolder:
 
 
 def make_run_folder(installation: Installation) -> RunFolder:
-    """Copies the Python backend aside, with our packages put first in its sys.path, and links the other backends."""
+    """Copies the Python backend aside, with our packages put first in its sys.path, and links the other
+    backends."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     path = Path(
         tempfile.mkdtemp(prefix=f"peregrine-{os.getpid()}-", dir=base if os.access(base, os.W_OK) else None)
@@ -134,7 +139,8 @@ def make_run_folder(installation: Installation) -> RunFolder:
 
 
 def _put_our_packages_first(utils: Path) -> None:
-    """The stub ignores PYTHONPATH and virtual environments; what it would find first is the base interpreter's numpy."""
+    """The stub ignores PYTHONPATH and virtual environments; what it would find first is the base
+    interpreter's numpy."""
     source_root = str(Path(__file__).resolve().parents[2])
     packages = list(
         dict.fromkeys([source_root, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])

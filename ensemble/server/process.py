@@ -24,17 +24,21 @@ from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
+# the last may hold a password
 _NOT_FOR_CHILDREN = (
     "PYTHONHOME",
     "PYTHONPATH",
     "VIRTUAL_ENV",
     "PEREGRINE_REDIS",
-)  # the last may hold a password
+)
 _RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
-# Runs as the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel sends it
-# SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads can deadlock.
+# Runs as the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel
+# sends it
+# SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads can
+# deadlock.
 _LAUNCHER = (
-    "import ctypes, os, resource, sys; ctypes.CDLL(None).prctl(1, 15); resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+    "import ctypes, os, resource, sys; ctypes.CDLL(None).prctl(1, 15); "
+    "resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
@@ -52,9 +56,8 @@ class Launch:
     configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
     runtime: Runtime = field(default_factory=Runtime)
     index: str = CPU  # engines.CPU or GPU: where the main index is searched
-    redis: str | None = field(
-        default=None, repr=False
-    )  # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
+    # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
+    redis: str | None = field(default=None, repr=False)
 
 
 def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
@@ -98,7 +101,8 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-        # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages in again
+        # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages
+        # in again
         "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         ENGINE_VARIABLE: launch.runtime.engine,
@@ -113,7 +117,8 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
 
 
 def _tiers(run: RunFolder, launch: Launch) -> dict[str, str]:
-    """Tells the steps where their feature tiers' settings are: in a file of the run folder that only we may read."""
+    """Tells the steps where their feature tiers' settings are: in a file of the run folder that only we may
+    read."""
     if launch.redis is None:
         return {}
     path = run.path / "tiers.json"
@@ -161,7 +166,8 @@ class TritonProcess:
             self._on_line(line.rstrip())
 
     def note_environments(self) -> None:
-        """Call when it is ready: the folder it has made for packed Python environments, which it removes unless it is killed."""
+        """Call when it is ready: the folder it has made for packed Python environments, which it removes
+        unless it is killed."""
         self._environments = _environments() - self._before
 
     def log_tail(self) -> str:
@@ -174,11 +180,11 @@ class TritonProcess:
         return self._process.poll()
 
     def stop(self) -> int:
-        """SIGTERM, so that requests in flight are answered; then whatever is left of the group is killed. Returns its exit code."""
+        """SIGTERM, so that requests in flight are answered; then whatever is left of the group is killed.
+        Returns its exit code."""
         if self.exit_code is None:
-            os.kill(
-                self.pid, signal.SIGTERM
-            )  # not the group: stubs that die first fail the requests in flight
+            # not the group: stubs that die first fail the requests in flight
+            os.kill(self.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + 10)
         self._end_group()
@@ -226,7 +232,8 @@ def _environments() -> set[Path]:
 
 @dataclass(frozen=True)
 class Stub:
-    """One Python process of the backend: one instance of one model. Both are empty while it is being started."""
+    """One Python process of the backend: one instance of one model. Both are empty while it is being
+    started."""
 
     pid: int
     model: str
@@ -234,7 +241,8 @@ class Stub:
 
 
 def _stub(pid: int, command: list[str]) -> Stub:
-    """From triton_python_backend_stub <repository>/<model>/<version>/model.py … <instance> <runtime directory> and a final empty word."""
+    """From triton_python_backend_stub <repository>/<model>/<version>/model.py … <instance> <runtime
+    directory> and a final empty word."""
     if not command[0].endswith("triton_python_backend_stub"):
         return Stub(pid, "", "")
     model = Path(command[1]).parent.parent.name
@@ -242,7 +250,8 @@ def _stub(pid: int, command: list[str]) -> Stub:
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """(resident, proportional) bytes of a process; shared pages, such as a mapped snapshot, count once in the sum of the second."""
+    """(resident, proportional) bytes of a process; shared pages, such as a mapped snapshot, count once in the
+    sum of the second."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:

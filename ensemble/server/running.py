@@ -1,4 +1,5 @@
-"""<repository>/.server.json: how the release commands find the server of a repository. Standard library only."""
+"""<repository>/.server.json: how the release commands find the server of a repository. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class RunningServer:
 
 
 class Claim:
-    """The one server of a repository: holds the file's lock while it lives, so a killed one leaves no claim behind."""
+    """The one server of a repository: holds the file's lock while it lives, so a killed one leaves no claim
+    behind."""
 
     def __init__(self, repository: Path) -> None:
         self.path = repository / FILE
@@ -43,7 +45,8 @@ class Claim:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
                 raise ServerError(
-                    f"cannot write {self.path}: {error.strerror}; the repository's owner must start the server"
+                    f"cannot write {self.path}: {error.strerror}; the repository's owner must start the "
+                    "server"
                 ) from error
             if not try_flock(descriptor):
                 text = os.pread(descriptor, 65536, 0)

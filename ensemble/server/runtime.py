@@ -1,9 +1,11 @@
-"""What a server runs its engines on: TensorRT where this node has a GPU and fitting plans, ONNX Runtime elsewhere, and why.
+"""What a server runs its engines on: TensorRT where this node has a GPU and fitting plans, ONNX Runtime
+elsewhere, and why.
 
-Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of links, in which
-a model with a plan is the plan's folder and everything else is the repository's own. Nested in the server's run folder, it is
-gone with it. Rejected: two --model-repository paths (Triton loads no model that is in both); a link to the plan inside the
-release (dangling until compiled, and then a server could not fall back to ONNX model by model).
+Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
+links, in which a model with a plan is the plan's folder and everything else is the repository's own. Nested
+in the server's run folder, it is gone with it. Rejected: two --model-repository paths (Triton loads no model
+that is in both); a link to the plan inside the release (dangling until compiled, and then a server could not
+fall back to ONNX model by model).
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def choose_runtime(
     fused: bool,
     log: Callable[[str], None],
 ) -> Runtime:
-    """TensorRT if it can be had, else ONNX Runtime with a line that says why; with `require`, that one or an error."""
+    """TensorRT if it can be had, else ONNX Runtime with a line that says why; with `require`, that one or an
+    error."""
     if require is not None and require not in REQUIREMENTS:
         raise InvalidInput(f"--require {require}: known are {', '.join(REQUIREMENTS)}")
     if require == ONNXRUNTIME:
@@ -62,7 +65,8 @@ def choose_runtime(
 
 
 def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runtime:
-    """Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what is in the way."""
+    """Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what is in
+    the way."""
     from ensemble.engines.cuda import gpu_facts
     from ensemble.engines.tensorrt import this_node
 
@@ -73,7 +77,8 @@ def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runt
     if importlib.util.find_spec("tensorrt"):
         return Runtime(TENSORRT)
     raise ReleaseError(
-        f"this tritonserver has no TensorRT backend ({installation.backends}), and Python has no tensorrt for the engine steps"
+        f"this tritonserver has no TensorRT backend ({installation.backends}), and Python has no tensorrt "
+        "for the engine steps"
     )
 
 
@@ -126,7 +131,8 @@ class Overlay:
         self.refresh()
 
     def refresh(self) -> None:
-        """A link for every folder of the repository; links of what was removed go. One that is there stays: Triton may be reading it."""
+        """A link for every folder of the repository; links of what was removed go. One that is there stays:
+        Triton may be reading it."""
         there = {
             path.name: path
             for path in self._repository.iterdir()

@@ -30,15 +30,17 @@ from ensemble.tiers.settings import TierSettings
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
 _WATCH_EVERY_S = 1.0
+# what Triton calls an error on a machine without a GPU
 _NOISE = (
     "CudaDriverHelper",
     "CUDA driver version",
     "Failed to initialize NVML",
-)  # what Triton calls an error on a machine without a GPU
+)
 
 
 class Server:
-    """tritonserver under watch. All its process handling is in one thread, which the kernel ties the process's life to."""
+    """tritonserver under watch. All its process handling is in one thread, which the kernel ties the
+    process's life to."""
 
     def __init__(
         self,
@@ -50,11 +52,13 @@ class Server:
     ) -> None:
         self.launch, self.log = launch, log
         self._claim, self._installation, self._start_timeout_s = claim, installation, start_timeout_s
+        # settled: ready for the first time, or failed
         self._stopping, self._settled = (
             threading.Event(),
             threading.Event(),
-        )  # settled: ready for the first time, or failed
-        # Not Thread.join: a signal that interrupts it makes the next join return at once (CPython 3.10 to 3.12), thread alive.
+        )
+        # Not Thread.join: a signal that interrupts it makes the next join return at once (CPython 3.10 to
+        # 3.12), thread alive.
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
         self._run = make_run_folder(installation)
@@ -108,7 +112,8 @@ class Server:
         return sum(rss for rss, _ in each), sum(pss for _, pss in each)
 
     def start(self) -> None:
-        """Returns when `recommend` is ready; ServerError with the log's last lines if it does not become so."""
+        """Returns when `recommend` is ready; ServerError with the log's last lines if it does not become
+        so."""
         self._claim.write(RunningServer(os.getpid(), self.url, self.metrics_url, CONTROL_HEADER, self.secret))
         self._thread.start()
         self._settled.wait()
@@ -193,11 +198,13 @@ class Server:
         return (
             ""
             if self._stopping.is_set()
-            else f"model {contract.PIPELINE} was not ready after {self._start_timeout_s:.0f} s:\n{process.log_tail()}"
+            else f"model {contract.PIPELINE} was not ready after {self._start_timeout_s:.0f} "
+            f"s:\n{process.log_tail()}"
         )
 
     def _check_stubs(self, process: TritonProcess) -> str:
-        """Triton never restarts a dead stub, and says that its model is ready: one lost is reported, the last one lost is cured."""
+        """Triton never restarts a dead stub, and says that its model is ready: one lost is reported, the last
+        one lost is cured."""
         now = {stub.instance: stub.model for stub in process.stubs() if stub.instance}
         lost = {instance: model for instance, model in self._instances.items() if instance not in now}
         self._instances.update(now)
@@ -208,7 +215,8 @@ class Server:
                 if not left:
                     return f"every instance of {model} died"
                 self.log(
-                    f"WARNING: {instance} died, {left} left of {model}; Triton does not start it again: restart `peregrine serve` soon"
+                    f"WARNING: {instance} died, {left} left of {model}; Triton does not start it again: "
+                    "restart `peregrine serve` soon"
                 )
         return ""
 
@@ -250,11 +258,12 @@ def serve(
     index: str = CPU,
     redis: str | None = None,
 ) -> Iterator[Server]:
-    """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no metrics.
+    """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no
+    metrics.
 
-    fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the engines
-    (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not TensorRT. index: "cpu" or "gpu", where the
-    main index is searched. redis: URL for feature rows.
+    fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the
+    engines (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not
+    TensorRT. index: "cpu" or "gpu", where the main index is searched. redis: URL for feature rows.
     """
     repository = Path(repository).resolve()
     if redis is not None:  # refused here rather than in every step

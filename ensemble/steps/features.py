@@ -14,7 +14,8 @@ from ensemble.steps.served import ServedRelease
 
 
 class FeatureLookup:
-    """Reads the rows of a whole batch through the tiers; without Redis from the release's snapshot: one binary search, one gather a field."""
+    """Reads the rows of a whole batch through the tiers; without Redis from the release's snapshot: one
+    binary search, one gather a field."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
@@ -28,9 +29,8 @@ class FeatureLookup:
         view = self.live.refresh()
         user_rows = self.user_ids.rows_from_ids(user_id[:, 0])
         users = self.user_reader.read_users(user_id[:, 0], user_rows)
-        known = (
-            user_rows > 0 if users.known is None else users.known
-        )  # a tier may know users that came after the release
+        # a tier may know users that came after the release
+        known = user_rows > 0 if users.known is None else users.known
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
         stored = _without_later(users.field("seen").astype(np.int64), view, status)
         seen_rows = self._with_session(stored, options, status, view)
@@ -46,8 +46,8 @@ class FeatureLookup:
     def history_from_seen(
         self, seen_rows: np.ndarray, view: LiveView | None = None, status: np.ndarray | None = None
     ) -> Tensors:
-        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of its last H; notes in `status` what
-        is stale."""
+        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of
+        its last H; notes in `status` what is stale."""
         history = seen_rows[:, -self.history :]
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
@@ -62,7 +62,8 @@ class FeatureLookup:
     def _with_session(
         self, seen_rows: np.ndarray, options: Options, status: np.ndarray, view: LiveView
     ) -> np.ndarray:
-        """Puts the session's items behind the stored past; unknown ones are dropped and noted in `status`, in place."""
+        """Puts the session's items behind the stored past; unknown ones are dropped and noted in `status`, in
+        place."""
         owners, ids = options.ids("session_items")
         if not len(owners):
             return seen_rows
@@ -71,16 +72,16 @@ class FeatureLookup:
         owners, item_rows = owners[item_rows > 0], item_rows[item_rows > 0]
         width = seen_rows.shape[1]
         session = np.full((len(seen_rows), width), -1, np.int64)
-        place = (
-            ranks_within(owners) - np.bincount(owners, minlength=len(seen_rows))[owners]
-        )  # -1 is the newest
+        # -1 is the newest
+        place = ranks_within(owners) - np.bincount(owners, minlength=len(seen_rows))[owners]
         kept = place >= -width
         session[owners[kept], place[kept]] = item_rows[kept]
         return _pads_first(np.concatenate([seen_rows, session], axis=1))[:, -width:]
 
 
 def _without_later(seen_rows: np.ndarray, view: LiveView, status: np.ndarray) -> np.ndarray:
-    """seen_rows [B, W] without items that this process does not know, noted in `status`: a past may come from a later log than ours."""
+    """seen_rows [B, W] without items that this process does not know, noted in `status`: a past may come from
+    a later log than ours."""
     later = seen_rows >= view.num_rows
     if not later.any():
         return seen_rows

@@ -4,8 +4,9 @@
     transitions   what followed the user's last items, item to item
     popular       the same list for everyone; fills what the others leave
 
-Each source offers its best; an item offered twice counts once; quotas keep a place for each source. All candidates then get
-every source's score, and their order is the fused score (weights fitted at build time), ties by row.
+Each source offers its best; an item offered twice counts once; quotas keep a place for each source. All
+candidates then get every source's score, and their order is the fused score (weights fitted at build time),
+ties by row.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ class RecallSettings:
     """What the builder chose; recall.json of a release."""
 
     nprobe: int = 1  # IVF lists visited; Flat ignores it
-    refine_factor: int = (
-        0  # items scored again with vectors.npy for each one wanted; 0: the index's own scores are exact
-    )
+    # items scored again with vectors.npy for each one wanted; 0: the index's own scores are exact
+    refine_factor: int = 0
     probe_share: float = 0.001  # of live queries, searched exactly in the background
     transition_items: int = 5  # last items of the past that transitions are read for
     transition_quota: int = 96  # places kept among the N candidates
@@ -62,7 +62,8 @@ def settings_from_json(text: str) -> RecallSettings:
 
 
 def fused(rows: np.ndarray, scores: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
-    """Candidates [B, N] and source scores [B, N, S] -> the score that sorts them [B, N], -inf where padded."""
+    """Candidates [B, N] and source scores [B, N, S] -> the score that sorts them [B, N], -inf where
+    padded."""
     return np.where(rows > 0, scores @ np.array(weights, np.float32), -np.inf)
 
 
@@ -82,12 +83,10 @@ class Recall:
         self.probe = RecallProbe(
             ProbeSettings(self.settings.probe_share), read_baseline(release.path / BASELINE)
         )
-        self.transitions = np.load(
-            release.path / "transitions.npy", mmap_mode="r", allow_pickle=False
-        )  # [I + 1] {rows i4[L], scores f4[L]}
-        popularity = np.load(
-            release.path / "popular.npy", mmap_mode="r", allow_pickle=False
-        )  # [I + 1] f4, log(1 + events); row 0 is 0
+        # [I + 1] {rows i4[L], scores f4[L]}
+        self.transitions = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)
+        # [I + 1] f4, log(1 + events); row 0 is 0
+        popularity = np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False)
         self.popularity = np.asarray(popularity)
         self.popular_rows = np.lexsort((np.arange(len(self.items)), -self.popularity))
         self.popular_rows = self.popular_rows[self.popular_rows > 0]
@@ -115,7 +114,8 @@ class Recall:
     # --- what must not come out
 
     def _excluded(self, options: Options, seen_rows: np.ndarray, view: LiveView) -> np.ndarray:
-        """Sorted keys (user * rows + row) [X] int64 of items a user has seen (unless wanted again) or excluded."""
+        """Sorted keys (user * rows + row) [X] int64 of items a user has seen (unless wanted again) or
+        excluded."""
         users, columns = np.nonzero((seen_rows > 0) & options.exclude_seen[:, None])
         keys = users * _STRIDE + seen_rows[users, columns]
         owners, ids = options.ids("exclude_items")
@@ -126,7 +126,8 @@ class Recall:
     def _eligible(
         self, rows: np.ndarray, excluded: np.ndarray, masks: list[RowMask | None], view: LiveView
     ) -> np.ndarray:
-        """rows [B, X] with those replaced by -1 that are excluded, deleted or do not pass their user's filter."""
+        """rows [B, X] with those replaced by -1 that are excluded, deleted or do not pass their user's
+        filter."""
         keys = rows + np.arange(len(rows))[:, None] * _STRIDE
         bad = (rows <= 0) | view.is_deleted(rows) if view.num_deleted else rows <= 0
         if len(excluded):
@@ -147,7 +148,8 @@ class Recall:
         excluded: np.ndarray,
         view: LiveView,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Eligible rows [B, X] of all sources side by side, and each one's place in line [B, X] (smaller comes first)."""
+        """Eligible rows [B, X] of all sources side by side, and each one's place in line [B, X] (smaller
+        comes first)."""
         num_users, interests, wanted = len(query), query.shape[1], self.sizes.candidates
         masks = [None if u.filter is None else self.filters.mask(u.filter, view) for u in options.users]
         num_excluded = np.bincount(excluded // _STRIDE, minlength=num_users)
@@ -171,7 +173,8 @@ class Recall:
         return rows, self._places(rows, sources, order)
 
     def _places(self, rows: np.ndarray, sources: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Place in line [B, X]: eligible offers within their source's quota first, then the rest; -1 rows last.
+        """Place in line [B, X]: eligible offers within their source's quota first, then the rest; -1 rows
+        last.
 
         A source's offers are counted after filtering, so that a quota is filled by items that can be shown.
         """
@@ -187,15 +190,15 @@ class Recall:
             columns = np.flatnonzero(sources == source)
             by_order = columns[np.argsort(order[columns], kind="stable")]
             rank[:, by_order] = np.cumsum(rows[:, by_order] > 0, axis=1) - 1
-        beyond = (rank >= quotas[sources]).astype(np.int64) * (
-            1 + (sources == 2)
-        )  # popular beyond its quota only fills up
+        # popular beyond its quota only fills up
+        beyond = (rank >= quotas[sources]).astype(np.int64) * (1 + (sources == 2))
         place = beyond * 10_000_000 + rank * 4 + sources
         return np.where(rows > 0, place, np.iinfo(np.int64).max)
 
     def _popular(self, depth: int, masks: list[RowMask | None]) -> np.ndarray:
-        """The most popular rows that pass each user's filter: [B, depth], padded with -1. Filtered before they are cut: else a
-        rare category would find none, and what a user gets would depend on how deep its batch-mates go."""
+        """The most popular rows that pass each user's filter: [B, depth], padded with -1. Filtered before
+        they are cut: else a rare category would find none, and what a user gets would depend on how deep its
+        batch-mates go."""
         if all(mask is None for mask in masks):
             rows = self.popular_rows[:depth]
             return np.broadcast_to(rows, (len(masks), len(rows)))
@@ -221,7 +224,8 @@ class Recall:
             length *= 8
 
     def transition_offers(self, seen_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What followed the last items of each user: rows [B, P] best first, distinct, padded with -1; scores [B, P]."""
+        """What followed the last items of each user: rows [B, P] best first, distinct, padded with -1; scores
+        [B, P]."""
         s = self.settings
         last = seen_rows[:, : -s.transition_items - 1 : -1]  # newest first
         lists = self.transitions[
@@ -240,7 +244,8 @@ class Recall:
     # --- one list
 
     def _merge(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Offers [B, X] and places -> distinct rows [B, N], those first in line, in any order, padded with -1."""
+        """Offers [B, X] and places -> distinct rows [B, N], those first in line, in any order, padded with
+        -1."""
         by_row = np.lexsort((places, rows), axis=-1)
         rows, places = np.take_along_axis(rows, by_row, axis=1), np.take_along_axis(places, by_row, axis=1)
         places[:, 1:][rows[:, 1:] == rows[:, :-1]] = np.iinfo(np.int64).max  # the same item, later in line
@@ -258,7 +263,8 @@ class Recall:
     def _scored(
         self, query: np.ndarray, rows: np.ndarray, transitions: tuple[np.ndarray, np.ndarray], view: LiveView
     ) -> Tensors:
-        """Candidates [B, N] in any order -> all candidate_* tensors, by fused score, ties by row, padding last."""
+        """Candidates [B, N] in any order -> all candidate_* tensors, by fused score, ties by row, padding
+        last."""
         items = read_items(self.item_reader, view, rows)
         embeddings = items.field("embedding")
         scores = self.source_scores(query, rows, embeddings, transitions)
@@ -279,7 +285,8 @@ class Recall:
         embeddings: np.ndarray,
         transitions: tuple[np.ndarray, np.ndarray],
     ) -> np.ndarray:
-        """Every source's score of every candidate: [B, N, S] float32, S in the order of contract.SOURCES, 0 where padded."""
+        """Every source's score of every candidate: [B, N, S] float32, S in the order of contract.SOURCES, 0
+        where padded."""
         scores = np.zeros((*rows.shape, len(SOURCES)), np.float32)
         scores[..., 0] = np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2)
         scores[..., 1] = np.log1p(look_up(rows, *transitions, _STRIDE))

@@ -14,7 +14,8 @@ from ensemble.steps.served import ServedRelease
 
 
 class Reranking:
-    """Blends task values by weights, caps categories, diversifies; opens item rows only when a rule needs them."""
+    """Blends task values by weights, caps categories, diversifies; opens item rows only when a rule needs
+    them."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("item_ids.npy", "items.npy")
@@ -67,9 +68,11 @@ class Reranking:
         }
 
     def blend(self, options: Options, probabilities: np.ndarray) -> np.ndarray:
-        """[B, N, T] -> score [B, N]: sum of weight x value, a conditional task's value times what it is conditional on.
+        """[B, N, T] -> score [B, N]: sum of weight x value, a conditional task's value times what it is
+        conditional on.
 
-        So the buy term is P(click) P(buy | click), the probability over the entire space (ESMM, Ma et al. 2018, eq. 1).
+        So the buy term is P(click) P(buy | click), the probability over the entire space (ESMM, Ma et al.
+        2018, eq. 1).
         """
         weights = np.tile(np.array([task.weight for task in self.tasks], np.float32), (len(options), 1))
         for user, one in enumerate(options.users):
@@ -93,13 +96,15 @@ class Reranking:
     ) -> np.ndarray:
         """Greedy choice of `width` candidates for the users that ask for caps or diversity -> order [b, N].
 
-        MMR (Carbonell & Goldstein 1998): (1 - diversity) x relevance - diversity x greatest cosine to what is chosen,
-        relevance scaled to 0..1 a user. A capped candidate is put behind all others, never dropped: a short list is worse.
+        MMR (Carbonell & Goldstein 1998): (1 - diversity) x relevance - diversity x greatest cosine to what is
+        chosen, relevance scaled to 0..1 a user. A capped candidate is put behind all others, never dropped: a
+        short list is worse.
         """
+        # best first
         rows, scores = (
             np.take_along_axis(rows, order, axis=1),
             np.take_along_axis(scores, order, axis=1),
-        )  # best first
+        )
         diversity = np.array([options.users[u].diversity for u in users], np.float32)[:, None]
         value = (1 - diversity) * _scaled(scores)
         vectors = view.gather(rows, "embedding")
@@ -130,7 +135,8 @@ class Reranking:
     def _cap(
         self, options: Options, users: np.ndarray, name: str, rows: np.ndarray, view: LiveView
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the values' codes [b, N, C]."""
+        """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the
+        values' codes [b, N, C]."""
         limits = np.array([dict(options.users[u].caps).get(name, NO_CAP) for u in users])[:, None]
         codes = view.gather(np.maximum(rows, 0), "codes")[..., self.category[name].columns]
         return np.zeros(rows.shape, np.int64), limits, codes

@@ -1,7 +1,8 @@
-"""What reading rows costs: `peregrine features bench`. The rows of one request, from each tier, in CPU time of the thread and on the wall.
+"""What reading rows costs: `peregrine features bench`. The rows of one request, from each tier, in CPU time
+of the thread and on the wall.
 
-features reads 1 user and the items of a full history; recall reads the rows of its candidates. Each line is paced so that the
-thread is busy 30 % of the time, as a server is that has room; nothing is read ahead.
+features reads 1 user and the items of a full history; recall reads the rows of its candidates. Each line is
+paced so that the thread is busy 30 % of the time, as a server is that has room; nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ Case = tuple[Callable[[], None], Callable[[float], None], int]
 
 
 def _features(release: Release, readers: RowReaders, rng: np.random.Generator) -> Case:
-    """Reads one user and HISTORY items, as the step does: whoever is there, and 50 distinct items even where pasts are shorter."""
+    """Reads one user and HISTORY items, as the step does: whoever is there, and 50 distinct items even where
+    pasts are shorter."""
     ids, rows, history = _fixed(release, rng)
 
     def read() -> None:
@@ -156,7 +158,8 @@ def _own_redis() -> Iterator[str]:
     """A redis-server on a free port, gone afterwards."""
     if not shutil.which("redis-server"):
         raise ServerError(
-            "redis-server is not installed; install it, or give --redis URL of one that has the release's rows"
+            "redis-server is not installed; install it, or give --redis URL of one that has the release's "
+            "rows"
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

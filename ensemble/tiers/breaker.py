@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """closed -> open after `failures` in a row -> half-open after open_s (+- 20 %: processes do not try in step) -> closed or open."""
+    """closed -> open after `failures` in a row -> half-open after open_s (+- 20 %: processes do not try in
+    step) -> closed or open."""
 
     def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._open_s, self._clock = failures, open_s, clock
@@ -34,7 +35,8 @@ class Breaker:
             return True
 
     def hurry(self) -> None:
-        """The next call may try at once, however long this was to stay open: somebody else has just been answered."""
+        """The next call may try at once, however long this was to stay open: somebody else has just been
+        answered."""
         with self._lock:
             self._until = self._clock()
 

@@ -1,4 +1,5 @@
-"""How Redis is reached: a deadline for every whole call, no retries, one cluster or one server behind the same calls. redis-py, imported late."""
+"""How Redis is reached: a deadline for every whole call, no retries, one cluster or one server behind the
+same calls. redis-py, imported late."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ def is_cluster(url: str) -> bool:
 
 
 def open_client(url: str, timeout_s: float, *, whole_call: bool = True) -> Any:
-    """redis.Redis or redis.cluster.RedisCluster. redis-py's own defaults wait up to 59 s for a silent server; here no call outlives
-    timeout_s (whole_call: even if a reply drips in; else each read gets that long, and a lost connection is tried again thrice, which
-    writers want: what they write may be written twice)."""
+    """redis.Redis or redis.cluster.RedisCluster. redis-py's own defaults wait up to 59 s for a silent server;
+    here no call outlives timeout_s (whole_call: even if a reply drips in; else each read gets that long, and
+    a lost connection is tried again thrice, which writers want: what they write may be written twice)."""
     redis = _redis()
     retry = (
         redis.retry.Retry(redis.backoff.NoBackoff(), 0)
@@ -45,7 +46,8 @@ def open_client(url: str, timeout_s: float, *, whole_call: bool = True) -> Any:
 
 
 def connect_now(url: str, timeout_s: float = 5.0) -> Any:
-    """open_client for commands: ServerError at once if it cannot be reached or refuses us. Long reads are allowed."""
+    """open_client for commands: ServerError at once if it cannot be reached or refuses us. Long reads are
+    allowed."""
     redis = _redis()
     try:
         client = open_client(url, timeout_s, whole_call=False)
@@ -73,7 +75,8 @@ def check_installed() -> None:
 
 
 class Caller:
-    """Sends MGETs. On one server over a connection of its own: redis-py's pool and command layers cost as much as the rest of the call."""
+    """Sends MGETs. On one server over a connection of its own: redis-py's pool and command layers cost as
+    much as the rest of the call."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.client = open_client(url, timeout_s)
@@ -92,8 +95,9 @@ class Caller:
         return self._connection.read_response()
 
     def is_in_step(self) -> bool:
-        """Whether the next reply is that of the next command. Somebody else's row may also be what is stored: no reason to connect anew at
-        each request that reads it. False for a cluster, which has many connections."""
+        """Whether the next reply is that of the next command. Somebody else's row may also be what is stored:
+        no reason to connect anew at each request that reads it. False for a cluster, which has many
+        connections."""
         import hiredis
 
         if self._connection is None:
@@ -104,7 +108,8 @@ class Caller:
         return bool(self._connection.read_response() == nonce.encode())
 
     def _drop_if_unfit(self) -> None:
-        """Redis may have ended the connection since, better known now than by a failed call; or there is an answer to nothing we asked."""
+        """Redis may have ended the connection since, better known now than by a failed call; or there is an
+        answer to nothing we asked."""
         try:
             unread = self._connection.can_read(0)
         except Exception:
@@ -130,7 +135,8 @@ def _redis() -> Any:
 
 
 def _deadline_parser(redis: Any) -> type:
-    """redis-py's parser gives every read of the socket the whole timeout; a reply that drips in would take any number of them."""
+    """redis-py's parser gives every read of the socket the whole timeout; a reply that drips in would take
+    any number of them."""
 
     class DeadlineParser(redis.connection.DefaultParser):  # type: ignore[misc, name-defined]
         def read_response(self, *args: Any, **options: Any) -> Any:

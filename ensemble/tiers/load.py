@@ -1,4 +1,5 @@
-"""Bulk load: a release's snapshot rows into Redis, under keys of a new version; then one pointer makes readers turn to them."""
+"""Bulk load: a release's snapshot rows into Redis, under keys of a new version; then one pointer makes
+readers turn to them."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def load_release(
 ) -> Loaded:
     """Loads every row, switches readers over at once, lets the previous version's rows expire after keep_s.
 
-    Every key has a TTL, so that a load which is killed leaves nothing for ever, and an eviction policy of volatile-* spares
-    only the pointers. Rows that a writer updates live ttl_days again.
+    Every key has a TTL, so that a load which is killed leaves nothing for ever, and an eviction policy of
+    volatile-* spares only the pointers. Rows that a writer updates live ttl_days again.
     """
     import redis
 
@@ -79,13 +80,13 @@ def load_release(
                 done += len(piece)
                 progress(f"{done:,} of {total:,} rows", done / max(total, 1))
         previous = client.hget(shop_key(release.schema.shop), release.name)
-        client.hset(
-            shop_key(release.schema.shop), release.name, version
-        )  # from here on readers ask for the new rows
+        # from here on readers ask for the new rows
+        client.hset(shop_key(release.schema.shop), release.name, version)
         expiring = _expire(client, previous, keep_s) if previous else 0
     except (redis.exceptions.RedisError, OSError) as error:
         raise ServerError(
-            f"Redis: {reason(error)}; the load stopped, readers stay with the version they had; load again when it is cured"
+            f"Redis: {reason(error)}; the load stopped, readers stay with the version they had; load again "
+            "when it is cured"
         ) from None
     seconds = time.monotonic() - started
     counts = (len(release.user_ids), len(release.item_ids))

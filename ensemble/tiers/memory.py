@@ -1,7 +1,8 @@
-"""L1: rows in this process, in a set-associative table of NumPy arrays. A whole batch is looked up, or put in, at once.
+"""L1: rows in this process, in a set-associative table of NumPy arrays. A whole batch is looked up, or put
+in, at once.
 
-Bounded in bytes and in age. Four ways a set; within a set the least recently used row goes. Ages are of a monotonic clock.
-An invalidation also stops rows that were read before it and come to be put in after it.
+Bounded in bytes and in age. Four ways a set; within a set the least recently used row goes. Ages are of a
+monotonic clock. An invalidation also stops rows that were read before it and come to be put in after it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from ensemble.tiers.settings import TierSettings
 
 WAYS = 4
 MISS, FRESH, STALE = 0, 1, 2  # STALE: past its soft TTL, to be used only if nothing newer can be had
-_MIX = np.uint64(
-    0x9E3779B97F4A7C15
-)  # 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
+# 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass
@@ -37,8 +37,9 @@ class MemoryCounters:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What L1 knows of n identities. state [n] int8; absent [n] bool: Redis has none (use the snapshot); refresh [n] bool: the caller,
-    and nobody else for now, is to ask Redis again; rows [n] packed, garbage where state is MISS or absent."""
+    """What L1 knows of n identities. state [n] int8; absent [n] bool: Redis has none (use the snapshot);
+    refresh [n] bool: the caller, and nobody else for now, is to ask Redis again; rows [n] packed, garbage
+    where state is MISS or absent."""
 
     state: np.ndarray
     absent: np.ndarray
@@ -48,7 +49,8 @@ class Lookup:
 
 
 class MemoryTier:
-    """Identity [2] uint64 -> packed row, or "absent". Identity (0, 0) means empty and must not be asked for."""
+    """Identity [2] uint64 -> packed row, or "absent". Identity (0, 0) means empty and must not be asked
+    for."""
 
     def __init__(
         self,
@@ -64,10 +66,11 @@ class MemoryTier:
         sets = max(1, settings.memory_bytes // (WAYS * self.slot_bytes))
         self.num_sets = 1 << (sets.bit_length() - 1)  # a power of two at most the bound
         slots = self.num_sets * WAYS
+        # identities, word by word
         self._low, self._high = (
             np.zeros(slots, np.uint64),
             np.zeros(slots, np.uint64),
-        )  # identities, word by word
+        )
         self._sets = self._low.reshape(self.num_sets, WAYS)
         self._rows = np.zeros(slots, dtype)  # pages that are never written are never allocated
         self._soft, self._hard, self._claim = np.zeros(slots), np.zeros(slots), np.zeros(slots)
@@ -124,25 +127,24 @@ class MemoryTier:
         return slots, found, found & (self._soft[slots] <= now), found & self._absent[slots]
 
     def put(self, identities: np.ndarray, rows: np.ndarray, absent: np.ndarray, stamp: int) -> None:
-        """Puts n distinct identities [n, 2] in: their rows [n], or that there is none where absent [n]; `stamp` is the get's before it."""
+        """Puts n distinct identities [n, 2] in: their rows [n], or that there is none where absent [n];
+        `stamp` is the get's before it."""
         with self._lock:
             if stamp < self._flushed:
                 return
             self._tick += 1
             slots, there = self._find(identities)
             valid = self._invalidated[slots // WAYS] <= stamp
-            self._used[slots[there & valid]] = (
-                self._tick
-            )  # in their places: no newcomer of this call takes those
+            # in their places: no newcomer of this call takes those
+            self._used[slots[there & valid]] = self._tick
             slots, chosen = self._places(slots, there, valid)
             slots, rows, absent = slots[chosen], rows[chosen], absent[chosen]
             self._low[slots], self._high[slots] = identities[chosen].T
             self._rows[slots], self._absent[slots] = rows, absent
             self._used[slots] = self._tick
             now, ttl = self.clock(), self.settings
-            short = 1 - ttl.jitter * self._random.random(
-                (2, len(slots))
-            )  # only ever shorter: a TTL is a promise
+            # only ever shorter: a TTL is a promise
+            short = 1 - ttl.jitter * self._random.random((2, len(slots)))
             self._soft[slots] = now + np.where(absent, ttl.negative_ttl_s, ttl.soft_ttl_s) * short[0]
             self._hard[slots] = now + np.where(
                 absent, ttl.negative_ttl_s * short[0], ttl.hard_ttl_s * short[1]
@@ -180,13 +182,15 @@ class MemoryTier:
         )
         slots = (self._sets[sets] == low[:, None]).argmax(axis=1)
         slots += sets * WAYS
-        # where two of a set shared their low word (one pair in 2^64) the second is never found: a miss, nothing worse
+        # where two of a set shared their low word (one pair in 2^64) the second is never found: a miss,
+        # nothing worse
         return slots, (self._low[slots] == low) & (self._high[slots] == high)
 
     def _places(
         self, slots: np.ndarray, there: np.ndarray, valid: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [n] to write to, chosen [n] bool. The r-th newcomer of a set takes its r-th least recently used way; a fifth stays out."""
+        """Slots [n] to write to, chosen [n] bool. The r-th newcomer of a set takes its r-th least recently
+        used way; a fifth stays out."""
         new = np.flatnonzero(valid & ~there)
         sets = slots[new] // WAYS
         order = np.argsort(sets, kind="stable")

@@ -1,4 +1,5 @@
-"""A user's past with events put into it: bounded, each item once, in order of time, the same whatever order the events came in."""
+"""A user's past with events put into it: bounded, each item once, in order of time, the same whatever order
+the events came in."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import numpy as np
 def merge_past(
     seen: np.ndarray, times: np.ndarray, rows: np.ndarray, event_times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """seen [W] int32 left-padded with -1 and times [W] float64 (-inf: as loaded), with items rows [E] at event_times [E] -> the same, merged.
+    """seen [W] int32 left-padded with -1 and times [W] float64 (-inf: as loaded), with items rows [E] at
+    event_times [E] -> the same, merged.
 
-    An item stands once, at its latest time; those as loaded keep their order before all that have a time; equal times are in order of
-    rows. The last W stay. What falls out once is older than all that stays, so events may come late, or twice, to the same end.
+    An item stands once, at its latest time; those as loaded keep their order before all that have a time;
+    equal times are in order of rows. The last W stay. What falls out once is older than all that stays, so
+    events may come late, or twice, to the same end.
     """
     width = len(seen)
     all_rows = np.concatenate([seen, np.asarray(rows, seen.dtype)])

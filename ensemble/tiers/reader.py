@@ -1,4 +1,5 @@
-"""The one read path for rows of users and items: L1, then Redis for all that L1 has not, then the release's snapshot, then row 0.
+"""The one read path for rows of users and items: L1, then Redis for all that L1 has not, then the release's
+snapshot, then row 0.
 
 Without Redis (the embedded default) it is the snapshot alone, gathered straight from the mapped file.
 """
@@ -21,13 +22,13 @@ from ensemble.tiers.records import RowFormat, item_identities, row_format, user_
 from ensemble.tiers.redis_tier import RedisTier
 from ensemble.tiers.settings import TierSettings, settings_from_environment
 
+# as plain numbers: NumPy takes long over enums
 _STALE, _MISSING = (
     int(Degraded.FEATURES_STALE),
     int(Degraded.FEATURES_MISSING),
-)  # as plain numbers: NumPy takes long over enums
-_DISTINCT_ABOVE = (
-    2048  # rows: beyond it copying a row twice costs more than finding out that it is there twice
 )
+# rows: beyond it copying a row twice costs more than finding out that it is there twice
+_DISTINCT_ABOVE = 2048
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class RowReader:
     def __init__(
         self, table: np.ndarray, row_format: RowFormat | None = None, redis: RedisTier | None = None
     ) -> None:
-        """`table` [n + 1] packed is the snapshot's; without `redis` and its `row_format` nothing else is read."""
+        """`table` [n + 1] packed is the snapshot's; without `redis` and its `row_format` nothing else is
+        read."""
         self.table, self.format, self.redis = table, row_format, redis
         self.snapshot_rows = self.stale_rows = self.missing_rows = 0
         self._refill, self._refills = threading.Lock(), 0
@@ -97,17 +99,19 @@ class RowReader:
         return Rows(found, np.arange(len(found)), status, known, in_order=True)
 
     def _read(self, identities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Identities [n, 2] and their snapshot rows [n] -> packed rows [n], bits [n] int64, known [n] bool."""
+        """Identities [n, 2] and their snapshot rows [n] -> packed rows [n], bits [n] int64, known [n]
+        bool."""
         refills = self._refills
         looked = self.memory.get(identities)
         fresh = looked.state == FRESH
         if fresh.all() and not looked.absent.any():
             return looked.rows, np.zeros(len(rows), np.int64), fresh
+        # absent: Redis says that it has none; unsure: it did not say
         found, absent, unsure = (
             looked.rows,
             looked.absent,
             ~fresh,
-        )  # absent: Redis says that it has none; unsure: it did not say
+        )
         ask = np.flatnonzero((looked.state == MISS) | looked.refresh)
         if len(ask):
             first, inverse = _distinct(identities[ask])
@@ -120,9 +124,11 @@ class RowReader:
     def _ask(
         self, identities: np.ndarray, rows: np.ndarray, ask: np.ndarray, looked: Lookup, refills: int
     ) -> np.ndarray:
-        """Asks Redis for the distinct identities[ask] and puts what it says into looked and L1 -> [len(ask)] bool, what it spoke of.
+        """Asks Redis for the distinct identities[ask] and puts what it says into looked and L1 -> [len(ask)]
+        bool, what it spoke of.
 
-        One thread a table at a time; who had to wait finds in L1 what the other has brought, and asks only for the rest.
+        One thread a table at a time; who had to wait finds in L1 what the other has brought, and asks only
+        for the rest.
         """
         assert self.redis is not None
         assert self.format is not None
@@ -145,7 +151,8 @@ class RowReader:
         return said
 
     def _complete(self, found: np.ndarray, rows: np.ndarray, partial: np.ndarray) -> None:
-        """Puts the snapshot's row of a user before the events that found[partial] hold alone: its row in Redis had been evicted. Rare."""
+        """Puts the snapshot's row of a user before the events that found[partial] hold alone: its row in
+        Redis had been evicted. Rare."""
         for n in partial[(rows[partial] > 0) & (rows[partial] < len(self.table))].tolist():
             events = found["seen"][n].copy()
             found[n] = self.table[rows[n]]
@@ -157,7 +164,8 @@ class RowReader:
     def _filled(
         self, found: np.ndarray, rows: np.ndarray, held: np.ndarray, unsure: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Puts the snapshot's rows, and the default row, where no tier above holds one; says what that means for the answer."""
+        """Puts the snapshot's rows, and the default row, where no tier above holds one; says what that means
+        for the answer."""
         in_snapshot = (rows > 0) & (rows < len(self.table))
         left = np.flatnonzero(~held)
         if len(left):
@@ -207,7 +215,8 @@ def _distinct(identities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RowReaders:
-    """The readers of a release's users and items, with one way to Redis between them; each is opened when it is first asked for."""
+    """The readers of a release's users and items, with one way to Redis between them; each is opened when it
+    is first asked for."""
 
     def __init__(self, release: Release, settings: TierSettings | None = None) -> None:
         """`settings` None: as PEREGRINE_TIERS says; the snapshot alone without it."""

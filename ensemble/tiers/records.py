@@ -1,4 +1,5 @@
-"""One row as bytes: what stands in Redis under a key, and in L1. A header says whose row it is and of which release.
+"""One row as bytes: what stands in Redis under a key, and in L1. A header says whose row it is and of which
+release.
 
     feat:<version>:u:<identity>   a user's record      feat:<version>:i:<identity>   an item's record
     feat:<version>:n:<item id>    the item's row number, for writers that have no id map
@@ -34,15 +35,17 @@ _HEADER = [
     ("written_s", "<f8"),
     ("partial", "<u8"),
 ]
-# written_s: wall clock, for people. partial: 1 where a writer found no row to add events to; the snapshot's row, if any, goes before it.
+# written_s: wall clock, for people. partial: 1 where a writer found no row to add events to; the snapshot's
+# row, if any, goes before it.
 _HEX = 32  # letters of an identity in a key
-_LIVE_ITEMS = (
-    1 << 24
-)  # rows behind the release's own that a past may name: items added while they are served; `features` knows how many there are
+# rows behind the release's own that a past may name: items added while they are served; `features` knows how
+# many there are
+_LIVE_ITEMS = 1 << 24
 
 
 def release_digest(release: Release) -> int:
-    """64 bits that change with anything a row's meaning hangs on: tensors, item numbering, learned vectors."""
+    """64 bits that change with anything a row's meaning hangs on: tensors, item numbering, learned
+    vectors."""
     files = release.manifest.get("files", {})
     parts = [
         files.get(f"{release.name}/{name}", {}).get("sha256", "")
@@ -53,7 +56,8 @@ def release_digest(release: Release) -> int:
 
 
 def user_identities(ids: np.ndarray) -> np.ndarray:
-    """Ids [B] S -> [B, 2] uint64: 128 bits of BLAKE2b, which stand for the id everywhere, so that no id is readable in Redis."""
+    """Ids [B] S -> [B, 2] uint64: 128 bits of BLAKE2b, which stand for the id everywhere, so that no id is
+    readable in Redis."""
     raw = b"".join([hashlib.blake2b(i, digest_size=16).digest() for i in ids.tolist()])
     return np.frombuffer(raw, np.uint64).reshape(-1, 2)
 
@@ -123,7 +127,8 @@ class RowFormat:
 
     @property
     def times(self) -> int:
-        """Numbers of a tail: the time of each item of a past; of each 4-byte word of an item's row. float64, -inf: as loaded."""
+        """Numbers of a tail: the time of each item of a past; of each 4-byte word of an item's row. float64,
+        -inf: as loaded."""
         return self.schema.sizes.seen if self.table == "users" else self.row.itemsize // 4
 
     def pack(
@@ -138,7 +143,8 @@ class RowFormat:
     def unpack(
         self, values: list[Any], identities: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """What Redis said of `identities` [n, 2] -> records [n] (garbage where not good), good [n] bool, {cause: count} of bad ones."""
+        """What Redis said of `identities` [n, 2] -> records [n] (garbage where not good), good [n] bool,
+        {cause: count} of bad ones."""
         width = self.record.itemsize
         lengths = [len(value) if type(value) is bytes else -1 for value in values]
         if min(lengths) == max(lengths) == width:
@@ -180,7 +186,8 @@ class RowFormat:
         )
 
     def _sound(self, rows: np.ndarray) -> np.ndarray:
-        """[n] bool: rows whose numbers are finite and whose codes and items exist; another would fail an engine, or leak into others' lists."""
+        """[n] bool: rows whose numbers are finite and whose codes and items exist; another would fail an
+        engine, or leak into others' lists."""
         sound = np.ones(len(rows), bool)
         table = self.schema.users if self.table == "users" else self.schema.items
         limits = {"codes": (0, table.num_codes - 1), "seen": (-1, self.num_items + _LIVE_ITEMS)}

@@ -1,4 +1,5 @@
-"""L2: rows in Redis, asked for all of a batch's misses at once, behind a deadline and a circuit breaker. It never raises."""
+"""L2: rows in Redis, asked for all of a batch's misses at once, behind a deadline and a circuit breaker. It
+never raises."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ _FIRST_CONNECT_S = 1.0
 
 
 class Fetched(NamedTuple):
-    """What Redis said of n identities: rows [n] packed (garbage where not good), good [n], absent [n] bool; neither: no valid answer.
-    partial [n] bool: good, but events alone; the snapshot's row goes before them."""
+    """What Redis said of n identities: rows [n] packed (garbage where not good), good [n], absent [n] bool;
+    neither: no valid answer. partial [n] bool: good, but events alone; the snapshot's row goes before
+    them."""
 
     rows: np.ndarray
     good: np.ndarray
@@ -125,7 +127,8 @@ class RedisTier:
             self._memories[table].drop(identities_from_keys(keys))
 
     def _start_over(self) -> None:
-        """The tracker has just been answered, within the deadline of a call: whoever asks now need not wait for an open breaker."""
+        """The tracker has just been answered, within the deadline of a call: whoever asks now need not wait
+        for an open breaker."""
         for memory in list(self._memories.values()):
             memory.flush()
         self.breaker.hurry()

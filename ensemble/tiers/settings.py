@@ -1,4 +1,5 @@
-"""How the tiers behave: one small file, written by `peregrine serve --redis`, read by the steps. It may hold a password: mode 0600."""
+"""How the tiers behave: one small file, written by `peregrine serve --redis`, read by the steps. It may hold
+a password: mode 0600."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from ensemble.errors import InvalidInput
 
-VARIABLE = "PEREGRINE_TIERS"  # names the file; a URL itself in the environment or in argv could be read by anyone on the machine
+# names the file; a URL itself in the environment or in argv could be read by anyone on the machine
+VARIABLE = "PEREGRINE_TIERS"
 _SCHEMES = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
 
 
@@ -20,12 +22,12 @@ class TierSettings:
 
     url: str = field(repr=False)  # redis://, rediss:// (TLS), unix://; redis+cluster:// for a cluster
     deadline_ms: float = 5.0  # of every call to Redis, connecting included; after it the snapshot answers
-    soft_ttl_s: float = (
-        30.0  # past it a row in memory is asked for again, and used only if Redis does not answer
-    )
+    # past it a row in memory is asked for again, and used only if Redis does not answer
+    soft_ttl_s: float = 30.0
     hard_ttl_s: float = 300.0  # past it a row in memory is never used
     negative_ttl_s: float = 10.0  # how long "Redis has no such row" is believed
-    jitter: float = 0.2  # each row's times are shortened by up to this share, so that rows loaded together do not expire together
+    # each row's times are shortened by up to this share, so that rows loaded together do not expire together
+    jitter: float = 0.2
     memory_bytes: int = 64 << 20  # L1 of each table, in each process
     breaker_failures: int = 3  # failed calls in a row that open the breaker
     breaker_open_s: float = 0.25  # until one call may try again
@@ -33,7 +35,8 @@ class TierSettings:
     def __post_init__(self) -> None:
         if not self.url.startswith(_SCHEMES):
             raise InvalidInput(
-                f"--redis: {hidden(self.url)!r} is not a Redis URL; write redis://[USER:PASSWORD@]HOST:PORT[/DB]"
+                f"--redis: {hidden(self.url)!r} is not a Redis URL; write "
+                "redis://[USER:PASSWORD@]HOST:PORT[/DB]"
             )
         for name in (
             "deadline_ms",
@@ -48,7 +51,8 @@ class TierSettings:
                 raise InvalidInput(f"tiers: {name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.jitter < 1 or self.soft_ttl_s > self.hard_ttl_s:
             raise InvalidInput(
-                f"tiers: jitter must be 0..1 and soft_ttl_s at most hard_ttl_s, got {self.jitter}, {self.soft_ttl_s}, {self.hard_ttl_s}"
+                f"tiers: jitter must be 0..1 and soft_ttl_s at most hard_ttl_s, got {self.jitter}, "
+                f"{self.soft_ttl_s}, {self.hard_ttl_s}"
             )
 
 
@@ -59,7 +63,8 @@ def hidden(url: str) -> str:
 
 
 def url_from_option(text: str) -> str:
-    """The value of --redis: a URL, or @FILE whose first line is one, so that a password stays out of the command line."""
+    """The value of --redis: a URL, or @FILE whose first line is one, so that a password stays out of the
+    command line."""
     if not text.startswith("@"):
         return text
     try:

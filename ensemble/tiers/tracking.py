@@ -1,7 +1,9 @@
-"""Client-side caching: Redis says at once which rows changed, on a connection and thread of their own; L1 drops them.
+"""Client-side caching: Redis says at once which rows changed, on a connection and thread of their own; L1
+drops them.
 
-BCAST mode: Redis keeps no table of who read what, it tells every change under our prefixes. The same connection follows the
-pointer to the version that is served. A connection that was lost may have missed messages: after it comes back, L1 starts empty.
+BCAST mode: Redis keeps no table of who read what, it tells every change under our prefixes. The same
+connection follows the pointer to the version that is served. A connection that was lost may have missed
+messages: after it comes back, L1 starts empty.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ class Tracker:
         on_keys: Callable[[str, list[bytes]], None],
         on_flush: Callable[[], None],
     ) -> None:
-        """`client` gives the tier's client; on_keys(table, keys) and on_flush() are called on the tracker's thread."""
+        """`client` gives the tier's client; on_keys(table, keys) and on_flush() are called on the tracker's
+        thread."""
         self._client, self._shop, self._release = client, shop, release
         self._on_keys, self._on_flush = on_keys, on_flush
-        self.version: bytes | None = (
-            None  # stays when the connection is lost: TTLs bound what may then be stale
-        )
+        # stays when the connection is lost: TTLs bound what may then be stale
+        self.version: bytes | None = None
         self.connected, self.connects, self.failures = False, 0, 0
         self._first, self._stop = threading.Event(), threading.Event()
         self._again, self._moved = threading.Event(), False
@@ -152,9 +154,8 @@ def _connect(pool: Any) -> Any:
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     connection.connect()
-    connection._get_parser().set_invalidation_push_handler(
-        lambda message: message
-    )  # as redis-py's own cache does; without it they are lost
+    # as redis-py's own cache does; without it they are lost
+    connection._get_parser().set_invalidation_push_handler(lambda message: message)
     return connection
 
 

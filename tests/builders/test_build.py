@@ -25,7 +25,8 @@ from ensemble.release.repository import release_names
 from ensemble.steps.served import open_served
 
 KILLS = 10
-# Imports once, then builds in forked children: a kill then meets the build, not ten times the import of torch.
+# Imports once, then builds in forked children: a kill then meets the build, not ten times the import of
+# torch.
 DRIVER = """\
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -356,12 +357,14 @@ REFUSED = [
     (
         "user_encoder",
         "OtherShape",
-        "gives [3, 32] torch.float32 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32",
+        "gives [3, 32] torch.float32 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] "
+        "float32",
     ),
     (
         "user_encoder",
         "OtherDtype",
-        "gives [3, 1, 32] torch.float64 for user_embeddings [B, M, D] float32; the contract wants [3, 1, 32] float32",
+        "gives [3, 1, 32] torch.float64 for user_embeddings [B, M, D] float32; the contract wants [3, 1, "
+        "32] float32",
     ),
     ("user_encoder", "Two", "gives 2 tensors; the contract wants user_embeddings [B, M, D] float32"),
     ("user_encoder", "Fails", "forward fails on tensors of the contract: RuntimeError: "),
@@ -369,7 +372,8 @@ REFUSED = [
     (
         "user_encoder",
         "Nowhere",
-        "cannot import it (module 'own_models' has no attribute 'Nowhere'); give MODULE:CLASS, with MODULE importable from ",
+        "cannot import it (module 'own_models' has no attribute 'Nowhere'); give MODULE:CLASS, with MODULE "
+        "importable from ",
     ),
     (
         "ranker",

@@ -68,9 +68,8 @@ def test_paired_bootstrap_sees_a_difference_and_resamples_users():
     assert better.low > 0.03
     assert better.high < 0.07
     assert better.p_worse == 0
-    shared = np.repeat(
-        rng.normal(0, 1, 500), 4
-    )  # one shock a user: rows say nothing new, so the spread is that of 500 users
+    # one shock a user: rows say nothing new, so the spread is that of 500 users
+    shared = np.repeat(rng.normal(0, 1, 500), 4)
     wide = metrics.paired_bootstrap(np.zeros(2000), shared, users)
     assert wide.high - wide.low == pytest.approx(2 * 1.96 * shared.std() / np.sqrt(500), rel=0.15)
     same = metrics.paired_bootstrap(first, first, users)

@@ -1,4 +1,5 @@
-"""Stages skip what is done, and a disk that fills up costs one line, no traceback and no half-written folder."""
+"""Stages skip what is done, and a disk that fills up costs one line, no traceback and no half-written
+folder."""
 
 from __future__ import annotations
 

@@ -159,7 +159,8 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
         ),
         (
             "INTERNAL",
-            "Failed to increase the shared memory pool size for key 'triton_python_backend_shm_region_7' to 1 bytes",
+            "Failed to increase the shared memory pool size for key 'triton_python_backend_shm_region_7' to "
+            "1 bytes",
             Overloaded,
             "server s:1 is overloaded: Failed to increase the shared memory pool size for key … to 1 bytes",
         ),
@@ -185,7 +186,8 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
             "UNAVAILABLE",
             "This protocol is restricted, expecting header 'triton-grpc-protocol-x'",
             Unavailable,
-            "server s:1 keeps this call to its operator; pass the header that `peregrine serve` wrote into .server.json",
+            "server s:1 keeps this call to its operator; pass the header that `peregrine serve` wrote into "
+            ".server.json",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Bad input against a real Triton, raw: INVALID_ARGUMENT that names the field, and batch-mates that notice nothing."""
+"""Bad input against a real Triton, raw: INVALID_ARGUMENT that names the field, and batch-mates that notice
+nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ BAD_PARAMETERS = [
     ({"session_items": '["\\ud800"]'}, 'session_items: an id is not UTF-8: "\\ud800"'),
     (
         {"session_items": "[" * 50_000},
-        "session_items: not JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        "session_items: not JSON: maximum recursion depth exceeded while decoding a JSON array from a "
+        "unicode string",
     ),
     (
         {"weights": '{"interact": NaN}'},
@@ -50,7 +52,8 @@ BAD_PARAMETERS = [
     ({"exclude_seen": "perhaps"}, "exclude_seen: not JSON: Expecting value: line 1 column 1 (char 0)"),
     (
         {"topk": 5},
-        "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity",
+        "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
+        "ranges, weights, caps, diversity",
     ),
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]

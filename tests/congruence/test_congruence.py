@@ -1,7 +1,9 @@
-"""One question, one answer, whoever is asked: the twin one user at a time is the reference; every other way must agree.
+"""One question, one answer, whoever is asked: the twin one user at a time is the reference; every other way
+must agree.
 
-Tolerance: scores and probabilities within 1e-5 (fp32, sums in another order). Ids are equal, except where two scores are
-nearer than that: such neighbours may change places (or the last one fall out), and so may the Nth candidate of recall.
+Tolerance: scores and probabilities within 1e-5 (fp32, sums in another order). Ids are equal, except where two
+scores are nearer than that: such neighbours may change places (or the last one fall out), and so may the Nth
+candidate of recall.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ensemble.options import default_options
 
 TOLERANCE = 1e-5
 USERS = 1000
+# of the requests: every batch size at least once
 SIZES = (
     *range(1, 65),
     64,
@@ -31,7 +34,7 @@ SIZES = (
     4,
     2,
     *(1,) * 30,
-)  # of the requests: every batch size at least once
+)
 AskAll = Callable[[list[Request]], list[Tensors]]
 
 
@@ -104,7 +107,8 @@ class Reference:
         self.answers = [twin.recommend([q.user_id], parameters_of([q.options])) for q in questions]
 
     def candidates(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of recall's candidates [N], its score of every item [I + 1]), to tell whether the Nth was a near tie."""
+        """(rows of recall's candidates [N], its score of every item [I + 1]), to tell whether the Nth was a
+        near tie."""
         from ensemble.options import parse_options
 
         options = parse_options(json.dumps(parameters_of([question.options])), 1, self.twin.release.schema)
@@ -117,7 +121,8 @@ class Reference:
 
 
 def check(reference: Reference, requests: list[Request], answers: list[Tensors]) -> None:
-    """Every user of every request against the reference; at most 1 in 200 may differ by recall's Nth candidate."""
+    """Every user of every request against the reference; at most 1 in 200 may differ by recall's Nth
+    candidate."""
     place, by_nth, told = 0, 0, []
     for (users, _), answer in zip(requests, answers, strict=True):
         widest = 0

@@ -35,13 +35,15 @@ EDITS = (  # all of contract.py that changes
     ('QUERY_TENSORS = ("user_embeddings",)', 'QUERY_TENSORS = ("user_embeddings", "text_embeddings")'),
     (
         '    recall = ModelSpec(\n        "recall",',
-        '    text_encoder = ModelSpec("text_encoder", "ensemble.text_encoder:TextEncoder", (t["user_id"],), (t["text_embeddings"],))\n'
+        '    text_encoder = ModelSpec("text_encoder", "ensemble.text_encoder:TextEncoder", (t["user_id"],), '
+        '(t["text_embeddings"],))\n'
         '    recall = ModelSpec(\n        "recall",',
     ),
     ("models=(features, user_encoder, recall,", "models=(features, user_encoder, text_encoder, recall,"),
     (
         '        tensor("candidate_rows", "int64",',
-        '        tensor("text_embeddings", "float32", "what the toy makes of the id", one, d),\n        tensor("candidate_rows", "int64",',
+        '        tensor("text_embeddings", "float32", "what the toy makes of the id", one, d),\n        '
+        'tensor("candidate_rows", "int64",',
     ),
 )
 ASK_TWIN = """\
@@ -159,12 +161,14 @@ def test_served_and_local_answers_are_the_same_and_the_toy_counts(tree, url, tmp
 def test_recall_searches_with_what_the_toy_gives(tree):
     """The item nearest to the toy's vector is a candidate, whatever the user encoder says."""
     code = (
-        "import sys, numpy as np; from pathlib import Path; from ensemble.local import LocalPipeline; from ensemble.steps.served import open_served\n"
+        "import sys, numpy as np; from pathlib import Path; from ensemble.local import LocalPipeline; from "
+        "ensemble.steps.served import open_served\n"
         "from ensemble.options import default_options\n"
         "p = LocalPipeline(open_served(Path(sys.argv[1]), 'r1')); ids = p.release.user_ids.sorted_ids[:30]\n"
         "known = {'user_id': ids[:, None]}\n"
         "for name in ('features', 'user_encoder', 'text_encoder', 'recall'):\n"
-        "    known |= p.steps[name].run(default_options(30), **{t.name: known[t.name] for t in p.spec.model(name).inputs})\n"
+        "    known |= p.steps[name].run(default_options(30), **{t.name: known[t.name] for t in "
+        "p.spec.model(name).inputs})\n"
         "scores = known['text_embeddings'][:, 0] @ p.release.items['embedding'].T\n"
         "for user, seen in enumerate(known['seen_rows']):\n"
         "    scores[user, [0, *seen[seen > 0]]] = -np.inf\n"

@@ -105,7 +105,8 @@ BAD = [
     ({"diversity": None}, "diversity: must be 0..1, got null"),
     (
         {"num": 3},
-        "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, ranges, weights, caps, diversity",
+        "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
+        "ranges, weights, caps, diversity",
     ),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),

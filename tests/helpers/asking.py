@@ -1,4 +1,5 @@
-"""Asking through raw tritonclient, as a stranger would: one BYTES tensor and request parameters. Never a deadline: it kills Triton 2.51."""
+"""Asking through raw tritonclient, as a stranger would: one BYTES tensor and request parameters. Never a
+deadline: it kills Triton 2.51."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ IN_FLIGHT = 16
 
 
 def parameters_of(per_user: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Options of each user of one request -> its parameters: a value that all share as it is, else a JSON array with one each."""
+    """Options of each user of one request -> its parameters: a value that all share as it is, else a JSON
+    array with one each."""
     names = {name for one in per_user for name in one}
     parameters = {}
     for name in names:

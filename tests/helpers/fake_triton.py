@@ -11,7 +11,8 @@ from clients.wire import encode_bytes
 
 
 class FakeTriton:
-    """KServe's gRPC service with one model; keeps what it was sent, and whether a call came with a deadline or was cancelled."""
+    """KServe's gRPC service with one model; keeps what it was sent, and whether a call came with a deadline
+    or was cancelled."""
 
     def __init__(self, version: str = "2.51.0", workers: int = 40) -> None:
         import grpc

@@ -1,7 +1,8 @@
-"""Runs code on a pretended GPU: a driver of this machine's own memory (needs a C compiler) and a TensorRT over ONNX Runtime.
+"""Runs code on a pretended GPU: a driver of this machine's own memory (needs a C compiler) and a TensorRT
+over ONNX Runtime.
 
-There is no way to run TensorRT without a GPU, and the code around it (buffers, streams, DLPack, keys, manifests) is where
-faults hide: so it runs here, unchanged, in a process of its own.
+There is no way to run TensorRT without a GPU, and the code around it (buffers, streams, DLPack, keys,
+manifests) is where faults hide: so it runs here, unchanged, in a process of its own.
 """
 
 from __future__ import annotations

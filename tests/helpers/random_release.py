@@ -1,4 +1,5 @@
-"""Releases of random numbers: what the steps read, without a build, for tests that hold the steps against brute force."""
+"""Releases of random numbers: what the steps read, without a build, for tests that hold the steps against
+brute force."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def make_release(
     index: str = "Flat",
     whole_numbers: bool = False,
 ) -> RandomRelease:
-    """Writes r1 under `folder`. `whole_numbers`: embeddings of small integers, so that scores are exact and ties abound."""
+    """Writes r1 under `folder`. `whole_numbers`: embeddings of small integers, so that scores are exact and
+    ties abound."""
     schema = schema or schema_of()
     path = folder / "r1"
     path.mkdir(parents=True)

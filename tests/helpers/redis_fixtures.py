@@ -57,7 +57,8 @@ def proxy() -> Iterator[Callable[[RedisServer], Proxy]]:
 
 @pytest.fixture
 def open_readers(release) -> Iterator[Open]:
-    """Readers of the release, loaded into the server first unless told otherwise; the deadline is wide where the machine is busy."""
+    """Readers of the release, loaded into the server first unless told otherwise; the deadline is wide where
+    the machine is busy."""
     opened = []
 
     def start(server: RedisServer, *, url: str | None = None, load: bool = True, **settings) -> RowReaders:

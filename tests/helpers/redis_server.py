@@ -1,4 +1,5 @@
-"""A real redis-server of a test's own, which it may stop, kill and start again; and a proxy that spoils what it says."""
+"""A real redis-server of a test's own, which it may stop, kill and start again; and a proxy that spoils what
+it says."""
 
 from __future__ import annotations
 
@@ -79,8 +80,9 @@ class RedisServer:
 
 
 class Proxy:
-    """TCP between a client and Redis. delay_s holds every reply back; drip sends it in crumbs; slip answers each MGET with the reply of the
-    one before it on that connection, as if a reply had been left unread; reset_after cuts a reply off."""
+    """TCP between a client and Redis. delay_s holds every reply back; drip sends it in crumbs; slip answers
+    each MGET with the reply of the one before it on that connection, as if a reply had been left unread;
+    reset_after cuts a reply off."""
 
     def __init__(self, port: int) -> None:
         self._target = port

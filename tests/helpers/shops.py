@@ -1,4 +1,5 @@
-"""Shops and releases that several tests share: built once for each state of the sources, kept under pytest's cache."""
+"""Shops and releases that several tests share: built once for each state of the sources, kept under pytest's
+cache."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ features = [{name = "kind", kind = "category"}, {name = "attributes", kind = "ca
 
 
 def write_sequences_shop(folder: Path, users: int = 1200, items: int = 400, seed: int = 0) -> None:
-    """A shop like Beauty: sequences without labels or clock, numbers for ids, items with several attributes, no user table."""
+    """A shop like Beauty: sequences without labels or clock, numbers for ids, items with several attributes,
+    no user table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,18 +95,22 @@ class Build:
         _, stderr = self.process.communicate()
         if self.process.returncode:
             raise AssertionError(
-                f"peregrine build failed with exit code {self.process.returncode}:\n{stderr.decode(errors='replace')[-4000:]}"
+                "peregrine build failed with exit code "
+                f"{self.process.returncode}:\n{stderr.decode(errors='replace')[-4000:]}"
             )
         (self.folder / "built").touch()
 
 
 class ReleaseCache:
-    """Repositories with one active release each. Builds that a test run will need start together: one thread each, two cores."""
+    """Repositories with one active release each. Builds that a test run will need start together: one thread
+    each, two cores."""
 
     def __init__(self, root: Path, wanted: list[str]) -> None:
         from builders.stages import source_digest
 
-        self.root, self.wanted = root / source_digest()[:16], wanted
+        # A developer who changes what makes no release another one may keep those of the last run.
+        kept = os.environ.get("PEREGRINE_TEST_RELEASES")
+        self.root, self.wanted = Path(kept) if kept else root / source_digest()[:16], wanted
         self._builds: dict[str, Build] = {}
 
     def folder(self, name: str) -> Path:
@@ -157,7 +163,7 @@ class ReleaseCache:
     def _locked(self) -> Iterator[None]:
         """Two test runs at once on one cache: the second waits, then finds all built."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for old in self.root.parent.iterdir():  # other states of the sources
+        for old in [] if "PEREGRINE_TEST_RELEASES" in os.environ else self.root.parent.iterdir():
             if old != self.root and old.stat().st_mtime < self.root.stat().st_mtime - 3600:
                 shutil.rmtree(old, ignore_errors=True)
         with (self.root / ".lock").open("w") as lock:
@@ -171,6 +177,7 @@ def one_thread(**more: str) -> dict[str, str]:
 
 
 def private_copy(repository: Path, target: Path) -> Path:
-    """A copy of a repository without its stages and locks, for a test (or a server) to do with as it likes."""
+    """A copy of a repository without its stages and locks, for a test (or a server) to do with as it
+    likes."""
     shutil.copytree(repository, target, ignore=shutil.ignore_patterns(".build", ".lock", ".server.json"))
     return target

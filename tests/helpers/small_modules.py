@@ -1,10 +1,13 @@
-"""Small trained modules of the contract, and feeds for whatever inputs it names: material for tests of compression."""
+"""Small trained modules of the contract, and feeds for whatever inputs it names: material for tests of
+compression."""
 
 from __future__ import annotations
 
+import io
 from functools import cache
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -117,3 +120,17 @@ def item_rows() -> ItemRows:
     for parameter in rows.parameters():
         nn.init.normal_(parameter, std=0.2)
     return rows
+
+
+def exported(module: nn.Module, *arguments: torch.Tensor) -> bytes:
+    """The dynamo exporter's ONNX with an open batch axis, in memory."""
+    batch = torch.export.Dim("B", min=1, max=4096)
+    shapes = tuple({0: batch} for _ in arguments)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(), arguments, dynamo=True, dynamic_shapes=shapes, optimize=True, verbose=False
+        )
+    assert program is not None
+    file = io.BytesIO()
+    onnx.save(program.model_proto, file)
+    return file.getvalue()

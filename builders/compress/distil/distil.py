@@ -1,18 +1,22 @@
 """Distillation: a smaller module learns from what a trained one answers, not from labels alone.
 
 Losses, each with a weight:
-- kd, the teacher's answers: Hinton et al. 2015 "Distilling the knowledge in a neural network", softened by a temperature. A ranker's
-  tasks are binary, so it is the divergence of each probability, plus that of the softmax over a user's candidates, which is the order;
-  an encoder's is that of the softmax over items, plus the relative squared distance of the embeddings.
-- at, where the teacher looks: Zagoruyko & Komodakis 2017 "Paying more attention to attention": squared distance of the attention maps,
+- kd, the teacher's answers: Hinton et al. 2015 "Distilling the knowledge in a neural network", softened by a
+  temperature. A ranker's
+  tasks are binary, so it is the divergence of each probability, plus that of the softmax over a user's
+  candidates, which is the order; an encoder's is that of the softmax over items, plus the relative squared
+  distance of the embeddings.
+- at, where the teacher looks: Zagoruyko & Komodakis 2017 "Paying more attention to attention": squared
+  distance of the attention maps,
   averaged over heads and L2-normalized.
-- rd, how samples lie to each other: Park et al. 2019 "Relational knowledge distillation": distances and angles between the
+- rd, how samples lie to each other: Park et al. 2019 "Relational knowledge distillation": distances and
+  angles between the
   representations of samples, which need not be of equal width.
 - hard, the true labels, where the feeds have them.
 
-Axes: B users, N candidates, T tasks, M interests, D embedding, I items, Q queries, K keys, P sampled representations.
-Feeds beside a module's inputs: `labels` [B, N, T] (NaN = not defined) of a ranker; `item_embeddings` [I, D] of an encoder, and
-`target_items` [B] int64, rows of them.
+Axes: B users, N candidates, T tasks, M interests, D embedding, I items, Q queries, K keys, P sampled
+representations. Feeds beside a module's inputs: `labels` [B, N, T] (NaN = not defined) of a ranker;
+`item_embeddings` [I, D] of an encoder, and `target_items` [B] int64, rows of them.
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ class DistilLosses:
             value = getattr(self, field.name)
             if not 0 <= value < float("inf") or (field.name == "temperature" and value == 0):
                 raise InvalidInput(
-                    f"{field.name} = {value}: want a number {'above 0' if field.name == 'temperature' else 'from 0 up'}"
+                    f"{field.name} = {value}: want a number "
+                    f"{'above 0' if field.name == 'temperature' else 'from 0 up'}"
                 )
         if not self.kd + self.at + self.rd + self.hard:
             raise InvalidInput(
@@ -84,7 +89,8 @@ def distil(
 ) -> nn.Module:
     """Trains `student` in place from `teacher`, which stays as it is, and returns it in evaluation mode.
 
-    `hard_loss` is the training's own loss of logits and labels (builders.ranker.loss); without it each label's log loss.
+    `hard_loss` is the training's own loss of logits and labels (builders.ranker.loss); without it each
+    label's log loss.
     """
     loss = distil_loss(teacher, losses or DistilLosses(), hard_loss)
     finetune(student, loss, batches, steps=steps, learning_rate=learning_rate, seed=seed, progress=progress)
@@ -92,7 +98,8 @@ def distil(
 
 
 def distil_loss(teacher: nn.Module, losses: DistilLosses, hard_loss: HardLoss | None = None) -> Loss:
-    """The weighted sum as a Loss for `finetune`; after pruning and in QAT the teacher is the module as it was before."""
+    """The weighted sum as a Loss for `finetune`; after pruning and in QAT the teacher is the module as it was
+    before."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
 
     def loss(student: nn.Module, feeds: Feeds) -> Tensor:
@@ -126,10 +133,12 @@ def loss_parts(
 
 
 def attention_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
-    """Maps [B, heads, Q, K] of every layer -> mean squared distance of the L2-normalized rows; layers are paired evenly, last with last."""
+    """Maps [B, heads, Q, K] of every layer -> mean squared distance of the L2-normalized rows; layers are
+    paired evenly, last with last."""
     if not teacher or not student:
         raise InvalidInput(
-            "at: teacher or student shows no attention map (a softmax over [B, heads, queries, keys]); set at = 0"
+            "at: teacher or student shows no attention map (a softmax over [B, heads, queries, keys]); set "
+            "at = 0"
         )
     total = torch.zeros(())
     for place, found in enumerate(student):
@@ -144,7 +153,8 @@ def attention_loss(teacher: list[Tensor], student: list[Tensor]) -> Tensor:
 
 
 def relation_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """Representations [P, any width] of the same samples -> Huber loss of their distances and of the angles of all triples."""
+    """Representations [P, any width] of the same samples -> Huber loss of their distances and of the angles
+    of all triples."""
     every = max(1, len(teacher) // _SAMPLES)
     pairs = [one[::every][:_SAMPLES] for one in (teacher, student)]
     distances, angles = zip(*(_relations(one) for one in pairs), strict=True)
@@ -154,7 +164,8 @@ def relation_loss(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def _relations(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, W] -> distances [P, P] as multiples of their mean, cosines [P, P, P] of the angle at the first sample."""
+    """[P, W] -> distances [P, P] as multiples of their mean, cosines [P, P, P] of the angle at the first
+    sample."""
     steps = samples[None] - samples[:, None]
     squares = steps.square().sum(-1)
     distances = (squares + 1e-12).sqrt()  # the square root of 0 has no gradient
@@ -205,7 +216,8 @@ def _look(module: nn.Module, feeds: Feeds, losses: DistilLosses) -> _Look:
 
 @contextmanager
 def _representation(module: nn.Module | None) -> Any:
-    """Collects what a ranker knows of each candidate: the layer before a task's last one. An encoder's is its output."""
+    """Collects what a ranker knows of each candidate: the layer before a task's last one. An encoder's is its
+    output."""
     inside: list[Tensor] = []
     handle = None
     if isinstance(module, CalibratedRanker):
@@ -237,7 +249,8 @@ def _kd(teacher: nn.Module, wanted: _Look, found: _Look, feeds: Feeds, temperatu
 def _ranker_kd(
     teacher: Tensor, student: Tensor, is_binary: Tensor, present: Tensor | None, temperature: float
 ) -> Tensor:
-    """Logits [B, N, T], present [B, N] bool (None: all): binary and list divergence of binary tasks, squared error of numbers."""
+    """Logits [B, N, T], present [B, N] bool (None: all): binary and list divergence of binary tasks, squared
+    error of numbers."""
     known = torch.ones(teacher.shape[:2], dtype=torch.bool) if present is None else present
     far = torch.where(known, 0.0, -1e4).unsqueeze(-1)
     total = torch.zeros(())
@@ -254,7 +267,8 @@ def _ranker_kd(
 
 
 def _embedding_kd(teacher: Tensor, student: Tensor, feeds: Feeds, temperature: float) -> Tensor:
-    """Embeddings [B, M, D] or [B, D]: divergence of their softmax over items (the batch's own, where none are fed), and their distance."""
+    """Embeddings [B, M, D] or [B, D]: divergence of their softmax over items (the batch's own, where none are
+    fed), and their distance."""
     width = teacher.shape[-1]
     items = feeds.get("item_embeddings")
     items = items if items is not None and items.shape[-1] == width else teacher.reshape(-1, width)
@@ -277,7 +291,8 @@ def _hard(student: nn.Module, found: _Look, feeds: Feeds, hard_loss: HardLoss | 
         logits = (found.outputs[0] @ feeds["item_embeddings"].T).flatten(1, -2).amax(1)
         return functional.cross_entropy(logits, feeds["target_items"])
     raise InvalidInput(
-        "hard > 0 needs labels: feed `labels` to a ranker, `item_embeddings` and `target_items` to an encoder; or set hard = 0"
+        "hard > 0 needs labels: feed `labels` to a ranker, `item_embeddings` and `target_items` to an "
+        "encoder; or set hard = 0"
     )
 
 

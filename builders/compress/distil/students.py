@@ -1,7 +1,8 @@
 """Students: modules of the same contract and other widths, which distillation trains.
 
-They start with the teacher's numbers wherever name and shape are the same, as DistilBERT does (Sanh et al. 2019 "DistilBERT, a
-distilled version of BERT"): the ranker's path past the network, its scales and calibration, whole layers of an encoder.
+They start with the teacher's numbers wherever name and shape are the same, as DistilBERT does (Sanh et al.
+2019 "DistilBERT, a distilled version of BERT"): the ranker's path past the network, its scales and
+calibration, whole layers of an encoder.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def student_ranker(
     sizes = replace(config, **widths)
     if sizes.attention % sizes.heads:
         raise InvalidInput(
-            f"student of ranker: attention = {sizes.attention} over heads = {sizes.heads}: want a multiple of heads"
+            f"student of ranker: attention = {sizes.attention} over heads = {sizes.heads}: want a multiple "
+            "of heads"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -42,12 +44,14 @@ def student_ranker(
 
 
 def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: int = 0) -> UserEncoder:
-    """A user encoder of the teacher's sizes but for `layers`, `heads` and `feed`; its embedding's width is the contract's."""
+    """A user encoder of the teacher's sizes but for `layers`, `heads` and `feed`; its embedding's width is
+    the contract's."""
     _check_names("user_encoder", widths, set(encoder_sizes(teacher)))
     dim, sizes = len(teacher.default), {**encoder_sizes(teacher), **widths}
     if min(sizes.values()) < 1 or dim % sizes["heads"]:
         raise InvalidInput(
-            f"student of user_encoder: {sizes} does not fit width {dim}; sizes are at least 1, and heads divides {dim}"
+            f"student of user_encoder: {sizes} does not fit width {dim}; sizes are at least 1, and heads "
+            f"divides {dim}"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """Paired bootstrap over users, for figures that are sums over users: how far a loss could be chance.
 
-Both releases are asked about the same users, and a resample draws users, with all that is theirs, for both alike: the noise
-they share cancels, and rows of one user are not taken for independent. Source: Efron & Tibshirani 1993, chapters 8 and 13
-(percentile interval); for ranking metrics Sakai, SIGIR 2006.
+Both releases are asked about the same users, and a resample draws users, with all that is theirs, for both
+alike: the noise they share cancels, and rows of one user are not taken for independent. Source: Efron &
+Tibshirani 1993, chapters 8 and 13 (percentile interval); for ranking metrics Sakai, SIGIR 2006.
 
 Axes: U users, S resamples, E impressions, C columns. A weight is how often a resample drew a user.
 """
@@ -49,7 +49,8 @@ class Spread:
 def spreads(
     statistics: Sequence[Statistic], num_users: int, *, width: int = 0, samples: int = 1000, seed: int = 0
 ) -> list[Spread]:
-    """Every statistic over the same resamples. `width`: numbers a statistic holds per resample (E), if more than num_users."""
+    """Every statistic over the same resamples. `width`: numbers a statistic holds per resample (E), if more
+    than num_users."""
     whole = np.ones((1, num_users), np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = [float(of(whole)[0]) for of in statistics]
@@ -98,7 +99,8 @@ def relative_loss(reference: Array, candidate: Array) -> Statistic:
 
 
 def auc(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:
-    """AUC of impressions (labels 0/1 [E], values [E], group [E] = their users), ties count half; exact in each resample.
+    """AUC of impressions (labels 0/1 [E], values [E], group [E] = their users), ties count half; exact in
+    each resample.
 
     Sorted once: then a resample's AUC is a running sum over the negatives, read at the positives.
     """
@@ -120,7 +122,8 @@ def auc(labels: Array, values: Array, group: Array, num_users: int) -> Statistic
 
 
 def ece(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:
-    """Expected calibration error; the bins of equal mass (as in metrics.ece) are those of all users, in every resample."""
+    """Expected calibration error; the bins of equal mass (as in metrics.ece) are those of all users, in every
+    resample."""
     order = np.argsort(values, kind="stable")
     edges = np.linspace(0, len(order), min(_BINS, len(order)) + 1).astype(np.int64)
     bins = np.searchsorted(edges, np.arange(len(order)), "right") - 1

@@ -1,7 +1,9 @@
-"""Judges of a staged release: real users' feeds to calibrate on, and what held-out users get when one model is replaced.
+"""Judges of a staged release: real users' feeds to calibrate on, and what held-out users get when one model
+is replaced.
 
-Three sets of users, so that nothing is judged by what chose it: a quarter of the shop's users calibrates (their training
-histories only); of the others, the validation targets judge each variant of a model; the test targets are left to the gate.
+Three sets of users, so that nothing is judged by what chose it: a quarter of the shop's users calibrates
+(their training histories only); of the others, the validation targets judge each variant of a model; the test
+targets are left to the gate.
 
 Axes: Q held-out users, I items, D embedding, M interests, N candidates, K shown items.
 """
@@ -55,7 +57,8 @@ _ENGINES = ("user_encoder", "item_encoder", "ranker")
 
 @dataclass(frozen=True)
 class _Held:
-    """Held-out users: the chain up to the ranker, asked once. `items` are the rows they meet, and all row numbers count in it."""
+    """Held-out users: the chain up to the ranker, asked once. `items` are the rows they meet, and all row
+    numbers count in it."""
 
     true: Array  # [Q] int64: the true next item
     tensors: Tensors  # [Q, …] by name, without those that are gathered out of `items`
@@ -76,7 +79,8 @@ class _Held:
 
 
 class Evaluation:
-    """One staged release and the users by whom its models are judged. item_id_embeddings [I + 1, E] are what item_encoder reads."""
+    """One staged release and the users by whom its models are judged. item_id_embeddings [I + 1, E] are what
+    item_encoder reads."""
 
     def __init__(
         self, dataset: Dataset, folder: Path, *, item_id_embeddings: Array | None = None, seed: int = 0
@@ -95,7 +99,8 @@ class Evaluation:
     # --- feeds
 
     def feeds(self, model: str, num_users: int) -> Tensors:
-        """The model's inputs for `num_users` users that never judge, as training knew them (for item_encoder: so many items)."""
+        """The model's inputs for `num_users` users that never judge, as training knew them (for item_encoder:
+        so many items)."""
         names = [spec.name for spec in StagedRelease(self.folder).model(model).inputs]
         if model == "item_encoder":
             rows = np.random.default_rng(self.seed).permutation(self.dataset.num_items)[:num_users] + 1
@@ -117,11 +122,13 @@ class Evaluation:
         most = len(self._own_users)
         if not most:
             raise InvalidInput(
-                f"no users to calibrate on: this shop has {self.dataset.num_users}, a quarter of which would; use --compress none"
+                f"no users to calibrate on: this shop has {self.dataset.num_users}, a quarter of which "
+                "would; use --compress none"
             )
         if num_users > most:
             raise InvalidInput(
-                f"calibration_users = {num_users}: this shop has {most} for it, a quarter of its {self.dataset.num_users} users; "
+                f"calibration_users = {num_users}: this shop has {most} for it, a quarter of its "
+                f"{self.dataset.num_users} users; "
                 f"set calibration_users = {most} or fewer in the plan"
             )
 
@@ -132,7 +139,8 @@ class Evaluation:
     def _item_feeds(self, rows: Array) -> Tensors:
         if self.item_id_embeddings is None:
             raise InvalidInput(
-                "item_encoder: its feeds need item_id_embeddings, the id rows of training; give them to Evaluation"
+                "item_encoder: its feeds need item_id_embeddings, the id rows of training; give them to "
+                "Evaluation"
             )
         codes, values = np.asarray(self.dataset.item_codes[rows]), np.asarray(self.dataset.item_values[rows])
         return {
@@ -144,11 +152,13 @@ class Evaluation:
     # --- judges
 
     def judge(self, model: str, users: int = JUDGED) -> Judge:
-        """What (at most `users`) held-out users get with a variant in place of `model`, all else as in the staged release.
+        """What (at most `users`) held-out users get with a variant in place of `model`, all else as in the
+        staged release.
 
-        ranker: the chain's list over recall's candidates. user_encoder: exact inner products with the catalogue (a sample of
-        100,000 of a larger one). item_encoder: both, after encoding the items again; the gain is the mean of the two, and
-        the second list's rows are shifted by the number of items, so that each list is compared with its own.
+        ranker: the chain's list over recall's candidates. user_encoder: exact inner products with the
+        catalogue (a sample of 100,000 of a larger one). item_encoder: both, after encoding the items again;
+        the gain is the mean of the two, and the second list's rows are shifted by the number of items, so
+        that each list is compared with its own.
         """
         if model not in _ENGINES:
             raise InvalidInput(f"no engine {model!r} to judge; engines: {', '.join(_ENGINES)}")
@@ -252,9 +262,11 @@ class Evaluation:
     # --- the whole release
 
     def measure(self, folder: Path, *, file: str = "model.onnx") -> Measured:
-        """A whole staged release on the test users and impressions; its engines timed in turns with this Evaluation's release.
+        """A whole staged release on the test users and impressions; its engines timed in turns with this
+        Evaluation's release.
 
-        `file`: the engine of each model ("model.tensorrt.onnx": accuracy only, on the CPU; times would say nothing there).
+        `file`: the engine of each model ("model.tensorrt.onnx": accuracy only, on the CPU; times would say
+        nothing there).
         """
         verifier = Verifier(self.dataset, folder)
         for model in ("user_encoder", "ranker"):
@@ -269,7 +281,8 @@ class Evaluation:
         return replace(ranking, tasks=tasks, timings=self.timings(folder) if file == "model.onnx" else ())
 
     def timings(self, folder: Path) -> tuple[Timing, ...]:
-        """Each engine at batch 1, 8 and max beside this Evaluation's, as they are served: in chunks, one thread."""
+        """Each engine at batch 1, 8 and max beside this Evaluation's, as they are served: in chunks, one
+        thread."""
         found = []
         most = self.dataset.schema.sizes.max_batch
         for model in _ENGINES if self.item_id_embeddings is not None else ("user_encoder", "ranker"):

@@ -1,7 +1,7 @@
 """The gate: what users lost by compression, how sure that is, and whether it may be served.
 
-Each figure has a limit and a paired bootstrap (bootstrap.py). FAIL: the whole 95% interval of the loss lies beyond the limit.
-WARN: the loss itself does, but chance could be why. A release without a FAIL passes.
+Each figure has a limit and a paired bootstrap (bootstrap.py). FAIL: the whole 95% interval of the loss lies
+beyond the limit. WARN: the loss itself does, but chance could be why. A release without a FAIL passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ALPHA = 0.025  # one-sided: the lower end of a 95% interval
-SLOWER = 1.1  # times the reference from which an engine is called slower: one engine against itself stays within 8% on a busy machine
+# times the reference from which an engine is called slower: one engine against itself stays within 8% on a
+# busy machine
+SLOWER = 1.1
 _COLUMNS = ("figure", "users", "uncompressed", "compressed", "loss", "95% interval", "limit", "verdict")
 
 
@@ -96,7 +98,8 @@ class Verdict:
             for row in (_COLUMNS, ["---"] * len(_COLUMNS), *(row.cells() for row in self.rows))
         ]
         slower = [
-            f"{t.model} at batch {t.batch}: {t.ms:.2f} ms, slower than the {t.reference_ms:.2f} ms of the higher precision"
+            f"{t.model} at batch {t.batch}: {t.ms:.2f} ms, slower than the {t.reference_ms:.2f} ms of the "
+            "higher precision"
             for t in self.slower
         ]
         return "\n".join([*lines, *([""] if slower else []), *slower]) + "\n"
@@ -126,7 +129,8 @@ class Verdict:
             return
         failed = ", ".join(row.figure for row in self.rows if row.verdict == "FAIL")
         raise InvalidInput(
-            f"compression loses more than the gate allows: {failed}\n\n{self.markdown()}\ncure: {_cure(nodes)}; or widen [gate]"
+            f"compression loses more than the gate allows: {failed}\n\n{self.markdown()}\ncure: "
+            f"{_cure(nodes)}; or widen [gate]"
         )
 
 
@@ -137,7 +141,8 @@ def _cure(nodes: Sequence[NodePrecision]) -> str:
     if not worst:
         return "compress less: prune a smaller share, distil a larger student"
     lines = [
-        f"{n['model']}'s {n['node']} ({n['precision']} on {n['runtime']}, alone it changes {n['changed']:.1%} of the lists)"
+        f"{n['model']}'s {n['node']} ({n['precision']} on {n['runtime']}, alone it changes "
+        f"{n['changed']:.1%} of the lists)"
         for n in worst
     ]
     return f'lift the most sensitive nodes by the plan\'s pinned = {{"{worst[0]["node"]}" = "fp32", …}}: {", ".join(lines)}'
@@ -151,8 +156,8 @@ def verdict(
     keeps_weights: bool = False,
     seed: int = 0,
 ) -> Verdict:
-    """Holds the compressed release against the uncompressed one, on the same users. keeps_weights: only precision changed,
-    so the shown items must hardly change either."""
+    """Holds the compressed release against the uncompressed one, on the same users. keeps_weights: only
+    precision changed, so the shown items must hardly change either."""
     limits = limits or Gate()
     if not np.array_equal(reference.users, candidate.users) or len(reference.tasks) != len(candidate.tasks):
         raise InvalidInput(
@@ -238,7 +243,8 @@ def _both(spread: Spread) -> tuple[Any, Any]:
 
 
 def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: int) -> list[GateRow]:
-    """NDCG@10 in each slice; those with enough users are gated, together, after Holm's correction (Holm 1979)."""
+    """NDCG@10 in each slice; those with enough users are gated, together, after Holm's correction (Holm
+    1979)."""
     users, group = _groups(reference.users)
     names = [name for name, mask in reference.slices.items() if mask.any()]
     masks = [reference.slices[name] for name in names]
@@ -248,9 +254,8 @@ def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: in
         )
         for mask in masks
     ]
-    enough = int(
-        2 * len(masks) / ALPHA
-    )  # the smallest p-value that resamples can show must lie below Holm's strictest threshold
+    # the smallest p-value that resamples can show must lie below Holm's strictest threshold
+    enough = int(2 * len(masks) / ALPHA)
     found = bootstrap.spreads(statistics, users, samples=max(limits.samples, enough), seed=seed)
     sizes = [len(np.unique(reference.users[mask])) for mask in masks]
     gated = [size >= limits.slice_users for size in sizes]
@@ -280,7 +285,8 @@ def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: in
 
 
 def holm(chances: Sequence[float | None], alpha: float = ALPHA) -> list[bool]:
-    """Which hypotheses fall when all are tested together: p-values (None = not tested), smallest first, against alpha / those left."""
+    """Which hypotheses fall when all are tested together: p-values (None = not tested), smallest first,
+    against alpha / those left."""
     tested = sorted((chance, place) for place, chance in enumerate(chances) if chance is not None)
     rejected = [False] * len(chances)
     for done, (chance, place) in enumerate(tested):

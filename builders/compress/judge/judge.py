@@ -1,4 +1,5 @@
-"""The seam between compression and ranking: whoever changes a model asks a Judge what held-out users get with it."""
+"""The seam between compression and ranking: whoever changes a model asks a Judge what held-out users get with
+it."""
 
 from __future__ import annotations
 
@@ -49,11 +50,13 @@ class Loss:
 
 
 def compare(uncompressed: Judged, variant: Judged) -> Loss:
-    """Paired over users. InvalidInput when nobody is judged or nobody's list holds what they wanted: no loss can be measured then."""
+    """Paired over users. InvalidInput when nobody is judged or nobody's list holds what they wanted: no loss
+    can be measured then."""
     base = float(uncompressed.gains.mean()) if len(uncompressed.gains) else 0.0
     if base <= 0:
         raise InvalidInput(
-            "the judged users gain nothing from the uncompressed model: no loss can be measured; judge on more held-out users"
+            "the judged users gain nothing from the uncompressed model: no loss can be measured; judge on "
+            "more held-out users"
         )
     loss = (uncompressed.gains - variant.gains) / base
     return Loss(float(loss.mean()), float(loss.std() / np.sqrt(len(loss))), variant.overlap(uncompressed))

@@ -1,4 +1,5 @@
-"""What held-out users get of one staged release, user by user: all that the gate's statistics need, and the engines' times.
+"""What held-out users get of one staged release, user by user: all that the gate's statistics need, and the
+engines' times.
 
 Axes: Q held-out users (a next item each), K shown items, N candidates, E impressions.
 """
@@ -40,7 +41,8 @@ class TaskOutcome:
 
 @dataclass(frozen=True)
 class Timing:
-    """One engine at one batch size: CPU milliseconds, medians of turns taken by it and by the reference's, in one run."""
+    """One engine at one batch size: CPU milliseconds, medians of turns taken by it and by the reference's, in
+    one run."""
 
     model: str
     batch: int  # users (items, for item_encoder)
@@ -55,7 +57,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """What each held-out user got. Two of them are comparable where `users` and the tasks' labels are the same."""
+    """What each held-out user got. Two of them are comparable where `users` and the tasks' labels are the
+    same."""
 
     users: Array  # [Q] int64 user rows
     ranks: Array  # [Q] float64: place of the true next item in the chain's list, inf = missed
@@ -122,7 +125,8 @@ def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, A
 
 
 def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) -> Tensors:
-    """All tensors up to the ranker, by name, as they would have been at `history_ends`: what features, user_encoder and recall give."""
+    """All tensors up to the ranker, by name, as they would have been at `history_ends`: what features,
+    user_encoder and recall give."""
     tensors = verifier.user_tensors(user_rows, history_ends)
     tensors |= verifier.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})
     queries = verifier.offline.queries(user_rows, tensors)
@@ -144,14 +148,16 @@ def in_chunks(run: Run, feeds: Tensors) -> Array:
 
 
 def in_order(reranking: Reranking, rows: Array, probabilities: Array) -> Array:
-    """Candidate rows [B, N] by the blended score, as reranking shows them where nothing was asked for (a NaN counts 0)."""
+    """Candidate rows [B, N] by the blended score, as reranking shows them where nothing was asked for (a NaN
+    counts 0)."""
     finite = np.nan_to_num(probabilities, nan=0.0, posinf=0.0, neginf=0.0)
     blended = np.where(rows > 0, reranking.blend(default_options(len(rows)), finite), -np.inf)
     return np.take_along_axis(rows, np.lexsort((rows, -blended), axis=-1), axis=1)
 
 
 def user_slices(dataset: Dataset, targets: Targets, chosen: Array) -> dict[str, Array]:
-    """{name: [Q] bool}: cold users, long histories, and the true next item's category (of the first category feature)."""
+    """{name: [Q] bool}: cold users, long histories, and the true next item's category (of the first category
+    feature)."""
     lengths = targets.history_ends[chosen] - dataset.histories.offsets[targets.user_rows[chosen]]
     found = {f"at most {SHORT} items known": lengths <= SHORT, f"{LONG} items known or more": lengths >= LONG}
     feature = next((f for f in dataset.schema.items.features if f.kind == "category"), None)

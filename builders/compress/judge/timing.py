@@ -1,7 +1,7 @@
 """How long a call takes next to another one, on a machine that others use too.
 
-Both run in turns, now the one first, now the other, and the median of the turns' ratios counts. CPU time of the one thread that
-computes: what other processes take is not counted, what they do to the caches hits both.
+Both run in turns, now the one first, now the other, and the median of the turns' ratios counts. CPU time of
+the one thread that computes: what other processes take is not counted, what they do to the caches hits both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _WARM_UP = 2  # turns that are not counted
 def time_share(
     model: bytes, reference: bytes, feeds: Mapping[str, Array], batch: int, rounds: int = 15
 ) -> tuple[float, float]:
-    """(time of `model` as a share of the reference's, its standard error), one thread, `batch` users, onnxruntime as it serves."""
+    """(time of `model` as a share of the reference's, its standard error), one thread, `batch` users,
+    onnxruntime as it serves."""
     repeats = max(1, 16 // batch)
 
     def call(engine: bytes) -> Call:

@@ -1,11 +1,13 @@
-"""Which channels of a module belong together, found by running it: the ground on which whole channels and heads are taken out.
+"""Which channels of a module belong together, found by running it: the ground on which whole channels and
+heads are taken out.
 
-One output channel of one layer is made NaN, and the module is run on real feeds. Sums, products, activations, concatenations and
-reshapes hand NaN on to their own places alone, attention spreads it over its head; the columns of the next layers in which it
-arrives are those that read the channel. Channels with a reader in common form a group, which goes or stays as a whole (both
-sides of a residual sum; a head's queries, keys and values). A group that reaches an output, or whose readers read an input of
-the module too, stays. No operator is known by name, so this works on a user's own module. torch-pruning (Fang et al. 2023
-"DepGraph: towards any structural pruning") finds such groups in the autograd graph, but must be told of every reshape into heads.
+One output channel of one layer is made NaN, and the module is run on real feeds. Sums, products, activations,
+concatenations and reshapes hand NaN on to their own places alone, attention spreads it over its head; the
+columns of the next layers in which it arrives are those that read the channel. Channels with a reader in
+common form a group, which goes or stays as a whole (both sides of a residual sum; a head's queries, keys and
+values). A group that reaches an output, or whose readers read an input of the module too, stays. No operator
+is known by name, so this works on a user's own module. torch-pruning (Fang et al. 2023 "DepGraph: towards any
+structural pruning") finds such groups in the autograd graph, but must be told of every reshape into heads.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Family:
-    """Groups that differ by place only, such as all channels of one hidden layer or all heads of one attention."""
+    """Groups that differ by place only, such as all channels of one hidden layer or all heads of one
+    attention."""
 
     groups: tuple[Group, ...]
 
@@ -94,7 +97,8 @@ def without(module: nn.Module, dropped: Iterable[tuple[Family, list[int]]]) -> n
 
 
 def importance(group: Group, scores: dict[str, Tensor], module: nn.Module) -> float:
-    """Sum of the scores (by parameter name, of the parameter's shape) of all weights that go with the group."""
+    """Sum of the scores (by parameter name, of the parameter's shape) of all weights that go with the
+    group."""
     total = 0.0
     for side, name, place in group.places:
         axis = _axis(module.get_submodule(name), side)
@@ -122,7 +126,8 @@ class _Probe:
     def run(
         self, name: str, channels: Iterable[int], feeds: Feeds | None = None
     ) -> tuple[frozenset[Place], bool]:
-        """With these channels NaN: the columns in which NaN arrives, and whether it reaches an output or a layer of unknown kind."""
+        """With these channels NaN: the columns in which NaN arrives, and whether it reaches an output or a
+        layer of unknown kind."""
         self.target, self.hits, self.lost = (name, list(channels)), set(), False
         handles = [part.register_forward_hook(self._hook(name)) for name, part in self.parts.items()]
         try:
@@ -134,7 +139,8 @@ class _Probe:
         return frozenset(self.hits), self.lost or any(bool(tensor.isnan().any()) for tensor in tensors)
 
     def readers(self, name: str, width: int) -> list[frozenset[Place]]:
-        """For each channel of a layer the columns that read it. Where every column reads one channel, 2 log2(width) runs tell which."""
+        """For each channel of a layer the columns that read it. Where every column reads one channel, 2
+        log2(width) runs tell which."""
         reached: dict[Place, list[int]] = defaultdict(list)
         for bit in range((width - 1).bit_length()):
             for value in (0, 1):
@@ -183,10 +189,11 @@ def _groups(probe: _Probe) -> list[Group]:
         name: tensor * float("nan") if tensor.is_floating_point() else tensor
         for name, tensor in probe.feeds.items()
     }
+    # bound: columns that read an input of the module stay
     joined, bound = (
         _Joined(),
         set(probe.run("", [], blank)[0]),
-    )  # bound: columns that read an input of the module stay
+    )
     for name, width in probe.channels():
         hits, lost = probe.run(name, range(width))
         if lost or not hits:
@@ -194,7 +201,9 @@ def _groups(probe: _Probe) -> list[Group]:
             continue
         readers = probe.readers(name, width)
         if len(set(readers)) == 1:
-            continue  # a softmax or a norm spreads every channel over all readers (gates, the queries of a single head): none to tell apart
+            # a softmax or a norm spreads every channel over all readers (gates, the queries of a single
+            # head): none to tell apart
+            continue
         for channel, columns in enumerate(readers):
             own: Place = ("out", name, channel)
             joined.add(own)
@@ -224,7 +233,8 @@ class _Joined:
 
 
 def _few(example: Feeds) -> Feeds:
-    """The users of `example` with the most true masks: where nothing is masked, nothing is hidden from the probe."""
+    """The users of `example` with the most true masks: where nothing is masked, nothing is hidden from the
+    probe."""
     users = len(next(iter(example.values())))
     seen = sum(
         (tensor.flatten(1).sum(1) for tensor in example.values() if tensor.dtype == torch.bool),
@@ -235,7 +245,8 @@ def _few(example: Feeds) -> Feeds:
 
 
 def _is_watched(part: nn.Module) -> bool:
-    """Layers that produce or read channels, and torch's other layers with weights, of which nothing is known."""
+    """Layers that produce or read channels, and torch's other layers with weights, of which nothing is
+    known."""
     return isinstance(part, _PRODUCERS) or (
         type(part).__module__.startswith("torch.nn") and any(True for _ in part.parameters(recurse=False))
     )
@@ -272,7 +283,8 @@ def _shrink(part: nn.Module, outside: list[int], inside: list[int]) -> None:
 
 
 def _keep_heads(module: nn.Module, family: Family, kept: list[int]) -> None:
-    """A module with a number of `heads` learns which are left: its own parameters and `bias_rows` have one row a head."""
+    """A module with a number of `heads` learns which are left: its own parameters and `bias_rows` have one
+    row a head."""
     owners = {name.rpartition(".")[0] for name in family.layers}
     owner: Any = module.get_submodule(owners.pop()) if len(owners) == 1 else nn.Module()
     heads = getattr(owner, "heads", None)

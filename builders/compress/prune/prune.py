@@ -1,15 +1,19 @@
 """Pruning: weights set to zero (magnitude, 2:4), or whole channels and heads taken out (structured).
 
 What each does to speed, plainly:
-- `magnitude`: nothing. A dense engine (ONNX Runtime, TensorRT) multiplies by zero as slowly as by any other number. It makes
+- `magnitude`: nothing. A dense engine (ONNX Runtime, TensorRT) multiplies by zero as slowly as by any other
+  number. It makes
   the file smaller once it is packed, and shows how much of a model is idle.
-- `two_four`: nothing on a CPU; on GPUs with sparse tensor cores (SM 8.0 and later) up to twice the matrix throughput, and only in an
+- `two_four`: nothing on a CPU; on GPUs with sparse tensor cores (SM 8.0 and later) up to twice the matrix
+  throughput, and only in an
   engine that was compiled with the sparsity flag and for layers large enough to be bound by arithmetic.
-- `structured`: as much as the multiplications it takes out, on every engine: what is left is a smaller dense model.
+- `structured`: as much as the multiplications it takes out, on every engine: what is left is a smaller dense
+  model.
 
-Sources: magnitude, Han et al. 2015 "Learning both weights and connections"; 2:4, Mishra et al. 2021 "Accelerating sparse deep
-neural networks"; importance of a channel by the L2 norm of its weights, Li et al. 2017 "Pruning filters for efficient
-ConvNets", or by the first-order Taylor term, Molchanov et al. 2019 "Importance estimation for neural network pruning".
+Sources: magnitude, Han et al. 2015 "Learning both weights and connections"; 2:4, Mishra et al. 2021
+"Accelerating sparse deep neural networks"; importance of a channel by the L2 norm of its weights, Li et al.
+2017 "Pruning filters for efficient ConvNets", or by the first-order Taylor term, Molchanov et al. 2019
+"Importance estimation for neural network pruning".
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from ensemble.errors import InvalidInput
 
 
 class Masks:
-    """Which weights stay: bool tensors by parameter name, of the parameter's shape. A Repair for `finetune`."""
+    """Which weights stay: bool tensors by parameter name, of the parameter's shape. A Repair for
+    `finetune`."""
 
     def __init__(self, module: nn.Module, kept: dict[str, Tensor]) -> None:
         self.module, self.kept = module, kept
@@ -49,9 +54,11 @@ class Masks:
 def magnitude(
     module: nn.Module, *, threshold: float | None = None, share: float | None = None, per_layer: bool = False
 ) -> Masks:
-    """Takes out, in place, the weights |w| < threshold, or the `share` of all weights of linear layers that is smallest.
+    """Takes out, in place, the weights |w| < threshold, or the `share` of all weights of linear layers that
+    is smallest.
 
-    `per_layer` takes the share out of each layer instead of where the smallest weights lie. No speed is won: see above.
+    `per_layer` takes the share out of each layer instead of where the smallest weights lie. No speed is won:
+    see above.
     """
     if (threshold is None) == (share is None):
         raise InvalidInput("magnitude: give either threshold or share")
@@ -67,7 +74,8 @@ def magnitude(
 
 
 def two_four(module: nn.Module) -> Masks:
-    """Takes out, in place, the two smallest of every four weights along the input axis, the pattern of sparse tensor cores.
+    """Takes out, in place, the two smallest of every four weights along the input axis, the pattern of sparse
+    tensor cores.
 
     Layers whose input width is no multiple of 4 stay dense, as TensorRT would leave them.
     """
@@ -94,12 +102,14 @@ def structured(
     round_to: int = 16,
     loss: Callable[[nn.Module, Feeds], Tensor] | None = None,
 ) -> nn.Module:
-    """A smaller copy of `module`: of every hidden width, the `share` of channels (or attention heads) that matters least is gone.
+    """A smaller copy of `module`: of every hidden width, the `share` of channels (or attention heads) that
+    matters least is gone.
 
-    Widths become multiples of `round_to`: the one nearest to what was asked for, at least one. Widths below 2 * round_to, inputs
-    and outputs (the contract's own widths) stay, and so does what the module's `forward` does not let shrink. Which channels
-    belong together is found by running `example`, a few users' feeds (see channels.py). A channel matters by the L2 norm of its
-    weights, or, given a `loss` of module and feeds, by how much that loss on `example` would change without it (Taylor).
+    Widths become multiples of `round_to`: the one nearest to what was asked for, at least one. Widths below 2
+    * round_to, inputs and outputs (the contract's own widths) stay, and so does what the module's `forward`
+    does not let shrink. Which channels belong together is found by running `example`, a few users' feeds (see
+    channels.py). A channel matters by the L2 norm of its weights, or, given a `loss` of module and feeds, by
+    how much that loss on `example` would change without it (Taylor).
     """
     check_share("share", share)
     if round_to < 1:
@@ -118,7 +128,8 @@ def structured(
     if not chosen and share > 0:
         widths = sorted({family.width for family in found}) or "none that are free"
         raise InvalidInput(
-            f"round_to = {round_to} with share = {share} leaves nothing to take out; hidden widths: {widths}. Lower round_to"
+            f"round_to = {round_to} with share = {share} leaves nothing to take out; hidden widths: "
+            f"{widths}. Lower round_to"
         )
     return without(module, chosen).eval()
 
@@ -129,7 +140,8 @@ class Size:
 
     parameters: int
     zeros: int  # among the parameters
-    mflops: float  # dense multiply-adds x 2 of one user, in millions; zeros count in full, as engines compute them
+    # dense multiply-adds x 2 of one user, in millions; zeros count in full, as engines compute them
+    mflops: float
 
 
 def size(module: nn.Module, example: Feeds) -> Size:
@@ -177,7 +189,8 @@ def _largest(weights: dict[str, Tensor], share: float, per_layer: bool) -> dict[
 
 
 def _kept(family: Family, share: float, round_to: int, scores: list[float]) -> list[int]:
-    """Places of the groups that stay, ascending: as many as make the nearest multiple of round_to channels."""
+    """Places of the groups that stay, ascending: as many as make the nearest multiple of round_to
+    channels."""
     every = len(family.groups)
     unit = round_to // math.gcd(family.each, round_to)  # groups that make a multiple
     count = max(unit, math.floor((1 - share) * every / unit + 0.5) * unit)
@@ -207,7 +220,8 @@ def _taylor(
 
 @torch.no_grad()
 def _runs(module: nn.Module, smaller: nn.Module, example: Feeds) -> bool:
-    """Whether the smaller module still runs and answers in the same shapes; where `forward` fixes a width, it does not."""
+    """Whether the smaller module still runs and answers in the same shapes; where `forward` fixes a width, it
+    does not."""
     few = {name: tensor[:2] for name, tensor in example.items()}
     try:
         return _shapes(answers(smaller, few)) == _shapes(answers(module, few))

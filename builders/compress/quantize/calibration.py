@@ -1,7 +1,9 @@
-"""Ranges of every float tensor of a model on real users' feeds: where 8 bits begin and end, and where 16 bits overflow.
+"""Ranges of every float tensor of a model on real users' feeds: where 8 bits begin and end, and where 16 bits
+overflow.
 
-8-bit ends are chosen by the smallest mean square error of what is rounded and clipped (Banner et al. NeurIPS 2019, by search
-instead of a fitted density), over a fixed sample of each tensor. Axes: S sampled values of a tensor.
+8-bit ends are chosen by the smallest mean square error of what is rounded and clipped (Banner et al. NeurIPS
+2019, by search instead of a fitted density), over a fixed sample of each tensor. Axes: S sampled values of a
+tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the full range, tried
 
 @dataclass(frozen=True)
 class Range:
-    """What one tensor holds. `low` and `high` are clipped for 8 bits; `amplitude` is the largest |x| seen, never clipped."""
+    """What one tensor holds. `low` and `high` are clipped for 8 bits; `amplitude` is the largest |x| seen,
+    never clipped."""
 
     low: float
     high: float
@@ -41,13 +44,16 @@ Ranges = Mapping[str, Range]
 
 
 def calibrate(model: bytes, feeds: Mapping[str, Array], *, min_users: int = MIN_USERS) -> dict[str, Range]:
-    """Runs all users of `feeds` ({input: [users, ...]}) through an fp32 model once -> the range of each float tensor by name.
+    """Runs all users of `feeds` ({input: [users, ...]}) through an fp32 model once -> the range of each float
+    tensor by name.
 
-    InvalidInput with both numbers when there are fewer than `min_users` users, and when a tensor is not finite.
+    InvalidInput with both numbers when there are fewer than `min_users` users, and when a tensor is not
+    finite.
     """
     proto = graph.load(model)
     users = check_feeds(proto, feeds, min_users)
-    # A constant feed and a constant's product are no activations: only what nodes make and float inputs are observed.
+    # A constant feed and a constant's product are no activations: only what nodes make and float inputs are
+    # observed.
     session, names = observed(proto)
     states: dict[str, _State] = {}
     for start in range(0, users, _BATCH):
@@ -60,13 +66,15 @@ def calibrate(model: bytes, feeds: Mapping[str, Array], *, min_users: int = MIN_
     bad = next((name for name, state in states.items() if not np.isfinite(state.low + state.high)), None)
     if bad:
         raise InvalidInput(
-            f"{bad} is not finite on the calibration users, in fp32: the model itself is broken; train it again"
+            f"{bad} is not finite on the calibration users, in fp32: the model itself is broken; train it "
+            "again"
         )
     return {name: state.range() for name, state in states.items() if state.size}
 
 
 def check_finite(model: bytes, feeds: Mapping[str, Array]) -> None:
-    """Runs a typed model on some of the calibration users; InvalidInput names the first node whose result is not finite."""
+    """Runs a typed model on some of the calibration users; InvalidInput names the first node whose result is
+    not finite."""
     proto = graph.load(model)
     session, names = observed(proto, fp16=True)
     found = session.run(names, {i.name: feeds[i.name][:_CHECKED] for i in session.get_inputs()})
@@ -74,19 +82,22 @@ def check_finite(model: bytes, feeds: Mapping[str, Array]) -> None:
     for name, values in zip(names, found, strict=True):
         if not np.isfinite(values).all():
             raise InvalidInput(
-                f"{makers[name].name} ({makers[name].op_type}) is not finite at {values.dtype}: pin it, or the block before it, to fp32"
+                f"{makers[name].name} ({makers[name].op_type}) is not finite at {values.dtype}: pin it, or "
+                "the block before it, to fp32"
             )
 
 
 def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, Array], min_users: int) -> int:
-    """Number of users in the feeds; InvalidInput names an input that is missing and how many users are wanted."""
+    """Number of users in the feeds; InvalidInput names an input that is missing and how many users are
+    wanted."""
     missing = [i.name for i in proto.graph.input if i.name not in feeds]
     if missing:
         raise InvalidInput(f"calibration has no feed for {', '.join(missing)}; it has {', '.join(feeds)}")
     users = min(len(feeds[i.name]) for i in proto.graph.input)
     if users < min_users:
         raise InvalidInput(
-            f"calibration needs {min_users} users, {users} are given: ranges of fewer do not hold; take more held-out users"
+            f"calibration needs {min_users} users, {users} are given: ranges of fewer do not hold; take "
+            "more held-out users"
         )
     return users
 

@@ -1,12 +1,13 @@
 """int8 blocks for ONNX Runtime on a CPU.
 
-A linear block becomes Q/DQ around a two-axis Gemm, which ONNX Runtime fuses to QGemm with bias and ReLU inside; codes stay uint8
-from block to block and through concatenations, so no float copy of an activation is written that nobody reads. Tables become
-int8 rows with one scale each.
+A linear block becomes Q/DQ around a two-axis Gemm, which ONNX Runtime fuses to QGemm with bias and ReLU
+inside; codes stay uint8 from block to block and through concatenations, so no float copy of an activation is
+written that nobody reads. Tables become int8 rows with one scale each.
 
-Scheme: Jacob et al. CVPR 2018 (affine uint8 activations, symmetric int8 weights per output channel, int32 bias). Parts of a
-concatenation keep a scale each, moved into the weights' rows before those are rounded: the move of scales from activations to
-weights of Xiao et al. ICML 2023 (SmoothQuant). Axes: K inputs and N outputs of a block, V rows of a table.
+Scheme: Jacob et al. CVPR 2018 (affine uint8 activations, symmetric int8 weights per output channel, int32
+bias). Parts of a concatenation keep a scale each, moved into the weights' rows before those are rounded: the
+move of scales from activations to weights of Xiao et al. ICML 2023 (SmoothQuant). Axes: K inputs and N
+outputs of a block, V rows of a table.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _MAX_CODE = 255
 
 @dataclass(frozen=True)
 class Part:
-    """Columns of a block's input that share one affine code: x = scale * (code - zero), where x = factor * tensor."""
+    """Columns of a block's input that share one affine code: x = scale * (code - zero), where x = factor *
+    tensor."""
 
     tensor: str
     columns: int
@@ -51,7 +53,8 @@ def to_int8(proto: ModelProto, blocks: list[Block], ranges: Ranges) -> None:
 
 
 def joined_by(maker: NodeProto | None, tensor: str, ranges: Ranges) -> list[str]:
-    """What a tensor's maker joins along its last axis, where that is a concatenation and all ranges are known; else nothing."""
+    """What a tensor's maker joins along its last axis, where that is a concatenation and all ranges are
+    known; else nothing."""
     if (
         maker is None
         or maker.op_type != "Concat"
@@ -74,15 +77,16 @@ def rounded_weight(weight: Array, least: Array) -> tuple[Array, Array]:
 
 
 def folded(parts: list[Part], weight: Array, bias: Array) -> tuple[float, int, Array, Array, Array]:
-    """One code for all parts of an input: (its scale, its zero, weight codes [K, N] int8, their scales [N], bias [N]).
+    """One code for all parts of an input: (its scale, its zero, weight codes [K, N] int8, their scales [N],
+    bias [N]).
 
-    With many parts the code has zero 0; what the parts' own zeros add is a constant of each output, and goes into the bias.
+    With many parts the code has zero 0; what the parts' own zeros add is a constant of each output, and goes
+    into the bias.
     """
     scale = max(part.scale for part in parts)
     rows = np.repeat([part.scale / scale for part in parts], [part.columns for part in parts])
-    codes, steps = rounded_weight(
-        weight * rows[:, None], np.abs(bias) / (scale * 2**30) + 1e-12
-    )  # the bias must fit into int32
+    # the bias must fit into int32
+    codes, steps = rounded_weight(weight * rows[:, None], np.abs(bias) / (scale * 2**30) + 1e-12)
     if len(parts) == 1:
         return scale, parts[0].zero, codes, steps, bias
     zeros = np.repeat([float(part.zero) for part in parts], [part.columns for part in parts])
@@ -137,8 +141,8 @@ class _Rewrite:
     ) -> None:
         """The Gemm, and, for those who read the result as floats, all the axes it had and its ReLU.
 
-        In this order: a ReLU right behind the Gemm would be fused with it as floats. Readers of codes need none, as
-        codes of what is never negative begin at 0.
+        In this order: a ReLU right behind the Gemm would be fused with it as floats. Readers of codes need
+        none, as codes of what is never negative begin at 0.
         """
         self.flat[result] = self._add("Gemm", inputs, f"{result}_rows", name)
         whole = self._add(
@@ -176,7 +180,8 @@ class _Rewrite:
         )
 
     def _parts(self, tensor: str) -> list[Part]:
-        """A concatenation along the last axis falls into its inputs; one constant factor goes into the scale."""
+        """A concatenation along the last axis falls into its inputs; one constant factor goes into the
+        scale."""
         maker = self.known.makers.get(tensor)
         inputs = list(maker.input) if maker is not None else []
         if joined := joined_by(maker, tensor, self.ranges):
@@ -223,7 +228,8 @@ class _Rewrite:
         return self._add("Reshape", [codes, f"rows_of_{columns}"], f"{codes}_rows")
 
     def _shape(self, like: str, columns: int) -> str:
-        """The shape of the tensor [.., C] with `columns` for C: a constant where only the first axis varies, shared where axes have names."""
+        """The shape of the tensor [.., C] with `columns` for C: a constant where only the first axis varies,
+        shared where axes have names."""
         axes = self.dims.get(like, ())[:-1]
         if axes and all(isinstance(axis, int) for axis in axes[1:]):
             name = "_".join(("shape_batch", *map(str, axes[1:]), str(columns)))
@@ -255,9 +261,8 @@ class _Rewrite:
         """A constant stored as integers with one scale along `axis`."""
         self._store(name, codes)
         self._store(f"{name}_scale", scales)
-        self._store(
-            f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)
-        )  # without it ONNX Runtime does not fuse the Gemm
+        # without it ONNX Runtime does not fuse the Gemm
+        self._store(f"{name}_zero_point", np.zeros(scales.shape, codes.dtype))
         return self._add(
             "DequantizeLinear", [name, f"{name}_scale", f"{name}_zero_point"], f"{name}_decoded", axis=axis
         )

@@ -1,8 +1,10 @@
-"""Chooses a precision for every block of a model, within a budget: what may be lost, how large, or how slow it may be.
+"""Chooses a precision for every block of a model, within a budget: what may be lost, how large, or how slow
+it may be.
 
-Blocks are ordered by what lowering them costs for what it gains; then the joint result is judged, since losses do not add up,
-and the worst go back up until it holds. Same model, feeds and judge: same plan, unless a measured time is what decides.
-Order and joint check follow HAWQ-V3 (Yao et al. ICML 2021), with the ranking itself as the measure instead of a Hessian.
+Blocks are ordered by what lowering them costs for what it gains; then the joint result is judged, since
+losses do not add up, and the worst go back up until it holds. Same model, feeds and judge: same plan, unless
+a measured time is what decides. Order and joint check follow HAWQ-V3 (Yao et al. ICML 2021), with the ranking
+itself as the measure instead of a Hessian.
 """
 
 from __future__ import annotations
@@ -26,9 +28,8 @@ from ensemble.errors import InvalidInput
 MIN_OVERLAP = 0.95  # quantization alone has far less noise than NDCG: below it the lists are not the same
 TIMED = (1, 8)  # users at once
 _WORTH = 0.01  # of the time; smaller differences are not told from noise
-_SURELY_FASTER = (
-    0.05  # of all operations: what is smaller may cost more to convert than it saves, and is timed by itself
-)
+# of all operations: what is smaller may cost more to convert than it saves, and is timed by itself
+_SURELY_FASTER = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ class Variant:
     label: str
     precisions: dict[str, str]
     size: float  # bytes as a share of fp32's
-    latency: (
-        float | None
-    )  # time of 8 users as a share of fp32's; None where this machine cannot run the runtime
+    # time of 8 users as a share of fp32's; None where this machine cannot run the runtime
+    latency: float | None
     loss: Loss
 
 
@@ -80,9 +80,10 @@ def plan_precisions(
 ) -> Plan:
     """The plan for one fp32 model, on one runtime, within exactly one budget.
 
-    max_loss: relative loss of NDCG@10 that may be spent (0.005 = half a percent), lists overlapping by `min_overlap`;
-    target_size: bytes as a share of fp32's; target_latency: time of 8 users as a share of fp32's. `candidates`: precisions
-    to choose from, all of the runtime's by default. InvalidInput, with the best that was reached, when the budget cannot be met.
+    max_loss: relative loss of NDCG@10 that may be spent (0.005 = half a percent), lists overlapping by
+    `min_overlap`; target_size: bytes as a share of fp32's; target_latency: time of 8 users as a share of
+    fp32's. `candidates`: precisions to choose from, all of the runtime's by default. InvalidInput, with the
+    best that was reached, when the budget cannot be met.
     """
     budget = {"max_loss": max_loss, "target_size": target_size, "target_latency": target_latency}
     given = {name: value for name, value in budget.items() if value is not None}
@@ -115,7 +116,8 @@ def global_8bit(
     feeds: Mapping[str, Array],
     size: float | None = None,
 ) -> Variant:
-    """What the planner is held against: every block at int8, or, down to a `size`, the largest first, whatever that loses."""
+    """What the planner is held against: every block at int8, or, down to a `size`, the largest first,
+    whatever that loses."""
     search = Search(model, feeds, judge, ranges, runtime, ("int8", PRECISIONS[runtime][-1]), {})
     order = sorted(
         (b for b in search.blocks if "int8" in choices(b, runtime)), key=lambda b: (-b.bytes, b.name)
@@ -131,7 +133,8 @@ def global_8bit(
 
 
 class Search:
-    """The state of one plan: what was measured, and what was tried. `low`: names of the blocks at their lowest precision."""
+    """The state of one plan: what was measured, and what was tried. `low`: names of the blocks at their
+    lowest precision."""
 
     def __init__(
         self,
@@ -185,7 +188,8 @@ class Search:
         }
 
     def within_loss(self, max_loss: float, min_overlap: float) -> frozenset[str]:
-        """All blocks down that gain more than they cost, then the worst back up, one by one, until the joint loss is within the limit."""
+        """All blocks down that gain more than they cost, then the worst back up, one by one, until the joint
+        loss is within the limit."""
         low = []
         for name in self._by_cost(lambda row: row.bytes_share + row.flops_share):
             row = self.rows[name]
@@ -203,8 +207,10 @@ class Search:
                 return frozenset(low)
             if not low:
                 raise InvalidInput(
-                    f"max_loss {max_loss:.2%} cannot be met on {self.runtime}: with every block up the loss is still {found.relative:.2%} and the "
-                    f"overlap {found.overlap:.1%} (wanted {min_overlap:.1%}); allow more or unpin {', '.join(self.pinned) or 'a candidate'}"
+                    f"max_loss {max_loss:.2%} cannot be met on {self.runtime}: with every block up the loss "
+                    f"is still {found.relative:.2%} and the "
+                    f"overlap {found.overlap:.1%} (wanted {min_overlap:.1%}); allow more or unpin "
+                    f"{', '.join(self.pinned) or 'a candidate'}"
                 )
             lifted = low.pop()
             self.reasons[lifted] = (
@@ -217,7 +223,8 @@ class Search:
         best = len(self.write(order)) / len(self.model)
         if best > target:
             raise InvalidInput(
-                f"target_size {target:.1%} of fp32 cannot be met on {self.runtime}: the smallest is {best:.1%}; prune or distil first"
+                f"target_size {target:.1%} of fp32 cannot be met on {self.runtime}: the smallest is "
+                f"{best:.1%}; prune or distil first"
             )
         low = order[: self.fewest(order, lambda low: len(self.write(low)) / len(self.model) <= target)]
         for name in sorted(
@@ -233,7 +240,8 @@ class Search:
         best = self._time(self.write(order))
         if best > target:
             raise InvalidInput(
-                f"target_latency {target:.1%} of fp32 cannot be met on {self.runtime}: the fastest takes {best:.1%}; prune or distil first"
+                f"target_latency {target:.1%} of fp32 cannot be met on {self.runtime}: the fastest takes "
+                f"{best:.1%}; prune or distil first"
             )
         return frozenset(order[: self.fewest(order, lambda low: self._time(self.write(low)) <= target)])
 
@@ -285,7 +293,8 @@ class Search:
         return quantize(self.model, self._precisions(low), self.ranges, self.runtime)
 
     def _without_slower(self, low: frozenset[str]) -> frozenset[str]:
-        """Blocks without which the engine is faster go back up; all of them where the whole is slower than fp32."""
+        """Blocks without which the engine is faster go back up; all of them where the whole is slower than
+        fp32."""
         small = [name for name in low if self.rows[name].flops_share < _SURELY_FASTER]
         for name in sorted(small, key=lambda name: (self.rows[name].flops_share, name)):
             rest = low - {name}
@@ -293,7 +302,8 @@ class Search:
             if share < 1 - max(_WORTH, 2 * error):
                 low = rest
                 self.reasons[name] = (
-                    f"slower at {self.lowest[name]} on {self.runtime}: without it the engine takes {share:.0%} of the time"
+                    f"slower at {self.lowest[name]} on {self.runtime}: without it the engine takes "
+                    f"{share:.0%} of the time"
                 )
         if low and self._time(self.write(low)) > 1:
             self.notes.append(f"all blocks stay at fp32: lower ones are slower on {self.runtime}")
@@ -324,7 +334,8 @@ class Search:
         return "fp16"
 
     def _table(self, chosen: Variant) -> list[dict[str, Any]]:
-        """A row a block: its measured row, the precision chosen, and the reason where it is not the lowest."""
+        """A row a block: its measured row, the precision chosen, and the reason where it is not the
+        lowest."""
         table = []
         for block in self.blocks:
             row = self.rows.get(block.name)

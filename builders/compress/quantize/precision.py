@@ -1,4 +1,5 @@
-"""The ONNX side of one model's compression: a precision for every node, on one runtime, and QAT where rounding alone costs too much."""
+"""The ONNX side of one model's compression: a precision for every node, on one runtime, and QAT where
+rounding alone costs too much."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def choose_precisions(
     evaluation: Evaluation,
     report: Report,
 ) -> Choice:
-    """The planner's engine, or that of a fine-tuned module where rounding would lose more than the plan allows."""
+    """The planner's engine, or that of a fine-tuned module where rounding would lose more than the plan
+    allows."""
     wanted = plan.of(model).quantize
     assert wanted is not None
     feeds = evaluation.feeds(model, plan.calibration_users or min(_CALIBRATION_USERS, evaluation.most(model)))
@@ -145,7 +147,8 @@ def _fine_tuned(
     plan: CompressionPlan,
     runtime: str,
 ) -> _Tuned:
-    """Trains under rounding of all that was tried at int8, plans anew, and keeps it where it lets more nodes down at no more loss."""
+    """Trains under rounding of all that was tried at int8, plans anew, and keeps it where it lets more nodes
+    down at no more loss."""
     low = {row["name"]: row["tried"] for row in found.table if row["tried"] == "int8"}
     try:
         ranges = calibrate(shrunk.model, feeds, min_users=1)
@@ -231,7 +234,8 @@ def variant_of(
     *,
     chosen: bool = False,
 ) -> Variant:
-    """One joint choice as a point of the plot; `engine`: the fp32 one that it was made from, `ms`: its time at batch 8."""
+    """One joint choice as a point of the plot; `engine`: the fp32 one that it was made from, `ms`: its time
+    at batch 8."""
     return {
         "model": model, "runtime": runtime, "name": "planner" if chosen else tried.label, "family": family, "loss": tried.loss.relative,
         "bytes": round(tried.size * len(engine)), "parameters": parameters(engine),

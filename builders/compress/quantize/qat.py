@@ -1,13 +1,15 @@
-"""Fine-tuning under the rounding of int8, for where quantizing a trained module costs more ranking than may be spent.
+"""Fine-tuning under the rounding of int8, for where quantizing a trained module costs more ranking than may
+be spent.
 
-The linear layers that a plan puts at int8 round their weights and inputs in training just as quantize.py will round them in the
-ONNX graph: same scales, same zeros, same ends. Rounding has no gradient, so it is passed straight through (Bengio et al. 2013;
-Jacob et al. 2018 "Quantization and training of neural networks for efficient integer-arithmetic-only inference"). What comes out is
-an fp32 module: export it, and quantize it with the very ranges it was trained with. Its teacher is the module as it was: no labels.
+The linear layers that a plan puts at int8 round their weights and inputs in training just as quantize.py will
+round them in the ONNX graph: same scales, same zeros, same ends. Rounding has no gradient, so it is passed
+straight through (Bengio et al. 2013; Jacob et al. 2018 "Quantization and training of neural networks for
+efficient integer-arithmetic-only inference"). What comes out is an fp32 module: export it, and quantize it
+with the very ranges it was trained with. Its teacher is the module as it was: no labels.
 
-Ranges are fixed from calibration, not learned: the inserter could not share a learned one between the layers that read a tensor.
-Tables and products of two activations keep full precision in training; their rounding has no weights to learn around it.
-Axes: K inputs and O outputs of a layer.
+Ranges are fixed from calibration, not learned: the inserter could not share a learned one between the layers
+that read a tensor. Tables and products of two activations keep full precision in training; their rounding has
+no weights to learn around it. Axes: K inputs and O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -30,9 +32,8 @@ from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 _MAX_CODE = 127  # of symmetric codes
-_KD = DistilLosses(
-    kd=1.0, temperature=1.0
-)  # at temperature 1: QAT has to find the teacher's own answers again, not learn what it knows
+# at temperature 1: QAT has to find the teacher's own answers again, not learn what it knows
+_KD = DistilLosses(kd=1.0, temperature=1.0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Grid:
         return torch.minimum(torch.maximum(_rounded(codes), self.low), self.high) * self.scale
 
     def round_weight(self, weight: Tensor) -> Tensor:
-        """weight [O, K] -> symmetric codes with one scale an output; inputs of several scales are moved into the weight's columns first."""
+        """weight [O, K] -> symmetric codes with one scale an output; inputs of several scales are moved into
+        the weight's columns first."""
         columns = self.scale / self.scale.max()
         moved = weight * columns
         step = (moved.detach().abs().amax(1, keepdim=True) / _MAX_CODE).clamp(min=1e-12)
@@ -70,10 +72,12 @@ def qat(
     loss: Loss | None = None,
     progress: Report | None = None,
 ) -> nn.Module:
-    """A fine-tuned fp32 copy of `module`, whose answers suffer less from `quantize(its ONNX, precisions, ranges, runtime)`.
+    """A fine-tuned fp32 copy of `module`, whose answers suffer less from `quantize(its ONNX, precisions,
+    ranges, runtime)`.
 
-    `model` is the fp32 ONNX of `module`, `ranges` its calibration; precisions by block name, as for quantize. `loss` is kd with
-    `module` as the teacher, unless given. InvalidInput when no linear layer of the module is at int8.
+    `model` is the fp32 ONNX of `module`, `ranges` its calibration; precisions by block name, as for quantize.
+    `loss` is kd with `module` as the teacher, unless given. InvalidInput when no linear layer of the module
+    is at int8.
     """
     found = {
         name: grid
@@ -82,7 +86,8 @@ def qat(
     }
     if not found:
         raise InvalidInput(
-            f"qat: none of {', '.join(precisions) or 'no nodes'} is a linear layer at int8; fine-tuning for rounding needs one"
+            f"qat: none of {', '.join(precisions) or 'no nodes'} is a linear layer at int8; fine-tuning for "
+            "rounding needs one"
         )
     tuned = copy.deepcopy(module)
     with rounding(tuned, found):
@@ -95,16 +100,16 @@ def qat(
             seed=seed,
             progress=progress,
         )
-    result = copy.deepcopy(
-        module
-    )  # with its parameters in their old order, which the rounding's coming and going has changed
+    # with its parameters in their old order, which the rounding's coming and going has changed
+    result = copy.deepcopy(module)
     result.load_state_dict(tuned.state_dict())
     return result.eval()
 
 
 @contextmanager
 def rounding(module: nn.Module, found: Mapping[str, Grid]) -> Iterator[None]:
-    """Within it the layers named in `found` compute with rounded weights and inputs; gradients pass straight through."""
+    """Within it the layers named in `found` compute with rounded weights and inputs; gradients pass straight
+    through."""
     handles, layers = [], [(module.get_submodule(name), grid) for name, grid in found.items()]
     for layer, grid in layers:
         parametrize.register_parametrization(layer, "weight", _RoundedWeight(grid))
@@ -123,7 +128,8 @@ def rounding(module: nn.Module, found: Mapping[str, Grid]) -> Iterator[None]:
 
 
 def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: str) -> dict[str, Grid]:
-    """The grid of each linear block that `precisions` puts at int8, by block name, which is the module's name in torch."""
+    """The grid of each linear block that `precisions` puts at int8, by block name, which is the module's name
+    in torch."""
     proto = graph.load(model)
     known, found = graph.index(proto), {}
     for block in graph.blocks(proto):
@@ -140,7 +146,8 @@ def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: 
 
 
 def _affine(tensor: str, known: graph.Index, ranges: Ranges) -> list[tuple[float, int, int]]:
-    """(scale, smallest and largest code less the zero) of each column: uint8, each part of a concatenation by itself, as in cpu.py."""
+    """(scale, smallest and largest code less the zero) of each column: uint8, each part of a concatenation by
+    itself, as in cpu.py."""
     if joined := cpu.joined_by(known.makers.get(tensor), tensor, ranges):
         return [column for name in joined for column in _affine(name, known, ranges)]
     scale, zero = cpu.affine(ranges[tensor])

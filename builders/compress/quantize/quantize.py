@@ -15,10 +15,11 @@ BITS = {"int8": 8, "fp8": 8, "fp16": 16, "fp32": 32}
 
 
 def quantize(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: str) -> bytes:
-    """An fp32 model with each named block (graph.blocks) at its precision; blocks not named stay fp32. Same inputs and outputs.
+    """An fp32 model with each named block (graph.blocks) at its precision; blocks not named stay fp32. Same
+    inputs and outputs.
 
-    InvalidInput names an unknown block, runtime or precision, a block that cannot have it, and one whose fp16 would overflow.
-    The notes of the exporter (a tenth of a small model's bytes) are left out.
+    InvalidInput names an unknown block, runtime or precision, a block that cannot have it, and one whose fp16
+    would overflow. The notes of the exporter (a tenth of a small model's bytes) are left out.
     """
     proto = graph.load(model)
     blocks = graph.blocks(proto)
@@ -36,7 +37,8 @@ def quantize(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtim
 def check_precisions(
     blocks: list[Block], precisions: Mapping[str, str], ranges: Ranges, runtime: str
 ) -> None:
-    """InvalidInput unless every name is a block's, and its precision one that the runtime has for such a block."""
+    """InvalidInput unless every name is a block's, and its precision one that the runtime has for such a
+    block."""
     by_name = {block.name: block for block in blocks}
     for name, precision in precisions.items():
         if name not in by_name:
@@ -46,7 +48,8 @@ def check_precisions(
         possible = choices(by_name[name], runtime)
         if precision not in possible:
             raise InvalidInput(
-                f"{name} ({by_name[name].op}) cannot be {precision} on {runtime}; it can be {', '.join(possible)}"
+                f"{name} ({by_name[name].op}) cannot be {precision} on {runtime}; it can be "
+                f"{', '.join(possible)}"
             )
         lacking = [tensor for tensor in by_name[name].inputs if BITS[precision] == 8 and tensor not in ranges]
         if lacking:
@@ -54,7 +57,8 @@ def check_precisions(
 
 
 def choices(block: Block, runtime: str) -> tuple[str, ...]:
-    """Precisions a block can have, smallest first: TensorRT gathers no 8-bit rows. InvalidInput for an unknown runtime."""
+    """Precisions a block can have, smallest first: TensorRT gathers no 8-bit rows. InvalidInput for an
+    unknown runtime."""
     if runtime not in PRECISIONS:
         raise InvalidInput(f"runtime {runtime} is unknown; known: {', '.join(PRECISIONS)}")
     known = PRECISIONS[runtime]

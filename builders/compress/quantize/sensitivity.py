@@ -1,7 +1,7 @@
 """What users lose when one block of a model alone goes down in precision.
 
-Ranking metrics of a few hundred users are noisy; how much of the shown lists changes is much less so, and the error of the
-model's output not at all: all three are measured, and `cost` weighs them.
+Ranking metrics of a few hundred users are noisy; how much of the shown lists changes is much less so, and the
+error of the model's output not at all: all three are measured, and `cost` weighs them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def sensitivities(
     uncompressed: Judged,
     progress: Report | None,
 ) -> list[Sensitivity]:
-    """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration users'."""
+    """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration
+    users'."""
     proto = graph.load(model)
     blocks = graph.blocks(proto)
     flops = block_flops(blocks, ranges)
@@ -78,7 +79,8 @@ def sensitivities(
 
 
 def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
-    """Floating point operations a user of each block (2 a multiply-add), from the shapes seen in calibration."""
+    """Floating point operations a user of each block (2 a multiply-add), from the shapes seen in
+    calibration."""
     found = {}
     for block in blocks:
         known = block.inputs and block.inputs[0] in ranges and block.output in ranges

@@ -1,9 +1,11 @@
-"""The typed ONNX that a strongly typed TensorRT network is made of: every tensor's type is written in the graph.
+"""The typed ONNX that a strongly typed TensorRT network is made of: every tensor's type is written in the
+graph.
 
-8-bit blocks have Q/DQ before each activation (symmetric, one scale a tensor) and a DQ behind weights that are stored as codes
-(int8: one scale an output channel; fp8 E4M3: one a tensor, Micikevicius et al. 2022); nothing at the bias. What is not 8 bits
-runs in fp16, from cast to cast, except where the numbers demand fp32: normalizations, softmax and sums, and whatever was seen
-beyond fp16's range. Nodes that may be either take the side on which fewer casts are needed.
+8-bit blocks have Q/DQ before each activation (symmetric, one scale a tensor) and a DQ behind weights that are
+stored as codes (int8: one scale an output channel; fp8 E4M3: one a tensor, Micikevicius et al. 2022); nothing
+at the bias. What is not 8 bits runs in fp16, from cast to cast, except where the numbers demand fp32:
+normalizations, softmax and sums, and whatever was seen beyond fp16's range. Nodes that may be either take the
+side on which fewer casts are needed.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ _EITHER = frozenset((*_ARITHMETIC, *_MOVES))
 
 
 def retype(proto: ModelProto, precisions: Mapping[Block, str], ranges: Ranges) -> None:
-    """Rewrites an fp32 graph for the blocks' precisions; inputs and outputs stay fp32. InvalidInput names a block fp16 does not fit."""
+    """Rewrites an fp32 graph for the blocks' precisions; inputs and outputs stay fp32. InvalidInput names a
+    block fp16 does not fit."""
     _check_opset(proto)
     for block, precision in precisions.items():
         if precision == "fp16" and (why := _misfit(proto, block, ranges)):
@@ -77,7 +80,8 @@ def _check_opset(proto: ModelProto) -> None:
     for opset in proto.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version < _OPSET:
             raise InvalidInput(
-                f"the model has ONNX opset {opset.version}, typed engines need {_OPSET} or later; export it again"
+                f"the model has ONNX opset {opset.version}, typed engines need {_OPSET} or later; export it "
+                "again"
             )
 
 
@@ -93,7 +97,8 @@ def _misfit(proto: ModelProto, block: Block, ranges: Ranges) -> str:
 
 
 def _largest(name: str, constants: Mapping[str, TensorProto], ranges: Ranges) -> float:
-    """|x| of a float tensor: of a constant's values, or as seen on the calibration users; 0 where nothing is known."""
+    """|x| of a float tensor: of a constant's values, or as seen on the calibration users; 0 where nothing is
+    known."""
     known = constants.get(name)
     if known is not None and known.data_type == TensorProto.FLOAT:
         return float(np.abs(graph.array(known)).max(initial=0))
@@ -143,7 +148,8 @@ class _Typing:
             node.name = self.blocks[node.name][0].name if node.name in self.blocks else node.name
 
     def _decided(self) -> dict[str, int]:
-        """Type of each node that makes or takes floats: blocks as asked, the rest where fewer casts are needed."""
+        """Type of each node that makes or takes floats: blocks as asked, the rest where fewer casts are
+        needed."""
         types: dict[str, int] = {}
         free = []
         any16 = any(precision != "fp32" for _, precision in self.blocks.values())

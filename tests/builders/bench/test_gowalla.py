@@ -1,4 +1,5 @@
-"""The Gowalla benchmark on two tastes: it reads, trains, ranks as by hand, asks the indexes and says what is wrong."""
+"""The Gowalla benchmark on two tastes: it reads, trains, ranks as by hand, asks the indexes and says what is
+wrong."""
 
 import json
 
@@ -19,7 +20,8 @@ def _write(path, lists):
 
 @pytest.fixture(scope="module")
 def two_tastes(tmp_path_factory):
-    """Even users like the first half of the items, odd ones the second; within a half some items are asked for more."""
+    """Even users like the first half of the items, odd ones the second; within a half some items are asked
+    for more."""
     folder, rng = tmp_path_factory.mktemp("two_tastes"), np.random.default_rng(0)
     chance = 1 / np.arange(3, 3 + _ITEMS // 2) ** 0.5
     picks = [
@@ -50,14 +52,14 @@ def test_two_tastes_are_learned_and_found(two_tastes, tmp_path, capsys):
 
 
 def test_metrics_by_hand():
-    items = np.array(
-        [[0.0], [4.0], [3.0], [2.0], [1.0]], np.float32
-    )  # rows 1, 2, 3, 4 are ranked so for everyone
+    # rows 1, 2, 3, 4 are ranked so for everyone
+    items = np.array([[0.0], [4.0], [3.0], [2.0], [1.0]], np.float32)
     none = np.zeros(0, np.int64)
     train = together([np.array([1]), none, np.array([2])])
     test = together([np.array([3, 4]), none, np.array([1, 3, 4])])
     recall, ndcg = recall_ndcg(np.ones((3, 1), np.float32), items, train, test, k=2)
-    # user 0: 2, 3 -> one of two, second place; user 1 has no test items; user 2: 1, 3 -> two of three, both places right
+    # user 0: 2, 3 -> one of two, second place; user 1 has no test items; user 2: 1, 3 -> two of three, both
+    # places right
     second = 1 / np.log2(3)
     assert recall == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert ndcg == pytest.approx((second / (1 + second) + 1) / 2)

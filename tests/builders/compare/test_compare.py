@@ -1,4 +1,5 @@
-"""`peregrine compare`: one student under several losses, and the planner beside global 8 bits, on a real build's stages."""
+"""`peregrine compare`: one student under several losses, and the planner beside global 8 bits, on a real
+build's stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`compile`: plans beside the release, whole or not at all. Builders are plain functions here: TensorRT needs a GPU."""
+"""`compile`: plans beside the release, whole or not at all. Builders are plain functions here: TensorRT needs
+a GPU."""
 
 from __future__ import annotations
 
@@ -166,7 +167,8 @@ def test_a_plan_that_computes_something_else_is_not_kept(repository):
 
     with pytest.raises(
         ReleaseError,
-        match=r"^user_encoder: the plan's outputs differ from onnxruntime's by .* \(fp32: at most 5e-03\); it is not kept$",
+        match=r"^user_encoder: the plan's outputs differ from onnxruntime's by .* \(fp32: at most 5e-03\); "
+        r"it is not kept$",
     ):
         compile_release(repository, "r1", tools(wrong))
     assert read_plans(open_release(repository, "r1")) == []
@@ -185,7 +187,8 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_call_goes_on(repository
         "    write(path, data); count.append(1)\n"
         "    if 'ranker' in str(path) and len(count) > 6: os.kill(os.getpid(), signal.SIGKILL)\n"
         "f._write = killing\n"
-        f"tools = c.Toolchain(Node(**{dataclasses.asdict(NODE)!r}), lambda request: request.onnx, lambda path: OnnxEngine(path, 1))\n"
+        f"tools = c.Toolchain(Node(**{dataclasses.asdict(NODE)!r}), lambda request: request.onnx, lambda "
+        "path: OnnxEngine(path, 1))\n"
         f"c.compile_release(Path({str(repository)!r}), 'r1', tools)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -233,7 +236,8 @@ def test_a_truncated_plan_is_refused_by_name_and_built_again_by_the_next_call(re
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(
         ReleaseError,
-        match=rf"^{path} was changed or cut short \(sha256 differs from its manifest\); remove its folder and run",
+        match=rf"^{path} was changed or cut short \(sha256 differs from its manifest\); remove its folder "
+        r"and run",
     ):
         find_plans(release, NODE)
     assert [one.reused for one in compile_release(repository, "r1", tools())] == [True, False, True]
@@ -299,7 +303,8 @@ def test_the_digest_is_stable_and_every_fact_changes_it():
         ({}, {"sm": "8.6"}, "the plan is for SM 9.0, this node has 8.6"),
         ({}, {"tensorrt": "11.4.1"}, "the plan is for TensorRT 11.4.0, this node has 11.4.1"),
         ({"portable": True}, {"gpu": "Pretend 8", "sm": "8.6", "tensorrt": "11.10.0"}, ""),
-        ({"portable": True}, {"sm": "7.5"}, "the portable plan is for SM 8.0 and later, this node has SM 7.5"),
+        ({"portable": True}, {"sm": "7.5"}, "the portable plan is for SM 8.0 and later, this node has SM "
+                                            "7.5"),
         ({"portable": True}, {"tensorrt": "11.3.9"}, f"{LATER} 11.3.9"),
         ({"portable": True}, {"tensorrt": "12.0.0"}, f"{LATER} 12.0.0"),
     ],
@@ -464,5 +469,6 @@ def test_a_tensorrt_that_does_not_start_says_why(repository, tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: TensorRT does not start: CUDA initialization failure with error: 35; does `nvidia-smi` show the GPU?\n"
+        == "error: TensorRT does not start: CUDA initialization failure with error: 35; does `nvidia-smi` "
+        "show the GPU?\n"
     )

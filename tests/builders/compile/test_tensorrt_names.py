@@ -1,7 +1,8 @@
-"""Every TensorRT name that the code uses exists in TensorRT 10.16 and 11.4: held against NVIDIA's own Python bindings.
+"""Every TensorRT name that the code uses exists in TensorRT 10.16 and 11.4: held against NVIDIA's own Python
+bindings.
 
-The bindings are a wheel without the libraries; with stubs in their place they import on any machine, and all names are real.
-They go to a cache folder, never into the environment.
+The bindings are a wheel without the libraries; with stubs in their place they import on any machine, and all
+names are real. They go to a cache folder, never into the environment.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ OLD_ONLY = ("_old_network_flags", "_old_onnx", "_old_settings")
 
 
 def used_names() -> set[str]:
-    """ "BuilderFlag.SPARSE_WEIGHTS", "IBuilderConfig.set_flag" …: attributes of `trt` and of the variables in CLASSES."""
+    """ "BuilderFlag.SPARSE_WEIGHTS", "IBuilderConfig.set_flag" …: attributes of `trt` and of the variables in
+    CLASSES."""
     found = set()
     for path in SOURCES:
         for function in ast.walk(ast.parse(path.read_text())):
@@ -128,7 +130,8 @@ def fetched(version: str) -> Path:
         )
         if done.returncode:
             pytest.skip(
-                f"pip cannot fetch tensorrt-cu13-bindings {version}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no reason'}"
+                f"pip cannot fetch tensorrt-cu13-bindings {version}: "
+                f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no reason'}"
             )
     return folder
 

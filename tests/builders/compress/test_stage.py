@@ -1,4 +1,5 @@
-"""`peregrine build --compress`: smaller engines behind the same answers, and a gate that stops the build where users would lose."""
+"""`peregrine build --compress`: smaller engines behind the same answers, and a gate that stops the build
+where users would lose."""
 
 from __future__ import annotations
 

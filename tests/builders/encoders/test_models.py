@@ -133,7 +133,8 @@ def test_packing_keeps_every_transition_once_and_windows_keep_the_newest(rng):
 
 
 def markov_shop(rng, num_users=500, num_items=300):
-    """Who took item i takes, nine times in ten, one of the two items after i in a hidden order; items share a code in fives."""
+    """Who took item i takes, nine times in ten, one of the two items after i in a hidden order; items share a
+    code in fives."""
     order = rng.permutation(num_items) + 1
     place = np.empty(num_items + 1, np.int64)
     place[order] = np.arange(num_items)
@@ -160,18 +161,16 @@ def test_tiny_training_finds_a_planted_chain_is_repeatable_and_places_cold_items
     config = EncoderConfig.tiny(num_item_codes=61, item_code_slices=((0, 1),))
     checkpoint = train_encoders(sequences, *features, config=config, seed=0)
     found = evaluate_encoders(checkpoint, validation, *features)
-    assert found["hit_rate_at_10"] > 0.5, (
-        found
-    )  # popularity: 10 of 300 items, about .03; the most that can be had: .9
+    # popularity: 10 of 300 items, about .03; the most that can be had: .9
+    assert found["hit_rate_at_10"] > 0.5, found
     again = train_encoders(sequences, *features, config=config, seed=0)
     np.testing.assert_array_equal(checkpoint.item_ids, again.item_ids)
 
     items = encode_items(checkpoint, *features[:2])
     new = encode_items(checkpoint, np.concatenate([features[0], features[0]]), np.zeros((602, 1), np.float32))
     np.testing.assert_allclose(new[:301], items, atol=FP32)
-    near = (new[301 + 1 :] @ items[1:].T).argmax(
-        1
-    )  # the nearest known item of each item's copy without an id
+    # the nearest known item of each item's copy without an id
+    near = (new[301 + 1 :] @ items[1:].T).argmax(1)
     assert (features[0][1:][near, 0] == features[0][1:, 0]).mean() > 0.8
 
 

@@ -1,4 +1,5 @@
-"""The ranker: its contract, its independence of padding and neighbours, its calibration, and training end to end in seconds."""
+"""The ranker: its contract, its independence of padding and neighbours, its calibration, and training end to
+end in seconds."""
 
 from dataclasses import replace
 
@@ -368,7 +369,8 @@ INTERACT = replace(SCHEMA, tasks=(Task("interact", "binary"),))
 
 
 def _interact(informative, seed=0):
-    """A shop whose recall puts the target anywhere; if `informative`, the item's brand alone tells which candidate it is."""
+    """A shop whose recall puts the target anywhere; if `informative`, the item's brand alone tells which
+    candidate it is."""
     rng, dataset = np.random.default_rng(seed), _dataset(INTERACT)
     users = np.arange(NUM_USERS) % NUM_USERS + 1
     many = np.tile(users, 10)

@@ -1,4 +1,5 @@
-"""`peregrine report`: one page that needs nothing else, with and without compression; figures that have what they promise."""
+"""`peregrine report`: one page that needs nothing else, with and without compression; figures that have what
+they promise."""
 
 from __future__ import annotations
 

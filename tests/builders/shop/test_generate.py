@@ -63,7 +63,8 @@ def test_events_are_in_time_order_and_past(shop: Path) -> None:
 
 
 def test_truth_is_calibrated_and_far_above_popularity(dataset: Dataset) -> None:
-    """The oracle's AUC is at least .05 above that of every item's own rate, the strongest popularity there is."""
+    """The oracle's AUC is at least .05 above that of every item's own rate, the strongest popularity there
+    is."""
     train, test = dataset.train_impressions, dataset.test_impressions
     assert train is not None
     assert test is not None

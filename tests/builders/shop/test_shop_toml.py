@@ -66,13 +66,15 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "shop.toml",
             None,
-            "SHOP/shop.toml is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, "
+            "SHOP/shop.toml is missing; make a shop with `peregrine shop generate` or `peregrine shop "
+            "import`, "
             "or write one (see `peregrine shop --help`)",
         ),
         (
             "interactions.csv",
             INTERACTIONS.replace("time", "when"),
-            "SHOP/interactions.csv has no column 'time'; its columns are 'user_id', 'item_id', 'when', 'clicked'",
+            "SHOP/interactions.csv has no column 'time'; its columns are 'user_id', 'item_id', 'when', "
+            "'clicked'",
         ),
         (
             "interactions.csv",
@@ -88,12 +90,14 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,b,30,1", "u2,b,30,nan"),
-            "interactions.csv: column 'clicked', row 3: 'nan' is no finite number; leave the cell empty (null) where a value is missing",
+            "interactions.csv: column 'clicked', row 3: 'nan' is no finite number; leave the cell empty "
+            "(null) where a value is missing",
         ),
         (
             "items.csv",
             ITEMS.replace("9.5", "NaN"),
-            "items.csv: column 'price', row 1: 'NaN' is no finite number; leave the cell empty (null) where a value is missing",
+            "items.csv: column 'price', row 1: 'NaN' is no finite number; leave the cell empty (null) where "
+            "a value is missing",
         ),
         ("items.csv", ITEMS.replace("30", "cheap"), "items.csv: column 'price', row 3: 'cheap' is no number"),
         (
@@ -117,27 +121,32 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2", "u1"),
-            "interactions.csv: all rows are of one user, 'u1'; at least 2 are needed to learn what users share",
+            "interactions.csv: all rows are of one user, 'u1'; at least 2 are needed to learn what users "
+            "share",
         ),
         (
             "interactions.csv",
             re.sub(",1\n", ",0\n", INTERACTIONS),
-            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is never 1); correct its label or drop it",
+            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is never 1); correct "
+            "its label or drop it",
         ),
         (
             "interactions.csv",
             re.sub(",[01]\n", ",\n", INTERACTIONS),
-            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is always empty); correct its label or drop it",
+            "interactions.csv: nobody has the label of task 'ctr' (column 'clicked' is always empty); "
+            "correct its label or drop it",
         ),
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u2,c,4102444800"),
-            "interactions.csv: column 'time', row 4: '4102444800' is in the future (2100-01-01); times are Unix seconds",
+            "interactions.csv: column 'time', row 4: '4102444800' is in the future (2100-01-01); times are "
+            "Unix seconds",
         ),
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u2,c,999999999000"),
-            "interactions.csv: column 'time', row 4: '999999999000' is in the future (milliseconds?); times are Unix seconds",
+            "interactions.csv: column 'time', row 4: '999999999000' is in the future (milliseconds?); times "
+            "are Unix seconds",
         ),
         (
             "interactions.csv",
@@ -157,7 +166,8 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "ü" * 65 + ",c,40"),
-            f"interactions.csv: column 'user_id', row 4: {repr('ü' * 65)[:57]}… has 130 bytes; an id has at most 128",
+            f"interactions.csv: column 'user_id', row 4: {repr('ü' * 65)[:57]}… has 130 bytes; an id has at "
+            "most 128",
         ),
         (
             "items.csv",
@@ -180,7 +190,8 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
         (
             'kind = "number"',
             'kind = "nr"',
-            "items.features.1.kind: 'nr' is no kind of feature; use category, number, text, image, vector(<dim>)",
+            "items.features.1.kind: 'nr' is no kind of feature; use category, number, text, image, "
+            "vector(<dim>)",
         ),
         ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
         ('title = "title"', 'titel = "title"', "items.titel: no such key; see `peregrine shop --help`"),
@@ -259,7 +270,8 @@ def test_an_event_that_no_row_has_is_named(shop: Path) -> None:
     )
     assert (
         error_of(shop)
-        == "interactions.csv: task 'ctr' wants the event 'clicked', which no row has; column 'event' holds 'buy', 'view'"
+        == "interactions.csv: task 'ctr' wants the event 'clicked', which no row has; column 'event' holds "
+        "'buy', 'view'"
     )
 
 

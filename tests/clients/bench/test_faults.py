@@ -1,4 +1,5 @@
-"""`python -m clients.bench.faults`: a real tritonserver and a real redis-server, harmed for a moment each way; and what it makes of answers."""
+"""`python -m clients.bench.faults`: a real tritonserver and a real redis-server, harmed for a moment each
+way; and what it makes of answers."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STALE, MISSING = Degraded.FEATURES_STALE, Degraded.FEATURES_MISSING
 @pytest.mark.triton
 @pytest.mark.timeout(300)
 def test_no_fault_fails_a_request_or_spoils_a_list(tiny_repository, tmp_path, capsys):
-    """The deadline is wide, as in test_served.py: what is asked here is whether answers are right, not how fast a busy machine is."""
+    """The deadline is wide, as in test_served.py: what is asked here is whether answers are right, not how
+    fast a busy machine is."""
     given = [
         "--repository",
         str(tiny_repository),

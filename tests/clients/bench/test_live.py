@@ -1,4 +1,5 @@
-"""The bench of live items and the one of large indexes, whole but small: what they report is what was there."""
+"""The bench of live items and the one of large indexes, whole but small: what they report is what was
+there."""
 
 from __future__ import annotations
 

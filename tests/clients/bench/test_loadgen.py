@@ -79,7 +79,8 @@ def test_open_loop_offers_what_was_asked_and_sends_real_users(triton: FakeTriton
 
 
 def test_open_loop_charges_a_stall_to_everyone_who_had_to_wait(triton: FakeTriton, users_file: str) -> None:
-    """One worker that needs 20 ms serves 50 a second; at 100 a second the last of one second wait about a second."""
+    """One worker that needs 20 ms serves 50 a second; at 100 a second the last of one second wait about a
+    second."""
     slow = FakeTriton(workers=1)
     slow.delay_s = 0.02
     load = Load(slow.url, users_file, 1.0, rate=100.0)

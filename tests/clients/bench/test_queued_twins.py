@@ -1,4 +1,5 @@
-"""Twins behind one queue: every arrival is taken once, by whoever is free, and latency counts from the arrival."""
+"""Twins behind one queue: every arrival is taken once, by whoever is free, and latency counts from the
+arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""TensorRTEngine and what it stands on. The pretended GPU (tests/helpers/pretend.py) runs its buffers, copies and DLPack for real."""
+"""TensorRTEngine and what it stands on. The pretended GPU (tests/helpers/pretend.py) runs its buffers, copies
+and DLPack for real."""
 
 from __future__ import annotations
 
@@ -177,7 +178,8 @@ def test_a_provider_that_is_not_active_is_an_error_and_says_what_is(tiny_release
     path = tiny_release.member_file("ranker", "model.onnx")
     with pytest.raises(
         ReleaseError,
-        match=rf"^{path}: CUDAExecutionProvider was asked for, active are .*CPUExecutionProvider; install onnxruntime-gpu",
+        match=rf"^{path}: CUDAExecutionProvider was asked for, active are .*CPUExecutionProvider; install "
+        r"onnxruntime-gpu",
     ):
         open_engine(path, gpu=True)
 

@@ -52,9 +52,8 @@ def test_an_exact_index_loses_nothing_and_usual_queries_do_not_drift(tmp_path, r
 
 
 def test_an_index_asked_too_shallowly_raises_the_alarm(tmp_path, rng):
-    found = asked(
-        tmp_path, rng, rng.standard_normal((120, 8)).astype(np.float32), index="IVF32,Flat"
-    )  # nprobe 1
+    # nprobe 1
+    found = asked(tmp_path, rng, rng.standard_normal((120, 8)).astype(np.float32), index="IVF32,Flat")
     assert found["recall_at_n"] < 0.7
     assert found["recall_alarm"] == 1.0
 

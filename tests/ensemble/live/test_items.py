@@ -1,4 +1,5 @@
-"""Live items: what was added, changed and deleted is what brute force over the items as they are now finds; nothing is lost."""
+"""Live items: what was added, changed and deleted is what brute force over the items as they are now finds;
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -252,7 +253,8 @@ def test_a_new_item_that_was_merged_and_deleted_is_gone(tmp_path, rng, index):
 
 
 def test_a_generation_that_was_merged_away_is_let_go(tmp_path, rng):
-    """With its index, its log's file and what filters remember of it: else every merge would cost its memory and disk once more."""
+    """With its index, its log's file and what filters remember of it: else every merge would cost its memory
+    and disk once more."""
     release = make_release(tmp_path, rng)
     writer, recall = ItemWriter(release), recall_of(open_again(release))
     query = rng.standard_normal(8).astype(np.float32)
@@ -295,7 +297,8 @@ BAD = {
         "item 'x' is unknown; add it first"),
     "an unknown kind": ({"op": "ad", "item": {"item_id": "x"}},
         "item 'x': op 'ad' is unknown; use add, update, upsert, delete"),
-    "no id": ({"op": "add"}, "a change must be an operation and an item with an item_id (text or a whole number), got \"{'op': 'add'}\""),
+    "no id": ({"op": "add"}, "a change must be an operation and an item with an item_id (text or a whole "
+                             "number), got \"{'op': 'add'}\""),
     "a long id": ({"op": "add", "item": {"item_id": "x" * 129}},
         f"item_id {'x' * 40!r}: must have 1 to 128 bytes and not end in NUL"),
     "an unknown feature": ({"op": "add", "item": {"item_id": "x", "prise": 3}},
@@ -303,7 +306,9 @@ BAD = {
     "text for a number": ({"op": "add", "item": {"item_id": "x", "price": "cheap"}},
         "item 'x': price: is no number"),
     "an infinite number": (
-        {"op": "add", "item": {"item_id": "x", "price": float("inf")}}, "item 'x': price: is no finite number; use null where a value is missing"),
+        {"op": "add", "item": {"item_id": "x", "price": float("inf")}}, "item 'x': price: is no finite "
+                                                                        "number; use null where a value is "
+                                                                        "missing"),
     "a number for text": ({"op": "add", "item": {"item_id": "x", "brand": 1.5}},
         "item 'x': brand: must be text or a whole number, got float"),
     "an id that is not UTF-8": ({"op": "add", "item": {"item_id": "x\ud800"}},

@@ -1,4 +1,5 @@
-"""Logs and generations that are torn or damaged: cut off and said, or refused with the way back; never skipped."""
+"""Logs and generations that are torn or damaged: cut off and said, or refused with the way back; never
+skipped."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_a_damaged_middle_is_refused_with_the_way_back(tmp_path, rng):
         with pytest.raises(ReleaseError) as caught:
             opened()
         assert str(caught.value).startswith(
-            f"{log} is damaged at offset {offset}, with whole records behind it; cut it there (`truncate -s {offset} {log}`"
+            f"{log} is damaged at offset {offset}, with whole records behind it; cut it there (`truncate -s "
+            f"{offset} {log}`"
         )
         assert f"or move {log.parent} away" in str(caught.value)
     os.truncate(log, offset)  # the way back, as told
@@ -76,7 +78,8 @@ def test_a_log_without_its_header_is_refused(tmp_path, rng, content):
     log.write_bytes(content)
     with pytest.raises(
         ReleaseError,
-        match=r"log-0 is no log of live items, or its header is damaged at offset 0; put a copy of it back, or move .* away",
+        match=r"log-0 is no log of live items, or its header is damaged at offset 0; put a copy of it back, "
+        r"or move .* away",
     ):
         open_again(release).live  # noqa: B018
 

@@ -1,4 +1,5 @@
-"""Items that the log has changed are the log's; all others come through the tiers, also beside them in one line of rows."""
+"""Items that the log has changed are the log's; all others come through the tiers, also beside them in one
+line of rows."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def test_what_the_log_has_is_not_stale_when_redis_is_gone(own_server, release, o
 
 
 def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_release, monkeypatch, tmp_path):
-    """Also those that were added after the writer was opened; who has no log of them leaves them out of the past, and says so."""
+    """Also those that were added after the writer was opened; who has no log of them leaves them out of the
+    past, and says so."""
     repository, name, user = (
         private_copy(tiny_repository, tmp_path / "repository"),
         tiny_release.name,

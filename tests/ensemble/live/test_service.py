@@ -1,4 +1,5 @@
-"""The writer as a process, its instances and its clients: nothing acknowledged is lost, and done means that all have it."""
+"""The writer as a process, its instances and its clients: nothing acknowledged is lost, and done means that
+all have it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def test_every_mutation_is_refused(repository):
         name = path.relative_to(repository)
         assert (
             str(caught.value)
-            == f"manifest: sha256 mismatch {name}; release r1 was changed: activate another release or build again"
+            == f"manifest: sha256 mismatch {name}; release r1 was changed: activate another release or "
+            "build again"
         )
         path.write_bytes(before)
     open_release(repository, "r1").verify()
@@ -103,7 +104,8 @@ def test_an_absent_release_names_the_way_to_what_there_is(repository):
     path = repository / "r9" / "manifest.json"
     assert (
         str(caught.value)
-        == f"no release 'r9' in {repository}: {path} does not exist; `peregrine release list` shows what there is"
+        == f"no release 'r9' in {repository}: {path} does not exist; `peregrine release list` shows what "
+        "there is"
     )
 
 
@@ -136,7 +138,8 @@ def test_a_release_of_another_contract_is_refused(repository):
         open_release(repository, "r1")
     assert (
         str(caught.value)
-        == "release r1 was built for another contract (tensors or steps differ); build it again with this Peregrine"
+        == "release r1 was built for another contract (tensors or steps differ); build it again with this "
+        "Peregrine"
     )
 
 

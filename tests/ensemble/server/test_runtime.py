@@ -1,4 +1,5 @@
-"""What a server runs its engines on. Choosing is tried on a pretended GPU; the folder of links on the real tritonserver."""
+"""What a server runs its engines on. Choosing is tried on a pretended GPU; the folder of links on the real
+tritonserver."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def test_plans_of_another_node_mean_onnx_said_loudly_or_a_refusal(gpu, compiled,
     engine, plans, flags, heard = chosen(gpu, compiled, native, **more)
     assert (engine, plans, flags) == ("onnxruntime", [], [])
     assert heard == [
-        f"WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: {fact}; build plans on this node: `peregrine compile`"
+        f"WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: {fact}; build plans on this "
+        "node: `peregrine compile`"
     ]
     (refusal,) = chosen(gpu, compiled, native, "tensorrt", **more)
     assert (
@@ -100,7 +102,8 @@ def test_a_cut_plan_means_onnx_said_loudly(gpu, compiled, native, tmp_path):
 
 def test_no_plans_are_said_where_there_is_a_gpu_and_not_where_there_is_none(gpu, tiny_repository, native):
     assert chosen(gpu, tiny_repository, native)[3] == [
-        "WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: release r1 has no plan; build plans on this node: `peregrine compile`"
+        "WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: release r1 has no plan; build "
+        "plans on this node: `peregrine compile`"
     ]
     assert chosen(gpu, tiny_repository, native, PRETEND_GPUS="0") == ["onnxruntime", [], [], []]
 
@@ -168,7 +171,8 @@ def test_the_folder_of_links_follows_the_repository(tmp_path):
 def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_that_backend(
     tiny_repository, twin, tmp_path, monkeypatch
 ):
-    """The real server on the folder of links, with --model-config-name=tensorrt; the plan's folder holds an ONNX member instead."""
+    """The real server on the folder of links, with --model-config-name=tensorrt; the plan's folder holds an
+    ONNX member instead."""
     repository = private_copy(tiny_repository, tmp_path / "repository")
     plan = Plan(tmp_path / "plans", "r1_ranker", KEY, {})
     shutil.copytree(repository / "r1_ranker", plan.member_folder)

@@ -1,4 +1,5 @@
-"""A repository is served by a real tritonserver, or refused with one clear line; nothing is left behind either way."""
+"""A repository is served by a real tritonserver, or refused with one clear line; nothing is left behind
+either way."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def traces(pid: int) -> list[Path]:
     ]
 
 
-# -- refusals: no server needed ------------------------------------------------------------------------------------
+# -- refusals: no server needed
+# ------------------------------------------------------------------------------------
 
 
 def refused(*arguments: str, env: dict[str, str] | None = None) -> str:
@@ -215,7 +217,8 @@ def test_a_killed_servers_claim_counts_for_nothing(tmp_path):
     Claim(tmp_path).drop()
 
 
-# -- a real server -------------------------------------------------------------------------------------------------
+# -- a real server
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.triton

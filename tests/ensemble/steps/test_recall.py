@@ -87,7 +87,8 @@ def transition_scores(release: RandomRelease, recall: Recall, seen: np.ndarray) 
 def brute_force(
     release: RandomRelease, recall: Recall, query: np.ndarray, seen: np.ndarray, one: UserOptions
 ) -> list[int]:
-    """The candidates of one user with one interest [1, D]: sources in turn, each offering within its quota first, then the rest."""
+    """The candidates of one user with one interest [1, D]: sources in turn, each offering within its quota
+    first, then the rest."""
     eligible = eligible_rows(release, seen, one)
     inner = release.items["embedding"] @ query[0]
     moves = transition_scores(release, recall, seen)

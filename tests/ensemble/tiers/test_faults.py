@@ -1,4 +1,5 @@
-"""Redis killed, frozen, full, slow, lying: no request fails, nobody gets another's row, what was degraded is flagged, and it comes back."""
+"""Redis killed, frozen, full, slow, lying: no request fails, nobody gets another's row, what was degraded is
+flagged, and it comes back."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def item_key(readers, row: int) -> bytes:
 
 
 class Traffic:
-    """Asks for random users in a thread of its own, checks every row, and keeps what was flagged and how long it took."""
+    """Asks for random users in a thread of its own, checks every row, and keeps what was flagged and how long
+    it took."""
 
     def __init__(self, readers, release, pause_s: float = 0.005) -> None:
         self.readers, self.release, self.pause_s = readers, release, pause_s
@@ -71,8 +73,10 @@ class Traffic:
         """For who runs with -s: what the fault did to the reads between `first` and `last`."""
         wall, bad = self.wall_ms[first:last], sum(self.degraded[first:last])
         print(
-            f"\n{fault}: {len(wall)} reads, failed {len(self.failed)}, degraded {bad}, wall p50 {np.quantile(wall, 0.5):.2f} ms, "
-            f"p99 {np.quantile(wall, 0.99):.2f} ms (before {np.quantile(self.wall_ms[:first], 0.99):.2f}), back after {recovery_s:.3f} s"
+            f"\n{fault}: {len(wall)} reads, failed {len(self.failed)}, degraded {bad}, wall p50 "
+            f"{np.quantile(wall, 0.5):.2f} ms, "
+            f"p99 {np.quantile(wall, 0.99):.2f} ms (before {np.quantile(self.wall_ms[:first], 0.99):.2f}), "
+            f"back after {recovery_s:.3f} s"
         )
 
     def clean_after(self, moment: float) -> float | None:
@@ -128,7 +132,8 @@ def test_redis_killed_and_back_empty_and_loaded_again(own_server, release, open_
 def test_a_redis_that_is_back_is_asked_at_once_though_the_breaker_was_to_stay_open(
     own_server, release, open_readers
 ):
-    """The tracker finds it first: without that word rows would stay degraded for as long as the breaker is open."""
+    """The tracker finds it first: without that word rows would stay degraded for as long as the breaker is
+    open."""
     readers = open_readers(own_server, breaker_open_s=3600)
     own_server.kill()
     for _ in range(4):

@@ -66,7 +66,8 @@ steps = st.lists(
 
 @given(steps, st.sampled_from([1, 8, 1 << 12]))
 def test_it_says_what_a_dict_would_or_nothing(actions, sets):
-    """Whatever is found is the last thing put in, at most hard_ttl_s ago; with room for all it forgets nothing before its time."""
+    """Whatever is found is the last thing put in, at most hard_ttl_s ago; with room for all it forgets
+    nothing before its time."""
     clock = Clock()
     memory = tier(
         clock, sets * WAYS * (ROW.itemsize + 64), soft_ttl_s=10, hard_ttl_s=30, negative_ttl_s=5, jitter=0
@@ -182,7 +183,8 @@ def test_identities_with_equal_low_words_are_told_apart():
 
 
 def test_hot_rows_stay_when_many_cold_ones_pass(rng):
-    """Zipf traffic through a table of a tenth of the rows: not far from what the hottest tenth, known beforehand, would give."""
+    """Zipf traffic through a table of a tenth of the rows: not far from what the hottest tenth, known
+    beforehand, would give."""
     memory = tier(Clock(), 1024 * WAYS * (ROW.itemsize + 64) // 4)
     draws = np.minimum(rng.zipf(1.2, 200_000), 10_000)
     for batch in draws.reshape(-1, 100):

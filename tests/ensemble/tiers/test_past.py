@@ -12,7 +12,8 @@ events = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), max_size=25)
 
 
 def brute_force(loaded: list[int], happened: list[tuple[int, int]], width: int) -> list[int]:
-    """Every item at its latest time, those as loaded first and in their order, equal times by row; the last `width`."""
+    """Every item at its latest time, those as loaded first and in their order, equal times by row; the last
+    `width`."""
     latest: dict[int, float] = {}
     for item, time in happened:
         latest[item] = max(time, latest.get(item, -1))

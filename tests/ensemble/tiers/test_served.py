@@ -1,4 +1,5 @@
-"""`peregrine serve --redis` on a real tritonserver: events count at the next request, Redis may go, and its password is nowhere to be read."""
+"""`peregrine serve --redis` on a real tritonserver: events count at the next request, Redis may go, and its
+password is nowhere to be read."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ def said_by(process: str) -> bytes:
 
 
 def seconds_unaware(client: Client, user: str, item: str) -> float:
-    """From now until the beginning of the last request that still recommends `item`; 0: the very next one knows that the user has it.
+    """From now until the beginning of the last request that still recommends `item`; 0: the very next one
+    knows that the user has it.
 
-    Beginnings are compared because a request that takes long, on a machine that is busy, may have read the row before it changed.
+    Beginnings are compared because a request that takes long, on a machine that is busy, may have read the
+    row before it changed.
     """
     unaware_s, started = 0.0, time.monotonic()
     while True:
@@ -46,7 +49,8 @@ def seconds_unaware(client: Client, user: str, item: str) -> float:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
 def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tmp_path, fused, monkeypatch):
-    # What is asked here is whether rows are known at all, so a call to Redis has time where the machine is busy; as in conftest.py.
+    # What is asked here is whether rows are known at all, so a call to Redis has time where the machine is
+    # busy; as in conftest.py.
     monkeypatch.setattr(server_process.tiers, "TierSettings", partial(TierSettings, deadline_ms=250))
     repository = private_copy(tiny_repository, tmp_path / "repository")
     redis = RedisServer(tmp_path, "--requirepass", SECRET)

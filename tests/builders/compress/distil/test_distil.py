@@ -1,4 +1,5 @@
-"""Distillation: the student comes to answer like its teacher, each loss does its own work, and every mistake is named."""
+"""Distillation: the student comes to answer like its teacher, each loss does its own work, and every mistake
+is named."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""Judges and measurements of a real staged release: what they say is what the served chain does, and damage shows."""
+"""Judges and measurements of a real staged release: what they say is what the served chain does, and damage
+shows."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def _engine(evaluation, model):
 
 
 def _damaged(model, rng, share):
-    """A copy whose large matrices carry noise of `share` of their own spread, and whose small ones (the wide path) are turned round."""
+    """A copy whose large matrices carry noise of `share` of their own spread, and whose small ones (the wide
+    path) are turned round."""
     proto = onnx.load_from_string(model)
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
@@ -167,7 +169,8 @@ def test_the_gate_bites_on_a_damaged_engine_and_lets_the_same_one_pass(evaluatio
 
 
 def test_a_sabotaged_scale_of_a_quantized_engine_is_caught_and_the_honest_one_passes(evaluation, tmp_path):
-    """One weight's scale times 8: on this shop NDCG@10 even rises by chance, but the lists are not the trained model's any more."""
+    """One weight's scale times 8: on this shop NDCG@10 even rises by chance, but the lists are not the
+    trained model's any more."""
     engine = _engine(evaluation, "user_encoder")
     low = {
         block.name: "int8"

@@ -1,4 +1,5 @@
-"""The gate: it bites on a true loss, stays quiet without one, and its intervals hold what they promise (simulation)."""
+"""The gate: it bites on a true loss, stays quiet without one, and its intervals hold what they promise
+(simulation)."""
 
 from __future__ import annotations
 
@@ -37,14 +38,16 @@ def _measured(rng, scores, *, slices=None, tasks=()):
 
 
 def _pair(rng, drop=0.0, noise=0.05, users=USERS, **more):
-    """Two releases that see the same taste through noise of their own (so neither is better by it); the second's is off by `drop`."""
+    """Two releases that see the same taste through noise of their own (so neither is better by it); the
+    second's is off by `drop`."""
     taste = rng.normal(0, 2, users)
     first, second = (taste + rng.normal(0, noise, users) for _ in range(2))
     return _measured(rng, first, **more), _measured(rng, second - drop, **more)
 
 
 def _task(rng, users=400, each=30, *, damage=0.0, bias=0.0, kind="binary"):
-    """One task's impressions before and after: the second sees the truth through more noise, or off by a bias."""
+    """One task's impressions before and after: the second sees the truth through more noise, or off by a
+    bias."""
     owners = np.repeat(np.arange(users), each)
     logits = rng.normal(-2, 1, len(owners)) + rng.normal(0, 1, users)[owners]
     if kind == "regression":
@@ -126,14 +129,16 @@ def test_a_loss_that_chance_could_explain_warns_but_passes(rng):
 
 
 def test_false_alarms_without_a_loss_are_rare():
-    """200 pairs of equally good releases: a row fails in 2.5% of them where the loss is the limit itself, in fewer where it is 0."""
+    """200 pairs of equally good releases: a row fails in 2.5% of them where the loss is the limit itself, in
+    fewer where it is 0."""
     rng = np.random.default_rng(1)
     alarms = sum(not verdict(*_pair(rng, noise=0.5, users=600), Gate(samples=200)).ok for _ in range(200))
     assert alarms <= 15  # three rows a pair, 2.5% each
 
 
 def test_the_interval_of_a_relative_loss_covers_the_truth():
-    """95% of the intervals, give or take the simulation's own error, hold the loss of the whole population."""
+    """95% of the intervals, give or take the simulation's own error, hold the loss of the whole
+    population."""
     rng = np.random.default_rng(2)
     taste = rng.normal(0, 2, 200_000)
     gains = [

@@ -1,4 +1,5 @@
-"""Pruning: shares are exact, zeros stay zeros, channels and heads go whole, and the smaller module is exported like any other."""
+"""Pruning: shares are exact, zeros stay zeros, channels and heads go whole, and the smaller module is
+exported like any other."""
 
 import copy
 
@@ -32,7 +33,8 @@ MODULES = {
 
 
 class Residual(nn.Module):
-    """A user's own module: a stem, blocks with LayerNorm around residual sums, a head. Its inner width is free."""
+    """A user's own module: a stem, blocks with LayerNorm around residual sums, a head. Its inner width is
+    free."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -189,9 +191,8 @@ def test_structured_takes_a_rankers_heads_with_all_that_reads_them():
     assert (module.attention.heads, smaller.attention.heads) == (2, 1)
     assert smaller.attention.position.shape[0] == 1
     assert smaller.attended_product.in_features == 16
-    assert (
-        smaller.user.layer.in_features == module.user.layer.in_features - 2 * 16
-    )  # the history's mean and newest item
+    # the history's mean and newest item
+    assert smaller.user.layer.in_features == module.user.layer.in_features - 2 * 16
 
 
 def test_structured_goes_through_residual_sums_and_layer_norms():
@@ -224,9 +225,8 @@ def test_structured_takes_out_what_is_zero_first_and_answers_the_same():
             part.weight[..., ::2] = 0
         for outer in module.outer:
             outer.weight[::2] = 0
-        module.norms = nn.ModuleList(
-            nn.Identity() for _ in range(2)
-        )  # a norm over fewer channels is another norm
+        # a norm over fewer channels is another norm
+        module.norms = nn.ModuleList(nn.Identity() for _ in range(2))
         smaller = structured(module, 0.5, _values())
         assert (smaller.stem.out_features, smaller.inner[0].out_features) == (16, 32)
         assert torch.allclose(smaller(**_values()), module(**_values()), atol=1e-6)

@@ -1,4 +1,5 @@
-"""The planner on tiny exported models with a judge that ranks what they score: sensitive blocks stay high, the rest goes down."""
+"""The planner on tiny exported models with a judge that ranks what they score: sensitive blocks stay high,
+the rest goes down."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_quantize import exported
+from small_modules import exported
 from torch import nn
 
 from builders.compress.judge.judge import Judge, Judged
@@ -21,9 +22,11 @@ USERS, ITEMS, WIDTH = 160, 40, 64
 
 
 class Outlier(nn.Module):
-    """Three layers; in the first, one input of a thousandfold weight takes all the codes of its channel, and cancels out behind it.
+    """Three layers; in the first, one input of a thousandfold weight takes all the codes of its channel, and
+    cancels out behind it.
 
-    (What 8 bits cannot hold: the first layer's channels carry a large common part that the last one subtracts again.)
+    (What 8 bits cannot hold: the first layer's channels carry a large common part that the last one subtracts
+    again.)
     """
 
     def __init__(self) -> None:

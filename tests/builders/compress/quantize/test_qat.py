@@ -23,7 +23,8 @@ CALIBRATION = feeds_for(RANKER, 32, seed=2)
 
 @pytest.fixture(scope="module")
 def rough():
-    """trained_ranker's very function, from weights that 8 bits hurt: four large columns stretch the scale of all others."""
+    """trained_ranker's very function, from weights that 8 bits hurt: four large columns stretch the scale of
+    all others."""
     module = copy.deepcopy(trained_ranker())
     with torch.no_grad():
         for tensor in (module.candidate_in.weight, module.candidate_in.bias, module.user_in.weight):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto
+from small_modules import exported
 from torch import nn
 
 from builders.compress import graph
@@ -19,12 +18,14 @@ from builders.compress.session import open_session
 from ensemble.errors import InvalidInput
 
 USERS, LENGTH, WIDTH = 128, 12, 32
-# Root mean square, over the outputs' deviation. Symmetric int8 codes of what is never negative use half their steps.
+# Root mean square, over the outputs' deviation. Symmetric int8 codes of what is never negative use half their
+# steps.
 INT8_ERROR, SYMMETRIC_INT8_ERROR, FP16_ERROR, FP8_ERROR = 0.03, 0.06, 2e-3, 0.15
 
 
 class Tiny(nn.Module):
-    """All that the passes know: attention, a concatenation, parallel layers with ReLU, LayerNorm, a table of codes, softmax."""
+    """All that the passes know: attention, a concatenation, parallel layers with ReLU, LayerNorm, a table of
+    codes, softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,20 +46,6 @@ class Tiny(nn.Module):
         known = self.table(codes)[:, None].expand(-1, states.shape[1], -1)
         hidden = torch.relu(self.inside(torch.cat([states, mixed, known], -1)))
         return self.out(sum(expert(hidden) for expert in self.experts)).sigmoid()
-
-
-def exported(module: nn.Module, *arguments: torch.Tensor) -> bytes:
-    """The dynamo exporter's ONNX with an open batch axis, in memory."""
-    batch = torch.export.Dim("B", min=1, max=4096)
-    shapes = tuple({0: batch} for _ in arguments)
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(), arguments, dynamo=True, dynamic_shapes=shapes, optimize=True, verbose=False
-        )
-    assert program is not None
-    file = io.BytesIO()
-    onnx.save(program.model_proto, file)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +155,11 @@ def test_typed_graph_for_tensorrt_runs_on_the_cpu_and_is_close_to_fp32(tiny, pre
             assert constants[node.input[1]].data_type == TensorProto.FLOAT16
             assert not graph.array(constants[node.input[2]]).astype(np.float32).any()  # symmetric
         if node.op_type in ("LayerNormalization", "Softmax"):
-            assert (
-                node.input[0] not in makers or makers[node.input[0]].op_type == "Cast"
-            )  # normalized in fp32
+            # normalized in fp32
+            assert node.input[0] not in makers or makers[node.input[0]].op_type == "Cast"
         if node.op_type == "Add":
-            assert all(
-                makers[name].op_type != "DequantizeLinear" for name in node.input if name in makers
-            )  # no Q/DQ at the bias
+            # no Q/DQ at the bias
+            assert all(makers[name].op_type != "DequantizeLinear" for name in node.input if name in makers)
     per_channel = [
         node
         for node in proto.graph.node

@@ -1,7 +1,9 @@
-"""The part of TensorRT's Python API that Peregrine uses, over ONNX Runtime: a plan is the ONNX model and its profile.
+"""The part of TensorRT's Python API that Peregrine uses, over ONNX Runtime: a plan is the ONNX model and its
+profile.
 
-It checks what TensorRT checks (names, shapes inside the profile, an address for every tensor) and reads and writes the very
-addresses it is given. That each name is real is tests/builders/compile/test_tensorrt_names.py's to prove.
+It checks what TensorRT checks (names, shapes inside the profile, an address for every tensor) and reads and
+writes the very addresses it is given. That each name is real is
+tests/builders/compile/test_tensorrt_names.py's to prove.
 """
 
 import ctypes
