@@ -7,6 +7,7 @@ import onnxruntime as ort
 
 from builders.compress import graph
 from ensemble.arrays import Tensors
+from ensemble.engines.onnx import session_options
 from ensemble.errors import InvalidInput
 
 
@@ -41,12 +42,8 @@ def _has_short_floats(model: onnx.ModelProto) -> bool:
 def open_session(model: bytes, *, plain: bool = False) -> ort.InferenceSession:
     """One thread on the CPU; `plain`: only the optimizations that keep each node's own rounding (fp16 and fp8
     graphs need it)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = session_options(fuse=not plain)
     options.log_severity_level = 4
-    if plain:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
