@@ -38,11 +38,12 @@ from builders.index.snapshot import write_items, write_users
 from builders.index.stage import training_histories, write_recall
 from builders.own_model import own_model
 from builders.presets import Preset, encoder_config
+from builders.progress import Progress
 from builders.publish.stage import next_release_name, publish, sweep
 from builders.publish.triton_config import write_members
 from builders.ranker.checkpoint import read_ranker, save_ranker
 from builders.ranker.stage import RankerCheckpoint, train_ranker
-from builders.stages import Done, Report, Stages, module_digest, shop_digest, stages_of
+from builders.stages import Done, Stages, module_digest, shop_digest, stages_of
 from builders.verify import markdown as reports
 from builders.verify.stage import Verifier, ranking_report
 from ensemble import contract
@@ -148,15 +149,15 @@ def _run_to_export(options: BuildOptions, stages: Stages) -> tuple[Done, Done, D
     return data, encoders, index, ranker, export
 
 
-def make_data(options: BuildOptions, folder: Path, report: Report) -> None:
+def make_data(options: BuildOptions, folder: Path, progress: Progress) -> None:
     """Shop files -> dataset arrays."""
     save_dataset(
-        load_dataset(options.shop, sizes=options.preset.sizes, progress=lambda text: report(0.3, text)),
+        load_dataset(options.shop, sizes=options.preset.sizes, progress=lambda text: progress(0.3, text)),
         folder,
     )
 
 
-def make_encoders(options: BuildOptions, data: Done, folder: Path, report: Report) -> None:
+def make_encoders(options: BuildOptions, data: Done, folder: Path, progress: Progress) -> None:
     """Histories up to the split -> item encoder and user encoder."""
     dataset = open_dataset(data.folder)
     config = encoder_config(options.preset.encoders, dataset.schema)
@@ -167,30 +168,30 @@ def make_encoders(options: BuildOptions, data: Done, folder: Path, report: Repor
         seed=options.seed,
         validation=_validation(dataset),
         user_encoder=_own(options.user_encoder, dataset.schema, "user_encoder"),
-        progress=lambda log: report(
+        progress=lambda log: progress(
             log["epoch"] / config.epochs, ", ".join(f"{name} {value:.4g}" for name, value in log.items())
         ),
     )
     save_encoders(checkpoint, folder)
 
 
-def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, report: Report) -> None:
+def make_index(options: BuildOptions, data: Done, encoders: Done, folder: Path, progress: Progress) -> None:
     """Item embeddings -> the index and everything else that recall reads."""
     dataset = open_dataset(data.folder)
     checkpoint = read_encoders(encoders.folder, _own(options.user_encoder, dataset.schema, "user_encoder"))
     item_embeddings = encode_items(checkpoint, dataset.item_codes, dataset.item_values)
     np.save(folder / "item_embeddings.npy", item_embeddings)
-    report(0.2, "embedding held-out users")
+    progress(0.2, "embedding held-out users")
     user_embeddings = _user_encoding(options, dataset, encoders, item_embeddings)(
         dataset.validation.user_rows, dataset.validation.history_ends
     )
-    report(0.4, "index, transitions, popular, weights of the sources")
+    progress(0.4, "index, transitions, popular, weights of the sources")
     tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes)
     (folder / "tried.json").write_text(json.dumps(tried))
 
 
 def make_ranker(
-    options: BuildOptions, data: Done, encoders: Done, index: Done, folder: Path, report: Report
+    options: BuildOptions, data: Done, encoders: Done, index: Done, folder: Path, progress: Progress
 ) -> None:
     """Impressions, or recall's own candidates -> the ranker and the learned rows of users and items."""
     dataset, item_embeddings = open_dataset(data.folder), np.load(index.folder / "item_embeddings.npy")
@@ -206,13 +207,19 @@ def make_ranker(
         config=options.preset.ranker,
         ranker=_own(options.ranker, dataset.schema, "ranker"),
         seed=options.seed,
-        progress=report,
+        progress=progress,
     )
     save_ranker(trained, folder)
 
 
 def make_engines(
-    options: BuildOptions, data: Done, encoders: Done, index: Done, ranker: Done, folder: Path, report: Report
+    options: BuildOptions,
+    data: Done,
+    encoders: Done,
+    index: Done,
+    ranker: Done,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """Checkpoints -> ONNX engines, and the staged release: all that will be served, in one folder."""
     dataset = open_dataset(data.folder)
@@ -230,12 +237,12 @@ def make_engines(
     for step, model in enumerate(
         (contract.item_encoder(schema), pipeline.model("user_encoder"), pipeline.model("ranker"))
     ):
-        report(step / 4, f"{model.name} -> ONNX")
+        progress(step / 4, f"{model.name} -> ONNX")
         (folder / "engines" / model.name).mkdir(parents=True)
         errors[model.name] = export_model(
             modules[model.name], model, folder / "engines" / model.name / "model.onnx", feeds
         )
-    report(0.75, "rows of items and users")
+    progress(0.75, "rows of items and users")
     write_items(dataset, item_embeddings, trained.item_features, folder)
     write_users(dataset, trained.user_features, folder)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
@@ -251,22 +258,24 @@ def make_smaller(
     ranker: Done,
     export: Done,
     folder: Path,
-    report: Report,
+    progress: Progress,
 ) -> None:
     """The staged release -> the same with compressed engines, held against it by the gate; compress.json says
     how."""
     compress(
-        _source(options, data, encoders, ranker, export), options.plan, options.plan_name, folder, report
+        _source(options, data, encoders, ranker, export), options.plan, options.plan_name, folder, progress
     )
 
 
-def make_report(data: Done, index: Done, ranker: Done, export: Done, folder: Path, report: Report) -> None:
+def make_report(
+    data: Done, index: Done, ranker: Done, export: Done, folder: Path, progress: Progress
+) -> None:
     """The staged release, asked about held-out users -> report.json and report.md."""
     dataset = open_dataset(data.folder)
     verifier = Verifier(dataset, export.folder)
-    users, ranks = verifier.ranks(dataset.test, report)
+    users, ranks = verifier.ranks(dataset.test, progress)
     found: dict[str, Any] = {"ranking": ranking_report(users, ranks, dataset.schema.sizes.candidates)}
-    report(0.9, "held-out impressions")
+    progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         found["tasks"] = verifier.task_metrics(dataset.test_impressions)
     found |= {
@@ -286,7 +295,7 @@ def make_report(data: Done, index: Done, ranker: Done, export: Done, folder: Pat
 
 
 def make_release(
-    options: BuildOptions, name: str, export: Done, verify: Done, folder: Path, report: Report
+    options: BuildOptions, name: str, export: Done, verify: Done, folder: Path, progress: Progress
 ) -> None:
     """The staged release and its report -> the model repository, whole or not at all."""
     schema = _schema(export.folder)
@@ -299,7 +308,7 @@ def make_release(
     for path in (*export.folder.iterdir(), *verify.folder.iterdir()):
         if path.is_file() and path.name not in ("export.json", "compress.json"):
             link(path, own / path.name)
-    report(0.5, f"publishing {name}")
+    progress(0.5, f"publishing {name}")
     found = json.loads((verify.folder / "report.json").read_text())
     manifest = {
         "shop": schema.shop,

@@ -22,14 +22,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from builders.progress import Progress
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
 
-Report = Callable[[float, str], None]  # share done 0..1, what is being done
+Report = Progress  # the old name, until nobody imports it
 _KEPT = 3  # finished folders kept of each stage
 
 
@@ -56,13 +57,13 @@ class Stages:
     def run(
         self,
         name: str,
-        work: Callable[[Path, Report], None],
+        work: Callable[[Path, Progress], None],
         options: Any,
         after: tuple[Done, ...] = (),
         *,
         always: bool = False,
     ) -> Done:
-        """Runs `work(folder, report)` unless a folder with the same key is there (`always`: even then).
+        """Runs `work(folder, progress)` unless a folder with the same key is there (`always`: even then).
         `options` must be JSON-able."""
         facts = [name, options, [stage.key for stage in after], source_digest()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -80,7 +81,7 @@ class Stages:
         )
         return self.done[-1]
 
-    def _fill(self, name: str, folder: Path, work: Callable[[Path, Report], None]) -> None:
+    def _fill(self, name: str, folder: Path, work: Callable[[Path, Progress], None]) -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -95,17 +96,17 @@ class Stages:
             raise told from error
         self._drop_old(name)
 
-    def _show(self, name: str, partial: Path, work: Callable[[Path, Report], None]) -> None:
+    def _show(self, name: str, partial: Path, work: Callable[[Path, Progress], None]) -> None:
         """Runs the stage behind a progress bar."""
         reset_peak()
         columns = (
-            SpinnerColumn(),
-            TextColumn("{task.fields[stage]:<11}"),
-            BarColumn(bar_width=30),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            bars.SpinnerColumn(),
+            bars.TextColumn("{task.fields[stage]:<11}"),
+            bars.BarColumn(bar_width=30),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("{task.description}"),
         )
-        with Progress(
+        with bars.Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as bar:
             task = bar.add_task("", total=1.0, stage=name)

@@ -20,6 +20,7 @@ from torch import nn
 from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
+from builders.progress import Progress
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, with_uniform
 from builders.ranker.loss import impression_loss, list_loss
@@ -31,7 +32,7 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
-from builders.ranker.trainer import BASE_TRAINING, Progress, RankerTrainer, RankerTraining
+from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining
 from ensemble.arrays import Array
 from ensemble.contract import SOURCES
 from ensemble.schema import Task

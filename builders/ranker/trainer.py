@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders.data.dataset import Dataset, history_windows
+from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
 from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, RankerConfig
 from ensemble.arrays import Array
 
-Progress = Callable[[float, str], None]  # share done (0 to 1), what is being done
 _HEAD_CHUNK = 65_536  # items the head computes at once
 
 
