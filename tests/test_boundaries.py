@@ -202,6 +202,7 @@ def test_the_command_line_starts_without_the_heavy_parts():
         "clients.cli.bench",
         "clients.cli.events",
         "ensemble.cli.features",
+        "ensemble.cli.options",
     ):
         loaded = {name.partition(".")[0] for name in modules_after(f"import {module}")}
         assert not loaded & set(HEAVY), module

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ensemble.cli.options import (
+    REPOSITORY,
+    JsonOption,
+    RedisOption,
+    ReleaseOption,
+    RepositoryOption,
+    active_or_named,
+)
+
 if TYPE_CHECKING:
     from ensemble.release.release import Release
 
@@ -19,52 +28,44 @@ app = typer.Typer(
     help="Feature rows in Redis: load, measure.",
 )
 
-Repository = Annotated[Path, typer.Option("--repository", "-r", help="The model repository.")]
-ReleaseName = Annotated[str | None, typer.Option("--release", help="The release; default: the active one.")]
-Redis = Annotated[
-    str,
-    typer.Option(
-        "--redis", help="redis://[USER:PASSWORD@]HOST:PORT, or @FILE that holds it.", envvar="PEREGRINE_REDIS"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DEFAULT = Path("model_repository")
-
 
 @app.command()
 def load(
-    redis: Redis,
-    repository: Repository = DEFAULT,
-    release: ReleaseName = None,
+    redis: RedisOption,
+    repository: RepositoryOption = REPOSITORY,
+    release: ReleaseOption = None,
     ttl_days: Annotated[
         float, typer.Option(help="How long a row lives that nobody updates; load again before.")
     ] = 30.0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Loads a release's rows of users and items; servers turn to them at once, the rows loaded before
-    expire."""
+    """Loads a release's rows of users and items; servers read them at once, and earlier rows expire."""
     from ensemble.progress import bar
     from ensemble.tiers.load import load_release
     from ensemble.tiers.settings import TierSettings, hidden, url_from_option
 
     url = TierSettings(url_from_option(redis)).url
-    found = _open(repository, release)
-    with bar(f"loading {found.name}") as progress:
-        done = load_release(found, url, progress, ttl_days=ttl_days)
+    opened = _open(repository, release)
+    with bar(f"loading {opened.name}") as progress:
+        summary = load_release(opened, url, progress, ttl_days=ttl_days)
     if as_json:
-        print(json.dumps(dataclasses.asdict(done), indent=1))
+        print(json.dumps(dataclasses.asdict(summary), indent=1))
         return
-    rate = (done.users + done.items) / max(done.seconds, 1e-9)
-    print(f"release {done.release} of {done.shop} is in Redis at {hidden(url)}, version {done.version}")
-    print(f"  {done.users:,} users, {done.items:,} items in {done.seconds:.1f} s, {rate:,.0f} rows/s")
-    if done.previous:
-        print(f"  version {done.previous} is left; its {done.expiring:,} keys expire")
+    rate = (summary.users + summary.items) / max(summary.seconds, 1e-9)
+    print(
+        f"release {summary.release} of {summary.shop} is in Redis at {hidden(url)}, version {summary.version}"
+    )
+    print(
+        f"  {summary.users:,} users, {summary.items:,} items in {summary.seconds:.1f} s, {rate:,.0f} rows/s"
+    )
+    if summary.previous:
+        print(f"  version {summary.previous} is left; its {summary.expiring:,} keys expire")
 
 
 @app.command()
 def bench(
-    repository: Repository = DEFAULT,
-    release: ReleaseName = None,
+    repository: RepositoryOption = REPOSITORY,
+    release: ReleaseOption = None,
     redis: Annotated[
         str | None,
         typer.Option("--redis", help="Redis with the release's rows; default: starts redis-server."),
@@ -72,8 +73,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each line of the table.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON.")] = None,
 ) -> None:
-    """CPU and wall time of reading 1 user + its history and a list of candidates: snapshot, memory, Redis;
-    rows per second."""
+    """Measures CPU and wall time of reading a user and a list of candidates from each tier, and rows per
+    second."""
     from ensemble.tiers.bench import measure, print_table
     from ensemble.tiers.settings import url_from_option
 
@@ -84,13 +85,7 @@ def bench(
 
 
 def _open(repository: Path, name: str | None) -> Release:
-    from ensemble.errors import ReleaseError
-    from ensemble.release.release import active_release, open_release
+    """Opens the release that is named, or the active one."""
+    from ensemble.release.release import open_release
 
-    name = name or active_release(repository)
-    if name is None:
-        raise ReleaseError(
-            f"no release is active in {repository}; name one with --release, or build one: peregrine build "
-            "SHOP --activate"
-        )
-    return open_release(repository, name)
+    return open_release(repository, active_or_named(repository, name))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ensemble.cli.options import REPOSITORY, RepositoryOption
 from ensemble.errors import InvalidInput
 
 
@@ -22,9 +23,7 @@ class _Signal(BaseException):
 
 
 def serve(
-    repository: Annotated[Path, typer.Option("--repository", "-r", help="The model repository.")] = Path(
-        "model_repository"
-    ),
+    repository: RepositoryOption = REPOSITORY,
     port: Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 is off.")] = 8002,
     address: Annotated[
@@ -115,7 +114,7 @@ def _greeting(running: Any, start_s: float) -> str:
     stubs = running.stubs()
     resident, proportional = running.memory_bytes()
     user = _some_user(repository, active_release(repository))
-    shown = "" if repository == Path("model_repository").resolve() else f" --repository {repository}"
+    shown = "" if repository == REPOSITORY.resolve() else f" --repository {repository}"
     return "\n".join(
         (
             f"serving release {active_release(repository)} of {repository} (ready after {start_s:.1f} s)",

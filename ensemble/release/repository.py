@@ -52,6 +52,20 @@ def release_names(repository: Path) -> list[str]:
     )
 
 
+def require_active(repository: Path) -> str:
+    """Gives the active release's name; ReleaseError that lists what could be activated where none is."""
+    name = active_release(repository)
+    if name is not None:
+        return name
+    names = ", ".join(release_names(repository))
+    cure = (
+        f"`peregrine release activate NAME` (there are: {names})"
+        if names
+        else "`peregrine build SHOP --activate`"
+    )
+    raise ReleaseError(f"no release is active in {repository}; {cure}")
+
+
 def next_release_name(repository: Path) -> str:
     """The first of r1, r2, … above all that are there, members of a half-removed release included."""
     names = [path.name.partition("_")[0] for path in repository.iterdir()] if repository.is_dir() else []

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ensemble.engines import CPU, GPU
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
-from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import release_names, sweep
+from ensemble.release.release import open_release
+from ensemble.release.repository import require_active, sweep
 from ensemble.server.installation import Installation
 
 
@@ -32,15 +32,7 @@ def check_servable(repository: Path) -> str:
         )
     if os.access(repository, os.W_OK):
         sweep(repository)
-    name = active_release(repository)
-    if name is None:
-        there = ", ".join(release_names(repository))
-        cure = (
-            f"`peregrine release activate NAME` (there are: {there})"
-            if there
-            else "`peregrine build SHOP --activate`"
-        )
-        raise ReleaseError(f"no release is active in {repository}; {cure}")
+    name = require_active(repository)
     if not (repository / name / "manifest.json").exists():
         raise ReleaseError(
             f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate "
