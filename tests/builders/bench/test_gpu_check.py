@@ -78,13 +78,14 @@ from pathlib import Path
 from builders.compile.stage import tensorrt_toolchain
 from builders.bench.gpu_engines import Case, _typed_rows, variants
 from builders.compile.samples import real_feeds
-from ensemble.release.release import open_release
-release = open_release(Path(sys.argv[1]), "r1")
+from ensemble.steps.served import open_served
+release = open_served(Path(sys.argv[1]), "r1")
 model = release.model("user_encoder")
 case = Case(release, model, real_feeds(release, [model], users=8)["user_encoder"])
 found = dict(variants(case))
 rows = list(_typed_rows(case, "fp32", found["fp32"], tensorrt_toolchain(), ""))
-rows += [row for name in ("fp16", "int8", "fp8") for row in _typed_rows(case, name, found[name], None, "no GPU")]
+names = ("fp16", "int8", "fp8")
+rows += [row for name in names for row in _typed_rows(case, name, found[name], None, "no GPU")]
 print(json.dumps([dataclasses.asdict(row) | {"wrong": row.is_wrong} for row in rows]))
 """
     done = pretend.run(

@@ -36,7 +36,7 @@ from ensemble.engines.plans import (
 )
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
-from ensemble.release.release import open_release
+from ensemble.steps.served import open_served
 
 LATER = "the portable plan is for TensorRT 11.4.0 to the end of its major version, this node has"
 NODE = Node("Pretend 9", "9.0", "11.4.0", "13.1")
@@ -90,7 +90,7 @@ def test_plans_lie_beside_the_release_which_does_not_change(repository):
     after = listing(repository)
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in set(after) - set(before)} <= {"r1_plans", ".lock"}
-    release = open_release(repository, "r1")
+    release = open_served(repository, "r1")
     release.verify()
     plan = find_plans(release, NODE)["ranker"]
     assert plan.path == plans_folder(repository, "r1") / plan.key.digest / "r1_ranker" / "1" / "model.plan"
@@ -112,7 +112,7 @@ def test_a_second_call_builds_nothing_and_another_gpu_everything(repository):
     )
     assert built == []
     assert not any(one.reused for one in compile_release(repository, "r1", tools(node=other)))
-    release = open_release(repository, "r1")
+    release = open_served(repository, "r1")
     assert {find_plan(release, "ranker", node).key.gpu for node in (NODE, other)} == {
         "Pretend 8",
         "Pretend 9",
@@ -122,7 +122,7 @@ def test_a_second_call_builds_nothing_and_another_gpu_everything(repository):
 def test_the_builder_is_told_the_contracts_shapes_and_feeds_are_real(repository):
     asked = []
     compile_release(repository, "r1", tools(lambda request: asked.append(request) or request.onnx))
-    release = open_release(repository, "r1")
+    release = open_served(repository, "r1")
     sizes = release.schema.sizes
     ranker = {one.name: one for one in asked[1].profile}
     assert {name: (one.least, one.usual, one.most) for name, one in ranker.items()} == {
@@ -149,7 +149,7 @@ def test_the_typed_onnx_is_what_plans_are_built_from_where_there_is_one(reposito
     }
     path.write_text(json.dumps(manifest))
     compile_release(repository, "r1", tools())
-    assert find_plan(open_release(repository, "r1"), "ranker", NODE).key.onnx_sha256 == file_sha256(typed)
+    assert find_plan(open_served(repository, "r1"), "ranker", NODE).key.onnx_sha256 == file_sha256(typed)
 
 
 # --- faults
@@ -171,7 +171,7 @@ def test_a_plan_that_computes_something_else_is_not_kept(repository):
         r"it is not kept$",
     ):
         compile_release(repository, "r1", tools(wrong))
-    assert read_plans(open_release(repository, "r1")) == []
+    assert read_plans(open_served(repository, "r1")) == []
     assert leftovers(repository) == []
 
 
@@ -193,7 +193,7 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_call_goes_on(repository
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [plan.facts["model"] for plan in read_plans(open_release(repository, "r1"))] == ["user_encoder"]
+    assert [plan.facts["model"] for plan in read_plans(open_served(repository, "r1"))] == ["user_encoder"]
     assert [one.reused for one in compile_release(repository, "r1", tools())] == [True, False, False]
     assert leftovers(repository) == []
 
@@ -231,7 +231,7 @@ def test_a_truncated_onnx_is_refused_by_name(repository):
 
 def test_a_truncated_plan_is_refused_by_name_and_built_again_by_the_next_call(repository):
     compile_release(repository, "r1", tools())
-    release = open_release(repository, "r1")
+    release = open_served(repository, "r1")
     path = find_plan(release, "ranker", NODE).path
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(
@@ -314,7 +314,7 @@ def test_the_fact_that_differs_is_named(key, node, text):
 
 
 def test_a_node_without_a_fitting_plan_is_told_why(repository):
-    release = open_release(repository, "r1")
+    release = open_served(repository, "r1")
     with pytest.raises(
         ReleaseError, match=r"^ranker: release r1 has no plan; build plans on this node: `peregrine compile`$"
     ):
