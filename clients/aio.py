@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from clients.client import ClientCore, left_s
 from clients.errors import CallError
 from clients.results import Recommendations
 from clients.wire import Answer, Call, Id, recommendations_from_answer
+from ensemble.options import RequestOptions
 
 
 class AsyncClient(ClientCore):
@@ -25,22 +26,10 @@ class AsyncClient(ClientCore):
         self,
         user_id: Id,
         *,
-        top_k: int | None = None,
-        session_items: Sequence[Id] | None = None,
-        exclude_items: Sequence[Id] | None = None,
-        exclude_seen: bool | None = None,
-        allow: Mapping[str, Sequence[str]] | None = None,
-        deny: Mapping[str, Sequence[str]] | None = None,
-        ranges: Mapping[str, Sequence[float | None]] | None = None,
-        weights: Mapping[str, float] | None = None,
-        caps: Mapping[str, int] | None = None,
-        diversity: float | None = None,
         budget_ms: float | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """One user's list; options and errors as Client.recommend's."""
-        options = {
-            name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")
-        }
         return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
 
     async def recommend_many(

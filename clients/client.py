@@ -7,18 +7,8 @@ arguments.
         for item in client.recommend("u42", top_k=5, session_items=["lipstick-7"]).items:
             print(item.item_id, item.score, item.probabilities)
 
-Options, all optional (an option of recommend_many is shared by its users, or a list with one value each):
-
-    top_k          items wanted; default 10
-    session_items  ids the user looked at just now, newest last; read after the stored history
-    exclude_items  ids never to be returned
-    exclude_seen   leave out what the user has had; default True
-    allow, deny    {category feature: [values]}: only these, none of these
-    ranges         {number feature: [least, greatest]}, None = open: only these; {"price": [5, 20], "stock": [1, None]}
-    weights        {task: weight in the score}
-    caps           {category feature: how many items of one value a list may hold}
-    diversity      0..1: how much unlikeness counts against score; default 0
-    budget_ms      how long to wait; BudgetExceeded after that
+The options are those of ensemble.options.RequestOptions, all optional; an option of recommend_many is shared
+by its users, or a list with one value each. `budget_ms` says how long to wait; BudgetExceeded after that.
 """
 
 from __future__ import annotations
@@ -29,12 +19,13 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from clients.errors import BudgetExceeded, CallError
 from clients.results import Recommendations
 from clients.transport import GrpcTransport, Transport
 from clients.wire import Answer, Call, Id, call_from_options, recommendations_from_answer
+from ensemble.options import RequestOptions
 
 RETRY_SHARE = 0.1  # retries per call, in the long run
 _RETRY_BURST = 10.0
@@ -114,23 +105,11 @@ class Client(ClientCore):
         self,
         user_id: Id,
         *,
-        top_k: int | None = None,
-        session_items: Sequence[Id] | None = None,
-        exclude_items: Sequence[Id] | None = None,
-        exclude_seen: bool | None = None,
-        allow: Mapping[str, Sequence[str]] | None = None,
-        deny: Mapping[str, Sequence[str]] | None = None,
-        ranges: Mapping[str, Sequence[float | None]] | None = None,
-        weights: Mapping[str, float] | None = None,
-        caps: Mapping[str, int] | None = None,
-        diversity: float | None = None,
         budget_ms: float | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable,
         ServerFault."""
-        options = {
-            name: value for name, value in locals().items() if name not in ("self", "user_id", "budget_ms")
-        }
         return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
 
     def recommend_many(

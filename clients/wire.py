@@ -18,24 +18,11 @@ import numpy as np
 from clients.errors import InvalidArgument
 from clients.results import Item, Recommendations
 from ensemble.contract import MAX_ID_BYTES, Degraded
+from ensemble.options import NOTHING_ASKED, OPTION_NAMES, Id
 
-Id: TypeAlias = str | int
 Parameter: TypeAlias = bool | int | float | str
 Answer: TypeAlias = Mapping[str, Any]  # tensor name -> ndarray; BYTES tensors as a flat list of bytes
 
-# What an option is for a user who was given None while others were given a value: what it is when nobody
-# gives it.
-NEUTRAL: dict[str, Any] = {
-    "session_items": [],
-    "exclude_items": [],
-    "exclude_seen": True,
-    "allow": {},
-    "deny": {},
-    "ranges": {},
-    "weights": {},
-    "caps": {},
-    "diversity": 0.0,
-}
 _MANY = 64  # elements from which numpy is faster than a loop
 _ID_LISTS = ("session_items", "exclude_items")
 
@@ -54,6 +41,9 @@ def call_from_options(
 ) -> Call:
     """Checks what can only be checked here (types) and encodes; the server checks the rest, in one place for
     every client."""
+    unknown = next((name for name in options if name not in OPTION_NAMES), None)
+    if unknown is not None:
+        raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
     if not user_ids:
         raise InvalidArgument("user_id: at least one user is needed, got none")
     if budget_ms is not None and not budget_ms > 0:
@@ -86,9 +76,10 @@ def _parameter(name: str, value: Any, num_users: int) -> Parameter:
             raise InvalidArgument(
                 f"{name}: one value per user is needed: {num_users} users, got {len(value)} values"
             )
-        if name not in NEUTRAL and any(one is None for one in value):
+        if name not in NOTHING_ASKED and any(one is None for one in value):
             raise InvalidArgument(f"{name}: None is no value; give one to every user, or leave {name} out")
-        return _json(name, [_plain(name, NEUTRAL[name] if one is None else one) for one in value])
+        neutral = NOTHING_ASKED.get(name)  # None is for users who ask for nothing while others do
+        return _json(name, [_plain(name, neutral if one is None else one) for one in value])
     plain = _plain(name, value)
     if isinstance(plain, float) and not math.isfinite(plain):
         raise InvalidArgument(f"{name}: numbers must be finite, got {plain!r}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -22,6 +22,41 @@ from ensemble.errors import InvalidArgument
 from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
+Id: TypeAlias = str | int  # an integer is taken as its decimal text
+
+
+class RequestOptions(TypedDict, total=False):
+    """Names what a request may ask beside its user, with types and meaning: for every client, and for the server.
+
+    An option that is left out or None is as if nobody had asked for it.
+    """
+
+    top_k: int | None  # items wanted; default 10
+    session_items: Sequence[Id] | None  # looked at just now, newest last; read after the stored history
+    exclude_items: Sequence[Id] | None  # never to be returned
+    exclude_seen: bool | None  # leave out what the user has had; default True
+    allow: Mapping[str, Sequence[str]] | None  # {category feature: [values]}: only these
+    deny: Mapping[str, Sequence[str]] | None  # {category feature: [values]}: none of these
+    # {number feature: [least, greatest]}, both included, None = open: {"price": [5, 20], "stock": [1, None]}
+    ranges: Mapping[str, Sequence[float | None]] | None
+    weights: Mapping[str, float] | None  # {task: its weight in the score}
+    caps: Mapping[str, int] | None  # {category feature: how many items of one value a list may hold}
+    diversity: float | None  # 0..1: how much unlikeness counts against score; default 0
+
+
+OPTION_NAMES = tuple(RequestOptions.__annotations__)
+# What each option asks for when nobody asks; without top_k, whose default is the server's.
+NOTHING_ASKED: RequestOptions = {
+    "session_items": [],
+    "exclude_items": [],
+    "exclude_seen": True,
+    "allow": {},
+    "deny": {},
+    "ranges": {},
+    "weights": {},
+    "caps": {},
+    "diversity": 0.0,
+}
 # Triton's own, which may travel along with ours.
 _FOREIGN = (
     "sequence_id",
@@ -124,9 +159,9 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
     if not isinstance(found, dict):
         raise InvalidArgument(f"parameters: must be a JSON object, got {_short(found)}")
     raw = {name: value for name, value in found.items() if name not in _FOREIGN}
-    unknown = sorted(set(raw) - set(_READERS))
+    unknown = sorted(set(raw) - set(OPTION_NAMES))
     if unknown:
-        raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(_READERS)}")
+        raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
     columns = {name: _column(name, value, num_users, schema) for name, value in raw.items()}
     return Options(
         tuple(UserOptions(**{name: column[i] for name, column in columns.items()}) for i in range(num_users))
@@ -296,7 +331,6 @@ _READERS: dict[
     "caps": (_caps, False),
     "diversity": (_share, False),
 }
-PARAMETERS: Sequence[str] = tuple(_READERS)
 
 
 def stack(options: Sequence[Options]) -> Options:

@@ -195,11 +195,11 @@ def app_of(command: object) -> typer.Typer:
 
 def test_every_request_parameter_and_degraded_bit_is_explained() -> None:
     from ensemble.contract import ANSWER, Degraded
-    from ensemble.options import PARAMETERS
+    from ensemble.options import OPTION_NAMES
 
     rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert {*PARAMETERS, *ANSWER} <= named
+    assert {*OPTION_NAMES, *ANSWER} <= named
     assert {(str(bit.value), bit.name.lower()) for bit in Degraded} == set(
         re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
     )

@@ -12,6 +12,7 @@ from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
     from clients.results import Recommendations
+    from ensemble.options import RequestOptions
     from ensemble.release.release import Release
 
 DEFAULT_REPOSITORY = Path("model_repository")
@@ -61,7 +62,7 @@ def recommend(
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
     from clients.client import Client
 
-    options = {
+    options: RequestOptions = {
         "top_k": top_k,
         "session_items": _split(session),
         "exclude_items": _split(exclude),

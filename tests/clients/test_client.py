@@ -103,6 +103,12 @@ def test_recommend_many_takes_one_value_per_user() -> None:
         ("u", {"diversity": float("nan")}, "diversity: numbers must be finite, got nan"),
         ("u", {"allow": object}, "allow: cannot be written as JSON: <class 'object'>"),
         ("u", {"top_k": 2**63}, "top_k: 9223372036854775808 does not fit into 64 bits"),
+        (
+            "u",
+            {"topk": 5},
+            "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
+            "ranges, weights, caps, diversity",
+        ),
         ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
     ],
 )

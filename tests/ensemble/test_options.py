@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble.errors import InvalidArgument
-from ensemble.options import Filter, Options, UserOptions, default_options, parse_options, stack
+from ensemble.options import (
+    _READERS,
+    NOTHING_ASKED,
+    OPTION_NAMES,
+    Filter,
+    Options,
+    UserOptions,
+    default_options,
+    parse_options,
+    stack,
+)
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
 ITEMS = Table(
@@ -309,3 +320,8 @@ def test_a_range_may_be_open():
         0
     ]
     assert asked.ranges == (("price", -math.inf, 20.0), ("stock", 1.0, math.inf))
+
+
+def test_the_options_have_the_same_names_for_clients_and_server():
+    assert OPTION_NAMES == tuple(_READERS) == tuple(field.name for field in dataclasses.fields(UserOptions))
+    assert parse(**{name: json.dumps(value) for name, value in NOTHING_ASKED.items()}) == default_options(1)

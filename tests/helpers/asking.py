@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Tensors
+from ensemble.options import DEFAULT_TOP_K, NOTHING_ASKED
 
 Request = tuple[list[bytes], dict[str, Any]]  # users, and the request's parameters as Triton takes them
 OUTPUTS = ("item_ids", "scores", "probabilities", "degraded", "release")
@@ -30,17 +31,7 @@ def parameters_of(per_user: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return parameters
 
 
-NEUTRAL: dict[str, Any] = {
-    "top_k": 10,
-    "session_items": [],
-    "exclude_items": [],
-    "exclude_seen": True,
-    "allow": {},
-    "deny": {},
-    "weights": {},
-    "caps": {},
-    "diversity": 0.0,
-}
+NEUTRAL: dict[str, Any] = {"top_k": DEFAULT_TOP_K, **NOTHING_ASKED}
 
 
 class TritonAsker:
