@@ -42,16 +42,22 @@ from builders.encoders.encoders import (
 )
 from builders.encoders.sequences import Sequences
 from builders.encoders.stage import train_encoders
-from builders.index.choice import IndexPlan, IndexTarget, build_plan, exact_positions, try_settings, tune
+from builders.index.choice import IndexKind, IndexTarget, exact_positions, index_of_kind, try_settings, tune
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.index.vectors import packed_vectors
 
 PUBLISHED = {  # Recall@20, NDCG@20: the BARS leaderboard, then two that were measured on these files
-    "ItemCF": (0.1570, 0.1214), "MF-BPR": (0.1627, 0.1378), "YoutubeDNN (two-tower)": (0.1754, 0.1473), "EASE": (0.1765, 0.1467),
-    "LightGCN": (0.1820, 0.1547), "UltraGCN": (0.1862, 0.1580), "SimpleX": (0.1872, 0.1557),
-    "closed form, measured": (0.1850, 0.1518), "popularity, measured": (0.0416, 0.0317),
-}  # fmt: skip
+    "ItemCF": (0.1570, 0.1214),
+    "MF-BPR": (0.1627, 0.1378),
+    "YoutubeDNN (two-tower)": (0.1754, 0.1473),
+    "EASE": (0.1765, 0.1467),
+    "LightGCN": (0.1820, 0.1547),
+    "UltraGCN": (0.1862, 0.1580),
+    "SimpleX": (0.1872, 0.1557),
+    "closed form, measured": (0.1850, 0.1518),
+    "popularity, measured": (0.0416, 0.0317),
+}
 
 
 def read_lists(path: Path) -> dict[int, Array]:
@@ -171,18 +177,18 @@ def popularity(lists: Sequences, num_items: int) -> tuple[Array, Array]:
     ).astype(np.float32)[:, None]
 
 
-def plans(num_items: int, dim: int) -> list[IndexPlan]:
-    """The kinds that choose_plan knows, with as many lists as it would take; exact search first."""
+def kinds(num_items: int, dim: int) -> list[IndexKind]:
+    """The kinds that choose_kind knows, with as many lists as it would take; exact search first."""
     # `number`: bytes of an item's in its list
     lists, number = (
         1 << max(4, int(np.log2(2 * np.sqrt(num_items)))),
         8,
     )
     return [
-        IndexPlan("Flat", 4 * dim),
-        IndexPlan(f"IVF{lists},Flat", 4 * dim + number, lists),
-        IndexPlan(f"IVF{lists},RaBitQ", dim // 8 + 8 + number, lists, True),
-        IndexPlan(f"IVF{lists},PQ{dim // 2}x4fsr", dim // 4 + number, lists, True),
+        IndexKind("Flat", 4 * dim),
+        IndexKind(f"IVF{lists},Flat", 4 * dim + number, lists),
+        IndexKind(f"IVF{lists},RaBitQ", dim // 8 + 8 + number, lists, True),
+        IndexKind(f"IVF{lists},PQ{dim // 2}x4fsr", dim // 4 + number, lists, True),
     ]
 
 
@@ -195,9 +201,9 @@ def index_rows(items: Array, queries: Array, target: IndexTarget) -> list[dict[s
         return items[start + 1 : stop + 1]
 
     truth = exact_positions(queries, target.k, num_items, chunks)
-    for plan in plans(num_items, items.shape[1]):
-        index = build_plan(plan, num_items, items.shape[1], chunks)
-        asked = index, plan, lambda wanted: packed[wanted].astype(np.float32)
+    for kind in kinds(num_items, items.shape[1]):
+        index = index_of_kind(kind, num_items, items.shape[1], chunks)
+        asked = index, kind, lambda wanted: packed[wanted].astype(np.float32)
         tuned = tune(*asked, queries[:half], truth[:half], target)
         found = try_settings(*asked, queries[half:], truth[half:], tuned.query)
         rows.append(

@@ -33,7 +33,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from builders.index.choice import IndexTarget, build_plan, choose_plan, exact_positions, pack_vectors, tune
+from builders.index.choice import IndexTarget, choose_kind, exact_positions, index_of_kind, pack_vectors, tune
 from ensemble.arrays import Array
 from ensemble.contract import USER_ENCODER_INPUTS
 from ensemble.index.found import recall_share
@@ -130,20 +130,20 @@ def build(
     """index.faiss, vectors.npy and queries.npz in `folder`; what it took and what was tried."""
     folder.mkdir(parents=True, exist_ok=True)
     started, dim, chunks = time.perf_counter(), like.centres.shape[1], Generated(like)
-    plan = choose_plan(num_items, dim, budget_bytes)
-    pack_vectors(folder / VECTORS, plan, num_items, dim, chunks)
+    kind = choose_kind(num_items, dim, budget_bytes)
+    pack_vectors(folder / VECTORS, kind, num_items, dim, chunks)
     generated_s = time.perf_counter() - started
     vectors = open_vectors(folder / VECTORS, num_items + 1, dim)
     started = time.perf_counter()
-    index = build_plan(plan, num_items, dim, lambda start, stop: vectors(np.arange(start + 1, stop + 1)))
+    index = index_of_kind(kind, num_items, dim, lambda start, stop: vectors(np.arange(start + 1, stop + 1)))
     built_s = time.perf_counter() - started
     faiss.write_index(index, str(folder / "index.faiss"))
     truth = exact_positions(queries, target.k, num_items, chunks)
-    tuned = tune(index, plan, vectors, queries[:_QUERIES], truth[:_QUERIES], target)
+    tuned = tune(index, kind, vectors, queries[:_QUERIES], truth[:_QUERIES], target)
     np.savez(folder / "queries.npz", queries=queries, truth=truth)
     facts = {
         "items": num_items,
-        "index": plan.factory,
+        "index": kind.factory,
         "nprobe": tuned.query.nprobe,
         "refine_factor": tuned.query.refine_factor,
     }
@@ -152,7 +152,7 @@ def build(
         "build_s": round(built_s, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    return {**facts, "refined": plan.refined, "tried": tuned.tried}
+    return {**facts, "refined": kind.refined, "tried": tuned.tried}
 
 
 def measure(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -137,14 +137,14 @@ class _Work:
         queries = Verifier(dataset, folder).encode_users(
             targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES]
         )[:, 0]
-        tuned, plan = build_index(
+        tuned, kind = build_index(
             np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed
         )
         settings = settings_from_json((folder / "recall.json").read_text())
         for name in ("index.faiss", "recall.json", VECTORS):
             (folder / name).unlink(missing_ok=True)  # a link to the index stage's own: never written into
         faiss.write_index(tuned.index, str(folder / "index.faiss"))
-        write_vectors(embeddings, plan, folder)
+        write_vectors(embeddings, kind, folder)
         (folder / "recall.json").write_text(
             dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json()
         )

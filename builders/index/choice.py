@@ -1,6 +1,6 @@
 """Which Faiss index, and how it is asked: chosen by catalogue size and memory, tuned against exact search.
 
-How an index is built (IndexPlan) and how it is asked (ensemble.index.main_index.QuerySettings) are apart: one
+What kind it is (IndexKind) and how it is asked (ensemble.index.main_index.QuerySettings) are apart: one
 build is tried with many settings, and the table of what was tried goes into the report.
 """
 
@@ -33,8 +33,8 @@ _ADDED = 1 << 18  # items encoded at once: 128 MB
 
 
 @dataclass(frozen=True)
-class IndexPlan:
-    """How an index is built."""
+class IndexKind:
+    """Says how an index is built: Faiss's factory string, and what an item takes in it."""
 
     factory: str  # Faiss's name for it
     bytes_per_item: int  # of the index itself, without the mapped vectors
@@ -61,9 +61,9 @@ class TunedIndex:
     tried: list[dict[str, Any]]
 
 
-def choose_plan(
+def choose_kind(
     num_items: int, dim: int, budget_bytes: int | None = None, *, precision: Precision = "fp16", seed: int = 0
-) -> IndexPlan:
+) -> IndexKind:
     """The most exact index that fits `budget_bytes` (None: flat vectors up to a gigabyte at 128 components,
     then a twentieth)."""
     lists = 1 << max(4, int(np.log2(2 * np.sqrt(max(1, num_items)))))
@@ -74,23 +74,24 @@ def choose_plan(
         if num_items <= COMPRESSED_FROM
         else 4 * dim * num_items // 20
     )
-    flat = IndexPlan("Flat", 4 * dim, seed=seed)
+    flat = IndexKind("Flat", 4 * dim, seed=seed)
     pieces = [m for m in (dim, dim // 2, dim // 4, dim // 8) if m >= 1 and dim % m == 0]
-    plans = [
+    kinds = [
         flat
         if num_items < FLAT_BELOW
-        else IndexPlan(f"IVF{lists},Flat", 4 * dim + _ID_BYTES, lists, seed=seed),
-        IndexPlan(f"IVF{lists},RaBitQ", dim // 8 + 8 + _ID_BYTES, lists, True, precision, seed),
+        else IndexKind(f"IVF{lists},Flat", 4 * dim + _ID_BYTES, lists, seed=seed),
+        IndexKind(f"IVF{lists},RaBitQ", dim // 8 + 8 + _ID_BYTES, lists, True, precision, seed),
         *(
-            IndexPlan(f"IVF{lists},PQ{m}x4fsr", m // 2 + _ID_BYTES, lists, True, precision, seed)
+            IndexKind(f"IVF{lists},PQ{m}x4fsr", m // 2 + _ID_BYTES, lists, True, precision, seed)
             for m in pieces[1:]
         ),
     ]
     fitting = sorted(
-        (p for p in plans if _total_bytes(p, num_items, dim) <= budget), key=lambda p: -p.bytes_per_item
+        (kind for kind in kinds if _total_bytes(kind, num_items, dim) <= budget),
+        key=lambda kind: -kind.bytes_per_item,
     )
     if not fitting:
-        least = min(_total_bytes(p, num_items, dim) for p in plans)
+        least = min(_total_bytes(kind, num_items, dim) for kind in kinds)
         raise InvalidInput(
             f"index memory {budget} bytes: {num_items} items of {dim} components need at least {least}; "
             "give more, or fewer components"
@@ -98,30 +99,30 @@ def choose_plan(
     return fitting[0]
 
 
-def _total_bytes(plan: IndexPlan, num_items: int, dim: int) -> int:
+def _total_bytes(kind: IndexKind, num_items: int, dim: int) -> int:
     """Items, centroids, and half a block of 32 codes that each list of a fast-scan index leaves empty."""
     return (
-        plan.bytes_per_item * num_items
-        + 4 * dim * plan.num_lists
-        + (16 * plan.bytes_per_item * plan.num_lists if "fs" in plan.factory else 0)
+        kind.bytes_per_item * num_items
+        + 4 * dim * kind.num_lists
+        + (16 * kind.bytes_per_item * kind.num_lists if "fs" in kind.factory else 0)
     )
 
 
-def build_plan(plan: IndexPlan, num_items: int, dim: int, chunks: Chunks) -> faiss.Index:
+def index_of_kind(kind: IndexKind, num_items: int, dim: int, chunks: Chunks) -> faiss.Index:
     """Trains on a sample, then adds every item, piece by piece: the vectors are never all in memory."""
-    index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(dim, kind.factory, faiss.METRIC_INNER_PRODUCT)
     if isinstance(index, faiss.IndexIVF):
         index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = (
             10,
-            plan.seed + 1,
+            kind.seed + 1,
             2 * _POINTS_A_LIST,
         )
         index.train(
             sample(
                 chunks,
                 num_items,
-                2 * _POINTS_A_LIST * plan.num_lists if not plan.refined else _POINTS_A_LIST * plan.num_lists,
-                plan.seed,
+                2 * _POINTS_A_LIST * kind.num_lists if not kind.refined else _POINTS_A_LIST * kind.num_lists,
+                kind.seed,
             )
         )
     for start in range(0, num_items, _ADDED):
@@ -129,13 +130,13 @@ def build_plan(plan: IndexPlan, num_items: int, dim: int, chunks: Chunks) -> fai
     return index
 
 
-def pack_vectors(path: Path, plan: IndexPlan, num_items: int, dim: int, chunks: Chunks) -> None:
-    """Every item's vector in the plan's precision, piece by piece; row 0 stays empty."""
-    dtype = vector_dtype(plan.precision, dim)
+def pack_vectors(path: Path, kind: IndexKind, num_items: int, dim: int, chunks: Chunks) -> None:
+    """Every item's vector in the precision of its kind, piece by piece; row 0 stays empty."""
+    dtype = vector_dtype(kind.precision, dim)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype.base, shape=(num_items + 1, *dtype.shape))
     for start in range(0, num_items, _ADDED):
         stop = min(start + _ADDED, num_items)
-        out[start + 1 : stop + 1] = packed_vectors(chunks(start, stop), plan.precision)
+        out[start + 1 : stop + 1] = packed_vectors(chunks(start, stop), kind.precision)
     out.flush()
 
 
@@ -172,15 +173,15 @@ def exact_positions(queries: Array, k: int, num_items: int, chunks: Chunks) -> A
 
 
 def tune(
-    index: faiss.Index, plan: IndexPlan, vectors: Vectors, queries: Array, truth: Array, target: IndexTarget
+    index: faiss.Index, kind: IndexKind, vectors: Vectors, queries: Array, truth: Array, target: IndexTarget
 ) -> TunedIndex:
     """The fastest settings that reach the target, or the most exact ones; one thread, one query at a time."""
     name, tried = f"recall_at_{target.k}", list[dict[str, Any]]()
     best: tuple[float, QuerySettings] | None = None
-    for factor in _FACTORS if plan.refined else (0,):
-        for nprobe in (1 << p for p in range(int(np.log2(plan.num_lists)) + 1)):
+    for factor in _FACTORS if kind.refined else (0,):
+        for nprobe in (1 << p for p in range(int(np.log2(kind.num_lists)) + 1)):
             settings = QuerySettings(nprobe, factor)
-            row = try_settings(index, plan, vectors, queries, truth, settings)
+            row = try_settings(index, kind, vectors, queries, truth, settings)
             stalled = (
                 bool(tried) and tried[-1]["refine_factor"] == factor and row[name] < tried[-1][name] + 0.002
             )
@@ -204,7 +205,7 @@ def tune(
 
 def try_settings(
     index: faiss.Index,
-    plan: IndexPlan,
+    kind: IndexKind,
     vectors: Vectors,
     queries: Array,
     truth: Array,
@@ -218,13 +219,13 @@ def try_settings(
         found.append(main.search(query[None], k)[0][0])
         took.append(time.perf_counter() - started)
     return {
-        "index": plan.factory,
+        "index": kind.factory,
         "nprobe": settings.nprobe,
         "refine_factor": settings.refine_factor,
         f"recall_at_{k}": round(recall_share(np.stack(found), truth), 4),
         "ms_per_query": round(1000 * float(np.median(took)), 3),
-        "bytes_per_item": plan.bytes_per_item,
-        "mapped_bytes_per_item": vector_dtype(plan.precision, queries.shape[1]).itemsize
-        if plan.refined
+        "bytes_per_item": kind.bytes_per_item,
+        "mapped_bytes_per_item": vector_dtype(kind.precision, queries.shape[1]).itemsize
+        if kind.refined
         else 0,
     }

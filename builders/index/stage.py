@@ -18,12 +18,12 @@ from builders import metrics
 from builders.data.dataset import Dataset
 from builders.index.choice import (
     FLAT_BELOW,
-    IndexPlan,
+    IndexKind,
     IndexTarget,
     TunedIndex,
-    build_plan,
-    choose_plan,
+    choose_kind,
     exact_positions,
+    index_of_kind,
     pack_vectors,
     tune,
 )
@@ -52,35 +52,35 @@ def build_index(
     *,
     budget_bytes: int | None = None,
     target: IndexTarget | None = None,
-) -> tuple[TunedIndex, IndexPlan]:
+) -> tuple[TunedIndex, IndexKind]:
     """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried;
     and how it was built."""
     num_items, dim = embeddings.shape
-    target, plan = target or IndexTarget(), choose_plan(num_items, dim, budget_bytes, seed=seed)
+    target, kind = target or IndexTarget(), choose_kind(num_items, dim, budget_bytes, seed=seed)
 
     def chunks(start: int, stop: int) -> Array:
         return np.ascontiguousarray(embeddings[start:stop], np.float32)
 
-    index = build_plan(plan, num_items, dim, chunks)
+    index = index_of_kind(kind, num_items, dim, chunks)
     truth = exact_positions(queries, min(target.k, num_items), num_items, chunks)
     return tune(
         index,
-        plan,
+        kind,
         lambda rows: embeddings[rows - 1],
         queries,
         truth,
         dataclasses.replace(target, k=truth.shape[1]),
-    ), plan
+    ), kind
 
 
-def write_vectors(embeddings: Array, plan: IndexPlan, folder: Path) -> None:
-    """vectors.npy: item embeddings [I + 1, D] as the plan's index is refined with; nothing for an index that
+def write_vectors(embeddings: Array, kind: IndexKind, folder: Path) -> None:
+    """vectors.npy: item embeddings [I + 1, D] as the kind's index is refined with; nothing for an index that
     needs none."""
-    if plan.refined:
+    if kind.refined:
         num_items, dim = len(embeddings) - 1, embeddings.shape[1]
         pack_vectors(
             folder / VECTORS,
-            plan,
+            kind,
             num_items,
             dim,
             lambda start, stop: np.asarray(embeddings[start + 1 : stop + 1]),
@@ -113,9 +113,9 @@ def write_recall(
     queries = (
         np.ascontiguousarray(user_embeddings[:512, 0]) if len(user_embeddings) else item_embeddings[1:513]
     )
-    tuned, plan = build_index(item_embeddings[1:], queries, seed, budget_bytes=budget_bytes)
+    tuned, kind = build_index(item_embeddings[1:], queries, seed, budget_bytes=budget_bytes)
     faiss.write_index(tuned.index, str(folder / "index.faiss"))
-    write_vectors(item_embeddings, plan, folder)
+    write_vectors(item_embeddings, kind, folder)
     best_scores = MainIndex(tuned.index, lambda rows: item_embeddings[rows], tuned.query).search(queries, 1)[
         1
     ][:, 0]

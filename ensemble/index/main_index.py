@@ -30,7 +30,7 @@ _MOST_PROBES_MORE = 8
 
 @dataclass(frozen=True)
 class QuerySettings:
-    """How an index is asked; how it was built is builders.index.choice.IndexPlan's."""
+    """How an index is asked; how it was built is builders.index.choice.IndexKind's."""
 
     nprobe: int = 1  # IVF lists visited; Flat ignores it
     refine_factor: int = 0  # items scored again for each one wanted; 0: the index's own scores are exact

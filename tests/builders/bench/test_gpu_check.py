@@ -84,8 +84,8 @@ model = release.model("user_encoder")
 case = Case(release, model, real_feeds(release, [model], users=8)["user_encoder"])
 found = dict(variants(case))
 rows = list(_typed_rows(case, "fp32", found["fp32"], tensorrt_toolchain(), ""))
-names = ("fp16", "int8", "fp8")
-rows += [row for name in names for row in _typed_rows(case, name, found[name], None, "no GPU")]
+for name in ("fp16", "int8", "fp8"):
+    rows += _typed_rows(case, name, found[name], None, "no GPU")
 print(json.dumps([dataclasses.asdict(row) | {"wrong": row.is_wrong} for row in rows]))
 """
     done = pretend.run(

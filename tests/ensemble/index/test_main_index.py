@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from builders.index.choice import IndexTarget, build_plan, choose_plan, exact_positions, tune
+from builders.index.choice import IndexTarget, choose_kind, exact_positions, index_of_kind, tune
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.index.found import merge_found, recall_share
 from ensemble.index.gpu_index import GpuIndex
@@ -98,7 +98,7 @@ def test_merged_lists_are_in_order_whatever_their_parts_were():
 
 
 @pytest.mark.parametrize(
-    ("items", "budget", "kind"),
+    ("items", "budget", "factory"),
     [
         (50_000, None, "Flat"),
         (500_000, None, "IVF1024,Flat"),
@@ -106,26 +106,26 @@ def test_merged_lists_are_in_order_whatever_their_parts_were():
         (10_000_000, 500_000_000, "IVF4096,PQ64x4fsr"),
     ],
 )
-def test_the_plan_fits_size_and_budget(items, budget, kind):
-    plan = choose_plan(items, 128, budget)
-    assert plan.factory == kind
-    assert budget is None or plan.bytes_per_item * items <= budget
+def test_the_kind_fits_size_and_budget(items, budget, factory):
+    kind = choose_kind(items, 128, budget)
+    assert kind.factory == factory
+    assert budget is None or kind.bytes_per_item * items <= budget
 
 
 def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(
         InvalidInput, match=r"^index memory 1000 bytes: 10000000 items of 128 components need at least \d+"
     ):
-        choose_plan(10_000_000, 128, 1000)
+        choose_kind(10_000_000, 128, 1000)
 
 
 def test_tuning_reaches_its_target_and_says_what_it_tried(rng):
     embeddings, queries = clustered(rng, 20_000), clustered(rng, 60)
-    plan = choose_plan(20_000, DIM, 20_000 * 20)
-    assert plan.refined
-    index = build_plan(plan, 20_000, DIM, lambda start, stop: embeddings[start:stop])
+    kind = choose_kind(20_000, DIM, 20_000 * 20)
+    assert kind.refined
+    index = index_of_kind(kind, 20_000, DIM, lambda start, stop: embeddings[start:stop])
     truth = exact_positions(queries, 100, 20_000, lambda start, stop: embeddings[start:stop])
-    tuned = tune(index, plan, lambda rows: embeddings[rows - 1], queries, truth, IndexTarget(0.95, 100))
+    tuned = tune(index, kind, lambda rows: embeddings[rows - 1], queries, truth, IndexTarget(0.95, 100))
     again = MainIndex(index, lambda rows: embeddings[rows - 1], tuned.query).search(queries, 100)[0]
     assert recall_share(again, truth) >= 0.95
     assert {
