@@ -3,7 +3,7 @@
     data -> encoders -> index -> ranker -> export -> compress -> verify -> repository
 
 The ranker learns from what recall offers, so the index comes before it; engines are exported when all
-training is done, and compressed, where a plan says so, on the very release that was exported.
+training is done, and compressed, where a recipe says so, on the very release that was exported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from builders.compress.plan import NO_PLAN, CompressionPlan, facts
+from builders.compress.recipe import NO_RECIPE, Recipe, facts
 from builders.compress.source import Source
 from builders.compress.stage import compress
 from builders.data.dataset import Dataset, open_dataset, save_dataset
@@ -71,8 +71,8 @@ class BuildOptions:
     seed: int = 0
     user_encoder: str | None = None  # the user's own, "module:Class"
     ranker: str | None = None
-    plan: CompressionPlan = NO_PLAN
-    plan_name: str = "none"
+    recipe: Recipe = NO_RECIPE
+    recipe_name: str = "none"
     # memory of the main index; None: index_choice's default for the catalogue's size
     index_bytes: int | None = None
 
@@ -85,11 +85,11 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     stages = stages_of(options.repository, options.shop, console)
     data, encoders, index, ranker, export = _run_to_export(options, stages)
     final = export
-    if not options.plan.is_empty:
+    if not options.recipe.is_empty:
         final = stages.run(
             "compress",
             lambda *to: make_smaller(options, data, encoders, ranker, export, *to),
-            facts(options.plan),
+            facts(options.recipe),
             (export,),
         )
     verify = stages.run("verify", lambda *to: make_report(data, index, ranker, final, *to), None, (final,))
@@ -263,7 +263,11 @@ def make_smaller(
     """The staged release -> the same with compressed engines, held against it by the gate; compress.json says
     how."""
     compress(
-        _source(options, data, encoders, ranker, export), options.plan, options.plan_name, folder, progress
+        _source(options, data, encoders, ranker, export),
+        options.recipe,
+        options.recipe_name,
+        folder,
+        progress,
     )
 
 

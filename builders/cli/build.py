@@ -24,8 +24,8 @@ Preset = Annotated[
 Compress = Annotated[
     str,
     typer.Option(
-        metavar="PLAN",
-        help="Compress the engines: `balanced`, `small`, `fast`, or a plan's TOML file; a ranking metric is "
+        metavar="RECIPE",
+        help="Compress the engines: `balanced`, `small`, `fast`, or a recipe's TOML file; a ranking metric is "
         "the gate.",
     ),
 ]
@@ -68,7 +68,7 @@ def build(
     from rich.console import Console
 
     from builders.build import BuildOptions, build
-    from builders.compress.plan import read_plan
+    from builders.compress.recipe import read_recipe
     from builders.presets import preset as preset_named
 
     console = Console(stderr=True)
@@ -81,8 +81,8 @@ def build(
         release,
         seed,
         **own,
-        plan=read_plan(compress),
-        plan_name=compress,
+        recipe=read_recipe(compress),
+        recipe_name=compress,
         index_bytes=index_bytes,
     )
     name, stages = build(options, console)

@@ -36,7 +36,7 @@ The first two take the finished stages of `peregrine build` (same SHOP, --preset
 run first, which may take as long as the build itself. Nothing is published.
 
 \b
-What you find goes into a plan: peregrine build SHOP --compress plan.toml (its keys: builders/compress/plan.py).
+What you find goes into a recipe: peregrine build SHOP --compress recipe.toml (its keys: builders/compress/recipe.py).
 """,
 )
 Shop = Annotated[Path, typer.Argument(metavar="SHOP", help="Folder of the shop: shop.toml and its tables.")]
@@ -277,19 +277,19 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _student_sizes(text: str, model: str) -> dict[str, Any]:
-    """As in a plan's file."""
+    """Reads sizes as a recipe's file has them."""
     from pydantic import ValidationError
 
-    from builders.compress.plan import CompressionPlan, first_error
+    from builders.compress.recipe import Recipe, first_error
 
     sizes = _toml(
         "--student", text, "layers=1, feed=128" if model == "user_encoder" else "hidden=96, expert=[64, 32]"
     )
     try:
-        plan = CompressionPlan.model_validate({model: {"distil": {"student": sizes}}})
+        recipe = Recipe.model_validate({model: {"distil": {"student": sizes}}})
     except ValidationError as error:
         raise InvalidInput(f"--student '{text}': {first_error(error)}") from None
-    distil = plan.of(model).distil
+    distil = recipe.of(model).distil
     return dict(distil.student) if distil else {}
 
 

@@ -20,8 +20,8 @@ from builders.compress.graph import parameters
 from builders.compress.judge.evaluate import Evaluation
 from builders.compress.judge.judge import Judge, Judged, compare
 from builders.compress.judge.timing import time_pair, time_share
-from builders.compress.plan import CompressionPlan, Distil, Prune
 from builders.compress.prune.prune import Masks, magnitude, structured, two_four
+from builders.compress.recipe import Distil, Prune, Recipe
 from builders.compress.results import Variant
 from builders.compress.session import OnnxSession
 from builders.encoders.models import UserEncoder
@@ -59,25 +59,23 @@ class Shrunk:
     notes: list[str] = field(default_factory=list)
 
 
-def shrink(
-    source: Source, model: str, plan: CompressionPlan, evaluation: Evaluation, report: Report
-) -> Shrunk:
-    """Distils and prunes `model` as the plan says; what it does not name is left out."""
+def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, report: Report) -> Shrunk:
+    """Distils and prunes `model` as the recipe says; what it does not name is left out."""
     reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
-    judge, part = evaluation.judge(model), plan.of(model)
+    judge, part = evaluation.judge(model), recipe.of(model)
     batches = training_batches(source, model, evaluation)
     ms = _ms(reference, evaluation.feeds(model, min(8, evaluation.most(model))))
     state = Shrunk(source.modules[model], reference, reference, judge, judge(reference), batches, ms, ms)
     if part.distil:
         report(0.0, "distilling")
-        student = student_of(source, model, part.distil.student, plan.seed)
-        module = _distilled(state, student, part.distil, plan.seed, report)
+        student = student_of(source, model, part.distil.student, recipe.seed)
+        module = _distilled(state, student, part.distil, recipe.seed, report)
         state = _next(
             source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation
         )
     if part.prune:
         report(0.3, "pruning")
-        module = _pruned(state, part.prune, plan.seed, report)
+        module = _pruned(state, part.prune, recipe.seed, report)
         state = _next(
             source,
             model,

@@ -4,7 +4,7 @@ may be served.
     item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of
     each runtime
 
-Each model goes through distil, prune and quantize as its plan says, judged in the chain as it stands by then;
+Each model goes through distil, prune and quantize as its recipe says, judged in the chain as it stands by then;
 the gate holds the whole against the uncompressed release, on users that chose nothing.
 """
 
@@ -22,8 +22,8 @@ from builders.compress.graph import parameters
 from builders.compress.judge import gate
 from builders.compress.judge.evaluate import Evaluation
 from builders.compress.judge.measure import Measured
-from builders.compress.plan import CompressionPlan, ModelPlan, facts
 from builders.compress.quantize.precision import Choice, choose_precisions
+from builders.compress.recipe import ModelRecipe, Recipe, facts
 from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
 from builders.compress.session import OnnxSession
 from builders.compress.shrink import Shrunk, shrink
@@ -43,19 +43,19 @@ _QUERIES = 512  # user embeddings that tune the index anew
 
 
 def compress(
-    source: Source, plan: CompressionPlan, plan_name: str, folder: Path, report: Report
+    source: Source, recipe: Recipe, recipe_name: str, folder: Path, report: Report
 ) -> CompressionReport:
     """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table,
     where the gate fails."""
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
-    work = _Work(source, plan, folder, report)
-    work.evaluation(source.folder).check_users(plan.calibration_users or 0)  # before anything is trained
+    work = _Work(source, recipe, folder, report)
+    work.evaluation(source.folder).check_users(recipe.calibration_users or 0)  # before anything is trained
     for place, model in enumerate(ORDER):
-        if plan.of(model) != ModelPlan():
+        if recipe.of(model) != ModelRecipe():
             work.compress(model, (place / 4, (place + 1) / 4))
     report(0.75, "the gate: the whole chain on the test users")
-    found = work.told(plan_name)
+    found = work.told(recipe_name)
     (folder / "compress.json").write_text(json.dumps(found, indent=1))
     for verdict in work.verdicts.values():
         verdict.require(work.nodes)
@@ -67,7 +67,7 @@ class _Work:
     """What has been done so far."""
 
     source: Source
-    plan: CompressionPlan
+    recipe: Recipe
     folder: Path
     report: Report
     variants: list[Variant] = field(default_factory=list)
@@ -82,7 +82,7 @@ class _Work:
             self.report(share[0] + done * (share[1] - share[0]), f"{model}: {text}")
 
         evaluation = self.evaluation(self.folder)
-        shrunk = shrink(self.source, model, self.plan, evaluation, report)
+        shrunk = shrink(self.source, model, self.recipe, evaluation, report)
         self._keep(model, "onnxruntime", shrunk.model)
         self.variants += shrunk.variants
         self.notes += shrunk.notes
@@ -98,13 +98,13 @@ class _Work:
     def _choices(
         self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report
     ) -> dict[str, Choice]:
-        """The chosen engine of each runtime that the plan quantizes for."""
-        quantize = self.plan.of(model).quantize
+        """The chosen engine of each runtime that the recipe quantizes for."""
+        quantize = self.recipe.of(model).quantize
         wanted = (
             {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
         )
         return {
-            runtime: choose_precisions(self.source, model, shrunk, self.plan, runtime, evaluation, report)
+            runtime: choose_precisions(self.source, model, shrunk, self.recipe, runtime, evaluation, report)
             for runtime, precisions in wanted.items()
             if precisions
         }
@@ -114,7 +114,7 @@ class _Work:
             self.source.dataset,
             folder,
             item_id_embeddings=self.source.item_id_embeddings,
-            seed=self.plan.seed,
+            seed=self.recipe.seed,
         )
 
     def _keep(self, model: str, runtime: str, engine: bytes) -> None:
@@ -138,7 +138,7 @@ class _Work:
             targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES]
         )[:, 0]
         tuned, kind = build_index(
-            np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.plan.seed
+            np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.recipe.seed
         )
         settings = settings_from_json((folder / "recall.json").read_text())
         for name in ("index.faiss", "recall.json", VECTORS):
@@ -149,7 +149,7 @@ class _Work:
             dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json()
         )
 
-    def told(self, plan_name: str) -> CompressionReport:
+    def told(self, recipe_name: str) -> CompressionReport:
         """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""
         evaluation = self.evaluation(self.source.folder)
         before = evaluation.measure(self.source.folder)
@@ -162,8 +162,8 @@ class _Work:
                 f"{slower.reference_ms:.2f} ms uncompressed"
             )
         return {
-            "plan": facts(self.plan),
-            "plan_name": plan_name,
+            "plan": facts(self.recipe),
+            "plan_name": recipe_name,
             "engines": [size for model in ORDER for runtime in FILES if (size := self._size(model, runtime))],
             "variants": self.variants,
             "nodes": self.nodes,
@@ -173,7 +173,7 @@ class _Work:
 
     def _verdict(self, before: Measured, after: Measured) -> gate.Verdict:
         return gate.verdict(
-            before, after, self.plan.gate, keeps_weights=self.plan.keeps_weights, seed=self.plan.seed
+            before, after, self.recipe.gate, keeps_weights=self.recipe.keeps_weights, seed=self.recipe.seed
         )
 
     def _size(self, model: str, runtime: str) -> EngineSize | None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from builders.compress.plan import Gate
+from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
 from builders.report import figures as figures
 from builders.verify.markdown import WAYS

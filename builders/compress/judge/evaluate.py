@@ -129,7 +129,7 @@ class Evaluation:
             raise InvalidInput(
                 f"calibration_users = {num_users}: this shop has {most} for it, a quarter of its "
                 f"{self.dataset.num_users} users; "
-                f"set calibration_users = {most} or fewer in the plan"
+                f"set calibration_users = {most} or fewer in the recipe"
             )
 
     def most(self, model: str) -> int:

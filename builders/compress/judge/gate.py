@@ -17,7 +17,7 @@ from builders.compress.judge import bootstrap
 from builders.compress.judge.bootstrap import Spread
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import TOP_K, Measured, TaskOutcome, Timing
-from builders.compress.plan import Gate
+from builders.compress.recipe import Gate
 from builders.compress.results import NodePrecision
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
@@ -145,7 +145,7 @@ def _cure(nodes: Sequence[NodePrecision]) -> str:
         f"{n['changed']:.1%} of the lists)"
         for n in worst
     ]
-    return f'lift the most sensitive nodes by the plan\'s pinned = {{"{worst[0]["node"]}" = "fp32", …}}: {", ".join(lines)}'
+    return f'lift the most sensitive nodes by the recipe\'s pinned = {{"{worst[0]["node"]}" = "fp32", …}}: {", ".join(lines)}'
 
 
 def verdict(

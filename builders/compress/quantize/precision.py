@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from builders.compress.graph import parameters
 from builders.compress.judge.evaluate import Evaluation
 from builders.compress.judge.judge import compare
-from builders.compress.plan import CompressionPlan, Quantize
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.planner import Plan, global_8bit, plan_precisions
 from builders.compress.quantize.planner import Variant as Tried
 from builders.compress.quantize.qat import qat
+from builders.compress.recipe import Quantize, Recipe
 from builders.compress.results import NodePrecision, Variant
 from builders.compress.shrink import Shrunk, exported
 from builders.stages import Report
@@ -40,7 +40,7 @@ def choose_precisions(
     source: Source,
     model: str,
     shrunk: Shrunk,
-    plan: CompressionPlan,
+    plan: Recipe,
     runtime: str,
     evaluation: Evaluation,
     report: Report,
@@ -84,7 +84,7 @@ def _planned(
     model: bytes,
     feeds: Tensors,
     shrunk: Shrunk,
-    plan: CompressionPlan,
+    plan: Recipe,
     wanted: Quantize,
     runtime: str,
     report: Report,
@@ -144,7 +144,7 @@ def _fine_tuned(
     feeds: Tensors,
     evaluation: Evaluation,
     wanted: Quantize,
-    plan: CompressionPlan,
+    plan: Recipe,
     runtime: str,
 ) -> _Tuned:
     """Trains under rounding of all that was tried at int8, plans anew, and keeps it where it lets more nodes

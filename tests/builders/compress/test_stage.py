@@ -10,7 +10,7 @@ from rich.console import Console
 
 from builders.build import BuildOptions, build
 from builders.compare.chain import ChainRow, compare_chain
-from builders.compress.plan import read_plan
+from builders.compress.recipe import read_recipe
 from builders.presets import preset
 from ensemble.errors import InvalidInput
 from ensemble.local import LocalPipeline
@@ -53,10 +53,14 @@ steps = 0
 
 
 def compressed(workshop: Path, text: str) -> str:
-    path = workshop / "plan.toml"
+    path = workshop / "recipe.toml"
     path.write_text(text)
     options = BuildOptions(
-        workshop / "shop", workshop / "repository", preset("tiny"), plan=read_plan(path), plan_name=path.name
+        workshop / "shop",
+        workshop / "repository",
+        preset("tiny"),
+        recipe=read_recipe(path),
+        recipe_name=path.name,
     )
     return build(options, Console(quiet=True))[0]
 

@@ -12,9 +12,9 @@ from builders import metrics
 from builders.compress import graph
 from builders.compress.judge.evaluate import Evaluation
 from builders.compress.judge.gate import verdict
-from builders.compress.plan import Gate
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
+from builders.compress.recipe import Gate
 from builders.compress.session import OnnxSession
 from builders.data.dataset import open_dataset
 from builders.verify.stage import Verifier

@@ -13,7 +13,7 @@ from builders.compress.judge import bootstrap
 from builders.compress.judge.gate import holm, verdict
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import Measured, TaskOutcome, Timing
-from builders.compress.plan import Gate
+from builders.compress.recipe import Gate
 from ensemble.errors import InvalidInput
 
 USERS = 4000

@@ -1,4 +1,4 @@
-"""Plans: presets read, and every mistake is one line that names the file, the key, the value and the cure."""
+"""Recipes: presets read, and every mistake is one line that names the file, the key, the value and the cure."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import re
 
 import pytest
 
-from builders.compress import plan
-from builders.compress.plan import CompressionPlan, Gate, read_plan
+from builders.compress import recipe
+from builders.compress.recipe import Gate, Recipe, read_recipe
 from ensemble.errors import InvalidInput
 
 
 def _written(tmp_path, text):
-    path = tmp_path / "plan.toml"
+    path = tmp_path / "recipe.toml"
     path.write_text(text)
     return path
 
 
 def test_every_preset_reads_and_only_none_does_nothing():
-    plans = {name: read_plan(name) for name in plan.PRESETS}
-    assert [name for name, of in plans.items() if of.is_empty] == ["none"]
-    assert [name for name, of in plans.items() if of.keeps_weights] == ["none", "balanced"]
-    assert plans["small"].gate.ranking == 0.01
-    assert plans["fast"].ranker.prune.share == 0.5
+    recipes = {name: read_recipe(name) for name in recipe.PRESETS}
+    assert [name for name, of in recipes.items() if of.is_empty] == ["none"]
+    assert [name for name, of in recipes.items() if of.keeps_weights] == ["none", "balanced"]
+    assert recipes["small"].gate.ranking == 0.01
+    assert recipes["fast"].ranker.prune.share == 0.5
 
 
-def test_the_example_in_the_docstring_is_a_plan_that_says_what_it_says(tmp_path):
-    example = "\n".join(line[4:] for line in plan.__doc__.splitlines() if line.startswith("    "))
-    found = read_plan(_written(tmp_path, example))
+def test_the_example_in_the_docstring_is_a_recipe_that_says_what_it_says(tmp_path):
+    example = "\n".join(line[4:] for line in recipe.__doc__.splitlines() if line.startswith("    "))
+    found = read_recipe(_written(tmp_path, example))
     assert found.of("ranker").distil.student == {"hidden": 96, "expert": (64, 32)}
     assert (found.ranker.prune.method, found.ranker.prune.share, found.ranker.prune.round_to) == (
         "structured",
@@ -52,17 +52,17 @@ def test_limits_are_the_documented_ones():
     )
 
 
-def test_a_plan_cannot_be_changed_and_its_facts_make_it_again():
-    found = read_plan("small")
+def test_a_recipe_cannot_be_changed_and_its_facts_make_it_again():
+    found = read_recipe("small")
     with pytest.raises(ValueError, match="frozen"):
         found.seed = 3
-    assert CompressionPlan.model_validate(plan.facts(found)) == found
+    assert Recipe.model_validate(recipe.facts(found)) == found
 
 
 def test_a_students_widths_are_those_of_the_rankers_config():
     from builders.ranker.model import RankerConfig
 
-    widths = plan._student_widths("ranker")
+    widths = recipe._student_widths("ranker")
     assert dataclasses.replace(RankerConfig(), **dict.fromkeys(widths, 16))
     assert {"hidden", "experts", "expert"} <= set(widths)
 
@@ -150,23 +150,23 @@ def test_a_students_widths_are_those_of_the_rankers_config():
 )
 def test_a_mistake_is_one_line_with_file_key_value_and_cure(tmp_path, text, message):
     with pytest.raises(InvalidInput, match=re.escape(message)) as error:
-        read_plan(_written(tmp_path, text))
+        read_recipe(_written(tmp_path, text))
     assert "\n" not in str(error.value)
-    assert "plan.toml" in str(error.value)
+    assert "recipe.toml" in str(error.value)
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path):
     with pytest.raises(
         InvalidInput,
-        match="compression plan tiny: no such file, and no preset; presets: none, balanced, small, fast",
+        match="recipe tiny: no such file, and no preset; presets: none, balanced, small, fast",
     ):
-        read_plan("tiny")
+        read_recipe("tiny")
     with pytest.raises(InvalidInput, match="no such file"):
-        read_plan(tmp_path)
+        read_recipe(tmp_path)
 
 
-def test_a_plan_that_is_not_text_is_one_line(tmp_path):
-    path = tmp_path / "plan.toml"
+def test_a_recipe_that_is_not_text_is_one_line(tmp_path):
+    path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidInput, match=r"plan.toml is not UTF-8 \(byte 0\)"):
-        read_plan(path)
+    with pytest.raises(InvalidInput, match=r"recipe.toml is not UTF-8 \(byte 0\)"):
+        read_recipe(path)

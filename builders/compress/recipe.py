@@ -1,32 +1,34 @@
-"""A compression plan: what is done to each engine of a release, as data. This page is that file's reference.
+"""Reads a recipe: what is done to each engine of a release, as data. This page is that file's reference.
 
     seed = 0                              # of fine-tuning, calibration users and the bootstrap
-    calibration_users = 128               # whose feeds set the ranges of quantization; never those that judge. Left out: 128, or all there are
+    calibration_users = 128               # set the ranges of 8 bits, never judge; left out: 128 or all
 
-    [ranker.distil]                       # one table a step; [user_encoder.…] and [item_encoder.…] likewise; steps left out are not taken
-    student = {hidden = 96, expert = [64, 32]}   # widths of the student; those left out stay the teacher's
-    kd = 1.0                              # weights of the losses: the teacher's logits, attention, relations between samples
-    at = 0.5
-    rd = 0.0
-    temperature = 2.0
-    steps = 2000
+    [ranker.distil]                       # one table a step; [user_encoder.…] and [item_encoder.…] likewise
+    student = {hidden = 96, expert = [64, 32]}   # the student's widths; those left out stay the teacher's
+    kd = 1.0                              # weight of the loss of the teacher's logits,
+    at = 0.5                              # of its attention maps,
+    rd = 0.0                              # of the relations between the samples of a batch
+    temperature = 2.0                     # softens the logits
+    steps = 2000                          # of training
 
     [ranker.prune]
-    method = "structured"                 # whole channels: faster; "two_four": for sparse tensor cores; "magnitude": single weights, no faster
-    share = 0.5                           # of the channels (structured) or weights (magnitude) that go; magnitude may say `threshold = 1e-3`
-    round_to = 16                         # channels kept: a multiple of this
+    method = "structured"                 # whole channels; or "two_four", or "magnitude" (single weights)
+    share = 0.5                           # of the channels or weights that go; "two_four": half, always
+    round_to = 16                         # structured: channels kept are a multiple of it
     steps = 500                           # of fine-tuning after it
 
     [ranker.quantize]
-    onnxruntime = ["int8", "fp32"]        # precisions a node may get there; [] leaves that runtime's engine as it is
+    onnxruntime = ["int8", "fp32"]        # precisions a node may get there; [] leaves that engine as it is
     tensorrt = ["int8", "fp16", "fp32"]   # also fp8
-    budget = {loss = 0.0025}              # exactly one of loss (relative NDCG@10 that may be spent), size, latency (shares of the fp32 engine's)
-    pinned = {"node_linear_7" = "fp32"}   # nodes of the ONNX graph that are not the planner's to choose
-    qat = "auto"                          # fake-quantized fine-tuning where the gate would not hold without; or "never"
+    budget = {loss = 0.0025}              # exactly one of loss, size, latency: see Budget
+    pinned = {"node_linear_7" = "fp32"}   # nodes whose precision is not chosen but given
+    qat = "auto"                          # fine-tuning under rounding where it costs too much; or "never"
+    qat_steps = 500                       # of it
 
-    [gate]                                # limits: see Gate
+    [gate]                                # limits of what users may lose: see Gate
 
-Steps of a model are taken in the order distil, prune, quantize.
+Steps that a recipe leaves out are not taken; those of a model are taken in the order distil, prune, quantize.
+`method = "magnitude"` may say `threshold = 1e-3` instead of a share: smaller weights go.
 """
 
 from __future__ import annotations
@@ -48,11 +50,13 @@ Precision = Literal["int8", "fp8", "fp16", "fp32"]
 
 
 class _Entry(BaseModel):
+    """Refuses unknown keys, changes after reading, and numbers that are not finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prune(_Entry):
-    """Weights or channels that are taken out, and the fine-tuning after it."""
+    """Says which weights or channels are taken out, and how long the model is fine-tuned afterwards."""
 
     method: Literal["magnitude", "structured", "two_four"]
     share: float | None = Field(default=None, gt=0, lt=1)
@@ -77,7 +81,7 @@ class Prune(_Entry):
 
 
 class Distil(_Entry):
-    """A smaller student trained from the model: its widths, and the weights of the three losses."""
+    """Says how small a student is trained from the model, and what the three losses weigh."""
 
     student: dict[str, int | tuple[int, ...]] = Field(min_length=1)
     kd: float = Field(default=1.0, ge=0)  # logits
@@ -97,12 +101,13 @@ class Distil(_Entry):
 
 
 class Budget(_Entry):
-    """What the planner may spend or must reach: exactly one of three."""
+    """Says what the choice of precisions may spend or must reach: exactly one of three."""
 
-    # relative NDCG@10 lost; the smallest engine within it is chosen
+    # the share of NDCG@10 that may be lost; the smallest engine within it is chosen
     loss: float | None = Field(default=None, gt=0, le=0.5)
-    size: float | None = Field(default=None, gt=0, le=1)  # bytes, share of the fp32 engine's
-    # at batch 8, share of the fp32 engine's; TensorRT, not timed here, may lose half of gate.ranking
+    size: float | None = Field(default=None, gt=0, le=1)  # bytes, as a share of the fp32 engine's
+    # time of 8 users, as a share of the fp32 engine's; TensorRT, which is not timed here, may lose half of
+    # gate.ranking instead
     latency: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -116,8 +121,10 @@ class Budget(_Entry):
 
 
 class Quantize(_Entry):
-    """Precisions chosen per node, by sensitivity, within a budget. A pin that a runtime does not know is none
-    there."""
+    """Says which precisions the nodes may get, and within what budget.
+
+    A pin to a precision that a runtime does not have is left out there.
+    """
 
     onnxruntime: tuple[Literal["int8", "fp32"], ...] = ("int8", "fp32")
     tensorrt: tuple[Precision, ...] = ("int8", "fp16", "fp32")
@@ -127,8 +134,8 @@ class Quantize(_Entry):
     qat_steps: int = Field(default=500, ge=1)
 
 
-class ModelPlan(_Entry):
-    """What is done to one engine; None = not done."""
+class ModelRecipe(_Entry):
+    """Says what is done to one engine; a step that is None is not taken."""
 
     distil: Distil | None = None
     prune: Prune | None = None
@@ -136,12 +143,12 @@ class ModelPlan(_Entry):
 
     @property
     def keeps_weights(self) -> bool:
-        """True where only precision changes: then the lists must hardly change either (Gate.overlap)."""
+        """Is true where only precision changes: then the lists must hardly change either (Gate.overlap)."""
         return self.distil is None and self.prune is None
 
 
 class Gate(_Entry):
-    """Limits of what users may lose against the uncompressed release."""
+    """Holds the limits of what users may lose against the uncompressed release."""
 
     # relative loss of HR@10, NDCG@10, recall@N; relative rise of a regression's RMSE
     ranking: float = Field(default=0.005, gt=0, le=0.5)
@@ -155,24 +162,23 @@ class Gate(_Entry):
     samples: int = Field(default=1000, ge=200, le=20_000)  # resamples of the bootstrap
 
 
-class CompressionPlan(_Entry):
-    """All of a plan's file."""
+class Recipe(_Entry):
+    """Holds all of a recipe's file: a part for each model, and the gate's limits."""
 
     seed: int = Field(default=0, ge=0)
     calibration_users: int | None = Field(default=None, ge=8)
-    user_encoder: ModelPlan = ModelPlan()
-    item_encoder: ModelPlan = ModelPlan()
-    ranker: ModelPlan = ModelPlan()
+    user_encoder: ModelRecipe = ModelRecipe()
+    item_encoder: ModelRecipe = ModelRecipe()
+    ranker: ModelRecipe = ModelRecipe()
     gate: Gate = Gate()
 
-    def of(self, model: str) -> ModelPlan:
-        """The part of one of MODELS."""
-        return {"user_encoder": self.user_encoder, "item_encoder": self.item_encoder, "ranker": self.ranker}[
-            model
-        ]
+    def of(self, model: str) -> ModelRecipe:
+        """Gives the part of `model`, one of MODELS."""
+        parts = {"user_encoder": self.user_encoder, "item_encoder": self.item_encoder, "ranker": self.ranker}
+        return parts[model]
 
     @model_validator(mode="after")
-    def _students_fit(self) -> CompressionPlan:
+    def _students_fit(self) -> Recipe:
         for model in MODELS:
             distil = self.of(model).distil
             known = _student_widths(model) if distil else ()
@@ -190,17 +196,17 @@ class CompressionPlan(_Entry):
 
     @property
     def is_empty(self) -> bool:
-        """True where nothing is done to any model."""
-        return all(self.of(model) == ModelPlan() for model in MODELS)
+        """Is true where nothing is done to any model."""
+        return all(self.of(model) == ModelRecipe() for model in MODELS)
 
     @property
     def keeps_weights(self) -> bool:
-        """True where only precision changes, in every model."""
+        """Is true where only precision changes, in every model."""
         return all(self.of(model).keeps_weights for model in MODELS)
 
 
 def _student_widths(model: str) -> tuple[str, ...]:
-    """What a student of the model may have smaller."""
+    """Names the widths that a student of the model may have smaller; none where it can have no student."""
     if model == "ranker":
         from builders.ranker.model import RankerConfig
 
@@ -208,25 +214,27 @@ def _student_widths(model: str) -> tuple[str, ...]:
     return ("layers", "heads", "feed") if model == "user_encoder" else ()
 
 
-NO_PLAN = CompressionPlan()
+NO_RECIPE = Recipe()
 
 
-def read_plan(name_or_path: str | Path) -> CompressionPlan:
-    """A preset by name, or a TOML file; InvalidInput names the file, the first wrong key, its value and the
-    cure."""
+def read_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a preset by its name, or a TOML file.
+
+    InvalidInput names the file, the first wrong key, its value and the cure.
+    """
     path = _FOLDER / f"{name_or_path}.toml" if str(name_or_path) in PRESETS else Path(name_or_path)
     try:
-        return read_toml(CompressionPlan, path, f"compression plan {path}", first_error)
+        return read_toml(Recipe, path, f"recipe {path}", first_error)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InvalidInput(
-            f"compression plan {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}"
+            f"recipe {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}"
         ) from None
     except OSError as error:
-        raise InvalidInput(f"compression plan {path} cannot be read: {error.strerror}") from None
+        raise InvalidInput(f"recipe {path} cannot be read: {error.strerror}") from None
 
 
 def first_error(error: ValidationError) -> str:
-    """One line out of pydantic's report: the key, its value, what is wrong, and what would be right."""
+    """Says in one line what pydantic found: the key, its value, what is wrong, and what would be right."""
     first = error.errors(include_url=False)[0]
     loc, kind, value = first["loc"], first["type"], first["input"]
     where, rest = ".".join(map(str, loc)), error.error_count() - 1
@@ -245,8 +253,8 @@ def first_error(error: ValidationError) -> str:
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """Keys of the table at `loc`."""
-    model: type[BaseModel] = CompressionPlan
+    """Lists the keys of the table at `loc`."""
+    model: type[BaseModel] = Recipe
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
         model = next(
@@ -257,6 +265,6 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def facts(plan: CompressionPlan) -> dict[str, Any]:
-    """The plan as JSON-able data: a stage's options, the manifest's entry."""
-    return plan.model_dump(mode="json", exclude_defaults=True)
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """Gives the recipe as data for JSON: the stage's options, and the manifest's entry."""
+    return recipe.model_dump(mode="json", exclude_defaults=True)
