@@ -22,7 +22,7 @@ from builders.compile.stage import TOLERANCES, Request, Toolchain, engine_key, r
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import PRECISIONS, choices, quantize
-from ensemble.engines import Engine, open_engine
+from ensemble.engines import open_engine
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, ranges
 from ensemble.errors import PeregrineError
@@ -263,11 +263,8 @@ def _matrix_flops(data: bytes, feeds: Feeds) -> float:
     )
     inner = seen - {value.name for value in model.graph.input}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in sorted(inner))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "open.onnx"
-        path.write_bytes(model.SerializeToString())
-        engine: Engine = OnnxEngine(path, 1)
-        shapes = weights | {name: array.shape for name, array in {**feeds, **engine.run(feeds)}.items()}
+    run = OnnxEngine(model.SerializeToString()).run
+    shapes = weights | {name: array.shape for name, array in {**feeds, **run(feeds)}.items()}
     transposed = {node.name: any(a.name == "transA" and a.i for a in node.attribute) for node in products}
     return float(
         sum(

@@ -23,7 +23,7 @@ from builders.compress.judge.timing import time_pair, time_share
 from builders.compress.prune.prune import Masks, magnitude, structured, two_four
 from builders.compress.recipe import Distil, Prune, Recipe
 from builders.compress.results import Variant
-from builders.compress.session import OnnxSession
+from builders.compress.session import open_onnx
 from builders.encoders.models import UserEncoder
 from builders.export.stage import export_model
 from builders.index.staged import StagedRelease
@@ -128,7 +128,7 @@ def _next(
 
 
 def _ms(engine: bytes, feeds: dict[str, Array]) -> float:
-    session = OnnxSession(engine)
+    session = open_onnx(engine)
     return time_pair(lambda: session.run(feeds), lambda: session.run(feeds), limit_s=0.5)[0]
 
 

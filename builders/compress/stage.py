@@ -25,7 +25,7 @@ from builders.compress.judge.measure import Measured
 from builders.compress.quantize.precision import Choice, choose_precisions
 from builders.compress.recipe import ModelRecipe, Recipe, facts
 from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
-from builders.compress.session import OnnxSession
+from builders.compress.session import open_onnx
 from builders.compress.shrink import Shrunk, shrink
 from builders.compress.source import Source
 from builders.folders import link
@@ -125,7 +125,7 @@ class _Work:
     def _encode_items(self, evaluation: Evaluation) -> None:
         """Rows and index hold what the engine gives: a new item's row must lie in the same space."""
         dataset, folder = self.source.dataset, self.folder
-        encoder = OnnxSession(StagedRelease(folder).member_file("item_encoder", "model.onnx").read_bytes())
+        encoder = open_onnx(StagedRelease(folder).member_file("item_encoder", "model.onnx").read_bytes())
         embeddings, features = evaluation.encoded_items(encoder, np.arange(dataset.num_items + 1))
         embeddings[0] = features[0] = 0  # no item
         for name in ("items.npy", "index.faiss", "recall.json"):

@@ -1,14 +1,16 @@
-"""ONNX Runtime, on the CPU unless a GPU is asked for. One thread an engine: parallelism comes from instances,
-and idle threads must not spin."""
+"""Runs ONNX models with ONNX Runtime, on the CPU unless a GPU is asked for.
+
+An engine has one thread: parallelism comes from instances, and idle threads must not spin.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 
-from ensemble.errors import ReleaseError
+from ensemble.arrays import Tensors
+from ensemble.errors import InvalidInput, ReleaseError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _DTYPES = {
@@ -20,31 +22,47 @@ _DTYPES = {
 
 
 class OnnxEngine:
-    """One InferenceSession. The file is read as bytes, so external data, which could point anywhere, is never
-    followed."""
+    """Holds one opened ONNX model; `inputs` and `outputs` say what it takes and gives, as Engine wants."""
 
-    def __init__(self, path: Path, threads: int, provider: str = CPU, *, fuse: bool = True) -> None:
-        """ReleaseError if `provider` does not become active. fuse=False: basic optimizations only, all that
-        fp16 and fp8 graphs bear on the CPU."""
-        options = session_options(threads, fuse=fuse)
-        _check_provider(path, provider, ort.get_available_providers())
-        try:
-            self._session = ort.InferenceSession(path.read_bytes(), options, providers=[provider])
-        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-            raise ReleaseError(f"cannot open {path}: {str(error).splitlines()[0]}") from None
-        # one that does not start is dropped in silence
-        _check_provider(path, provider, self._session.get_providers())
+    def __init__(
+        self, model: Path | bytes, threads: int = 1, provider: str = CPU, *, fuse: bool = True
+    ) -> None:
+        """Opens `model`, a file or its bytes; errors and `fuse` as in open_session."""
+        self._session = open_session(model, threads, provider, fuse=fuse)
         self.inputs = [_described(node) for node in self._session.get_inputs()]
         self.outputs = [_described(node) for node in self._session.get_outputs()]
+        self._input_names = frozenset(name for name, _, _ in self.inputs)
         self._output_names = [name for name, _, _ in self.outputs]
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays by name in, arrays by name out."""
-        return dict(zip(self._output_names, self._session.run(self._output_names, feeds), strict=True))
+    def run(self, feeds: Tensors) -> Tensors:
+        """Gives the outputs by name; of `feeds`, what the model does not take is left out."""
+        wanted = {name: array for name, array in feeds.items() if name in self._input_names}
+        return dict(zip(self._output_names, self._session.run(self._output_names, wanted), strict=True))
 
 
-def session_options(threads: int = 1, *, fuse: bool = True) -> ort.SessionOptions:
-    """Gives the options of every session of ours; `fuse` as in OnnxEngine."""
+def open_session(
+    model: Path | bytes, threads: int = 1, provider: str = CPU, *, fuse: bool = True
+) -> ort.InferenceSession:
+    """Opens `model`, a file or its bytes; a file is read first, so that external data is never followed.
+
+    fuse=False leaves out all but basic optimizations: each node then rounds as it is written, and fp16 and fp8
+    graphs run on the CPU. Raises ReleaseError if a file cannot be opened or `provider` does not become active,
+    InvalidInput if bytes cannot be opened.
+    """
+    name, error_type = (str(model), ReleaseError) if isinstance(model, Path) else ("the model", InvalidInput)
+    _check_provider(name, provider, ort.get_available_providers())
+    options = _session_options(threads, provider, fuse)
+    try:
+        data = model.read_bytes() if isinstance(model, Path) else model
+        session = ort.InferenceSession(data, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
+        raise error_type(f"onnxruntime cannot open {name}: {str(error).splitlines()[0]}") from None
+    _check_provider(name, provider, session.get_providers())  # One that does not start is dropped in silence.
+    return session
+
+
+def _session_options(threads: int, provider: str, fuse: bool) -> ort.SessionOptions:
+    """Gives the options of every session of ours."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -52,20 +70,22 @@ def session_options(threads: int = 1, *, fuse: bool = True) -> ort.SessionOption
     # Without VNNI an x86 CPU adds pairs of 8-bit products in 16 bits, which overflow: six times the error on
     # such a machine, and not a word. This takes the exact kernels there, and changes nothing elsewhere.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 3
+    # What fails is raised; only why CUDA did not start stands in the log alone.
+    options.log_severity_level = 4 if provider == CPU else 3
     if not fuse:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 
 
-def _check_provider(path: Path, provider: str, active: list[str]) -> None:
+def _check_provider(name: str, provider: str, active: list[str]) -> None:
     if provider not in active:
         raise ReleaseError(
-            f"{path}: {provider} was asked for, active are {', '.join(active)}; install onnxruntime-gpu on "
+            f"{name}: {provider} was asked for, active are {', '.join(active)}; install onnxruntime-gpu on "
             "a node with a GPU, or use the CPU"
         )
 
 
 def _described(node: ort.NodeArg) -> tuple[str, str, tuple[int | None, ...]]:
+    """Gives a tensor's name, numpy dtype name, and sizes without the batch; None where a size varies."""
     dims = tuple(d if isinstance(d, int) else None for d in node.shape[1:])
     return node.name, _DTYPES.get(node.type, node.type), dims

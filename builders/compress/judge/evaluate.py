@@ -32,13 +32,14 @@ from builders.compress.judge.measure import (
     recalled_tensors,
 )
 from builders.compress.judge.timing import time_pair
-from builders.compress.session import OnnxSession
+from builders.compress.session import open_onnx
 from builders.data.dataset import Dataset, Targets
 from builders.index.staged import StagedRelease
 from builders.verify.stage import BATCH, EVERY_USER_BELOW, Verifier
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK, EngineStep
+from ensemble.engines.onnx import OnnxEngine
 from ensemble.errors import InvalidInput
 from ensemble.options import default_options
 from ensemble.release.snapshot import gather
@@ -164,11 +165,11 @@ class Evaluation:
             raise InvalidInput(f"no engine {model!r} to judge; engines: {', '.join(_ENGINES)}")
         held = self._users(users)
         if model == "ranker":
-            return lambda variant: self._ranked(OnnxSession(variant, model).run, held)
+            return lambda variant: self._ranked(open_onnx(variant, model).run, held)
         if model == "user_encoder":
-            return lambda variant: self._searched(_encoded(OnnxSession(variant, model), held), held)
+            return lambda variant: self._searched(_encoded(open_onnx(variant, model), held), held)
         embeddings = _encoded(self.verifier.user_encoder, held)
-        return lambda variant: self._with_items(OnnxSession(variant, model), embeddings, held)
+        return lambda variant: self._with_items(open_onnx(variant, model), embeddings, held)
 
     def _users(self, count: int) -> _Held:
         if count not in self._held:
@@ -235,7 +236,7 @@ class Evaluation:
         items = np.ascontiguousarray(held.items["embedding"].T)
         return _judged(at_once(partial(_search, items, user_embeddings, held), held.pieces(BATCH)), held)
 
-    def _with_items(self, encoder: OnnxSession, user_embeddings: Array, held: _Held) -> Judged:
+    def _with_items(self, encoder: OnnxEngine, user_embeddings: Array, held: _Held) -> Judged:
         items = held.items.copy()
         items["embedding"], items["features"] = self.encoded_items(encoder, held.rows)
         variant = replace(held, items=items)
@@ -246,7 +247,7 @@ class Evaluation:
         shifted = np.where(ranked.lists > 0, ranked.lists + self.dataset.num_items, -1)
         return Judged((searched.gains + ranked.gains) / 2, np.concatenate([searched.lists, shifted], axis=1))
 
-    def encoded_items(self, encoder: OnnxSession, rows: Array) -> tuple[Array, Array]:
+    def encoded_items(self, encoder: OnnxEngine, rows: Array) -> tuple[Array, Array]:
         """What item_encoder gives of the rows [R]: embeddings [R, D] and features [R, F] float32."""
         sizes = self.dataset.schema.sizes
         embeddings, features = (
@@ -272,7 +273,7 @@ class Evaluation:
         for model in ("user_encoder", "ranker"):
             path = folder / "engines" / model / file
             if file != "model.onnx" and path.is_file():
-                setattr(verifier, model, OnnxSession(path.read_bytes(), str(path)))
+                setattr(verifier, model, open_onnx(path.read_bytes(), str(path)))
         if not len(self.dataset.test.user_rows):
             raise InvalidInput("no held-out users for the gate: the shop's split leaves no test targets")
         ranking = measure_ranking(verifier, self.dataset.test)

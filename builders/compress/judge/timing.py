@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from builders.compress.session import open_session
 from ensemble.arrays import Array
+from ensemble.engines.onnx import open_session
 
 Call = Callable[[], object]
 _WARM_UP = 2  # turns that are not counted

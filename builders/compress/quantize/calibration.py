@@ -17,8 +17,8 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from builders.compress import graph
-from builders.compress.session import open_session
 from ensemble.arrays import Array
+from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 MIN_USERS = 128
@@ -116,7 +116,7 @@ def observed(proto: onnx.ModelProto, fp16: bool = False) -> tuple[ort.InferenceS
     copy.graph.output.extend(
         onnx.helper.make_tensor_value_info(n, kinds[n], None) for n in names if n not in known.outputs
     )
-    return open_session(graph.save(copy), plain=True), names
+    return open_session(graph.save(copy), fuse=False), names
 
 
 class _State:

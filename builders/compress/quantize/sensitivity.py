@@ -16,9 +16,9 @@ from builders.compress.graph import Block
 from builders.compress.judge.judge import Judge, Judged, Loss, compare
 from builders.compress.quantize.calibration import Ranges
 from builders.compress.quantize.quantize import choices, quantize
-from builders.compress.session import open_session
 from builders.stages import Report
 from ensemble.arrays import Array
+from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 _ERROR_USERS = 32
@@ -99,7 +99,7 @@ def fp16_misfit(model: bytes, block: Block, ranges: Ranges, runtime: str) -> str
 
 
 def _outputs(model: bytes, feeds: Mapping[str, Array], runtime: str) -> list[Array]:
-    session = open_session(model, plain=runtime == "tensorrt")
+    session = open_session(model, fuse=runtime != "tensorrt")
     return session.run(None, {i.name: feeds[i.name][:_ERROR_USERS] for i in session.get_inputs()})
 
 

@@ -15,7 +15,7 @@ from builders.compress.judge.gate import verdict
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
 from builders.compress.recipe import Gate
-from builders.compress.session import OnnxSession
+from builders.compress.session import open_onnx
 from builders.data.dataset import open_dataset
 from builders.verify.stage import Verifier
 from ensemble.errors import InvalidInput
@@ -112,7 +112,7 @@ def test_the_user_encoders_judge_gives_the_verifiers_full_ranking(evaluation):
 def test_the_item_encoders_feeds_give_the_rows_that_are_served(evaluation):
     feeds = evaluation.feeds("item_encoder", evaluation.dataset.num_items)
     rows = np.random.default_rng(0).permutation(evaluation.dataset.num_items) + 1
-    found = OnnxSession(_engine(evaluation, "item_encoder")).run(feeds)
+    found = open_onnx(_engine(evaluation, "item_encoder")).run(feeds)
     served = evaluation.verifier.features.item_reader.table[rows]
     np.testing.assert_allclose(found["item_embedding"], served["embedding"], atol=1e-4)
     np.testing.assert_allclose(found["item_features"], served["features"], atol=1e-4)

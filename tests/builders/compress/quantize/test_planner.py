@@ -15,7 +15,7 @@ from builders.compress.judge.judge import Judge, Judged
 from builders.compress.quantize import planner
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.planner import global_8bit, plan_precisions
-from builders.compress.session import open_session
+from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 USERS, ITEMS, WIDTH = 160, 40, 64
@@ -69,7 +69,7 @@ def judge(model: bytes, feeds: dict[str, np.ndarray]) -> Judge:
     wanted = np.argsort(-scores, 1)[np.arange(USERS), np.random.default_rng(4).integers(0, 5, USERS)]
 
     def judged(candidate: bytes) -> Judged:
-        top = np.argsort(-open_session(candidate, plain=True).run(None, feeds)[0], 1, kind="stable")[:, :10]
+        top = np.argsort(-open_session(candidate, fuse=False).run(None, feeds)[0], 1, kind="stable")[:, :10]
         hit = top == wanted[:, None]
         return Judged(np.where(hit.any(1), 1 / np.log2(2 + hit.argmax(1)), 0.0), top + 1)
 

@@ -13,8 +13,8 @@ from builders.compress.finetune import batches_from_feeds
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.qat import Grid, grids, qat, rounding
 from builders.compress.quantize.quantize import quantize
-from builders.compress.session import open_session
 from builders.export.stage import export_model
+from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 RUNTIMES = ["onnxruntime", "tensorrt"]
@@ -56,7 +56,7 @@ def plan(exported):
 
 
 def _answers(model, feeds):
-    session = open_session(model, plain=True)
+    session = open_session(model, fuse=False)
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate, check_finite
 from builders.compress.quantize.quantize import quantize
-from builders.compress.session import open_session
+from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 USERS, LENGTH, WIDTH = 128, 12, 32
@@ -60,13 +60,13 @@ def tiny() -> tuple[bytes, dict[str, np.ndarray]]:
     return model, feeds
 
 
-def output(model: bytes, feeds: dict[str, np.ndarray], plain: bool = False) -> np.ndarray:
-    return open_session(model, plain=plain).run(None, feeds)[0]
+def output(model: bytes, feeds: dict[str, np.ndarray], fuse: bool = True) -> np.ndarray:
+    return open_session(model, fuse=fuse).run(None, feeds)[0]
 
 
-def error(model: bytes, variant: bytes, feeds: dict[str, np.ndarray], plain: bool = False) -> float:
+def error(model: bytes, variant: bytes, feeds: dict[str, np.ndarray], fuse: bool = True) -> float:
     wanted = output(model, feeds)
-    return float(np.sqrt(np.mean((output(variant, feeds, plain) - wanted) ** 2)) / wanted.std())
+    return float(np.sqrt(np.mean((output(variant, feeds, fuse) - wanted) ** 2)) / wanted.std())
 
 
 def names_of(model: bytes) -> list[str]:
@@ -146,7 +146,7 @@ def test_typed_graph_for_tensorrt_runs_on_the_cpu_and_is_close_to_fp32(tiny, pre
     wanted = {block.name: "fp16" if block.op == "Gather" else precision for block in blocks}
     variant = quantize(model, wanted, calibrate(model, feeds), "tensorrt")
     onnx.checker.check_model(variant, full_check=True)
-    assert 0 < error(model, variant, feeds, plain=True) < limit
+    assert 0 < error(model, variant, feeds, fuse=False) < limit
     proto = onnx.load_from_string(variant)
     makers = {name: node for node in proto.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -210,7 +210,7 @@ def test_fp16_that_overflows_is_refused_by_name_and_the_rest_can_still_be_fp16()
         variant = quantize(
             model, {"quiet": "fp16", **({"loud": "int8"} if precision == "int8" else {})}, ranges, "tensorrt"
         )
-        assert error(model, variant, feeds, plain=True) < INT8_ERROR
+        assert error(model, variant, feeds, fuse=False) < INT8_ERROR
 
 
 def test_a_typed_model_that_is_not_finite_is_refused_by_the_node(tiny):
