@@ -179,9 +179,10 @@ def _twin(release: ServedRelease) -> LocalPipeline:
 
 
 def _serve(repository: Path, *, fused: bool = False) -> Iterator[Server]:
+    from ensemble.server.options import ServeOptions
     from ensemble.server.supervisor import serve
 
-    with serve(repository, port=0, metrics_port=None, fused=fused) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused)) as server:
         yield server
 
 

@@ -49,6 +49,7 @@ from clients.wire import Call, recommendations_from_answer
 from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, PeregrineError, ServerError
 from ensemble.release.release import active_release, open_release
+from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import serve
 from ensemble.tiers.records import keys_from_identities, user_identities
 from ensemble.tiers.settings import VARIABLE, TierSettings, write_settings
@@ -275,7 +276,7 @@ def served(repository: Path, file: Path, settings: TierSettings) -> Iterator[str
     write_settings(file, settings)
     os.environ[VARIABLE] = str(file)
     try:
-        with serve(repository, port=0, metrics_port=None) as server:
+        with serve(repository, ServeOptions(port=0, metrics_port=None)) as server:
             yield server.url
     finally:
         del os.environ[VARIABLE]

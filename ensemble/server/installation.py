@@ -33,11 +33,6 @@ class FeatureLevel:
         """Older ones have known holes that are reachable over the network."""
         return self >= FeatureLevel(2, 72)
 
-    @property
-    def survives_cancelled_calls(self) -> bool:
-        """Older ones crash when a client's gRPC deadline passes."""
-        return self >= FeatureLevel(2, 59)
-
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}"
 

@@ -1,4 +1,4 @@
-"""One tritonserver process: its flags, its environment, its stubs, its end."""
+"""Starts one tritonserver with its flags and environment, lists its stubs, and ends it without a trace."""
 
 from __future__ import annotations
 
@@ -17,25 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.engines import CPU, ENGINE_VARIABLE, INDEX_VARIABLE, TENSORRT
+from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, TENSORRT
+from ensemble.release.repository import FUSED
 from ensemble.server.installation import Installation, RunFolder, remove_regions
+from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import OVERLAY, Runtime
 from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
-# the last may hold a password
-_NOT_FOR_CHILDREN = (
-    "PYTHONHOME",
-    "PYTHONPATH",
-    "VIRTUAL_ENV",
-    "PEREGRINE_REDIS",
-)
+# PEREGRINE_REDIS may hold a password.
+_NOT_FOR_CHILDREN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")
 _RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
-# Runs as the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel
-# sends it
-# SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads can
-# deadlock.
+# Runs in the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel
+# sends it SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads
+# can deadlock.
 _LAUNCHER = (
     "import ctypes, os, resource, sys; ctypes.CDLL(None).prctl(1, 15); "
     "resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
@@ -45,28 +41,28 @@ _LAUNCHER = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What one tritonserver is started with."""
+    """Holds what one tritonserver is started with: the options, their ports chosen, and the runtime."""
 
     repository: Path
-    address: str
-    port: int
-    metrics_port: int | None  # None: no metrics
-    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
-    verbose: int = 0
-    configuration: str | None = None  # configs/<this>.pbtxt instead of config.pbtxt, of models that have it
+    options: ServeOptions
     runtime: Runtime = field(default_factory=Runtime)
-    index: str = CPU  # engines.CPU or GPU: where the main index is searched
-    # URL of the feature tiers' Redis; it may hold a password, so it travels in a file
-    redis: str | None = field(default=None, repr=False)
+    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    @property
+    def configuration(self) -> str | None:
+        """Names configs/<this>.pbtxt, which models that have it use instead of config.pbtxt; None: none."""
+        if self.runtime.plans:
+            return TENSORRT
+        return FUSED if self.options.fused else None
 
 
 def command_line(installation: Installation, run: RunFolder, launch: Launch) -> list[str]:
-    """tritonserver and its flags; why each one: what is not needed is off, and loading is explicit."""
-    metrics = ["--allow-metrics=false"]
-    if launch.metrics_port is not None:
-        metrics = [f"--metrics-address={launch.address}", f"--metrics-port={launch.metrics_port}"]
-    configuration = TENSORRT if launch.runtime.plans else launch.configuration
-    chosen = [*launch.runtime.flags, *([f"--model-config-name={configuration}"] if configuration else [])]
+    """Gives tritonserver and its flags: what is not needed is off, and models are loaded on demand only."""
+    options, metrics = launch.options, ["--allow-metrics=false"]
+    if options.metrics_port is not None:
+        metrics = [f"--metrics-address={options.address}", f"--metrics-port={options.metrics_port}"]
+    chosen = [f"--model-config-name={launch.configuration}"] if launch.configuration else []
+    restricted = f"{_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}"
     return [
         str(installation.binary),
         f"--model-repository={run.path / OVERLAY if launch.runtime.plans else launch.repository}",
@@ -77,39 +73,37 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
         "--disable-auto-complete-config",
         "--strict-readiness=false",
         "--allow-http=false",
-        f"--grpc-address={launch.address}",
-        f"--grpc-port={launch.port}",
+        f"--grpc-address={options.address}",
+        f"--grpc-port={options.port}",
         *metrics,
+        *launch.runtime.flags,
         *chosen,
-        f"--grpc-restricted-protocol={_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}={launch.secret}",
+        f"--grpc-restricted-protocol={restricted}={launch.secret}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--grpc-keepalive-time=30000",
         "--grpc-http2-min-recv-ping-interval-without-data=5000",
-        f"--log-verbose={launch.verbose}",
+        f"--log-verbose={int(options.verbose)}",
     ]
 
 
 def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
-    """One thread a process: parallelism is the instances', not each library's."""
+    """Gives the child's environment: one thread a process, since the instances are the parallelism."""
     libraries = [str(path) for path in installation.libraries] + [os.environ.get("LD_LIBRARY_PATH", "")]
-    path = [
-        str(Path(sys.base_prefix) / "bin"),
-        os.environ.get("PATH", os.defpath),
-    ]  # the stub finds its standard library by PATH
+    # The stub finds its standard library by PATH.
+    path = [str(Path(sys.base_prefix) / "bin"), os.environ.get("PATH", os.defpath)]
     ours = {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
-        # glibc gives buffers over 128 kB back to the kernel at each free: every batch would fault its pages
-        # in again
+        # glibc gives buffers over 128 kB back to the kernel at each free, and every batch would fault its
+        # pages in again.
         "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         ENGINE_VARIABLE: launch.runtime.engine,
-        INDEX_VARIABLE: launch.index,
-        "TRITON_SERVER_VERSION": str(
-            installation.level or ""
-        ),  # images set it; python_model.py knows old stubs by it
+        INDEX_VARIABLE: launch.options.index,
+        # Images set it; python_model.py knows old stubs by it.
+        "TRITON_SERVER_VERSION": str(installation.level or ""),
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),
     }
@@ -117,17 +111,17 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
 
 
 def _tiers(run: RunFolder, launch: Launch) -> dict[str, str]:
-    """Tells the steps where their feature tiers' settings are: in a file of the run folder that only we may
-    read."""
-    if launch.redis is None:
+    """Writes the tiers' settings into a file of the run folder that only we may read, and names it in a
+    variable."""
+    if launch.options.redis is None:
         return {}
     path = run.path / "tiers.json"
-    tiers.write_settings(path, tiers.TierSettings(launch.redis))
+    tiers.write_settings(path, tiers.TierSettings(launch.options.redis))
     return {tiers.VARIABLE: str(path)}
 
 
 class TritonProcess:
-    """A running tritonserver with its stubs, in a process group of its own, and the last lines it wrote."""
+    """Holds a running tritonserver with its stubs, in a process group of its own, and its last lines."""
 
     def __init__(
         self, installation: Installation, run: RunFolder, launch: Launch, on_line: Callable[[str], None]
@@ -135,17 +129,9 @@ class TritonProcess:
         self.run, self.log = run, collections.deque[str](maxlen=400)
         self._on_line = on_line
         self._before, self._environments = _environments(), set[Path]()
-        launcher = [
-            sys.executable,
-            "-S",
-            "-E",
-            "-c",
-            _LAUNCHER,
-            str(os.getpid()),
-            *command_line(installation, run, launch),
-        ]
+        launcher = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid())]
         self._process = subprocess.Popen(
-            launcher,
+            [*launcher, *command_line(installation, run, launch)],
             env=_environment(installation, launch) | _tiers(run, launch),
             cwd=run.path,
             stdin=subprocess.DEVNULL,
@@ -166,24 +152,23 @@ class TritonProcess:
             self._on_line(line.rstrip())
 
     def note_environments(self) -> None:
-        """Call when it is ready: the folder it has made for packed Python environments, which it removes
-        unless it is killed."""
+        """Notes, once it is ready, its folder for packed Python environments, which stays if it is killed."""
         self._environments = _environments() - self._before
 
     def log_tail(self) -> str:
-        """What it last complained of: errors and tracebacks, not the banner of flags."""
+        """Gives its last errors and tracebacks, without the banner of flags."""
         said = [line for line in self.log if line and line[0] not in "+|I"]
         return "\n".join((said or list(self.log))[-12:])
 
     @property
     def exit_code(self) -> int | None:
+        """Gives its exit code, minus the signal's number where one killed it; None while it runs."""
         return self._process.poll()
 
     def stop(self) -> int:
-        """SIGTERM, so that requests in flight are answered; then whatever is left of the group is killed.
-        Returns its exit code."""
+        """Lets it answer the requests in flight, kills what is left of the group, and gives its exit code."""
         if self.exit_code is None:
-            # not the group: stubs that die first fail the requests in flight
+            # Not to the group: stubs that die first would fail the requests in flight.
             os.kill(self.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + 10)
@@ -191,13 +176,13 @@ class TritonProcess:
         return self._process.wait()
 
     def kill(self) -> None:
-        """At once, stubs included."""
+        """Ends it and its stubs at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._end_group()
 
     def _end_group(self) -> None:
-        """Orphan stubs end by themselves within a second, mostly; the rest are killed."""
+        """Waits for the orphaned stubs, most of which end within a second, and kills the rest."""
         if self.exit_code is not None:
             self._wait_for_stubs(2.0)
         with contextlib.suppress(ProcessLookupError):
@@ -215,25 +200,23 @@ class TritonProcess:
             time.sleep(0.05)
 
     def stubs(self) -> Iterator[Stub]:
-        """The group's living stub processes."""
+        """Lists the group's living stub processes."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, IndexError, ValueError):
                 state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
                 if int(group) == self.pid and int(folder.name) != self.pid and state != "Z":
-                    yield _stub(
-                        int(folder.name),
-                        (folder / "cmdline").read_bytes().decode(errors="replace").split("\0"),
-                    )
+                    command = (folder / "cmdline").read_bytes().decode(errors="replace")
+                    yield _stub(int(folder.name), command.split("\0"))
 
 
 def _environments() -> set[Path]:
-    return set(Path("/tmp").glob("python_env_*"))  # the path is Triton's, whatever TMPDIR says
+    """Lists Triton's folders for packed Python environments; they lie in /tmp whatever TMPDIR says."""
+    return set(Path("/tmp").glob("python_env_*"))
 
 
 @dataclass(frozen=True)
 class Stub:
-    """One Python process of the backend: one instance of one model. Both are empty while it is being
-    started."""
+    """Names one Python process of the backend: an instance of a model. Both are empty while it starts."""
 
     pid: int
     model: str
@@ -241,8 +224,8 @@ class Stub:
 
 
 def _stub(pid: int, command: list[str]) -> Stub:
-    """From triton_python_backend_stub <repository>/<model>/<version>/model.py … <instance> <runtime
-    directory> and a final empty word."""
+    """Reads a stub's command line: triton_python_backend_stub <repository>/<model>/<version>/model.py …
+    <instance> <runtime directory> and a final empty word."""
     if not command[0].endswith("triton_python_backend_stub"):
         return Stub(pid, "", "")
     model = Path(command[1]).parent.parent.name
@@ -250,11 +233,11 @@ def _stub(pid: int, command: list[str]) -> Stub:
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
-    """(resident, proportional) bytes of a process; shared pages, such as a mapped snapshot, count once in the
-    sum of the second."""
+    """Gives a process's (resident, proportional) bytes; summed over processes, the second counts pages that
+    they share, such as a mapped snapshot, once."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0, 0
-    found = dict(re.findall(r"^(Rss|Pss):\s+(\d+) kB", text, re.MULTILINE))
-    return int(found.get("Rss", 0)) * 1024, int(found.get("Pss", 0)) * 1024
+    kilobytes = dict(re.findall(r"^(Rss|Pss):\s+(\d+) kB", text, re.MULTILINE))
+    return int(kilobytes.get("Rss", 0)) * 1024, int(kilobytes.get("Pss", 0)) * 1024

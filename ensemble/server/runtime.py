@@ -1,5 +1,5 @@
-"""What a server runs its engines on: TensorRT where this node has a GPU and fitting plans, ONNX Runtime
-elsewhere, and why.
+"""Chooses what a server runs its engines on: TensorRT where this node has a GPU and plans that fit, else ONNX
+Runtime.
 
 Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
 links, in which a model with a plan is the plan's folder and everything else is the repository's own. Nested
@@ -17,24 +17,24 @@ from pathlib import Path
 
 from ensemble.engines import ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT
 from ensemble.engines.plans import Plan, find_plans, read_plans
-from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.errors import ReleaseError
 from ensemble.release.release import Release, open_release
 from ensemble.server.installation import Installation
+from ensemble.server.options import ServeOptions
 
 OVERLAY = "repository"  # the folder of links, in the run folder
-REQUIREMENTS = (TENSORRT, ONNXRUNTIME_GPU, ONNXRUNTIME)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What engines run on, decided once when the server starts."""
+    """Says what engines run on, decided once when the server starts."""
 
     engine: str = ONNXRUNTIME  # of the Python engine steps: ensemble.engines.ENGINE_VARIABLE
     plans: tuple[Plan, ...] = ()  # of Triton's native TensorRT backend; empty: it is not used
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What tritonserver is told beside its usual flags."""
+        """Gives the flags that these plans need beside tritonserver's usual ones."""
         portable = any(plan.key.portable for plan in self.plans)
         return ("--backend-config=tensorrt,version-compatible=true",) if portable else ()
 
@@ -43,21 +43,19 @@ def choose_runtime(
     repository: Path,
     release: str,
     installation: Installation,
-    require: str | None,
-    fused: bool,
+    options: ServeOptions,
     log: Callable[[str], None],
 ) -> Runtime:
-    """TensorRT if it can be had, else ONNX Runtime with a line that says why; with `require`, that one or an
-    error."""
-    if require is not None and require not in REQUIREMENTS:
-        raise InvalidInput(f"--require {require}: known are {', '.join(REQUIREMENTS)}")
+    """Chooses TensorRT if it can be had, else ONNX Runtime, and logs why; with `options.require`, that one or
+    ReleaseError."""
+    require = options.require
     if require == ONNXRUNTIME:
         return Runtime()
     opened = open_release(repository, release)
     try:
         if require == ONNXRUNTIME_GPU:
             return _onnxruntime_gpu()
-        return _tensorrt(opened, installation, fused)
+        return _tensorrt(opened, installation, options.fused)
     except ReleaseError as error:
         if require is not None:
             raise ReleaseError(f"--require {require}: {error}") from None
@@ -65,8 +63,8 @@ def choose_runtime(
 
 
 def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runtime:
-    """Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what is in
-    the way."""
+    """Chooses Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what
+    is in the way."""
     from ensemble.engines.cuda import gpu_facts
     from ensemble.engines.tensorrt import this_node
 
@@ -83,6 +81,7 @@ def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runt
 
 
 def _onnxruntime_gpu() -> Runtime:
+    """Chooses ONNX Runtime on the GPU; ReleaseError names what is missing."""
     import onnxruntime
 
     from ensemble.engines.cuda import gpu_facts
@@ -96,7 +95,8 @@ def _onnxruntime_gpu() -> Runtime:
 
 
 def _without_tensorrt(release: Release, why: str, log: Callable[[str], None]) -> Runtime:
-    """ONNX Runtime, on the GPU if it can. Silent where nobody could expect a plan: no GPU and none built."""
+    """Chooses ONNX Runtime, on the GPU if it can; logs `why` unless nobody could expect a plan: no GPU, none
+    built."""
     from ensemble.engines.cuda import gpu_facts
 
     try:
@@ -115,6 +115,7 @@ def _without_tensorrt(release: Release, why: str, log: Callable[[str], None]) ->
 
 
 def _has_plans(release: Release) -> bool:
+    """Says whether plans of the release have been built, readable or not."""
     try:
         return bool(read_plans(release))
     except ReleaseError:
@@ -122,7 +123,7 @@ def _has_plans(release: Release) -> bool:
 
 
 class Overlay:
-    """The folder of links that Triton mounts; refresh() adds releases that were published since."""
+    """Keeps the folder of links that Triton mounts; refresh() adds releases that were published since."""
 
     def __init__(self, folder: Path, repository: Path, plans: tuple[Plan, ...]) -> None:
         self.folder, self._repository = folder, repository
@@ -131,7 +132,7 @@ class Overlay:
         self.refresh()
 
     def refresh(self) -> None:
-        """A link for every folder of the repository; links of what was removed go. One that is there stays:
+        """Links every folder of the repository and drops links of removed ones. A link that is there stays:
         Triton may be reading it."""
         there = {
             path.name: path

@@ -1,6 +1,6 @@
-"""A repository served by a real tritonserver: checked, started, watched, and stopped without a trace.
+"""Serves a repository with a real tritonserver: checks, starts and watches it, and stops it without a trace.
 
-with serve(Path("model_repository"), port=0) as server:
+with serve(Path("model_repository"), ServeOptions(port=0)) as server:
     Client(server.url).recommend("u1")
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
@@ -16,49 +17,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.engines import CPU
 from ensemble.errors import PeregrineError, ServerError
-from ensemble.release.repository import FUSED
 from ensemble.server.calls import drain, is_model_ready
-from ensemble.server.checks import check_address, check_index, check_port, check_servable
+from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.installation import Installation, find_tritonserver, make_run_folder, sweep_run_folders
+from ensemble.server.options import ServeOptions
 from ensemble.server.process import CONTROL_HEADER, EXIT_TIMEOUT_S, Launch, TritonProcess, memory_bytes
 from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import OVERLAY, Overlay, choose_runtime
-from ensemble.tiers.connection import check_installed
-from ensemble.tiers.settings import TierSettings
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
 _WATCH_EVERY_S = 1.0
-# what Triton calls an error on a machine without a GPU
-_NOISE = (
-    "CudaDriverHelper",
-    "CUDA driver version",
-    "Failed to initialize NVML",
-)
+# What Triton calls an error on a machine without a GPU.
+_NOISE = ("CudaDriverHelper", "CUDA driver version", "Failed to initialize NVML")
 
 
 class Server:
-    """tritonserver under watch. All its process handling is in one thread, which the kernel ties the
-    process's life to."""
+    """Watches over a tritonserver. One thread starts and ends its process: the kernel ties the process's life
+    to that thread's."""
 
     def __init__(
-        self,
-        launch: Launch,
-        claim: Claim,
-        installation: Installation,
-        log: Callable[[str], None],
-        start_timeout_s: float,
+        self, launch: Launch, claim: Claim, installation: Installation, log: Callable[[str], None]
     ) -> None:
         self.launch, self.log = launch, log
-        self._claim, self._installation, self._start_timeout_s = claim, installation, start_timeout_s
-        # settled: ready for the first time, or failed
-        self._stopping, self._settled = (
-            threading.Event(),
-            threading.Event(),
-        )
-        # Not Thread.join: a signal that interrupts it makes the next join return at once (CPython 3.10 to
-        # 3.12), thread alive.
+        self._claim, self._installation = claim, installation
+        self._stopping = threading.Event()
+        self._settled = threading.Event()  # set when it is ready for the first time, or has failed
+        # Not Thread.join: once a signal has interrupted it, the next join returns at once though the thread
+        # lives (CPython 3.10 to 3.12).
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
         self._run = make_run_folder(installation)
@@ -70,50 +56,51 @@ class Server:
 
     @property
     def url(self) -> str:
-        """host:port of gRPC."""
-        return f"{_host(self.launch.address)}:{self.launch.port}"
+        """Gives host:port of gRPC."""
+        return f"{_host(self.launch.options.address)}:{self.launch.options.port}"
 
     @property
     def metrics_url(self) -> str | None:
+        """Gives the URL that Prometheus reads; None where metrics are off."""
+        options = self.launch.options
         return (
-            f"http://{_host(self.launch.address)}:{self.launch.metrics_port}/metrics"
-            if self.launch.metrics_port
+            f"http://{_host(options.address)}:{options.metrics_port}/metrics"
+            if options.metrics_port
             else None
         )
 
     @property
     def secret(self) -> str:
+        """Gives the secret that opens control calls."""
         return self.launch.secret
 
     @property
     def headers(self) -> dict[str, str]:
-        """gRPC metadata for control and statistics calls."""
+        """Gives the gRPC metadata that control and statistics calls need."""
         return {CONTROL_HEADER: self.secret}
 
     @property
     def pid(self) -> int:
-        """Of tritonserver itself; changes when it is restarted."""
+        """Gives tritonserver's own process id, which changes when it is restarted."""
         assert self._process is not None
         return self._process.pid
 
     def stubs(self) -> dict[str, list[int]]:
-        """Process ids of the Python stubs by model."""
-        found: dict[str, list[int]] = collections.defaultdict(list)
+        """Gives the process ids of the Python stubs by model."""
+        pids: dict[str, list[int]] = collections.defaultdict(list)
         for stub in self._process.stubs() if self._process else ():
             if stub.model:
-                found[stub.model].append(stub.pid)
-        return dict(sorted(found.items()))
+                pids[stub.model].append(stub.pid)
+        return dict(sorted(pids.items()))
 
     def memory_bytes(self) -> tuple[int, int]:
-        """(resident, proportional) bytes of tritonserver and its stubs together."""
-        each = [
-            memory_bytes(pid) for pid in (self.pid, *(pid for pids in self.stubs().values() for pid in pids))
-        ]
+        """Gives the (resident, proportional) bytes of tritonserver and its stubs together."""
+        pids = [self.pid, *(pid for pids in self.stubs().values() for pid in pids)]
+        each = [memory_bytes(pid) for pid in pids]
         return sum(rss for rss, _ in each), sum(pss for _, pss in each)
 
     def start(self) -> None:
-        """Returns when `recommend` is ready; ServerError with the log's last lines if it does not become
-        so."""
+        """Returns when `recommend` is ready; ServerError with the log's last lines if it never is."""
         self._claim.write(RunningServer(os.getpid(), self.url, self.metrics_url, CONTROL_HEADER, self.secret))
         self._thread.start()
         self._settled.wait()
@@ -135,14 +122,16 @@ class Server:
             self._ended.wait()
 
     def _clear(self) -> None:
+        """Removes the run folder and gives the repository free."""
         self._run.remove()
         self._claim.drop()
 
     def _supervise(self) -> None:
+        """Runs tritonserver, and again after each death, until we are stopped or it dies too often."""
         deaths: collections.deque[float] = collections.deque(maxlen=MAX_DEATHS)
         try:
             while not self._stopping.is_set():
-                self._process = TritonProcess(self._installation, self._run, self.launch, self._hear)
+                self._process = TritonProcess(self._installation, self._run, self.launch, self._forward)
                 try:
                     end = self._run_once(self._process)
                 finally:
@@ -159,6 +148,7 @@ class Server:
             self._ended.set()
 
     def _end(self, process: TritonProcess) -> None:
+        """Ends a process: with an answer for all that is in flight if we are stopped, else at once."""
         if not self._stopping.is_set():
             process.kill()
             return
@@ -167,7 +157,7 @@ class Server:
         process.stop()
 
     def _run_once(self, process: TritonProcess) -> str:
-        """Until the process has to be replaced (returns why) or we are stopped (returns nothing)."""
+        """Watches the process until it has to be replaced (returns why) or we are stopped (returns "")."""
         self._instances = {}
         problem = self._wait_until_ready(process)
         if problem:
@@ -185,26 +175,24 @@ class Server:
         return ""
 
     def _wait_until_ready(self, process: TritonProcess) -> str:
-        deadline = time.monotonic() + self._start_timeout_s
+        """Returns "" when `recommend` is ready or we are stopped, else what went wrong."""
+        options = self.launch.options
+        deadline = time.monotonic() + options.start_timeout_s
         while time.monotonic() < deadline and not self._stopping.is_set():
             if process.exit_code is not None:
                 return f"tritonserver did not start ({_exit_words(process.exit_code)}):\n{process.log_tail()}"
-            # never the server's own readiness: it says yes whatever became of the models
-            if _is_open(self.launch.address, self.launch.port) and is_model_ready(
-                self.url, contract.PIPELINE
-            ):
+            # Never the server's own readiness: it says yes whatever became of the models.
+            if _is_open(options.address, options.port) and is_model_ready(self.url, contract.PIPELINE):
                 return ""
             time.sleep(0.05)
-        return (
-            ""
-            if self._stopping.is_set()
-            else f"model {contract.PIPELINE} was not ready after {self._start_timeout_s:.0f} "
-            f"s:\n{process.log_tail()}"
-        )
+        if self._stopping.is_set():
+            return ""
+        limit = f"{options.start_timeout_s:.0f} s"
+        return f"model {contract.PIPELINE} was not ready after {limit}:\n{process.log_tail()}"
 
     def _check_stubs(self, process: TritonProcess) -> str:
-        """Triton never restarts a dead stub, and says that its model is ready: one lost is reported, the last
-        one lost is cured."""
+        """Logs a stub that died, and returns why to restart where it was its model's last: Triton neither
+        restarts it nor calls the model unready."""
         now = {stub.instance: stub.model for stub in process.stubs() if stub.instance}
         lost = {instance: model for instance, model in self._instances.items() if instance not in now}
         self._instances.update(now)
@@ -221,6 +209,7 @@ class Server:
         return ""
 
     def _may_restart(self, why: str, deaths: collections.deque[float]) -> bool:
+        """Pauses and says yes; says no, and notes the failure, if it never was ready or dies too often."""
         if not self._settled.is_set():
             self._failure = ServerError(why)
             return False
@@ -236,59 +225,27 @@ class Server:
         self._stopping.wait(pause_s)
         return True
 
-    def _hear(self, line: str) -> None:
-        if self.launch.verbose or (
+    def _forward(self, line: str) -> None:
+        """Logs a line of tritonserver: all of them if verbose, else the errors once it is ready."""
+        if self.launch.options.verbose or (
             self._settled.is_set() and line.startswith("E") and not any(noise in line for noise in _NOISE)
         ):
             self.log(line)
 
 
+def _log_nothing(line: str) -> None:
+    """Takes a line of the server's log and drops it."""
+
+
 @contextlib.contextmanager
 def serve(
-    repository: Path,
-    port: int = 8001,
-    metrics_port: int | None = 8002,
-    address: str = "127.0.0.1",
-    *,
-    log: Callable[[str], None] = lambda line: None,
-    verbose: int = 0,
-    start_timeout_s: float = 300.0,
-    fused: bool = False,
-    require: str | None = None,
-    index: str = CPU,
-    redis: str | None = None,
+    repository: Path, options: ServeOptions, log: Callable[[str], None] = _log_nothing
 ) -> Iterator[Server]:
-    """Serves a repository's active release while the block runs. Port 0: a free one; metrics_port None: no
-    metrics.
+    """Serves a repository's active release while the block runs; `log` hears warnings, a line at a time.
 
-    fused: all steps of a request in one Python process, instead of the ensemble. require: a runtime of the
-    engines (server_plans.REQUIREMENTS), or an error; None: the best there is, and `log` hears why not
-    TensorRT. index: "cpu" or "gpu", where the main index is searched. redis: URL for feature rows.
+    ServerError, ReleaseError or InvalidInput says what is in the way before anything is started.
     """
-    repository = Path(repository).resolve()
-    if redis is not None:  # refused here rather than in every step
-        TierSettings(redis)
-        check_installed()
-    check_index(index)
-    installation = find_tritonserver()
-    check_address(address, installation)
-    runtime = choose_runtime(repository, check_servable(repository), installation, require, fused, log)
-    ports = [check_port(address, number) for number in (port, metrics_port) if number is not None]
-    sweep_run_folders()
-    claim = Claim(repository)
-    chosen = FUSED if fused else None
-    launch = Launch(
-        repository,
-        address,
-        ports[0],
-        (*ports, None)[1],
-        verbose=verbose,
-        configuration=chosen,
-        runtime=runtime,
-        index=index,
-        redis=redis,
-    )
-    server = Server(launch, claim, installation, log, start_timeout_s)
+    server = _prepared(Path(repository).resolve(), options, log)
     try:
         server.start()
         yield server
@@ -296,7 +253,22 @@ def serve(
         server.stop()
 
 
+def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None]) -> Server:
+    """Checks the machine and the release, chooses the runtime and free ports, and claims the repository."""
+    check_packages(options)
+    installation = find_tritonserver()
+    check_address(options, installation)
+    runtime = choose_runtime(repository, check_servable(repository), installation, options, log)
+    port, metrics = check_port(options.address, options.port), options.metrics_port
+    metrics = None if metrics is None else check_port(options.address, metrics)
+    sweep_run_folders()
+    claim = Claim(repository)
+    launch = Launch(repository, dataclasses.replace(options, port=port, metrics_port=metrics), runtime)
+    return Server(launch, claim, installation, log)
+
+
 def _is_open(address: str, port: int) -> bool:
+    """Says whether a connection to the port is taken."""
     try:
         socket.create_connection((address, port), 1.0).close()
     except OSError:
@@ -305,8 +277,10 @@ def _is_open(address: str, port: int) -> bool:
 
 
 def _host(address: str) -> str:
+    """Writes an address as it stands in a URL."""
     return f"[{address}]" if ":" in address else address
 
 
 def _exit_words(code: int) -> str:
+    """Says how a process ended, in words."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

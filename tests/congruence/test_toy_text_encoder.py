@@ -66,8 +66,9 @@ SHOP = (
 SERVE = """\
 import signal, sys
 from pathlib import Path
+from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import serve
-with serve(Path(sys.argv[1]), port=0, metrics_port=None) as server:
+with serve(Path(sys.argv[1]), ServeOptions(port=0, metrics_port=None)) as server:
     print(server.url, flush=True)
     sys.stdin.read()
 """

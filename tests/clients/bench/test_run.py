@@ -254,6 +254,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
     """A toy release answers zeros, so its twin is written out here."""
     from toy_repository import publish_toy
 
+    from ensemble.server.options import ServeOptions
     from ensemble.server.supervisor import serve
 
     publish_toy(tmp_path / "repository", "r1", tmp_path, activate=True)
@@ -265,7 +266,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
         tmp_path / "repository", seconds=0.5, rates=[20, 40], concurrency=(1, 2), batch_sizes=(2,)
     )
     said: list[str] = []
-    with serve(tmp_path / "repository", 0, None, "127.0.0.1"):
+    with serve(tmp_path / "repository", ServeOptions(port=0, metrics_port=None)):
         report = bench.run(options, said.append)
     json.dumps(report, allow_nan=False)
     assert report["release"]["tritonserver"].startswith("2.")

@@ -17,6 +17,7 @@ from clients.operations.control import Control
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.release import active_release
 from ensemble.release.repository import release_names
+from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
 
@@ -110,7 +111,7 @@ class Callers:
 
 @pytest.mark.triton
 def test_turning_there_and_back_under_load_fails_no_request(repository):
-    with serve(repository, port=0, metrics_port=None) as server, Callers(server.url) as callers:
+    with serve(repository, ServeOptions(port=0, metrics_port=None)) as server, Callers(server.url) as callers:
         for name in ("r2", "r1", "r2"):
             done = releases.activate(repository, name)
             assert done.served
@@ -129,7 +130,10 @@ def test_turning_there_and_back_under_load_fails_no_request(repository):
 @pytest.mark.triton
 def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_path):
     publish_toy(repository, "r3", tmp_path, broken="raise ValueError('no such planet')")
-    with serve(repository, port=0, metrics_port=None) as server, Callers(server.url, 2) as callers:
+    with (
+        serve(repository, ServeOptions(port=0, metrics_port=None)) as server,
+        Callers(server.url, 2) as callers,
+    ):
         with pytest.raises(
             ReleaseError, match=r"release r3 is not activated, the old one goes on: .*no such planet"
         ):
@@ -144,7 +148,7 @@ def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_p
 
 @pytest.mark.triton
 def test_a_flip_that_goes_wrong_is_taken_back(repository, monkeypatch):
-    with serve(repository, port=0, metrics_port=None):
+    with serve(repository, ServeOptions(port=0, metrics_port=None)):
         check = releases._check_canary
 
         def fail_through_the_alias(control, model, name):

@@ -51,6 +51,7 @@ def test_a_later_item_is_packed_as_the_build_would(shop, request):
 @pytest.mark.triton
 @pytest.mark.timeout(300)
 def test_a_server_recommends_what_was_added_and_not_what_was_deleted(tiny_repository, tiny_shop, tmp_path):
+    from ensemble.server.options import ServeOptions
     from ensemble.server.supervisor import serve
 
     repository = private_copy(tiny_repository, tmp_path / "repository")
@@ -58,7 +59,7 @@ def test_a_server_recommends_what_was_added_and_not_what_was_deleted(tiny_reposi
     user = release.user_ids.sorted_ids[5].decode()
     service = ItemService(repository, lambda line: None)
     thread = threading.Thread(target=service.run, daemon=True)
-    with serve(repository, port=0, metrics_port=None) as server, Client(server.url) as client:
+    with serve(repository, ServeOptions(port=0, metrics_port=None)) as server, Client(server.url) as client:
         thread.start()
         while not (repository / ".live" / "writer.json").exists():
             time.sleep(0.01)

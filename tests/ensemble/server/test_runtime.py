@@ -16,6 +16,7 @@ from shops import ROOT, private_copy
 from clients.client import Client
 from ensemble.engines.plans import EngineKey, Plan
 from ensemble.server import supervisor as serving
+from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import Overlay, Runtime
 
 KEY = EngineKey("ab" * 32, "11.4.0", "13.1", "9.0", "Pretend 9", "fp32", (), False, False)
@@ -24,11 +25,13 @@ import json, sys
 from pathlib import Path
 from ensemble.errors import PeregrineError
 from ensemble.server.installation import Installation
+from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import choose_runtime
-repository, backends, require, fused = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None, sys.argv[4] == "fused"
+repository, installation = Path(sys.argv[1]), Installation(Path("tritonserver"), Path(sys.argv[2]), None)
 heard = []
 try:
-    runtime = choose_runtime(repository, "r1", Installation(Path("tritonserver"), backends, None), require, fused, heard.append)
+    options = ServeOptions(require=sys.argv[3] or None, fused=sys.argv[4] == "fused")
+    runtime = choose_runtime(repository, "r1", installation, options, heard.append)
     print(json.dumps([runtime.engine, [plan.member for plan in runtime.plans], list(runtime.flags), heard]))
 except PeregrineError as error:
     print(json.dumps([str(error)]))
@@ -178,7 +181,7 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
     shutil.copytree(repository / "r1_ranker", plan.member_folder)
     monkeypatch.setattr(serving, "choose_runtime", lambda *_: Runtime(plans=(plan,)))
     before = set(Path(tmp_path).rglob("*"))
-    with serving.serve(repository, port=0, metrics_port=None) as server:
+    with serving.serve(repository, ServeOptions(port=0, metrics_port=None)) as server:
         command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
         assert "--model-config-name=tensorrt" in command
         mounted = Path(

@@ -27,6 +27,7 @@ from ensemble.errors import PeregrineError, ServerError
 from ensemble.server import installation as server_folder
 from ensemble.server.calls import is_model_ready
 from ensemble.server.installation import FeatureLevel, Installation
+from ensemble.server.options import ServeOptions
 from ensemble.server.process import Launch, command_line
 from ensemble.server.running import Claim, RunningServer, running_server
 from ensemble.server.supervisor import serve
@@ -172,8 +173,6 @@ def test_tritonserver_on_path_is_preferred_and_its_version_read(tmp_path, monkey
 
 def test_feature_levels():
     assert not FeatureLevel(2, 51).may_leave_loopback
-    assert not FeatureLevel(2, 58).survives_cancelled_calls
-    assert FeatureLevel(2, 59).survives_cancelled_calls
     assert FeatureLevel(3, 0).may_leave_loopback
 
 
@@ -182,7 +181,7 @@ def test_flags_close_what_is_not_needed(tmp_path):
     line = command_line(
         Installation(Path("/x/tritonserver"), Path("/x"), None),
         run,
-        Launch(tmp_path, "127.0.0.1", 8001, None, secret="s"),
+        Launch(tmp_path, ServeOptions(metrics_port=None), secret="s"),
     )
     for flag in (
         "--allow-http=false",
@@ -223,7 +222,7 @@ def test_a_killed_servers_claim_counts_for_nothing(tmp_path):
 
 @pytest.mark.triton
 def test_serve_answers_and_leaves_nothing_behind(repository):
-    with serve(repository, port=0, metrics_port=0) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=0)) as server:
         assert ask(server.url) == ["r1", "r1"]
         assert running_server(repository).url == server.url
         assert {model: len(pids) for model, pids in server.stubs().items()} == {
@@ -234,7 +233,7 @@ def test_serve_answers_and_leaves_nothing_behind(repository):
         assert 50e6 < proportional <= resident
         with (
             pytest.raises(ServerError, match="is served already by process"),
-            serve(repository, port=0, metrics_port=None),
+            serve(repository, ServeOptions(port=0, metrics_port=None)),
         ):
             pass
         assert traces(os.getpid())
@@ -254,7 +253,10 @@ def test_control_calls_need_the_secret(repository):
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
-    with serve(repository, port=0, metrics_port=None) as server, InferenceServerClient(server.url) as client:
+    with (
+        serve(repository, ServeOptions(port=0, metrics_port=None)) as server,
+        InferenceServerClient(server.url) as client,
+    ):
         for call in (
             client.get_model_repository_index,
             client.get_inference_statistics,
@@ -273,7 +275,7 @@ def test_a_release_that_cannot_start_is_told_with_its_reason(tmp_path):
     )
     with (
         pytest.raises(ServerError, match="no such planet"),
-        serve(tmp_path / "models", port=0, metrics_port=None),
+        serve(tmp_path / "models", ServeOptions(port=0, metrics_port=None)),
     ):
         pass
     assert traces(os.getpid()) == []
@@ -284,7 +286,7 @@ def test_a_release_that_cannot_start_is_told_with_its_reason(tmp_path):
 def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository):
     said: list[str] = []
     environments = set(Path("/tmp").glob("python_env_*"))
-    with serve(repository, port=0, metrics_port=None, log=said.append) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=None), log=said.append) as server:
         first = server.pid
         os.kill(first, signal.SIGKILL)
         eventually(lambda: server.pid != first and is_model_ready(server.url, "recommend"))
@@ -358,7 +360,7 @@ def test_a_killed_supervisor_takes_tritonserver_along_and_the_next_start_sweeps_
     process.wait()
     eventually(lambda: not is_model_ready(url, "recommend"))
     assert traces(process.pid)
-    with serve(repository, port=0, metrics_port=None) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=None)) as server:
         assert ask(server.url) == ["r1", "r1"]
         eventually(lambda: traces(process.pid) == [])
 

@@ -18,6 +18,7 @@ from clients.event_checks import Event
 from clients.events import EventWriter
 from ensemble.contract import Degraded
 from ensemble.server import process as server_process
+from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import serve
 from ensemble.tiers.load import load_release
 from ensemble.tiers.settings import TierSettings
@@ -62,7 +63,7 @@ def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tm
     load_release(tiny_release, url)
     try:
         with (
-            serve(repository, port=0, metrics_port=free_port(), fused=fused, redis=url) as server,
+            serve(repository, ServeOptions(0, free_port(), fused=fused, redis=url)) as server,
             Client(server.url) as client,
             EventWriter(url, shop) as events,
         ):

@@ -1,0 +1,57 @@
+"""Holds what a server is asked to be in one object, which is checked when it is built and then travels."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from ensemble.engines import CPU, GPU, ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT
+from ensemble.errors import InvalidInput
+from ensemble.tiers.settings import TierSettings
+
+REQUIREMENTS = (TENSORRT, ONNXRUNTIME_GPU, ONNXRUNTIME)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Holds all that `peregrine serve` can be told; InvalidInput names the first value that cannot be."""
+
+    port: int = 8001  # of gRPC; 0 takes a free one
+    metrics_port: int | None = 8002  # of Prometheus' metrics; 0 takes a free one, None serves none
+    address: str = "127.0.0.1"
+    fused: bool = False  # all steps of a request in one Python process, instead of the ensemble
+    require: str | None = None  # one of REQUIREMENTS, or an error; None takes the best that is there
+    index: str = CPU  # engines.CPU or GPU: where the main index is searched
+    redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
+    verbose: bool = False  # Triton's own log is shown
+    start_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise InvalidInput(f"{name} {port}: ports are 0 to 65535")
+        if self.address != "localhost":
+            _check_is_address(self.address)
+        if self.require is not None and self.require not in REQUIREMENTS:
+            raise InvalidInput(f"--require {self.require}: known are {', '.join(REQUIREMENTS)}")
+        if self.index not in (CPU, GPU):
+            raise InvalidInput(f"--index {self.index}: is unknown; use {CPU} or {GPU}")
+        if self.redis is not None:
+            TierSettings(self.redis)  # refused here rather than in every step
+        if not self.start_timeout_s > 0:
+            raise InvalidInput(f"--start-timeout-s must be above 0, got {self.start_timeout_s}")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Says whether only this machine can reach the server."""
+        return self.address == "localhost" or ipaddress.ip_address(self.address).is_loopback
+
+
+def _check_is_address(address: str) -> None:
+    """Raises InvalidInput unless `address` is an IP address."""
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise InvalidInput(
+            f"address {address!r} is not an IP address; use 127.0.0.1, or 0.0.0.0 for every interface"
+        ) from None
