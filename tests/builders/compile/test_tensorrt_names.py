@@ -19,7 +19,7 @@ from shops import ROOT
 
 from ensemble.engines.tensorrt import DTYPES
 
-SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "compile.py")
+SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "compile" / "stage.py")
 VERSIONS = ("10.16", "11.4")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peregrine"
 SYMBOLS = (
