@@ -50,7 +50,7 @@ time_requests() { # the calls above opened a connection each; an application kee
 import sys
 from pathlib import Path
 
-from clients.client import Client
+from clients import Client
 from ensemble.server.running import running_server
 
 with Client(running_server(Path(sys.argv[1])).url) as client:

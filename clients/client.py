@@ -1,7 +1,7 @@
 """Client(url).recommend(user) -> Recommendations. The asyncio twin is clients.aio.AsyncClient, with the same
 arguments.
 
-    from clients.client import Client
+    from clients import Client
 
     with Client("127.0.0.1:8001") as client:
         for item in client.recommend("u42", top_k=5, session_items=["lipstick-7"]).items:

@@ -1,6 +1,6 @@
 """What happened just now, written into the feature rows in Redis, so that the next `recommend` knows it.
 
-    from clients.events import EventWriter
+    from clients import EventWriter
 
     with EventWriter("redis://writer:…@127.0.0.1:6379", shop="beauty") as events:
         events.record_event("u42", "lipstick-7", "click", time.time())

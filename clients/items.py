@@ -1,6 +1,6 @@
 """Add, change and remove items of a repository that is being served; on the machine where its writer runs.
 
-    from clients.items import ItemClient
+    from clients import ItemClient
 
     with ItemClient("model_repository") as items:
         items.add({"item_id": "lipstick-9", "brand": "Rouge", "price": 12.5})
