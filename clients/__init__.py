@@ -4,7 +4,7 @@
     Recommendations, Item     what comes back; Degraded names what was missing while a list was made
     EventWriter, Event        write what users do into the feature rows in Redis
     ItemClient                adds, changes and removes items while they are served
-    PeregrineError            is what all errors are: InvalidArgument, Overloaded, BudgetExceeded, Unavailable,
+    PeregrineError            is every error: InvalidArgument, Overloaded, BudgetExceeded, Unavailable and
                               ServerFault
 
 Importing this package loads nothing; a name's module is loaded when the name is first used.

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Unpack
 
 from clients.client import ClientCore, left_s
 from clients.errors import CallError
 from clients.results import Recommendations
-from clients.wire import Answer, Call, Id, recommendations_from_answer
-from ensemble.options import RequestOptions
+from clients.wire import Answer, Call, recommendations_from_answer
+from ensemble.options import Id, Ids, RequestOptions
 
 
 class AsyncClient(ClientCore):
@@ -33,7 +32,7 @@ class AsyncClient(ClientCore):
         return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
 
     async def recommend_many(
-        self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any
+        self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
     ) -> list[Recommendations]:
         """Lists of several users in one request; as Client.recommend_many."""
         return await self._answer(self._call(user_ids, options, budget_ms, per_user=True))

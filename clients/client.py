@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Unpack
@@ -24,8 +24,8 @@ from typing import Any, Unpack
 from clients.errors import BudgetExceeded, CallError
 from clients.results import Recommendations
 from clients.transport import GrpcTransport, Transport
-from clients.wire import Answer, Call, Id, call_from_options, recommendations_from_answer
-from ensemble.options import RequestOptions
+from clients.wire import Answer, Call, call_from_options, recommendations_from_answer
+from ensemble.options import Id, Ids, RequestOptions
 
 RETRY_SHARE = 0.1  # retries per call, in the long run
 _RETRY_BURST = 10.0
@@ -59,7 +59,7 @@ class ClientCore:
         self._transport.close()
 
     def _call(
-        self, user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+        self, user_ids: Ids, options: Mapping[str, Any], budget_ms: float | None, per_user: bool
     ) -> Call:
         return call_from_options(
             user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user
@@ -113,7 +113,7 @@ class Client(ClientCore):
         return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
 
     def recommend_many(
-        self, user_ids: Sequence[Id], *, budget_ms: float | None = None, **options: Any
+        self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
     ) -> list[Recommendations]:
         """Lists of several users in one request; each option of `recommend` is shared, or a list with one
         value per user."""

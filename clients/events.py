@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
-from ensemble.errors import ReleaseError, ServerError
+from ensemble.errors import InvalidArgument, ReleaseError, ServerError
 from ensemble.release.release import open_release
 from ensemble.release.repository import release_names
 from ensemble.schema import schema_from_json
@@ -76,6 +76,8 @@ class EventWriter:
         """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do.
         `repository`: where items are looked up that were added live (`peregrine items add`); without it,
         events that name them change nothing and come back as unknown."""
+        if isinstance(only, str):  # a sequence of letters
+            raise InvalidArgument(f"only: must be a list of names of events, got {only!r}")
         self._client, self._repository = connect_now(url), repository
         self._shop, self._only = shop, None if only is None else frozenset(only)
         self._targets: dict[bytes, _Target] = {}

@@ -1,4 +1,4 @@
-"""How a Call reaches a server: over gRPC, or, in an application's tests, not at all.
+"""Brings a Call to a server and its answer back: over gRPC, or, in an application's tests, not at all.
 
 A transport's `start(call)` gives a Future and never blocks. Both clients use the same one: the asyncio client
 waits for the same futures, so a cancelled task or a closed loop cannot reach the call.
@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from clients.errors import Overloaded, Unavailable, error_from_status
+from clients.errors import InvalidArgument, Overloaded, Unavailable, error_from_status
 from clients.wire import Answer, Call, decode_bytes, encode_bytes
 from ensemble.contract import PIPELINE
+from ensemble.errors import PeregrineError
 
 CANCEL_IS_SAFE_FROM = (2, 59)
 MAX_ABANDONED = 64
@@ -47,7 +48,7 @@ _FIELDS: dict[type, str] = {
 
 @dataclass
 class _Running:
-    """A call that the server has not answered yet."""
+    """Holds a call that the server has not answered yet."""
 
     rpc: Any  # held here, because gRPC cancels a call that is garbage
     may_be_given_up: bool  # it has a budget
@@ -55,27 +56,26 @@ class _Running:
 
 
 class Transport(Protocol):
-    """What a client needs of the way to its server."""
+    """Says what a client needs of the way to its server."""
 
     def start(self, call: Call) -> Future[Answer]:
         """Sends the call and returns at once; the future fails with a PeregrineError."""
 
     def connect(self, timeout_s: float) -> bool:
-        """Whether a server answers, at most about `timeout_s` from now."""
+        """Tells whether a server answers within about `timeout_s`."""
 
     def send(self, call: Call) -> Answer:
-        """Sends a call without a budget and waits for its answer: spares a lone caller the way through
-        another thread."""
+        """Sends a call without a budget and waits for its answer, without the detour through another thread."""
 
     def give_up(self, future: Future[Answer]) -> None:
-        """Nobody waits for this future any more."""
+        """Takes note that nobody waits for this future any more."""
 
     def close(self) -> None:
-        """Ends the connection, once what was given up has ended."""
+        """Ends the connection, once the calls that were given up have ended."""
 
 
 class GrpcTransport:
-    """Triton's gRPC endpoint, with nothing of tritonclient but its protocol."""
+    """Talks to Triton's gRPC endpoint, with nothing of tritonclient but its protocol."""
 
     def __init__(
         self,
@@ -125,11 +125,13 @@ class GrpcTransport:
     def send(self, call: Call) -> Answer:
         self._check_open()
         try:
-            return answer_from_proto(
-                self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata)
-            )
+            response = self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata)
         except self._rpc_error as error:
             raise error_from_status(error.code().name, error.details() or "", self.url) from None
+        try:
+            return answer_from_proto(response)
+        except Exception as error:  # whatever is wrong with it, the caller knows one kind of error
+            raise self._unreadable(error) from error
 
     def give_up(self, future: Future[Answer]) -> None:
         with self._lock:
@@ -148,7 +150,7 @@ class GrpcTransport:
 
     @property
     def num_abandoned(self) -> int:
-        """Calls that run on although nobody waits for them."""
+        """Counts the calls that run on although nobody waits for them."""
         with self._lock:
             return sum(running.given_up for running in self._running.values())
 
@@ -157,8 +159,11 @@ class GrpcTransport:
             raise Unavailable(_CLOSED)
 
     def _refuse_beyond_limit(self, call: Call) -> None:
-        """Where calls cannot be cancelled, one with a budget may have to be given up: no more of them than
-        may be abandoned."""
+        """Refuses a call with Overloaded where too many run on that cannot be cancelled.
+
+        Where calls cannot be cancelled, one with a budget may have to be given up and then runs on; so no more
+        of them are started than may be abandoned.
+        """
         if self._cancel_is_safe or len(self._running) < self._max_abandoned:
             return
         given_up = sum(running.given_up for running in self._running.values())
@@ -170,7 +175,7 @@ class GrpcTransport:
             )
 
     def _finish(self, future: Future[Answer], rpc: Any) -> None:
-        """Runs in gRPC's thread when the call has ended."""
+        """Hands the answer or the error to the future; runs in gRPC's thread when the call has ended."""
         with self._lock:
             self._running.pop(future, None)
         status = rpc.code().name
@@ -180,10 +185,15 @@ class GrpcTransport:
         try:
             future.set_result(answer_from_proto(rpc.result()))
         except Exception as error:  # an answer that cannot be read must not leave its caller waiting
-            future.set_exception(error_from_status("INTERNAL", f"unreadable answer: {error}", self.url))
+            future.set_exception(self._unreadable(error))
+
+    def _unreadable(self, error: Exception) -> PeregrineError:
+        """Makes the ServerFault for an answer whose tensors cannot be read."""
+        return error_from_status("INTERNAL", f"its answer cannot be read: {error!r}", self.url)
 
     def _ask_version(self) -> Any:
-        """Without waiting: until the answer is there, the server is taken for an old one."""
+        """Asks for the server's version without waiting; until it is known, the server is taken for an old
+        one."""
         self._version_call = call = self._stub.ServerMetadata.future(
             self._pb.ServerMetadataRequest(), metadata=self._metadata
         )
@@ -199,7 +209,7 @@ class GrpcTransport:
 
 
 def proto_from_call(call: Call, model: str) -> Any:
-    """Call -> ModelInferRequest."""
+    """Writes a Call as a ModelInferRequest."""
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=model)
@@ -213,7 +223,7 @@ def proto_from_call(call: Call, model: str) -> Any:
 
 
 def answer_from_proto(response: Any) -> Answer:
-    """ModelInferResponse -> tensors by name."""
+    """Reads the tensors of a ModelInferResponse, by name."""
     answer: dict[str, Any] = {}
     for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if tensor.datatype == "BYTES":
@@ -224,11 +234,13 @@ def answer_from_proto(response: Any) -> Answer:
 
 
 class FakeTransport:
-    """For an application's tests: answers from a table, without server or network.
+    """Answers from a table, without server or network: for an application's tests.
 
-    lists     user id -> [(item id, score, {task: probability}), …] or just [item id, …]; users who are not in it get `default`
+    lists     user id -> [(item id, score, {task: probability}), …] or just [item id, …]
+    default   the list of users who are not in `lists`
     failures  exceptions raised by the next calls, one each, before any list is given
-    delay_s   time until an answer arrives; `calls` keeps every Call that was made
+    delay_s   time until an answer arrives
+    calls     keeps every Call that was made
     """
 
     def __init__(
@@ -240,12 +252,11 @@ class FakeTransport:
         release: str = "fake",
         degraded: Callable[[str], int] = lambda user: 0,
     ) -> None:
-        self._lists, self._default, self._release, self._degraded = (
-            dict(lists or {}),
-            list(default),
-            release,
-            degraded,
-        )
+        for entries in (default, *(lists or {}).values()):
+            if isinstance(entries, str):
+                raise InvalidArgument(f"lists: a user's list must be a list of items, got {entries!r}")
+        self._lists, self._default = dict(lists or {}), list(default)
+        self._release, self._degraded = release, degraded
         self._failures, self._delay_s = list(failures), delay_s
         self.calls: list[Call] = []
         self.closed = False
@@ -257,11 +268,13 @@ class FakeTransport:
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()
         failure = self._failures.pop(0) if self._failures else None
-        finish = (
-            (lambda: future.set_exception(failure))
-            if failure
-            else (lambda: future.set_result(self._answer(call)))
-        )
+
+        def finish() -> None:
+            if failure:
+                future.set_exception(failure)
+            else:
+                future.set_result(self._answer(call))
+
         if self._delay_s:
             threading.Timer(self._delay_s, finish).start()
         else:
@@ -281,11 +294,13 @@ class FakeTransport:
         self.closed = True
 
     def _answer(self, call: Call) -> Answer:
+        """Gives each user the first top_k entries of the list, padded as a server pads."""
         users = [user.decode() for user in call.user_ids]
-        rows = [
-            [_row(entry, place) for place, entry in enumerate(self._lists.get(user, self._default))]
-            for user in users
+        lists = [
+            self._lists.get(user, self._default)[:top_k]
+            for user, top_k in zip(users, _top_ks(call), strict=True)
         ]
+        rows = [[_row(entry, place) for place, entry in enumerate(entries)] for entries in lists]
         depth = max((len(r) for r in rows), default=0)
         names = next((list(row[2]) for r in rows for row in r), ["task"])
         padding = ("", 0.0, dict.fromkeys(names, 0.0))
@@ -302,8 +317,14 @@ class FakeTransport:
         }
 
 
+def _top_ks(call: Call) -> list[Any]:
+    """Reads how many items each user wants; None: all there are."""
+    top_k = call.parameters.get("top_k")
+    return json.loads(top_k) if isinstance(top_k, str) else [top_k] * len(call.user_ids)
+
+
 def _row(entry: Any, place: int) -> tuple[str, float, dict[str, float]]:
-    """An entry of FakeTransport's lists; a bare id gets a score that falls with its place."""
+    """Reads one entry of FakeTransport's lists; a bare id gets a score that falls with its place."""
     if isinstance(entry, str):
         return entry, 1.0 / (1 + place), {"task": 0.0}
     return entry[0], float(entry[1]), entry[2]

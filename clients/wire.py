@@ -1,5 +1,4 @@
-"""Requests and answers on the wire: the one place where options become Triton request parameters and tensors
-become results.
+"""Turns options into Triton request parameters, and an answer's tensors into results; nothing else does.
 
 Both clients share it, so that the sync and the asyncio one cannot differ.
 """
@@ -15,21 +14,22 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from clients.errors import InvalidArgument
+from clients.errors import InvalidArgument, ServerFault
 from clients.results import Item, Recommendations
 from ensemble.contract import MAX_ID_BYTES, Degraded
-from ensemble.options import NOTHING_ASKED, OPTION_NAMES, Id
+from ensemble.options import NOTHING_ASKED, OPTION_NAMES, Ids
 
 Parameter: TypeAlias = bool | int | float | str
-Answer: TypeAlias = Mapping[str, Any]  # tensor name -> ndarray; BYTES tensors as a flat list of bytes
+Answer: TypeAlias = Mapping[str, Any]  # tensor name -> Array; a BYTES tensor is a flat list of bytes
 
 _MANY = 64  # elements from which numpy is faster than a loop
 _ID_LISTS = ("session_items", "exclude_items")
+_SCALARS = {type(None), bool, int, float, str, bytes}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: users and options, ready to be sent."""
+    """Holds one request, users and options, ready to be sent."""
 
     user_ids: tuple[bytes, ...]
     parameters: dict[str, Parameter]
@@ -37,27 +37,40 @@ class Call:
 
 
 def call_from_options(
-    user_ids: Sequence[Id], options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+    user_ids: Ids, options: Mapping[str, Any], budget_ms: float | None, per_user: bool
 ) -> Call:
-    """Checks what can only be checked here (types) and encodes; the server checks the rest, in one place for
-    every client."""
+    """Encodes users and options as a Call; raises InvalidArgument for what cannot be sent.
+
+    Values are checked by the server, in one place for every client. `per_user`: an option may hold one value
+    for each user.
+    """
     unknown = next((name for name in options if name not in OPTION_NAMES), None)
     if unknown is not None:
         raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
-    if not user_ids:
-        raise InvalidArgument("user_id: at least one user is needed, got none")
     if budget_ms is not None and not budget_ms > 0:
         raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
-    ids = tuple(_text_from_id("user_id", user).encode() for user in user_ids)
-    count = len(ids) if per_user else 0
+    texts = _texts_from_ids("user_id", user_ids)
+    if not texts:
+        raise InvalidArgument("user_id: at least one user is needed, got none")
+    count = len(texts) if per_user else 0
     parameters = {
         name: _parameter(name, value, count) for name, value in options.items() if value is not None
     }
-    return Call(ids, parameters, budget_ms)
+    return Call(tuple(text.encode() for text in texts), parameters, budget_ms)
+
+
+def _texts_from_ids(field: str, ids: Any) -> list[str]:
+    """Gives the ids of a list, a tuple or an array as texts; refuses a lone text, a sequence of letters."""
+    values = _plain(ids)
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        what = "user" if field == "user_id" else "item"
+        raise InvalidArgument(f"{field}: must be a list of {what} ids, got {ids!r}")
+    return [_text_from_id(field, value) for value in values]
 
 
 def _text_from_id(field: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
+    """Gives one id as text; InvalidArgument if it is no id."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise InvalidArgument(f"{field}: an id must be a string or an integer, got {value!r}")
     text = str(value)
     try:
@@ -70,17 +83,11 @@ def _text_from_id(field: str, value: Any) -> str:
 
 
 def _parameter(name: str, value: Any, num_users: int) -> Parameter:
-    """One option as a Triton request parameter: scalars as they are, all else as JSON."""
-    if num_users and _is_per_user(name, value):
-        if len(value) != num_users:
-            raise InvalidArgument(
-                f"{name}: one value per user is needed: {num_users} users, got {len(value)} values"
-            )
-        if name not in NOTHING_ASKED and any(one is None for one in value):
-            raise InvalidArgument(f"{name}: None is no value; give one to every user, or leave {name} out")
-        neutral = NOTHING_ASKED.get(name)  # None is for users who ask for nothing while others do
-        return _json(name, [_plain(name, neutral if one is None else one) for one in value])
-    plain = _plain(name, value)
+    """Gives one option as a Triton request parameter: a number or bool as it is, all else as JSON."""
+    plain = _plain(value)
+    if num_users and _is_per_user(name, plain):
+        return _json(name, _values_per_user(name, plain, num_users))
+    plain = _checked(name, plain)
     if isinstance(plain, float) and not math.isfinite(plain):
         raise InvalidArgument(f"{name}: numbers must be finite, got {plain!r}")
     if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
@@ -89,38 +96,52 @@ def _parameter(name: str, value: Any, num_users: int) -> Parameter:
 
 
 def _is_per_user(name: str, value: Any) -> bool:
-    """A sequence where one value is none itself; for lists of ids, a sequence of sequences."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        return False
-    return name not in _ID_LISTS or any(
-        one is None or (isinstance(one, Sequence) and not isinstance(one, str)) for one in value
+    """Tells whether an option has one value per user: it is a list although one value is none, or a list of
+    lists where one value is a list of ids."""
+    return isinstance(value, list) and (
+        name not in _ID_LISTS or any(one is None or isinstance(one, list) for one in value)
     )
 
 
-def _plain(name: str, value: Any) -> Any:
-    """The option's value in JSON's types; InvalidArgument if it has none."""
+def _values_per_user(name: str, values: list[Any], num_users: int) -> list[Any]:
+    """Checks that there is a value for each user, and puts what nobody asks for in place of None."""
+    if len(values) != num_users:
+        raise InvalidArgument(
+            f"{name}: one value per user is needed: {num_users} users, got {len(values)} values"
+        )
+    if name not in NOTHING_ASKED and None in values:
+        raise InvalidArgument(f"{name}: None is no value; give one to every user, or leave {name} out")
+    neutral = NOTHING_ASKED.get(name)
+    return [_checked(name, neutral if value is None else value) for value in values]
+
+
+def _checked(name: str, plain: Any) -> Any:
+    """Gives one value of an option in the form it is sent in: ids as texts, a lone text in allow or deny as a
+    list of one."""
     if name in _ID_LISTS:
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, (Sequence, np.ndarray)):
-            raise InvalidArgument(f"{name}: must be a list of item ids, got {value!r}")
-        return [_text_from_id(name, one) for one in value]
-    if isinstance(value, np.generic):
-        return value.item()
+        return _texts_from_ids(name, plain)
+    if isinstance(plain, dict):
+        return {key: [value] if isinstance(value, str) else value for key, value in plain.items()}
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Gives a value with arrays, numpy's numbers and tuples as JSON's types, at any depth, and sets where their
+    order means nothing: in allow and deny. What JSON cannot say stays as it is."""
+    if type(value) in _SCALARS:
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain_list(one) for key, one in value.items()}
-    return value
-
-
-def _plain_list(value: Any) -> Any:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, (set, frozenset, tuple)):
-        return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-    return value.item() if isinstance(value, np.generic) else value
+        return {
+            str(key): _plain(sorted(one, key=str) if isinstance(one, (set, frozenset)) else one)
+            for key, one in value.items()
+        }
+    return [_plain(one) for one in value] if isinstance(value, Sequence) else value
 
 
 def _json(name: str, value: Any) -> str:
+    """Writes a value as JSON text; InvalidArgument names the option whose value has none."""
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
@@ -130,22 +151,18 @@ def _json(name: str, value: Any) -> str:
 
 
 def encode_bytes(values: Sequence[bytes]) -> bytes:
-    """Triton's BYTES: each element after its length, 4 bytes little-endian."""
+    """Writes values as Triton's BYTES: each after its length, 4 bytes little-endian."""
     return b"".join([struct.pack("<I", len(value)) + value for value in values])
 
 
 def decode_bytes(raw: bytes, count: int) -> list[bytes]:
-    """Inverse of `encode_bytes`. Many elements of one length are cut by numpy at once."""
+    """Reads `count` values that `encode_bytes` wrote; numpy cuts many of one length at once."""
     width = len(raw) // count if count >= _MANY else 0
     if width > 4 and width * count == len(raw):
         table = np.frombuffer(raw, np.uint8).reshape(count, width)
-        # An id that ends in NUL would be cut by numpy's S dtype, and is the server's bug; the slow way keeps
-        # even that one.
-        if (
-            (table[:, :4] == table[0, :4]).all()
-            and int.from_bytes(raw[:4], "little") == width - 4
-            and table[:, -1].all()
-        ):
+        same_width = (table[:, :4] == table[0, :4]).all() and int.from_bytes(raw[:4], "little") == width - 4
+        # An id that ends in NUL is the server's bug, and numpy's S dtype would cut it; the slow way keeps it.
+        if same_width and table[:, -1].all():
             return np.ascontiguousarray(table[:, 4:]).view(f"S{width - 4}").ravel().tolist()
     values, at = [], 0
     while at < len(raw):
@@ -156,13 +173,25 @@ def decode_bytes(raw: bytes, count: int) -> list[bytes]:
 
 
 def recommendations_from_answer(call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
-    """One result per user; padding (empty ids) is cut off."""
+    """Gives one result per user, without padding (empty ids); ServerFault if the answer lacks a tensor or has
+    one of another shape."""
+    try:
+        return _results(call, answer, latency_ms)
+    except KeyError as error:
+        fault = f"it has no tensor {error}"
+    except (IndexError, TypeError, ValueError) as error:
+        fault = str(error)
+    raise ServerFault(f"the server said OK, but its answer cannot be read: {fault}; its log has the details")
+
+
+def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
+    """Cuts the tensors of an answer into one list per user."""
     num_users = len(call.user_ids)
     tasks: list[str] = json.loads(answer["tasks"][0])
     ids: list[bytes] = answer["item_ids"]
     depth = len(ids) // num_users
     scores = np.asarray(answer["scores"]).reshape(num_users, depth).tolist()
-    probabilities = np.asarray(answer["probabilities"]).reshape(num_users, depth, -1).tolist()
+    probabilities = np.asarray(answer["probabilities"]).reshape(num_users, depth, len(tasks)).tolist()
     degraded = np.asarray(answer["degraded"]).ravel().tolist()
     results = []
     for row, user in enumerate(call.user_ids):

@@ -17,28 +17,30 @@ from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.contract import MAX_ID_BYTES, MAX_LIST
 from ensemble.errors import InvalidArgument
 from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
 Id: TypeAlias = str | int  # an integer is taken as its decimal text
+Ids: TypeAlias = Sequence[Id] | Array
 
 
 class RequestOptions(TypedDict, total=False):
-    """Names what a request may ask beside its user, with types and meaning: for every client, and for the server.
+    """Names what a request may ask beside its user, with types and meaning: for clients and server alike.
 
     An option that is left out or None is as if nobody had asked for it.
     """
 
     top_k: int | None  # items wanted; default 10
-    session_items: Sequence[Id] | None  # looked at just now, newest last; read after the stored history
-    exclude_items: Sequence[Id] | None  # never to be returned
+    session_items: Ids | None  # looked at just now, newest last; read after the stored history
+    exclude_items: Ids | None  # never to be returned
     exclude_seen: bool | None  # leave out what the user has had; default True
-    allow: Mapping[str, Sequence[str]] | None  # {category feature: [values]}: only these
-    deny: Mapping[str, Sequence[str]] | None  # {category feature: [values]}: none of these
+    allow: Mapping[str, Sequence[str] | Array] | None  # {category feature: [values]}: only these
+    deny: Mapping[str, Sequence[str] | Array] | None  # {category feature: [values]}: none of these
     # {number feature: [least, greatest]}, both included, None = open: {"price": [5, 20], "stock": [1, None]}
-    ranges: Mapping[str, Sequence[float | None]] | None
+    ranges: Mapping[str, Sequence[float | None] | Array] | None
     weights: Mapping[str, float] | None  # {task: its weight in the score}
     caps: Mapping[str, int] | None  # {category feature: how many items of one value a list may hold}
     diversity: float | None  # 0..1: how much unlikeness counts against score; default 0

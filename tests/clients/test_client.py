@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from fake_triton import FakeTriton
 from shops import ROOT
@@ -24,7 +25,7 @@ from clients.errors import (
     scrubbed,
 )
 from clients.transport import FakeTransport, GrpcTransport
-from clients.wire import call_from_options, decode_bytes, encode_bytes
+from clients.wire import call_from_options, decode_bytes, encode_bytes, recommendations_from_answer
 from ensemble.contract import Degraded
 from ensemble.errors import PeregrineError
 
@@ -134,6 +135,103 @@ def test_bad_batches_are_refused(users: list[str], options: dict, message: str) 
     with pytest.raises(InvalidArgument) as caught:
         Client(transport=FakeTransport()).recommend_many(users, **options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("users", ["u1", b"u1", {"u1"}, {"u1": 1}, None, 7, np.array("u1")])
+def test_users_that_are_no_list_are_refused(users: object) -> None:
+    transport = FakeTransport(LISTS)
+    with pytest.raises(InvalidArgument, match=r"^user_id: must be a list of user ids, got "):
+        Client(transport=transport).recommend_many(users)  # type: ignore[arg-type]
+    assert transport.calls == []
+
+
+@pytest.mark.parametrize("users", [np.array(["u1", "u2"]), np.array(["u1", "u2"], object), ("u1", "u2")])
+def test_users_may_come_in_an_array(users: object) -> None:
+    transport = FakeTransport(LISTS)
+    first, second = Client(transport=transport).recommend_many(users)  # type: ignore[arg-type]
+    assert (first.user_id, second.user_id) == ("u1", "u2")
+    Client(transport=transport).recommend_many(np.array([7, 8]))
+    assert transport.calls[-1].user_ids == (b"7", b"8")
+    with pytest.raises(InvalidArgument, match=r"^user_id: at least one user is needed, got none$"):
+        Client(transport=transport).recommend_many(np.array([]))
+
+
+def test_arrays_are_sent_wherever_an_option_takes_a_list() -> None:
+    options = {
+        "top_k": np.int64(5),
+        "session_items": np.array(["a", "b"]),
+        "allow": {"brand": np.array(["X", "Y"])},
+        "deny": {"shade": (np.str_("red"),), "size": np.array([1, 2]), "maker": {"b", "a"}},
+        "ranges": {"price": np.array([5.5, 20]), "stock": [np.int64(1), None]},
+        "caps": {"brand": np.int32(2)},
+        "diversity": np.float64(0.5),
+    }
+    assert ask(**options).calls[0].parameters == {
+        "top_k": 5,
+        "session_items": '["a","b"]',
+        "allow": '{"brand":["X","Y"]}',
+        "deny": '{"shade":["red"],"size":[1,2],"maker":["a","b"]}',
+        "ranges": '{"price":[5.5,20.0],"stock":[1,null]}',
+        "caps": '{"brand":2}',
+        "diversity": 0.5,
+    }
+    each = {"top_k": np.array([1, 2]), "deny": [{"brand": np.array(["X"])}, None]}
+    sent = call_from_options(np.array(["u", "v"]), each, None, per_user=True).parameters
+    assert sent == {"top_k": "[1,2]", "deny": '[{"brand":["X"]},{}]'}
+    with pytest.raises(InvalidArgument, match=r"^ranges: numbers must be finite, got "):
+        ask(ranges={"price": np.array([np.nan, 1.0])})
+
+
+def test_the_fake_gives_no_more_than_top_k_and_refuses_a_list_of_letters() -> None:
+    client = Client(transport=FakeTransport({"u": ["x", "y", "z"]}, default=["p", "q"]))
+    assert client.recommend("u", top_k=2).item_ids == ("x", "y")
+    assert [len(one.items) for one in client.recommend_many(["u", "v"], top_k=[3, 1])] == [3, 1]
+    with pytest.raises(
+        InvalidArgument, match=r"^lists: a user's list must be a list of items, got 'lipstick'$"
+    ):
+        FakeTransport({"u": "lipstick"})
+
+
+def test_lists_without_any_item_are_empty_and_no_fault() -> None:
+    results = Client(transport=FakeTransport()).recommend_many(["u", "v"])
+    assert [(one.user_id, one.items) for one in results] == [("u", ()), ("v", ())]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"tasks": None}, "it has no tensor 'tasks'"),
+        ({"release": None}, "it has no tensor 'release'"),
+        ({"release": []}, "list index out of range"),
+        ({"tasks": [b"no JSON"]}, "Expecting value: line 1 column 1 (char 0)"),
+        ({"scores": [1.0]}, "cannot reshape array of size 1 into shape (1,2)"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_the_servers_fault(change: dict, fault: str) -> None:
+    call = call_from_options(["u1"], {}, None, per_user=False)
+    answer = {**FakeTransport(LISTS).send(call), **change}
+    with pytest.raises(ServerFault) as caught:
+        recommendations_from_answer(call, {name: one for name, one in answer.items() if one is not None}, 1.0)
+    assert str(caught.value) == (
+        f"the server said OK, but its answer cannot be read: {fault}; its log has the details"
+    )
+
+
+@pytest.mark.parametrize("budget_ms", [None, 5000])
+def test_an_ok_without_tensors_is_the_servers_fault(triton: FakeTriton, budget_ms: float | None) -> None:
+    triton.has_tensors = False
+    with Client(triton.url) as client, pytest.raises(ServerFault, match="it has no tensor 'tasks'"):
+        client.recommend("u1", budget_ms=budget_ms)
+
+
+@pytest.mark.parametrize("budget_ms", [None, 5000])
+def test_a_tensor_without_content_is_the_servers_fault(triton: FakeTriton, budget_ms: float | None) -> None:
+    triton.has_contents = False
+    with (
+        Client(triton.url) as client,
+        pytest.raises(ServerFault, match="its answer cannot be read: ValueError"),
+    ):
+        client.recommend("u1", budget_ms=budget_ms)
 
 
 @pytest.mark.parametrize(

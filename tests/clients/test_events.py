@@ -205,6 +205,11 @@ def test_bad_updates_are_named(writer, update, text):
     assert str(caught.value) == text
 
 
+def test_names_of_events_are_a_list_not_letters(server):
+    with pytest.raises(InvalidArgument, match=r"^only: must be a list of names of events, got 'buy'$"):
+        EventWriter(server.url, "random", only="buy")
+
+
 def test_a_writer_survives_a_restart_of_redis(own_server, release):
     load_release(release, own_server.url)
     with EventWriter(own_server.url, "random") as writer:

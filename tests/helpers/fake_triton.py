@@ -22,6 +22,7 @@ class FakeTriton:
         self.version, self.delay_s, self.failures, self.requests = version, 0.0, [], []
         self.deadlines: list[float] = []
         self.cancelled, self.is_empty = 0, False
+        self.has_tensors = self.has_contents = True  # of an OK answer
 
         class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
             def ServerMetadata(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
@@ -62,8 +63,10 @@ class FakeTriton:
             ("degraded", "INT64", (users, 1), np.arange(users, dtype=np.int64).tobytes()),
             ("release", "BYTES", (users, 1), encode_bytes([b"r1"] * users)),
         ):
-            response.outputs.add(name=name, datatype=kind, shape=shape)
-            response.raw_output_contents.append(raw)
+            if self.has_tensors:
+                response.outputs.add(name=name, datatype=kind, shape=shape)
+            if self.has_tensors and self.has_contents:
+                response.raw_output_contents.append(raw)
         return response
 
     def stop(self) -> None:
