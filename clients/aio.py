@@ -1,4 +1,4 @@
-"""AsyncClient: clients.client.Client for asyncio, with the same arguments, results and errors.
+"""Asks a served release for ranked lists from asyncio: clients.client.Client's arguments, results and errors.
 
 A cancelled task stops waiting, nothing more: the call itself lives in gRPC's own threads and runs to its end,
 because a cancelled call can kill an old server.
@@ -19,7 +19,7 @@ from ensemble.options import Id, Ids, RequestOptions
 
 
 class AsyncClient(ClientCore):
-    """Asks a served release for ranked lists; arguments as Client's."""
+    """Asks a served release for ranked lists; takes Client's arguments."""
 
     async def recommend(
         self,
@@ -28,17 +28,17 @@ class AsyncClient(ClientCore):
         budget_ms: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
-        """One user's list; options and errors as Client.recommend's."""
+        """Gives one user's list, with Client.recommend's options and errors."""
         return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
 
     async def recommend_many(
         self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
     ) -> list[Recommendations]:
-        """Lists of several users in one request; as Client.recommend_many."""
+        """Gives the lists of several users in one request, as Client.recommend_many does."""
         return await self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     async def aclose(self) -> None:
-        """close(), without holding up the loop."""
+        """Closes the client without holding up the loop."""
         await asyncio.to_thread(self.close)
 
     async def __aenter__(self) -> AsyncClient:

@@ -1,5 +1,6 @@
-"""Client(url).recommend(user) -> Recommendations. The asyncio twin is clients.aio.AsyncClient, with the same
-arguments.
+"""Asks a served release for ranked lists: Client(url).recommend(user) gives Recommendations.
+
+clients.aio.AsyncClient does the same for asyncio, with the same arguments.
 
     from clients import Client
 
@@ -7,8 +8,9 @@ arguments.
         for item in client.recommend("u42", top_k=5, session_items=["lipstick-7"]).items:
             print(item.item_id, item.score, item.probabilities)
 
-The options are those of ensemble.options.RequestOptions, all optional; an option of recommend_many is shared
-by its users, or a list with one value each. `budget_ms` says how long to wait; BudgetExceeded after that.
+The options are those of ensemble.options.RequestOptions, all optional; one of recommend_many is shared by its
+users, or a list with one value each. Wherever a list is taken, a numpy array is too. `budget_ms` says how many
+milliseconds to wait for the answer; BudgetExceeded is raised after that.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _RECONNECT_S = 0.05
 
 
 class ClientCore:
-    """What the sync and the asyncio client share: everything but the waiting."""
+    """Does all that the sync and the asyncio client share: everything but the waiting."""
 
     def __init__(
         self,
@@ -49,13 +51,16 @@ class ClientCore:
         self._lock = threading.Lock()
 
     def connect(self, timeout_s: float = 2.0) -> bool:
-        """Whether the server answers. Not needed, but the first call then finds the connection made and the
-        server's version known."""
+        """Tells whether the server answers within `timeout_s`.
+
+        Nobody needs to call it, but the first request then finds the connection made and the server's version
+        known.
+        """
         return self._transport.connect(timeout_s)
 
     def close(self) -> None:
-        """Ends the connection; waits a little for calls that were given up, since ending them could end an
-        old server."""
+        """Ends the connection, after a short wait for calls that were given up: cutting them off could end
+        an old server."""
         self._transport.close()
 
     def _call(
@@ -70,8 +75,8 @@ class ClientCore:
             self._retries = min(_RETRY_BURST, self._retries + RETRY_SHARE)
 
     def _retry_delay_s(self, error: CallError, attempt: int, left_s: float | None) -> float | None:
-        """Seconds until the one retry, or None when the error is the answer. A recommendation changes
-        nothing, so asking again is safe."""
+        """Gives the seconds until the one retry, or None when the error is the answer. A recommendation
+        changes nothing, so that asking again is safe."""
         delay_s = _RECONNECT_S * random.uniform(0.5, 1.5) if error.status == "UNAVAILABLE" else 0.0
         if attempt or not error.retryable or (left_s is not None and left_s <= delay_s):
             return None
@@ -88,7 +93,7 @@ class ClientCore:
 
 
 def left_s(call: Call, started: float) -> float | None:
-    """Seconds of the call's budget that are left; None without a budget."""
+    """Gives the seconds that are left of the call's budget; None without a budget."""
     return None if call.budget_ms is None else call.budget_ms / 1000 - (time.perf_counter() - started)
 
 
@@ -108,15 +113,15 @@ class Client(ClientCore):
         budget_ms: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
-        """One user's list. Raises clients.errors: InvalidArgument, Overloaded, BudgetExceeded, Unavailable,
+        """Gives one user's list; raises InvalidArgument, Overloaded, BudgetExceeded, Unavailable or
         ServerFault."""
         return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
 
     def recommend_many(
         self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
     ) -> list[Recommendations]:
-        """Lists of several users in one request; each option of `recommend` is shared, or a list with one
-        value per user."""
+        """Gives the lists of several users in one request; each option of `recommend` is shared, or a list
+        with one value per user."""
         return self._answer(self._call(user_ids, options, budget_ms, per_user=True))
 
     def __enter__(self) -> Client:

@@ -1,5 +1,4 @@
-"""Errors of a call to `recommend`: one class per thing the caller can do. All are
-ensemble.errors.PeregrineError.
+"""Names what can go wrong with a call to `recommend`: one class for each thing that the caller can do.
 
 PeregrineError
 ├── InvalidInput
@@ -10,8 +9,7 @@ PeregrineError
     ├── Unavailable       nobody there who can answer: wait for the server, or start it
     └── ServerFault       a bug or a broken server: its log has the details
 
-Triton's texts carry its own prefixes, shared-memory keys, paths and tracebacks; none of these leaves this
-module.
+Triton's texts carry prefixes of its own, shared-memory keys, paths and tracebacks; none leaves this module.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ __all__ = [
 
 
 class CallError(PeregrineError):
-    """A call that could not be answered. `retryable`: the same request, sent again, may well succeed."""
+    """Says why a call was not answered. `retryable`: the same request, sent again, may well succeed."""
 
     def __init__(self, message: str, status: str = "", retryable: bool = False) -> None:
         super().__init__(message)
@@ -41,19 +39,19 @@ class CallError(PeregrineError):
 
 
 class Overloaded(CallError):
-    """The server, or this client, has more to do than it can."""
+    """Says that the server, or this client, has more to do than it can."""
 
 
 class BudgetExceeded(CallError):
-    """No answer within budget_ms."""
+    """Says that no answer came within budget_ms."""
 
 
 class Unavailable(CallError):
-    """No server, no such model, or a dead step."""
+    """Says that there is no server, no such model, or a dead step."""
 
 
 class ServerFault(CallError):
-    """The server failed in a way that no request should be able to cause."""
+    """Says that the server failed in a way that no request should be able to cause."""
 
 
 _PREFIX = re.compile(
@@ -65,19 +63,20 @@ _MAX_TEXT = 300
 
 
 def stripped(text: str) -> str:
-    """The part of Triton's text that says what is wrong: ensemble prefixes and further lines (tracebacks)
-    gone."""
+    """Gives the part of Triton's text that says what is wrong, without prefixes and further lines
+    (tracebacks)."""
     lines = text.strip().splitlines()
     return _PREFIX.sub("", lines[0] if lines else "")[:_MAX_TEXT]
 
 
 def scrubbed(text: str) -> str:
-    """`stripped`, with shared-memory keys, paths and addresses replaced by …"""
+    """Gives `stripped` text with shared-memory keys, paths and addresses replaced by …"""
     return _SECRETS.sub("…", stripped(text))
 
 
 def error_from_status(status: str, text: str, target: str) -> PeregrineError:
-    """The exception for a failed call; `status` is gRPC's name of the code, `target` the server's address."""
+    """Makes the exception for a failed call; `status` is gRPC's name of the code, `target` the server's
+    address."""
     if status == "INVALID_ARGUMENT":
         return _invalid_argument(text)
     if status == "RESOURCE_EXHAUSTED" or "Exceeds maximum queue size" in text or "memory pool size" in text:
@@ -102,9 +101,7 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
             status,
             retryable=True,
         )
-    if (
-        "has no available versions" in text
-    ):  # what `peregrine serve` makes of a SIGTERM: the alias goes first, requests in flight end
+    if "has no available versions" in text:  # at SIGTERM `peregrine serve` takes the alias away first
         return Unavailable(
             f"server {target} is draining or has no active release; ask another one", status, retryable=True
         )

@@ -1,4 +1,4 @@
-"""What an event and an item's update are, and what is wrong with one: named before anything is written."""
+"""Says what an event and an item's update are, and finds what is wrong with one before it is written."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument
+from ensemble.schema import Feature, Schema
 from ensemble.tiers import records as rows
 
 Id = str | int | bytes
@@ -17,8 +19,8 @@ Id = str | int | bytes
 
 @dataclass(frozen=True)
 class Event:
-    """Somebody did something with an item. `time`: seconds, or any number that grows; `event`: its name, at
-    most 64 bytes."""
+    """Says that somebody did something with an item. `time`: seconds, or any number that grows; `event`: its
+    name, at most 64 bytes."""
 
     user_id: Id
     item_id: Id
@@ -28,8 +30,8 @@ class Event:
 
 @dataclass(frozen=True)
 class ItemUpdate:
-    """New parts of an item's row, packed as the release has them (snapshot.py): codes and values by the
-    feature's name."""
+    """Holds new parts of an item's row, packed as the release has them (ensemble/release/snapshot.py): codes
+    and values by the feature's name."""
 
     item_id: Id
     time: float
@@ -38,75 +40,74 @@ class ItemUpdate:
     values: Mapping[str, Sequence[float]] | None = None
 
 
-def packed_update(row_format: rows.RowFormat, update: ItemUpdate) -> tuple[np.ndarray, np.ndarray]:
-    """A row [1] with the update's numbers, and which of its words [words] bool they are; InvalidArgument
-    names what does not fit."""
-    row, given = np.zeros(1, row_format.row), np.zeros(1, row_format.row)
+def packed_update(row_format: rows.RowFormat, update: ItemUpdate) -> tuple[Array, Array]:
+    """Gives a row [1] with the update's numbers, and which of its 32-bit words [words] bool they are;
+    InvalidArgument names what does not fit."""
+    row, marks = np.zeros(1, row_format.row), np.zeros(1, row_format.row)
     if update.features is not None:
-        row["features"], given["features"] = (
-            _numbers("features", update.features, row["features"].shape[1], None),
-            1,
-        )
+        row["features"] = _numbers("features", update.features, row["features"].shape[1], None)
+        marks["features"] = 1
     for field, parts in (("codes", update.codes), ("values", update.values)):
         for name, numbers in (parts or {}).items():
-            feature = next(
-                (
-                    f
-                    for f in row_format.schema.items.features
-                    if f.name == name and f.is_code == (field == "codes")
-                ),
-                None,
-            )
-            if feature is None:
-                raise InvalidArgument(f"{field}: items have no such feature {name!r}")
+            feature = _item_feature(row_format.schema, field, name)
             limits = (feature.offset, feature.offset + feature.size - 1) if feature.is_code else None
-            row[field][0, feature.columns], given[field][0, feature.columns] = (
-                _numbers(name, numbers, feature.width, limits),
-                1,
-            )
-    marked = given.view(np.uint32) != 0
+            row[field][0, feature.columns] = _numbers(name, numbers, feature.width, limits)
+            marks[field][0, feature.columns] = 1
+    marked = marks.view(np.uint32) != 0
     if not marked.any():
         raise InvalidArgument("update: give features, codes or values")
     return row, marked
 
 
-def _numbers(name: str, numbers: Any, width: int, limits: tuple[int, int] | None) -> np.ndarray:
+def _item_feature(schema: Schema, field: str, name: str) -> Feature:
+    """Finds the item feature that an update names under "codes" or "values"."""
+    for feature in schema.items.features:
+        if feature.name == name and feature.is_code == (field == "codes"):
+            return feature
+    raise InvalidArgument(f"{field}: items have no such feature {name!r}")
+
+
+def _numbers(name: str, numbers: Any, width: int, limits: tuple[int, int] | None) -> Array:
+    """Checks the numbers of one feature and gives them as an array [width]; `limits`: those of its codes."""
     kinds = (int,) if limits else (int, float)
     if (
         not isinstance(numbers, (list, tuple))
         or len(numbers) != width
         or not all(isinstance(n, kinds) and not isinstance(n, bool) for n in numbers)
     ):
-        raise InvalidArgument(f"{name}: must be a list of {width} {'whole ' if limits else ''}numbers")
+        kind = "whole numbers" if limits else "numbers"
+        raise InvalidArgument(f"{name}: must be a list of {width} {kind}, got {numbers!r:.60}")
     if limits and not all(n == 0 or limits[0] <= n <= limits[1] for n in numbers):
-        raise InvalidArgument(f"{name}: codes must be 0 or {limits[0]}..{limits[1]}")
+        raise InvalidArgument(f"{name}: codes must be 0 or {limits[0]}..{limits[1]}, got {numbers!r:.60}")
     if not limits and not all(abs(n) < 3e38 for n in numbers):  # false for NaN, too
-        raise InvalidArgument(f"{name}: must be finite float32 numbers")
+        raise InvalidArgument(f"{name}: must be finite float32 numbers, got {numbers!r:.60}")
     return np.array(numbers)
 
 
 def check_event(event: Event) -> tuple[bytes, bytes, float]:
-    """An event as it is written: user id, item id, time; InvalidArgument names the field."""
+    """Gives an event as it is written: user id, item id, time; InvalidArgument names the field."""
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
-        raise InvalidArgument("event: must be a name of 1 to 64 bytes")
+        raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
     return encode_id("user_id", event.user_id), encode_id("item_id", event.item_id), check_time(event.time)
 
 
 def encode_id(field: str, value: Id) -> bytes:
-    """An id as bytes; InvalidArgument by the same rules as `recommend`'s."""
+    """Gives an id as bytes; InvalidArgument says what is wrong with it."""
     if not isinstance(value, (str, int, bytes)) or isinstance(value, bool):
-        raise InvalidArgument(f"{field}: must be a string or an integer")
+        raise InvalidArgument(f"{field}: must be a string or an integer, got {value!r:.60}")
     try:
         encoded = value if isinstance(value, bytes) else str(value).encode()
         encoded.decode()
     except UnicodeError:
-        raise InvalidArgument(f"{field}: is not UTF-8") from None
+        raise InvalidArgument(f"{field}: must be valid UTF-8, got {value!r:.60}") from None
     if not 0 < len(encoded) <= MAX_ID_BYTES or encoded.endswith(b"\0"):
-        raise InvalidArgument(f"{field}: must have 1 to {MAX_ID_BYTES} bytes and not end in a NUL byte")
+        rule = f"must have 1 to {MAX_ID_BYTES} bytes and not end in a NUL byte"
+        raise InvalidArgument(f"{field}: {rule}, got {len(encoded)} bytes")
     return encoded
 
 
 def check_time(value: Any) -> float:
+    """Gives a time as float; InvalidArgument if it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN, too
-        raise InvalidArgument("time: must be a finite number, such as seconds since 1970")
+        raise InvalidArgument(f"time: must be a finite number, such as seconds since 1970, got {value!r:.60}")
     return float(value)

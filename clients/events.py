@@ -1,4 +1,4 @@
-"""What happened just now, written into the feature rows in Redis, so that the next `recommend` knows it.
+"""Writes what happened just now into the feature rows in Redis, so that the next `recommend` knows it.
 
     from clients import EventWriter
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
+from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument, ReleaseError, ServerError
 from ensemble.release.release import open_release
 from ensemble.release.repository import release_names
@@ -41,7 +42,7 @@ _REMEMBERED = 1_000_000  # item ids a release
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of some events, summed over the shop's releases."""
+    """Says what came of some events, summed over the shop's releases."""
 
     changed: int = 0  # rows written
     unchanged: int = 0  # rows that knew it all
@@ -57,7 +58,7 @@ class Outcome:
 
 @dataclass
 class _Target:
-    """One loaded version of one release."""
+    """Holds what is needed to write rows of one loaded version of a release."""
 
     version: bytes
     ttl_s: int
@@ -68,14 +69,17 @@ class _Target:
 
 
 class EventWriter:
-    """Writes events of one shop. Needs the writer's ACL; one per thread, or process."""
+    """Writes events of one shop. Needs a Redis user who may write; not to be shared between threads."""
 
     def __init__(
         self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None
     ) -> None:
-        """`only`: names of events that enter a past (interactions.history of shop.toml); None: all do.
-        `repository`: where items are looked up that were added live (`peregrine items add`); without it,
-        events that name them change nothing and come back as unknown."""
+        """Connects to Redis; ServerError if it does not answer.
+
+        only        names of the events that enter a past (interactions.history of shop.toml); None: all do
+        repository  where items are looked up that were added live (`peregrine items add`); without it, events
+                    that name them change nothing and come back as unknown
+        """
         if isinstance(only, str):  # a sequence of letters
             raise InvalidArgument(f"only: must be a list of names of events, got {only!r}")
         self._client, self._repository = connect_now(url), repository
@@ -83,12 +87,12 @@ class EventWriter:
         self._targets: dict[bytes, _Target] = {}
 
     def record_event(self, user_id: Id, item_id: Id, event: str, time: float) -> Outcome:
-        """One event; returns when Redis has it."""
+        """Writes one event; returns when Redis has it."""
         return self.record_events([Event(user_id, item_id, event, time)])
 
     def record_events(self, events: Sequence[Event]) -> Outcome:
-        """Many, each user's row written once. InvalidArgument names what is wrong with one, before any is
-        written."""
+        """Writes many events, each user's row once; InvalidArgument names what is wrong with one before any
+        is written."""
         checked = [check_event(event) for event in events]
         wanted = [
             one
@@ -98,12 +102,13 @@ class EventWriter:
         return self._guarded(lambda: self._record(wanted)) if wanted else Outcome()
 
     def update_item(self, update: ItemUpdate) -> Outcome:
-        """Replaces parts of an item's row; for each number the latest `time` wins, so that late and repeated
+        """Replaces parts of an item's row. For each number the latest `time` wins, so that late and repeated
         updates do no harm."""
         item_id, time = encode_id("item_id", update.item_id), check_time(update.time)
         return self._guarded(lambda: self._update(item_id, time, update))
 
     def close(self) -> None:
+        """Ends the connection."""
         self._client.close()
 
     def __enter__(self) -> EventWriter:
@@ -115,6 +120,7 @@ class EventWriter:
         self.close()
 
     def _guarded(self, write: Callable[[], Outcome]) -> Outcome:
+        """Runs `write`; what goes wrong with Redis becomes a ServerError."""
         import redis
 
         try:
@@ -125,6 +131,7 @@ class EventWriter:
             ) from None
 
     def _record(self, events: Sequence[tuple[bytes, bytes, float]]) -> Outcome:
+        """Puts events (user id, item id, time) into their users' pasts, in every loaded release."""
         outcome, known = Outcome(), set[bytes]()
         for target in self._current_targets():
             item_rows = self._item_rows(target, [item for _, item, _ in events])
@@ -139,6 +146,7 @@ class EventWriter:
         return outcome + Outcome(unknown_items=unknown)
 
     def _write_user(self, target: _Target, user: bytes, past: Sequence[tuple[int, float]]) -> Outcome:
+        """Merges new events (item row, time) into one user's past."""
         new_rows, new_times = (np.array(column) for column in zip(*past, strict=True))
         identity = rows.user_identities(np.array([user]))
 
@@ -155,6 +163,7 @@ class EventWriter:
         )
 
     def _update(self, item_id: bytes, time: float, update: ItemUpdate) -> Outcome:
+        """Writes an item's update into every loaded release that knows the item."""
         outcome, known = Outcome(), False
         for target in self._current_targets():
             row = self._item_rows(target, [item_id]).get(item_id)
@@ -164,17 +173,18 @@ class EventWriter:
         return outcome if known else Outcome(unknown_items=(item_id.decode(),))
 
     def _write_item(self, target: _Target, item_row: int, time: float, update: ItemUpdate) -> Outcome:
-        """Nothing, if Redis has lost the row: an update alone makes no item."""
+        """Writes an update into an item's row; changes nothing if Redis has lost the row, since an update
+        alone makes no item."""
         identity = rows.item_identities(np.array([item_row]))
-        new, given = packed_update(target.items, update)
+        new, named = packed_update(target.items, update)
 
         def change(value: bytes | None) -> bytes | None:
             row, times, partial = _opened(target.items, identity, value)
             if partial:
                 return None
             words = row.view(np.uint32)
-            # one winner also among equals
-            newer = given & ((times < time) | ((times == time) & (words < new.view(np.uint32))))
+            # Of two updates with one time the larger word wins, whichever comes first.
+            newer = named & ((times < time) | ((times == time) & (words < new.view(np.uint32))))
             if not newer.any():
                 return None
             words[newer], times[newer] = new.view(np.uint32)[newer], time
@@ -206,7 +216,7 @@ class EventWriter:
         )
 
     def _current_targets(self) -> list[_Target]:
-        """The shop's loaded versions, as of now."""
+        """Gives the shop's loaded versions as they are now; ServerError if there are none."""
         pointers: dict[bytes, bytes] = self._client.hgetall(rows.shop_key(self._shop))
         for name, version in pointers.items():
             text = None if version in self._targets else self._client.get(rows.meta_key(version))
@@ -220,65 +230,63 @@ class EventWriter:
         return list(self._targets.values())
 
     def _item_rows(self, target: _Target, item_ids: Sequence[bytes]) -> dict[bytes, int]:
-        """{id: row} of those that the release knows."""
+        """Gives {id: row} of the items that the release knows; those met before are remembered."""
         missing = [item for item in dict.fromkeys(item_ids) if item not in target.item_rows]
         if missing:
             if len(target.item_rows) > _REMEMBERED:
                 target.item_rows.clear()
-            with self._client.pipeline(transaction=False) as pipe:
-                for item in missing:
-                    pipe.get(rows.name_key(target.version, item))
-                found = pipe.execute()
-            target.item_rows.update(
-                {item: int(row) for item, row in zip(missing, found, strict=True) if row is not None}
-            )
-            new = [item for item, row in zip(missing, found, strict=True) if row is None]
-            if new and target.live is not None:
-                live_rows = target.live.refresh().rows_from_ids(np.array(new)).tolist()
-                target.item_rows.update(
-                    {item: row for item, row in zip(new, live_rows, strict=True) if row > 0}
-                )
+            target.item_rows.update(self._looked_up(target, missing))
         return {item: target.item_rows[item] for item in item_ids if item in target.item_rows}
+
+    def _looked_up(self, target: _Target, item_ids: Sequence[bytes]) -> dict[bytes, int]:
+        """Asks Redis for the items' rows, and the live log for those that Redis does not have."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for item in item_ids:
+                pipe.get(rows.name_key(target.version, item))
+            values = dict(zip(item_ids, pipe.execute(), strict=True))
+        item_rows = {item: int(value) for item, value in values.items() if value is not None}
+        added = [item for item, value in values.items() if value is None]
+        if added and target.live is not None:
+            live_rows = target.live.refresh().rows_from_ids(np.array(added)).tolist()
+            item_rows |= {item: row for item, row in zip(added, live_rows, strict=True) if row > 0}
+        return item_rows
 
 
 def _target(version: bytes, meta: Mapping[str, Any], repository: Path | None, release: str) -> _Target:
+    """Reads from a loaded version's `meta` what is needed to write its rows."""
     schema = schema_from_json(json.dumps(meta["schema"]))
     users, items = (rows.RowFormat(table, schema, meta["digest"], meta["num_items"]) for table in rows.TABLES)
     return _Target(version, meta["ttl_s"], users, items, _live_items(repository, release, meta["digest"]), {})
 
 
 def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | None:
-    """The live items of a release, where the repository has the very one that was loaded, and this Peregrine
-    reads it."""
+    """Opens the live items of a release; None unless the repository has the very release that was loaded, and
+    this Peregrine reads it."""
     if repository is None or name not in release_names(repository):
         return None
     try:
         release = open_release(repository, name)
-    except (
-        ReleaseError
-    ):  # an old one, whose rows have not expired yet: no reason to lose the events of the others
+    except ReleaseError:  # an old one whose rows have not expired yet: the other releases get the events
         return None
     return LiveItems(release) if rows.release_digest(release) == digest else None
 
 
 def _value(client: Any, key: bytes) -> bytes | None:
-    """GET; None as well where something else than a string stands under the key: it is to be replaced."""
+    """Gets the value of a key; None as well where no string stands under it, for that is to be replaced."""
     from redis.exceptions import ResponseError
 
     try:
-        found: bytes | None = client.get(key)
+        value: bytes | None = client.get(key)
     except ResponseError as error:
         if "WRONGTYPE" not in str(error):
             raise
         return None
-    return found
+    return value
 
 
-def _opened(
-    row_format: rows.RowFormat, identity: np.ndarray, value: bytes | None
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A stored value -> its row [1], its times, whether it lacks the loaded row (there was none, or none that
-    is valid)."""
+def _opened(row_format: rows.RowFormat, identity: Array, value: bytes | None) -> tuple[Array, Array, bool]:
+    """Reads a stored value: its row [1], its times, and whether it lacks the loaded row (there was none, or
+    none that is valid)."""
     if value is not None:
         records, good, _ = row_format.unpack([value], identity)
         if good[0]:

@@ -1,4 +1,4 @@
-"""Add, change and remove items of a repository that is being served; on the machine where its writer runs.
+"""Adds, changes and removes items of a repository that is being served, on the machine where its writer runs.
 
     from clients import ItemClient
 
@@ -25,17 +25,17 @@ from typing import Any
 
 from clients.errors import InvalidArgument, ServerFault, Unavailable
 
-_GRACE_S = 60.0  # beyond wait_s: encoding a large group takes its time
+_GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 
 
 @dataclass(frozen=True)
 class Changed:
-    """What became of a change."""
+    """Says what became of a change."""
 
     sequence: int  # number of the last change; an answer's `release` r1+42 has all up to 42
-    done: bool  # whether every instance has it
+    done: bool  # every instance has it
     release: str
-    instances: dict[str, int] = field(default_factory=dict)  # the last sequence number of each
+    instances: dict[str, int] = field(default_factory=dict)  # by instance: the last change that it has
     generation: int = 0
     items: int = 0  # that can be recommended
     unmerged: int = 0  # changes that lie beside the main index
@@ -43,7 +43,7 @@ class Changed:
 
 
 class ItemClient:
-    """One connection to a repository's writer; not to be shared between threads."""
+    """Keeps one connection to a repository's writer; not to be shared between threads."""
 
     def __init__(self, repository: Path | str, wait_s: float = 2.0) -> None:
         self.repository, self.wait_s = Path(repository), wait_s
@@ -51,6 +51,7 @@ class ItemClient:
         self._stream = self._socket.makefile("rwb")
 
     def _connected(self) -> socket.socket:
+        """Connects to the writer that the repository names; Unavailable if there is none."""
         try:
             path = json.loads((self.repository / ".live" / "writer.json").read_text())["socket"]
             connection = socket.socket(socket.AF_UNIX)
@@ -64,11 +65,11 @@ class ItemClient:
         return connection
 
     def add(self, *items: Mapping[str, Any]) -> Changed:
-        """New items; InvalidArgument if one is there already."""
+        """Adds new items; InvalidArgument if one is there already."""
         return self.apply([{"op": "add", "item": item} for item in items])
 
     def update(self, *items: Mapping[str, Any]) -> Changed:
-        """New values of items that are there."""
+        """Gives new values to items that are there; InvalidArgument if one is not."""
         return self.apply([{"op": "update", "item": item} for item in items])
 
     def upsert(self, *items: Mapping[str, Any]) -> Changed:
@@ -76,16 +77,18 @@ class ItemClient:
         return self.apply([{"op": "upsert", "item": item} for item in items])
 
     def delete(self, *item_ids: str) -> Changed:
-        """From then on these items are not recommended."""
+        """Removes items: from then on they are not recommended."""
         return self.apply([{"op": "delete", "item": {"item_id": item_id}} for item_id in item_ids])
 
     def apply(self, changes: Sequence[Mapping[str, Any]]) -> Changed:
-        """All of the changes, or none: {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …,
-        feature: value, …}}."""
+        """Makes all of the changes, or none.
+
+        A change is {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}.
+        """
         return self._ask({"op": "change", "changes": list(changes)})
 
     def status(self) -> Changed:
-        """How far the writer and every instance are."""
+        """Asks how far the writer and every instance are."""
         return self._ask({"op": "status"})
 
     def merge(self) -> Changed:
@@ -93,6 +96,7 @@ class ItemClient:
         return self._ask({"op": "merge"})
 
     def _ask(self, request: dict[str, Any]) -> Changed:
+        """Sends one JSON line to the writer and reads its reply."""
         try:
             self._stream.write(json.dumps({**request, "wait_s": self.wait_s}).encode() + b"\n")
             self._stream.flush()
@@ -115,7 +119,7 @@ class ItemClient:
 
     def close(self) -> None:
         """Ends the connection."""
-        with contextlib.suppress(OSError):  # what could not be sent any more was said when it was asked
+        with contextlib.suppress(OSError):  # what could not be sent was an error when it was asked
             self._stream.close()
         self._socket.close()
 
@@ -129,7 +133,7 @@ class ItemClient:
 
 
 def read_changes(lines: Iterable[str], operation: str, name: str) -> list[dict[str, Any]]:
-    """JSON lines, one item each -> changes; InvalidArgument names the line."""
+    """Reads changes from JSON lines, one item each; InvalidArgument names the line."""
     changes = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

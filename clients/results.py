@@ -1,4 +1,4 @@
-"""What a call to `recommend` gives back: small, typed, frozen."""
+"""Holds what a call to `recommend` gives back: small, typed, frozen."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from ensemble.contract import Degraded
 
 
 class Item(NamedTuple):
-    """One recommended item."""
+    """Names one recommended item and says how good it is."""
 
     item_id: str
     score: float  # the blended number that sorts
-    probabilities: dict[
-        str, float
-    ]  # by task: a calibrated probability, or the predicted number of a regression
+    probabilities: dict[str, float]  # by task: calibrated probability, or a regression's predicted number
 
 
 @dataclass(frozen=True)
 class Recommendations:
-    """One user's list, best first."""
+    """Holds one user's list, best first."""
 
     user_id: str
     items: tuple[Item, ...]
@@ -30,4 +28,5 @@ class Recommendations:
 
     @property
     def item_ids(self) -> tuple[str, ...]:
+        """Gives the items' ids, best first."""
         return tuple(item.item_id for item in self.items)

@@ -65,7 +65,7 @@ class Transport(Protocol):
         """Tells whether a server answers within about `timeout_s`."""
 
     def send(self, call: Call) -> Answer:
-        """Sends a call without a budget and waits for its answer, without the detour through another thread."""
+        """Sends a call without a budget and waits for its answer, without a detour by another thread."""
 
     def give_up(self, future: Future[Answer]) -> None:
         """Takes note that nobody waits for this future any more."""
@@ -161,8 +161,8 @@ class GrpcTransport:
     def _refuse_beyond_limit(self, call: Call) -> None:
         """Refuses a call with Overloaded where too many run on that cannot be cancelled.
 
-        Where calls cannot be cancelled, one with a budget may have to be given up and then runs on; so no more
-        of them are started than may be abandoned.
+        There, one with a budget may have to be given up and then runs on; so no more of them are started than
+        may be abandoned.
         """
         if self._cancel_is_safe or len(self._running) < self._max_abandoned:
             return

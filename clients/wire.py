@@ -126,8 +126,8 @@ def _checked(name: str, plain: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Gives a value with arrays, numpy's numbers and tuples as JSON's types, at any depth, and sets where their
-    order means nothing: in allow and deny. What JSON cannot say stays as it is."""
+    """Turns arrays, numpy's numbers and tuples into JSON's types, at any depth, and sets where their order
+    means nothing: in allow and deny. What JSON cannot say stays as it is."""
     if type(value) in _SCALARS:
         return value
     if isinstance(value, (np.ndarray, np.generic)):

@@ -183,7 +183,7 @@ def _seconds(value: Any) -> Any:
         moment = datetime.fromisoformat(value)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise InvalidArgument("time: must be a number or an ISO 8601 time") from None
+        raise InvalidArgument(f"time: must be a number or an ISO 8601 time, got {value!r:.60}") from None
 
 
 def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:

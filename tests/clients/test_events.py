@@ -170,13 +170,25 @@ def test_items_are_updated_and_late_updates_lose(server, release, open_readers, 
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        (Event("u", "i", "click", float("nan")), "time: must be a finite number, such as seconds since 1970"),
-        (Event("u", "i", "click", True), "time: must be a finite number, such as seconds since 1970"),
-        (Event("u", "i", "", 1.0), "event: must be a name of 1 to 64 bytes"),
-        (Event("", "i", "click", 1.0), "user_id: must have 1 to 128 bytes and not end in a NUL byte"),
-        (Event("u", None, "click", 1.0), "item_id: must be a string or an integer"),
-        (Event(b"\xff", "i", "click", 1.0), "user_id: is not UTF-8"),
-        (Event("u", "i" * 129, "click", 1.0), "item_id: must have 1 to 128 bytes and not end in a NUL byte"),
+        (
+            Event("u", "i", "click", float("nan")),
+            "time: must be a finite number, such as seconds since 1970, got nan",
+        ),
+        (
+            Event("u", "i", "click", True),
+            "time: must be a finite number, such as seconds since 1970, got True",
+        ),
+        (Event("u", "i", "", 1.0), "event: must be a name of 1 to 64 bytes, got ''"),
+        (
+            Event("", "i", "click", 1.0),
+            "user_id: must have 1 to 128 bytes and not end in a NUL byte, got 0 bytes",
+        ),
+        (Event("u", None, "click", 1.0), "item_id: must be a string or an integer, got None"),
+        (Event(b"\xff", "i", "click", 1.0), "user_id: must be valid UTF-8, got b'\\xff'"),
+        (
+            Event("u", "i" * 129, "click", 1.0),
+            "item_id: must have 1 to 128 bytes and not end in a NUL byte, got 129 bytes",
+        ),
     ],
 )
 def test_bad_events_are_named_and_none_of_their_batch_is_written(writer, event, text):
@@ -190,13 +202,13 @@ def test_bad_events_are_named_and_none_of_their_batch_is_written(writer, event, 
     ("update", "text"),
     [
         (ItemUpdate("i00001", 1.0), "update: give features, codes or values"),
-        (ItemUpdate("i00001", 1.0, features=[1.0]), "features: must be a list of 3 numbers"),
+        (ItemUpdate("i00001", 1.0, features=[1.0]), "features: must be a list of 3 numbers, got [1.0]"),
         (
             ItemUpdate("i00001", 1.0, features=[1.0, 2.0, float("nan")]),
-            "features: must be finite float32 numbers",
+            "features: must be finite float32 numbers, got [1.0, 2.0, nan]",
         ),
         (ItemUpdate("i00001", 1.0, codes={"colour": [1]}), "codes: items have no such feature 'colour'"),
-        (ItemUpdate("i00001", 1.0, codes={"brand": [99]}), "brand: codes must be 0 or 1..7"),
+        (ItemUpdate("i00001", 1.0, codes={"brand": [99]}), "brand: codes must be 0 or 1..7, got [99]"),
     ],
 )
 def test_bad_updates_are_named(writer, update, text):
@@ -278,7 +290,7 @@ def test_tail_reads_lines_names_bad_ones_and_goes_on(server, release, open_reade
     assert done.stderr.splitlines() == [
         "line 2: not JSON; skipped",
         "line 3: must be a JSON object; skipped",
-        "line 4: time: must be a number or an ISO 8601 time; skipped",
+        "line 4: time: must be a number or an ISO 8601 time, got 'soon'; skipped",
         "line 5: event: missing; skipped",
         "line 6: codes: must be a JSON object; skipped",
         "item 'nothing' is in no loaded release; its events are skipped",
