@@ -9,8 +9,8 @@ clients.aio.AsyncClient does the same for asyncio, with the same arguments.
             print(item.item_id, item.score, item.probabilities)
 
 The options are those of ensemble.options.RequestOptions, all optional; one of recommend_many is shared by its
-users, or a list with one value each. Wherever a list is taken, a numpy array is too. `budget_ms` says how many
-milliseconds to wait for the answer; BudgetExceeded is raised after that.
+users, or a list with one value each. Wherever a list is taken, a numpy array is too. `budget_ms` says for how
+many milliseconds to wait for the answer; BudgetExceeded is raised after that.
 """
 
 from __future__ import annotations
