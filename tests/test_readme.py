@@ -197,11 +197,11 @@ def test_every_request_parameter_and_degraded_bit_is_explained() -> None:
     from ensemble.contract import ANSWER, Degraded
     from ensemble.options import OPTION_NAMES
 
-    rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
+    rows = re.findall(r"^(`.*?) \| ", README, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert {*OPTION_NAMES, *ANSWER} <= named
     assert {(str(bit.value), bit.name.lower()) for bit in Degraded} == set(
-        re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
+        re.findall(r"^(\d+) \| `(\w+)` \|", README, re.MULTILINE)
     )
 
 
@@ -234,10 +234,15 @@ def test_lock_fits_pyproject_and_names_no_place() -> None:
 def test_every_package_is_installed() -> None:
     import tomllib
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
-    there = [
-        str(path.parent.relative_to(ROOT)).replace("/", ".")
-        for top in ("ensemble", "builders", "clients")
-        for path in (ROOT / top).rglob("__init__.py")
-    ]
-    assert sorted(listed) == sorted(there)
+    from setuptools import find_packages
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    modules = (path for top in ("ensemble", "builders", "clients") for path in (ROOT / top).rglob("*.py"))
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in modules}
+    assert set(find_packages(str(ROOT), include=settings["packages"]["find"]["include"])) == folders
+
+
+def test_decisions_have_an_index_of_one_line_each() -> None:
+    text = (ROOT / "DECISIONS.md").read_text("utf-8")
+    headings = re.findall(r"^## (\d{4}-\d\d-\d\d) (.+)$", text, re.MULTILINE)
+    assert re.findall(r"^- (\d{4}-\d\d-\d\d) \[(.+)\]\(#", text, re.MULTILINE) == headings
