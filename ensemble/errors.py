@@ -1,4 +1,4 @@
-"""Every error Peregrine raises on purpose. One class per thing the caller can do about it.
+"""Names every error that Peregrine raises on purpose: one class for each thing the caller can do about it.
 
 PeregrineError            catch this to catch them all; the message alone must be enough to act on
 ├── InvalidInput          fix the data, file or option that the message names        (exit code 2)
@@ -10,24 +10,32 @@ PeregrineError            catch this to catch them all; the message alone must b
 
 
 class PeregrineError(Exception):
-    """Base of all errors raised on purpose; str(error) is one line fit to be shown to a user."""
+    """Is the base of all errors raised on purpose; str(error) is one line fit to be shown to a user.
+
+    fact  what is wrong: the name, what was wanted, what came
+    cure  what to do about it; empty where the fact says it all
+    """
+
+    def __init__(self, fact: str, cure: str = "") -> None:
+        super().__init__(f"{fact}; {cure}" if cure else fact)
+        self.fact, self.cure = fact, cure
 
 
 class InvalidInput(PeregrineError):
-    """Data, a file or an option is wrong; the message names it, the value and the cure."""
+    """Says that data, a file or an option is wrong: its name, the value and the cure."""
 
 
 class InvalidArgument(InvalidInput):
-    """One field of a request is wrong: "<field>: <rule>"."""
+    """Says that one field of a request is wrong: "<field>: <rule>"."""
 
 
 class WiringError(PeregrineError):
-    """Models of a pipeline do not fit each other; raised when the pipeline is defined, not when it runs."""
+    """Says, when a pipeline is defined and not when it runs, that its models do not fit each other."""
 
 
 class ReleaseError(PeregrineError):
-    """A release is absent, incomplete or not what its manifest says."""
+    """Says that a release is absent, incomplete or not what its manifest says."""
 
 
 class ServerError(PeregrineError):
-    """tritonserver is absent, did not become ready, or refused a control call."""
+    """Says that tritonserver is absent, did not become ready, or refused a control call."""

@@ -163,7 +163,7 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
     raw = {name: value for name, value in found.items() if name not in _FOREIGN}
     unknown = sorted(set(raw) - set(OPTION_NAMES))
     if unknown:
-        raise InvalidArgument(f"{unknown[0]}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
+        raise InvalidArgument(f"{unknown[0]}: unknown parameter", f"known: {', '.join(OPTION_NAMES)}")
     columns = {name: _column(name, value, num_users, schema) for name, value in raw.items()}
     return Options(
         tuple(UserOptions(**{name: column[i] for name, column in columns.items()}) for i in range(num_users))
@@ -185,7 +185,7 @@ def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
         return [read(name, value, schema)] * num_users
     if len(value) != num_users:
         raise InvalidArgument(
-            f"{name}: {len(value)} values for {num_users} users; give one value for all, or one each"
+            f"{name}: {len(value)} values for {num_users} users", "give one value for all, or one each"
         )
     return [read(name, v, schema) for v in value]
 
@@ -294,7 +294,7 @@ def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str
     for key in value:
         if key not in known:
             raise InvalidArgument(
-                f"{name}: no {what} {_short(key)}; known: {', '.join(sorted(known)) or 'none'}"
+                f"{name}: no {what} {_short(key)}", f"known: {', '.join(sorted(known)) or 'none'}"
             )
     return list(value.items())
 

@@ -33,8 +33,8 @@ class PythonModel:
         """Opens the release's files, verified; an error here fails the load, not a request."""
         if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
             raise ReleaseError(
-                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2; install "
-                "numpy 1.26"
+                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2",
+                "install numpy 1.26",
             )
         parameters = {
             name: value["string_value"]

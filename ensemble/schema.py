@@ -118,8 +118,8 @@ def schema_from_json(text: str) -> Schema:
     raw: dict[str, Any] = json.loads(text)
     if raw.get("version") != SCHEMA_VERSION:
         raise ReleaseError(
-            f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads; "
-            "build the release again"
+            f"schema version {raw.get('version')} is not {SCHEMA_VERSION}, which this Peregrine reads",
+            "build the release again",
         )
     tables = {name: Table(tuple(Feature(**f) for f in raw[name]["features"])) for name in ("items", "users")}
     return Schema(

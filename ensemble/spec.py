@@ -89,8 +89,8 @@ class PipelineSpec:
             for tensor in model.outputs:
                 if tensor.name in known:
                     raise WiringError(
-                        f"{self.name}: {model.name} gives {tensor.name}, which exists already; a tensor has "
-                        "one source"
+                        f"{self.name}: {model.name} gives {tensor.name}, which exists already",
+                        "a tensor has one source",
                     )
                 known[tensor.name] = tensor
         for tensor in self.outputs:
@@ -100,8 +100,8 @@ class PipelineSpec:
         source = known.get(tensor.name)
         if source is None:
             raise WiringError(
-                f"{self.name}: {taker} takes {tensor}, which nothing before it gives; known: "
-                f"{', '.join(known)}"
+                f"{self.name}: {taker} takes {tensor}, which nothing before it gives",
+                f"known: {', '.join(known)}",
             )
         if (source.dtype, source.axes) != (tensor.dtype, tensor.axes):
             raise WiringError(f"{self.name}: {taker} takes {tensor}, but its source gives {source}")
@@ -119,5 +119,5 @@ class PipelineSpec:
             if model.name == name:
                 return model
         raise WiringError(
-            f"{self.name} has no model {name!r}; it has {', '.join(m.name for m in self.models)}"
+            f"{self.name} has no model {name!r}", f"it has {', '.join(m.name for m in self.models)}"
         )

@@ -61,7 +61,7 @@ def check(options: argparse.Namespace) -> int:
     name = options.release or active_release(options.repository)
     if name is None:
         raise ReleaseError(
-            f"no release is active in {options.repository}; `make demo` builds one in demo/model_repository"
+            f"no release is active in {options.repository}", "`make demo` builds one in demo/model_repository"
         )
     release = open_served(options.repository.resolve(), name)
     rows = []
@@ -81,7 +81,7 @@ def _machine(cpu: bool) -> str:
         gpu, sm, cuda = gpu_facts()
     except ReleaseError as error:
         if not cpu:
-            raise ReleaseError(f"{error}; --cpu runs the rows that need none") from None
+            raise ReleaseError(f"{error}", "--cpu runs the rows that need none") from None
         return f"{platform.machine()}, no GPU"
     return f"{gpu} (SM {sm}, CUDA {cuda})"
 
@@ -103,7 +103,7 @@ def _tools() -> tuple[Toolchain | None, str]:
     try:
         return tensorrt_toolchain(), ""
     except PeregrineError as error:
-        return None, str(error).partition(";")[0]
+        return None, error.fact
 
 
 def _guarded(part: str, what: str, rows: Any) -> Iterator[Row]:

@@ -247,7 +247,7 @@ def _or_why(part: str, what: str, runtime: str, rows: Callable[[], Iterator[Row]
     try:
         yield from rows()
     except PeregrineError as error:
-        yield Row(part, what, runtime, note=str(error).partition(";")[0].rpartition(": ")[2])
+        yield Row(part, what, runtime, note=error.fact.rpartition(": ")[2])
 
 
 def _matrix_flops(data: bytes, feeds: Feeds) -> float:

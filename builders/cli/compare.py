@@ -280,7 +280,8 @@ def _student_sizes(text: str, model: str) -> dict[str, Any]:
     """Reads sizes as a recipe's file has them."""
     from pydantic import ValidationError
 
-    from builders.compress.recipe import Recipe, first_error
+    from builders.compress.recipe import Recipe
+    from builders.toml_file import first_error
 
     sizes = _toml(
         "--student", text, "layers=1, feed=128" if model == "user_encoder" else "hidden=96, expert=[64, 32]"
@@ -288,7 +289,7 @@ def _student_sizes(text: str, model: str) -> dict[str, Any]:
     try:
         recipe = Recipe.model_validate({model: {"distil": {"student": sizes}}})
     except ValidationError as error:
-        raise InvalidInput(f"--student '{text}': {first_error(error)}") from None
+        raise InvalidInput(f"--student '{text}': {first_error(error, Recipe)}") from None
     distil = recipe.of(model).distil
     return dict(distil.student) if distil else {}
 

@@ -96,8 +96,8 @@ def room_for(release: Release) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(release.repository).free / 1e6
             raise ReleaseError(
-                f"compile: no space left in {release.repository} ({free:.0f} MB free); free some and run it "
-                "again: it goes on"
+                f"compile: no space left in {release.repository} ({free:.0f} MB free)",
+                "free some and run it again: it goes on",
             ) from error
         raise ReleaseError(
             f"compile: cannot write plans into {release.repository}: {error.strerror} ({error.filename})"

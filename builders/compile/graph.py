@@ -29,16 +29,16 @@ def read_model(data: bytes, where: str) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's and onnx's own share no base but Exception
         raise ReleaseError(
-            f"{where} is not a whole ONNX model: {str(error).strip().splitlines()[0]}; build the release "
-            "again"
+            f"{where} is not a whole ONNX model: {str(error).strip().splitlines()[0]}",
+            "build the release again",
         ) from None
     outside = [
         tensor.name for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL
     ]
     if outside:
         raise ReleaseError(
-            f"{where}: {outside[0]} lies in a file outside the model, which could be any file; save it as "
-            "one file"
+            f"{where}: {outside[0]} lies in a file outside the model, which could be any file",
+            "save it as one file",
         )
     return model
 
@@ -145,8 +145,8 @@ def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
         raise ReleaseError(
-            f"this model cannot be brought down to opset {OLD_OPSET} for TensorRT 8.5: {reason}; use "
-            "TensorRT 10.12 or newer"
+            f"this model cannot be brought down to opset {OLD_OPSET} for TensorRT 8.5: {reason}",
+            "use TensorRT 10.12 or newer",
         ) from None
     for node in (
         model.graph.node
@@ -210,8 +210,9 @@ def _layer_normalization(node: onnx.NodeProto, prefix: str) -> Spelt:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if attributes.get("axis", -1) != -1:
         raise ReleaseError(
-            f"{node.name}: LayerNormalization over axes from {attributes['axis']} on cannot be spelt out "
-            "for TensorRT 8.5; only the last axis"
+            f"{node.name}: LayerNormalization over axes from {attributes['axis']} on cannot be spelt out for "
+            "TensorRT 8.5",
+            "only the last axis",
         )
     x, scale, bias, (out, *_) = (
         node.input[0],

@@ -190,7 +190,7 @@ def _check_plan(
     if not error <= tolerance:
         raise ReleaseError(
             f"{model.name}: the plan's outputs differ from onnxruntime's by {error:.1e} ({types}: at most "
-            f"{tolerance:.0e}); it is not kept"
+            f"{tolerance:.0e}); it is not kept",
         )
     return error
 
@@ -287,7 +287,7 @@ def _old_settings(trt: Any, config: Any, request: Request) -> None:
     types = precision(read_model(request.onnx, "the model")).split("+")
     if request.portable or "fp8" in types or "bf16" in types:
         raise ReleaseError(
-            f"TensorRT {trt.__version__} has neither portable plans nor fp8 and bf16; use 10.12 or newer"
+            f"TensorRT {trt.__version__} has neither portable plans nor fp8 and bf16", "use 10.12 or newer"
         )
     for kind in {"fp16", "int8"} & set(types):
         config.set_flag(trt.BuilderFlag.__members__[kind.upper()])

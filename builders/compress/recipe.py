@@ -34,11 +34,10 @@ Steps that a recipe leaves out are not taken; those of a model are taken in the 
 from __future__ import annotations
 
 import dataclasses
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
@@ -224,45 +223,13 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     """
     path = _FOLDER / f"{name_or_path}.toml" if str(name_or_path) in PRESETS else Path(name_or_path)
     try:
-        return read_toml(Recipe, path, f"recipe {path}", first_error)
+        return read_toml(Recipe, path, f"recipe {path}")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InvalidInput(
             f"recipe {name_or_path}: no such file, and no preset; presets: {', '.join(PRESETS)}"
         ) from None
     except OSError as error:
         raise InvalidInput(f"recipe {path} cannot be read: {error.strerror}") from None
-
-
-def first_error(error: ValidationError) -> str:
-    """Says in one line what pydantic found: the key, its value, what is wrong, and what would be right."""
-    first = error.errors(include_url=False)[0]
-    loc, kind, value = first["loc"], first["type"], first["input"]
-    where, rest = ".".join(map(str, loc)), error.error_count() - 1
-    if kind == "extra_forbidden":
-        message = f"{where}: no such key; known here: {', '.join(_known_keys(loc[:-1]))}"
-    elif kind == "missing":
-        message = f"{where} is missing"
-    elif kind == "value_error":
-        message = f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    else:
-        wanted = (
-            "should be a table" if kind == "model_type" else first["msg"].replace("Input should", "should")
-        )
-        message = f"{where} = {value!r}: {wanted}"
-    return message + (f" (and {rest} more)" if rest else "")
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """Lists the keys of the table at `loc`."""
-    model: type[BaseModel] = Recipe
-    for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        model = next(
-            kind
-            for kind in (*typing.get_args(annotation), annotation)
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        )
-    return list(model.model_fields)
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
@@ -191,18 +191,7 @@ def open_shop(folder: Path) -> Shop:
             f"{path} is missing; make a shop with `peregrine shop generate` or `peregrine shop import`, or "
             "write one (see `peregrine shop --help`)"
         )
-    return read_toml(Shop, path, str(path), _first_error)
-
-
-def _first_error(error: ValidationError) -> str:
-    """One line out of pydantic's report: where, and what is wrong."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    rest = error.error_count() - 1
-    if first["type"] == "extra_forbidden":
-        message = "no such key; see `peregrine shop --help`"
-    return f"{where}: {message}".removeprefix(": ") + (f" (and {rest} more)" if rest else "")
+    return read_toml(Shop, path, str(path))
 
 
 def _refuse_repeats(names: list[str], what: str) -> None:

@@ -50,7 +50,7 @@ def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
         from ensemble.engines.tensorrt import TensorRTEngine
 
         return TensorRTEngine(path)
-    raise ReleaseError(f"{path}: no engine runs {path.suffix or 'this file'}; known: .onnx, .plan")
+    raise ReleaseError(f"{path}: no engine runs {path.suffix or 'this file'}", "known: .onnx, .plan")
 
 
 def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
@@ -62,8 +62,8 @@ def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
         differing = signature_difference(found, wanted)
         if differing:
             raise ReleaseError(
-                f"{path}: the model {what} {differing}; the contract of {model.name} wants "
-                f"{', '.join(str(t) for t in wanted)}"
+                f"{path}: the model {what} {differing}",
+                f"the contract of {model.name} wants {', '.join(str(t) for t in wanted)}",
             )
 
 

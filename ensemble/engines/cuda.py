@@ -16,7 +16,10 @@ import numpy as np
 from ensemble.errors import ReleaseError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-NO_GPU = "no GPU: the NVIDIA driver (libcuda.so.1) is not on this machine; plans are built and run in the serving image on a GPU node"
+NO_GPU = (
+    "no GPU: the NVIDIA driver (libcuda.so.1) is not on this machine",
+    "plans are built and run in the serving image on a GPU node",
+)
 
 
 def _driver() -> Any:
@@ -24,11 +27,11 @@ def _driver() -> Any:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise ReleaseError(NO_GPU) from None
+        raise ReleaseError(*NO_GPU) from None
     count = c_int(0)
     if library.cuInit(0) or library.cuDeviceGetCount(byref(count)) or count.value < 1:
         raise ReleaseError(
-            "no GPU: the NVIDIA driver is there, but finds no device (is one given to this container?)"
+            "no GPU: the NVIDIA driver is there, but finds no device", "give one to this container"
         )
     return library
 
@@ -46,7 +49,7 @@ def gpu_facts() -> tuple[str, str, str]:
         or library.cuDeviceGetAttribute(byref(minor), _MINOR, device)
     )
     if failed or library.cuDriverGetVersion(byref(version)):
-        raise ReleaseError("the NVIDIA driver does not describe GPU 0; `nvidia-smi` may say why")
+        raise ReleaseError("the NVIDIA driver does not describe GPU 0", "`nvidia-smi` may say why")
     return (
         name.value.decode(),
         f"{major.value}.{minor.value}",

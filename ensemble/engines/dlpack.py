@@ -145,8 +145,8 @@ class Borrowed:
         given = self._tensor.dtype
         if given.lanes != 1 or given.code not in _KINDS:
             raise InvalidInput(
-                f"a tensor of DLPack type {given.code} with {given.lanes} lanes; known: bool, integers and "
-                "floats of one lane"
+                f"a tensor of DLPack type {given.code} with {given.lanes} lanes",
+                "known: bool, integers and floats of one lane",
             )
         return np.dtype(bool) if given.code == 6 else np.dtype(f"{_KINDS[given.code]}{given.bits // 8}")
 
@@ -167,5 +167,5 @@ class Borrowed:
             size != 1 and given != want for size, given, want in zip(self.shape, strides, wanted, strict=True)
         ):
             raise InvalidInput(
-                f"a DLPack tensor {list(self.shape)} with strides {strides}; give it contiguous"
+                f"a DLPack tensor {list(self.shape)} with strides {strides}", "give it contiguous"
             )

@@ -80,8 +80,8 @@ def _session_options(threads: int, provider: str, fuse: bool) -> ort.SessionOpti
 def _check_provider(name: str, provider: str, active: list[str]) -> None:
     if provider not in active:
         raise ReleaseError(
-            f"{name}: {provider} was asked for, active are {', '.join(active)}; install onnxruntime-gpu on "
-            "a node with a GPU, or use the CPU"
+            f"{name}: {provider} was asked for, active are {', '.join(active)}",
+            "install onnxruntime-gpu on a node with a GPU, or use the CPU",
         )
 
 

@@ -119,12 +119,12 @@ class Plan:
                 same = file_sha256(self.folder / relative) == entry["sha256"]
             except OSError as error:
                 raise ReleaseError(
-                    f"cannot read {self.folder / relative}: {error.strerror}; {_CURE}"
+                    f"cannot read {self.folder / relative}: {error.strerror}", _CURE
                 ) from error
             if not same:
                 raise ReleaseError(
-                    f"{self.folder / relative} was changed or cut short (sha256 differs from its manifest); "
-                    f"{_CURE}"
+                    f"{self.folder / relative} was changed or cut short (sha256 differs from its manifest)",
+                    _CURE,
                 )
 
 
@@ -156,15 +156,15 @@ def find_plan(release: Release, model: str, node: Node) -> Plan:
     cure = "build plans on this node: `peregrine compile`"
     every = [plan for plan in read_plans(release) if plan.member == f"{release.name}_{model}"]
     if not every:
-        raise ReleaseError(f"{model}: release {release.name} has no plan; {cure}")
+        raise ReleaseError(f"{model}: release {release.name} has no plan", cure)
     current = [plan for plan in every if plan.key.onnx_sha256 == wanted]
     if not current:
         raise ReleaseError(
-            f"{model}: the plans of release {release.name} were built from another ONNX model; {cure}"
+            f"{model}: the plans of release {release.name} were built from another ONNX model", cure
         )
     fitting = [plan for plan in current if not plan.key.difference(node)]
     if not fitting:
-        raise ReleaseError(f"{model}: {current[-1].key.difference(node)}; {cure}")
+        raise ReleaseError(f"{model}: {current[-1].key.difference(node)}", cure)
     return min(fitting, key=lambda plan: plan.key.portable)  # one for just this GPU is faster
 
 
@@ -194,7 +194,7 @@ def read_plan(path: Path) -> Plan:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise ReleaseError(
-                f"{path}: format {facts['format']} is not {FORMAT}, which this Peregrine reads; {_CURE}"
+                f"{path}: format {facts['format']} is not {FORMAT}, which this Peregrine reads", _CURE
             )
         ranges = tuple(
             Range(r["name"], *(tuple(r[part]) for part in ("least", "usual", "most")))
@@ -205,7 +205,7 @@ def read_plan(path: Path) -> Plan:
         return Plan(path.parent, facts["member"], key, facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReleaseError(
-            f"{path} is not the manifest of a plan ({type(error).__name__}: {error}); {_CURE}"
+            f"{path} is not the manifest of a plan ({type(error).__name__}: {error})", _CURE
         ) from None
 
 
@@ -221,8 +221,8 @@ def ranges(model: ModelSpec, max_batch: int) -> tuple[Range, ...]:
     for name, dims in fixed.items():
         if 0 in dims:
             raise ReleaseError(
-                f"{model.name}: {name} {list(dims)} has an axis without a size; a plan needs every axis but "
-                "the batch fixed"
+                f"{model.name}: {name} {list(dims)} has an axis without a size",
+                "a plan needs every axis but the batch fixed",
             )
     return tuple(Range(name, (least, *dims), (usual, *dims), (most, *dims)) for name, dims in fixed.items())
 

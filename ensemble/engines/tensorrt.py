@@ -23,7 +23,10 @@ Described = tuple[str, str, tuple[int | None, ...]]
 # Not trt.nptype: that of 8.5 asks for np.bool, which numpy has not had since 1.24.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 _LIBRARIES = tuple(f"libnvinfer.so.{major}" for major in (11, 10, 8))
-NO_TENSORRT = "TensorRT is not installed here; plans are built and run in the serving image (tritonserver:26.09-py3 brings it) on a GPU node"
+NO_TENSORRT = (
+    "TensorRT is not installed here",
+    "plans are built and run in the serving image (tritonserver:26.09-py3 brings it) on a GPU node",
+)
 
 
 def import_tensorrt() -> Any:
@@ -31,7 +34,7 @@ def import_tensorrt() -> Any:
     try:
         import tensorrt
     except ImportError:
-        raise ReleaseError(NO_TENSORRT) from None
+        raise ReleaseError(*NO_TENSORRT) from None
     return tensorrt
 
 
@@ -79,7 +82,7 @@ def start(kind: Any, log: Any) -> Any:
         return kind(log)
     except TypeError:
         raise ReleaseError(
-            f"TensorRT does not start: {log.told()}; does `nvidia-smi` show the GPU?"
+            f"TensorRT does not start: {log.told()}", "does `nvidia-smi` show the GPU?"
         ) from None
 
 
@@ -98,7 +101,7 @@ class TensorRTEngine:
         self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
             raise ReleaseError(
-                f"cannot open {path}: {self._log.told()}; build it again on this node: `peregrine compile`"
+                f"cannot open {path}: {self._log.told()}", "build it again on this node: `peregrine compile`"
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         taken = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -227,6 +230,6 @@ def _checked(path: Path) -> Plan:
     plan = read_plan(path.parents[2] / MANIFEST)
     differs = plan.key.difference(this_node())
     if differs:
-        raise ReleaseError(f"{path}: {differs}; build it on this node: `peregrine compile`")
+        raise ReleaseError(f"{path}: {differs}", "build it on this node: `peregrine compile`")
     plan.verify()
     return plan

@@ -35,8 +35,8 @@ class ItemEncoding:
     def __init__(self, release: Release) -> None:
         if not (release.path / ENCODING).exists():
             raise ReleaseError(
-                f"release {release.name} has no {ENCODING}, so items cannot be added or updated; build it "
-                "again"
+                f"release {release.name} has no {ENCODING}, so items cannot be added or updated",
+                "build it again",
             )
         release.verify_data(ENCODING, "new_item_id_embedding.npy", "vocabularies.json")
         self.schema, self.dtype = release.schema, item_dtype(release.schema)
@@ -85,8 +85,8 @@ class ItemEncoding:
                 rows["embedding"][i] = self._embedding(change)
             if not np.isfinite(rows["embedding"][i]).all() or not np.isfinite(rows["features"][i]).all():
                 raise InvalidInput(
-                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it; check its "
-                    "features"
+                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it",
+                    "check its features",
                 )
             if not rows["embedding"][i].any():
                 raise InvalidInput(
@@ -127,8 +127,8 @@ class ItemEncoding:
                 continue
             if key not in known:
                 raise InvalidInput(
-                    f"item {change['item_id']!r}: no item feature {key!r}; known: "
-                    f"{', '.join(sorted(known)) or 'none'}"
+                    f"item {change['item_id']!r}: no item feature {key!r}",
+                    f"known: {', '.join(sorted(known)) or 'none'}",
                 )
             try:
                 self._write_one(self.features[known[key]], value, row, numbers)

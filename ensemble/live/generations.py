@@ -22,8 +22,8 @@ def current_generation(folder: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError) as error:
         raise ReleaseError(
-            f"cannot read {path}: {error}; write the number of the newest log-N into it, or move {folder} "
-            "away"
+            f"cannot read {path}: {error}",
+            f"write the number of the newest log-N into it, or move {folder} away",
         ) from None
 
 
@@ -40,11 +40,11 @@ def generation_records(folder: Path, schema: Schema) -> np.ndarray:
         differing = [name for name in FILES if file_sha256(folder / name) != meta["sha256"][name]]
         records = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ReleaseError(f"cannot open generation {folder}: {error}; {_way_back(folder)}") from None
+        raise ReleaseError(f"cannot open generation {folder}: {error}", _way_back(folder)) from None
     if differing or records.dtype != record_dtype(schema):
         raise ReleaseError(
-            f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema; "
-            f"{_way_back(folder)}"
+            f"{folder / (differing or ['rows.npy'])[0]}: sha256 mismatch or another schema",
+            _way_back(folder),
         )
     return records
 

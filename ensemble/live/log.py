@@ -100,7 +100,7 @@ class LogReader:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ReleaseError(f"cannot open {path}: {error.strerror}; {_way_back(path)}") from error
+            raise ReleaseError(f"cannot open {path}: {error.strerror}", _way_back(path)) from error
         # views of a generation that was merged away are let go one by one
         weakref.finalize(self, os.close, self._descriptor)
         self.offset = HEADER_BYTES
@@ -111,12 +111,12 @@ class LogReader:
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
             raise ReleaseError(
-                f"{self.path} is no log of live items, or its header is damaged at offset 0; "
-                f"{_way_back(self.path)}"
+                f"{self.path} is no log of live items, or its header is damaged at offset 0",
+                _way_back(self.path),
             )
         if header["contract"].decode() != fingerprint or header["record_bytes"] != self.dtype.itemsize:
             raise ReleaseError(
-                f"{self.path} belongs to a release with another contract or schema; {_way_back(self.path)}"
+                f"{self.path} belongs to a release with another contract or schema", _way_back(self.path)
             )
         return int(header["after"])
 
@@ -136,8 +136,8 @@ class LogReader:
         if count < len(records) and (good[count + 1 :].any() or self._follows_good(count)):
             offset = self.offset + count * self.dtype.itemsize
             raise ReleaseError(
-                f"{self.path} is damaged at offset {offset}, with whole records behind it; "
-                f"{_way_back(self.path, offset)}"
+                f"{self.path} is damaged at offset {offset}, with whole records behind it",
+                _way_back(self.path, offset),
             )
         self.offset += count * self.dtype.itemsize
         self.sequence += count

@@ -49,8 +49,8 @@ def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
         records = state.reader.read(min(4096, sequence - state.reader.sequence))
         if not len(records):
             raise ReleaseError(
-                f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}; nothing "
-                "was merged"
+                f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}: nothing "
+                "was merged",
             )
         state.apply(records)
     return state

@@ -52,7 +52,7 @@ class ItemService:
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not try_flock(self._lock):
             os.close(self._lock)
-            raise ReleaseError(f"another process writes the live items of {repository}; use it, or stop it")
+            raise ReleaseError(f"another process writes the live items of {repository}", "use it, or stop it")
         self._asked: queue.Queue[Asked | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
@@ -195,7 +195,7 @@ class ItemService:
         name = active_release(self.repository)
         if name is None:
             raise ReleaseError(
-                f"{self.repository} has no active release; `peregrine release activate NAME` makes one"
+                f"{self.repository} has no active release", "`peregrine release activate NAME` makes one"
             )
         if self._writer is None or self._writer.release.name != name:
             if self._writer is not None:

@@ -37,8 +37,8 @@ class ItemWriter:
         if not try_flock(self._lock):
             os.close(self._lock)
             raise ReleaseError(
-                f"another process writes the live items of {release.name} in {release.repository}; use it, "
-                "or stop it"
+                f"another process writes the live items of {release.name} in {release.repository}",
+                "use it, or stop it",
             )
         try:
             self._open()
@@ -84,12 +84,14 @@ class ItemWriter:
     def records(self, changes: Sequence[Change]) -> np.ndarray:
         """Checked and encoded: [n] records, in order."""
         if len(changes) > MAX_GROUP:
-            raise InvalidInput(f"at most {MAX_GROUP} changes at once, got {len(changes)}; send them in parts")
+            raise InvalidInput(
+                f"at most {MAX_GROUP} changes at once, got {len(changes)}", "send them in parts"
+            )
         ids = [_item_id(change) for change in changes]
         twice = next((item_id for item_id, count in Counter(ids).items() if count > 1), None)
         if twice is not None:
             raise InvalidInput(
-                f"item {twice.decode()!r} is changed twice at once; send the second change after the first"
+                f"item {twice.decode()!r} is changed twice at once", "send the second change after the first"
             )
         rows, kinds = self._rows(changes, ids)
         records = np.zeros(len(changes), record_dtype(self.release.schema))
@@ -113,14 +115,14 @@ class ItemWriter:
             kind = change.get("op")
             if kind not in OPERATIONS:
                 raise InvalidInput(
-                    f"item {ids[i].decode()!r}: op {kind!r} is unknown; use {', '.join(OPERATIONS)}"
+                    f"item {ids[i].decode()!r}: op {kind!r} is unknown", f"use {', '.join(OPERATIONS)}"
                 )
             if kind == "add" and here[i]:
-                raise InvalidInput(f"item {ids[i].decode()!r} exists already; update it instead")
+                raise InvalidInput(f"item {ids[i].decode()!r} exists already", "update it instead")
             if kind in ("update", "delete") and not here[i]:
                 raise InvalidInput(
-                    f"item {ids[i].decode()!r} is unknown; "
-                    f"{'add it first' if kind == 'update' else 'there is nothing to delete'}"
+                    f"item {ids[i].decode()!r} is unknown",
+                    f"{'add it first' if kind == 'update' else 'there is nothing to delete'}",
                 )
             kinds[i] = DELETE if kind == "delete" else UPDATE if here[i] else ADD
         new = np.flatnonzero(rows == 0)

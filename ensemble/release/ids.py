@@ -47,8 +47,8 @@ def write_ids(path: Path, sorted_ids: np.ndarray) -> None:
     if sorted_ids.dtype.itemsize > MAX_ID_BYTES:
         longest = max(sorted_ids, key=len)
         raise InvalidInput(
-            f"id {longest.decode(errors='replace')!r} has {len(longest)} bytes; at most {MAX_ID_BYTES} are "
-            "allowed"
+            f"id {longest.decode(errors='replace')!r} has {len(longest)} bytes",
+            f"at most {MAX_ID_BYTES} are allowed",
         )
     if len(sorted_ids) > 1 and not (sorted_ids[:-1] < sorted_ids[1:]).all():
         raise InvalidInput("ids of an id map must be sorted and distinct")

@@ -99,13 +99,13 @@ class Release:
             digest = file_sha256(self.repository / relative)
         except OSError as error:
             raise ReleaseError(
-                f"manifest: cannot read {relative} of release {self.name}: {error.strerror}; activate "
-                "another release or build again"
+                f"manifest: cannot read {relative} of release {self.name}: {error.strerror}",
+                "activate another release or build again",
             ) from error
         if digest != entry["sha256"]:
             raise ReleaseError(
-                f"manifest: sha256 mismatch {relative}; release {self.name} was changed: activate another "
-                "release or build again"
+                f"manifest: sha256 mismatch {relative}; release {self.name} was changed",
+                "activate another release or build again",
             )
 
     def _text(self, name: str) -> str:
@@ -129,24 +129,24 @@ def open_release(repository: Path, name: str) -> Release:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReleaseError(
-            f"no release {name!r} in {repository}: {path} does not exist; `peregrine release list` shows "
-            "what there is"
+            f"no release {name!r} in {repository}: {path} does not exist",
+            "`peregrine release list` shows what there is",
         ) from None
     except (OSError, ValueError) as error:
         raise ReleaseError(f"cannot read {path}: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
-        raise ReleaseError(f"{path} is not a manifest; build the release again")
+        raise ReleaseError(f"{path} is not a manifest", "build the release again")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ReleaseError(
-            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads; "
-            "build the release again"
+            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads",
+            "build the release again",
         )
     release = Release(repository, name, {"files": {}, **manifest})
     release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
     if manifest.get("contract") != contract.fingerprint(release.schema):
         raise ReleaseError(
-            f"release {name} was built for another contract (tensors or steps differ); build it again with "
-            "this Peregrine"
+            f"release {name} was built for another contract (tensors or steps differ)",
+            "build it again with this Peregrine",
         )
     return release
 
@@ -160,7 +160,7 @@ def active_release(repository: Path) -> str | None:
     match = _ACTIVE.search(text)
     if match is None:
         raise ReleaseError(
-            f"{repository / contract.PIPELINE / 'config.pbtxt'} names no release; activate one: peregrine "
-            "release activate NAME"
+            f"{repository / contract.PIPELINE / 'config.pbtxt'} names no release",
+            "activate one: peregrine release activate NAME",
         )
     return match.group(1)

@@ -63,7 +63,7 @@ def require_active(repository: Path) -> str:
         if names
         else "`peregrine build SHOP --activate`"
     )
-    raise ReleaseError(f"no release is active in {repository}; {cure}")
+    raise ReleaseError(f"no release is active in {repository}", cure)
 
 
 def next_release_name(repository: Path) -> str:
@@ -104,7 +104,7 @@ def _wait_for(lock: int, repository: Path, wait_s: float) -> None:
         if time.monotonic() >= deadline:
             holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ReleaseError(
-                f"{repository} is being changed by process {holder}; wait for it, or stop it, and try again"
+                f"{repository} is being changed by process {holder}", "wait for it, or stop it, and try again"
             )
         time.sleep(0.02)
 
@@ -183,13 +183,13 @@ def remove(repository: Path, name: str) -> None:
     orphans for sweep()."""
     if not (repository / check_name(name) / "manifest.json").exists():
         raise ReleaseError(
-            f"no release {name!r} in {repository}; there are: "
-            f"{', '.join(release_names(repository)) or 'none'}"
+            f"no release {name!r} in {repository}",
+            f"there are: {', '.join(release_names(repository)) or 'none'}",
         )
     with locked(repository):
         if active_release(repository) == name:
             raise ReleaseError(
-                f"release {name} is active; activate another one first: peregrine release activate NAME"
+                f"release {name} is active", "activate another one first: peregrine release activate NAME"
             )
         with staging(repository) as trash:
             for folder in (repository / name, *member_folders(repository, name)):

@@ -55,7 +55,7 @@ def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]
         stack.callback(readers.close)
         if not readers.redis or readers.redis.tracker.version is None:
             raise ServerError(
-                f"Redis has no rows of release {release.name}; load them: peregrine features load"
+                f"Redis has no rows of release {release.name}", "load them: peregrine features load"
             )
         for what in ("features", "recall"):
             lines += [
@@ -158,8 +158,8 @@ def _own_redis() -> Iterator[str]:
     """A redis-server on a free port, gone afterwards."""
     if not shutil.which("redis-server"):
         raise ServerError(
-            "redis-server is not installed; install it, or give --redis URL of one that has the release's "
-            "rows"
+            "redis-server is not installed",
+            "install it, or give --redis URL of one that has the release's rows",
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

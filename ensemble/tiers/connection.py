@@ -55,7 +55,7 @@ def connect_now(url: str, timeout_s: float = 5.0) -> Any:
         return client
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, OSError) as error:
         raise ServerError(
-            f"Redis at {hidden(url)} does not answer: {reason(error)}; start it, or correct --redis"
+            f"Redis at {hidden(url)} does not answer: {reason(error)}", "start it, or correct --redis"
         ) from None
 
 

@@ -61,7 +61,7 @@ def load_release(
 
     if not 0 < ttl_days < 36500 or not 0 < keep_s < 1 << 30:
         raise InvalidInput(
-            f"--ttl-days must be above 0 and below 36500, and keep_s above 0; got {ttl_days:g}, {keep_s}"
+            f"--ttl-days must be above 0 and below 36500, and keep_s above 0, got {ttl_days:g}, {keep_s}"
         )
     release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
     client, started = connect_now(url, 30.0), time.monotonic()
@@ -85,8 +85,8 @@ def load_release(
         expiring = _expire(client, previous, keep_s) if previous else 0
     except (redis.exceptions.RedisError, OSError) as error:
         raise ServerError(
-            f"Redis: {reason(error)}; the load stopped, readers stay with the version they had; load again "
-            "when it is cured"
+            f"Redis: {reason(error)}; the load stopped, readers stay with the version they had",
+            "load again when it is cured",
         ) from None
     seconds = time.monotonic() - started
     counts = (len(release.user_ids), len(release.item_ids))

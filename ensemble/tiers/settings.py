@@ -35,8 +35,8 @@ class TierSettings:
     def __post_init__(self) -> None:
         if not self.url.startswith(_SCHEMES):
             raise InvalidInput(
-                f"--redis: {hidden(self.url)!r} is not a Redis URL; write "
-                "redis://[USER:PASSWORD@]HOST:PORT[/DB]"
+                f"--redis: {hidden(self.url)!r} is not a Redis URL",
+                "write redis://[USER:PASSWORD@]HOST:PORT[/DB]",
             )
         for name in (
             "deadline_ms",
@@ -92,5 +92,6 @@ def settings_from_environment() -> TierSettings | None:
         return TierSettings(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InvalidInput(
-            f"{VARIABLE}={path}: not a file of tier settings ({type(error).__name__}); start the server again"
+            f"{VARIABLE}={path}: not a file of tier settings ({type(error).__name__})",
+            "start the server again",
         ) from None

@@ -179,7 +179,7 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_call_goes_on(repository
     code = (
         f"import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
         "from pathlib import Path\n"
-        "from builders import compile as c, plan_files as f\n"
+        "from builders.compile import files as f, stage as c\n"
         "from ensemble.engines.onnx import OnnxEngine\n"
         "from ensemble.engines.plans import Node\n"
         "write, count = f._write, []\n"

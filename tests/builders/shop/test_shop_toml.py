@@ -194,7 +194,11 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
             "vector(<dim>)",
         ),
         ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
-        ('title = "title"', 'titel = "title"', "items.titel: no such key; see `peregrine shop --help`"),
+        (
+            'title = "title"',
+            'titel = "title"',
+            "items.titel: no such key; known here: file, id, title, features",
+        ),
         (
             '{column = "clicked"}',
             "{threshold = 1}",
@@ -210,8 +214,8 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
             'name = "ctr"\ngiven = "view"',
             "task 'ctr' is given 'view', which is no binary task before it",
         ),
-        ('split = "time"', 'split = "random"', "split.kind: Input should be 'leave_one_out' or 'time'"),
-        ('file = "interactions.csv"', "", "interactions.file: Field required"),
+        ('split = "time"', 'split = "random"', "split.kind = 'random': should be 'leave_one_out' or 'time'"),
+        ('file = "interactions.csv"', "", "interactions.file is missing"),
     ],
 )
 def test_a_wrong_shop_toml_is_named(shop: Path, old: str, new: str, message: str) -> None:

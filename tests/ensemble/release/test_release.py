@@ -49,7 +49,7 @@ def test_every_mutation_is_refused(repository):
         name = path.relative_to(repository)
         assert (
             str(caught.value)
-            == f"manifest: sha256 mismatch {name}; release r1 was changed: activate another release or "
+            == f"manifest: sha256 mismatch {name}; release r1 was changed; activate another release or "
             "build again"
         )
         path.write_bytes(before)
