@@ -4,23 +4,33 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+# The lock's second section begins with this comment.
+SECOND := ^\# Tests and checks
 # One thread a process unless told otherwise: tests and servers start several.
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check test check format lock clean
+.PHONY: help install demo bench gpu-check test test-long check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## .venv with the exact versions of requirements.lock, and the `peregrine` command
+install: $(INSTALLED) ## .venv with what the demo needs, in the versions of requirements.lock, and the `peregrine` command
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "error: requirements.lock is for Python 3.11, and '$(PYTHON)' is not that; cure: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	sed '/$(SECOND)/,$$d' requirements.lock > $(VENV)/install.lock
+	$(PIP) -r $(VENV)/install.lock
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(TOOLS): $(INSTALLED)
+	sed '1,/$(SECOND)/d' requirements.lock > $(VENV)/tools.lock
+	$(PIP) -r $(VENV)/tools.lock
 	@touch $@
 
 demo: install ## a generated shop, trained, served by a real Triton and asked: the whole path in a few minutes
@@ -33,21 +43,29 @@ REPOSITORY ?= demo/model_repository
 gpu-check: install ## on a machine with a GPU: builds plans, checks and times engines, Faiss and the chain (REPOSITORY=…)
 	@$(BIN)/python -m builders.bench.gpu_check --repository $(REPOSITORY) --json demo/gpu-check.json
 
-test: install ## all tests that this machine can run; a skip says what is missing
+test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
 	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"
-	$(TEST_ENV) $(BIN)/python -m pytest -rs $(PYTEST)
+	@$(call pytest,not alone and not long,--numprocesses auto --maxprocesses 4 --durations 20)
+	@$(call pytest,alone and not long,--durations 5)
 
-check: install ## ruff format, ruff, mypy
+test-long: $(TOOLS) ## the soaks: the same tests for longer
+	@$(call pytest,long,--durations 5)
+
+# Code 5 means that no test has the marks: so it is with PYTEST="-k NAME".
+pytest = echo "pytest -m '$(1)' $(2) $(PYTEST)"; \
+  $(TEST_ENV) $(BIN)/python -m pytest -rs -m '$(1)' $(2) $(PYTEST) || { code=$$?; [ $$code = 5 ] || exit $$code; }
+
+check: $(TOOLS) ## ruff format, ruff, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: install ## what `check` can repair by itself
+format: $(TOOLS) ## what `check` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: ## requirements.lock again, from pyproject.toml's extras and the versions in .venv
+lock: $(TOOLS) ## requirements.lock again, from pyproject.toml's extras and the versions in .venv
 	$(BIN)/python .ci/lock.py requirements.lock
 
 clean: ## remove the demo, caches and build leftovers; .venv and model_repository stay

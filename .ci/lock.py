@@ -1,5 +1,6 @@
-"""Writes requirements.lock: what pyproject's extras need, to the exact versions of this environment (`make
-lock`).
+"""Writes requirements.lock (`make lock`): what pyproject's extras need, in the versions of this environment.
+
+It has two sections: what `make install` brings, and what tests and checks need besides.
 
 No index line, no host, no hash: the file says what, pip's own configuration says from where. Every package is
 listed, so that `pip install --no-deps -r requirements.lock` is complete; that matters for nvidia-pytriton,
@@ -18,37 +19,46 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-EXTRAS = ("serve", "redis", "build", "triton", "test")
+INSTALL = ("serve", "redis", "build", "triton")  # what the demo needs
+TEST = ("test",)
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton",)
 HEAD = """\
-# Every package of `make install`, exact. Written by `make lock` from pyproject.toml's extras; do not edit.
-# Install with: pip install --no-deps -r requirements.lock
+# Exact versions of what pyproject.toml's extras need. Written by `make lock`; do not edit.
+# `make install` installs the packages up to the next comment, without looking at what they require.
 """
+SECOND = "# Tests and checks: `make test` and `make check` install these as well.\n"
 
 
 def main() -> None:
-    """Prints nothing and writes the file, or says what the environment lacks and exits with 2."""
+    """Writes the file without printing anything, or says what the environment lacks and exits with 2."""
     try:
-        pins = locked_versions(direct_requirements())
+        install = locked_versions(requirements_of(INSTALL))
+        every = locked_versions(requirements_of((*INSTALL, *TEST)))
     except (LookupError, PackageNotFoundError) as error:
-        sys.exit(
-            f"error: {error}; cure: pip install '.[serve,build,test]' into this environment, then make lock"
-        )
-    lines = "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
-    Path(sys.argv[1] if len(sys.argv) > 1 else "requirements.lock").write_text(HEAD + lines, "utf-8")
+        print(f"error: {error}; cure: make test, which installs all, then make lock", file=sys.stderr)
+        sys.exit(2)
+    later = {name: version for name, version in every.items() if name not in install}
+    text = HEAD + _lines(install) + SECOND + _lines(later)
+    Path(sys.argv[1] if len(sys.argv) > 1 else "requirements.lock").write_text(text, "utf-8")
 
 
-def direct_requirements() -> list[str]:
-    """What pyproject.toml asks for, all extras together."""
-    project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+def _lines(pins: dict[str, str]) -> str:
+    return "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
+
+
+def requirements_of(extras: tuple[str, ...]) -> list[str]:
+    """Reads from pyproject.toml what these extras ask for, and what building our own package needs."""
+    document = tomllib.loads(PYPROJECT.read_text("utf-8"))
+    project = document["project"]
     return [
+        *document["build-system"]["requires"],
         *project["dependencies"],
-        *(one for extra in EXTRAS for one in project["optional-dependencies"][extra]),
+        *(text for extra in extras for text in project["optional-dependencies"][extra]),
     ]
 
 
 def locked_versions(direct: list[str]) -> dict[str, str]:
-    """{package: version} of the direct requirements and all that they need."""
+    """Gives {package: version} of the direct requirements and all that they need."""
     pins: dict[str, str] = {}
     waiting = [(Requirement(text), "pyproject.toml") for text in direct]
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -64,16 +74,15 @@ def locked_versions(direct: list[str]) -> dict[str, str]:
             raise LookupError(f"{by} needs {wanted}, which is not installed") from None
         if not wanted.specifier.contains(found.version, prereleases=True):
             raise LookupError(f"{by} needs {wanted}, but {found.version} is installed")
-        pins[name] = found.version.partition("+")[
-            0
-        ]  # torch 2.13.0+cpu: which build it is, is pip's configuration
+        # torch 2.13.0+cpu: which build it is, is pip's configuration.
+        pins[name] = found.version.partition("+")[0]
         if name not in WITHOUT_REQUIREMENTS:
             waiting += [(one, name) for one in _requirements(found.requires or [], wanted.extras)]
     return pins
 
 
 def _requirements(texts: list[str], extras: set[str]) -> list[Requirement]:
-    """Those that hold on this machine with these extras."""
+    """Gives the requirements that hold on this machine with these extras."""
     every = [Requirement(text) for text in texts]
     return [
         one

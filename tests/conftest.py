@@ -27,7 +27,40 @@ settings.register_profile("peregrine", deadline=None, max_examples=50, derandomi
 settings.load_profile("peregrine")
 
 
+# The files that take longest start first, so that test processes that share the work end together.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/builders/compare/test_compare.py",
+    "tests/builders/compress/test_stage.py",
+    "tests/builders/test_build.py",
+    "tests/congruence/",
+    "tests/ensemble/server/test_supervisor.py",
+    "tests/clients/operations/test_releases.py",
+    "tests/clients/bench/",
+)
+TOGETHER = ("tests/congruence/",)  # folders whose files share servers: one process runs them
+
+
+@pytest.hookimpl(optionalhook=True)  # known where pytest-xdist is installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives each test process a file at a time, whose tests share servers, in the order of the collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    config.option.loadscopereorder = False
+    return FilesScheduling(config, log)
+
+
+def _place(item: pytest.Item) -> int:
+    return next((at for at, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     marks = {mark.name for item in items for mark in item.iter_markers()}
     missing = {name: reason for name, find in _MACHINES.items() if name in marks and (reason := find())}
     for item in items:

@@ -21,6 +21,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.alone
 def test_help_names_every_command_and_imports_nothing_heavy():
     started = time.monotonic()
     done = run("--help", before=f"sys.modules.update(dict.fromkeys({HEAVY!r}))")

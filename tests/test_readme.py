@@ -9,17 +9,18 @@ from __future__ import annotations
 import csv
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -138,12 +139,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.triton
 @pytest.mark.parametrize("at", range(1, len(bash_blocks(0))))
 def test_commands_run_in_order(workplace: Path, url: str, at: int) -> None:
@@ -214,29 +209,40 @@ def test_files_that_are_named_exist() -> None:
 
 
 def test_lock_fits_pyproject_and_names_no_place() -> None:
-    import tomllib
-
     from packaging.requirements import Requirement
 
-    lines = [
-        line
-        for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines()
-        if not line.startswith("#")
-    ]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
-    versions = dict(line.split("==") for line in lines)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    for wanted in map(Requirement, [*project["dependencies"], *(text for extra in extras for text in extra)]):
-        assert wanted.specifier.contains(versions[wanted.name]), wanted
+    install, tools = (
+        dict(line.split("==") for line in section if not line.startswith("#"))
+        for section in lock_sections((ROOT / "requirements.lock").read_text("utf-8").splitlines())
+    )
+    assert not install.keys() & tools.keys()
+    project = pyproject()["project"]
+    extras = dict(project["optional-dependencies"])
+    for wanted in map(Requirement, extras.pop("test")):
+        assert wanted.specifier.contains((install | tools)[wanted.name]), wanted
+    needed = [*project["dependencies"], *pyproject()["build-system"]["requires"]]
+    for wanted in map(Requirement, [*needed, *(text for extra in extras.values() for text in extra)]):
+        assert wanted.specifier.contains(install[wanted.name]), f"make install lacks {wanted}"
+
+
+def lock_sections(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Splits the lock where the Makefile does: what `make install` brings, and what tests need besides."""
+    (mark,) = re.findall(r"^SECOND := \^\\(.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    (at,) = (at for at, line in enumerate(lines) if line.startswith(mark))
+    assert all(re.fullmatch(r"#.*|[a-z0-9-]+==[\w.]+", line) for line in lines)
+    return lines[:at], lines[at:]
+
+
+def pyproject() -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 def test_every_package_is_installed() -> None:
-    import tomllib
-
     from setuptools import find_packages
 
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    settings = pyproject()["tool"]["setuptools"]
     modules = (path for top in ("ensemble", "builders", "clients") for path in (ROOT / top).rglob("*.py"))
     folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in modules}
     assert set(find_packages(str(ROOT), include=settings["packages"]["find"]["include"])) == folders

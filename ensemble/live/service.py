@@ -216,30 +216,41 @@ class ItemService:
             self.log(f"items: {error}")
 
     def _start_merge(self) -> None:
-        writer = self._opened()
         if self._merging is None:
-            arguments = (
-                "ensemble.live.merge",
-                str(self.repository),
-                writer.release.name,
-                str(writer.sequence),
-            )
-            process = _python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            # a niced one would be let finish its slices of 8 ms
-            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+            self._merging = self._merge_process(), self._opened().sequence
+            # A niced one would be let finish its slices of 8 ms.
+            os.sched_setscheduler(self._merging[0].pid, os.SCHED_IDLE, os.sched_param(0))
             self._idle_until = time.monotonic() + _IDLE_ONLY_S
-            self._merging = process, writer.sequence
+
+    def _merge_process(self) -> subprocess.Popen[str]:
+        """Starts merging all changes up to now."""
+        writer = self._opened()
+        arguments = (str(self.repository), writer.release.name, str(writer.sequence))
+        return _python(
+            "ensemble.live.merge", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def _hurry_merge(self, process: subprocess.Popen[str]) -> None:
+        """Gives a merge a share of a busy machine's time: without idle time it would never end, and what is
+        searched beside the index would grow."""
+        self._idle_until = math.inf
+        try:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
+        except PermissionError:
+            # Only who has CAP_SYS_NICE may take a process out of SCHED_IDLE; others begin again outside of it.
+            process.kill()
+            process.communicate()
+            self._merging = None  # before a new one is tried, which may be refused
+            self._merging = self._merge_process(), self._opened().sequence
+            os.setpriority(os.PRIO_PROCESS, self._merging[0].pid, 19)
 
     def _end_merge(self) -> None:
         assert self._merging is not None
         process, merged = self._merging
         if process.poll() is None:
-            if (
-                time.monotonic() > self._idle_until
-            ):  # on a machine without idle time it would never end, and the delta would grow
-                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-                os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
-                self._idle_until = math.inf
+            if time.monotonic() > self._idle_until:
+                self._hurry_merge(process)
             return
         self._merging = None
         said, complaint = process.communicate()

@@ -30,6 +30,7 @@ def test_recommend_and_batches() -> None:
     asyncio.run(body())
 
 
+@pytest.mark.alone
 def test_errors_budget_and_retry() -> None:
     async def body() -> None:
         away = Unavailable("away", "INTERNAL", retryable=True)

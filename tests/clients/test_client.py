@@ -340,6 +340,7 @@ def test_retries_stay_within_a_tenth_of_the_traffic() -> None:
     assert len(transport.calls) <= 111
 
 
+@pytest.mark.alone
 def test_a_budget_ends_the_waiting() -> None:
     started = time.perf_counter()
     with pytest.raises(BudgetExceeded) as caught:

@@ -53,6 +53,7 @@ def writer(server, release, open_readers):
         yield opened
 
 
+@pytest.mark.alone
 def test_the_next_read_sees_an_event_though_memory_held_the_row(server, release, open_readers, writer):
     readers = open_readers(server, load=False)
     waits = []

@@ -9,8 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,10 @@ time = "position"
 file = "items.parquet"
 id = "item_id"
 title = "title"
-features = [{name = "kind", kind = "category"}, {name = "attributes", kind = "category", separator = "|", width = 4}]
+features = [
+  {name = "kind", kind = "category"},
+  {name = "attributes", kind = "category", separator = "|", width = 4},
+]
 """
 
 
@@ -84,26 +86,12 @@ def write_labelled_shop(folder: Path) -> None:
 SHOPS: dict[str, Callable[[Path], None]] = {"tiny": write_labelled_shop, "sequences": write_sequences_shop}
 
 
-@dataclass
-class Build:
-    """One `peregrine build --preset tiny --activate`, at work in a process of its own."""
-
-    folder: Path
-    process: subprocess.Popen[bytes]
-
-    def wait(self) -> None:
-        _, stderr = self.process.communicate()
-        if self.process.returncode:
-            raise AssertionError(
-                "peregrine build failed with exit code "
-                f"{self.process.returncode}:\n{stderr.decode(errors='replace')[-4000:]}"
-            )
-        (self.folder / "built").touch()
-
-
 class ReleaseCache:
-    """Repositories with one active release each. Builds that a test run will need start together: one thread
-    each, two cores."""
+    """Holds repositories with one active release each, shared by all test processes on this machine.
+
+    Builds that a run will need start together, one thread each: two cores, two builds. Whoever comes first
+    starts a build in a process that holds the release's lock until it ends; everybody waits for that lock.
+    """
 
     def __init__(self, root: Path, wanted: list[str]) -> None:
         from builders.stages import source_digest
@@ -111,64 +99,74 @@ class ReleaseCache:
         # A developer who changes what makes no release another one may keep those of the last run.
         kept = os.environ.get("PEREGRINE_TEST_RELEASES")
         self.root, self.wanted = Path(kept) if kept else root / source_digest()[:16], wanted
-        self._builds: dict[str, Build] = {}
+        self._builds: dict[str, subprocess.Popen[bytes]] = {}
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not kept:
+            self._remove_old()
 
     def folder(self, name: str) -> Path:
-        """Holds shop/ and repository/ when it is returned."""
-        with self._locked():
-            if not self._builds:
-                self._builds = {
-                    n: self._start(n) for n in {*self.wanted, name} if not (self.root / n / "built").exists()
-                }
-            if not (self.root / name / "built").exists():
-                if name not in self._builds:
-                    self._builds[name] = self._start(name)
-                self._builds[name].wait()
-        return self.root / name
+        """Gives a folder that holds shop/ and repository/; builds them first where that is not done."""
+        folder = self.root / name
+        for _ in range(2):  # another run may have started the build, and been stopped
+            if (folder / "built").exists():
+                return folder
+            for one in sorted({*self.wanted, name}):
+                self._start(one)
+            with (folder / ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            raise AssertionError(f"peregrine build failed:\n{(folder / 'log').read_text()[-4000:]}")
+        return folder
 
     def close(self) -> None:
         """Ends what was started and not waited for; its finished stages stay for the next run."""
-        for build in self._builds.values():
-            if build.process.poll() is None:
-                build.process.kill()
-            build.process.wait()
+        for process in self._builds.values():
+            process.kill()
+            process.wait()
 
-    def _start(self, name: str) -> Build:
+    def _start(self, name: str) -> None:
+        """Starts a build unless it is done, or somebody is at it."""
         folder = self.root / name
-        if not (folder / "shop" / "shop.toml").exists():
-            shutil.rmtree(folder / "shop", ignore_errors=True)
-            SHOPS[name](folder / "shop")
-        for left in (folder / "repository").glob(
-            "[!.]*"
-        ):  # of a killed run: its finished stages (.build) stay, half a release does not
-            shutil.rmtree(left)
-        command = [
-            sys.executable,
-            "-m",
-            "peregrine",
-            "build",
-            str(folder / "shop"),
-            "--preset",
-            "tiny",
-            "--activate",
-            "--json",
-        ]
-        command += ["--repository", str(folder / "repository")]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        return Build(folder, process)
+        folder.mkdir(exist_ok=True)
+        with (folder / ".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (folder / "built").exists():
+                with (folder / "log").open("wb") as log:
+                    self._builds[name] = subprocess.Popen(
+                        [sys.executable, __file__, name, str(folder)],
+                        env=one_thread(PYTHONPATH=str(ROOT)),
+                        pass_fds=[lock.fileno()],  # so the lock is held until that process ends
+                        stdout=log,
+                        stderr=log,
+                    )
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Two test runs at once on one cache: the second waits, then finds all built."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        for old in [] if "PEREGRINE_TEST_RELEASES" in os.environ else self.root.parent.iterdir():
-            if old != self.root and old.stat().st_mtime < self.root.stat().st_mtime - 3600:
-                shutil.rmtree(old, ignore_errors=True)
-        with (self.root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _remove_old(self) -> None:
+        """Removes the releases of source states that are an hour older than this one."""
+        for old in self.root.parent.iterdir():
+            with contextlib.suppress(OSError):  # another process removes it too
+                if old != self.root and old.stat().st_mtime < self.root.stat().st_mtime - 3600:
+                    shutil.rmtree(old, ignore_errors=True)
+
+
+def build_release(name: str, folder: Path) -> None:
+    """Writes the shop and builds its release r1, in this process."""
+    import peregrine
+
+    shop, repository = folder / "shop", folder / "repository"
+    if not (shop / "shop.toml").exists():
+        shutil.rmtree(shop, ignore_errors=True)
+        SHOPS[name](shop)
+    # Of a killed run the finished stages (.build) stay, half a release does not.
+    for left in repository.glob("[!.]*"):
+        shutil.rmtree(left)
+    options = ["--preset", "tiny", "--activate", "--json", "--repository", str(repository)]
+    sys.argv = ["peregrine", "build", str(shop), *options]
+    try:
+        peregrine.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    (folder / "built").touch()
 
 
 def one_thread(**more: str) -> dict[str, str]:
@@ -181,3 +179,7 @@ def private_copy(repository: Path, target: Path) -> Path:
     likes."""
     shutil.copytree(repository, target, ignore=shutil.ignore_patterns(".build", ".lock", ".server.json"))
     return target
+
+
+if __name__ == "__main__":
+    build_release(sys.argv[1], Path(sys.argv[2]))

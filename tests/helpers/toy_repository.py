@@ -22,7 +22,10 @@ SCHEMA = Schema(
     Sizes(seen=4, history=2, embedding=4, candidates=8, item_features=2, user_features=2, max_batch=8),
 )
 # 0.25 s a request
-SLOW = "import time; execute = self.execute; self.execute = lambda requests: (time.sleep(0.05), execute(requests))[1]"
+SLOW = (
+    "import time; execute = self.execute; "
+    "self.execute = lambda requests: (time.sleep(0.05), execute(requests))[1]"
+)
 MODEL_PY = """\
 import triton_python_backend_utils as pb_utils  # first: it puts our packages, our numpy among them, first
 import json

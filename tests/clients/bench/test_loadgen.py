@@ -78,6 +78,7 @@ def test_open_loop_offers_what_was_asked_and_sends_real_users(triton: FakeTriton
     assert sent.parameters["top_k"].int64_param == 3
 
 
+@pytest.mark.alone
 def test_open_loop_charges_a_stall_to_everyone_who_had_to_wait(triton: FakeTriton, users_file: str) -> None:
     """One worker that needs 20 ms serves 50 a second; at 100 a second the last of one second wait about a
     second."""
@@ -94,6 +95,7 @@ def test_open_loop_charges_a_stall_to_everyone_who_had_to_wait(triton: FakeTrito
     assert closed["p99_ms"] < 100  # what a closed loop would have called its latency
 
 
+@pytest.mark.alone
 def test_open_loop_says_when_it_could_not_send(triton: FakeTriton, users_file: str) -> None:
     triton.delay_s = 0.3
     result = _open_loop(Generator(Load(triton.url, users_file, 0.5, rate=400.0, max_in_flight=10)))
@@ -101,6 +103,7 @@ def test_open_loop_says_when_it_could_not_send(triton: FakeTriton, users_file: s
     assert result["failures"]["UNSENT"] == result["failed"] > 0
 
 
+@pytest.mark.alone
 def test_closed_loop_keeps_the_asked_number_in_flight(triton: FakeTriton, users_file: str) -> None:
     triton.delay_s = 0.05
     result = measure(triton, users_file, concurrency=4)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path, rng):
     shutil.rmtree(homes[1])
 
 
+@pytest.mark.alone
 def test_a_change_is_recallable_in_under_a_second_and_done_when_all_have_it(tmp_path, rng):
     release = make_release(tmp_path, rng)
     write_item_encoder(release)
@@ -202,6 +204,58 @@ def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng):
     assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
     service._idle_until = time.monotonic() - 1
     service._end_merge()
+    process, _ = service._merging  # the same one, or, for an ordinary user, another
     assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
     assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
     service.stop()
+
+
+# What an ordinary user may do, tried by root as well: as `nobody` from the moment that all is imported.
+ORDINARY_USER = """\
+import mmap, os, subprocess, sys, time
+from pathlib import Path
+from ensemble.live import service as live
+from ensemble.live.service import ItemService
+
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+live._python = lambda *module, **options: subprocess.Popen(["sleep", "60"], **options)
+service = ItemService(Path(sys.argv[1]), print)
+
+def merging():
+    process = service._merging[0]
+    return process.pid, os.sched_getscheduler(process.pid), os.getpriority(os.PRIO_PROCESS, process.pid)
+
+service._start_merge()
+first, policy, _ = merging()
+service._care()
+assert merging()[:2] == (first, os.SCHED_IDLE), merging()
+service._idle_until = time.monotonic() - 1
+service._care()
+second, policy, nice = merging()
+assert (policy, nice) == (os.SCHED_OTHER, 19), (policy, nice)
+assert second == first or not Path(f"/proc/{first}").exists()
+service._care()
+assert merging()[0] == second, "it is not begun a third time"
+service.stop()
+print("done")
+"""
+
+
+def test_an_ordinary_users_merge_is_let_run_too(rng):
+    with tempfile.TemporaryDirectory() as folder:  # where `nobody` may go, unlike tmp_path
+        repository = Path(folder) / "repository"
+        active(make_release(repository, rng))
+        if os.geteuid() == 0:
+            for path in (Path(folder), *Path(folder).rglob("*")):
+                os.chown(path, 65534, 65534)
+        done = subprocess.run(
+            [sys.executable, "-c", ORDINARY_USER, str(repository)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

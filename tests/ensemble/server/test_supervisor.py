@@ -282,6 +282,7 @@ def test_a_release_that_cannot_start_is_told_with_its_reason(tmp_path):
     assert running_server(tmp_path / "models") is None
 
 
+@pytest.mark.alone  # Other servers' folders would be taken for those that are left.
 @pytest.mark.triton
 def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository):
     said: list[str] = []

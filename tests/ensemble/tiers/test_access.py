@@ -7,7 +7,8 @@ import subprocess
 import numpy as np
 import pytest
 from reading import assert_own_items, assert_own_rows, read_users, status, wait_until
-from redis_server import RedisServer, free_port
+from ports import free_port
+from redis_server import RedisServer
 from shops import ROOT
 
 from clients.events import EventWriter

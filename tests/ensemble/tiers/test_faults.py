@@ -106,6 +106,7 @@ def test_every_tier_in_turn(server, release, open_readers):
     assert readers.users.memory.counters.negative_hits == 1, "that Redis has no such user is remembered, too"
 
 
+@pytest.mark.alone
 def test_redis_killed_and_back_empty_and_loaded_again(own_server, release, open_readers):
     readers = open_readers(own_server, soft_ttl_s=0.05, hard_ttl_s=0.1, negative_ttl_s=0.05)
     with Traffic(readers, release) as traffic:
@@ -147,6 +148,7 @@ def test_a_redis_that_is_back_is_asked_at_once_though_the_breaker_was_to_stay_op
     assert readers.redis.breaker.state == "closed"
 
 
+@pytest.mark.alone
 def test_redis_frozen(own_server, release, open_readers):
     """Requests wait for the deadline until the breaker opens, then for one probe now and then."""
     readers = open_readers(own_server, deadline_ms=5, soft_ttl_s=0.05, hard_ttl_s=0.1)
@@ -270,6 +272,7 @@ def test_a_release_loaded_under_the_same_name_with_other_items_is_not_believed(
     assert readers.redis.causes["wrong_schema"] == 40
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("delay_ms", [15, 50, 500])
 def test_slow_network_costs_the_deadline_until_the_breaker_opens(
     server, release, open_readers, proxy, delay_ms
@@ -291,6 +294,7 @@ def test_slow_network_costs_the_deadline_until_the_breaker_opens(
     assert readers.redis.causes["timeout"] >= 3
 
 
+@pytest.mark.alone
 def test_a_reply_that_drips_in_takes_no_longer_than_the_deadline(server, release, open_readers, proxy):
     between = proxy(server)
     readers = open_readers(server, url=between.url, deadline_ms=20)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from reading import wait_until
-from redis_server import RedisServer, free_port
+from ports import free_port
+from redis_server import RedisServer
 from shops import private_copy
 
 from clients.client import Client
@@ -48,6 +49,7 @@ def seconds_unaware(client: Client, user: str, item: str) -> float:
         assert unaware_s < 5
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
 def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tmp_path, fused, monkeypatch):
     # What is asked here is whether rows are known at all, so a call to Redis has time where the machine is
