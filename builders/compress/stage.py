@@ -35,7 +35,7 @@ from builders.index.staged import StagedRelease
 from builders.stages import Report
 from builders.verify.stage import Verifier
 from ensemble.index.item_index import VECTORS
-from ensemble.steps.recall import settings_from_json
+from ensemble.steps.recall_settings import settings_from_json
 
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}

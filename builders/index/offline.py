@@ -18,6 +18,7 @@ from ensemble.release.release import Release
 from ensemble.release.snapshot import gather
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall import Recall
+from ensemble.steps.sources import Popular
 
 
 class OfflineRecall:
@@ -62,8 +63,9 @@ class OfflineRecall:
         """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was
         trained on."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
-        out[..., SOURCES.index("popular")] = np.where(
-            item_rows > 0, self.recall.popularity[np.maximum(item_rows, 0)], 0
+        popularity = self.recall.source(Popular).popularity
+        out[..., SOURCES.index(Popular.name)] = np.where(
+            item_rows > 0, popularity[np.maximum(item_rows, 0)], 0
         )
         return out
 
@@ -80,9 +82,7 @@ class OfflineRecall:
                 user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
             )
             query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
-            out[piece] = self.recall.source_scores(
-                query, item_rows[piece], embeddings, self.recall.transition_offers(seen)
-            )
+            out[piece] = self.recall.source_scores(query, seen, item_rows[piece], embeddings)
         return out
 
     def queries(self, user_rows: Array, tensors: dict[str, Array]) -> dict[str, Array]:

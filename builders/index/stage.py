@@ -37,7 +37,8 @@ from ensemble.index.probe import BASELINE, baseline
 from ensemble.live.encoding import ENCODING
 from ensemble.release.ids import write_ids
 from ensemble.schema import Schema
-from ensemble.steps.recall import RecallSettings, fused
+from ensemble.steps.recall import fused
+from ensemble.steps.recall_settings import RecallSettings
 
 # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 NEIGHBOURS = 100

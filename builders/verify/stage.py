@@ -25,6 +25,7 @@ from ensemble.options import default_options
 from ensemble.release.snapshot import gather
 from ensemble.steps.features import FeatureLookup
 from ensemble.steps.reranking import Reranking
+from ensemble.steps.sources import Popular, Transitions
 
 BATCH = 64
 EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
@@ -43,6 +44,7 @@ class Verifier:
         self.ranker = open_engine(staged.member_file("ranker", "model.onnx"))
         self.offline = OfflineRecall(dataset, folder, self.encode_users)
         self.recall = self.offline.recall
+        self.popularity = self.recall.source(Popular).popularity
         self.reranking = Reranking(staged.model("reranking"), staged)
         self.embeddings = np.ascontiguousarray(staged.items["embedding"])
 
@@ -116,7 +118,7 @@ class Verifier:
             "recall": metrics.ranks_from_lists(found["candidate_rows"], target),
             "user_encoder": self._rank_of(scores, tensors["seen_rows"], target),
             "popularity": self._rank_of(
-                np.tile(self.recall.popularity, (len(piece), 1)), tensors["seen_rows"], target
+                np.tile(self.popularity, (len(piece), 1)), tensors["seen_rows"], target
             ),
             "transition_knn": self._knn_ranks(tensors["seen_rows"], target),
         }
@@ -134,7 +136,7 @@ class Verifier:
 
     def _knn_ranks(self, seen_rows: Array, target: Array) -> Array:
         """Ranks by transition score alone; items without one are tied behind, by half."""
-        rows, scores = self.recall.transition_offers(seen_rows)
+        rows, scores = self.recall.source(Transitions).followers(seen_rows)
         dense = np.zeros((len(rows), self.dataset.num_items + 1), np.float32)
         lines, columns = np.nonzero(rows > 0)
         dense[lines, rows[lines, columns]] = scores[lines, columns]
@@ -156,7 +158,7 @@ class Verifier:
                 }
                 if impressions.truth is not None:
                     report[task.name]["oracle_auc"] = metrics.auc(labels, impressions.truth[:, t])
-                    popularity = self.recall.popularity[impressions.item_rows]
+                    popularity = self.popularity[impressions.item_rows]
                     report[task.name]["popularity_auc"] = metrics.auc(labels, popularity)
             else:
                 report[task.name] |= {

@@ -29,6 +29,7 @@ import numpy as np
 from clients.errors import Unavailable
 from clients.items import ItemClient
 from ensemble.index.found import recall_share
+from ensemble.index.item_index import find
 from ensemble.local import LocalPipeline
 from ensemble.release.release import active_release
 from ensemble.steps.served import open_served
@@ -130,7 +131,7 @@ def recall_now(pipeline: LocalPipeline, queries: int = 100, k: int = 100) -> flo
     embeddings = view.gather(rows, "embedding")
     query = embeddings[np.random.default_rng(1).integers(0, len(rows), queries)]
     truth = rows[np.argsort(-(query @ embeddings.T), axis=1)[:, :k]]
-    found = recall.index.find(view, query, k, None)[0]
+    found = find(view, query, k, None)[0]
     return recall_share(found, truth - 1)
 
 

@@ -8,9 +8,11 @@ lists are merged.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.engines import GPU, INDEX_VARIABLE
 from ensemble.index.filters import RowMask
 from ensemble.index.found import Found, merge_found
@@ -49,7 +51,7 @@ def _main_vectors(release: Release, state: LiveState) -> Vectors:
     if state.main_rows == num_base and not len(merged):
         return base
 
-    def vectors(rows: np.ndarray) -> np.ndarray:
+    def vectors(rows: Array) -> Array:
         slots, out = slot_of_row[rows], base(np.where(rows < num_base, rows, 0))
         # a row with a later slot is stale in this index: what it scores does not count
         own = (slots > 0) & (slots <= len(merged))
@@ -59,38 +61,34 @@ def _main_vectors(release: Release, state: LiveState) -> Vectors:
     return vectors
 
 
-class ItemIndex:
-    """Scores are inner products; several interests of a user are searched as one batch."""
+def search(view: LiveView, query: Array, depth: int, masks: Sequence[RowMask | None]) -> Array:
+    """Finds the best items of each interest vector: query [B, M, D], masks [B] -> rows [B, M, depth] int64,
+    best first, padded with -1. Users with the same mask are searched together."""
+    num_users, interests, embedding = query.shape
+    out = np.full((num_users, interests, depth), -1, np.int64)
+    groups: dict[int, list[int]] = {}
+    for user, mask in enumerate(masks):
+        groups.setdefault(0 if mask is None else id(mask), []).append(user)
+    for users in groups.values():
+        flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
+        rows, _ = find(view, flat, depth, masks[users[0]])
+        out[users] = rows.reshape(len(users), interests, depth)
+    return out
 
-    def search(
-        self, view: LiveView, query: np.ndarray, depth: int, masks: list[RowMask | None]
-    ) -> np.ndarray:
-        """Index rows [B, M, depth] int64 of query [B, M, D], best first, padded with -1."""
-        num_users, interests, embedding = query.shape
-        out = np.full((num_users, interests, depth), -1, np.int64)
-        groups: dict[int, list[int]] = {}
-        for user, mask in enumerate(masks):
-            groups.setdefault(0 if mask is None else id(mask), []).append(user)
-        for users in groups.values():
-            flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
-            out[users] = self.find(view, flat, depth, masks[users[0]])[0].reshape(
-                len(users), interests, depth
-            )
-        return out
 
-    def find(self, view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None) -> Found:
-        """[Q, D] -> the best `depth` of the main index and the delta together."""
-        main = view.state.main
-        assert main is not None, "recall attaches the index before the first search"
-        if view.num_slots == view.state.delta_start and not view.num_stale:
-            return main.search(query, depth, None if mask is None else mask.main)
-        return merge_found(
-            [_without_stale(main, view, query, depth, mask), _delta(view, query, depth, mask)], depth
-        )
+def find(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
+    """Finds the best `depth` items of the main index and the delta together for query [Q, D] float32."""
+    main = view.state.main
+    assert main is not None, "recall attaches the index before the first search"
+    if view.num_slots == view.state.delta_start and not view.num_stale:
+        return main.search(query, depth, None if mask is None else mask.main)
+    return merge_found(
+        [_without_stale(main, view, query, depth, mask), _delta(view, query, depth, mask)], depth
+    )
 
 
 def _without_stale(
-    main: SearchedIndex, view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None
+    main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None
 ) -> Found:
     """The main index without what was changed or deleted since: over-fetch and drop, and, where that leaves
     too few, a mask."""
@@ -106,7 +104,7 @@ def _without_stale(
     return rows, scores
 
 
-def _delta(view: LiveView, query: np.ndarray, depth: int, mask: RowMask | None) -> Found:
+def _delta(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
     """Exact search over the delta's slots; in any order."""
     rows, hidden = view.state.slot_rows[view.delta], view.superseded
     scores = query @ view.state.vectors[view.delta].T

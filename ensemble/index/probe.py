@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,9 @@ class RecallProbe:
         self._compared = self._dropped = self._failed = 0
         self._thread: threading.Thread | None = None
 
-    def offer(self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: list[RowMask | None]) -> None:
+    def offer(
+        self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: Sequence[RowMask | None]
+    ) -> None:
         """A batch's query [B, M, D] and found rows [B, M, n] best first: a throw of the dice, and mostly
         nothing else."""
         for user in np.flatnonzero(self._rng.random(len(query)) < self.settings.share):

@@ -14,7 +14,8 @@ import numpy as np
 from ensemble.release.ids import write_ids
 from ensemble.release.snapshot import item_dtype, user_dtype
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
-from ensemble.steps.recall import Recall, RecallSettings
+from ensemble.steps.recall import Recall
+from ensemble.steps.recall_settings import RecallSettings
 from ensemble.steps.served import ServedRelease
 
 SIZES = Sizes(

@@ -9,6 +9,7 @@ from random_release import SETTINGS, make_release, open_recall
 
 from ensemble.index.probe import BASELINE, baseline
 from ensemble.options import default_options
+from ensemble.steps.sources import Nearest
 
 EVERY = dataclasses.replace(SETTINGS, probe_share=1.0)
 
@@ -19,7 +20,8 @@ def asked(tmp_path, rng, query: np.ndarray, index: str = "Flat") -> dict[str, fl
     best = (usual @ release.items["embedding"][1:].T).max(axis=1)
     (release.path / BASELINE).write_text(baseline(usual, best).to_json())
     recall = open_recall(release)
-    recall.probe.settings = dataclasses.replace(recall.probe.settings, most_busy=1.0)
+    probe = recall.source(Nearest).probe
+    probe.settings = dataclasses.replace(probe.settings, most_busy=1.0)
     for start in range(
         0, len(query), 30
     ):  # the probe holds 64 at most: more would be dropped, which is what it is for
@@ -27,7 +29,7 @@ def asked(tmp_path, rng, query: np.ndarray, index: str = "Flat") -> dict[str, fl
         recall.run(
             default_options(len(piece)), seen_rows=np.full((len(piece), 12), -1), user_embeddings=piece
         )
-        recall.probe.wait()
+        probe.wait()
     return {one.name.removeprefix("peregrine_"): one.value for one in recall.metrics()}
 
 

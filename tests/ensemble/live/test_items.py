@@ -13,6 +13,7 @@ import pytest
 from random_release import BRANDS, RandomRelease, make_release, open_again, open_recall, write_item_encoder
 
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.index.item_index import find
 from ensemble.live.encoding import ItemEncoding
 from ensemble.live.merge import merge
 from ensemble.live.writer import ItemWriter
@@ -20,6 +21,7 @@ from ensemble.options import parse_options
 from ensemble.steps.features import FeatureLookup
 from ensemble.steps.recall import Recall
 from ensemble.steps.reranking import Reranking
+from ensemble.steps.sources import Popular
 
 KINDS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fsr"]
 
@@ -112,7 +114,7 @@ def found_names(recall: Recall, query: np.ndarray, depth: int, asked: dict) -> l
     wanted = parse_options(json.dumps(parameters), 1, recall.live.release.schema).users[0].filter
     view = recall.live.refresh()
     mask = None if wanted is None else recall.filters.mask(wanted, view)
-    rows = recall.index.find(view, query[None], depth, mask)[0][0]
+    rows = find(view, query[None], depth, mask)[0][0]
     return view.ids_from_rows(rows[rows > 0]).tolist()
 
 
@@ -217,13 +219,13 @@ def test_new_items_that_are_the_same_are_cut_in_order_of_rows(tmp_path, rng):
     )
     view, query = recall.live.refresh(), np.ones((1, 8), np.float32)
     for depth in (3, 17, 39):
-        assert recall.index.find(view, query, depth, None)[0][0].tolist() == list(range(121, 121 + depth))
+        assert find(view, query, depth, None)[0][0].tolist() == list(range(121, 121 + depth))
 
 
 def test_a_deleted_item_leaves_every_source(tmp_path, rng):
     release = make_release(tmp_path, rng)
     recall = open_recall(release)
-    popular = recall.popular_rows[:5]
+    popular = recall.source(Popular).rows[:5]
     names = release.item_ids.ids_from_rows(popular)
     ItemWriter(open_again(release)).apply(
         [{"op": "delete", "item": {"item_id": name.decode()}} for name in names]

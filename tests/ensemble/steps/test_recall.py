@@ -13,6 +13,7 @@ from random_release import BRANDS, SETTINGS, RandomRelease, make_release, open_r
 from ensemble.errors import ReleaseError
 from ensemble.options import Options, UserOptions, parse_options
 from ensemble.steps.recall import Recall
+from ensemble.steps.sources import Popular, Transitions
 
 FILTERS = [
     {},
@@ -253,11 +254,12 @@ def test_every_source_has_its_place(tmp_path, rng):
     rows = recall.run(
         Options((UserOptions(exclude_seen=False),) * 28), seen_rows=seen, user_embeddings=query
     )["candidate_rows"]
-    offered, scores = recall.transition_offers(seen)
+    offered, scores = recall.source(Transitions).followers(seen)
+    popular = recall.source(Popular).rows[: recall.settings.popular_quota]
     for user in range(28):
         best = offered[user][scores[user] > 0][: recall.settings.transition_quota]
         assert set(best.tolist()) <= set(rows[user].tolist())
-        assert set(recall.popular_rows[: recall.settings.popular_quota].tolist()) <= set(rows[user].tolist())
+        assert set(popular.tolist()) <= set(rows[user].tolist())
 
 
 def test_the_popular_of_a_rare_category_come_however_far_down_they_are(tmp_path, rng):

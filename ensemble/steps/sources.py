@@ -1,0 +1,175 @@
+"""Offers candidates, one small class a source; contract.SOURCES has their names in order.
+
+A further source is a class here, in _KINDS, and a name in contract.SOURCES: `offer` gives rows best first,
+`score` judges the candidates of all sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ensemble.arrays import Array, look_up, sum_by_row
+from ensemble.contract import SOURCES
+from ensemble.index.filters import RowMask
+from ensemble.index.item_index import open_main, search
+from ensemble.index.main_index import QuerySettings
+from ensemble.index.probe import BASELINE, ProbeSettings, RecallProbe, read_baseline
+from ensemble.live.items import LiveView
+from ensemble.steps.recall_settings import RecallSettings
+from ensemble.steps.served import ServedRelease
+
+STRIDE = 1 << 40  # more rows than any catalogue: user * STRIDE + row is a key of both
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Holds what a dynamic batch of B users asks of the sources."""
+
+    query: Array  # [B, M, D] float32
+    seen_rows: Array  # [B, W] int64, newest last, -1 where padded
+    view: LiveView
+    masks: Sequence[RowMask | None] = ()  # [B], which rows pass each user's filter
+    depth: int = 0  # offers a user that a source need not exceed: N and all that may be excluded
+    # What a source has looked up for both `offer` and `score`, by its name: rows and scores [B, *].
+    lists: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Offers candidates and scores those of all sources; opened once on a release."""
+
+    name: str  # in contract.SOURCES
+    quota: int | None  # of the N candidates, places kept for it; None: all that the others leave
+    fills_up: bool  # its offers beyond the quota come after everybody else's
+
+    def offer(self, batch: Batch) -> Array:
+        """Gives rows [B, *] int64 best first, padded with -1; any may be ineligible."""
+        ...
+
+    def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
+        """Scores candidates: rows [B, N] int64 with embeddings [B, N, D] -> [B, N] float32; where a row is
+        padding any number will do."""
+        ...
+
+
+def open_sources(release: ServedRelease, settings: RecallSettings) -> list[Source]:
+    """Opens every source of contract.SOURCES, in order."""
+    return [_KINDS[name](release, settings) for name in SOURCES]
+
+
+class Nearest:
+    """Offers the items whose embeddings have the greatest inner product with any of a user's interests."""
+
+    name, fills_up = "user_embeddings", False
+    quota: int | None = None
+
+    def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
+        query = QuerySettings(settings.nprobe, settings.refine_factor)
+        release.live.attach(lambda state: open_main(release, query, state))
+        self.probe = RecallProbe(ProbeSettings(settings.probe_share), read_baseline(release.path / BASELINE))
+
+    def offer(self, batch: Batch) -> Array:
+        """Gives rows [B, depth * M]: each interest's best, then each one's second, and so on."""
+        rows = search(batch.view, batch.query, batch.depth, batch.masks)
+        self.probe.offer(batch.view, batch.query, rows, batch.masks)
+        return rows.transpose(0, 2, 1).reshape(len(rows), rows.shape[1] * rows.shape[2])
+
+    def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
+        """Gives the greatest inner product over a user's interests [B, N]."""
+        return np.matmul(embeddings, batch.query.transpose(0, 2, 1)).max(axis=2)
+
+
+class Transitions:
+    """Offers what followed the user's last items, item to item."""
+
+    name, fills_up = "transitions", False
+
+    def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
+        self.quota: int | None = settings.transition_quota
+        self._num_last = settings.transition_items
+        # [I + 1] {rows i4[L], scores f4[L]}
+        self._lists = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)
+
+    def offer(self, batch: Batch) -> Array:
+        """Gives rows [B, P]."""
+        return self._followers(batch)[0]
+
+    def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
+        """Gives log(1 + score) of what followed [B, N]; 0 where nothing of the past leads there."""
+        return np.log1p(look_up(rows, *self._followers(batch), STRIDE))
+
+    def _followers(self, batch: Batch) -> tuple[Array, Array]:
+        """Gives followers(batch.seen_rows), computed once a batch."""
+        if self.name not in batch.lists:
+            batch.lists[self.name] = self.followers(batch.seen_rows)
+        return batch.lists[self.name]
+
+    def followers(self, seen_rows: Array) -> tuple[Array, Array]:
+        """Gives what followed the last of seen_rows [B, W]: rows [B, P] best first, distinct, padded with -1;
+        scores [B, P], where the k-th newest item counts 1 / k."""
+        last = seen_rows[:, : -self._num_last - 1 : -1]  # newest first
+        # Nothing has followed a new item yet.
+        lists = self._lists[np.where(last < len(self._lists), np.maximum(last, 0), 0)]
+        weight = 1 / np.arange(1, last.shape[1] + 1, dtype=np.float32)
+        weight = weight[None, :, None] * (last > 0)[:, :, None]
+        rows = lists["rows"].astype(np.int64).reshape(len(seen_rows), -1)
+        scores = (lists["scores"] * weight).reshape(len(seen_rows), -1)
+        rows = np.where(scores > 0, rows, -1)
+        rows, scores = sum_by_row(rows, np.where(rows > 0, scores, 0))
+        best = np.lexsort((rows, -scores), axis=-1)
+        return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+
+
+class Popular:
+    """Offers the same list to everyone; beyond its quota it fills what the others leave."""
+
+    name, fills_up = "popular", True
+
+    def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
+        self.quota: int | None = settings.popular_quota
+        # [I + 1] float32, log(1 + events); row 0 is 0.
+        self.popularity = np.asarray(np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False))
+        rows = np.lexsort((np.arange(len(self.popularity)), -self.popularity))
+        self.rows = rows[rows > 0]  # [I] int64, most popular first, ties by row
+
+    def offer(self, batch: Batch) -> Array:
+        """Gives the most popular rows that pass each user's filter [B, depth].
+
+        Filtered before they are cut: else a rare category would find none, and what a user gets would depend
+        on how deep its batch-mates go.
+        """
+        if all(mask is None for mask in batch.masks):
+            rows = self.rows[: batch.depth]
+            return np.broadcast_to(rows, (len(batch.masks), len(rows)))
+        out = np.full((len(batch.masks), batch.depth), -1, np.int64)
+        passing: dict[int, Array] = {}
+        for user, mask in enumerate(batch.masks):
+            if id(mask) not in passing:
+                passing[id(mask)] = self._passing(mask, batch.depth)
+            rows = passing[id(mask)]
+            out[user, : len(rows)] = rows
+        return out
+
+    def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
+        """Gives log(1 + events) of each row [B, N]; 0 for new items, as for row 0."""
+        return self.popularity[np.where(rows < len(self.popularity), np.maximum(rows, 0), 0)]
+
+    def _passing(self, mask: RowMask | None, depth: int) -> Array:
+        """Gives the first `depth` rows within `mask`, looking ever further down the list."""
+        if mask is None:
+            return self.rows[:depth]
+        length = 4 * depth
+        while True:
+            rows = self.rows[:length]
+            rows = rows[mask.passes(rows)]
+            if len(rows) >= depth or length >= len(self.rows):
+                return rows[:depth]
+            length *= 8
+
+
+_KINDS: dict[str, Callable[[ServedRelease, RecallSettings], Source]] = {
+    kind.name: kind for kind in (Nearest, Transitions, Popular)
+}
