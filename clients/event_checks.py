@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument
+from ensemble.id_rule import encode_id
 from ensemble.schema import Feature, Schema
 from ensemble.tiers import records as rows
 
@@ -89,21 +89,6 @@ def check_event(event: Event) -> tuple[bytes, bytes, float]:
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
         raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
     return encode_id("user_id", event.user_id), encode_id("item_id", event.item_id), check_time(event.time)
-
-
-def encode_id(field: str, value: Id) -> bytes:
-    """Gives an id as bytes; InvalidArgument says what is wrong with it."""
-    if not isinstance(value, (str, int, bytes)) or isinstance(value, bool):
-        raise InvalidArgument(f"{field}: must be a string or an integer, got {value!r:.60}")
-    try:
-        encoded = value if isinstance(value, bytes) else str(value).encode()
-        encoded.decode()
-    except UnicodeError:
-        raise InvalidArgument(f"{field}: must be valid UTF-8, got {value!r:.60}") from None
-    if not 0 < len(encoded) <= MAX_ID_BYTES or encoded.endswith(b"\0"):
-        rule = f"must have 1 to {MAX_ID_BYTES} bytes and not end in a NUL byte"
-        raise InvalidArgument(f"{field}: {rule}, got {len(encoded)} bytes")
-    return encoded
 
 
 def check_time(value: Any) -> float:

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, encode_id, packed_update
+from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, packed_update
 from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument, ReleaseError, ServerError
+from ensemble.id_rule import encode_id
 from ensemble.release.release import open_release
 from ensemble.release.repository import release_names
 from ensemble.schema import schema_from_json
@@ -268,6 +269,8 @@ def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | 
         release = open_release(repository, name)
     except ReleaseError:  # an old one whose rows have not expired yet: the other releases get the events
         return None
+    from ensemble.live.items import LiveItems
+
     return LiveItems(release) if rows.release_digest(release) == digest else None
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from clients.errors import InvalidArgument, ServerFault
 from clients.results import Item, Recommendations
-from ensemble.contract import MAX_ID_BYTES, Degraded
+from ensemble.contract import Degraded
+from ensemble.id_rule import encode_id
 from ensemble.options import NOTHING_ASKED, OPTION_NAMES, Ids
 
 Parameter: TypeAlias = bool | int | float | str
@@ -49,37 +50,23 @@ def call_from_options(
         raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
     if budget_ms is not None and not budget_ms > 0:
         raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
-    texts = _texts_from_ids("user_id", user_ids)
-    if not texts:
+    ids = _encoded_ids("user_id", user_ids)
+    if not ids:
         raise InvalidArgument("user_id: at least one user is needed, got none")
-    count = len(texts) if per_user else 0
+    count = len(ids) if per_user else 0
     parameters = {
         name: _parameter(name, value, count) for name, value in options.items() if value is not None
     }
-    return Call(tuple(text.encode() for text in texts), parameters, budget_ms)
+    return Call(tuple(ids), parameters, budget_ms)
 
 
-def _texts_from_ids(field: str, ids: Any) -> list[str]:
-    """Gives the ids of a list, a tuple or an array as texts; refuses a lone text, a sequence of letters."""
+def _encoded_ids(field: str, ids: Any) -> list[bytes]:
+    """Gives the ids of a list, a tuple or an array as bytes; refuses a lone text, a sequence of letters."""
     values = _plain(ids)
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         what = "user" if field == "user_id" else "item"
         raise InvalidArgument(f"{field}: must be a list of {what} ids, got {ids!r}")
-    return [_text_from_id(field, value) for value in values]
-
-
-def _text_from_id(field: str, value: Any) -> str:
-    """Gives one id as text; InvalidArgument if it is no id."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InvalidArgument(f"{field}: an id must be a string or an integer, got {value!r}")
-    text = str(value)
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"{field}: an id must be valid UTF-8, got {value!r}") from None
-    if size > MAX_ID_BYTES:
-        raise InvalidArgument(f"{field}: an id has at most {MAX_ID_BYTES} bytes, got {size}")
-    return text
+    return [encode_id(field, value, may_be_empty=True) for value in values]
 
 
 def _parameter(name: str, value: Any, num_users: int) -> Parameter:
@@ -119,7 +106,7 @@ def _checked(name: str, plain: Any) -> Any:
     """Gives one value of an option in the form it is sent in: ids as texts, a lone text in allow or deny as a
     list of one."""
     if name in _ID_LISTS:
-        return _texts_from_ids(name, plain)
+        return [one.decode() for one in _encoded_ids(name, plain)]
     if isinstance(plain, dict):
         return {key: [value] if isinstance(value, str) else value for key, value in plain.items()}
     return plain

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from enum import IntFlag
 
+from ensemble.id_rule import MAX_ID_BYTES
 from ensemble.schema import Schema
 from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
 
@@ -22,7 +23,6 @@ SOURCES = ("user_embeddings", "transitions", "popular")
 # Tensors [B, *, D] that recall searches the index with.
 QUERY_TENSORS = ("user_embeddings",)
 
-MAX_ID_BYTES = 128
 MAX_LIST = 1000  # items or categories in one list of a request's options
 
 
@@ -149,7 +149,10 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
 
     every = (
         tensor(
-            "user_id", "bytes", "UTF-8, at most 128 bytes; an unknown one is answered with a cold list", one
+            "user_id",
+            "bytes",
+            f"UTF-8, at most {MAX_ID_BYTES} bytes; an unknown one is answered with a cold list",
+            one,
         ),
         tensor(
             "seen_rows",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ensemble.arrays import Tensors
+from ensemble.id_rule import encode_id
 from ensemble.options import Options, parse_options, stack
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
@@ -68,7 +69,7 @@ class LocalPipeline:
             options = stack(
                 [parse_options(json.dumps(dict(one)), 1, self.release.schema) for one in parameters]
             )
-        ids = np.array([u.encode() if isinstance(u, str) else u for u in user_ids], dtype="S")
+        ids = np.array([encode_id("user_id", user, may_be_empty=True) for user in user_ids], dtype="S")
         return self.run(options, {"user_id": ids[:, None]})
 
     def run(self, options: Options, tensors: Tensors) -> Tensors:

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.contract import MAX_ID_BYTES, MAX_LIST
+from ensemble.contract import MAX_LIST
 from ensemble.errors import InvalidArgument
+from ensemble.id_rule import encode_id
 from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
@@ -202,22 +203,7 @@ def _ids(name: str, value: Any, schema: Schema) -> tuple[bytes, ...]:
         raise InvalidArgument(f"{name}: must be a JSON array of item ids, got {_short(value)}")
     if len(value) > MAX_LIST:
         raise InvalidArgument(f"{name}: at most {MAX_LIST} items, got {len(value)}")
-    return tuple(_id(name, v) for v in value)
-
-
-def _id(name: str, value: Any) -> bytes:
-    if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise InvalidArgument(f"{name}: an id must be a string or an integer, got {_short(value)}")
-    try:
-        encoded = str(value).encode()
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"{name}: an id is not UTF-8: {_short(value)}") from None
-    if len(encoded) > MAX_ID_BYTES:
-        raise InvalidArgument(f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {len(encoded)}")
-    if encoded.endswith(b"\0"):
-        # NumPy would drop it and find another item
-        raise InvalidArgument(f"{name}: an id ends in a NUL byte")
-    return encoded
+    return tuple([encode_id(name, one, may_be_empty=True) for one in value])
 
 
 def _switch(name: str, value: Any, schema: Schema) -> bool:

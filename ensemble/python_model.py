@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
+from ensemble.id_rule import encode_ids
 from ensemble.local import open_step
 from ensemble.options import Options, default_options, parse_options, stack
 from ensemble.spec import TensorSpec
@@ -112,25 +112,11 @@ class PythonModel:
 
 
 def _array(tensor: Any, spec: TensorSpec) -> np.ndarray:
+    """Gives a request's tensor [B, ...] as the step takes it: ids, which come as objects, as S."""
     array = tensor.as_numpy()
-    return _checked_ids(spec.name, array) if spec.dtype == "bytes" else array
-
-
-def _checked_ids(name: str, ids: np.ndarray) -> np.ndarray:
-    """[B, 1] object of bytes -> [B, 1] S; InvalidArgument unless they are UTF-8 of at most MAX_ID_BYTES."""
-    flat = ids.ravel().tolist()
-    if max(map(len, flat), default=0) > MAX_ID_BYTES:
-        raise InvalidArgument(
-            f"{name}: an id must have at most {MAX_ID_BYTES} bytes, got {max(map(len, flat))}"
-        )
-    try:
-        b"\n".join(flat).decode()  # one check for all: no UTF-8 sequence spans a newline
-    except UnicodeDecodeError as error:
-        raise InvalidArgument(f"{name}: an id is not UTF-8: byte {error.object[error.start]:#04x}") from None
-    if any(i.endswith(b"\0") for i in flat):
-        # NumPy would drop it and find another user
-        raise InvalidArgument(f"{name}: an id ends in a NUL byte")
-    return np.array(flat, dtype="S").reshape(ids.shape)
+    return (
+        encode_ids(spec.name, array.ravel().tolist()).reshape(array.shape) if spec.dtype == "bytes" else array
+    )
 
 
 def _part(array: np.ndarray, spec: TensorSpec, start: int, end: int, asked: Options) -> np.ndarray:

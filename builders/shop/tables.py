@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ensemble.arrays import Array
-from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidInput
+from ensemble.id_rule import MAX_ID_BYTES, id_fault
 
 CLOCK_SKEW_S = 86_400  # local times may run up to a day ahead of UTC
 
@@ -131,16 +131,12 @@ def ids_from_column(column: Column) -> tuple[Array, Array]:
 
 
 def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
+    """Raises InvalidInput for the first of the distinct ids `texts` [K] that is none; row i has texts[index[i]]."""
     length = _numpy(pc.binary_length(texts))
-    rules = (
-        (length == 0, "is an empty id"),
-        (length > MAX_ID_BYTES, f"has {length.max(initial=0)} bytes; an id has at most {MAX_ID_BYTES}"),
-        (_numpy(pc.find_substring(texts, b"\x00")) >= 0, "holds a NUL byte; ids are text without it"),
-    )
-    for bad, rule in rules:
-        which = first_true(bad)
-        if which >= 0:
-            raise column.error(first_true(index == which), rule)
+    bad = (length == 0) | (length > MAX_ID_BYTES) | (_numpy(pc.find_substring(texts, b"\x00")) >= 0)
+    which = first_true(bad)
+    if which >= 0:
+        raise column.error(first_true(index == which), f"is no id: {id_fault(texts[which].as_py())}")
 
 
 # --- numbers ---

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ensemble import contract
-from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import ReleaseError
+from ensemble.id_rule import MAX_ID_BYTES
 from ensemble.release.files import sync_folder
 from ensemble.release.snapshot import item_dtype
 from ensemble.schema import Schema, number_names

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ensemble.contract import MAX_ID_BYTES
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.id_rule import encode_id
 from ensemble.live.encoding import ItemEncoding
 from ensemble.live.generations import current_generation, point_to
 from ensemble.live.items import LiveItems
@@ -177,19 +177,12 @@ class ItemWriter:
 
 
 def _item_id(change: Change) -> bytes:
+    """Gives the id of the item that is changed; InvalidInput if what came is no change, or has no such id."""
     item = change.get("item") if isinstance(change, Mapping) else None
     item_id = item.get("item_id") if isinstance(item, Mapping) else None
-    if not isinstance(item_id, (str, int)) or isinstance(item_id, bool):
+    if item_id is None:
         raise InvalidInput(
             "a change must be an operation and an item with an item_id (text or a whole number), got "
             f"{str(change)[:60]!r}"
         )
-    try:
-        encoded = str(item_id).encode()
-    except UnicodeEncodeError:
-        raise InvalidInput(f"item_id {str(item_id)[:40]!r}: is not UTF-8") from None
-    if not encoded or len(encoded) > MAX_ID_BYTES or encoded.endswith(b"\0"):
-        raise InvalidInput(
-            f"item_id {str(item_id)[:40]!r}: must have 1 to {MAX_ID_BYTES} bytes and not end in NUL"
-        )
-    return encoded
+    return encode_id("item_id", item_id)

@@ -96,7 +96,7 @@ def test_recommend_many_takes_one_value_per_user() -> None:
     [
         (1.5, {}, "user_id: an id must be a string or an integer, got 1.5"),
         (True, {}, "user_id: an id must be a string or an integer, got True"),
-        ("x" * 129, {}, "user_id: an id has at most 128 bytes, got 129"),
+        ("x" * 129, {}, "user_id: an id must have at most 128 bytes, got 129"),
         ("\ud800", {}, r"user_id: an id must be valid UTF-8, got '\ud800'"),
         ("u", {"session_items": "abc"}, "session_items: must be a list of item ids, got 'abc'"),
         ("u", {"exclude_items": [None]}, "exclude_items: an id must be a string or an integer, got None"),

@@ -30,7 +30,7 @@ BAD_PARAMETERS = [
         "exclude_items: not JSON: Expecting ',' delimiter: line 1 column 6 (char 5)",
     ),
     ({"session_items": json.dumps(["x" * 129])}, "session_items: an id must have at most 128 bytes, got 129"),
-    ({"session_items": '["\\ud800"]'}, 'session_items: an id is not UTF-8: "\\ud800"'),
+    ({"session_items": '["\\ud800"]'}, "session_items: an id must be valid UTF-8, got '\\ud800'"),
     (
         {"session_items": "[" * 50_000},
         "session_items: not JSON: maximum recursion depth exceeded while decoding a JSON array from a "
@@ -58,10 +58,10 @@ BAD_PARAMETERS = [
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]
 BAD_IDS = [
-    (b"\xff\xfe", "user_id: an id is not UTF-8: byte 0xff"),
-    (b"ok\xc3", "user_id: an id is not UTF-8: byte 0xc3"),
+    (b"\xff\xfe", "user_id: an id must be valid UTF-8, got b'\\xff\\xfe'"),
+    (b"ok\xc3", "user_id: an id must be valid UTF-8, got b'ok\\xc3'"),
     (b"x" * 129, "user_id: an id must have at most 128 bytes, got 129"),
-    (b"1\0", "user_id: an id ends in a NUL byte"),
+    (b"1\0", "user_id: an id must hold no NUL byte"),
 ]
 
 

@@ -161,13 +161,13 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u\0,c,40"),
-            "interactions.csv: column 'user_id', row 4: 'u\\x00' holds a NUL byte; ids are text without it",
+            "interactions.csv: column 'user_id', row 4: 'u\\x00' is no id: an id must hold no NUL byte",
         ),
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "ü" * 65 + ",c,40"),
-            f"interactions.csv: column 'user_id', row 4: {repr('ü' * 65)[:57]}… has 130 bytes; an id has at "
-            "most 128",
+            f"interactions.csv: column 'user_id', row 4: {repr('ü' * 65)[:57]}… is no id: an id must have at "
+            "most 128 bytes, got 130",
         ),
         (
             "items.csv",

@@ -88,9 +88,10 @@ def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_re
     event = (user.decode(), "fresh", "click", 1e10)
 
     def features_of_user():
-        step = FeatureLookup(tiny_release.model("features"), open_served(repository, name))
+        release = open_served(repository, name)
+        step = FeatureLookup(tiny_release.model("features"), release)
         found = step.run(default_options(1), user_id=np.array([[user]]))
-        step.readers.close()
+        release.readers.close()
         return found
 
     with EventWriter(server.url, tiny_release.schema.shop) as blind:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,6 +36,24 @@ def test_a_longer_id_does_not_match_its_prefix():
     assert ids.rows_from_ids(np.array([b"abc", b"ab", b"a", b""])).tolist() == [0, 1, 0, 0]
 
 
+def test_ids_longer_than_any_known_are_strangers_and_harm_no_neighbour():
+    ids = IdMap(np.array([b"ab", b"cd"]))
+    asked = np.array([[b"ab", b"ab" + b"x" * 126], [b"cde", b"cd"]])
+    assert ids.rows_from_ids(asked).tolist() == [[1, 0], [0, 2]]
+
+
+def test_a_long_id_does_not_copy_the_map():
+    """A copy at the long id's width would be 128 bytes for each of the ids that are known."""
+    ids = IdMap(np.char.zfill(np.arange(100_000).astype("S6"), 6))
+    asked = np.array([b"000012", b"x" * 128])
+    tracemalloc.start()
+    try:
+        assert ids.rows_from_ids(asked).tolist() == [13, 0]
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_shape_is_kept_and_rows_below_1_have_no_id():
     ids = IdMap(np.array([b"ab", b"cd"]))
     assert ids.rows_from_ids(np.array([[b"cd"], [b"x"]])).tolist() == [[2], [0]]
@@ -59,5 +79,5 @@ def test_unsorted_or_repeated_ids_are_refused(tmp_path, ids):
 
 def test_an_id_too_long_is_refused(tmp_path):
     write_ids(tmp_path / "ids.npy", np.array([b"x" * 128]))
-    with pytest.raises(InvalidInput, match=r"has 129 bytes; at most 128 are allowed$"):
+    with pytest.raises(InvalidInput, match=r"^id 'x+': an id must have at most 128 bytes, got 129$"):
         write_ids(tmp_path / "ids.npy", np.array([b"x" * 129]))

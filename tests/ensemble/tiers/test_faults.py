@@ -411,17 +411,18 @@ def test_the_steps_flag_what_is_stale(own_server, release, monkeypatch, tmp_path
     load_release(release, own_server.url)
     plain = FeatureLookup(release.model("features"), release)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tiers.json"))
-    step = FeatureLookup(release.model("features"), release)
+    tiered = type(release)(release.repository, release.name, release.manifest)
+    step = FeatureLookup(release.model("features"), tiered)
     ask = np.array([[user.encode()] for user in [*USERS, "nobody"]])
     wanted = plain.run(default_options(41), user_id=ask)
     out = step.run(default_options(41), user_id=ask)
     for name, tensor in wanted.items():
         np.testing.assert_array_equal(out[name], tensor, err_msg=name)
     own_server.kill()
-    step.readers.users.memory.flush()
+    tiered.readers.users.memory.flush()
     out = step.run(default_options(41), user_id=ask)
     assert out["user_status"].ravel().tolist() == [STALE] * 40 + [MISSING | Degraded.UNKNOWN_USER]
     for name in set(wanted) - {"user_status"}:
         np.testing.assert_array_equal(out[name], wanted[name], err_msg=name)
-    assert any(one.name == "peregrine_tier_stale" and one.value > 0 for one in step.metrics())
-    step.readers.close()
+    assert any(one.name == "peregrine_tier_stale" and one.value > 0 for one in tiered.metrics())
+    tiered.readers.close()
