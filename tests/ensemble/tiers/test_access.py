@@ -6,8 +6,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from reading import assert_own_items, assert_own_rows, read_users, status, wait_until
 from ports import free_port
+from reading import assert_own_items, assert_own_rows, read_users, status, wait_until
 from redis_server import RedisServer
 from shops import ROOT
 

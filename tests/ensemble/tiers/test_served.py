@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from reading import wait_until
 from ports import free_port
+from reading import wait_until
 from redis_server import RedisServer
 from shops import private_copy
 
