@@ -17,9 +17,10 @@ from ensemble.errors import InvalidInput
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from builders.compare.losses_and_plans import LossTable, PlanTable
+    from builders.compare.losses import LossTable
+    from builders.compare.precisions import PrecisionsTable
     from builders.compress.source import Source
-    from builders.stages import Report
+    from builders.progress import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,12 +109,11 @@ def losses(
     starts, parts, rows = _seeds(seeds), _weights(weights), _names(only)
     sizes = None if student is None else _student_sizes(student, model)
     source = _source(shop, preset, repository, build_seed)
-    from builders.compare import figures as compare_figures
-    from builders.compare import losses_and_plans as compare
-    from builders.compare import tables as compare_tables
+    from builders.compare import figures, tables
+    from builders.compare.losses import compare_losses
 
-    with _bar("compare losses") as report:
-        found = compare.compare_losses(
+    with _bar("compare losses") as progress:
+        found = compare_losses(
             source,
             model,
             student=sizes,
@@ -123,10 +123,10 @@ def losses(
             learning_rate=learning_rate,
             seeds=starts,
             users=users,
-            report=report,
+            progress=progress,
         )
-    compare_tables.show(compare_tables.loss_table(found), compare_tables.loss_words(found))
-    _write(found, as_json, lambda: compare_figures.losses_figure(found), plot)
+    tables.show(tables.loss_table(found), tables.loss_words(found))
+    _write(found, as_json, lambda: figures.losses_figure(found), plot)
 
 
 @app.command()
@@ -165,22 +165,21 @@ def plans(
     _writable(as_json, plot)
     targets = _sizes(sizes)
     source = _source(shop, preset, repository, build_seed)
-    from builders.compare import figures as compare_figures
-    from builders.compare import losses_and_plans as compare
-    from builders.compare import tables as compare_tables
+    from builders.compare import figures, tables
+    from builders.compare.precisions import compare_precisions
 
-    with _bar("compare plans") as report:
-        found = compare.compare_plans(
+    with _bar("compare plans") as progress:
+        found = compare_precisions(
             source,
             model,
             runtime=runtime,
             sizes=targets,
             users=users,
             calibration_users=calibration_users,
-            report=report,
+            progress=progress,
         )
-    compare_tables.show(compare_tables.plan_table(found), compare_tables.plan_words(found))
-    _write(found, as_json, lambda: compare_figures.plans_figure(found), plot)
+    tables.show(tables.precisions_table(found), tables.precisions_words(found))
+    _write(found, as_json, lambda: figures.precisions_figure(found), plot)
 
 
 @app.command()
@@ -200,8 +199,8 @@ def chain(
     from builders.compare.chain import chain_table, compare_chain
     from builders.compare.tables import show
 
-    with _bar("compare chain") as report:
-        rows = compare_chain(repository, before, after, report=report)
+    with _bar("compare chain") as progress:
+        rows = compare_chain(repository, before, after, progress=progress)
     show(chain_table(rows, before, after), [])
     _write_json([{**dataclasses.asdict(row), "gain": row.gain, "bound": row.bound} for row in rows], as_json)
 
@@ -218,7 +217,7 @@ def _source(shop: Path, preset: str, repository: Path, seed: int) -> Source:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Report]:
+def _bar(title: str) -> Iterator[Progress]:
     from ensemble.progress import bar
 
     with bar(title) as update:
@@ -308,7 +307,7 @@ def _writable(*targets: Path | None) -> None:
 
 
 def _write(
-    found: LossTable | PlanTable, as_json: Path | None, figure: Callable[[], Figure], plot: Path | None
+    found: LossTable | PrecisionsTable, as_json: Path | None, figure: Callable[[], Figure], plot: Path | None
 ) -> None:
     """Both files, where they are wanted."""
     _write_json(dataclasses.asdict(found), as_json)

@@ -44,8 +44,10 @@ def compile_plans(
     if name is None:
         raise ReleaseError(f"no release is active in {repository}; name one: --release NAME")
     tools = tensorrt_toolchain()
-    with bar(f"compile {name}") as report:
-        done = compile_release(repository, name, tools, portable=portable, report=report)
+    with bar(f"compile {name}") as update:
+        done = compile_release(
+            repository, name, tools, portable=portable, progress=lambda share, text: update(text, share)
+        )
     if as_json:
         print(
             json.dumps(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from builders.stages import Report
+from builders.progress import Progress
 from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 from ensemble.steps.served import open_served
@@ -48,7 +48,7 @@ def compare_chain(
     *,
     batches: tuple[int, ...] = (1, 8, 32),
     seed: int = 0,
-    report: Report,
+    progress: Progress,
 ) -> list[ChainRow]:
     """Runs the local twins of two releases on the same users by turns, so that what the machine does besides
     falls on both."""
@@ -56,7 +56,7 @@ def compare_chain(
     engines = tuple(model.name for model in twins[0].spec.models if model.is_engine)
     users, rng, rows = twins[0].release.user_ids.sorted_ids, np.random.default_rng(seed), []
     for place, batch in enumerate(batches):
-        report(place / len(batches), f"batches of {batch}")
+        progress(place / len(batches), f"batches of {batch}")
         spent: list[dict[str, list[float]]] = [defaultdict(list), defaultdict(list)]
         for turn in range(_WARM_UP + max(8, _USERS // batch)):
             drawn = rng.choice(users, batch)[:, None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from builders.compare.losses_and_plans import LossTable, PlanPoint, PlanTable, mean_and_error
+from builders.compare.losses import LossTable, mean_and_error
+from builders.compare.precisions import PrecisionsPoint, PrecisionsTable
 from builders.report.figures import BLUE, GREY, INK, PALE, RED, SKY, front
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _dots(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
     axes.grid(axis="x", color="#EEEEEE", zorder=0)
 
 
-def plans_figure(found: PlanTable) -> Figure:
+def precisions_figure(found: PrecisionsTable) -> Figure:
     """Changed items and lost NDCG@10 (with its standard error) against size, and against latency where it was
     measured."""
     from matplotlib import pyplot as plt
@@ -113,7 +114,7 @@ def plans_figure(found: PlanTable) -> Figure:
 
 def _points(
     axes: Axes,
-    points: Sequence[PlanPoint],
+    points: Sequence[PrecisionsPoint],
     x: Sequence[float],
     y: Sequence[float],
     errors: Sequence[float] | None,

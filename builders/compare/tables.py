@@ -7,7 +7,8 @@ import os
 from rich.console import Console
 from rich.table import Table
 
-from builders.compare.losses_and_plans import LossRow, LossTable, PlanPoint, PlanTable, mean_and_error
+from builders.compare.losses import LossRow, LossTable, mean_and_error
+from builders.compare.precisions import PrecisionsPoint, PrecisionsTable
 
 
 def show(table: Table, words: list[str]) -> None:
@@ -55,18 +56,18 @@ def loss_words(found: LossTable) -> list[str]:
     ]
 
 
-def plan_table(found: PlanTable) -> Table:
+def precisions_table(found: PrecisionsTable) -> Table:
     """A row an engine."""
     title = f"{found.model} of {found.shop} on {found.runtime}: {found.bytes / 1e6:.2f} MB at fp32"
     table = Table("asked size, %", "engine", title=title)
     for column in ("size, %", "time, %", "changed, %", "NDCG@10 lost, %", "low blocks"):
         table.add_column(column, justify="right")
     for point in found.points:
-        table.add_row(*_plan_cells(point, found.blocks))
+        table.add_row(*_precisions_cells(point, found.blocks))
     return table
 
 
-def _plan_cells(point: PlanPoint, blocks: int) -> tuple[str, ...]:
+def _precisions_cells(point: PrecisionsPoint, blocks: int) -> tuple[str, ...]:
     target = "-" if point.target is None else f"{100 * point.target:g}"
     time = "-" if point.latency is None else f"{100 * point.latency:.0f}"
     name = {"uncompressed": "fp32", "planner": "planner", "global": "global 8 bits"}[point.family]
@@ -82,7 +83,7 @@ def _plan_cells(point: PlanPoint, blocks: int) -> tuple[str, ...]:
     )
 
 
-def plan_words(found: PlanTable) -> list[str]:
+def precisions_words(found: PrecisionsTable) -> list[str]:
     """What it says, and how to read it."""
     pairs = found.pairs()
     fewer = sum(planner.changed < plain.changed for planner, plain in pairs)

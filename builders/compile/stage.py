@@ -25,6 +25,7 @@ import onnx
 from builders.compile.files import is_whole, move_in, room_for, seal, write_plan
 from builders.compile.graph import is_sparse, precision, read_model, to_old_opset, use_every_input
 from builders.compile.samples import real_feeds
+from builders.progress import Progress
 from ensemble import contract
 from ensemble.engines import Engine, check_signature
 from ensemble.engines.onnx import OnnxEngine
@@ -44,7 +45,6 @@ from ensemble.release.repository import staging, sweep
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease, open_served
 
-Report = Callable[[str, float], None]
 # Largest error of a plan against onnxruntime on the same feeds, relative to the largest output; by the
 # coarsest type it computes
 # in. fp32 runs on TF32 tensor cores (10 bits of mantissa); fp8 keeps 3 bits, int8 256 steps a tensor.
@@ -95,19 +95,19 @@ def compile_release(
     tools: Toolchain,
     *,
     portable: bool = False,
-    report: Report = lambda step, share: None,
+    progress: Progress = lambda share, text: None,
 ) -> list[Compiled]:
     """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next
     call goes on where it was."""
     release = open_served(repository.resolve(), name)
     sweep(release.repository)
     models = engine_models(release)
-    report("real users' feeds", 0.0)
+    progress(0.0, "real users' feeds")
     release.verify([source_onnx(release, model.name) for model in models])
     feeds = real_feeds(release, models)
     done = []
     for place, model in enumerate(models):
-        report(model.name, place / len(models))
+        progress(place / len(models), model.name)
         with room_for(release):
             done.append(_compile_model(release, model, feeds[model.name], tools, portable))
     return done

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from builders.stages import Report
+from builders.progress import Progress
 from ensemble.errors import InvalidInput
 
 Feeds = dict[str, Tensor]
@@ -44,7 +44,7 @@ def finetune(
     seed: int = 0,
     repairs: tuple[Repair, ...] = (),
     dropout: bool = False,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Trains `module` in place: Adam, learning rate falling linearly to 0. Returns the loss of every step.
 

@@ -17,7 +17,7 @@ from builders.compress.distil.distil import DistilLosses, distil, distil_loss
 from builders.compress.distil.students import student_ranker, student_user_encoder
 from builders.compress.finetune import Batches, batches_from_feeds, finetune
 from builders.compress.graph import parameters
-from builders.compress.judge.evaluate import Evaluation
+from builders.compress.judge.evaluation import Evaluation
 from builders.compress.judge.judge import Judge, Judged, compare
 from builders.compress.judge.timing import time_pair, time_share
 from builders.compress.prune.prune import Masks, magnitude, structured, two_four
@@ -27,8 +27,8 @@ from builders.compress.session import open_onnx
 from builders.encoders.models import UserEncoder
 from builders.export.stage import export_model
 from builders.index.staged import StagedRelease
+from builders.progress import Progress, part_of
 from builders.ranker.model import Ranker
-from builders.stages import Report
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
@@ -59,7 +59,7 @@ class Shrunk:
     notes: list[str] = field(default_factory=list)
 
 
-def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, report: Report) -> Shrunk:
+def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, progress: Progress) -> Shrunk:
     """Distils and prunes `model` as the recipe says; what it does not name is left out."""
     reference = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
     judge, part = evaluation.judge(model), recipe.of(model)
@@ -67,15 +67,15 @@ def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, r
     ms = _ms(reference, evaluation.feeds(model, min(8, evaluation.most(model))))
     state = Shrunk(source.modules[model], reference, reference, judge, judge(reference), batches, ms, ms)
     if part.distil:
-        report(0.0, "distilling")
+        progress(0.0, "distilling")
         student = student_of(source, model, part.distil.student, recipe.seed)
-        module = _distilled(state, student, part.distil, recipe.seed, report)
+        module = _distilled(state, student, part.distil, recipe.seed, progress)
         state = _next(
             source, model, state, module, "distil", f"student {_words(part.distil.student)}", evaluation
         )
     if part.prune:
-        report(0.3, "pruning")
-        module = _pruned(state, part.prune, recipe.seed, report)
+        progress(0.3, "pruning")
+        module = _pruned(state, part.prune, recipe.seed, progress)
         state = _next(
             source,
             model,
@@ -155,13 +155,15 @@ def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) 
     )
 
 
-def _distilled(state: Shrunk, student: nn.Module, wanted: Distil, seed: int, report: Report) -> nn.Module:
+def _distilled(state: Shrunk, student: nn.Module, wanted: Distil, seed: int, progress: Progress) -> nn.Module:
     losses = DistilLosses(wanted.kd, wanted.at, wanted.rd, 0.0, wanted.temperature)
-    told = _part_of(report, 0.0, 0.3, "distilling, ")
-    return distil(state.module, student, state.batches, losses, steps=wanted.steps, seed=seed, progress=told)
+    within = part_of(progress, 0.0, 0.3, "distilling, ")
+    return distil(
+        state.module, student, state.batches, losses, steps=wanted.steps, seed=seed, progress=within
+    )
 
 
-def _pruned(state: Shrunk, wanted: Prune, seed: int, report: Report) -> nn.Module:
+def _pruned(state: Shrunk, wanted: Prune, seed: int, progress: Progress) -> nn.Module:
     """The pruned module, fine-tuned with itself, unpruned, as the teacher."""
     masks: tuple[Masks, ...] = ()
     if wanted.method == "structured":
@@ -179,7 +181,7 @@ def _pruned(state: Shrunk, wanted: Prune, seed: int, report: Report) -> nn.Modul
             else magnitude(module, threshold=wanted.threshold, share=wanted.share),
         )
     if wanted.steps:
-        told = _part_of(report, 0.3, 0.5, "fine-tuning, ")
+        within = part_of(progress, 0.3, 0.5, "fine-tuning, ")
         finetune(
             module,
             distil_loss(state.module, _FINE_TUNING),
@@ -187,13 +189,9 @@ def _pruned(state: Shrunk, wanted: Prune, seed: int, report: Report) -> nn.Modul
             steps=wanted.steps,
             seed=seed,
             repairs=masks,
-            progress=told,
+            progress=within,
         )
     return module.eval()
-
-
-def _part_of(report: Report, start: float, end: float, what: str) -> Report:
-    return lambda share, text: report(start + share * (end - start), what + text)
 
 
 def _words(sizes: Mapping[str, Any]) -> str:

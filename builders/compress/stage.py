@@ -20,9 +20,9 @@ import numpy as np
 
 from builders.compress.graph import parameters
 from builders.compress.judge import gate
-from builders.compress.judge.evaluate import Evaluation
+from builders.compress.judge.evaluation import Evaluation
 from builders.compress.judge.measure import Measured
-from builders.compress.quantize.precision import Choice, choose_precisions
+from builders.compress.quantize.engine import Choice, choose_engine
 from builders.compress.recipe import ModelRecipe, Recipe, facts
 from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
 from builders.compress.session import open_onnx
@@ -32,7 +32,7 @@ from builders.folders import link
 from builders.index.snapshot import write_items
 from builders.index.stage import build_index, write_vectors
 from builders.index.staged import StagedRelease
-from builders.stages import Report
+from builders.progress import Progress, part_of
 from builders.verify.stage import Verifier
 from ensemble.index.item_index import VECTORS
 from ensemble.steps.recall_settings import settings_from_json
@@ -43,18 +43,18 @@ _QUERIES = 512  # user embeddings that tune the index anew
 
 
 def compress(
-    source: Source, recipe: Recipe, recipe_name: str, folder: Path, report: Report
+    source: Source, recipe: Recipe, recipe_name: str, folder: Path, progress: Progress
 ) -> CompressionReport:
     """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table,
     where the gate fails."""
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
-    work = _Work(source, recipe, folder, report)
+    work = _Work(source, recipe, folder, progress)
     work.evaluation(source.folder).check_users(recipe.calibration_users or 0)  # before anything is trained
     for place, model in enumerate(ORDER):
         if recipe.of(model) != ModelRecipe():
             work.compress(model, (place / 4, (place + 1) / 4))
-    report(0.75, "the gate: the whole chain on the test users")
+    progress(0.75, "the gate: the whole chain on the test users")
     found = work.told(recipe_name)
     (folder / "compress.json").write_text(json.dumps(found, indent=1))
     for verdict in work.verdicts.values():
@@ -69,7 +69,7 @@ class _Work:
     source: Source
     recipe: Recipe
     folder: Path
-    report: Report
+    progress: Progress
     variants: list[Variant] = field(default_factory=list)
     nodes: list[NodePrecision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -77,26 +77,23 @@ class _Work:
 
     def compress(self, model: str, share: tuple[float, float]) -> None:
         """One model, all its steps; its engines in the folder are then the new ones."""
-
-        def report(done: float, text: str) -> None:
-            self.report(share[0] + done * (share[1] - share[0]), f"{model}: {text}")
-
+        progress = part_of(self.progress, *share, f"{model}: ")
         evaluation = self.evaluation(self.folder)
-        shrunk = shrink(self.source, model, self.recipe, evaluation, report)
+        shrunk = shrink(self.source, model, self.recipe, evaluation, progress)
         self._keep(model, "onnxruntime", shrunk.model)
         self.variants += shrunk.variants
         self.notes += shrunk.notes
-        for runtime, choice in self._choices(model, shrunk, evaluation, report).items():
+        for runtime, choice in self._choices(model, shrunk, evaluation, progress).items():
             self._keep(model, runtime, choice.model)
             self.variants += choice.variants
             self.nodes += choice.nodes
             self.notes += choice.notes
         if model == "item_encoder":
-            report(0.9, "items encoded again, index")
+            progress(0.9, "items encoded again, index")
             self._encode_items(evaluation)
 
     def _choices(
-        self, model: str, shrunk: Shrunk, evaluation: Evaluation, report: Report
+        self, model: str, shrunk: Shrunk, evaluation: Evaluation, progress: Progress
     ) -> dict[str, Choice]:
         """The chosen engine of each runtime that the recipe quantizes for."""
         quantize = self.recipe.of(model).quantize
@@ -104,7 +101,7 @@ class _Work:
             {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
         )
         return {
-            runtime: choose_precisions(self.source, model, shrunk, self.recipe, runtime, evaluation, report)
+            runtime: choose_engine(self.source, model, shrunk, self.recipe, runtime, evaluation, progress)
             for runtime, precisions in wanted.items()
             if precisions
         }

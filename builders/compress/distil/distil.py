@@ -33,8 +33,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from builders.compress.finetune import Batches, Feeds, Loss, answers, finetune, inputs_of
+from builders.progress import Progress
 from builders.ranker.model import CalibratedRanker, Ranker
-from builders.stages import Report
 from ensemble.errors import InvalidInput
 
 HardLoss = Callable[[Tensor, Tensor], Tensor]  # logits, labels -> scalar, as in builders.ranker.loss
@@ -85,7 +85,7 @@ def distil(
     learning_rate: float = 1e-3,
     seed: int = 0,
     hard_loss: HardLoss | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Trains `student` in place from `teacher`, which stays as it is, and returns it in evaluation mode.
 

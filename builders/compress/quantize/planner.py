@@ -2,8 +2,8 @@
 it may be.
 
 Blocks are ordered by what lowering them costs for what it gains; then the joint result is judged, since
-losses do not add up, and the worst go back up until it holds. Same model, feeds and judge: same plan, unless
-a measured time is what decides. Order and joint check follow HAWQ-V3 (Yao et al. ICML 2021), with the ranking
+losses do not add up, and the worst go back up until it holds. The same model, feeds and judge give the same
+precisions, unless a measured time is what decides. Order and joint check follow HAWQ-V3 (Yao et al. ICML 2021), with the ranking
 itself as the measure instead of a Hessian.
 """
 
@@ -18,10 +18,10 @@ from builders.compress import graph
 from builders.compress.graph import Block
 from builders.compress.judge.judge import Judge, Judged, Loss, compare
 from builders.compress.judge.timing import time_share
-from builders.compress.quantize.calibration import MIN_USERS, Ranges, calibrate, check_finite
+from builders.compress.quantize.calibration import Ranges, check_finite
 from builders.compress.quantize.quantize import BITS, PRECISIONS, check_precisions, choices, quantize
 from builders.compress.quantize.sensitivity import Sensitivity, fp16_misfit, sensitivities
-from builders.stages import Report
+from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
@@ -33,8 +33,8 @@ _SURELY_FASTER = 0.05
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One joint choice that was tried: a point of the Pareto plot."""
+class Trial:
+    """Holds one joint choice of precisions that was tried, and what it costs: a point of the Pareto plot."""
 
     label: str
     precisions: dict[str, str]
@@ -45,29 +45,30 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which block has which precision, what it does to users, and what else was tried."""
+class ChosenPrecisions:
+    """Holds which block has which precision, what that does to users, and what else was tried."""
 
     runtime: str
     precisions: dict[str, str]
     table: list[dict[str, Any]]  # a row a block: what lowering it alone loses, what was chosen and why
-    chosen: Variant
-    variants: list[Variant]
+    trial: Trial  # what was chosen
+    trials: list[Trial]
     latencies: dict[int, float]  # users at once -> time as a share of fp32's
     notes: list[str]
     model: bytes = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the model."""
+        """Gives all but the model, as data for JSON."""
         shallow = dataclasses.replace(self, model=b"")
         return {name: value for name, value in dataclasses.asdict(shallow).items() if name != "model"}
 
 
-def plan_precisions(
+def choose_precisions(
     model: bytes,
     feeds: Mapping[str, Array],
     judge: Judge,
     *,
+    ranges: Ranges,
     runtime: str,
     candidates: tuple[str, ...] = (),
     max_loss: float | None = None,
@@ -75,27 +76,27 @@ def plan_precisions(
     target_latency: float | None = None,
     min_overlap: float = MIN_OVERLAP,
     pinned: Mapping[str, str] | None = None,
-    min_users: int = MIN_USERS,
-    progress: Report | None = None,
-) -> Plan:
-    """The plan for one fp32 model, on one runtime, within exactly one budget.
+    progress: Progress | None = None,
+) -> ChosenPrecisions:
+    """Chooses for one fp32 model, on one runtime, within exactly one budget.
 
-    max_loss: relative loss of NDCG@10 that may be spent (0.005 = half a percent), lists overlapping by
-    `min_overlap`; target_size: bytes as a share of fp32's; target_latency: time of 8 users as a share of
-    fp32's. `candidates`: precisions to choose from, all of the runtime's by default. InvalidInput, with the
-    best that was reached, when the budget cannot be met.
+    `ranges` are the model's on `feeds`, as calibrate() gives them. The budget: `max_loss` is the share of
+    NDCG@10 that may be lost (0.005 = half a percent) while the lists overlap by `min_overlap`; `target_size`
+    is bytes, `target_latency` the time of 8 users, both as a share of fp32's. `candidates` are the precisions
+    to choose from, all of the runtime's by default. InvalidInput, with the best that was reached, when the
+    budget cannot be met.
     """
     budget = {"max_loss": max_loss, "target_size": target_size, "target_latency": target_latency}
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
         raise InvalidInput(
-            f"a plan has one budget of {', '.join(budget)}; given: {', '.join(given) or 'none'}"
+            f"precisions are chosen within one budget of {', '.join(budget)}; given: "
+            f"{', '.join(given) or 'none'}"
         )
     if target_latency is not None and runtime != "onnxruntime":
         raise InvalidInput(
             f"target_latency cannot be measured for {runtime} on this machine; give max_loss or target_size"
         )
-    ranges = calibrate(model, feeds, min_users=min_users)
     search = Search(model, feeds, judge, ranges, runtime, candidates, dict(pinned or {}))
     search.measure(progress)
     if max_loss is not None:
@@ -104,7 +105,7 @@ def plan_precisions(
         low = search.within_size(target_size)
     else:
         low = search.within_latency(float(target_latency or 0.0))
-    return search.plan(low, may_lift=target_size is None)
+    return search.finish(low, may_lift=target_size is None)
 
 
 def global_8bit(
@@ -115,9 +116,11 @@ def global_8bit(
     runtime: str,
     feeds: Mapping[str, Array],
     size: float | None = None,
-) -> Variant:
-    """What the planner is held against: every block at int8, or, down to a `size`, the largest first,
-    whatever that loses."""
+) -> Trial:
+    """Puts every block at int8, whatever that loses: what the planner is held against.
+
+    `size`: a share of fp32's bytes; then the largest blocks go down first, until the engine is that small.
+    """
     search = Search(model, feeds, judge, ranges, runtime, ("int8", PRECISIONS[runtime][-1]), {})
     order = sorted(
         (b for b in search.blocks if "int8" in choices(b, runtime)), key=lambda b: (-b.bytes, b.name)
@@ -129,12 +132,14 @@ def global_8bit(
         if size is None
         else search.fewest(names, lambda low: len(search.write(low)) / len(model) <= size)
     )
-    return search.tried(frozenset(names[:count]), "global int8")
+    return search.trial(frozenset(names[:count]), "global int8")
 
 
 class Search:
-    """The state of one plan: what was measured, and what was tried. `low`: names of the blocks at their
-    lowest precision."""
+    """Searches the precisions of one model: holds what was measured, and what was tried.
+
+    `low` is always the names of the blocks that are at their lowest precision.
+    """
 
     def __init__(
         self,
@@ -146,14 +151,8 @@ class Search:
         candidates: tuple[str, ...],
         pinned: dict[str, str],
     ) -> None:
-        self.model, self.feeds, self.judge, self.ranges, self.runtime, self.pinned = (
-            model,
-            feeds,
-            judge,
-            ranges,
-            runtime,
-            pinned,
-        )
+        self.model, self.feeds, self.judge = model, feeds, judge
+        self.ranges, self.runtime, self.pinned = ranges, runtime, pinned
         self.blocks: list[Block] = graph.blocks(graph.load(model))
         self.candidates = _checked(candidates, runtime)
         check_precisions(self.blocks, pinned, ranges, runtime)
@@ -163,10 +162,10 @@ class Search:
         self.lowest: dict[str, str] = {}
         self.rows: dict[str, Sensitivity] = {}
         self.reasons: dict[str, str] = dict.fromkeys(pinned, "pinned")
-        self.variants: dict[frozenset[str], Variant] = {}
+        self.trials: dict[frozenset[str], Trial] = {}
 
-    def measure(self, progress: Report | None) -> None:
-        """Every block alone at its 8-bit precisions; the better of them is its lowest."""
+    def measure(self, progress: Progress | None) -> None:
+        """Judges every block alone at its 8-bit precisions; the better of them is its lowest."""
         eights = tuple(p for p in self.candidates if BITS[p] == 8)
         smaller = eights or tuple(p for p in self.candidates if BITS[p] == 16)
         rows = sensitivities(
@@ -188,21 +187,19 @@ class Search:
         }
 
     def within_loss(self, max_loss: float, min_overlap: float) -> frozenset[str]:
-        """All blocks down that gain more than they cost, then the worst back up, one by one, until the joint
-        loss is within the limit."""
+        """Puts blocks down that gain more than they cost, then the worst back up until the loss is allowed."""
         low = []
         for name in self._by_cost(lambda row: row.bytes_share + row.flops_share):
             row = self.rows[name]
-            if (
-                row.cost <= row.bytes_share + row.flops_share
-            ):  # a share of the lists for a larger share of bytes and operations
+            # A share of the lists is paid for a larger share of bytes and operations.
+            if row.cost <= row.bytes_share + row.flops_share:
                 low.append(name)
             else:
                 self.reasons[name] = (
                     f"costs more ({row.cost:.2%} of the lists) than its bytes and operations are worth"
                 )
         while True:
-            found = self.tried(frozenset(low), f"{len(low)} of {len(self.blocks)} low").loss
+            found = self.trial(frozenset(low), f"{len(low)} of {len(self.blocks)} low").loss
             if found.relative <= max_loss and found.overlap >= min_overlap:
                 return frozenset(low)
             if not low:
@@ -218,7 +215,7 @@ class Search:
             )
 
     def within_size(self, target: float) -> frozenset[str]:
-        """The cheapest blocks for their bytes go down, until the file is small enough."""
+        """Puts the cheapest blocks for their bytes down, until the file is small enough."""
         order = [name for name in self._by_cost(lambda row: row.bytes_share) if self.rows[name].parameters]
         best = len(self.write(order)) / len(self.model)
         if best > target:
@@ -227,15 +224,14 @@ class Search:
                 f"{best:.1%}; prune or distil first"
             )
         low = order[: self.fewest(order, lambda low: len(self.write(low)) / len(self.model) <= target)]
-        for name in sorted(
-            low, key=lambda name: (-self.rows[name].cost, name)
-        ):  # a large last block may have made others needless
+        # A large last block may have made others needless.
+        for name in sorted(low, key=lambda name: (-self.rows[name].cost, name)):
             rest = [other for other in low if other != name]
             low = rest if len(self.write(rest)) / len(self.model) <= target else low
         return frozenset(low)
 
     def within_latency(self, target: float) -> frozenset[str]:
-        """The cheapest blocks for their operations go down, until 8 users are fast enough."""
+        """Puts the cheapest blocks for their operations down, until 8 users are fast enough."""
         order = [name for name in self._by_cost(lambda row: row.flops_share) if self.rows[name].flops_share]
         best = self._time(self.write(order))
         if best > target:
@@ -246,18 +242,18 @@ class Search:
         return frozenset(order[: self.fewest(order, lambda low: self._time(self.write(low)) <= target)])
 
     def fewest(self, order: list[str], holds: Callable[[list[str]], bool]) -> int:
-        """The smallest number of first names for which `holds`, by halving; all of them where none does."""
+        """Finds by halving the smallest number of first names for which `holds`; all of them where none does."""
         least, most = 0, len(order)
         while least < most:
             middle = (least + most) // 2
             least, most = (least, middle) if holds(order[:middle]) else (middle + 1, most)
         return most
 
-    def plan(self, low: frozenset[str], may_lift: bool) -> Plan:
-        """Checks the final engine's speed, and writes it all down."""
+    def finish(self, low: frozenset[str], may_lift: bool) -> ChosenPrecisions:
+        """Checks the chosen engine's speed, and puts it all into one result."""
         if self.runtime == "onnxruntime" and may_lift:
             low = self._without_slower(low)
-        chosen = self.tried(low, "planner")
+        trial = self.trial(low, "planner")
         model = self.write(low)
         if self.runtime == "tensorrt":
             check_finite(model, self.feeds)
@@ -266,35 +262,34 @@ class Search:
             if self.runtime == "onnxruntime"
             else {}
         )
-        return Plan(
+        return ChosenPrecisions(
             self.runtime,
-            chosen.precisions,
-            self._table(chosen),
-            chosen,
-            list(self.variants.values()),
+            trial.precisions,
+            self._table(trial),
+            trial,
+            list(self.trials.values()),
             latencies,
             self.notes,
             model,
         )
 
-    def tried(self, low: frozenset[str], label: str) -> Variant:
+    def trial(self, low: frozenset[str], label: str) -> Trial:
         """Writes, times and judges one joint choice, once."""
-        if low not in self.variants:
+        if low not in self.trials:
             model = self.write(low)
             latency = self._time(model) if self.runtime == "onnxruntime" else None
             loss = compare(self.uncompressed, self.judge(model))
-            self.variants[low] = Variant(
+            self.trials[low] = Trial(
                 label, self._precisions(low), len(model) / len(self.model), latency, loss
             )
-        return dataclasses.replace(self.variants[low], label=label)
+        return dataclasses.replace(self.trials[low], label=label)
 
     def write(self, low: frozenset[str] | list[str]) -> bytes:
-        """The model with these blocks low and all others high."""
+        """Writes the model with these blocks low and all others high."""
         return quantize(self.model, self._precisions(low), self.ranges, self.runtime)
 
     def _without_slower(self, low: frozenset[str]) -> frozenset[str]:
-        """Blocks without which the engine is faster go back up; all of them where the whole is slower than
-        fp32."""
+        """Lifts blocks without which the engine is faster; all of them where the whole is slower than fp32."""
         small = [name for name in low if self.rows[name].flops_share < _SURELY_FASTER]
         for name in sorted(small, key=lambda name: (self.rows[name].flops_share, name)):
             rest = low - {name}
@@ -314,7 +309,7 @@ class Search:
         return time_share(model, self.model, self.feeds, TIMED[-1])[0]
 
     def _by_cost(self, gain: Callable[[Sensitivity], float]) -> list[str]:
-        """Names of the blocks that can go down: least cost for the gain first."""
+        """Names the blocks that can go down, those of the least cost for the gain first."""
         rows = [self.rows[name] for name in self.lowest]
         return [row.name for row in sorted(rows, key=lambda row: (row.cost / max(gain(row), 1e-9), row.name))]
 
@@ -325,7 +320,7 @@ class Search:
         }
 
     def _highest(self, block: Block) -> str:
-        """16 bits where the runtime has them and they hold the block's numbers, else 32."""
+        """Gives fp16 where the runtime has it and it holds the block's numbers, else fp32."""
         if "fp16" not in self.candidates:
             return "fp32"
         if why := fp16_misfit(self.model, block, self.ranges, self.runtime):
@@ -333,39 +328,26 @@ class Search:
             return "fp32"
         return "fp16"
 
-    def _table(self, chosen: Variant) -> list[dict[str, Any]]:
-        """A row a block: its measured row, the precision chosen, and the reason where it is not the
-        lowest."""
+    def _table(self, trial: Trial) -> list[dict[str, Any]]:
+        """Lists for each block what was measured, the chosen precision, and why it is not the lowest."""
         table = []
         for block in self.blocks:
-            row = self.rows.get(block.name)
-            facts = (
-                dataclasses.asdict(row)
-                if row
-                else {"name": block.name, "op": block.op, "parameters": block.parameters}
-            )
-            low = self.lowest.get(block.name) == chosen.precisions[block.name]
-            reason = (
-                ""
-                if low
-                else self.reasons.get(
-                    block.name,
-                    "not needed for the budget" if block.name in self.lowest else "cannot be lower",
-                )
-            )
-            table.append(
-                {
-                    **facts,
-                    "tried": facts.pop("precision", None),
-                    "chosen": chosen.precisions[block.name],
-                    "reason": reason,
-                }
-            )
+            row, chosen = self.rows.get(block.name), trial.precisions[block.name]
+            known = {"name": block.name, "op": block.op, "parameters": block.parameters}
+            facts = dataclasses.asdict(row) if row else known
+            reason = "" if self.lowest.get(block.name) == chosen else self._reason(block.name)
+            facts |= {"tried": facts.pop("precision", None), "chosen": chosen, "reason": reason}
+            table.append(facts)
         return table
+
+    def _reason(self, name: str) -> str:
+        """Says why a block is not at its lowest precision."""
+        unneeded = "not needed for the budget" if name in self.lowest else "cannot be lower"
+        return self.reasons.get(name, unneeded)
 
 
 def _checked(candidates: tuple[str, ...], runtime: str) -> tuple[str, ...]:
-    """The candidates, all of the runtime's by default."""
+    """Gives the candidates, all of the runtime's by default; InvalidInput for one it does not have."""
     if runtime not in PRECISIONS:
         raise InvalidInput(f"runtime {runtime} is unknown; known: {', '.join(PRECISIONS)}")
     unknown = [precision for precision in candidates if precision not in PRECISIONS[runtime]]

@@ -26,9 +26,9 @@ from torch.nn.utils import parametrize
 from builders.compress import graph
 from builders.compress.distil.distil import DistilLosses, distil_loss
 from builders.compress.finetune import Batches, Loss, finetune
-from builders.compress.quantize import cpu
+from builders.compress.quantize import onnxruntime_graph
 from builders.compress.quantize.calibration import Ranges
-from builders.stages import Report
+from builders.progress import Progress
 from ensemble.errors import InvalidInput
 
 _MAX_CODE = 127  # of symmetric codes
@@ -70,7 +70,7 @@ def qat(
     learning_rate: float = 1e-4,
     seed: int = 0,
     loss: Loss | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """A fine-tuned fp32 copy of `module`, whose answers suffer less from `quantize(its ONNX, precisions,
     ranges, runtime)`.
@@ -148,9 +148,9 @@ def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: 
 def _affine(tensor: str, known: graph.Index, ranges: Ranges) -> list[tuple[float, int, int]]:
     """(scale, smallest and largest code less the zero) of each column: uint8, each part of a concatenation by
     itself, as in cpu.py."""
-    if joined := cpu.joined_by(known.makers.get(tensor), tensor, ranges):
+    if joined := onnxruntime_graph.joined_by(known.makers.get(tensor), tensor, ranges):
         return [column for name in joined for column in _affine(name, known, ranges)]
-    scale, zero = cpu.affine(ranges[tensor])
+    scale, zero = onnxruntime_graph.affine(ranges[tensor])
     return [(scale, -zero, 255 - zero)] * ranges[tensor].shape[-1]
 
 

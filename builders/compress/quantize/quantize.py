@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from builders.compress import graph
 from builders.compress.graph import Block
-from builders.compress.quantize import cpu, typed
+from builders.compress.quantize import onnxruntime_graph, tensorrt_graph
 from builders.compress.quantize.calibration import Ranges
 from ensemble.errors import InvalidInput
 
@@ -25,9 +25,11 @@ def quantize(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtim
     blocks = graph.blocks(proto)
     check_precisions(blocks, precisions, ranges, runtime)
     if runtime == "tensorrt":
-        typed.retype(proto, {block: precisions.get(block.name, "fp32") for block in blocks}, ranges)
+        tensorrt_graph.retype(proto, {block: precisions.get(block.name, "fp32") for block in blocks}, ranges)
     else:
-        cpu.to_int8(proto, [block for block in blocks if precisions.get(block.name) == "int8"], ranges)
+        onnxruntime_graph.to_int8(
+            proto, [block for block in blocks if precisions.get(block.name) == "int8"], ranges
+        )
     graph.sort(proto)
     graph.drop_unused(proto)
     graph.drop_notes(proto)

@@ -16,7 +16,7 @@ from builders.compress.graph import Block
 from builders.compress.judge.judge import Judge, Judged, Loss, compare
 from builders.compress.quantize.calibration import Ranges
 from builders.compress.quantize.quantize import choices, quantize
-from builders.stages import Report
+from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
@@ -53,7 +53,7 @@ def sensitivities(
     precisions: tuple[str, ...],
     skip: frozenset[str],
     uncompressed: Judged,
-    progress: Report | None,
+    progress: Progress | None,
 ) -> list[Sensitivity]:
     """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration
     users'."""

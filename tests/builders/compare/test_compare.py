@@ -11,7 +11,8 @@ from rich.console import Console
 
 import peregrine
 from builders.build import BuildOptions, uncompressed
-from builders.compare.losses_and_plans import compare_losses, compare_plans, mean_and_error
+from builders.compare.losses import compare_losses, mean_and_error
+from builders.compare.precisions import compare_precisions
 from builders.presets import preset
 from ensemble.errors import InvalidInput
 
@@ -41,7 +42,7 @@ def losses(source):
         users=300,
         seeds=(0,),
         only=ROWS,
-        report=lambda share, text: None,
+        progress=lambda share, text: None,
     )
 
 
@@ -49,14 +50,14 @@ def losses(source):
 def plans(source):
     told: list[float] = []
     sizes = (0.05, 0.265, 0.9)  # without the exporter's notes a tiny engine has 0.268 of its bytes
-    found = compare_plans(
+    found = compare_precisions(
         source,
         "ranker",
         runtime="onnxruntime",
         sizes=sizes,
         users=300,
         calibration_users=32,
-        report=lambda share, text: told.append(share),
+        progress=lambda share, text: told.append(share),
     )
     assert told == sorted(told)
     assert 0 <= told[0] <= told[-1] <= 1
@@ -101,7 +102,7 @@ def test_the_user_encoders_default_student_is_half_of_it(source):
         steps=2,
         seeds=(0,),
         users=100,
-        report=lambda share, text: None,
+        progress=lambda share, text: None,
     )
     assert found.parameters < found.teacher_parameters
     assert {"layers", "heads", "feed"} == set(found.student)
@@ -131,7 +132,7 @@ def test_a_model_without_a_network_to_compress_is_refused(source):
     gate.zero_()
     try:
         with pytest.raises(InvalidInput, match=r"recall's own order: .* cure: --model user_encoder"):
-            compare_losses(source, "ranker", steps=1, seeds=(0,), users=10, report=lambda share, text: None)
+            compare_losses(source, "ranker", steps=1, seeds=(0,), users=10, progress=lambda share, text: None)
     finally:
         gate.fill_(1)
 

@@ -138,7 +138,7 @@ def test_more_calibration_users_than_there_are_is_refused(workshop, release):
 
 def test_the_chain_is_compared_step_by_step(workshop, release):
     rows = compare_chain(
-        workshop / "repository", "r1", release, batches=(1, 4), report=lambda share, text: None
+        workshop / "repository", "r1", release, batches=(1, 4), progress=lambda share, text: None
     )
     assert [row.batch for row in rows] == [1, 4]
     for row in rows:

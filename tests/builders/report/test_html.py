@@ -17,22 +17,22 @@ from PIL import Image
 from builders.compress.judge.gate import verdict
 from builders.compress.judge.judge import Loss
 from builders.compress.judge.measure import Measured, Timing
-from builders.compress.quantize.planner import Plan, Variant
-from builders.compress.quantize.precision import nodes_of, uncompressed, variant_of, variants_of
+from builders.compress.quantize.engine import nodes_of, uncompressed, variant_of, variants_of
+from builders.compress.quantize.planner import ChosenPrecisions, Trial
 from builders.report import figures as figures
 from builders.report.html import page, release_figures, write_figures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _variant(label, size, latency, loss, low=()):
+def _trial(label, size, latency, loss, low=()):
     precisions = {name: "int8" if name in low else "fp32" for name in ("first", "second", "third")}
-    return Variant(label, precisions, size, latency, Loss(loss, 0.0001, 1 - loss))
+    return Trial(label, precisions, size, latency, Loss(loss, 0.0001, 1 - loss))
 
 
-def _plan():
-    chosen = _variant("planner", 0.5, 0.6, 0.001, ("first",))
-    tried = [_variant("2 of 3 low", 0.4, 0.5, 0.01, ("first", "third")), chosen]
+def _chosen_precisions():
+    chosen = _trial("planner", 0.5, 0.6, 0.001, ("first",))
+    tried = [_trial("2 of 3 low", 0.4, 0.5, 0.01, ("first", "third")), chosen]
     measured = {"op": "MatMul", "parameters": 640}
     table = [
         {
@@ -51,7 +51,7 @@ def _plan():
         },
         {"name": "third", **measured, "chosen": "fp32", "reason": "cannot be lower"},
     ]
-    return Plan("onnxruntime", chosen.precisions, table, chosen, tried, {8: 0.6}, [], b"")
+    return ChosenPrecisions("onnxruntime", chosen.precisions, table, chosen, tried, {8: 0.6}, [], b"")
 
 
 def _engine():
@@ -70,12 +70,12 @@ def _engine():
 
 
 def _variants():
-    plain = _variant("global int8", 0.3, 0.4, 0.02, ("first", "second"))
+    plain = _trial("global int8", 0.3, 0.4, 0.02, ("first", "second"))
     points = [
         uncompressed("ranker", "onnxruntime", _engine(), 14.0),
         variant_of("ranker", "onnxruntime", plain, _engine(), 14.0, "global"),
     ]
-    return [*points, *variants_of("ranker", _plan(), _engine(), 14.0)]
+    return [*points, *variants_of("ranker", _chosen_precisions(), _engine(), 14.0)]
 
 
 def _compress():
@@ -95,7 +95,7 @@ def _compress():
         "plan_name": "balanced",
         "engines": [{**engine, "parameters": 640, "reference_parameters": 1280}],
         "variants": _variants(),
-        "nodes": nodes_of("ranker", _plan()),
+        "nodes": nodes_of("ranker", _chosen_precisions()),
         "gates": {"onnxruntime": verdict(one, other).to_json()},
         "notes": ["ranker at batch 1: int8 was slower, fp32 is kept & served"],
     }
@@ -157,7 +157,7 @@ def test_a_compressed_release_shows_gate_pareto_precisions_and_latency(compresse
 
 
 def test_the_planners_result_becomes_points_and_nodes():
-    variants, nodes = _variants(), nodes_of("ranker", _plan())
+    variants, nodes = _variants(), nodes_of("ranker", _chosen_precisions())
     size = len(_engine())
     assert [(v["name"], v["family"], v["bytes"], v["chosen"]) for v in variants] == [
         ("fp32", "uncompressed", size, False),

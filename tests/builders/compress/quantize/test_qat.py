@@ -45,7 +45,7 @@ def _onnx(module, folder):
 
 
 @pytest.fixture(scope="module")
-def plan(exported):
+def chosen(exported):
     """(int8 for every linear layer of the experts and the layer before, ranges of real users)."""
     names = [
         block.name
@@ -67,8 +67,8 @@ def _logits(probabilities):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_training_rounds_as_the_served_graph_does(rough, exported, plan, runtime):
-    precisions, ranges = plan
+def test_training_rounds_as_the_served_graph_does(rough, exported, chosen, runtime):
+    precisions, ranges = chosen
     served = _answers(quantize(exported, precisions, ranges, runtime), CALIBRATION)
     tuned = copy.deepcopy(rough)
     with torch.no_grad():
@@ -84,9 +84,9 @@ def test_training_rounds_as_the_served_graph_does(rough, exported, plan, runtime
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_fine_tuning_lowers_the_error_of_the_int8_graph_on_unseen_users(
-    rough, exported, plan, runtime, tmp_path
+    rough, exported, chosen, runtime, tmp_path
 ):
-    precisions, ranges = plan
+    precisions, ranges = chosen
     batches = batches_from_feeds(feeds_for(RANKER, 256, seed=3), 32)
     tuned = qat(rough, exported, precisions, ranges, batches, runtime=runtime, steps=60, learning_rate=2e-4)
     held = feeds_for(RANKER, 96, seed=8)
@@ -119,18 +119,18 @@ def test_gradients_pass_through_the_rounding_and_stop_beyond_the_range():
     assert torch.allclose(weight.grad, torch.ones(4, 3), atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_weights(rough, exported, plan):
+def test_the_same_seed_gives_the_same_weights(rough, exported, chosen):
     def weights(seed):
-        tuned = qat(rough, exported, *plan, batches_from_feeds(CALIBRATION, 8), steps=2, seed=seed)
+        tuned = qat(rough, exported, *chosen, batches_from_feeds(CALIBRATION, 8), steps=2, seed=seed)
         return torch.cat([p.detach().flatten() for p in tuned.parameters()])
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_a_plan_without_int8_layers_is_refused(rough, exported, plan):
+def test_precisions_without_int8_layers_is_refused(rough, exported, chosen):
     batches = batches_from_feeds(CALIBRATION, 8)
     with pytest.raises(InvalidInput, match="none of candidate_in is a linear layer at int8"):
-        qat(rough, exported, {"candidate_in": "fp32"}, plan[1], batches, steps=1)
+        qat(rough, exported, {"candidate_in": "fp32"}, chosen[1], batches, steps=1)
     with pytest.raises(InvalidInput, match="none of candidate_in is a linear layer at int8"):
-        qat(nn.Linear(2, 2), exported, {"candidate_in": "int8"}, plan[1], batches, steps=1)
+        qat(nn.Linear(2, 2), exported, {"candidate_in": "int8"}, chosen[1], batches, steps=1)

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from builders import metrics
 from builders.compress import graph
-from builders.compress.judge.evaluate import Evaluation
+from builders.compress.judge.evaluation import Evaluation
 from builders.compress.judge.gate import verdict
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
