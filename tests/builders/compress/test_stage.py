@@ -19,7 +19,7 @@ from ensemble.release.repository import release_names
 from ensemble.steps.served import open_served
 
 # Every method once, cheaply; limits as wide as 600 users and thirty steps of training need.
-PLAN = """\
+RECIPE = """\
 calibration_users = 64
 [item_encoder.quantize]
 onnxruntime = ["int8", "fp32"]
@@ -67,7 +67,7 @@ def compressed(workshop: Path, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def release(workshop: Path) -> str:
-    return compressed(workshop, PLAN)
+    return compressed(workshop, RECIPE)
 
 
 def test_engines_are_smaller_and_the_report_says_by_how_much(workshop, release):
@@ -133,7 +133,7 @@ def test_a_loss_beyond_the_limit_stops_the_build_with_the_table(workshop, releas
 
 def test_more_calibration_users_than_there_are_is_refused(workshop, release):
     with pytest.raises(InvalidInput, match=r"calibration_users = 5000: this shop has \d+"):
-        compressed(workshop, PLAN.replace("calibration_users = 64", "calibration_users = 5000"))
+        compressed(workshop, RECIPE.replace("calibration_users = 64", "calibration_users = 5000"))
 
 
 def test_the_chain_is_compared_step_by_step(workshop, release):
