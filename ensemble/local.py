@@ -37,7 +37,7 @@ class FusedStep:
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         self.pipeline = LocalPipeline(release)
-        self.metrics = self.pipeline.metrics
+        self.metrics = self.pipeline.step_metrics  # the release's own are published beside them
 
     def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
         """The pipeline's inputs by name -> the answer's tensors."""
@@ -52,9 +52,17 @@ class LocalPipeline:
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
 
     def metrics(self) -> list[Metric]:
-        """The numbers of every step that has any, each with its step's name."""
-        found = [(name, step.metrics()) for name, step in self.steps.items() if hasattr(step, "metrics")]
-        return [one._replace(labels=(*one.labels, ("step", name))) for name, ones in found for one in ones]
+        """Lists the tiers' numbers, and those of the steps."""
+        return [*self.release.metrics(), *self.step_metrics()]
+
+    def step_metrics(self) -> list[Metric]:
+        """Lists the numbers of every step that has any, each with its step's name."""
+        return [
+            one._replace(labels=(*one.labels, ("step", name)))
+            for name, step in self.steps.items()
+            if hasattr(step, "metrics")
+            for one in step.metrics()
+        ]
 
     def recommend(
         self,

@@ -1,4 +1,4 @@
-"""Opens a release the way a serving process needs it: what its steps share is there once."""
+"""Opens a release as a serving process needs it: what its steps share is there once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ensemble.tiers.reader import RowReaders
 
 
 class ServedRelease(Release):
-    """A release with what a process adds to it: the items as they are now, and rows through the tiers."""
+    """Adds to a release what all steps of a process share: the items as they are now, and rows through the
+    tiers. Each is opened when the first step asks for it."""
 
     @cached_property
     def live(self) -> LiveItems:
@@ -21,20 +22,25 @@ class ServedRelease(Release):
 
     @cached_property
     def readers(self) -> RowReaders:
-        """Reads rows of users and items; all steps of a process share one memory and one way to Redis."""
+        """Gives the readers of users and items, with one memory and one way to Redis for all steps."""
         return RowReaders(self)
 
     def metrics(self) -> list[Metric]:
-        """Lists the tiers' numbers, once for all steps of a process; nothing while no step reads rows."""
-        return self.readers.metrics() if "readers" in self.__dict__ else []
+        """Lists the tiers' numbers, once for all steps of the process; none while no step reads rows."""
+        return self.readers.metrics() if self._is_open("readers") else []
 
     def close(self) -> None:
-        """Ends the thread that follows the live items, where a step has opened them."""
-        if "live" in self.__dict__:
+        """Ends the threads that follow the live items and Redis, where a step has opened them."""
+        if self._is_open("live"):
             self.live.close()
+        if self._is_open("readers"):
+            self.readers.close()
+
+    def _is_open(self, name: str) -> bool:
+        """Says whether a cached property has been asked for; asking for it would open it."""
+        return name in self.__dict__
 
 
 def open_served(repository: Path, name: str) -> ServedRelease:
-    """Opens release `name` for its steps; ReleaseError as open_release has it."""
-    release = open_release(repository, name)
-    return ServedRelease(repository, name, release.manifest)
+    """Opens release `name` for its steps; ReleaseError if it is absent, half there or of another contract."""
+    return ServedRelease(repository, name, open_release(repository, name).manifest)

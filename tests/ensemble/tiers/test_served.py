@@ -96,6 +96,14 @@ def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tm
                     if line.startswith(f"peregrine_tier_{name}{{") and f'tier="{label}"' in line
                 ]
                 assert any(float(line.split()[-1]) > 0 for line in found), (name, label, found)
+            of_items = [
+                line
+                for line in text.splitlines()
+                if line.startswith("peregrine_tier_hits{") and 'table="items",tier="memory"' in line
+            ]
+            readers = [model for model in server.stubs() if fused or model in ("r1_features", "r1_recall")]
+            assert len(of_items) == sum(len(server.stubs()[model]) for model in readers), of_items
+            assert not any("step=" in line for line in of_items), "all steps of a process count together"
             assert all(f"\n{name}{{" in text for name in ("peregrine_live_sequence", "peregrine_recall_at_n"))
             redis.kill()
             others = [user.decode() for user in tiny_release.user_ids.sorted_ids[100:160].tolist()]
