@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import light_models
 import pytest
 from rich.console import Console
 from shops import ROOT, one_thread, private_copy
@@ -68,7 +69,8 @@ class Builds:
         """Begins a build."""
         assert self.driver.stdin is not None
         assert self.driver.stdout is not None
-        self.driver.stdin.write("build shop --preset tiny --repository repository --json\n")
+        options = " ".join(light_models.OPTIONS)
+        self.driver.stdin.write(f"build shop --preset tiny --repository repository --json {options}\n")
         self.driver.stdin.flush()
         self.child = int(next(line for line in self.driver.stdout if line.strip().isdigit()))
 
@@ -100,6 +102,7 @@ def builds(tiny_repository: Path, small_shop: Path, tmp_path: Path) -> Iterator[
     """A repository with the active release r1, and a shop whose release r2 is to be built beside it."""
     private_copy(tiny_repository, tmp_path / "repository")
     shutil.copytree(small_shop, tmp_path / "shop")
+    light_models.write_light_models(tmp_path)
     builds = Builds(tmp_path, tmp_path / "log")
     yield builds
     builds.close()
@@ -122,7 +125,7 @@ def test_a_build_killed_at_ten_random_moments_harms_nothing_and_the_next_complet
         if (
             len(killed_in) < KILLS // 2
         ):  # at any moment of a cold build; each goes on where the one before was killed
-            time.sleep(rng.uniform(0, 2.5))
+            time.sleep(rng.uniform(0, 1.5))
         else:  # in the middle of publishing: what of a release is there by then is not yet one
             wait_for(lambda: [*repository.glob(".staging-*"), *repository.glob("r2*")], 120)
             time.sleep(rng.uniform(0, 0.05))  # publishing a small release takes a tenth of a second

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from asking import OUTPUTS, TritonAsker
+from light_models import OPTIONS, write_light_models
 from shops import ROOT, one_thread
 
 pytestmark = pytest.mark.triton
@@ -87,18 +88,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         contract = contract.replace(old, new)
     (root / "ensemble" / "contract.py").write_text(contract)
     (root / "ensemble" / "text_encoder.py").write_text(TEXT_ENCODER)
+    write_light_models(root)
     python(root, SHOP, str(root / "shop"))
-    python(
-        root,
-        BUILD,
-        "build",
-        str(root / "shop"),
-        "--preset",
-        "tiny",
-        "--activate",
-        "--repository",
-        str(root / "repository"),
-    )
+    options = ("--preset", "tiny", "--activate", "--repository", str(root / "repository"), *OPTIONS)
+    python(root, BUILD, "build", str(root / "shop"), *options)
     return root
 
 
