@@ -82,7 +82,7 @@ END
 bench() {
   make_release
   start_server
-  show peregrine bench --repository $REPOSITORY --auto --json demo/bench.json --plot demo/bench.png
+  show peregrine bench --repository $REPOSITORY --json demo/bench.json --plot demo/bench.png
   stop_server
 }
 

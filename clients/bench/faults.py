@@ -42,7 +42,7 @@ import numpy as np
 
 from clients.bench.faulty_redis import PROXIED, STRAIGHT, FaultyRedis
 from clients.bench.loadgen import zipf_users
-from clients.bench.report import machine
+from clients.bench.machine import machine
 from clients.results import Recommendations
 from clients.transport import GrpcTransport
 from clients.wire import Call, recommendations_from_answer

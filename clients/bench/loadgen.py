@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.bench.worker import Measure, serve_measurement
+from clients.bench.measuring_process import Measure, serve_measurement
 from clients.wire import Call, decode_bytes
 from ensemble.contract import PIPELINE
 

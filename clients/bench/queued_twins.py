@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from clients.bench.loadgen import latency_summary, poisson_times
-from clients.bench.twin import TwinLoad, open_twin
-from clients.bench.worker import Measure, Worker, serve_measurement
+from clients.bench.local_twin import TwinLoad, open_twin
+from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
 
 _STATE = struct.Struct("dq")  # time of the start (0: nobody has come yet), number of the next arrival
 _LEAD_S = 0.2  # from the first twin's coming to the start, so that all are there
@@ -94,7 +94,9 @@ def measure_queued(load: TwinLoad, rate: float, processes: int) -> dict[str, Any
         file.write(bytes(_STATE.size))
         file.flush()
         workers = [
-            Worker("clients.bench.queued_twins", {"load": asdict(load), "rate": rate, "queue": file.name})
+            MeasuringProcess(
+                "clients.bench.queued_twins", {"load": asdict(load), "rate": rate, "queue": file.name}
+            )
             for _ in range(processes)
         ]
         for worker in workers:

@@ -1,4 +1,4 @@
-"""`peregrine events tail FILE|-`: JSON lines of events, into the feature rows in Redis."""
+"""Runs `peregrine events tail FILE|-`: writes JSON lines of events into the feature rows in Redis."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.json_text import json_text
+from ensemble.cli.options import REPOSITORY, JsonOption, RedisOption
+
 if TYPE_CHECKING:
     from clients.event_checks import Event, ItemUpdate
-    from clients.events import EventWriter
+    from clients.events import EventWriter, Outcome
 
 app = typer.Typer(
     add_completion=False,
@@ -27,9 +30,21 @@ app = typer.Typer(
 )
 
 _BATCH = 500  # lines written together
-_SHOWN = 20  # bad lines told of one by one
+_SHOWN = 20  # bad lines, and unknown items, that are named one by one
 _LINE_BYTES = 1 << 20
 _WAIT_S = 0.05
+
+
+File = Annotated[str, typer.Argument(metavar="FILE|-", help="JSON lines; - reads standard input.")]
+Shop = Annotated[
+    str | None, typer.Option(help="The shop's name; default: that of the repository's active release.")
+]
+Repository = Annotated[
+    Path,
+    typer.Option("--repository", "-r", help="Where the shop's name is read, and items that were added live."),
+]
+Only = Annotated[str | None, typer.Option(help="NAME,NAME,…: events that enter a user's past; default: all.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")]
 
 
 @app.callback()
@@ -39,29 +54,13 @@ def _group() -> None:
 
 @app.command()
 def tail(
-    file: Annotated[str, typer.Argument(metavar="FILE|-", help="JSON lines; - reads standard input.")],
-    redis: Annotated[
-        str,
-        typer.Option(
-            "--redis",
-            help="redis://[USER:PASSWORD@]HOST:PORT, or @FILE that holds it.",
-            envvar="PEREGRINE_REDIS",
-        ),
-    ],
-    shop: Annotated[
-        str | None, typer.Option(help="The shop's name; default: that of the repository's active release.")
-    ] = None,
-    repository: Annotated[
-        Path,
-        typer.Option(
-            "--repository", "-r", help="Where the shop's name is read, and items that were added live."
-        ),
-    ] = Path("model_repository"),
-    only: Annotated[
-        str | None, typer.Option(help="NAME,NAME,…: events that enter a user's past; default: all.")
-    ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    file: File,
+    redis: RedisOption,
+    shop: Shop = None,
+    repository: Repository = REPOSITORY,
+    only: Only = None,
+    follow: Follow = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Reads {"user_id", "item_id", "event", "time"} a line (or {"item_id", "time", "features" | "codes" |
     "values"}: an item's new numbers) and writes them. Bad lines are named and skipped; exit code 2 if there
@@ -75,23 +74,23 @@ def tail(
         EventWriter(url, shop or _shop(repository), only=names, repository=repository) as writer,
         _opened(file) as descriptor,
     ):
-        count = Tail(writer)
+        events = Tail(writer)
         with contextlib.suppress(KeyboardInterrupt):
-            count.run(_lines(descriptor, follow and file != "-"))
-    count.report(as_json)
-    if count.bad:
+            events.run(_lines(descriptor, follow and file != "-"))
+    events.print_counts(as_json)
+    if events.bad:
         sys.exit(2)
 
 
 class Tail:
-    """Lines in, rows written, and what was counted."""
+    """Takes lines, writes rows, and counts both."""
 
     def __init__(self, writer: EventWriter) -> None:
         self.writer = writer
         self.lines = self.changed = self.unchanged = self.unknown = self.bad = 0
 
     def run(self, lines: Iterator[bytes | None]) -> None:
-        """Until the end, or for ever; what has been read is written before more is waited for."""
+        """Takes lines until they end, or for ever; what was read is written before more is waited for."""
         batch: list[Event] = []
         for line in lines:
             if line is None or len(batch) >= _BATCH:
@@ -101,6 +100,7 @@ class Tail:
         self._flush(batch)
 
     def _take(self, line: bytes, batch: list[Event]) -> None:
+        """Puts a line's event into the batch, or writes its item's numbers at once; names a bad line."""
         from clients.event_checks import ItemUpdate
         from ensemble.errors import InvalidArgument
 
@@ -108,39 +108,42 @@ class Tail:
         if not line.strip():
             return
         try:
-            found = parse_line(line)
-            if isinstance(found, ItemUpdate):
-                self._add(self.writer.update_item(found))
+            change = parse_line(line)
+            if isinstance(change, ItemUpdate):
+                self._add(self.writer.update_item(change))
             else:
-                batch.append(found)
+                batch.append(change)
         except InvalidArgument as error:
             self.bad += 1
             if self.bad <= _SHOWN:
                 print(f"line {self.lines}: {error}; skipped", file=sys.stderr)
 
     def _flush(self, batch: list[Event]) -> None:
+        """Writes the events of the batch and empties it."""
         if batch:
             self._add(self.writer.record_events(batch))
             batch.clear()
 
-    def _add(self, outcome: Any) -> None:
+    def _add(self, outcome: Outcome) -> None:
+        """Counts what came of a write, and names the first unknown items."""
         self.changed += outcome.changed
         self.unchanged += outcome.unchanged
         self.unknown += len(outcome.unknown_items)
         for item in outcome.unknown_items[: max(0, _SHOWN - self.unknown + len(outcome.unknown_items))]:
             print(f"item {item!r} is in no loaded release; its events are skipped", file=sys.stderr)
 
-    def report(self, as_json: bool) -> None:
+    def print_counts(self, as_json: bool) -> None:
+        """Prints how many lines there were and what came of them."""
         numbers = {name: getattr(self, name) for name in ("lines", "changed", "unchanged", "unknown", "bad")}
         if as_json:
-            print(json.dumps(numbers))
+            print(json_text(numbers))
             return
         print(f"{self.lines:,} lines: {self.changed:,} rows written, {self.unchanged:,} knew it")
         print(f"  skipped: {self.unknown:,} unknown items, {self.bad:,} bad lines")
 
 
 def parse_line(line: bytes) -> Event | ItemUpdate:
-    """One JSON line, checked; InvalidArgument says what is wrong with it."""
+    """Reads and checks one JSON line; InvalidArgument says what is wrong with it."""
     from clients.event_checks import Event, ItemUpdate, check_event
     from ensemble.errors import InvalidArgument
 
@@ -166,6 +169,7 @@ def parse_line(line: bytes) -> Event | ItemUpdate:
 
 
 def _check_parts(parts: dict[str, Any]) -> None:
+    """Refuses an item's numbers that are not of the kind of JSON value that they must be."""
     from ensemble.errors import InvalidArgument
 
     for name, part in parts.items():
@@ -174,7 +178,7 @@ def _check_parts(parts: dict[str, Any]) -> None:
 
 
 def _seconds(value: Any) -> Any:
-    """A number as it is; ISO 8601 text (UTC where it names no zone) as seconds since 1970."""
+    """Gives a number as it is, and ISO 8601 text (UTC where it names no zone) as seconds since 1970."""
     from ensemble.errors import InvalidArgument
 
     if not isinstance(value, str):
@@ -187,7 +191,7 @@ def _seconds(value: Any) -> Any:
 
 
 def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:
-    """Whole lines; None whenever there is nothing more for now. Not readline: it would wait with lines in
+    """Gives whole lines, and None whenever there is nothing more for now. readline would wait with lines in
     hand."""
     held = b""
     while True:
@@ -211,6 +215,7 @@ def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[int]:
+    """Opens a file, or standard input for "-", and gives its descriptor."""
     from ensemble.errors import InvalidInput
 
     if file == "-":
@@ -227,12 +232,12 @@ def _opened(file: str) -> Iterator[int]:
 
 
 def _shop(repository: Path) -> str:
-    from ensemble.errors import InvalidInput
-    from ensemble.release.release import active_release, open_release
+    """Gives the name of the active release's shop; ReleaseError where no release is active."""
+    from ensemble.cli.options import active_or_named
+    from ensemble.errors import ReleaseError
+    from ensemble.release.release import open_release
 
-    name = active_release(repository) if repository.is_dir() else None
-    if name is None:
-        raise InvalidInput(
-            f"--shop: no release is active in {repository} to take the shop's name from; name it"
-        )
-    return open_release(repository, name).schema.shop
+    try:
+        return open_release(repository, active_or_named(repository)).schema.shop
+    except ReleaseError as error:
+        raise ReleaseError(f"--shop is not given, and {error.fact}", "name the shop with --shop") from None

@@ -1,4 +1,4 @@
-"""`peregrine items add | update | upsert | delete | status | merge | serve`."""
+"""Runs `peregrine items add | update | upsert | delete | status | merge | serve`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.json_text import json_text
+from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
+
 if TYPE_CHECKING:
     from clients.items import Changed, ItemClient
 
@@ -20,7 +23,6 @@ app = typer.Typer(
     help="Add, change and remove items while they are served.",
 )
 
-Repository = Annotated[Path, typer.Option("--repository", "-r", help="The model repository.")]
 Item = Annotated[
     str | None, typer.Argument(metavar="[ID]", help="One item's id; its features as --set name=value.")
 ]
@@ -32,9 +34,7 @@ File = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, the value JSON or text.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every instance has the change.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DEFAULT = Path("model_repository")
-_AT_ONCE = 1000
+_AT_ONCE = 1000  # changes that are sent together
 
 
 @app.command()
@@ -42,11 +42,11 @@ def add(
     item: Item = None,
     file: File = None,
     set_: Set = None,
-    repository: Repository = DEFAULT,
+    repository: RepositoryOption = REPOSITORY,
     wait_s: Wait = 2.0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """New items: peregrine items add lipstick-9 --set brand=Rouge --set price=12.5"""
+    """Adds new items: peregrine items add lipstick-9 --set brand=Rouge --set price=12.5"""
     _change("add", item, file, set_, repository, wait_s, as_json)
 
 
@@ -55,11 +55,11 @@ def update(
     item: Item = None,
     file: File = None,
     set_: Set = None,
-    repository: Repository = DEFAULT,
+    repository: RepositoryOption = REPOSITORY,
     wait_s: Wait = 2.0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """New values of items that are there; what is not named stays."""
+    """Gives new values to items that are there; what is not named stays."""
     _change("update", item, file, set_, repository, wait_s, as_json)
 
 
@@ -68,9 +68,9 @@ def upsert(
     item: Item = None,
     file: File = None,
     set_: Set = None,
-    repository: Repository = DEFAULT,
+    repository: RepositoryOption = REPOSITORY,
     wait_s: Wait = 2.0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Adds items that are not there, updates those that are."""
     _change("upsert", item, file, set_, repository, wait_s, as_json)
@@ -80,17 +80,17 @@ def upsert(
 def delete(
     item: Item = None,
     file: File = None,
-    repository: Repository = DEFAULT,
+    repository: RepositoryOption = REPOSITORY,
     wait_s: Wait = 2.0,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """From now on these items are not recommended."""
+    """Removes items: from now on they are not recommended."""
     _change("delete", item, file, None, repository, wait_s, as_json)
 
 
 @app.command()
-def status(repository: Repository = DEFAULT, as_json: AsJson = False) -> None:
-    """How far the writer and every instance are."""
+def status(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+    """Says how far the writer and every instance are."""
     from clients.items import ItemClient
 
     with ItemClient(repository, 0.0) as client:
@@ -98,7 +98,7 @@ def status(repository: Repository = DEFAULT, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def merge(repository: Repository = DEFAULT, as_json: AsJson = False) -> None:
+def merge(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
     """Begins merging all changes into a new main index."""
     from clients.items import ItemClient
 
@@ -107,8 +107,8 @@ def merge(repository: Repository = DEFAULT, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def serve(repository: Repository = DEFAULT) -> None:
-    """The writer alone, where Triton runs without `peregrine serve`."""
+def serve(repository: RepositoryOption = REPOSITORY) -> None:
+    """Runs the writer alone, where Triton runs without `peregrine serve`."""
     from ensemble.live.service import serve_until_ended
 
     serve_until_ended(repository.resolve(), lambda line: print(line, file=sys.stderr, flush=True))
@@ -123,6 +123,7 @@ def _change(
     wait_s: float,
     as_json: bool,
 ) -> None:
+    """Makes one kind of change to one item, or to those of a file, and prints what became of it."""
     from clients.errors import InvalidArgument
     from clients.items import ItemClient, read_changes
 
@@ -138,7 +139,8 @@ def _change(
 
 
 def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
-    """In parts; each is made whole or not at all, and an error says how many changes came before it."""
+    """Sends changes in parts. Each part is made whole or not at all, and an error says how many changes came
+    before it."""
     from ensemble.errors import PeregrineError
     from ensemble.progress import bar
 
@@ -158,6 +160,7 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
 
 
 def _lines(file: Path) -> list[str]:
+    """Reads the lines of a file, or of standard input."""
     from clients.errors import InvalidArgument
 
     if str(file) == "-":
@@ -170,20 +173,22 @@ def _lines(file: Path) -> list[str]:
 
 
 def _pair(text: str) -> tuple[str, Any]:
+    """Reads name=value; the value is JSON, or text where it is none."""
     from clients.errors import InvalidArgument
 
     name, equals, value = text.partition("=")
     if not equals:
-        raise InvalidArgument(f"--set {text}: wants name=value")
+        raise InvalidArgument(f"--set: expected name=value, got {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
 
 
-def _print(changed: Any, as_json: bool, count: int | None = None) -> None:
+def _print(changed: Changed, as_json: bool, count: int | None = None) -> None:
+    """Prints what became of `count` changes, or how far the writer is."""
     if as_json:
-        print(json.dumps(dataclasses.asdict(changed)))
+        print(json_text(dataclasses.asdict(changed)))
         return
     what = f"{count} changes, " if count is not None else ""
     where = (

@@ -1,13 +1,14 @@
-"""`peregrine recommend USER…`: a ranked list on the terminal, with what the release knows about its items."""
+"""Runs `peregrine recommend USER…`: prints ranked lists, with what the release knows about their items."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.json_text import json_text
+from ensemble.cli.options import REPOSITORY, JsonOption
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -15,49 +16,56 @@ if TYPE_CHECKING:
     from ensemble.options import RequestOptions
     from ensemble.release.release import Release
 
-DEFAULT_REPOSITORY = Path("model_repository")
 DEFAULT_URL = "127.0.0.1:8001"
-_RECENT = 5
+_RECENT = 5  # items of a user's past that are shown
 _CONNECT_S = 2.0
+
+Users = Annotated[list[str], typer.Argument(metavar="USER…", help="User ids.")]
+TopK = Annotated[int | None, typer.Option("--top-k", "-k", help="Items wanted.")]
+Session = Annotated[str | None, typer.Option(help="Items looked at just now: ID,ID,… newest last.")]
+Exclude = Annotated[str | None, typer.Option(help="Items never to be returned: ID,ID,…")]
+ExcludeSeen = Annotated[
+    bool | None, typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has had.")
+]
+Allow = Annotated[
+    list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : only items with one of these values.")
+]
+Deny = Annotated[
+    list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : no item with one of these values.")
+]
+Weight = Annotated[list[str] | None, typer.Option(help="TASK=NUMBER: the task's weight in the score.")]
+Cap = Annotated[
+    list[str] | None, typer.Option(help="FEATURE=COUNT: items of one value that a list may hold.")
+]
+Diversity = Annotated[float | None, typer.Option(help="0..1: how much unlikeness counts against score.")]
+BudgetMs = Annotated[float | None, typer.Option(help="How long to wait, in milliseconds.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help=f"host:port of the server; default: the one that serves the repository, else {DEFAULT_URL}."
+    ),
+]
+Repository = Annotated[
+    Path,
+    typer.Option("--repository", "-r", help="Where titles and recent items are read, if it is there."),
+]
 
 
 def recommend(
-    users: Annotated[list[str], typer.Argument(metavar="USER…", help="User ids.")],
-    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Items wanted.")] = None,
-    session: Annotated[
-        str | None, typer.Option(help="Items looked at just now: ID,ID,… newest last.")
-    ] = None,
-    exclude: Annotated[str | None, typer.Option(help="Items never to be returned: ID,ID,…")] = None,
-    exclude_seen: Annotated[
-        bool | None, typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has had.")
-    ] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : only items with one of these values.")
-    ] = None,
-    deny: Annotated[
-        list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : no item with one of these values.")
-    ] = None,
-    weight: Annotated[
-        list[str] | None, typer.Option(help="TASK=NUMBER: the task's weight in the score.")
-    ] = None,
-    cap: Annotated[
-        list[str] | None, typer.Option(help="FEATURE=COUNT: items of one value that a list may hold.")
-    ] = None,
-    diversity: Annotated[
-        float | None, typer.Option(help="0..1: how much unlikeness counts against score.")
-    ] = None,
-    budget_ms: Annotated[float | None, typer.Option(help="How long to wait, in milliseconds.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help=f"host:port of the server; default: the one that serves the repository, else {DEFAULT_URL}."
-        ),
-    ] = None,
-    repository: Annotated[
-        Path,
-        typer.Option("--repository", "-r", help="Where titles and recent items are read, if it is there."),
-    ] = DEFAULT_REPOSITORY,
+    users: Users,
+    top_k: TopK = None,
+    session: Session = None,
+    exclude: Exclude = None,
+    exclude_seen: ExcludeSeen = None,
+    allow: Allow = None,
+    deny: Deny = None,
+    weight: Weight = None,
+    cap: Cap = None,
+    diversity: Diversity = None,
+    budget_ms: BudgetMs = None,
+    as_json: JsonOption = False,
+    url: Url = None,
+    repository: Repository = REPOSITORY,
 ) -> None:
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
     from clients.client import Client
@@ -73,23 +81,20 @@ def recommend(
         "caps": _pairs("--cap", cap, int),
         "diversity": diversity,
     }
-    found_url, headers = find_server(repository, url)
-    with Client(found_url, headers=headers) as client:
+    server_url, headers = find_server(repository, url)
+    with Client(server_url, headers=headers) as client:
         client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
         results = client.recommend_many(users, budget_ms=budget_ms, **options)
     catalogue = Catalogue(repository, results[0].release)
     if as_json:
-        typer.echo(
-            json.dumps(
-                [json_from_result(result, catalogue) for result in results], indent=1, ensure_ascii=False
-            )
-        )
+        plain = [json_from_result(result, catalogue) for result in results]
+        typer.echo(json_text(plain, indent=1, ensure_ascii=False))
     else:
         _print_tables(results, catalogue)
 
 
 def find_server(repository: Path, url: str | None) -> tuple[str, dict[str, str]]:
-    """(host:port, headers): of the server that is asked for, else of the one at work on the repository."""
+    """Gives host:port and headers of the server that `url` names, else of the repository's own."""
     from ensemble.server.running import running_server
 
     server = running_server(repository) if repository.is_dir() else None
@@ -99,11 +104,12 @@ def find_server(repository: Path, url: str | None) -> tuple[str, dict[str, str]]
 
 
 def _split(text: str | None) -> list[str] | None:
+    """Cuts "a,b" into its parts."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _pairs(option: str, texts: list[str] | None, read: Any) -> dict[str, Any] | None:
-    """["name=value", …] -> {name: read(value)}."""
+    """Reads ["name=value", …] as {name: read(value)}; None where there is none."""
     pairs = {}
     for text in texts or ():
         name, separator, value = text.partition("=")
@@ -117,7 +123,7 @@ def _pairs(option: str, texts: list[str] | None, read: Any) -> dict[str, Any] | 
 
 
 class Catalogue:
-    """Titles and histories of a release on this machine; says nothing where there is none."""
+    """Reads titles and histories of a release on this machine; knows nothing where there is none."""
 
     def __init__(self, repository: Path, name: str) -> None:
         self._release = self._open(repository, name)
@@ -133,7 +139,7 @@ class Catalogue:
             return None  # the server may well be on another machine
 
     def titles(self, item_ids: list[str]) -> list[str]:
-        """One title per item; empty where unknown."""
+        """Gives one title per item; empty where unknown."""
         import numpy as np
 
         if self._release is None or not item_ids:
@@ -145,7 +151,7 @@ class Catalogue:
         ]
 
     def recent(self, user_id: str, count: int = _RECENT) -> list[str]:
-        """Ids of the user's last items, newest first."""
+        """Gives the ids of the user's last items, newest first."""
         import numpy as np
 
         if self._release is None:
@@ -159,7 +165,7 @@ class Catalogue:
 
 
 def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str, Any]:
-    """One user's list in plain types."""
+    """Writes one user's list in JSON's types."""
     recent = catalogue.recent(result.user_id)
     return {
         "user_id": result.user_id,
@@ -183,24 +189,22 @@ def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str,
 
 
 def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:
+    """Prints for each user a line, the items had last, and the list as a table."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
+
+    from clients.cli.tables import folded_table
 
     console = Console()
     for result in results:
         plain = json_from_result(result, catalogue)
         note = f" · {', '.join(plain['degraded']).lower()}" if plain["degraded"] else ""
-        console.print(
-            Text(
-                f"{result.user_id} · release {result.release} · {result.latency_ms:.1f} ms{note}",
-                style="bold",
-            )
-        )
+        line = f"{result.user_id} · release {result.release} · {result.latency_ms:.1f} ms{note}"
+        console.print(Text(line, style="bold"))
         for item in plain["recent"]:
             console.print(Text(f"  had  {item['item_id']}  {item['title']}", style="dim"))
         tasks = list(plain["items"][0]["probabilities"]) if plain["items"] else []
-        table = Table("#", "item", "title", "score", *tasks)
+        table = folded_table("#", "item", "title", "score", *tasks)
         for place, item in enumerate(plain["items"], 1):
             values = [f"{value:.4f}" for value in (item["score"], *item["probabilities"].values())]
             table.add_row(str(place), Text(item["item_id"]), Text(item["title"]), *values)

@@ -21,7 +21,7 @@ from clients.bench.loadgen import (
     prepare,
     zipf_users,
 )
-from clients.bench.worker import run_worker
+from clients.bench.measuring_process import measure_in_process
 from ensemble.errors import PeregrineError
 
 
@@ -126,7 +126,7 @@ def test_an_ok_without_items_is_a_failure(triton: FakeTriton, users_file: str) -
 
 def test_it_runs_in_a_process_of_its_own_and_reports_its_cpu(triton: FakeTriton, users_file: str) -> None:
     started = time.perf_counter()
-    result = run_worker(
+    result = measure_in_process(
         "clients.bench.loadgen", Load(triton.url, users_file, 0.3, rate=50.0, warmup_s=0.1).to_spec()
     )
     assert 0 < result["generator_cpu_s"] < time.perf_counter() - started
@@ -134,5 +134,7 @@ def test_it_runs_in_a_process_of_its_own_and_reports_its_cpu(triton: FakeTriton,
 
 
 def test_a_measurement_that_cannot_start_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PeregrineError, match=r"clients\.twin could not start: .*no release 'r1'"):
-        run_worker("clients.bench.twin", {"repository": str(tmp_path), "release": "r1", "seconds": 1.0})
+    with pytest.raises(PeregrineError, match=r"clients\.bench\.local_twin could not start: .*no release 'r1'"):
+        measure_in_process(
+            "clients.bench.local_twin", {"repository": str(tmp_path), "release": "r1", "seconds": 1.0}
+        )

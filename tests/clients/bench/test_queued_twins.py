@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clients.bench.local_twin import TwinLoad
 from clients.bench.queued_twins import _STATE, Queue, measure_queued, serve
-from clients.bench.twin import TwinLoad
 from ensemble.release.release import Release
 
 

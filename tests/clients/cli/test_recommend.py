@@ -12,7 +12,10 @@ import typer
 from fake_triton import FakeTriton
 from typer.testing import CliRunner
 
-from clients.cli.recommend import DEFAULT_URL, Catalogue, find_server, recommend
+from clients.cli.recommend import DEFAULT_URL, Catalogue, _print_tables, find_server, recommend
+from clients.client import Client
+from clients.results import Item, Recommendations
+from ensemble.contract import Degraded
 from ensemble.errors import InvalidArgument, InvalidInput
 
 
@@ -45,6 +48,36 @@ def test_the_table_shows_items_scores_and_tasks(triton: FakeTriton, tmp_path: Pa
     text = run("u1", "--url", triton.url, "--repository", tmp_path)
     assert "u1 · release r1 · " in text
     assert all(word in text for word in ("item-2", "2.0000", "click", "buy", "0.5000"))
+
+
+def long_list(score: float) -> list[Recommendations]:
+    items = (
+        Item(f"a-very-long-item-id-{place}" * 3, score, {"ctr": score, "cvr": 0.5}) for place in range(2)
+    )
+    return [Recommendations("u1", tuple(items), Degraded(0), "r1", 1.0)]
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_narrow_terminal_folds_ids_and_cuts_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(Catalogue, "titles", lambda self, ids: ["soft red lipstick of the summer"] * len(ids))
+    _print_tables(long_list(0.5), Catalogue(tmp_path, "r1"))
+    text = capsys.readouterr().out
+    assert "…" not in text
+    column = "".join(line.split("│")[2].strip() for line in text.splitlines() if line.count("│") > 4)
+    assert "a-very-long-item-id-0" * 3 + "a-very-long-item-id-1" * 3 in column
+
+
+def test_a_score_that_is_no_number_is_null_in_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton: FakeTriton
+) -> None:
+    lists = long_list(float("nan"))
+    monkeypatch.setattr(Client, "recommend_many", lambda self, users, **options: lists)
+    output = run("u1", "--json", "--url", triton.url, "--repository", tmp_path)
+    first = json.loads(output, parse_constant=pytest.fail)[0]["items"][0]
+    assert (first["score"], first["probabilities"]) == (None, {"ctr": None, "cvr": 0.5})
 
 
 def test_options_reach_the_server(triton: FakeTriton, tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from clients.bench import measurement as bench
 from clients.bench import perf_analyzer
 from clients.bench import report as bench_report
-from clients.bench import run as bench
+from clients.bench.machine import machine
+from clients.bench.plot import write_plot
 from clients.bench.server_probe import Snapshot, mean_batch, steps_between
 from clients.cli import bench as bench_cli
 from ensemble.errors import InvalidInput, ServerError
@@ -79,7 +83,7 @@ def report() -> dict[str, Any]:
         "hop_ms": 1.0,
     }
     return {
-        **bench_report.machine(),
+        **machine(),
         "release": {
             "name": "r1",
             "shop": "toy",
@@ -118,13 +122,13 @@ def test_report_is_printed_written_and_drawn(report: dict[str, Any], tmp_path: P
     from rich.console import Console
 
     console = Console(record=True, width=200)
-    bench_report.print_report(report, console)
+    bench_report.print_tables(report, console)
     text = console.export_text()
     assert "throughput at saturation, of the twins'" in text
     assert "open *" in text
     bench_report.write_json(report, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["cores"] >= 1
-    bench_report.write_plot(report, tmp_path / "bench.png")
+    write_plot(report, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     with pytest.raises(InvalidInput, match=r"^--json .*: cannot be written: "):
         bench_report.write_json(report, tmp_path / "absent" / "bench.json")
@@ -197,10 +201,40 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         ServerError, match=r"^no server is at work on .*; start one: peregrine serve --repository "
     ):
-        bench.run(bench.BenchOptions(tmp_path), print)
+        bench.measure(bench.BenchOptions(tmp_path), print)
 
 
-CSV = """Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,p50 latency,p90 latency,p95 latency,p99 latency,Avg latency
+def test_auto_is_still_taken_though_it_says_what_happens_anyway(tmp_path: Path) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(bench_cli.bench)
+
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(app, [*arguments, "--repository", str(tmp_path)])
+
+    assert "--auto" not in CliRunner().invoke(app, ["--help"]).output
+    assert "no server is at work on" in str(invoke("--auto").exception)
+    assert str(invoke("--auto", "--rates", "5").exception).startswith("--auto and --rates exclude each other")
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_tables_are_never_cut(report: dict[str, Any], width: int) -> None:
+    from rich.console import Console
+
+    console = Console(record=True, width=width)
+    bench_report.print_tables(report, console)
+    assert "…" not in console.export_text()
+
+
+def test_a_figure_that_is_no_number_is_null(report: dict[str, Any], tmp_path: Path) -> None:
+    report["lone"]["ratio"], report["half"]["ratio"] = float("nan"), float("inf")
+    bench_report.write_json(report, tmp_path / "bench.json")
+    written = json.loads((tmp_path / "bench.json").read_text(), parse_constant=pytest.fail)
+    assert (written["lone"]["ratio"], written["half"]["ratio"]) == (None, None)
+    assert written["lone"]["hop_ms"] == 1.0
+
+
+CSV = """Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,\
+p50 latency,p90 latency,p95 latency,p99 latency,Avg latency
 4,1742.5,0,1,2,3531,9000,12661,17965,4000
 """
 
@@ -267,7 +301,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
     )
     said: list[str] = []
     with serve(tmp_path / "repository", ServeOptions(port=0, metrics_port=None)):
-        report = bench.run(options, said.append)
+        report = bench.measure(options, said.append)
     json.dumps(report, allow_nan=False)
     assert report["release"]["tritonserver"].startswith("2.")
     steps = ["features", "user_encoder", "recall", "ranker", "reranking"]

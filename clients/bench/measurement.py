@@ -1,10 +1,11 @@
-"""The whole measurement, top to bottom: the server and its local twin under the same load in the same run.
+"""Measures, top to bottom, a server and its local twin under the same load in the same run.
 
 lone          one request at a time, against the twin: what Triton, gRPC and five hops add
 batches       one request at a time, of 1, 8, … users
 closed        more and more requests in flight, until throughput stops growing: saturation
-twins         one twin per core at the batch size that Triton formed at saturation
-open          Poisson arrivals at shares of saturation, latency from the scheduled time; and twins behind one queue at each rate
+twins         one twin a core at the batch size that Triton formed at saturation
+open          Poisson arrivals at shares of saturation, latency from the scheduled time; and twins behind one
+              queue at each rate
 perf_analyzer Triton's own closed loop, where its binary is found
 """
 
@@ -22,10 +23,11 @@ import numpy as np
 
 from clients.bench import perf_analyzer
 from clients.bench.loadgen import Load, users_file_of, zipf_users
+from clients.bench.local_twin import TwinLoad, measure_together
+from clients.bench.machine import machine
+from clients.bench.measuring_process import MeasuringProcess
 from clients.bench.queued_twins import measure_queued
 from clients.bench.server_probe import ServerProbe, mean_batch, steps_between
-from clients.bench.twin import TwinLoad, measure_together
-from clients.bench.worker import Worker
 from ensemble.errors import InvalidInput, ServerError
 
 RAMP_GAIN = 1.03  # throughput must grow by this factor when concurrency doubles, or it is saturated
@@ -37,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure; `seconds` is for each row."""
+    """Says what to measure; `seconds` is for each row."""
 
     repository: Path
     url: str | None = None
@@ -63,7 +65,7 @@ class BenchOptions:
 
 
 class Bench:
-    """One server, its release, and the measurements of both."""
+    """Measures one server and its release; `say` is told what is being measured."""
 
     def __init__(self, options: BenchOptions, say: Callable[[str], None]) -> None:
         from ensemble.release.release import open_release
@@ -73,13 +75,13 @@ class Bench:
         server = running_server(options.repository) if options.repository.is_dir() else None
         if server is None:
             raise ServerError(
-                f"no server is at work on {options.repository}; start one: peregrine serve --repository "
-                f"{options.repository}"
+                f"no server is at work on {options.repository}",
+                f"start one: peregrine serve --repository {options.repository}",
             )
         if options.url not in (None, server.url):
             raise InvalidInput(
-                f"--url {options.url}: {options.repository} is served at {server.url}; bench measures a "
-                "server together with its release"
+                f"--url {options.url}: {options.repository} is served at {server.url}",
+                "bench measures a server together with its release; name that server's repository",
             )
         self.url, self.headers = server.url, server.headers
         self.probe = ServerProbe(self.url, self.headers, server.pid)
@@ -88,34 +90,32 @@ class Bench:
         self.steps = self._served_steps()
 
     def _served_release(self) -> str:
-        """The release that answers, which the server knows best."""
+        """Asks the server which release answers: nobody knows it better."""
         from clients.client import Client
 
         with Client(self.url) as client:
             return client.recommend("").release
 
     def _served_steps(self) -> list[str]:
-        """Names of the steps that answer: the pipeline's, or the pipeline's own where it is served fused."""
+        """Names the steps that answer: the pipeline's, or the pipeline itself where it is served fused."""
         served = self.probe.snapshot().models
         steps = [model.name for model in self.release.pipeline.models]
-        return (
-            steps
-            if f"{self.release.name}_{steps[0]}" in served or not served
-            else [self.release.pipeline.name]
-        )
+        is_fused = served and f"{self.release.name}_{steps[0]}" not in served
+        return [self.release.pipeline.name] if is_fused else steps
 
     def _load(self, **changes: Any) -> Load:
+        """Gives the load that the options ask for, with `changes`."""
         o = self.options
         common = {"seconds": o.seconds, "zipf": o.zipf, "seed": o.seed, "parameters": o.parameters}
         return Load(**{"url": self.url, "users_file": users_file_of(self.release.path), **common, **changes})
 
     def triton(self, **changes: Any) -> Row:
-        """One row: the load generator's view, and what the server did meanwhile."""
+        """Measures the server under one load: what the load generator saw, and what the server did."""
         load = self._load(**changes)
-        worker = Worker("clients.bench.loadgen", load.to_spec())
+        process = MeasuringProcess("clients.bench.loadgen", load.to_spec())
         before = self.probe.snapshot()
-        worker.go()
-        row = worker.result()
+        process.go()
+        row = process.result()
         after = self.probe.snapshot()
         steps = steps_between(before, after, self.release.name, self.steps)
         answered = row["sent"] - row["failed"] + row["failures"].get("UNSENT", 0)
@@ -137,44 +137,39 @@ class Bench:
         )
 
     def twin(self, batch_size: int, processes: int = 1) -> Row:
+        """Measures so many twins at once, each with batches of `batch_size` users."""
         return measure_together(self._twin_load(batch_size), processes)
 
     def queued_twins(self, rate: float) -> Row:
+        """Measures one twin a core behind one queue at `rate` requests a second."""
         return measure_queued(self._twin_load(1), rate, os.cpu_count() or 1)
 
     def lone(self) -> Row:
-        """One request at a time, and the twin, twice by turns: the machine's other work then falls on
-        both."""
+        """Measures one request at a time, and the twin, twice by turns, so that other work on the machine
+        falls on both."""
         self.say("lone requests, Triton and twin by turns")
         pairs = [(self.triton(concurrency=1), self.twin(1)) for _ in range(2)]
-        ours, twins = (
-            min((a for a, _ in pairs), key=lambda r: r["p50_ms"]),
-            min((b for _, b in pairs), key=lambda r: r["p50_ms"]),
-        )
-        added_ms = ours["p50_ms"] - twins["p50_ms"]
+        triton, twin = (min(rows, key=lambda row: row["p50_ms"]) for rows in zip(*pairs, strict=True))
+        added_ms = triton["p50_ms"] - twin["p50_ms"]
         return {
-            "triton": ours,
-            "twin": twins,
+            "triton": triton,
+            "twin": twin,
             "added_ms": added_ms,
-            "ratio": ours["p50_ms"] / twins["p50_ms"],
+            "ratio": triton["p50_ms"] / twin["p50_ms"],
             "hop_ms": added_ms / len(self.steps),
         }
 
     def batches(self) -> list[Row]:
+        """Measures one request of several users at a time, and the twin with the same batches."""
         rows = []
         for size in self.options.batch_sizes:
             self.say(f"one request at a time, {size} users each")
-            rows.append(
-                {
-                    "batch_size": size,
-                    "triton": self.triton(concurrency=1, batch_size=size),
-                    "twin": self.twin(size),
-                }
-            )
+            triton = self.triton(concurrency=1, batch_size=size)
+            rows.append({"batch_size": size, "triton": triton, "twin": self.twin(size)})
         return rows
 
     def closed(self) -> list[Row]:
-        """The asked-for concurrencies, then twice the last one until throughput grows no more."""
+        """Measures the options' concurrencies, then twice the last one until throughput grows no more."""
         rows: list[Row] = []
         for concurrency in self.options.concurrency:
             self.say(f"closed loop, {concurrency} in flight")
@@ -188,8 +183,10 @@ class Bench:
         return rows
 
     def twins_at(self, batch: float) -> Row:
-        """One twin per core at a mean batch size that may lie between two whole ones: cost per user is linear
-        in 1 / batch."""
+        """Measures one twin a core at a mean batch size, which may lie between two whole ones.
+
+        Then both of them are measured and mixed: cost per user is linear in 1 / batch.
+        """
         processes = os.cpu_count() or 1
         low, high = max(1, math.floor(batch)), max(1, math.ceil(batch))
         self.say(f"{processes} twins at once, {low}–{high} users a batch")
@@ -208,56 +205,52 @@ class Bench:
         return {"batch_size": batch, "processes": processes, "users_per_s": users_per_s, **mixed}
 
     def open(self, saturation: float) -> list[Row]:
+        """Measures open loops at the options' rates, or at shares of `saturation` (requests a second)."""
         rows = []
         rates = self.options.rates or [round(saturation * share, 1) for share in AUTO_SHARES]
         for rate in rates:
             self.say(f"open loop, {rate:g} requests a second")
-            rows.append(
-                {**self.triton(rate=rate), "share": rate / saturation, "twins": self.queued_twins(rate)}
-            )
+            row, twins = self.triton(rate=rate), self.queued_twins(rate)
+            rows.append({**row, "share": rate / saturation, "twins": twins})
         return rows
 
     def perf_analyzer(self) -> list[Row] | None:
-        found = perf_analyzer.find() if self.options.use_perf_analyzer else None
-        if found is None:
+        """Runs perf_analyzer at the options' concurrencies; None where it is not found or not wanted."""
+        tool = perf_analyzer.find() if self.options.use_perf_analyzer else None
+        if tool is None:
             return None
         users = np.load(users_file_of(self.release.path), mmap_mode="r", allow_pickle=False)
         drawn = zipf_users(users, 2000, self.options.zipf, np.random.default_rng(self.options.seed))
-        rows = []
+        ids, rows = [user.decode() for user in drawn.tolist()], []
         for concurrency in self.options.concurrency:
             self.say(f"perf_analyzer, {concurrency} in flight")
-            ids = [user.decode() for user in drawn.tolist()]
             sweep = perf_analyzer.Sweep(
                 self.url, self.headers, ids, concurrency, self.options.seconds, 1, self.options.parameters
             )
             before = self.probe.snapshot()
-            row = perf_analyzer.measure(found, sweep)
-            rows.append(
-                {**row, "steps": steps_between(before, self.probe.snapshot(), self.release.name, self.steps)}
-            )
+            row = perf_analyzer.measure(tool, sweep)
+            after = self.probe.snapshot()
+            rows.append({**row, "steps": steps_between(before, after, self.release.name, self.steps)})
         return rows
 
 
-def run(options: BenchOptions, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures everything; the result is plain JSON."""
-    from clients.bench.report import machine
-
+def measure(options: BenchOptions, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measures everything; gives figures in JSON's types, which clients.bench.report shows."""
     bench, started = Bench(options, say), time.perf_counter()
-    report: dict[str, Any] = {**machine(), "release": _facts(bench), "options": _plain(options)}
-    report["lone"], report["batches"], report["closed"] = bench.lone(), bench.batches(), bench.closed()
-    best = max(report["closed"], key=lambda row: row["achieved_per_s"])
-    twins = bench.twins_at(best["mean_batch"])
-    report["saturation"] = _saturation(best, twins)
-    report["open"] = bench.open(best["achieved_per_s"])
-    report["half"] = _half(report["open"], report["lone"])
-    report["perf_analyzer"] = bench.perf_analyzer()
-    report["server_rss_bytes"] = bench.probe.memory_bytes()
-    report["duration_s"] = time.perf_counter() - started
-    return report
+    figures: dict[str, Any] = {**machine(), "release": _facts(bench), "options": _plain(options)}
+    figures["lone"], figures["batches"], figures["closed"] = bench.lone(), bench.batches(), bench.closed()
+    best = max(figures["closed"], key=lambda row: row["achieved_per_s"])
+    figures["saturation"] = _saturation(best, bench.twins_at(best["mean_batch"]))
+    figures["open"] = bench.open(best["achieved_per_s"])
+    figures["half"] = _half(figures["open"], figures["lone"])
+    figures["perf_analyzer"] = bench.perf_analyzer()
+    figures["server_rss_bytes"] = bench.probe.memory_bytes()
+    figures["duration_s"] = time.perf_counter() - started
+    return figures
 
 
 def _saturation(best: Row, twins: Row) -> Row:
-    """Triton at its best closed loop against one twin per core at the same mean batch."""
+    """Compares Triton at its best closed loop with one twin a core at the same mean batch."""
     result = {
         "concurrency": best["concurrency"],
         "achieved_per_s": best["achieved_per_s"],
@@ -271,12 +264,14 @@ def _saturation(best: Row, twins: Row) -> Row:
 
 
 def _half(rows: list[Row], lone: Row) -> Row | None:
-    """p99 at half of saturation (the nearest open-loop row between .4 and .6), against a lone request's p50
-    and queued twins' p99."""
+    """Compares p99 at half of saturation with a lone request's p50 and queued twins' p99.
+
+    The row is the open loop nearest to half, between .4 and .6; None where there is none.
+    """
     near = [row for row in rows if abs(row["share"] - HALF) <= 0.1]
     if not near:
         return None
-    row = min(near, key=lambda r: abs(r["share"] - HALF))
+    row = min(near, key=lambda row: abs(row["share"] - HALF))
     p99_ms, twins_p99_ms = row["p99_ms"], row["twins"]["p99_ms"]
     ratios = {"ratio": p99_ms / lone["triton"]["p50_ms"], "twins_ratio": p99_ms / twins_p99_ms}
     return {
@@ -289,6 +284,7 @@ def _half(rows: list[Row], lone: Row) -> Row | None:
 
 
 def _facts(bench: Bench) -> Row:
+    """Says what release was measured, on which server."""
     sizes = bench.release.schema.sizes
     return {
         "name": bench.release.name,
@@ -302,4 +298,5 @@ def _facts(bench: Bench) -> Row:
 
 
 def _plain(options: BenchOptions) -> Row:
+    """Writes the options in JSON's types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

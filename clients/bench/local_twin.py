@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clients.bench.loadgen import latency_summary, users_file_of, zipf_users
-from clients.bench.worker import Measure, Worker, serve_measurement
+from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
 
 _DISTINCT = 4000
 
@@ -91,7 +91,7 @@ def _measure(
 def measure_together(load: TwinLoad, processes: int) -> dict[str, Any]:
     """`processes` twins at once: throughputs add up; the rest is averaged."""
     workers = [
-        Worker("clients.bench.twin", {**asdict(load), "seed": load.seed + number})
+        MeasuringProcess("clients.bench.local_twin", {**asdict(load), "seed": load.seed + number})
         for number in range(processes)
     ]
     for worker in workers:

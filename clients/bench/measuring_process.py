@@ -20,7 +20,7 @@ from ensemble.errors import PeregrineError
 Measure = Callable[[], dict[str, Any]]
 
 
-class Worker:
+class MeasuringProcess:
     """A child that runs one measurement of `module` (clients.bench.loadgen, clients.bench.twin)."""
 
     def __init__(self, module: str, spec: dict[str, Any]) -> None:
@@ -77,8 +77,8 @@ def serve_measurement(prepare: Callable[[dict[str, Any]], Measure]) -> None:
         sys.exit(130)  # the parent was interrupted too, and says so
 
 
-def run_worker(module: str, spec: dict[str, Any]) -> dict[str, Any]:
+def measure_in_process(module: str, spec: dict[str, Any]) -> dict[str, Any]:
     """One measurement, start to end."""
-    worker = Worker(module, spec)
+    worker = MeasuringProcess(module, spec)
     worker.go()
     return worker.result()

@@ -1,0 +1,59 @@
+"""`peregrine release`: what it prints is whole on a narrow terminal, and its JSON is JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from clients.cli.release import app
+from clients.operations import releases
+from clients.operations.releases import ReleaseInfo
+
+NAME = "a-release-whose-name-is-longer-than-a-column"
+METHOD = "distilled_then_pruned_then_quantized_by_sensitivity"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose one release has a manifest with NaN, and a report with a wide table."""
+    info = ReleaseInfo(NAME, "2026-11-26T08:00:00+00:00", "a-shop-with-a-long-name", 12_345_678, True)
+    manifest = {"release": NAME, "ndcg": float("nan"), "files": {}, "numbers": [1.0, float("-inf")]}
+    monkeypatch.setattr(releases, "list_releases", lambda repository: [info])
+    monkeypatch.setattr(releases, "read_manifest", lambda repository, name: manifest)
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [f"| {METHOD} | 0.1234 | 0.5678 | {METHOD} |"]
+    lines = ["# Report", "", "| method | NDCG@10 | AUC | base |", "| --- | --- | --- | --- |", *rows]
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "report.md").write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(repository: Path, *arguments: str) -> str:
+    return CliRunner().invoke(app, [*arguments, "-r", str(repository)], catch_exceptions=False).output
+
+
+def column(text: str, place: int, divider: str) -> str:
+    """The cells of one column, one after another."""
+    cells = [line.split(divider) for line in text.splitlines()]
+    return "".join(parts[place].strip() for parts in cells if len(parts) > place)
+
+
+def test_the_list_folds_long_names(repository: Path) -> None:
+    text = run(repository, "list")
+    assert "…" not in text
+    assert NAME in column(text, 1, "│")
+
+
+def test_the_report_folds_long_cells(repository: Path) -> None:
+    text = run(repository, "show", NAME)
+    assert "…" not in text
+    assert METHOD in "".join(line.split()[0] for line in text.splitlines() if line.strip())
+
+
+def test_what_is_no_number_is_null_in_json(repository: Path) -> None:
+    manifest: dict[str, Any] = json.loads(run(repository, "show", NAME, "--json"), parse_constant=pytest.fail)
+    assert (manifest["ndcg"], manifest["numbers"]) == (None, [1.0, None])
