@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from shops import SHOPS, ReleaseCache, private_copy
 
 if TYPE_CHECKING:
     from ensemble.local import LocalPipeline
-    from ensemble.server.supervisor import Server
     from ensemble.steps.served import ServedRelease
 
 pytest_plugins = ["redis_fixtures"]
@@ -25,6 +25,10 @@ pytest_plugins = ["redis_fixtures"]
 # No deadline: a machine that is shared is slow now and then. The same examples on every run.
 settings.register_profile("peregrine", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("peregrine")
+
+# torch's exporter makes millions of objects, and Python's collector would look at them again and again: with
+# its own thresholds a third of an export's time.
+gc.set_threshold(50_000, 20, 50)
 
 
 # The files that take longest start first, so that test processes that share the work end together.
@@ -136,16 +140,6 @@ def twin(tiny_release: ServedRelease) -> LocalPipeline:
     return _twin(tiny_release)
 
 
-@pytest.fixture(scope="module")  # not session: tests of the server itself look for what servers leave behind
-def tiny_server(tiny_repository: Path) -> Iterator[Server]:
-    yield from _serve(tiny_repository)
-
-
-@pytest.fixture(scope="module")
-def tiny_server_fused(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    yield from _serve_fused(tiny_repository, tmp_path_factory)
-
-
 # --- the shop like Beauty: sequences without labels, one task `interact`
 
 
@@ -169,18 +163,6 @@ def sequences_release(sequences_repository: Path) -> ServedRelease:
 @pytest.fixture(scope="session")
 def sequences_twin(sequences_release: ServedRelease) -> LocalPipeline:
     return _twin(sequences_release)
-
-
-@pytest.fixture(scope="module")  # not session: tests of the server itself look for what servers leave behind
-def sequences_server(sequences_repository: Path) -> Iterator[Server]:
-    yield from _serve(sequences_repository)
-
-
-@pytest.fixture(scope="module")
-def sequences_server_fused(
-    sequences_repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    yield from _serve_fused(sequences_repository, tmp_path_factory)
 
 
 def _open(repository: Path) -> ServedRelease:
@@ -209,16 +191,3 @@ def _twin(release: ServedRelease) -> LocalPipeline:
     from ensemble.local import LocalPipeline
 
     return LocalPipeline(release)
-
-
-def _serve(repository: Path, *, fused: bool = False) -> Iterator[Server]:
-    from ensemble.server.options import ServeOptions
-    from ensemble.server.supervisor import serve
-
-    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused)) as server:
-        yield server
-
-
-def _serve_fused(repository: Path, folders: pytest.TempPathFactory) -> Iterator[Server]:
-    """On a copy: one repository has one server."""
-    return _serve(private_copy(repository, folders.mktemp("fused") / "repository"), fused=True)
