@@ -1,1 +1,1 @@
-"""The contract and the online path: numpy, faiss, onnxruntime; never torch, never builders."""
+"""Holds the contract and the online path: numpy, faiss, onnxruntime; never torch, never builders."""

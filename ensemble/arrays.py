@@ -1,4 +1,4 @@
-"""Ragged and keyed arrays without loops: what NumPy lacks for working on a whole batch of users at once."""
+"""Works on ragged and keyed arrays of a whole batch of users at once, without loops: what NumPy lacks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ Tensors = dict[str, Array]  # by the contract's names
 
 
 def ranks_within(owners: Array) -> Array:
-    """Position of each entry among its owner's; owners [L] sorted ascending -> [L] int64, from 0."""
+    """Gives each entry's position among its owner's, from 0: owners [L] sorted ascending -> [L] int64."""
     return np.arange(len(owners)) - np.searchsorted(owners, owners)
 
 
 def sum_by_row(rows: Array, scores: Array) -> tuple[Array, Array]:
-    """[B, X] rows and scores -> the same shape with each row once a user, its scores summed; the others -1
-    and 0."""
+    """Sums the scores of equal rows of a user: rows and scores [B, X] -> the same shape.
+
+    Each row stands once a user; where another one stood there are row -1 and score 0.
+    """
     order = np.argsort(rows, axis=1, kind="stable")
     rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
     last = np.ones(rows.shape, bool)
@@ -31,8 +33,10 @@ def sum_by_row(rows: Array, scores: Array) -> tuple[Array, Array]:
 
 
 def look_up(rows: Array, known_rows: Array, known_scores: Array, num_rows: int) -> Array:
-    """Score of each of rows [B, N] in its user's list (known_rows, known_scores [B, P]); 0 where it is not in
-    it."""
+    """Gives the score of each of rows [B, N] in its user's list known_rows, known_scores [B, P].
+
+    The score [B, N] float32 is 0 where a row is not in the list. All rows are below `num_rows`.
+    """
     owner = np.arange(len(rows))[:, None] * num_rows
     keys, known = rows + owner, np.where(known_rows > 0, known_rows + owner, -1).ravel()
     order = np.argsort(known, kind="stable")

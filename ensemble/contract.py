@@ -1,5 +1,5 @@
-"""The tensors and models of every pipeline, written once. All else (ONNX names, config.pbtxt, checks,
-clients) is derived.
+"""Defines the tensors and models of every pipeline, once. All else is derived: ONNX names, config.pbtxt,
+checks, clients.
 
     recommend:  features -> user_encoder -> recall -> ranker -> reranking
 
@@ -27,7 +27,7 @@ MAX_LIST = 1000  # items or categories in one list of a request's options
 
 
 class Degraded(IntFlag):
-    """Bits of the answer's `degraded`: what was missing while this list was made. 0 = nothing."""
+    """Says in the bits of the answer's `degraded` what was missing while this list was made. 0 = nothing."""
 
     UNKNOWN_USER = 1  # not in the snapshot: answered from the session's items, or with a cold list
     # Redis did not answer: a row past its soft TTL, or the release's own, was used for the user, the past or
@@ -39,7 +39,7 @@ class Degraded(IntFlag):
 
 
 def recommend(schema: Schema) -> PipelineSpec:
-    """The pipeline behind `recommend` for one shop."""
+    """Builds the pipeline behind `recommend` for one shop."""
     t = _tensors(schema)
     features = ModelSpec(
         "features",
@@ -102,8 +102,10 @@ ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
 
 
 def item_encoder(schema: Schema) -> ModelSpec:
-    """The engine that turns an item's id row and features into the row the snapshot holds. Runs offline (and
-    for new items)."""
+    """Describes the engine that turns an item's id row and features into the row that the snapshot holds.
+
+    It runs offline, and for items that are added or changed while they are served.
+    """
     t = _tensors(schema)
     return ModelSpec(
         "item_encoder",
@@ -114,35 +116,23 @@ def item_encoder(schema: Schema) -> ModelSpec:
 
 
 def _tensors(schema: Schema) -> dict[str, TensorSpec]:
-    """Every tensor by name. Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U
-    item and user features, S recall sources, T tasks, K returned, C codes, R values, E id embedding."""
+    """Gives every tensor by its name.
+
+    Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U item and user features,
+    S recall sources, T tasks, K returned, C codes, R values, E id embedding.
+    """
     s = schema.sizes
     w = Axis("W", "seen", s.seen)
     b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
-    h, d, m = (
-        Axis("H", "history", s.history),
-        Axis("D", "embedding", s.embedding),
-        Axis("M", "interests", s.interests),
-    )
-    n, f, u = (
-        Axis("N", "candidates", s.candidates),
-        Axis("F", "item features", s.item_features),
-        Axis("U", "user features", s.user_features),
-    )
-    task, k, src = (
-        Axis("T", "tasks", len(schema.tasks)),
-        Axis("K", "returned", None),
-        Axis("S", "recall sources", len(SOURCES)),
-    )
+    h, d = Axis("H", "history", s.history), Axis("D", "embedding", s.embedding)
+    m = Axis("M", "interests", s.interests)
+    n, k = Axis("N", "candidates", s.candidates), Axis("K", "returned", None)
+    f, u = Axis("F", "item features", s.item_features), Axis("U", "user features", s.user_features)
+    task, src = Axis("T", "tasks", len(schema.tasks)), Axis("S", "recall sources", len(SOURCES))
     e = Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features)
-    ic, iv = (
-        Axis("C", "item codes", schema.items.code_width),
-        Axis("R", "item values", schema.items.value_width),
-    )
-    uc, uv = (
-        Axis("C", "user codes", schema.users.code_width),
-        Axis("R", "user values", schema.users.value_width),
-    )
+    items, users = schema.items, schema.users
+    ic, iv = Axis("C", "item codes", items.code_width), Axis("R", "item values", items.value_width)
+    uc, uv = Axis("C", "user codes", users.code_width), Axis("R", "user values", users.value_width)
 
     def tensor(name: str, dtype: Dtype, meaning: str, *axes: Axis) -> TensorSpec:
         return TensorSpec(name, dtype, (b, *axes), meaning)
@@ -215,10 +205,10 @@ def _tensors(schema: Schema) -> dict[str, TensorSpec]:
 
 
 def fingerprint(schema: Schema) -> str:
-    """Changes when any tensor, model or the order of steps does: a release fits only the contract it was
-    built for.
+    """Gives 16 hex digits that change when any tensor, any model or the order of steps does.
 
-    Where a step's class lies is no part of it: moving a file makes no release another one.
+    A release fits only the contract it was built for. Where a step's class lies is no part of it: moving a
+    file makes no release another one.
     """
     models = (*recommend(schema).models, item_encoder(schema))
     wiring = [(m.name, m.is_engine, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in models]

@@ -4,7 +4,7 @@ PeregrineError            catch this to catch them all; the message alone must b
 ├── InvalidInput          fix the data, file or option that the message names        (exit code 2)
 │   └── InvalidArgument   fix the request: a field of one call to `recommend`        (Triton: INVALID_ARG)
 ├── WiringError           fix contract.py: tensors that do not fit each other
-├── ReleaseError          build again or activate another release: missing, half or changed files (exit code 2)
+├── ReleaseError          build again or activate another release: files missing or changed (exit code 2)
 └── ServerError           look at the server: absent, not ready, died                (exit code 2)
 """
 

@@ -18,7 +18,7 @@ _SHOWN = 40  # characters of a wrong value in an error
 
 
 def encode_id(field: str, value: Any, *, may_be_empty: bool = False) -> bytes:
-    """Gives the bytes of one id, an integer as its decimal text; InvalidArgument names `field` and the rule."""
+    """Gives the bytes of one id, an integer as its decimal text; InvalidArgument names field and rule."""
     try:
         encoded = value.encode() if isinstance(value, str) else _bytes_from_others(field, value)
     except UnicodeError:
@@ -40,7 +40,7 @@ def _bytes_from_others(field: str, value: Any) -> bytes:
 
 
 def encode_ids(field: str, ids: list[bytes]) -> Array:
-    """Gives a request's ids, which came as bytes, as [n] S; InvalidArgument says what is wrong with the first."""
+    """Gives a request's ids, which came as bytes, as [n] S; InvalidArgument as encode_id raises it."""
     joined = b"\n".join(ids)  # One check for all: no UTF-8 sequence spans a newline.
     try:
         joined.decode()
@@ -63,5 +63,6 @@ def id_fault(encoded: bytes) -> str:
 
 
 def _shown(value: Any) -> str:
+    """Gives a wrong value as it stands in an error, cut short."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

@@ -1,4 +1,4 @@
-"""The local twin: the whole pipeline in one process, the same steps under the same names, no server."""
+"""Runs the whole pipeline in one process: the local twin, the same steps under the same names, no server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ensemble.arrays import Tensors
+from ensemble.arrays import Array, Tensors
 from ensemble.id_rule import encode_id
 from ensemble.options import Options, parse_options, stack
 from ensemble.spec import ModelSpec
@@ -18,34 +18,34 @@ from ensemble.telemetry import Metric
 
 
 class Step(Protocol):
-    """What every step is: opened once on a release, then run on whole batches."""
+    """Is what every step is: opened once on a release, then run on whole batches."""
 
-    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
-        """The model's inputs by name -> its outputs by name; first axis is the batch."""
+    def run(self, options: Options, **tensors: Array) -> Tensors:
+        """Turns the model's inputs by name into its outputs by name; the first axis is the batch."""
         ...
 
 
 def open_step(model: ModelSpec, release: ServedRelease) -> Step:
-    """The step that ModelSpec.step names ("module:Class"), opened on `release`."""
+    """Opens the step that ModelSpec.step names ("module:Class") on `release`."""
     module, _, name = model.step.partition(":")
     step: Step = getattr(importlib.import_module(module), name)(model, release)
     return step
 
 
 class FusedStep:
-    """recommend as one step: all five in one process, on the same arrays."""
+    """Runs all of recommend as one step: all its models in one process, on the same arrays."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         self.pipeline = LocalPipeline(release)
         self.metrics = self.pipeline.step_metrics  # the release's own are published beside them
 
-    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
-        """The pipeline's inputs by name -> the answer's tensors."""
+    def run(self, options: Options, **tensors: Array) -> Tensors:
+        """Turns the pipeline's inputs by name into the answer's tensors."""
         return self.pipeline.run(options, tensors)
 
 
 class LocalPipeline:
-    """recommend, answered in this process."""
+    """Answers recommend in this process."""
 
     def __init__(self, release: ServedRelease) -> None:
         self.release, self.spec = release, release.pipeline
@@ -69,8 +69,10 @@ class LocalPipeline:
         user_ids: Sequence[bytes | str],
         parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensors:
-        """B users and their request parameters (one mapping for all, or one each) -> the answer's tensors [B,
-        …]."""
+        """Answers B users: ids -> the answer's tensors [B, …].
+
+        `parameters` are a request's: one mapping for all users, or one each.
+        """
         if parameters is None or isinstance(parameters, Mapping):
             options = parse_options(json.dumps(dict(parameters or {})), len(user_ids), self.release.schema)
         else:
@@ -81,8 +83,7 @@ class LocalPipeline:
         return self.run(options, {"user_id": ids[:, None]})
 
     def run(self, options: Options, tensors: Tensors) -> Tensors:
-        """From whatever tensors are given through all steps whose outputs are not yet there -> the answer's
-        tensors."""
+        """Runs all steps whose outputs are not yet among `tensors`; gives the answer's tensors."""
         known = dict(tensors)
         for model in self.spec.models:
             if all(t.name in known for t in model.outputs):

@@ -1,5 +1,4 @@
-"""What a request may ask beside its user: parsed from Triton request parameters into columns for the whole
-batch.
+"""Parses what a request may ask beside its user: Triton request parameters -> columns for the whole batch.
 
 Parameters, unlike optional tensors, do not split Triton's dynamic batches, so traffic whose options all
 differ still batches. A string value holds JSON. For several users in one request a value is shared, or is a
@@ -72,7 +71,7 @@ _FOREIGN = (
 )
 
 NO_CAP = 1 << 30  # more items than any list has
-# longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
+# Longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
 _REMEMBERED_BYTES = 2048
 
 Category = tuple[str, tuple[str, ...]]  # a feature and values of it
@@ -81,8 +80,7 @@ Range = tuple[str, float, float]  # a number feature, its least and its greatest
 
 @dataclass(frozen=True)
 class Filter:
-    """Items must have a value of every allowed feature, none of the denied values, and every number within
-    its range."""
+    """Says which items pass: a value of every allowed feature, no denied one, numbers within range."""
 
     allow: tuple[Category, ...] = ()
     deny: tuple[Category, ...] = ()
@@ -91,7 +89,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class UserOptions:
-    """The options of one user of one request."""
+    """Holds the options of one user of one request."""
 
     top_k: int = DEFAULT_TOP_K
     session_items: tuple[bytes, ...] = ()
@@ -106,12 +104,13 @@ class UserOptions:
 
     @property
     def filter(self) -> Filter | None:
+        """Gives what items must fulfil; None where every item may be recommended."""
         return Filter(self.allow, self.deny, self.ranges) if self.allow or self.deny or self.ranges else None
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a batch of B users, one entry each, in the batch's order."""
+    """Holds the options of a batch of B users, one entry each, in the batch's order."""
 
     users: tuple[UserOptions, ...]
 
@@ -119,17 +118,17 @@ class Options:
         return len(self.users)
 
     @property
-    def top_k(self) -> np.ndarray:
-        """[B] int64."""
+    def top_k(self) -> Array:
+        """Gives how many items each user wants: [B] int64."""
         return np.array([u.top_k for u in self.users], np.int64)
 
     @property
-    def exclude_seen(self) -> np.ndarray:
-        """[B] bool."""
+    def exclude_seen(self) -> Array:
+        """Says whose past items are left out: [B] bool."""
         return np.array([u.exclude_seen for u in self.users], bool)
 
-    def ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """session_items or exclude_items of all users, flat: (owners [L] int64, ids [L] S)."""
+    def ids(self, name: str) -> tuple[Array, Array]:
+        """Gives all users' session_items or exclude_items, flat: (owners [L] int64, ids [L] S)."""
         lists = [getattr(u, name) for u in self.users]
         owners = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
         return owners, np.array([i for ids in lists for i in ids], dtype="S") if len(owners) else np.zeros(
@@ -138,13 +137,12 @@ class Options:
 
 
 def default_options(num_users: int) -> Options:
-    """Nothing asked for."""
+    """Gives the options of users who ask for nothing."""
     return Options((UserOptions(),) * num_users)
 
 
 def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
-    """One request's parameters (a JSON object, as Triton hands it on) -> Options; InvalidArgument names the
-    field."""
+    """Parses one request's parameters, a JSON object as Triton gives it; InvalidArgument names the field."""
     if parameters in ("", "{}", "null"):
         return default_options(num_users)
     parse = _parse if len(parameters) <= _REMEMBERED_BYTES else _parse.__wrapped__
@@ -154,14 +152,14 @@ def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
 @lru_cache(maxsize=4096)  # the same page asks the same question again and again
 def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
     try:
-        found = json.loads(parameters)
+        given = json.loads(parameters)
     except ValueError:  # Triton writes a double that is NaN or infinite as nothing at all
         raise InvalidArgument(
             f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}"
         ) from None
-    if not isinstance(found, dict):
-        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(found)}")
-    raw = {name: value for name, value in found.items() if name not in _FOREIGN}
+    if not isinstance(given, dict):
+        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(given)}")
+    raw = {name: value for name, value in given.items() if name not in _FOREIGN}
     unknown = sorted(set(raw) - set(OPTION_NAMES))
     if unknown:
         raise InvalidArgument(f"{unknown[0]}: unknown parameter", f"known: {', '.join(OPTION_NAMES)}")
@@ -172,7 +170,7 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
 
 
 def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
-    """One parameter, read for each user of the request."""
+    """Reads one parameter for each user of the request."""
     read, is_list = _READERS[name]
     if isinstance(value, str):
         try:
@@ -253,8 +251,8 @@ def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
 
 
 def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
-    """{"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
-    found = []
+    """Reads ranges such as {"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
+    ranges = []
     for feature, ends in _object(name, value, set(number_names(schema)), "item number"):
         if (
             not isinstance(ends, list)
@@ -264,14 +262,12 @@ def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
             raise InvalidArgument(
                 f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}"
             )
-        low, high = (
-            (-math.inf if ends[0] is None else float(ends[0])),
-            (math.inf if ends[1] is None else float(ends[1])),
-        )
+        low = -math.inf if ends[0] is None else float(ends[0])
+        high = math.inf if ends[1] is None else float(ends[1])
         if low > high:
             raise InvalidArgument(f"{name}: {feature!r} has no number from {low:g} to {high:g}")
-        found.append((feature, low, high))
-    return tuple(sorted(found))
+        ranges.append((feature, low, high))
+    return tuple(sorted(ranges))
 
 
 def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str, Any]]:
@@ -292,7 +288,7 @@ def _categories(schema: Schema) -> set[str]:
 def _is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    # isfinite cannot take an int of any size
+    # math.isfinite cannot take an int of any size.
     return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
 
 
@@ -305,9 +301,8 @@ def _short(value: Any) -> str:
 
 
 Reader = Callable[[str, Any, Schema], Any]
-_READERS: dict[
-    str, tuple[Reader, bool]
-] = {  # name: (reader of one user's value, whether that value is itself an array)
+# Name: (reader of one user's value, whether that value is itself an array).
+_READERS: dict[str, tuple[Reader, bool]] = {
     "top_k": (_top_k, False),
     "session_items": (_ids, True),
     "exclude_items": (_ids, True),
@@ -322,5 +317,5 @@ _READERS: dict[
 
 
 def stack(options: Sequence[Options]) -> Options:
-    """Options of consecutive requests -> one batch's."""
+    """Joins the options of consecutive requests into one batch's."""
     return options[0] if len(options) == 1 else Options(tuple(u for one in options for u in one.users))

@@ -1,4 +1,4 @@
-"""A progress bar for whoever watches; silent where nobody does (no terminal)."""
+"""Shows a progress bar on a terminal, and nothing where nobody watches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(text: str) -> Iterator[Callable[[str, float], None]]:
-    """Gives `update(step, share)`: what is being done, and how much of that step is (0..1)."""
+    """Gives `update(step, share)`, which shows what is being done and how much of it is done (0..1)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""The only user of Triton's Python backend API: requests <-> arrays, batching, errors.
+"""Turns Triton's requests into arrays and back: batching, errors. No other file uses Triton's Python API.
 
 One adapter serves every step. It joins the requests of a dynamic batch, runs the step once, and splits the
 answer. A bad request is answered INVALID_ARG and left out; its batch-mates go on.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ensemble.arrays import Array, Tensors
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
 from ensemble.local import open_step
@@ -27,7 +28,7 @@ RETURNED = "K"  # the axis that is cut to each request's own top_k
 
 
 class PythonModel:
-    """TritonPythonModel of every member; which step it runs stands in its config.pbtxt."""
+    """Is the TritonPythonModel of every member; which step it runs stands in its config.pbtxt."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the release's files, verified; an error here fails the load, not a request."""
@@ -51,21 +52,20 @@ class PythonModel:
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
         self.publisher = Publisher(pb_utils, lambda: [*release.metrics(), *own()], labels)
         gc.collect()
-        # what is loaded stays: no collection walks through all of it again in the middle of a request
+        # What is loaded stays: no collection walks through all of it again in the middle of a request
         gc.freeze()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in order."""
+        """Answers requests, one response each, in their order."""
         responses: list[Any] = [None] * len(requests)
         self.publisher.publish()
         good: list[int] = []
-        feeds: list[dict[str, np.ndarray]] = []
+        feeds: list[Tensors] = []
         options: list[Options] = []
         for i, request in enumerate(requests):
             try:
-                given = {
-                    tensor.name(): tensor for tensor in request.inputs()
-                }  # once: looking each up by name walks the list each time
+                # Once: looking each up by name walks the list each time.
+                given = {tensor.name(): tensor for tensor in request.inputs()}
                 tensors = {spec.name: _array(given[spec.name], spec) for spec in self.model.inputs}
                 options.append(self._options(request, len(next(iter(tensors.values())))))
             except InvalidArgument as error:
@@ -83,35 +83,32 @@ class PythonModel:
         self.release.close()
 
     def _options(self, request: Any, num_users: int) -> Options:
-        return (
-            default_options(num_users)
-            if self.model.is_engine
-            else parse_options(request.parameters(), num_users, self.schema)
-        )
+        """Parses a request's parameters; engines take none."""
+        if self.model.is_engine:
+            return default_options(num_users)
+        return parse_options(request.parameters(), num_users, self.schema)
 
-    def _answer(self, feeds: list[dict[str, np.ndarray]], options: list[Options]) -> list[Any]:
-        """Joins, runs once, splits."""
-        joined = (
-            feeds[0]
-            if len(feeds) == 1
-            else {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]}
-        )
+    def _answer(self, feeds: list[Tensors], options: list[Options]) -> list[Any]:
+        """Joins the feeds of good requests, runs the step once, and splits its outputs into responses."""
+        joined = feeds[0]
+        if len(feeds) > 1:
+            joined = {name: np.concatenate([one[name] for one in feeds]) for name in joined}
         try:
             outputs = self.step.run(stack(options), **joined)
         except PeregrineError as error:
             return [_failed(error, pb_utils.TritonError.INTERNAL)] * len(feeds)
         ends = np.cumsum([len(o) for o in options])
         responses = []
-        for start, end, asked in zip([0, *ends[:-1]], ends, options, strict=True):
+        for start, end, request_options in zip([0, *ends[:-1]], ends, options, strict=True):
             tensors = [
-                pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, asked))
+                pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, request_options))
                 for spec in self.model.outputs
             ]
             responses.append(pb_utils.InferenceResponse(tensors))
         return responses
 
 
-def _array(tensor: Any, spec: TensorSpec) -> np.ndarray:
+def _array(tensor: Any, spec: TensorSpec) -> Array:
     """Gives a request's tensor [B, ...] as the step takes it: ids, which come as objects, as S."""
     array = tensor.as_numpy()
     return (
@@ -119,18 +116,19 @@ def _array(tensor: Any, spec: TensorSpec) -> np.ndarray:
     )
 
 
-def _part(array: np.ndarray, spec: TensorSpec, start: int, end: int, asked: Options) -> np.ndarray:
-    """The rows of one request, cut along K to the most it asked for."""
+def _part(array: Array, spec: TensorSpec, start: int, end: int, options: Options) -> Array:
+    """Gives the rows of one request, cut along K to the most that it asked for."""
     part = array[start:end]
     if len(spec.axes) > 1 and spec.axes[1].letter == RETURNED:
-        part = part[:, : int(asked.top_k.max(initial=1))]
+        part = part[:, : int(options.top_k.max(initial=1))]
     return np.ascontiguousarray(part)
 
 
 def _failed(error: Exception, code: int) -> Any:
+    """Makes the response that says what was wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
 def _server_is_old() -> bool:
-    """True where numpy 2 silently empties every output: 2.51's stubs, which are built against numpy 1."""
+    """Says where numpy 2 silently empties every output: in 2.51's stubs, which are built against numpy 1."""
     return os.environ.get("TRITON_SERVER_VERSION", "").startswith("2.51")

@@ -1,5 +1,4 @@
-"""What a shop looks like to the engines: features, tasks and sizes. Written by builders into every
-release."""
+"""Describes a shop to the engines: features, tasks and sizes. Builders write it into every release."""
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Feature:
-    """A column of the items or users table, packed into codes (category, text) or values (number, vector).
+    """Describes a column of the items or users table, packed into codes (category, text) or values (number,
+    vector).
 
     Codes of all features of a table share one range: feature f owns [offset, offset + size); code 0 is
     "nothing here". `offset` itself is "seen, but not in the vocabulary"; category value v of the vocabulary
@@ -31,42 +31,44 @@ class Feature:
 
     @property
     def is_code(self) -> bool:
+        """Says whether the feature fills columns of codes; else it fills columns of values."""
         return self.kind in ("category", "text")
 
     @property
     def columns(self) -> slice:
+        """Gives the columns of codes or values that the feature fills."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Features of one table, in column order."""
+    """Lists the features of one table, in column order."""
 
     features: tuple[Feature, ...] = ()
 
     @property
     def num_codes(self) -> int:
-        """Size of the joint code range, code 0 included."""
+        """Gives the size of the joint code range, code 0 included."""
         return 1 + sum(f.size for f in self.features if f.is_code)
 
     @property
     def code_width(self) -> int:
-        """Columns of `codes`; at least 1, so that no tensor is empty."""
+        """Counts the columns of `codes`; at least 1, so that no tensor is empty."""
         return max(1, sum(f.width for f in self.features if f.is_code))
 
     @property
     def value_width(self) -> int:
-        """Columns of `values`; at least 1, so that no tensor is empty."""
+        """Counts the columns of `values`; at least 1, so that no tensor is empty."""
         return max(1, sum(f.width for f in self.features if not f.is_code))
 
     def category(self, name: str) -> Feature | None:
-        """The category feature called `name`, or None."""
+        """Finds the category feature called `name`; None if there is none."""
         return next((f for f in self.features if f.name == name and f.kind == "category"), None)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something the ranker predicts: a probability (binary) or a number (regression).
+    """Describes something that the ranker predicts: a probability (binary) or a number (regression).
 
     `given` names the task it is conditional on (buy given click); its value then enters the blend times that
     task's probability. `weight` is its default share in the score.
@@ -80,7 +82,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Every size in the contract, once. Letters as in contract.py."""
+    """Holds every size in the contract, once. Letters as in contract.py."""
 
     seen: int = 200  # W, what the snapshot keeps of a user's past items
     history: int = 50  # H, the last of them, which engines read
@@ -95,7 +97,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Schema:
-    """One shop's columns, tasks and sizes; with contract.py it determines every tensor."""
+    """Holds one shop's columns, tasks and sizes; with contract.py it determines every tensor."""
 
     shop: str
     items: Table
@@ -105,16 +107,18 @@ class Schema:
     version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
+        """Writes the schema as JSON; schema_from_json reads it."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
 
 def number_names(schema: Schema) -> tuple[str, ...]:
-    """The items' number features, in the order of numbers.npy's columns and of a live record's `numbers`."""
+    """Names the items' number features, in the order of numbers.npy's columns and of a live record's
+    `numbers`."""
     return tuple(f.name for f in schema.items.features if f.kind == "number")
 
 
 def schema_from_json(text: str) -> Schema:
-    """Inverse of Schema.to_json; ReleaseError if it was written by another version of Peregrine."""
+    """Reads what Schema.to_json wrote; ReleaseError if another version of Peregrine wrote it."""
     raw: dict[str, Any] = json.loads(text)
     if raw.get("version") != SCHEMA_VERSION:
         raise ReleaseError(

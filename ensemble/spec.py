@@ -1,4 +1,5 @@
-"""What a pipeline is: axes, tensors, models and how they are wired. Wrong wiring is refused when it is built.
+"""Says what a pipeline is: axes, tensors, models and how they are wired. Wrong wiring is refused when it is
+built.
 
 The names are the wiring: a tensor has one name everywhere (forward parameter = ONNX input = engine input =
 config.pbtxt input = step keyword = client field), so a model needs no input map, only the tensors it takes
@@ -18,7 +19,7 @@ BATCH = "B"
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a tensor; `size` None means that it varies from call to call."""
+    """Names one axis of a tensor; `size` None means that it varies from call to call."""
 
     letter: str
     meaning: str
@@ -27,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named array. The first axis is always the batch B; `dims` are the sizes of the others."""
+    """Names an array. The first axis is always the batch B; `dims` are the sizes of the others."""
 
     name: str
     dtype: Dtype
@@ -36,7 +37,7 @@ class TensorSpec:
 
     @property
     def dims(self) -> tuple[int | None, ...]:
-        """Sizes without the batch axis; None where it varies."""
+        """Gives the sizes without the batch axis; None where one varies."""
         return tuple(axis.size for axis in self.axes[1:])
 
     def __post_init__(self) -> None:
@@ -51,9 +52,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One step: the tensors it takes and gives, and the class that runs it ("module:Class").
+    """Describes one step: the tensors it takes and gives, and the class that runs it ("module:Class").
 
-    An engine step is ENGINE_STEP: it runs the release's `model.onnx` (or plan) of the same name.
+    An engine step is ENGINE_STEP: it runs the release's `model.onnx`, or the plan made of it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelSpec:
 
     @property
     def is_engine(self) -> bool:
+        """Says whether the step runs a model file; else it runs Python."""
         return self.step == ENGINE_STEP
 
 
@@ -73,7 +75,7 @@ FUSED_STEP = "ensemble.local:FusedStep"
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """Models in an order in which each one's inputs are already there: a DAG, checked when it is built."""
+    """Lists models in an order in which each one's inputs are there: a DAG, checked when it is built."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -97,6 +99,7 @@ class PipelineSpec:
             self._check_source("the answer", tensor, known)
 
     def _check_source(self, taker: str, tensor: TensorSpec, known: dict[str, TensorSpec]) -> None:
+        """Raises WiringError unless `known` has the very tensor that `taker` takes."""
         source = known.get(tensor.name)
         if source is None:
             raise WiringError(
@@ -108,11 +111,12 @@ class PipelineSpec:
 
     @property
     def fused(self) -> ModelSpec:
-        """The whole pipeline as one step: what runs where hops between processes cost more than they give."""
+        """Describes the whole pipeline as one step, for where hops between processes cost more than they
+        give."""
         return ModelSpec(self.name, FUSED_STEP, self.inputs, self.outputs)
 
     def model(self, name: str) -> ModelSpec:
-        """The model called `name`, or the fused pipeline under its own; WiringError if there is none."""
+        """Finds the model called `name`, or the fused pipeline under its own; else WiringError."""
         if name == self.name:
             return self.fused
         for model in self.models:

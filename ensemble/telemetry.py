@@ -1,5 +1,4 @@
-"""Numbers that steps tell of themselves: plain values here, Triton's custom metrics once they are
-published."""
+"""Carries numbers that steps tell of themselves: plain values here, Triton's custom metrics later."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ _EVERY_S = 1.0
 
 
 class Metric(NamedTuple):
-    """One number as Prometheus wants it."""
+    """Holds one number as Prometheus wants it."""
 
     name: str
     labels: tuple[tuple[str, str], ...]
@@ -20,9 +19,11 @@ class Metric(NamedTuple):
 
 
 class Publisher:
-    """Hands over what `read` says at most once a second, while requests come. Not in a thread: each number is
-    a call to the server, which may hold the GIL for longer than a tier's deadline. Triton's API comes as an
-    argument: python_model.py is its only user."""
+    """Publishes what `read` says, at most once a second, while requests come.
+
+    It has no thread: each number is a call to the server, which may hold the GIL for longer than a tier's
+    deadline. Triton's API comes as an argument: python_model.py is its only user.
+    """
 
     def __init__(self, pb_utils: Any, read: Callable[[], list[Metric]], labels: dict[str, str]) -> None:
         self._api, self._read, self._labels = pb_utils, read, labels
@@ -31,6 +32,7 @@ class Publisher:
         self._next_s = 0.0
 
     def publish(self) -> None:
+        """Publishes the numbers if the last time was a second ago: a counter's growth, a gauge's value."""
         now = time.monotonic()
         if now < self._next_s:
             return
@@ -44,6 +46,7 @@ class Publisher:
             self._published[one[:2]] = metric, one.value
 
     def _metric(self, one: Metric) -> Any:
+        """Makes Triton's metric for a number that is published for the first time."""
         if one.name not in self._families:
             kind = self._api.MetricFamily.COUNTER if one.is_counter else self._api.MetricFamily.GAUGE
             words = one.name.removeprefix("peregrine_").replace("_", " ")

@@ -226,7 +226,7 @@ def build_plan(request: Request) -> bytes:
     _load_timing_cache(config, request.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ReleaseError(f"TensorRT {trt.__version__} built no plan: {log.told()}")
+        raise ReleaseError(f"TensorRT {trt.__version__} built no plan: {log.last_line()}")
     _save_timing_cache(config, request.timing_cache)
     return bytes(plan)
 
@@ -240,7 +240,7 @@ def _parse(trt: Any, network: Any, log: Any, onnx_bytes: bytes) -> None:
     place = error.node() if error else -1
     where = f"node {nodes[place].name} ({nodes[place].op_type})" if 0 <= place < len(nodes) else "the model"
     raise ReleaseError(
-        f"TensorRT {trt.__version__} does not take {where}: {error.desc() if error else log.told()}"
+        f"TensorRT {trt.__version__} does not take {where}: {error.desc() if error else log.last_line()}"
     )
 
 

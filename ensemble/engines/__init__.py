@@ -1,4 +1,4 @@
-"""The seam between steps and runtimes: an Engine runs named arrays; open_engine chooses by the file's
+"""Is the seam between steps and runtimes: an Engine runs named arrays; open_engine chooses by the file's
 suffix."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.arrays import Tensors
+from ensemble.arrays import Array, Tensors
 from ensemble.errors import ReleaseError
 from ensemble.options import Options
 from ensemble.release.release import Release
@@ -28,20 +28,24 @@ CPU, GPU = "cpu", "gpu"
 
 
 class Engine(Protocol):
-    """A loaded model. `inputs` and `outputs` give (name, numpy dtype name, dims without batch; None =
-    varies)."""
+    """Runs a loaded model.
+
+    `inputs` and `outputs` list (name, numpy dtype name, dims without the batch; None where one varies).
+    """
 
     inputs: list[tuple[str, str, tuple[int | None, ...]]]
     outputs: list[tuple[str, str, tuple[int | None, ...]]]
 
     def run(self, feeds: Tensors) -> Tensors:
-        """Arrays by name in, arrays by name out; first axis is the batch."""
+        """Turns arrays by name into arrays by name; the first axis is the batch."""
         ...
 
 
 def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
-    """Opens a model file; ReleaseError names the file when it cannot be. gpu: ONNX Runtime's CUDA provider,
-    or an error."""
+    """Opens a model file, .onnx or .plan; ReleaseError names the file when it cannot be opened.
+
+    `gpu` asks for ONNX Runtime's CUDA provider, or an error.
+    """
     if path.suffix == ".onnx":
         from ensemble.engines.onnx import CPU, CUDA, OnnxEngine
 
@@ -54,12 +58,12 @@ def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
 
 
 def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
-    """ReleaseError unless the engine takes and gives exactly the model's tensors."""
-    for what, found, wanted in (
+    """Raises ReleaseError unless the engine takes and gives exactly the model's tensors."""
+    for what, described, wanted in (
         ("takes", engine.inputs, model.inputs),
         ("gives", engine.outputs, model.outputs),
     ):
-        differing = signature_difference(found, wanted)
+        differing = signature_difference(described, wanted)
         if differing:
             raise ReleaseError(
                 f"{path}: the model {what} {differing}",
@@ -68,10 +72,10 @@ def check_signature(engine: Engine, model: ModelSpec, path: Path) -> None:
 
 
 def signature_difference(
-    found: list[tuple[str, str, tuple[int | None, ...]]], wanted: tuple[TensorSpec, ...]
+    described: list[tuple[str, str, tuple[int | None, ...]]], wanted: tuple[TensorSpec, ...]
 ) -> str:
     """Names the first tensor that is missing, extra or shaped otherwise; empty when all fit."""
-    have = {name: (dtype, dims) for name, dtype, dims in found}
+    have = {name: (dtype, dims) for name, dtype, dims in described}
     for spec in wanted:
         if spec.name not in have:
             return f"no tensor {spec.name}"
@@ -86,8 +90,7 @@ def signature_difference(
 
 
 class EngineStep:
-    """The step of every engine model: verifies and opens the release's model file or its plan, then hands
-    tensors through."""
+    """Is the step of every engine model: it opens the release's model file or its plan, verified."""
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         runtime = os.environ.get(ENGINE_VARIABLE, ONNXRUNTIME)
@@ -106,9 +109,8 @@ class EngineStep:
         self._chunk = CHUNK if runtime == ONNXRUNTIME else release.pipeline.max_batch
         check_signature(self.engine, model, path)
 
-    def run(self, options: Options, **tensors: np.ndarray) -> Tensors:
-        """The model's input tensors by name -> its output tensors by name; large batches in chunks that fit
-        the cache."""
+    def run(self, options: Options, **tensors: Array) -> Tensors:
+        """Turns the model's inputs by name into its outputs, large batches in chunks that fit the cache."""
         if len(options) <= self._chunk:
             return self.engine.run(tensors)
         pieces = [slice(start, start + self._chunk) for start in range(0, len(options), self._chunk)]
@@ -119,7 +121,7 @@ class EngineStep:
 
 
 def _plan_path(model: ModelSpec, release: Release) -> Path:
-    """The plan that fits this node; opening it verifies it."""
+    """Finds the plan that fits this node; opening it verifies it."""
     from ensemble.engines.plans import find_plan
     from ensemble.engines.tensorrt import this_node
 

@@ -1,4 +1,4 @@
-"""The GPU through the driver's own library and ctypes: memory, copies, a stream, events. Nothing to install.
+"""Reaches the GPU through the driver's own library and ctypes: memory, copies, a stream, events.
 
 Chosen over cuda-python and libcudart: libcuda.so.1 comes with the driver, so it is on every machine that has
 a GPU, and its functions keep their names and meaning across CUDA versions (the _v2 ones since CUDA 3.2). The
@@ -11,8 +11,7 @@ import ctypes
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint64, c_void_p
 from typing import Any
 
-import numpy as np
-
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -23,7 +22,7 @@ NO_GPU = (
 
 
 def _driver() -> Any:
-    """libcuda, initialised; ReleaseError where there is no driver or no GPU."""
+    """Opens libcuda and starts it; ReleaseError where there is no driver or no GPU."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -37,8 +36,10 @@ def _driver() -> Any:
 
 
 def gpu_facts() -> tuple[str, str, str]:
-    """(name, SM, the driver's CUDA version) of GPU 0, such as ("NVIDIA H200", "9.0", "13.0"); ReleaseError
-    without a GPU."""
+    """Gives name, SM and the driver's CUDA version of GPU 0, such as ("NVIDIA H200", "9.0", "13.0").
+
+    Raises ReleaseError without a GPU.
+    """
     library, name = _driver(), ctypes.create_string_buffer(256)
     major, minor, version = c_int(), c_int(), c_int()
     device = c_int()
@@ -58,8 +59,10 @@ def gpu_facts() -> tuple[str, str, str]:
 
 
 class Gpu:
-    """GPU 0 with a stream of its own. Every call may come from another thread: the context is made current
-    first."""
+    """Holds GPU 0 with a stream of its own.
+
+    Every call may come from another thread: the context is made current first.
+    """
 
     def __init__(self) -> None:
         self._library = _driver()
@@ -76,17 +79,18 @@ class Gpu:
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, num_bytes: int) -> int:
-        """Address of new device memory."""
+        """Gives the address of new device memory."""
         address = c_uint64()
         self._call("cuMemAlloc_v2", byref(address), c_size_t(max(1, num_bytes)))
         return address.value
 
     def free(self, address: int) -> None:
+        """Gives device memory back."""
         self.enter()
         self._call("cuMemFree_v2", c_uint64(address))
 
-    def upload(self, array: np.ndarray, address: int) -> None:
-        """Contiguous array -> device, in the stream."""
+    def upload(self, array: Array, address: int) -> None:
+        """Copies a contiguous array to the device, in the stream."""
         self._call(
             "cuMemcpyHtoDAsync_v2",
             c_uint64(address),
@@ -95,8 +99,8 @@ class Gpu:
             c_void_p(self.stream),
         )
 
-    def download(self, address: int, array: np.ndarray) -> None:
-        """Device -> contiguous array, in the stream; there after synchronize()."""
+    def download(self, address: int, array: Array) -> None:
+        """Copies from the device into a contiguous array, in the stream; it is there after synchronize()."""
         self._call(
             "cuMemcpyDtoHAsync_v2",
             c_void_p(array.ctypes.data),
@@ -110,14 +114,14 @@ class Gpu:
         self._call("cuStreamSynchronize", c_void_p(self.stream))
 
     def event(self) -> int:
-        """A new event, recorded in the stream now."""
+        """Makes a new event and records it in the stream now."""
         event = c_void_p()
         self._call("cuEventCreate", byref(event), 0)
         self._call("cuEventRecord", event, c_void_p(self.stream))
         return int(event.value or 0)
 
     def elapsed_ms(self, start: int, end: int) -> float:
-        """Milliseconds of GPU time between two events, which are used up by it."""
+        """Gives the milliseconds of GPU time between two events, which are used up by it."""
         milliseconds = c_float()
         self._call("cuEventSynchronize", c_void_p(end))
         self._call("cuEventElapsedTime", byref(milliseconds), c_void_p(start), c_void_p(end))
@@ -126,6 +130,7 @@ class Gpu:
         return milliseconds.value
 
     def _call(self, function: str, *arguments: Any) -> None:
+        """Calls a function of the driver; ReleaseError with the driver's own text if it fails."""
         code = getattr(self._library, function)(*arguments)
         if code:
             text = c_char_p()

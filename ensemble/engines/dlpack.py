@@ -1,7 +1,7 @@
-"""DLPack without a framework: other libraries' GPU tensors in, ours out, no copy. Version 0 of the protocol,
-which all speak.
+"""Passes GPU tensors to other libraries and takes theirs, by DLPack, without a copy and without a framework.
 
-Layout of the structures: dlpack.h of DLPack 0.8 (https://dmlc.github.io/dlpack/latest/c_api.html).
+It speaks version 0 of the protocol, which all speak. Layout of the structures: dlpack.h of DLPack 0.8
+(https://dmlc.github.io/dlpack/latest/c_api.html).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 CPU, CUDA = 1, 2  # kDLCPU, kDLCUDA
@@ -69,8 +70,10 @@ _exported: dict[int, tuple[Any, ...]] = {}  # address of what we gave away -> wh
 
 
 class DeviceTensor:
-    """A contiguous array in a device's memory, which `release` gives back; torch.from_dlpack and its like
-    take it."""
+    """Holds a contiguous array in a device's memory, which `release` gives back.
+
+    torch.from_dlpack and its like take it.
+    """
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class DeviceTensor:
         return self._device, 0
 
     def __dlpack__(self, stream: int | None = None) -> Any:
-        """A capsule; ours are complete when they are given out, so there is no stream to wait for."""
+        """Gives a capsule; ours are complete when they are given out, so there is no stream to wait for."""
         shape = (c_int64 * len(self.shape))(*self.shape)
         code = next(code for code, kind in _KINDS.items() if kind == self.dtype.kind)
         tensor = _Tensor(
@@ -114,13 +117,13 @@ def _delete(managed: Any) -> None:
 
 @_DESTRUCTOR
 def _drop_unused(capsule: int) -> None:
-    """Runs when a capsule dies: one that nobody took (a taker renames it) lets go of its array here."""
+    """Lets go of the array of a capsule that dies without having been taken (a taker renames it)."""
     if _is_valid(capsule, _NAME):
         _exported.pop(_address_in(capsule, _NAME), None)
 
 
 class Borrowed:
-    """Somebody's tensor, held as long as this object is."""
+    """Holds somebody's tensor as long as this object lives."""
 
     def __init__(self, tensor: Any, stream: int | None = None) -> None:
         self.device = int(tensor.__dlpack_device__()[0])
@@ -134,14 +137,17 @@ class Borrowed:
 
     @property
     def address(self) -> int:
+        """Gives the address of the first element."""
         return int(self._tensor.data or 0) + int(self._tensor.byte_offset)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Gives the sizes of all axes."""
         return tuple(self._tensor.shape[i] for i in range(self._tensor.ndim))
 
     @property
     def dtype(self) -> np.dtype:
+        """Gives numpy's dtype; InvalidInput where numpy has none."""
         given = self._tensor.dtype
         if given.lanes != 1 or given.code not in _KINDS:
             raise InvalidInput(
@@ -150,8 +156,8 @@ class Borrowed:
             )
         return np.dtype(bool) if given.code == 6 else np.dtype(f"{_KINDS[given.code]}{given.bits // 8}")
 
-    def array(self) -> np.ndarray:
-        """The tensor as an array on the same memory, if that is the CPU's; it lives no longer than this
+    def array(self) -> Array:
+        """Gives an array on the tensor's own memory, if that is the CPU's; it lives no longer than this
         object."""
         num_bytes = prod(self.shape) * self.dtype.itemsize
         return np.frombuffer(
@@ -159,6 +165,7 @@ class Borrowed:
         ).reshape(self.shape)
 
     def _check_contiguous(self) -> None:
+        """Raises InvalidInput unless the elements lie side by side."""
         if not self._tensor.strides:
             return
         strides = [self._tensor.strides[i] for i in range(len(self.shape))]

@@ -45,9 +45,9 @@ def open_session(
 ) -> ort.InferenceSession:
     """Opens `model`, a file or its bytes; a file is read first, so that external data is never followed.
 
-    fuse=False leaves out all but basic optimizations: each node then rounds as it is written, and fp16 and fp8
-    graphs run on the CPU. Raises ReleaseError if a file cannot be opened or `provider` does not become active,
-    InvalidInput if bytes cannot be opened.
+    fuse=False leaves out all but basic optimizations: each node then rounds as it is written, and fp16 and
+    fp8 graphs run on the CPU. Raises ReleaseError if a file cannot be opened or `provider` does not become
+    active, InvalidInput if bytes cannot be opened.
     """
     name, error_type = (str(model), ReleaseError) if isinstance(model, Path) else ("the model", InvalidInput)
     _check_provider(name, provider, ort.get_available_providers())

@@ -1,8 +1,8 @@
-"""TensorRT plans lie beside the release they were built from, which never changes; each says which node it
-fits.
+"""Finds TensorRT plans, which lie beside the release they were built from; each says which node it fits.
 
-rN_plans/<key>/manifest.json        one engine: its key, the digests of its files; written last, renamed in whole
-rN_plans/<key>/rN_<model>/          what Triton's native backend mounts: configs/tensorrt.pbtxt, 1/model.plan, warmup/
+    rN_plans/<key>/manifest.json    one engine: its key, the digests of its files; written last
+    rN_plans/<key>/rN_<model>/      what Triton's native backend mounts: configs/tensorrt.pbtxt, 1/model.plan,
+                                    warmup/
 
 <key> is a digest of all that decides whether a plan may run: see EngineKey. Several nodes may share one
 repository: each takes the plans that fit it.
@@ -31,7 +31,7 @@ _PORTABLE_FROM = (8, 0)  # AMPERE_PLUS: the oldest SM that a portable plan runs 
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine runs plans with."""
+    """Says what a machine runs plans with."""
 
     gpu: str  # "NVIDIA H200"
     sm: str  # "9.0"
@@ -41,7 +41,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Range:
-    """What one input may be: an optimization profile's min, opt and max, batch axis first."""
+    """Says what shapes one input may have: an optimization profile's min, opt and max, batch axis first."""
 
     name: str
     least: tuple[int, ...]
@@ -51,7 +51,7 @@ class Range:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """All that a plan depends on; two plans with one key are interchangeable."""
+    """Names all that a plan depends on; two plans with one key are interchangeable."""
 
     onnx_sha256: str
     tensorrt: str
@@ -66,7 +66,7 @@ class EngineKey:
 
     @property
     def digest(self) -> str:
-        """16 hex digits, the same on every machine."""
+        """Gives 16 hex digits, the same on every machine."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, node: Node) -> str:
@@ -77,26 +77,24 @@ class EngineKey:
                 ("SM", self.sm, node.sm),
                 ("TensorRT", self.tensorrt, node.tensorrt),
             )
-            return next(
-                (
-                    f"the plan is for {name} {wanted}, this node has {found}"
-                    for name, wanted, found in facts
-                    if wanted != found
-                ),
-                "",
-            )
+            for name, wanted, here in facts:
+                if wanted != here:
+                    return f"the plan is for {name} {wanted}, this node has {here}"
+            return ""
         if _numbers(node.sm) < _PORTABLE_FROM:
             return f"the portable plan is for SM 8.0 and later, this node has SM {node.sm}"
-        if _numbers(node.tensorrt)[:1] != _numbers(self.tensorrt)[:1] or _numbers(node.tensorrt) < _numbers(
-            self.tensorrt
-        ):
-            return f"the portable plan is for TensorRT {self.tensorrt} to the end of its major version, this node has {node.tensorrt}"
+        version, oldest = _numbers(node.tensorrt), _numbers(self.tensorrt)
+        if version[:1] != oldest[:1] or version < oldest:
+            return (
+                f"the portable plan is for TensorRT {self.tensorrt} to the end of its major version, this "
+                f"node has {node.tensorrt}"
+            )
         return ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan on disk."""
+    """Describes a plan on disk."""
 
     folder: Path  # rN_plans/<key>
     member: str  # rN_<model>
@@ -105,15 +103,16 @@ class Plan:
 
     @property
     def path(self) -> Path:
+        """Gives the path of model.plan."""
         return self.folder / self.member / "1" / PLAN_FILE
 
     @property
     def member_folder(self) -> Path:
-        """What stands in for the release's own member folder where Triton's native backend serves."""
+        """Gives what stands in for the release's member folder where Triton's native backend serves."""
         return self.folder / self.member
 
     def verify(self) -> None:
-        """ReleaseError naming the first file that is not what the manifest says."""
+        """Raises ReleaseError for the first file that is not what the manifest says."""
         for relative, entry in self.facts["files"].items():
             try:
                 same = file_sha256(self.folder / relative) == entry["sha256"]
@@ -132,13 +131,15 @@ _CURE = "remove its folder and run `peregrine compile` again"
 
 
 def plans_folder(repository: Path, release: str) -> Path:
-    """Where the plans of one release lie; removed with it."""
+    """Gives the folder of one release's plans; it is removed with the release."""
     return repository / f"{release}_plans"
 
 
 def source_onnx(release: Release, model: str) -> Path:
-    """What plans are built from: the typed ONNX where the release was compressed for TensorRT, else the ONNX
-    that the CPU runs."""
+    """Gives the ONNX model that plans are built from.
+
+    It is the typed one where the release was compressed for TensorRT, else the one that the CPU runs.
+    """
     typed = release.member_file(model, TYPED_ONNX)
     return (
         typed
@@ -148,8 +149,10 @@ def source_onnx(release: Release, model: str) -> Path:
 
 
 def find_plan(release: Release, model: str, node: Node) -> Plan:
-    """The plan of `model` that runs on `node`, built from this release's ONNX; ReleaseError says what is in
-    the way."""
+    """Finds the plan of `model` that runs on `node` and was built from this release's ONNX model.
+
+    ReleaseError says what is in the way.
+    """
     wanted = release.manifest["files"][str(source_onnx(release, model).relative_to(release.repository))][
         "sha256"
     ]
@@ -169,8 +172,10 @@ def find_plan(release: Release, model: str, node: Node) -> Plan:
 
 
 def find_plans(release: Release, node: Node) -> dict[str, Plan]:
-    """{engine model of the pipeline: its plan, verified}; ReleaseError names the first that is missing, does
-    not fit or was changed."""
+    """Gives {engine model of the pipeline: its plan}, verified.
+
+    ReleaseError names the first that is missing, does not fit or was changed.
+    """
     plans = {
         model.name: find_plan(release, model.name, node)
         for model in release.pipeline.models
@@ -182,14 +187,16 @@ def find_plans(release: Release, node: Node) -> dict[str, Plan]:
 
 
 def read_plans(release: Release) -> list[Plan]:
-    """Every plan of a release, oldest first; ReleaseError names a manifest that cannot be read."""
-    found = [read_plan(path) for path in plans_folder(release.repository, release.name).glob(f"*/{MANIFEST}")]
-    return sorted(found, key=lambda plan: (plan.facts["created"], plan.folder.name))
+    """Lists every plan of a release, oldest first; ReleaseError names a manifest that cannot be read."""
+    plans = [read_plan(path) for path in plans_folder(release.repository, release.name).glob(f"*/{MANIFEST}")]
+    return sorted(plans, key=lambda plan: (plan.facts["created"], plan.folder.name))
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan that a manifest describes; ReleaseError if it is none of ours. Files are not read:
-    Plan.verify."""
+    """Reads the plan that a manifest describes, without its files (Plan.verify).
+
+    Raises ReleaseError if the manifest is none of ours.
+    """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
@@ -210,12 +217,12 @@ def read_plan(path: Path) -> Plan:
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """The batch sizes that matter: a lone user, a chunk of a busy server, all that fits."""
+    """Gives the batch sizes that matter: a lone user, a chunk of a busy server, all that fits."""
     return tuple(sorted({1, min(8, max_batch), max_batch}))
 
 
 def ranges(model: ModelSpec, max_batch: int) -> tuple[Range, ...]:
-    """The optimization profile of a model: the batch varies, every other axis is fixed by the schema."""
+    """Gives the optimization profile of a model: the batch varies, the schema fixes every other axis."""
     least, usual, most = 1, min(8, max_batch), max_batch
     fixed = {tensor.name: tuple(int(size or 0) for size in tensor.dims) for tensor in model.inputs}
     for name, dims in fixed.items():
@@ -228,4 +235,5 @@ def ranges(model: ModelSpec, max_batch: int) -> tuple[Range, ...]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    """Gives a version such as "10.16.1" as numbers, which can be compared."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())

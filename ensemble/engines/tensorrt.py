@@ -1,6 +1,6 @@
-"""A TensorRT plan as an Engine: numpy in, numpy out, or tensors that stay on the GPU between steps (DLPack).
+"""Runs a TensorRT plan as an Engine: numpy in, numpy out, or tensors that stay on the GPU (DLPack).
 
-Uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address,
+It uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address,
 execute_async_v3.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array, Tensors
 from ensemble.engines.cuda import Gpu, gpu_facts
 from ensemble.engines.dlpack import CUDA, Borrowed, DeviceTensor
 from ensemble.engines.plans import MANIFEST, Node, Plan, read_plan
@@ -30,7 +31,7 @@ NO_TENSORRT = (
 
 
 def import_tensorrt() -> Any:
-    """The `tensorrt` module; ReleaseError where it is not installed."""
+    """Imports the `tensorrt` module; ReleaseError where it is not installed."""
     try:
         import tensorrt
     except ImportError:
@@ -39,14 +40,16 @@ def import_tensorrt() -> Any:
 
 
 def this_node() -> Node:
-    """What this machine runs plans with; ReleaseError names what is missing: the GPU or TensorRT."""
+    """Says what this machine runs plans with; ReleaseError names what is missing: the GPU or TensorRT."""
     gpu, sm, cuda = gpu_facts()
     return Node(gpu, sm, tensorrt_version(), cuda)
 
 
 def tensorrt_version() -> str:
-    """ "10.16.1", of the library that Triton's backend loads; where there is none on the search path, of the
-    Python package."""
+    """Gives the version, such as "10.16.1", of the library that Triton's backend loads.
+
+    Where there is none on the search path, it is the Python package's.
+    """
     for name in _LIBRARIES:
         try:
             number = ctypes.CDLL(name).getInferLibVersion()
@@ -58,7 +61,7 @@ def tensorrt_version() -> str:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps warnings and errors, to be told with what failed, instead of printing."""
+    """Makes a logger that keeps warnings and errors, to be told with what failed, instead of printing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -69,25 +72,28 @@ def logger(trt: Any) -> Any:
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
 
-        def told(self) -> str:
+        def last_line(self) -> str:
+            """Gives the last warning or error, for the error that is raised."""
             return self.errors[-1].strip().splitlines()[0] if self.errors else "TensorRT says no more"
 
     return Log()
 
 
 def start(kind: Any, log: Any) -> Any:
-    """trt.Builder or trt.Runtime; a TypeError without a reason is what they raise when CUDA does not
-    start."""
+    """Makes a trt.Builder or trt.Runtime; ReleaseError if CUDA does not start.
+
+    TensorRT itself then raises a TypeError without a reason.
+    """
     try:
         return kind(log)
     except TypeError:
         raise ReleaseError(
-            f"TensorRT does not start: {log.told()}", "does `nvidia-smi` show the GPU?"
+            f"TensorRT does not start: {log.last_line()}", "does `nvidia-smi` show the GPU?"
         ) from None
 
 
 class TensorRTEngine:
-    """One plan with one context and buffers for its largest batch; one caller at a time."""
+    """Holds one plan with one context and buffers for its largest batch; one caller at a time."""
 
     def __init__(self, path: Path) -> None:
         plan = _checked(path)
@@ -95,13 +101,14 @@ class TensorRTEngine:
         self._log, self._gpu = logger(trt), Gpu()
         self._runtime = start(trt.Runtime, self._log)
         if plan.key.portable:
-            # a version-compatible plan carries its own small runtime; its digest was checked
+            # A version-compatible plan carries its own small runtime; its digest was checked
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
         if self._context is None:
             raise ReleaseError(
-                f"cannot open {path}: {self._log.told()}", "build it again on this node: `peregrine compile`"
+                f"cannot open {path}: {self._log.last_line()}",
+                "build it again on this node: `peregrine compile`",
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         taken = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -113,8 +120,8 @@ class TensorRTEngine:
         self.outputs = [self._described(name) for name in names if name not in taken]
         self._buffers = {name: self._gpu.allocate(self._bytes(name, self.max_batch)) for name in names}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Arrays, or GPU tensors with __dlpack__, by name in; arrays out."""
+    def run(self, feeds: Mapping[str, Any]) -> Tensors:
+        """Turns arrays, or GPU tensors with __dlpack__, by name into arrays by name."""
         answer = {
             name: np.empty(shape, self._dtypes[name]) for name, shape in self._answer_shapes(feeds).items()
         }
@@ -126,8 +133,10 @@ class TensorRTEngine:
         return answer
 
     def run_on_gpu(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
-        """The same, but the outputs stay on the GPU, in memory of their own: the next step takes them by
-        __dlpack__."""
+        """Runs as run() does, but leaves the outputs on the GPU, in memory of their own.
+
+        The next step takes them by __dlpack__.
+        """
         self._gpu.enter()
         tensors = {
             name: DeviceTensor(
@@ -141,8 +150,10 @@ class TensorRTEngine:
         return tensors
 
     def time_ms(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
-        """GPU time of each of `repeats` runs on the same feeds, copies not counted: CUDA events around
-        execute_async_v3."""
+        """Gives the GPU time of each of `repeats` runs on the same feeds, copies not counted.
+
+        CUDA events stand around execute_async_v3.
+        """
         self._answer_shapes(feeds)
         held = self._launch(feeds, self._buffers)
         times = []
@@ -154,7 +165,7 @@ class TensorRTEngine:
         return times
 
     def _launch(self, feeds: Mapping[str, Any], outputs: Mapping[str, int]) -> list[Any]:
-        """Puts the inputs' copies and one run into the stream -> what must live until the stream is
+        """Puts the inputs' copies and one run into the stream; gives what must live until the stream is
         through."""
         self._gpu.enter()
         held = []
@@ -170,12 +181,15 @@ class TensorRTEngine:
         return held
 
     def _execute(self) -> None:
+        """Puts one run into the stream; ReleaseError if TensorRT refuses."""
         if not self._context.execute_async_v3(self._gpu.stream):
-            raise ReleaseError(f"TensorRT could not run the plan: {self._log.told()}")
+            raise ReleaseError(f"TensorRT could not run the plan: {self._log.last_line()}")
 
     def _placed(self, name: str, value: Any, shape: tuple[int, ...]) -> tuple[int, Any]:
-        """Where the input is on the GPU: in its owner's memory if it is there already, else copied into our
-        buffer."""
+        """Gives where the input is on the GPU, and what must live as long.
+
+        That is its owner's memory if it is there already; else it is copied into our buffer.
+        """
         if isinstance(value, np.ndarray):
             array = np.ascontiguousarray(value)
         else:
@@ -188,9 +202,11 @@ class TensorRTEngine:
         self._gpu.upload(array, self._buffers[name])
         return self._buffers[name], (array, value)
 
-    def _check(self, name: str, given: np.ndarray | Borrowed, shape: tuple[int, ...]) -> None:
-        """TensorRT reads whatever lies at an address: a wrong dtype or shape would be a wrong answer, not an
-        error."""
+    def _check(self, name: str, given: Array | Borrowed, shape: tuple[int, ...]) -> None:
+        """Raises ReleaseError for a wrong dtype or shape.
+
+        TensorRT reads whatever lies at an address: that would be a wrong answer, not an error.
+        """
         if (given.dtype, given.shape) != (self._dtypes[name], shape):
             raise ReleaseError(
                 f"{name}: the plan takes {self._dtypes[name]} {list(shape)}, got {given.dtype} "
@@ -198,7 +214,7 @@ class TensorRTEngine:
             )
 
     def _answer_shapes(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs for these feeds, which are held against the plan's batch first."""
+        """Gives the outputs' shapes for these feeds; ReleaseError if the plan does not take such a batch."""
         missing = [name for name, _, _ in self.inputs if name not in feeds]
         if missing:
             raise ReleaseError(f"the plan takes {', '.join(missing)}, which was not given")
@@ -210,8 +226,10 @@ class TensorRTEngine:
         return {name: (min(rows), *self._dims[name]) for name, _, _ in self.outputs}
 
     def _fixed_dims(self, names: list[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor's sizes without the batch: the profile fixes them, whatever axes the ONNX model left
-        open."""
+        """Gives every tensor's sizes without the batch.
+
+        The profile fixes them, whatever axes the ONNX model left open.
+        """
         for name, shape in self._most.items():
             self._context.set_input_shape(name, shape)
         return {
@@ -219,14 +237,16 @@ class TensorRTEngine:
         }
 
     def _bytes(self, name: str, rows: int) -> int:
+        """Gives the size of a tensor of so many rows."""
         return rows * prod(self._dims[name]) * self._dtypes[name].itemsize
 
     def _described(self, name: str) -> Described:
+        """Gives a tensor's name, numpy dtype name, and sizes without the batch."""
         return name, self._dtypes[name].name, self._dims[name]
 
 
 def _checked(path: Path) -> Plan:
-    """The plan of the manifest two folders up, which fits this node and is whole; ReleaseError otherwise."""
+    """Reads the plan of the manifest two folders up; ReleaseError unless it fits this node and is whole."""
     plan = read_plan(path.parents[2] / MANIFEST)
     differs = plan.key.difference(this_node())
     if differs:

@@ -1,9 +1,9 @@
-"""A new or changed item, as JSON -> its packed row: features as the build packed them, vectors by the
-release's item_encoder.
+"""Turns a new or changed item, as JSON, into its packed row.
 
-A new item has no learned id row: the encoder gets the release's row for new items, and the item's features
-speak for it. A changed item keeps what was learned of it: its embedding moves by what the encoder says the
-change of its features is worth.
+Features are packed as the build packed them, vectors come from the release's item_encoder. A new item has no
+learned id row: the encoder gets the release's row for new items, and the item's features speak for it. A
+changed item keeps what was learned of it: its embedding moves by what the encoder says the change of its
+features is worth.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.options import default_options
@@ -30,7 +31,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class ItemEncoding:
-    """The release's own way from a catalogue entry to a row."""
+    """Holds the release's own way from a catalogue entry to a row."""
 
     def __init__(self, release: Release) -> None:
         if not (release.path / ENCODING).exists():
@@ -48,17 +49,19 @@ class ItemEncoding:
         self.numbers = {name: column for column, name in enumerate(number_names(release.schema))}
         self.new_id = np.load(release.path / "new_item_id_embedding.npy", allow_pickle=False)
         self.features = {f.name: f for f in release.schema.items.features}
-        # a field of an item is a feature's own name, or its column in the shop's file
+        # A field of an item is a feature's own name, or its column in the shop's file
         self.fields = {
             key: entry["name"] for entry in self.how.values() for key in (entry["name"], entry["source"])
         }
         self.engine = EngineStep(release.model("item_encoder"), release)
 
     def rows(
-        self, changes: list[Mapping[str, Any]], old: np.ndarray, old_numbers: np.ndarray, is_new: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """n items, with their old rows [n] and numbers [n, *] (is_new [n]: none) -> packed rows [n], numbers
-        [n, *]."""
+        self, changes: list[Mapping[str, Any]], old: Array, old_numbers: Array, is_new: Array
+    ) -> tuple[Array, Array]:
+        """Encodes n items, whose old rows [n] and numbers [n, *] count unless is_new [n].
+
+        Gives packed rows [n] and numbers [n, *].
+        """
         rows, numbers = old.copy(), old_numbers.copy()
         rows[is_new], numbers[is_new] = np.zeros(1, self.dtype)[0], np.nan
         for i, change in enumerate(changes):
@@ -78,8 +81,8 @@ class ItemEncoding:
         self._own_embeddings(changes, rows)
         return rows, numbers
 
-    def _own_embeddings(self, changes: list[Mapping[str, Any]], rows: np.ndarray) -> None:
-        """Embeddings that the caller brings; nothing that could not be recalled goes on."""
+    def _own_embeddings(self, changes: list[Mapping[str, Any]], rows: Array) -> None:
+        """Puts in embeddings that the caller brings; InvalidInput for an item that could not be recalled."""
         for i, change in enumerate(changes):
             if "item_embedding" in change:
                 rows["embedding"][i] = self._embedding(change)
@@ -93,11 +96,11 @@ class ItemEncoding:
                     f"item {change['item_id']!r}: its embedding is all zeros, so no search could find it"
                 )
 
-    def _embedding(self, change: Mapping[str, Any]) -> np.ndarray:
+    def _embedding(self, change: Mapping[str, Any]) -> Array:
+        """Reads the embedding [D] that the caller brings."""
         wanted, given = self.schema.sizes.embedding, change["item_embedding"]
-        if (
-            isinstance(given, list) and len(given) == wanted and set(map(type, given)) <= {int, float}
-        ):  # JSON's numbers; true is none
+        # JSON's numbers; true is none.
+        if isinstance(given, list) and len(given) == wanted and set(map(type, given)) <= {int, float}:
             with contextlib.suppress(OverflowError), np.errstate(over="ignore"):
                 vector = np.array(given, np.float32)
                 if np.isfinite(vector).all():
@@ -107,20 +110,20 @@ class ItemEncoding:
             f"item {change['item_id']!r}: item_embedding must be {wanted} finite numbers, got {count}"
         )
 
-    def _encode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and values of rows [n] -> embedding [n, D], features [n, F] of items that are only known by
-        these."""
+    def _encode(self, rows: Array) -> tuple[Array, Array]:
+        """Encodes rows [n] as items that are only known by their codes and values: embedding [n, D], features
+        [n, F]."""
         ids = np.repeat(self.new_id, len(rows), axis=0)
         feeds = {
             "item_id_embedding": ids,
             "item_codes": np.ascontiguousarray(rows["codes"]),
             "item_values": np.ascontiguousarray(rows["values"]),
         }
-        found = self.engine.run(default_options(len(rows)), **feeds)
-        return found["item_embedding"].copy(), found["item_features"].copy()
+        outputs = self.engine.run(default_options(len(rows)), **feeds)
+        return outputs["item_embedding"].copy(), outputs["item_features"].copy()
 
-    def _write(self, change: Mapping[str, Any], row: np.void, numbers: np.ndarray) -> None:
-        """The fields that are there into codes, values and numbers, in place."""
+    def _write(self, change: Mapping[str, Any], row: np.void, numbers: Array) -> None:
+        """Writes the item's fields into codes, values and numbers, in place."""
         known = self.fields
         for key, value in change.items():
             if key in _KEYS and key not in known:
@@ -135,14 +138,14 @@ class ItemEncoding:
             except ValueError as error:
                 raise InvalidInput(f"item {change['item_id']!r}: {key}: {error}") from None
 
-    def _write_one(self, feature: Feature, value: Any, row: np.void, numbers: np.ndarray) -> None:
+    def _write_one(self, feature: Feature, value: Any, row: np.void, numbers: Array) -> None:
+        """Writes one field into its columns; ValueError says what is wrong with the value."""
         how = self.how[feature.name]
         if feature.is_code:
-            indices = (
-                self._category(feature, value) if feature.kind == "category" else self._words(feature, value)
-            )
+            read = self._category if feature.kind == "category" else self._words
+            kept = read(feature, value)[: feature.width]
             codes = np.zeros(feature.width, np.int32)
-            codes[: len(indices[: feature.width])] = [feature.offset + i for i in indices[: feature.width]]
+            codes[: len(kept)] = [feature.offset + index for index in kept]
             row["codes"][feature.columns] = codes
             return
         given = _numbers(value, feature.width, how["separator"])
@@ -151,6 +154,7 @@ class ItemEncoding:
         row["values"][feature.columns] = 0 if given is None else _standardized(given, how)
 
     def _category(self, feature: Feature, value: Any) -> list[int]:
+        """Gives the codes of a category's values, without its offset: 0 for one the vocabulary lacks."""
         values = [_text(v) for v in value] if isinstance(value, list) else [_text(value)]
         separator = self.how[feature.name]["separator"]
         if separator is not None:
@@ -159,12 +163,13 @@ class ItemEncoding:
         return [known[v] + 1 if v in known else 0 for v in values if v]
 
     def _words(self, feature: Feature, value: Any) -> list[int]:
+        """Gives the hash buckets of a text's words."""
         return [zlib.crc32(word.encode()) % feature.size for word in _WORD.findall(_text(value).lower())]
 
 
 def _text(value: Any) -> str:
-    """As builders.shop.tables.texts_from_column: whole numbers as decimal text, booleans as true and
-    false."""
+    """Gives a value's text as builders.shop.tables.texts_from_column does: whole numbers as decimal text,
+    booleans as true and false."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, (str, int)):
@@ -172,8 +177,8 @@ def _text(value: Any) -> str:
     raise ValueError(f"must be text or a whole number, got {type(value).__name__}")
 
 
-def _numbers(value: Any, width: int, separator: str | None) -> np.ndarray | None:
-    """[width] float64, or None for a missing value."""
+def _numbers(value: Any, width: int, separator: str | None) -> Array | None:
+    """Gives a value as [width] float64; None where it is missing, ValueError where it is no number."""
     if value is None or value == "":
         return None
     parts: Any = (
@@ -194,8 +199,8 @@ def _numbers(value: Any, width: int, separator: str | None) -> np.ndarray | None
     return numbers
 
 
-def _standardized(numbers: np.ndarray, how: Mapping[str, Any]) -> np.ndarray:
-    """The same arithmetic as builders.data.packing's."""
+def _standardized(numbers: Array, how: Mapping[str, Any]) -> Array:
+    """Standardizes numbers with the same arithmetic as builders.data.packing."""
     if how["log1p"]:
         if (numbers < 0).any():
             raise ValueError("is negative; its feature is read as log(1 + x)")

@@ -1,4 +1,4 @@
-"""Generations on disk: what a merge leaves, and the small file that says which one is served."""
+"""Reads and writes generations: what a merge leaves, and the small file that says which one is served."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 from ensemble.live.log import record_dtype
 from ensemble.release.files import file_sha256, write_durably
@@ -16,7 +17,7 @@ FILES = ("rows.npy", "index.faiss")
 
 
 def current_generation(folder: Path) -> int:
-    """The generation that is served; ReleaseError when the file that names it is damaged."""
+    """Gives the generation that is served; ReleaseError when the file that names it is damaged."""
     path = folder / "current"
     try:
         return int(path.read_text())
@@ -32,9 +33,11 @@ def point_to(folder: Path, generation: int) -> None:
     write_durably(folder / "current", f"{generation}\n")
 
 
-def generation_records(folder: Path, schema: Schema) -> np.ndarray:
-    """The changes that generation `folder` has merged [n], each row once; its files must be what its
-    meta.json promises."""
+def generation_records(folder: Path, schema: Schema) -> Array:
+    """Gives the changes that generation `folder` has merged [n], each row once.
+
+    Its files must be what its meta.json promises.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         differing = [name for name in FILES if file_sha256(folder / name) != meta["sha256"][name]]
@@ -50,10 +53,11 @@ def generation_records(folder: Path, schema: Schema) -> np.ndarray:
 
 
 def write_meta(folder: Path, sequence: int) -> None:
-    """meta.json: the last change that is merged, and the digests of the other files."""
+    """Writes meta.json: the last change that is merged, and the digests of the other files."""
     meta = {"sequence": sequence, "sha256": {name: file_sha256(folder / name) for name in FILES}}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _way_back(folder: Path) -> str:
+    """Says what to do about a damaged generation."""
     return f"put a copy of it back, or move {folder.parent} away: the release then serves without live items"

@@ -1,5 +1,7 @@
-"""How far each instance is: one small file an instance, locked while it lives. A change is done when all have
-it."""
+"""Says how far each instance is: one small file an instance, locked while it lives.
+
+A change is done when all have it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ _SEQUENCE = struct.Struct("<Q")
 
 
 class InstanceFile:
-    """This instance's number. The lock on it, not its name, says that the instance lives: process ids come
-    again."""
+    """Holds this instance's number in a file.
+
+    The lock on it, not its name, says that the instance lives: process ids come again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._descriptor, self._published = folder / "instances", -1, -1
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def publish(self, sequence: int) -> None:
-        """Writes the number where it changed; in a repository that cannot be written to there is no writer to
-        read it either."""
+        """Writes the number where it changed.
+
+        In a repository that cannot be written to there is no writer to read it either.
+        """
         if sequence == self._published:
             return
         if self._descriptor < 0:
@@ -35,13 +41,14 @@ class InstanceFile:
                 )
             except OSError:
                 return
-            # before it has the name that sequences() looks for: it removes what nobody holds
+            # Before it has the name that sequences() looks for: it removes what nobody holds
             try_flock(self._descriptor)
             (self._folder / f".{self._name}").rename(self._folder / self._name)
         os.pwrite(self._descriptor, _SEQUENCE.pack(sequence), 0)
         self._published = sequence
 
     def close(self) -> None:
+        """Removes the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -50,8 +57,8 @@ class InstanceFile:
 
 
 def sequences(folder: Path) -> dict[str, int]:
-    """{instance: the last sequence number it has} of all living instances; files of dead ones are removed."""
-    found = {}
+    """Gives {living instance: the last sequence number it has}; removes the files of dead ones."""
+    numbers = {}
     for path in sorted((folder / "instances").glob("[0-9]*")) if (folder / "instances").is_dir() else ():
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -61,7 +68,7 @@ def sequences(folder: Path) -> dict[str, int]:
             if try_flock(descriptor):
                 path.unlink(missing_ok=True)
             elif len(raw := os.pread(descriptor, _SEQUENCE.size, 0)) == _SEQUENCE.size:
-                found[path.name] = _SEQUENCE.unpack(raw)[0]
+                numbers[path.name] = _SEQUENCE.unpack(raw)[0]
         finally:
             os.close(descriptor)
-    return found
+    return numbers

@@ -1,4 +1,4 @@
-"""Every instance's view of the items: the release's rows, with the log's changes over them.
+"""Gives every instance its view of the items: the release's rows, with the log's changes over them.
 
 A row belongs to an id for good: an update gives the row new content, a delete hides it, adding it again shows
 it again. So histories, transitions and id maps that name rows stay right. New content lies in slots: main
@@ -29,13 +29,13 @@ from ensemble.schema import number_names
 
 _POLL_S = 0.05
 _AT_ONCE = 2048  # records applied by a request; a longer backlog is the thread's
-# records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy
+# Records applied at once by the thread: it must not hold the interpreter from requests for longer than a copy
 # of these takes
 _PIECE = 512
-# how long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's
+# How long a request waits for the interpreter while the thread has it; Python's 5 ms, at each engine's
 # return, are too much
 _SWITCH_S = 0.0005
-# slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
+# Slots at first; untouched pages cost nothing, and growing later costs a request a copy of all
 _ROOM = 1 << 16
 
 
@@ -49,23 +49,21 @@ class SearchedIndex(Protocol):
 
 
 class LiveState:
-    """Generation g and the log behind it. Arrays only grow, slots are never written twice: an old view stays
-    right."""
+    """Holds generation g and the log behind it.
+
+    Arrays only grow, slots are never written twice: an old view stays right.
+    """
 
     def __init__(self, release: Release, folder: Path, generation: int | None) -> None:
-        self.release, self.generation, self.items, self.ids = (
-            release,
-            generation or 0,
-            release.items,
-            release.item_ids,
-        )
+        self.release, self.generation = release, generation or 0
+        self.items, self.ids = release.items, release.item_ids
         self.num_base = len(self.items)
         self.slots = np.zeros(_ROOM, self.items.dtype)
-        # the slots' embeddings again, side by side: searched exactly
+        # The slots' embeddings again, side by side: searched exactly
         self.vectors = np.zeros((_ROOM, self.items["embedding"].shape[1]), np.float32)
         self.numbers = np.zeros((_ROOM, max(1, len(number_names(release.schema)))), np.float32)
         self.slot_rows = np.zeros(_ROOM, np.int64)
-        # slot + 1, 0: the release's own content. Untouched pages cost nothing
+        # Slot + 1, 0: the release's own content. Untouched pages cost nothing
         self.slot_of_row = np.zeros(self.num_base + (1 << 20), np.int32)
         self.deleted = np.zeros(len(self.slot_of_row), bool)
         self.new_ids: list[bytes] = []  # of rows num_base, num_base + 1, …
@@ -79,24 +77,22 @@ class LiveState:
         self.main_rows = self.num_base + len(self.new_ids)
 
     def _load_generation(self) -> None:
+        """Applies what the generation has merged; the delta begins behind it."""
         if self.generation:
             records = generation_records(self.folder, self.release.schema)
             for start in range(0, len(records), _PIECE):
                 self.apply(records[start : start + _PIECE])
         self.delta_start, self.num_stale = self.num_slots, int(np.count_nonzero(self.deleted))
 
-    def apply(self, records: np.ndarray) -> None:
-        """Changes [n], in order; the last of a row is what it becomes."""
+    def apply(self, records: Array) -> None:
+        """Applies changes [n], in order; the last of a row is what it becomes."""
         rows = records["row"].astype(np.int64)
         self._name_new(rows, records["id"])
         self._make_room(len(records))
         kept = records[records["kind"] != DELETE]
         places = slice(self.num_slots, self.num_slots + len(kept))
-        self.slots[places], self.numbers[places], self.slot_rows[places] = (
-            kept["item"],
-            kept["numbers"],
-            kept["row"],
-        )
+        self.slots[places], self.slot_rows[places] = kept["item"], kept["row"]
+        self.numbers[places] = kept["numbers"]
         self.vectors[places] = kept["item"]["embedding"]
         touched = np.unique(rows)
         was_valid = (self.slot_of_row[touched] <= self.delta_start) & ~self.deleted[touched]
@@ -107,7 +103,7 @@ class LiveState:
         self.num_stale += int(np.count_nonzero(was_valid))
         self.num_deleted += int(np.count_nonzero(self.deleted[touched])) - had
 
-    def _name_new(self, rows: np.ndarray, ids: np.ndarray) -> None:
+    def _name_new(self, rows: Array, ids: Array) -> None:
         """Takes the ids [n] S of rows [n] that are new; new rows follow each other."""
         new = np.flatnonzero(rows >= self.num_base + len(self.new_ids))
         new_rows, first = np.unique(rows[new], return_index=True)
@@ -115,6 +111,7 @@ class LiveState:
         self.row_of_new.update(zip(names, new_rows.tolist(), strict=True))
 
     def _make_room(self, more: int) -> None:
+        """Makes the arrays longer if `more` slots, or the new rows, do not fit."""
         room = len(self.slots)
         while room < self.num_slots + more:
             room *= 2
@@ -128,6 +125,7 @@ class LiveState:
             self.slot_of_row, self.deleted = _longer(self.slot_of_row, length), _longer(self.deleted, length)
 
     def view(self) -> LiveView:
+        """Gives the view of all that was applied by now."""
         sequence = self.reader.sequence if self.reader else 0
         return LiveView(
             self,
@@ -139,7 +137,8 @@ class LiveState:
         )
 
 
-def _longer(array: np.ndarray, length: int) -> np.ndarray:
+def _longer(array: Array, length: int) -> Array:
+    """Copies an array into one of `length`, with zeros behind it."""
     out = np.zeros((length, *array.shape[1:]), array.dtype)
     out[: len(array)] = array
     return out
@@ -147,7 +146,7 @@ def _longer(array: np.ndarray, length: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class LiveView:
-    """The items as of one sequence number; what a step works with from its first line to its last."""
+    """Shows the items as of one sequence number; a step works with it from its first line to its last."""
 
     state: LiveState
     sequence: int  # of the last change that is in it
@@ -156,40 +155,40 @@ class LiveView:
     num_stale: int  # rows that the main index holds with old content
     num_deleted: int
 
-    def gather(self, rows: np.ndarray, field: str) -> np.ndarray:
-        """Field of the items at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is negative."""
+    def gather(self, rows: Array, field: str) -> Array:
+        """Gathers a field of the items at rows [...] int64 -> [..., width], contiguous; 0 where a row is
+        negative."""
         if not self.num_slots:
             return gather(rows, self.state.items, field)
         own, slots = self.split(rows)
         return self.put_slots(gather(own, self.state.items, field), slots, field)
 
-    def split(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """rows [...] int64 -> the same with 0 where the log has the content, and there its slot + 1, else
-        0."""
+    def split(self, rows: Array) -> tuple[Array, Array]:
+        """Gives rows [...] int64 with 0 where the log has the content, and there its slot + 1, else 0."""
         slots = np.where(rows > 0, self.state.slot_of_row[np.maximum(rows, 0)], 0)
         return np.where((slots > 0) | (rows >= self.state.num_base), 0, rows), slots
 
-    def put_slots(self, out: np.ndarray, slots: np.ndarray, field: str) -> np.ndarray:
+    def put_slots(self, out: Array, slots: Array, field: str) -> Array:
         """Writes the slots' content over `out` [..., width] where split() gave one, in place."""
         here = slots > 0
         out[here] = self.state.slots[field][slots[here] - 1]
         return out
 
-    def rows_from_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Ids [...] S -> rows [...] int64, 0 where unknown. A deleted item keeps its row: who saw it saw
-        it."""
+    def rows_from_ids(self, ids: Array) -> Array:
+        """Gives the rows [...] int64 of ids [...] S, 0 where unknown.
+
+        A deleted item keeps its row: who saw it saw it.
+        """
         rows = self.state.ids.rows_from_ids(ids)
         if self.state.row_of_new:
             unknown = np.flatnonzero(rows.ravel() == 0)
             flat = np.asarray(ids, dtype="S").ravel()
-            found = [self.state.row_of_new.get(i, 0) for i in flat[unknown].tolist()]
-            rows.ravel()[unknown] = (
-                np.where(np.array(found, np.int64) < self.num_rows, found, 0) if found else 0
-            )
+            new = [self.state.row_of_new.get(one, 0) for one in flat[unknown].tolist()]
+            rows.ravel()[unknown] = np.where(np.array(new, np.int64) < self.num_rows, new, 0) if new else 0
         return rows
 
-    def ids_from_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [...] int64 -> ids [...] S; empty for rows <= 0."""
+    def ids_from_rows(self, rows: Array) -> Array:
+        """Gives the ids [...] S of rows [...] int64; empty for rows <= 0."""
         base = self.state.num_base
         ids = self.state.ids.ids_from_rows(np.where(rows < base, rows, 0))
         new = rows >= base
@@ -199,18 +198,18 @@ class LiveView:
             ids[new] = names
         return ids
 
-    def is_deleted(self, rows: np.ndarray) -> np.ndarray:
-        """[...] bool, for rows >= 0 only."""
+    def is_deleted(self, rows: Array) -> Array:
+        """Says which of rows [...] are deleted: [...] bool; not for rows below 0."""
         return self.state.deleted[np.maximum(rows, 0)]
 
     @property
     def delta(self) -> slice:
-        """Slots of items that only an exact search beside the main index finds."""
+        """Gives the slots of items that only an exact search beside the main index finds."""
         return slice(self.state.delta_start, self.num_slots)
 
     @cached_property
-    def fresh(self) -> np.ndarray:
-        """[main rows] bool: rows whose entry in the main index still counts; row 0's never does."""
+    def fresh(self) -> Array:
+        """Says which rows' entries in the main index still count: [main rows] bool; row 0's never does."""
         fresh = ~self.state.deleted[: self.state.main_rows]
         changed = self.state.slot_rows[self.delta]
         fresh[changed[changed < len(fresh)]] = False
@@ -218,18 +217,18 @@ class LiveView:
         return fresh
 
     @cached_property
-    def superseded(self) -> np.ndarray:
-        """[d] bool: slots of the delta whose item has a newer one, or is deleted."""
+    def superseded(self) -> Array:
+        """Says which slots of the delta hold an item that has a newer one, or is deleted: [d] bool."""
         rows = self.state.slot_rows[self.delta]
         slots = self.state.slot_of_row[rows]
-        # a slot beyond this view is a later change's: until then, ours counts
+        # A slot beyond this view is a later change's: until then, ours counts
         return (
             (slots != np.arange(self.delta.start, self.delta.stop) + 1) & (slots <= self.num_slots)
         ) | self.state.deleted[rows]
 
 
 class LiveItems:
-    """Tails the log; `refresh` at the start of a request, and a thread while there is none."""
+    """Follows the log: `refresh` does at the start of a request, and a thread while there is none."""
 
     def __init__(self, release: Release) -> None:
         self.release, self.folder = release, release.repository / ".live" / release.name
@@ -249,8 +248,10 @@ class LiveItems:
             self.view.state.main = open_main(self.view.state)
 
     def refresh(self, limit: int = _AT_ONCE) -> LiveView:
-        """The newest view. Nothing new costs two system calls; while another thread is at it, the last view
-        is the answer."""
+        """Gives the newest view. Nothing new costs two system calls.
+
+        While another thread is at it, the last view is the answer.
+        """
         if not self._lock.acquire(blocking=False):
             return self.view
         try:
@@ -262,8 +263,7 @@ class LiveItems:
         return self.view
 
     def follow(self) -> None:
-        """From now on a thread keeps the view fresh, opens new generations, and publishes how far this
-        instance is."""
+        """Starts the thread that keeps the view fresh, opens generations, and publishes how far we are."""
         if self._thread is None:
             sys.setswitchinterval(_SWITCH_S)
             self._instance = InstanceFile(self.folder)
@@ -271,7 +271,7 @@ class LiveItems:
             self._thread.start()
 
     def metrics(self) -> dict[str, float]:
-        """How far this instance is, and whether it can go on."""
+        """Says how far this instance is, and whether it can go on."""
         view = self.view
         facts = {
             "live_sequence": view.sequence,
@@ -290,6 +290,7 @@ class LiveItems:
             self._instance.close()
 
     def _follow(self) -> None:
+        """Is the thread: looks for news every _POLL_S."""
         while not self._stop.wait(_POLL_S):
             self._swap_if_new()
             self.refresh()
@@ -307,6 +308,7 @@ class LiveItems:
                 self.fault = str(error)
 
     def _catch_up(self, limit: int) -> None:
+        """Applies at most `limit` new records."""
         if self._thread is None and self._mark() != self._seen:
             self.view, self.fault = self._opened(), ""
         state = self.view.state
@@ -320,7 +322,7 @@ class LiveItems:
                 self._instance.publish(self.view.sequence)
 
     def _opened(self) -> LiveView:
-        """A new state, all of its log read."""
+        """Opens a new state, all of its log read."""
         self._seen = self._mark()
         view = _caught_up(
             LiveState(
@@ -332,15 +334,16 @@ class LiveItems:
         return view
 
     def _mark(self) -> tuple[int, int] | None:
+        """Gives what tells the file `current` from another one: inode and time; None where there is none."""
         try:
-            found = os.stat(self._current)
+            current = os.stat(self._current)
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return current.st_ino, current.st_mtime_ns
 
 
 def _caught_up(view: LiveView) -> LiveView:
-    """The view with all that the log holds by now."""
+    """Gives the view with all that the log holds by now."""
     state = view.state
     while state.reader is not None and len(records := state.reader.read(_PIECE)):
         state.apply(records)

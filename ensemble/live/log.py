@@ -1,4 +1,4 @@
-"""The log of changes: a header, then fixed-width records; whoever reads knows the offset of every one.
+"""Keeps the log of changes: a header, then fixed-width records; whoever reads knows the offset of every one.
 
 A record holds its sequence number, what happened, the item's row and id, its packed row
 (snapshot.item_dtype), its raw numbers and a crc32 of all that. Writers append whole groups and fsync once a
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ensemble import contract
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 from ensemble.id_rule import MAX_ID_BYTES
 from ensemble.release.files import sync_folder
@@ -40,7 +41,7 @@ _PIECE = 4096  # records read and checked at once
 
 
 def record_dtype(schema: Schema) -> np.dtype:
-    """One change."""
+    """Gives the dtype of one change."""
     return np.dtype(
         [
             ("sequence", "<u8"),
@@ -54,19 +55,19 @@ def record_dtype(schema: Schema) -> np.dtype:
     )
 
 
-def sealed(records: np.ndarray) -> np.ndarray:
-    """The records with their checksums filled in."""
+def sealed(records: Array) -> Array:
+    """Fills in the records' checksums and gives the records back."""
     records["crc"] = _checksums(records)
     return records
 
 
-def _good(records: np.ndarray) -> np.ndarray:
-    """[n] bool: records whose checksum fits."""
+def _good(records: Array) -> Array:
+    """Says whose checksum fits: [n] bool."""
     return _checksums(records) == records["crc"]
 
 
-def _checksums(records: np.ndarray) -> np.ndarray:
-    """[n] uint32: crc32 of each record's bytes but for its last four."""
+def _checksums(records: Array) -> Array:
+    """Gives the crc32 of each record's bytes but for its last four: [n] uint32."""
     data, size = records.tobytes(), records.dtype.itemsize
     return np.array(
         [zlib.crc32(data[start : start + size - 4]) for start in range(0, len(data), size)], np.uint32
@@ -74,14 +75,11 @@ def _checksums(records: np.ndarray) -> np.ndarray:
 
 
 def create_log(path: Path, schema: Schema, generation: int, after: int) -> None:
-    """An empty log whose first record will be `after` + 1; durable before it has its name."""
+    """Creates an empty log whose first record will be `after` + 1; it is durable before it has its name."""
     header = np.zeros(1, HEADER)
     header["magic"], header["contract"] = _MAGIC, contract.fingerprint(schema)
-    header["record_bytes"], header["generation"], header["after"] = (
-        record_dtype(schema).itemsize,
-        generation,
-        after,
-    )
+    header["record_bytes"] = record_dtype(schema).itemsize
+    header["generation"], header["after"] = generation, after
     header["crc"] = zlib.crc32(header.tobytes()[:-4])
     staged = path.with_name(f".{path.name}.new")
     with staged.open("wb") as file:
@@ -101,12 +99,13 @@ class LogReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ReleaseError(f"cannot open {path}: {error.strerror}", _way_back(path)) from error
-        # views of a generation that was merged away are let go one by one
+        # Views of a generation that was merged away are let go one by one
         weakref.finalize(self, os.close, self._descriptor)
         self.offset = HEADER_BYTES
         self.sequence = self._check_header(contract.fingerprint(schema))
 
     def _check_header(self, fingerprint: str) -> int:
+        """Gives the number before the first record's; ReleaseError if the log is none of this release."""
         raw = os.pread(self._descriptor, HEADER_BYTES, 0)
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
@@ -121,12 +120,14 @@ class LogReader:
         return int(header["after"])
 
     def has_more(self) -> bool:
-        """Whether the file has grown by a whole record since the last read. One system call."""
+        """Says whether the file has grown by a whole record since the last read. One system call."""
         return os.fstat(self._descriptor).st_size >= self.offset + self.dtype.itemsize
 
-    def read(self, limit: int = _PIECE) -> np.ndarray:
-        """The next records [n], n <= limit; none when there are no whole ones. ReleaseError where the middle
-        is damaged."""
+    def read(self, limit: int = _PIECE) -> Array:
+        """Reads the next records [n], n <= limit; none when there are no whole ones.
+
+        Raises ReleaseError where the middle is damaged.
+        """
         raw = os.pread(self._descriptor, limit * self.dtype.itemsize, self.offset)
         records = np.frombuffer(raw[: len(raw) - len(raw) % self.dtype.itemsize], self.dtype)
         good = _good(records)
@@ -144,7 +145,7 @@ class LogReader:
         return records[:count]
 
     def _follows_good(self, count: int) -> bool:
-        """Whether any record after the damaged one, further than what was read, is whole."""
+        """Says whether any record after the damaged one, beyond what was read, is whole."""
         place = self.offset + (count + 1) * self.dtype.itemsize
         while raw := os.pread(self._descriptor, _PIECE * self.dtype.itemsize, place):
             records = np.frombuffer(raw[: len(raw) - len(raw) % self.dtype.itemsize], self.dtype)
@@ -158,7 +159,7 @@ class LogWriter:
     """Appends to a log; the caller holds the writer's lock."""
 
     def __init__(self, path: Path, schema: Schema, reader: LogReader, note: Callable[[str], None]) -> None:
-        """`reader` has read all that is whole; what is behind it was torn by a crash, and is cut off."""
+        """Opens the log for writing, and cuts off what a crash has torn: all that `reader` has not read."""
         self.path, self.sequence = path, reader.sequence
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
@@ -171,8 +172,8 @@ class LogWriter:
                 f"{reader.sequence}"
             )
 
-    def append(self, records: np.ndarray) -> int:
-        """Writes a group [n], sequence numbers filled in, and makes it durable; returns the last sequence
+    def append(self, records: Array) -> int:
+        """Writes a group [n], sequence numbers filled in, and makes it durable; gives the last sequence
         number."""
         records["sequence"] = self.sequence + 1 + np.arange(len(records), dtype=np.uint64)
         data, start = memoryview(sealed(records).tobytes()), os.fstat(self._descriptor).st_size
@@ -180,9 +181,8 @@ class LogWriter:
             while data:
                 data = data[os.write(self._descriptor, data) :]
             os.fsync(self._descriptor)
-        except (
-            OSError
-        ) as error:  # a full disk: nothing of the group may stay, or later groups would lie behind a torn one
+        except OSError as error:
+            # A full disk: nothing of the group may stay, or later groups would lie behind a torn one.
             os.ftruncate(self._descriptor, start)
             raise ReleaseError(f"cannot write {self.path}: {error.strerror}; nothing was changed") from error
         self.sequence += len(records)
@@ -190,6 +190,7 @@ class LogWriter:
 
 
 def _way_back(path: Path, offset: int = 0) -> str:
+    """Says what to do about a damaged log."""
     keep = (
         f"cut it there (`truncate -s {offset} {path}`: changes from there on are lost), or " if offset else ""
     )

@@ -1,7 +1,8 @@
-"""Log -> a new main index, in a process of its own, niced to idle: serving goes on, and is turned to it in
-one step.
+"""Merges the log into a new main index, in a process of its own, niced to idle.
 
-python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE
+Serving goes on, and is turned to the new index in one step.
+
+    python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.live.generations import current_generation, write_meta
 from ensemble.live.items import LiveState
@@ -24,8 +26,10 @@ _PIECE = 1 << 16  # rows added at once
 
 
 def merge(release: Release, sequence: int) -> int:
-    """Writes the generation that has all changes up to `sequence`; returns its number. Nobody serves it until
-    writer.turn_to."""
+    """Writes the generation that has all changes up to `sequence`; gives its number.
+
+    Nobody serves it until ItemWriter.turn_to.
+    """
     folder = release.repository / ".live" / release.name
     state = state_at(release, folder, sequence)
     number, staged = state.generation + 1, folder / f".merging-{os.getpid()}"
@@ -43,7 +47,7 @@ def merge(release: Release, sequence: int) -> int:
 
 
 def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
-    """The items as of `sequence`."""
+    """Gives the items as of `sequence`."""
     state = LiveState(release, folder, current_generation(folder))
     while state.reader is not None and state.reader.sequence < sequence:
         records = state.reader.read(min(4096, sequence - state.reader.sequence))
@@ -56,8 +60,8 @@ def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
     return state
 
 
-def merged_records(state: LiveState) -> np.ndarray:
-    """What each changed row is now, rows ascending."""
+def merged_records(state: LiveState) -> Array:
+    """Says what each changed row is now: records [n], rows ascending."""
     rows = np.flatnonzero((state.slot_of_row > 0) | state.deleted)
     records = np.zeros(len(rows), record_dtype(state.release.schema))
     slots = state.slot_of_row[rows]
@@ -73,8 +77,10 @@ def merged_records(state: LiveState) -> np.ndarray:
 
 
 def merged_index(release: Release, state: LiveState) -> faiss.Index:
-    """The release's index over all rows with their present content. Its centroids and codebooks stay: only
-    what they hold is new."""
+    """Builds the release's index over all rows with their present content.
+
+    Its centroids and codebooks stay: only what they hold is new.
+    """
     index = faiss.read_index(str(release.path / "index.faiss"))
     index.reset()
     embeddings, num_rows = release.items["embedding"], state.num_base + len(state.new_ids)
@@ -89,6 +95,7 @@ def merged_index(release: Release, state: LiveState) -> faiss.Index:
 
 
 def main(arguments: list[str]) -> None:
+    """Merges as the command line says, and prints the generation's number."""
     repository, name, sequence = arguments
     faiss.omp_set_num_threads(1)
     try:

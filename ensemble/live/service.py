@@ -1,11 +1,11 @@
-"""The writer as a process: one a repository, behind a unix socket. Lives beside tritonserver in `peregrine
+"""Runs the writer as a process: one a repository, behind a unix socket, beside tritonserver in `peregrine
 serve`.
 
     python -m ensemble.live.service REPOSITORY
 
-One line of JSON a request, one a reply: {"op": "change", "changes": [{"op": "add", "item": {…}}], "wait_s":
-2} | {"op": "status"} | {"op": "merge"}. Changes that arrive while a group is being written form the next
-group: one fsync for all of them.
+A request is one line of JSON, and so is its reply: {"op": "change", "changes": [{"op": "add", "item": {…}}],
+"wait_s": 2} | {"op": "status"} | {"op": "merge"}. Changes that arrive while a group is being written form the
+next group: one fsync for all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
 from ensemble.live.instances import sequences
-from ensemble.live.requests import Asked, groups
+from ensemble.live.requests import Pending, groups
 from ensemble.live.writer import ItemWriter
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.release import active_release, open_release
@@ -53,7 +53,7 @@ class ItemService:
         if not try_flock(self._lock):
             os.close(self._lock)
             raise ReleaseError(f"another process writes the live items of {repository}", "use it, or stop it")
-        self._asked: queue.Queue[Asked | None] = queue.Queue()
+        self._pending: queue.Queue[Pending | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
         self._merging: tuple[subprocess.Popen[str], int] | None = None
@@ -67,7 +67,7 @@ class ItemService:
         self._thread = threading.Thread(target=self._write, name="items-writer", daemon=True)
 
     def run(self) -> None:
-        """Until stop()."""
+        """Answers requests until stop()."""
         self._thread.start()
         write_durably(
             self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()})
@@ -82,7 +82,7 @@ class ItemService:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._asked.put(None)
+        self._pending.put(None)
         if self._thread.is_alive():
             self._thread.join()
         if self._merging is not None:
@@ -96,12 +96,14 @@ class ItemService:
     # --- one thread a connection
 
     def _serve(self, connection: socket.socket) -> None:
+        """Answers the requests of one connection, in a thread of its own."""
         with connection, connection.makefile("rwb") as stream, contextlib.suppress(OSError):
             while line := stream.readline(_MAX_LINE):
                 stream.write(json.dumps(self._reply(line)).encode() + b"\n")
                 stream.flush()
 
     def _reply(self, line: bytes) -> dict[str, Any]:
+        """Answers one request: checks it, sends it through the writing thread, waits for the instances."""
         try:
             request = json.loads(line)
             if not isinstance(request, dict) or request.get("op") not in ("change", "status", "merge"):
@@ -111,56 +113,56 @@ class ItemService:
             wait_s = min(float(request.get("wait_s", 0)), _MAX_WAIT_S)
         except (ValueError, TypeError) as error:
             return {"error": f"request: {error}"}
-        asked = Asked(request)
-        self._asked.put(asked)
-        asked.done.wait()
-        if "error" in asked.reply:
-            return asked.reply
+        pending = Pending(request)
+        self._pending.put(pending)
+        pending.done.wait()
+        if "error" in pending.reply:
+            return pending.reply
         return {
-            **asked.reply,
-            **self._wait_for_instances(asked.reply["release"], asked.reply["sequence"], wait_s),
+            **pending.reply,
+            **self._wait_for_instances(pending.reply["release"], pending.reply["sequence"], wait_s),
         }
 
     def _wait_for_instances(self, release: str, sequence: int, wait_s: float) -> dict[str, Any]:
-        """Until every living instance has the change, or the time is over."""
+        """Waits until every living instance has the change, or the time is over."""
         deadline = time.monotonic() + wait_s
-        if (
-            wait_s > 0
-            # instances that run already look for a first log every so often, and only then say that they are
-            # there
-        ):
+        if wait_s > 0:
+            # Instances look for a first log every so often, and only then say that they are there.
             time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
         while True:
-            found = sequences(self.folder / release)
-            done = all(has >= sequence for has in found.values())
+            numbers = sequences(self.folder / release)
+            done = all(has >= sequence for has in numbers.values())
             if done or time.monotonic() >= deadline:
-                return {"done": done, "instances": found}
+                return {"done": done, "instances": numbers}
             time.sleep(0.005)
 
     # --- the writing thread
 
     def _write(self) -> None:
+        """Is the writing thread: makes requests into groups and answers them."""
         try:
             self._opened()  # so that instances have a folder to say in how far they are
         except PeregrineError as error:
             self.log(f"items: {error}")
         while True:
             with contextlib.suppress(queue.Empty):
-                first = self._asked.get(timeout=0.2)
+                first = self._pending.get(timeout=0.2)
                 if first is None:
                     return
-                for group in groups(first, self._asked):
+                for group in groups(first, self._pending):
                     self._answer(group)
             self._care()
 
-    def _answer(self, group: list[Asked]) -> None:
-        """One group as one append; when that fails, each request on its own, so that one's mistake is not the
-        others'."""
+    def _answer(self, group: list[Pending]) -> None:
+        """Writes one group as one append.
+
+        When that fails, each request is written on its own, so that one's mistake is not the others'.
+        """
         try:
-            changes = [change for asked in group for change in asked.request.get("changes", [])]
+            changes = [change for pending in group for change in pending.request.get("changes", [])]
             writer = self._opened()
             sequence = writer.apply(changes)
-            if any(asked.request["op"] == "merge" for asked in group):
+            if any(pending.request["op"] == "merge" for pending in group):
                 self._start_merge()
             reply: dict[str, Any] = {
                 "release": writer.release.name,
@@ -169,18 +171,19 @@ class ItemService:
             }
         except PeregrineError as error:
             if len(group) > 1:
-                for asked in group:
-                    self._answer([asked])
+                for pending in group:
+                    self._answer([pending])
                 return
             reply = {"error": str(error), "invalid": isinstance(error, InvalidInput)}
         except Exception as error:  # a fault of ours must not leave callers waiting
             self.log(f"items: {error!r}")
             reply = {"error": f"the writer failed: {error!r}", "invalid": False}
-        for asked in group:
-            asked.reply = reply
-            asked.done.set()
+        for pending in group:
+            pending.reply = reply
+            pending.done.set()
 
     def _facts(self, writer: ItemWriter) -> dict[str, Any]:
+        """Says what a reply tells of the items beside what was asked."""
         view = writer.live.view
         items, unmerged = view.num_rows - 1 - view.num_deleted, view.num_slots - view.state.delta_start
         return {
@@ -191,7 +194,7 @@ class ItemService:
         }
 
     def _opened(self) -> ItemWriter:
-        """The writer of the release that is active now."""
+        """Gives the writer of the release that is active now."""
         name = active_release(self.repository)
         if name is None:
             raise ReleaseError(
@@ -216,6 +219,7 @@ class ItemService:
             self.log(f"items: {error}")
 
     def _start_merge(self) -> None:
+        """Starts the process that merges, unless one runs."""
         if self._merging is None:
             self._merging = self._merge_process(), self._opened().sequence
             # A niced one would be let finish its slices of 8 ms.
@@ -238,7 +242,7 @@ class ItemService:
             os.setpriority(os.PRIO_PROCESS, process.pid, 19)
             os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
         except PermissionError:
-            # Only who has CAP_SYS_NICE may take a process out of SCHED_IDLE; others begin again outside of it.
+            # Only with CAP_SYS_NICE may one take a process out of SCHED_IDLE; others begin again outside.
             process.kill()
             process.communicate()
             self._merging = None  # before a new one is tried, which may be refused
@@ -246,6 +250,7 @@ class ItemService:
             os.setpriority(os.PRIO_PROCESS, self._merging[0].pid, 19)
 
     def _end_merge(self) -> None:
+        """Turns to the new generation if the merging process has ended; hurries one that takes long."""
         assert self._merging is not None
         process, merged = self._merging
         if process.poll() is None:
@@ -253,17 +258,20 @@ class ItemService:
                 self._hurry_merge(process)
             return
         self._merging = None
-        said, complaint = process.communicate()
+        number, complaint = process.communicate()
         if process.returncode != 0 or self._writer is None:
             self.log(f"items: merging failed, and is tried again: {complaint.strip()[-300:]}")
             return
-        self._writer.turn_to(int(said), merged)
-        self.log(f"items: generation {said.strip()} holds all changes up to {merged}")
+        self._writer.turn_to(int(number), merged)
+        self.log(f"items: generation {number.strip()} holds all changes up to {merged}")
 
 
 def _remove_socket_of_the_killed(writer_file: Path) -> None:
-    """We hold the repository's lock, so whoever wrote the file is gone, and had no time to tidy up if the
-    file is still there."""
+    """Removes the socket of a writer that was killed.
+
+    We hold the repository's lock, so whoever wrote the file is gone, and had no time to tidy up if the file
+    is still there.
+    """
     with contextlib.suppress(OSError, ValueError, KeyError):
         home = Path(json.loads(writer_file.read_text())["socket"]).parent
         if home.name.startswith(_HOME):
@@ -272,8 +280,10 @@ def _remove_socket_of_the_killed(writer_file: Path) -> None:
 
 @contextlib.contextmanager
 def service_process(repository: Path, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """The writer's process while the block runs; a repository that cannot be written to, or has a writer,
-    gets none."""
+    """Runs the writer's process while the block runs.
+
+    A repository that cannot be written to, or has a writer, gets none.
+    """
     if not os.access(repository, os.W_OK):
         log(f"items: {repository} cannot be written to, so items cannot be changed from here")
         yield
@@ -287,7 +297,7 @@ def service_process(repository: Path, log: Callable[[str], None] = lambda line: 
 
 
 def _python(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
-    """A module of ours as a process that imports what we import, on one thread: serving comes first."""
+    """Starts a module of ours as a process that imports what we do, on one thread: serving comes first."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -310,23 +320,25 @@ def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: in
 
 
 class _Stop(BaseException):
-    """SIGTERM or SIGINT, in the main thread."""
+    """Ends the main thread at SIGTERM or SIGINT."""
 
 
 def _raise_stop() -> None:
+    """Raises _Stop; later signals are ignored, so that stop() can finish."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     raise _Stop
 
 
 def _end_with_parent() -> None:
-    """Our parent holds the other end of standard input: when it is gone, so are we."""
+    """Ends this process when its parent has: the parent holds the other end of standard input."""
     while os.read(0, 1):  # not sys.stdin: a thread that holds its lock at the end is a fatal error to Python
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the service of the repository that the command line names."""
     if not sys.stdin.isatty():
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -1,4 +1,5 @@
-"""The one who changes items: checks a group of changes, encodes what is new, appends the group to the log."""
+"""Changes items, as the only one: checks a group of changes, encodes what is new, appends the group to the
+log."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.id_rule import encode_id
 from ensemble.live.encoding import ItemEncoding
@@ -20,9 +22,8 @@ from ensemble.live.log import ADD, DELETE, UPDATE, LogReader, LogWriter, create_
 from ensemble.release.files import try_flock
 from ensemble.release.release import Release
 
-Change = Mapping[
-    str, Any
-]  # {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}
+# {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}
+Change = Mapping[str, Any]
 OPERATIONS = ("add", "update", "upsert", "delete")
 MAX_GROUP = 10_000  # changes at once
 
@@ -48,6 +49,7 @@ class ItemWriter:
         self._encoding: ItemEncoding | None = None
 
     def _open(self) -> None:
+        """Opens the current generation's log, or creates the first; removes what no instance needs."""
         if not (self.folder / "current").exists():
             create_log(self.folder / "log-0", self.release.schema, 0, 0)
             point_to(self.folder, 0)
@@ -60,18 +62,21 @@ class ItemWriter:
 
     @property
     def sequence(self) -> int:
+        """Gives the number of the last change."""
         return self._log.sequence
 
     @property
     def encoding(self) -> ItemEncoding:
-        """Opened when the first item has to be encoded: an engine's memory is not for deletes."""
+        """Opens the encoder when the first item has to be encoded: an engine's memory is not for deletes."""
         if self._encoding is None:
             self._encoding = ItemEncoding(self.release)
         return self._encoding
 
     def apply(self, changes: Sequence[Change]) -> int:
-        """Makes all changes durable, or none of them; returns the last one's sequence number. InvalidInput
-        names the first bad one."""
+        """Makes all changes durable, or none of them; gives the last one's sequence number.
+
+        InvalidInput names the first bad one.
+        """
         records = self.records(changes)
         if len(records):
             self._log.append(records)
@@ -81,8 +86,8 @@ class ItemWriter:
                     raise ReleaseError(self.live.fault)
         return self._log.sequence
 
-    def records(self, changes: Sequence[Change]) -> np.ndarray:
-        """Checked and encoded: [n] records, in order."""
+    def records(self, changes: Sequence[Change]) -> Array:
+        """Checks and encodes changes: records [n], in order."""
         if len(changes) > MAX_GROUP:
             raise InvalidInput(
                 f"at most {MAX_GROUP} changes at once, got {len(changes)}", "send them in parts"
@@ -105,8 +110,8 @@ class ItemWriter:
             records["item"][encoded], records["numbers"][encoded] = packed, numbers
         return records
 
-    def _rows(self, changes: Sequence[Change], ids: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Each change's row and kind of record; an id keeps its row for good."""
+    def _rows(self, changes: Sequence[Change], ids: list[bytes]) -> tuple[Array, Array]:
+        """Gives each change's row and kind of record; an id keeps its row for good."""
         view = self.live.view
         rows = view.rows_from_ids(np.array(ids, dtype="S")) if ids else np.zeros(0, np.int64)
         here = (rows > 0) & ~view.is_deleted(rows)
@@ -129,8 +134,8 @@ class ItemWriter:
         rows[new] = view.num_rows + np.arange(len(new))
         return rows, kinds
 
-    def _old(self, rows: np.ndarray, is_new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Packed rows [n] and numbers [n, *] before the change."""
+    def _old(self, rows: Array, is_new: Array) -> tuple[Array, Array, Array]:
+        """Gives the packed rows [n] and numbers [n, *] before the change, and is_new as it came."""
         state, known = self.live.view.state, np.where(is_new, 0, rows)
         slots = state.slot_of_row[known]
         old = np.array(state.items[np.where(slots > 0, 0, known)])
@@ -142,14 +147,14 @@ class ItemWriter:
         return old, numbers, is_new
 
     def turn_to(self, generation: int, merged: int) -> None:
-        """Makes a finished generation, which has all changes up to `merged`, the served one; later changes
-        move to its log."""
+        """Makes a finished generation, which has all changes up to `merged`, the served one.
+
+        Later changes move to its log.
+        """
         path, schema = self.folder / f"log-{generation}", self.release.schema
         create_log(path, schema, generation, merged)
-        later, reader = (
-            LogWriter(path, schema, LogReader(path, schema), self.note),
-            LogReader(self._log.path, schema),
-        )
+        later = LogWriter(path, schema, LogReader(path, schema), self.note)
+        reader = LogReader(self._log.path, schema)
         while len(records := reader.read()):
             if len(kept := records[records["sequence"] > merged]):
                 later.append(kept.copy())
@@ -162,8 +167,7 @@ class ItemWriter:
         self._sweep(generation)
 
     def _sweep(self, generation: int) -> None:
-        """Removes what no instance needs: logs and generations before the last one, and what a killed merge
-        left."""
+        """Removes what no instance needs: generations before the last one, and what a killed merge left."""
         kept = {generation, generation - 1}
         for path in self.folder.iterdir():
             number = path.name.removeprefix("log-").removeprefix("g")

@@ -32,7 +32,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def try_flock(descriptor: int) -> bool:
-    """Takes an exclusive lock on an open file or folder, if nobody has it."""
+    """Takes an exclusive lock on an open file or folder if nobody has it, and says whether it did."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -41,10 +41,6 @@ def try_flock(descriptor: int) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in large pieces."""
+    """Gives the hex digest of a file, read in large pieces."""
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Maps ids, which are used at the edge, to rows, which are used inside: one sorted array of bytes, both ways."""
+"""Maps ids, used at the edge, to rows, used inside, and back: one sorted array of bytes does both."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _cut(ids: Array, dtype: np.dtype) -> tuple[Array, Array | bool]:
 
 
 def write_ids(path: Path, sorted_ids: Array) -> None:
-    """Writes the id map of `sorted_ids` [I] S; InvalidInput unless they are sorted, distinct and short enough."""
+    """Writes the id map of ids [I] S; InvalidInput unless they are sorted, distinct and short enough."""
     if sorted_ids.dtype.itemsize > MAX_ID_BYTES:
         longest = max(sorted_ids, key=len)
         raise InvalidInput(f"id {longest.decode(errors='replace')!r}: {id_fault(longest)}")

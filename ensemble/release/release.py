@@ -1,4 +1,4 @@
-"""A release on disk, opened for reading: what the manifest promises is what is served, or nothing is."""
+"""Opens a release on disk for reading: what the manifest promises is what is served, or nothing is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ensemble import contract
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
 from ensemble.release.ids import IdMap, open_ids
@@ -23,8 +24,10 @@ _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE
 
 
 class Release:
-    """One immutable bundle. Arrays are memory-mapped, so all processes of a machine share one copy in page
-    cache."""
+    """Reads one immutable bundle.
+
+    Arrays are memory-mapped, so all processes of a machine share one copy in page cache.
+    """
 
     def __init__(self, repository: Path, name: str, manifest: dict[str, Any]) -> None:
         self.repository, self.name, self.manifest = repository, name, manifest
@@ -32,56 +35,62 @@ class Release:
 
     @cached_property
     def schema(self) -> Schema:
+        """Gives the shop's columns, tasks and sizes."""
         return schema_from_json(self._text("schema.json"))
 
     @cached_property
     def pipeline(self) -> PipelineSpec:
+        """Gives the pipeline behind `recommend`."""
         return contract.recommend(self.schema)
 
     @cached_property
     def vocabularies(self) -> dict[str, dict[str, list[str]]]:
-        """{"items": {feature: [value, …]}, "users": …}: value v of a category has code offset + 1 + v."""
+        """Gives {"items": {feature: [value, …]}, "users": …}: value v has code offset + 1 + v."""
         return json.loads(self._text("vocabularies.json"))
 
     @cached_property
     def item_ids(self) -> IdMap:
+        """Maps item ids to rows of `items`."""
         return open_ids(self.path / "item_ids.npy")
 
     @cached_property
     def user_ids(self) -> IdMap:
+        """Maps user ids to rows of `users`."""
         return open_ids(self.path / "user_ids.npy")
 
     @cached_property
-    def items(self) -> np.ndarray:
-        """[I + 1] packed rows (snapshot.item_dtype); row 0 is the unknown item."""
+    def items(self) -> Array:
+        """Gives the items' packed rows [I + 1] (snapshot.item_dtype); row 0 is the unknown item."""
         return self._array("items.npy")
 
     @cached_property
-    def users(self) -> np.ndarray:
-        """[U + 1] packed rows (snapshot.user_dtype); row 0 is the unknown user."""
+    def users(self) -> Array:
+        """Gives the users' packed rows [U + 1] (snapshot.user_dtype); row 0 is the unknown user."""
         return self._array("users.npy")
 
     @cached_property
-    def item_numbers(self) -> np.ndarray:
-        """[I + 1, n] float32: the items' number features as the shop wrote them, NaN where missing."""
+    def item_numbers(self) -> Array:
+        """Gives the items' number features as the shop wrote them: [I + 1, n] float32, NaN where missing."""
         return self._array("numbers.npy")
 
     @cached_property
-    def item_titles(self) -> np.ndarray:
-        """[I + 1] S, UTF-8."""
+    def item_titles(self) -> Array:
+        """Gives the items' titles: [I + 1] S, UTF-8."""
         return self._array("item_titles.npy")
 
     def model(self, name: str) -> ModelSpec:
-        """The ModelSpec of one member."""
+        """Gives the ModelSpec of one member."""
         return contract.item_encoder(self.schema) if name == "item_encoder" else self.pipeline.model(name)
 
     def member_file(self, model: str, file: str) -> Path:
-        """A file of a member model's only version."""
+        """Gives the path of a file of a member's only version."""
         return self.repository / f"{self.name}_{model}" / "1" / file
 
     def verify(self, paths: Iterable[Path] | None = None) -> None:
-        """Compares files with the manifest's sha256 (all of them when `paths` is None); ReleaseError names
-        the first that differs."""
+        """Compares files with the manifest's sha256, all of them when `paths` is None.
+
+        ReleaseError names the first that differs.
+        """
         promised = self.manifest["files"]
         wanted = promised if paths is None else [str(p.relative_to(self.repository)) for p in paths]
         for relative in wanted:
@@ -91,10 +100,11 @@ class Release:
             self._verify_file(relative, entry)
 
     def verify_data(self, *names: str) -> None:
-        """verify() for files in the release's own folder."""
+        """Verifies files of the release's own folder, by name."""
         self.verify(self.path / name for name in names)
 
     def _verify_file(self, relative: str, entry: dict[str, Any]) -> None:
+        """Raises ReleaseError unless the file is what its manifest's `entry` says."""
         try:
             digest = file_sha256(self.repository / relative)
         except OSError as error:
@@ -109,12 +119,14 @@ class Release:
             )
 
     def _text(self, name: str) -> str:
+        """Reads a text file of the release's own folder."""
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except OSError as error:
             raise ReleaseError(f"cannot read {self.path / name}: {error.strerror}") from error
 
-    def _array(self, name: str) -> np.ndarray:
+    def _array(self, name: str) -> Array:
+        """Maps an array of the release's own folder into memory."""
         try:
             return np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -122,8 +134,10 @@ class Release:
 
 
 def open_release(repository: Path, name: str) -> Release:
-    """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract. Digests:
-    Release.verify."""
+    """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract.
+
+    Only schema.json is held against its digest here: see Release.verify.
+    """
     path = repository / name / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +166,7 @@ def open_release(repository: Path, name: str) -> Release:
 
 
 def active_release(repository: Path) -> str | None:
-    """The release that the alias points to, or None before the first activation."""
+    """Names the release that the alias points to; None before the first activation."""
     try:
         text = (repository / contract.PIPELINE / "config.pbtxt").read_text(encoding="utf-8")
     except FileNotFoundError:

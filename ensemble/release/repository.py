@@ -1,5 +1,4 @@
-"""The repository's shape on disk: which releases exist, who may change it, what a killed process left.
-Standard library only.
+"""Keeps the repository's shape on disk: which releases exist, who may change it, what a killed process left.
 
 recommend/config.pbtxt    the alias: the active release, the only file that ever changes
 rN/manifest.json          release rN exists if and only if this file does
@@ -33,7 +32,7 @@ _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\
 
 
 def check_name(name: str) -> str:
-    """`name` itself, if it can name a release."""
+    """Gives `name` back if it can name a release; InvalidInput if it cannot."""
     if not NAME.fullmatch(name) or name == contract.PIPELINE:
         raise InvalidInput(
             f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not "
@@ -43,12 +42,12 @@ def check_name(name: str) -> str:
 
 
 def release_names(repository: Path) -> list[str]:
-    """Every release that exists, r2 before r10."""
-    found = [
+    """Lists every release that exists, r2 before r10."""
+    names = [
         path.parent.name for path in repository.glob("*/manifest.json") if NAME.fullmatch(path.parent.name)
     ]
     return sorted(
-        found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     )
 
 
@@ -67,23 +66,23 @@ def require_active(repository: Path) -> str:
 
 
 def next_release_name(repository: Path) -> str:
-    """The first of r1, r2, … above all that are there, members of a half-removed release included."""
+    """Gives the first of r1, r2, … above all that are there, members of a half-removed release included."""
     names = [path.name.partition("_")[0] for path in repository.iterdir()] if repository.is_dir() else []
     numbers = [int(name[1:]) for name in names if re.fullmatch(r"r\d+", name)]
     return f"r{max(numbers, default=0) + 1}"
 
 
 def member_folders(repository: Path, name: str) -> list[Path]:
-    """The model folders of release `name`, its ensemble included, whether or not it is complete."""
+    """Lists the model folders of release `name`, its ensemble included, whether or not it is complete."""
     return sorted(path for path in repository.glob(f"{name}_*") if path.is_dir())
 
 
 @contextlib.contextmanager
 def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
-    """Holds the repository's lock; ReleaseError naming the holder if it is not free within `wait_s`.
+    """Holds the repository's lock; ReleaseError names the holder if it is not free within `wait_s`.
 
-    flock, because the kernel drops it when its holder dies: a killed build never leaves the repository
-    locked.
+    It is a flock, because the kernel drops it when its holder dies: a killed build never leaves the
+    repository locked.
     """
     try:
         lock = os.open(repository / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -99,6 +98,7 @@ def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
 
 
 def _wait_for(lock: int, repository: Path, wait_s: float) -> None:
+    """Takes the lock as soon as it is free; ReleaseError when `wait_s` is over."""
     deadline = time.monotonic() + wait_s
     while not try_flock(lock):
         if time.monotonic() >= deadline:
@@ -111,9 +111,11 @@ def _wait_for(lock: int, repository: Path, wait_s: float) -> None:
 
 @contextlib.contextmanager
 def staging(repository: Path) -> Iterator[Path]:
-    """A private folder on the repository's file system, gone afterwards; locked, so that sweep() leaves it
-    alone while we live."""
-    # the lock comes before the name that sweep() looks for: else it could remove the folder between the two
+    """Gives a private folder on the repository's file system, gone afterwards.
+
+    It is locked, so that sweep() leaves it alone while we live.
+    """
+    # The lock comes before the name that sweep() looks for: else it could remove the folder between the two
     hidden = Path(tempfile.mkdtemp(prefix=f".new-{os.getpid()}-", dir=repository))
     descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     folder = hidden.with_name(hidden.name.replace(".new-", STAGING))
@@ -128,7 +130,7 @@ def staging(repository: Path) -> Iterator[Path]:
 
 
 def sweep(repository: Path) -> list[str]:
-    """Removes what killed builds and removals left; returns the names of what it removed."""
+    """Removes what killed builds and removals left; gives the names of what it removed."""
     with locked(repository):
         removed = [path.name for path in _orphans(repository)]
         for name in removed:
@@ -137,18 +139,17 @@ def sweep(repository: Path) -> list[str]:
 
 
 def _orphans(repository: Path) -> Iterator[Path]:
-    """Staging folders without a living owner, and parts of a release that does not exist and is not the
-    active one.
+    """Finds staging folders without a living owner, and parts of releases that do not exist.
 
-    A member counts only if its own config.pbtxt says which release it belongs to, a release's own folder only
-    if it holds an alias: other people's models stay.
+    Parts of the active release are spared. A member counts only if its own config.pbtxt says which release it
+    belongs to, a release's own folder only if it holds an alias: other people's models stay.
     """
     spared = {*release_names(repository), active_release(repository) if _alias(repository).exists() else None}
     for path in sorted(repository.iterdir()):
         if path.name.startswith(STAGING):
             orphan = not _has_owner(path)
         elif path.name.startswith(".new-"):
-            # a staging folder lives under this name for a moment only
+            # A staging folder lives under this name for a moment only
             orphan = time.time() - path.stat().st_mtime > 60
         elif match := _MEMBER.fullmatch(path.name):
             orphan = match[1] not in spared and _release_of(path) == match[1]
@@ -159,6 +160,7 @@ def _orphans(repository: Path) -> Iterator[Path]:
 
 
 def _has_owner(folder: Path) -> bool:
+    """Says whether a living process holds the folder's lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return not try_flock(descriptor)
@@ -167,6 +169,7 @@ def _has_owner(folder: Path) -> bool:
 
 
 def _release_of(member: Path) -> str | None:
+    """Names the release that a member's config.pbtxt says it belongs to; None if it says nothing."""
     try:
         match = _RELEASE_PARAMETER.search((member / "config.pbtxt").read_text(encoding="utf-8"))
     except OSError:
@@ -175,12 +178,15 @@ def _release_of(member: Path) -> str | None:
 
 
 def _alias(repository: Path) -> Path:
+    """Gives the path of the alias's configuration."""
     return repository / contract.PIPELINE / "config.pbtxt"
 
 
 def remove(repository: Path, name: str) -> None:
-    """Removes a release that is not active. Its manifest goes first: killed in the middle, the rest are
-    orphans for sweep()."""
+    """Removes a release that is not active.
+
+    Its manifest goes first: killed in the middle, the rest are orphans for sweep().
+    """
     if not (repository / check_name(name) / "manifest.json").exists():
         raise ReleaseError(
             f"no release {name!r} in {repository}",
@@ -197,8 +203,10 @@ def remove(repository: Path, name: str) -> None:
 
 
 def point_alias(repository: Path, config: str) -> None:
-    """Makes `config` the alias's configuration: by rename, so that a reader finds the old text or the new
-    one. Call under locked()."""
+    """Makes `config` the alias's configuration. Call it under locked().
+
+    It is put there by a rename, so that a reader finds the old text or the new one.
+    """
     version = _alias(repository).parent / "1"
     # Triton wants a version folder, though an ensemble has nothing to put there
     version.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,19 @@
-"""Packed rows of users and items: fixed width, memory-mapped, one gather for a whole batch."""
+"""Packs rows of users and items: fixed width, memory-mapped, one gather for a whole batch."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.schema import Schema
 
 
 def item_dtype(schema: Schema) -> np.dtype:
-    """One item: embedding [D] and features [F] from the item_encoder, codes [C] and values [R] from the
-    catalogue."""
+    """Gives the dtype of one item's row.
+
+    Its fields are embedding [D] and features [F], both from the item_encoder, and codes [C] and values [R]
+    from the catalogue.
+    """
     sizes = schema.sizes
     return np.dtype(
         [
@@ -22,8 +26,11 @@ def item_dtype(schema: Schema) -> np.dtype:
 
 
 def user_dtype(schema: Schema) -> np.dtype:
-    """One user: seen item rows [W], oldest first, left-padded with -1; learned features [U]; codes [C];
-    values [R]."""
+    """Gives the dtype of one user's row.
+
+    Its fields are seen, item rows [W] oldest first and left-padded with -1; features [U], which are learned;
+    codes [C]; values [R].
+    """
     sizes = schema.sizes
     return np.dtype(
         [
@@ -35,8 +42,8 @@ def user_dtype(schema: Schema) -> np.dtype:
     )
 
 
-def gather(rows: np.ndarray, table: np.ndarray, field: str) -> np.ndarray:
-    """Field of the packed `table` at `rows` [...] int64 -> [..., width], contiguous; 0 where a row is
+def gather(rows: Array, table: Array, field: str) -> Array:
+    """Gathers a field of the packed `table` at rows [...] int64 -> [..., width], contiguous; 0 where a row is
     negative.
 
     Indexing the field's view copies each row's field once; np.take would first copy the whole table.

@@ -1,8 +1,8 @@
-"""What reading rows costs: `peregrine features bench`. The rows of one request, from each tier, in CPU time
-of the thread and on the wall.
+"""Measures what reading rows costs, for `peregrine features bench`: one request's rows, from each tier.
 
-features reads 1 user and the items of a full history; recall reads the rows of its candidates. Each line is
-paced so that the thread is busy 30 % of the time, as a server is that has room; nothing is read ahead.
+It counts CPU time of the thread and time on the wall. features reads 1 user and the items of a full history;
+recall reads the rows of its candidates. Each line is paced so that the thread is busy 30 % of the time, as a
+server is that has room; nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, ServerError
 from ensemble.release.release import Release
 from ensemble.tiers.connection import connect_now
@@ -28,15 +29,12 @@ from ensemble.tiers.settings import TierSettings
 
 CANDIDATES, HISTORY = 512, 50
 _LOAD = 0.3
-_MISSED = {
-    "memory": 0.0,
-    "90 % memory, 10 % redis": 0.1,
-    "redis": 1.0,
-}  # share of rows that are dropped from L1 before each read
+# Share of rows that are dropped from L1 before each read.
+_MISSED = {"memory": 0.0, "90 % memory, 10 % redis": 0.1, "redis": 1.0}
 
 
 def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]:
-    """Every line's numbers; without `url`, from a redis-server of its own on this machine."""
+    """Gives every line's numbers; without `url`, from a redis-server of its own on this machine."""
     if not seconds > 0:
         raise InvalidInput(f"--seconds must be above 0, got {seconds:g}")
     with contextlib.ExitStack() as stack:
@@ -47,7 +45,7 @@ def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]
             _line(release, RowReaders(release), "snapshot", what, seconds, 0.0)
             for what in ("features", "recall")
         ]
-        # deadline: far from what is measured, so that a busy machine gives slow lines, not wrong ones
+        # Deadline: far from what is measured, so that a busy machine gives slow lines, not wrong ones
         readers = RowReaders(
             release,
             TierSettings(url, deadline_ms=1000, soft_ttl_s=3600, hard_ttl_s=3600, negative_ttl_s=3600),
@@ -76,7 +74,7 @@ def measure(release: Release, url: str | None, seconds: float) -> dict[str, Any]
 def _line(
     release: Release, readers: RowReaders, tier: str, what: str, seconds: float, missed: float
 ) -> dict[str, Any]:
-    """One line of the table: reads for `seconds`, then quantiles."""
+    """Measures one line of the table: reads for `seconds`, then gives quantiles."""
     rng = np.random.default_rng(0)
     read, drop, num_rows = (
         _features(release, readers, rng) if what == "features" else _recall(release, readers, rng)
@@ -110,8 +108,7 @@ Case = tuple[Callable[[], None], Callable[[float], None], int]
 
 
 def _features(release: Release, readers: RowReaders, rng: np.random.Generator) -> Case:
-    """Reads one user and HISTORY items, as the step does: whoever is there, and 50 distinct items even where
-    pasts are shorter."""
+    """Makes the reads of features: one user and HISTORY items, distinct ones even where pasts are shorter."""
     ids, rows, history = _fixed(release, rng)
 
     def read() -> None:
@@ -131,7 +128,7 @@ def _features(release: Release, readers: RowReaders, rng: np.random.Generator) -
 
 
 def _recall(release: Release, readers: RowReaders, rng: np.random.Generator) -> Case:
-    """Reads CANDIDATES items' rows."""
+    """Makes the reads of recall: CANDIDATES items' rows."""
     rows = 1 + rng.choice(len(release.item_ids), min(CANDIDATES, len(release.item_ids)), replace=False)[None]
 
     def read() -> None:
@@ -142,20 +139,22 @@ def _recall(release: Release, readers: RowReaders, rng: np.random.Generator) -> 
     return read, lambda share: _drop(readers.items, rows, share, rng), rows.size
 
 
-def _fixed(release: Release, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fixed(release: Release, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Draws a user's id [1] S and row [1], and rows [1, HISTORY] of items."""
     user = 1 + rng.integers(len(release.user_ids), size=1)
     items = 1 + rng.choice(len(release.item_ids), min(HISTORY, len(release.item_ids)), replace=False)
     return release.user_ids.ids_from_rows(user), user, items[None]
 
 
-def _drop(reader: RowReader, rows: np.ndarray, share: float, rng: np.random.Generator) -> None:
+def _drop(reader: RowReader, rows: Array, share: float, rng: np.random.Generator) -> None:
+    """Drops a share of the items at `rows` from L1."""
     flat = rows.ravel()
     reader.memory.drop(item_identities(flat[rng.permutation(len(flat))[: max(1, round(share * len(flat)))]]))
 
 
 @contextlib.contextmanager
 def _own_redis() -> Iterator[str]:
-    """A redis-server on a free port, gone afterwards."""
+    """Runs a redis-server on a free port and gives its URL; it is gone afterwards."""
     if not shutil.which("redis-server"):
         raise ServerError(
             "redis-server is not installed",
@@ -177,6 +176,7 @@ def _own_redis() -> Iterator[str]:
 
 
 def _when_ready(url: str) -> str:
+    """Gives `url` back as soon as Redis answers there; ServerError after ten seconds."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -189,7 +189,7 @@ def _when_ready(url: str) -> str:
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """The numbers on the terminal."""
+    """Prints the numbers on the terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,5 @@
-"""A circuit breaker: after some failures in a row nobody asks for a while, then one call tries."""
+"""Keeps calls from a Redis that fails: after some failures in a row nobody asks for a while, then one call
+tries."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """closed -> open after `failures` in a row -> half-open after open_s (+- 20 %: processes do not try in
-    step) -> closed or open."""
+    """Goes from closed to open after `failures` in a row, to half-open after open_s, and then to closed or
+    open.
+
+    open_s varies by 20 %, so that processes do not try in step.
+    """
 
     def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._open_s, self._clock = failures, open_s, clock
@@ -20,12 +24,13 @@ class Breaker:
 
     @property
     def state(self) -> str:
+        """Names the state: closed, open or half_open."""
         if self._failed < self._limit:
             return "closed"
         return "half_open" if self._trying or self._clock() >= self._until else "open"
 
     def allow(self) -> bool:
-        """Whether this call may ask; one that may must tell success() or failure()."""
+        """Says whether this call may ask; one that may must tell success() or failure()."""
         if self._failed < self._limit:
             return True
         with self._lock:
@@ -35,16 +40,18 @@ class Breaker:
             return True
 
     def hurry(self) -> None:
-        """The next call may try at once, however long this was to stay open: somebody else has just been
+        """Lets the next call try at once, however long this was to stay open: somebody else was just
         answered."""
         with self._lock:
             self._until = self._clock()
 
     def success(self) -> None:
+        """Notes a call that was answered."""
         with self._lock:
             self._failed, self._trying = 0, False
 
     def failure(self) -> None:
+        """Notes a call that was not answered."""
         with self._lock:
             self._failed, self._trying = self._failed + 1, False
             if self._failed >= self._limit:

@@ -1,5 +1,7 @@
-"""How Redis is reached: a deadline for every whole call, no retries, one cluster or one server behind the
-same calls. redis-py, imported late."""
+"""Reaches Redis: a deadline for every whole call, no retries, a cluster or one server behind the same calls.
+
+redis-py is imported late.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ _CLUSTER = "+cluster://"
 
 
 def is_cluster(url: str) -> bool:
+    """Says whether the URL names a cluster."""
     return _CLUSTER in url
 
 
 def open_client(url: str, timeout_s: float, *, whole_call: bool = True) -> Any:
-    """redis.Redis or redis.cluster.RedisCluster. redis-py's own defaults wait up to 59 s for a silent server;
-    here no call outlives timeout_s (whole_call: even if a reply drips in; else each read gets that long, and
-    a lost connection is tried again thrice, which writers want: what they write may be written twice)."""
+    """Opens redis.Redis or redis.cluster.RedisCluster; no call outlives timeout_s.
+
+    redis-py's own defaults wait up to 59 s for a silent server. whole_call: the limit holds even if a reply
+    drips in. Otherwise each read gets that long, and a lost connection is tried again thrice, which writers
+    want: what they write may be written twice.
+    """
     redis = _redis()
     retry = (
         redis.retry.Retry(redis.backoff.NoBackoff(), 0)
@@ -46,8 +52,10 @@ def open_client(url: str, timeout_s: float, *, whole_call: bool = True) -> Any:
 
 
 def connect_now(url: str, timeout_s: float = 5.0) -> Any:
-    """open_client for commands: ServerError at once if it cannot be reached or refuses us. Long reads are
-    allowed."""
+    """Opens a client for commands; ServerError at once if Redis cannot be reached or refuses us.
+
+    Long reads are allowed.
+    """
     redis = _redis()
     try:
         client = open_client(url, timeout_s, whole_call=False)
@@ -60,13 +68,14 @@ def connect_now(url: str, timeout_s: float = 5.0) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """One line, without keys or values."""
+    """Gives an error's text as one line, without keys or values."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text[:160]
 
 
 def check_installed() -> None:
-    """ModuleNotFoundError unless redis-py and hiredis are there: better at the start than at each call."""
+    """Raises ModuleNotFoundError unless redis-py and hiredis are there: better at the start than at each
+    call."""
     import hiredis
     import redis
 
@@ -75,15 +84,17 @@ def check_installed() -> None:
 
 
 class Caller:
-    """Sends MGETs. On one server over a connection of its own: redis-py's pool and command layers cost as
-    much as the rest of the call."""
+    """Sends MGETs, on one server over a connection of its own.
+
+    redis-py's pool and command layers cost as much as the rest of the call.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.client = open_client(url, timeout_s)
         self._connection: Any = None if is_cluster(url) else self.client.connection_pool.make_connection()
 
     def mget(self, keys: list[bytes]) -> Any:
-        """All of a batch's keys in one round trip (a cluster: one for each of its servers)."""
+        """Asks for all of a batch's keys in one round trip (a cluster: one for each of its servers)."""
         import hiredis
 
         if self._connection is None:
@@ -95,9 +106,12 @@ class Caller:
         return self._connection.read_response()
 
     def is_in_step(self) -> bool:
-        """Whether the next reply is that of the next command. Somebody else's row may also be what is stored:
-        no reason to connect anew at each request that reads it. False for a cluster, which has many
-        connections."""
+        """Says whether the next reply is that of the next command; False for a cluster, which has many
+        connections.
+
+        Somebody else's row may also be what is stored: no reason to connect anew at each request that reads
+        it.
+        """
         import hiredis
 
         if self._connection is None:
@@ -108,8 +122,10 @@ class Caller:
         return bool(self._connection.read_response() == nonce.encode())
 
     def _drop_if_unfit(self) -> None:
-        """Redis may have ended the connection since, better known now than by a failed call; or there is an
-        answer to nothing we asked."""
+        """Ends a connection that Redis has ended, or that holds an answer to nothing we asked.
+
+        That is better known now than by a failed call.
+        """
         try:
             unread = self._connection.can_read(0)
         except Exception:
@@ -118,7 +134,7 @@ class Caller:
             self._connection.disconnect()
 
     def disconnect(self) -> None:
-        """What comes next is read from new connections."""
+        """Ends all connections: what comes next is read from new ones."""
         if self._connection is not None:
             self._connection.disconnect()
             return
@@ -127,6 +143,7 @@ class Caller:
 
 
 def _redis() -> Any:
+    """Imports redis-py with the parts that we use."""
     import redis.backoff
     import redis.cluster
     import redis.retry
@@ -135,8 +152,11 @@ def _redis() -> Any:
 
 
 def _deadline_parser(redis: Any) -> type:
-    """redis-py's parser gives every read of the socket the whole timeout; a reply that drips in would take
-    any number of them."""
+    """Makes a parser whose whole reply must come within the time-out.
+
+    redis-py's own gives every read of the socket the whole time-out; a reply that drips in would take any
+    number of them.
+    """
 
     class DeadlineParser(redis.connection.DefaultParser):  # type: ignore[misc, name-defined]
         def read_response(self, *args: Any, **options: Any) -> Any:

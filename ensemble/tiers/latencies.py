@@ -1,4 +1,4 @@
-"""A tier's latencies as a histogram of plain numbers."""
+"""Counts a tier's latencies in a histogram of plain numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LATENCY_BOUNDS_US = (100, 250, 500, 1000, 2500, 5000, 10_000)
 
 @dataclass
 class Latencies:
-    """A histogram: calls at or under each of LATENCY_BOUNDS_US, all calls, their sum."""
+    """Holds a histogram: calls at or under each of LATENCY_BOUNDS_US, all calls, their sum."""
 
     counts: list[int] = field(default_factory=lambda: [0] * len(LATENCY_BOUNDS_US))
     total: int = 0
     sum_us: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """One call."""
+        """Counts one call."""
         micros = seconds * 1e6
         self.total += 1
         self.sum_us += micros
@@ -26,7 +26,7 @@ class Latencies:
             self.counts[i] += micros <= bound
 
     def metrics(self, **labels: str) -> list[Metric]:
-        """The histogram as Prometheus has it."""
+        """Gives the histogram as Prometheus wants it."""
         base = tuple(labels.items())
         bounds = [*map(str, LATENCY_BOUNDS_US), "+Inf"]
         out = [

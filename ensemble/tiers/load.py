@@ -1,5 +1,5 @@
-"""Bulk load: a release's snapshot rows into Redis, under keys of a new version; then one pointer makes
-readers turn to them."""
+"""Loads a release's snapshot rows into Redis, under keys of a new version; then one pointer turns readers to
+them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load did."""
+    """Says what a load did."""
 
     shop: str
     release: str
@@ -80,7 +80,7 @@ def load_release(
                 done += len(piece)
                 progress(f"{done:,} of {total:,} rows", done / max(total, 1))
         previous = client.hget(shop_key(release.schema.shop), release.name)
-        # from here on readers ask for the new rows
+        # From here on readers ask for the new rows
         client.hset(shop_key(release.schema.shop), release.name, version)
         expiring = _expire(client, previous, keep_s) if previous else 0
     except (redis.exceptions.RedisError, OSError) as error:
@@ -102,7 +102,7 @@ def load_release(
 
 
 def _meta(release: Release, ttl_s: int) -> str:
-    """What a writer must know that has no release folder."""
+    """Writes, as JSON, what a writer must know that has no release folder."""
     digest, schema = row_format(release, "users").digest, json.loads(release.schema.to_json())
     return json.dumps(
         {
@@ -116,7 +116,7 @@ def _meta(release: Release, ttl_s: int) -> str:
 
 
 def _rows(release: Release, table: str, version: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
-    """(key, record) of every row but the unknown one, in pieces."""
+    """Gives (key, record) of every row but the unknown one, in pieces."""
     fmt, start = row_format(release, table), prefix(version, table)
     ids = release.user_ids if table == "users" else release.item_ids
     source = release.users if table == "users" else release.items
@@ -129,7 +129,7 @@ def _rows(release: Release, table: str, version: bytes) -> Iterator[list[tuple[b
 
 
 def _names(release: Release, version: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
-    """(key, row number) of every item id, in pieces."""
+    """Gives (key, row number) of every item id, in pieces."""
     for first in range(1, len(release.item_ids) + 1, _PIECE):
         rows = np.arange(first, min(first + _PIECE, len(release.item_ids) + 1))
         yield [
@@ -139,6 +139,7 @@ def _names(release: Release, version: bytes) -> Iterator[list[tuple[bytes, bytes
 
 
 def _set(client: Any, pairs: list[tuple[bytes, bytes]], ttl_s: int) -> None:
+    """Sets keys with a TTL, in one pipeline."""
     with client.pipeline(transaction=False) as pipe:
         for key, value in pairs:
             pipe.set(key, value, ex=ttl_s)
@@ -146,7 +147,7 @@ def _set(client: Any, pairs: list[tuple[bytes, bytes]], ttl_s: int) -> None:
 
 
 def _expire(client: Any, version: bytes, keep_s: int) -> int:
-    """Requests under way may still ask for the old rows; keep_s later nobody does."""
+    """Lets a version's keys expire in keep_s, when no request asks for them any more; gives their number."""
     count = 0
     with client.pipeline(transaction=False) as pipe:
         for key in client.scan_iter(match=b"feat:%s:*" % version, count=_PIECE):

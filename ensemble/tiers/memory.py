@@ -1,8 +1,8 @@
-"""L1: rows in this process, in a set-associative table of NumPy arrays. A whole batch is looked up, or put
-in, at once.
+"""Keeps rows in this process (L1), in a set-associative table of NumPy arrays; works on whole batches.
 
-Bounded in bytes and in age. Four ways a set; within a set the least recently used row goes. Ages are of a
-monotonic clock. An invalidation also stops rows that were read before it and come to be put in after it.
+The table is bounded in bytes and in age. It has four ways a set; within a set the least recently used row
+goes. Ages are of a monotonic clock. An invalidation also stops rows that were read before it and come to be
+put in after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ensemble.arrays import ranks_within
+from ensemble.arrays import Array, ranks_within
 from ensemble.tiers.settings import TierSettings
 
 WAYS = 4
@@ -25,7 +25,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass
 class MemoryCounters:
-    """Since the start; `bytes` are what the rows that are in now occupy."""
+    """Counts what happened since the start."""
 
     hits: int = 0
     misses: int = 0
@@ -37,20 +37,25 @@ class MemoryCounters:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What L1 knows of n identities. state [n] int8; absent [n] bool: Redis has none (use the snapshot);
-    refresh [n] bool: the caller, and nobody else for now, is to ask Redis again; rows [n] packed, garbage
-    where state is MISS or absent."""
+    """Holds what L1 knows of n identities.
 
-    state: np.ndarray
-    absent: np.ndarray
-    refresh: np.ndarray
-    rows: np.ndarray
+    state [n] int8: MISS, FRESH or STALE. absent [n] bool: Redis has none, use the snapshot. refresh [n] bool:
+    the caller, and nobody else for now, is to ask Redis again. rows [n] packed, garbage where state is MISS
+    or absent.
+    """
+
+    state: Array
+    absent: Array
+    refresh: Array
+    rows: Array
     stamp: int  # give it to put(): what was invalidated since is not put in
 
 
 class MemoryTier:
-    """Identity [2] uint64 -> packed row, or "absent". Identity (0, 0) means empty and must not be asked
-    for."""
+    """Maps an identity [2] uint64 to its packed row, or to "absent".
+
+    Identity (0, 0) means empty and must not be asked for.
+    """
 
     def __init__(
         self,
@@ -66,11 +71,7 @@ class MemoryTier:
         sets = max(1, settings.memory_bytes // (WAYS * self.slot_bytes))
         self.num_sets = 1 << (sets.bit_length() - 1)  # a power of two at most the bound
         slots = self.num_sets * WAYS
-        # identities, word by word
-        self._low, self._high = (
-            np.zeros(slots, np.uint64),
-            np.zeros(slots, np.uint64),
-        )
+        self._low, self._high = np.zeros(slots, np.uint64), np.zeros(slots, np.uint64)  # words of identities
         self._sets = self._low.reshape(self.num_sets, WAYS)
         self._rows = np.zeros(slots, dtype)  # pages that are never written are never allocated
         self._soft, self._hard, self._claim = np.zeros(slots), np.zeros(slots), np.zeros(slots)
@@ -84,15 +85,16 @@ class MemoryTier:
 
     @property
     def max_rows(self) -> int:
+        """Gives how many rows fit."""
         return self.num_sets * WAYS
 
     @property
     def bytes(self) -> int:
-        """Of the rows that are in, and of what is kept beside them."""
+        """Gives the size of the rows that are in, and of what is kept beside them."""
         return int(np.count_nonzero(self._hard)) * self.slot_bytes
 
-    def get(self, identities: np.ndarray) -> Lookup:
-        """Looks n identities [n, 2] up."""
+    def get(self, identities: Array) -> Lookup:
+        """Looks identities [n, 2] up, counts them, and claims those that are to be asked for again."""
         with self._lock:
             now = self.clock()
             slots, found, stale, absent = self._look(identities, now)
@@ -105,8 +107,8 @@ class MemoryTier:
             self._count(len(slots), hits, stale, absent)
             return Lookup(found.astype(np.int8) + stale, absent, refresh, self._rows.take(slots), self._tick)
 
-    def peek(self, identities: np.ndarray) -> Lookup:
-        """As get(), but nothing is counted, used or claimed by it."""
+    def peek(self, identities: Array) -> Lookup:
+        """Looks identities [n, 2] up as get() does, but counts, uses and claims nothing."""
         with self._lock:
             slots, found, stale, absent = self._look(identities, self.clock())
             return Lookup(
@@ -117,25 +119,25 @@ class MemoryTier:
                 self._tick,
             )
 
-    def _look(
-        self, identities: np.ndarray, now: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """slots [n]; found, stale, absent [n] bool."""
+    def _look(self, identities: Array, now: float) -> tuple[Array, Array, Array, Array]:
+        """Gives slots [n] of identities [n, 2], and which are found, stale and absent [n] bool."""
         self._tick += 1
         slots, found = self._find(identities)
         found &= self._hard[slots] > now
         return slots, found, found & (self._soft[slots] <= now), found & self._absent[slots]
 
-    def put(self, identities: np.ndarray, rows: np.ndarray, absent: np.ndarray, stamp: int) -> None:
-        """Puts n distinct identities [n, 2] in: their rows [n], or that there is none where absent [n];
-        `stamp` is the get's before it."""
+    def put(self, identities: Array, rows: Array, absent: Array, stamp: int) -> None:
+        """Puts in the rows [n] of distinct identities [n, 2], or that there is none where absent [n].
+
+        `stamp` is that of the get before it.
+        """
         with self._lock:
             if stamp < self._flushed:
                 return
             self._tick += 1
             slots, there = self._find(identities)
             valid = self._invalidated[slots // WAYS] <= stamp
-            # in their places: no newcomer of this call takes those
+            # In their places: no newcomer of this call takes those
             self._used[slots[there & valid]] = self._tick
             slots, chosen = self._places(slots, there, valid)
             slots, rows, absent = slots[chosen], rows[chosen], absent[chosen]
@@ -143,7 +145,7 @@ class MemoryTier:
             self._rows[slots], self._absent[slots] = rows, absent
             self._used[slots] = self._tick
             now, ttl = self.clock(), self.settings
-            # only ever shorter: a TTL is a promise
+            # Only ever shorter: a TTL is a promise
             short = 1 - ttl.jitter * self._random.random((2, len(slots)))
             self._soft[slots] = now + np.where(absent, ttl.negative_ttl_s, ttl.soft_ttl_s) * short[0]
             self._hard[slots] = now + np.where(
@@ -151,7 +153,7 @@ class MemoryTier:
             )
             self._claim[slots] = 0
 
-    def drop(self, identities: np.ndarray) -> None:
+    def drop(self, identities: Array) -> None:
         """Invalidates identities [n, 2], also for gets that are under way."""
         with self._lock:
             self._tick += 1
@@ -167,12 +169,13 @@ class MemoryTier:
             self._flushed = self._tick
             self._clear(slice(None))
 
-    def _clear(self, slots: np.ndarray | slice) -> None:
+    def _clear(self, slots: Array | slice) -> None:
+        """Empties slots."""
         self._low[slots] = self._high[slots] = 0
         self._hard[slots] = self._used[slots] = 0
 
-    def _find(self, identities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n, 2] -> slots [n] (the set's first where it is not in), found [n] bool."""
+    def _find(self, identities: Array) -> tuple[Array, Array]:
+        """Gives the slots [n] of identities [n, 2], a set's first where one is not in, and found [n] bool."""
         low, high = identities[:, 0], identities[:, 1]
         shift = 65 - self.num_sets.bit_length()
         sets = (
@@ -182,15 +185,15 @@ class MemoryTier:
         )
         slots = (self._sets[sets] == low[:, None]).argmax(axis=1)
         slots += sets * WAYS
-        # where two of a set shared their low word (one pair in 2^64) the second is never found: a miss,
+        # Where two of a set shared their low word (one pair in 2^64) the second is never found: a miss,
         # nothing worse
         return slots, (self._low[slots] == low) & (self._high[slots] == high)
 
-    def _places(
-        self, slots: np.ndarray, there: np.ndarray, valid: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Slots [n] to write to, chosen [n] bool. The r-th newcomer of a set takes its r-th least recently
-        used way; a fifth stays out."""
+    def _places(self, slots: Array, there: Array, valid: Array) -> tuple[Array, Array]:
+        """Chooses the slots [n] to write to, and says which were chosen [n] bool.
+
+        The r-th newcomer of a set takes its r-th least recently used way; a fifth stays out.
+        """
         new = np.flatnonzero(valid & ~there)
         sets = slots[new] // WAYS
         order = np.argsort(sets, kind="stable")
@@ -207,7 +210,8 @@ class MemoryTier:
         chosen[new] = True
         return slots, chosen
 
-    def _count(self, asked: int, hits: int, stale: np.ndarray, absent: np.ndarray) -> None:
+    def _count(self, asked: int, hits: int, stale: Array, absent: Array) -> None:
+        """Counts the hits and misses of one get."""
         c = self.counters
         c.hits += hits
         c.misses += asked - hits

@@ -1,20 +1,20 @@
-"""A user's past with events put into it: bounded, each item once, in order of time, the same whatever order
-the events came in."""
+"""Puts events into a user's past: bounded, each item once, in order of time, whatever order they came in."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from ensemble.arrays import Array
 
-def merge_past(
-    seen: np.ndarray, times: np.ndarray, rows: np.ndarray, event_times: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """seen [W] int32 left-padded with -1 and times [W] float64 (-inf: as loaded), with items rows [E] at
-    event_times [E] -> the same, merged.
 
-    An item stands once, at its latest time; those as loaded keep their order before all that have a time;
-    equal times are in order of rows. The last W stay. What falls out once is older than all that stays, so
-    events may come late, or twice, to the same end.
+def merge_past(seen: Array, times: Array, rows: Array, event_times: Array) -> tuple[Array, Array]:
+    """Puts items rows [E] at event_times [E] into a past: seen [W] int32 and times [W] float64 -> the same,
+    merged.
+
+    `seen` is left-padded with -1; a time of -inf means as loaded. An item stands once, at its latest time;
+    those as loaded keep their order before all that have a time; equal times are in order of rows. The last W
+    stay. What falls out once is older than all that stays, so events may come late, or twice, to the same
+    end.
     """
     width = len(seen)
     all_rows = np.concatenate([seen, np.asarray(rows, seen.dtype)])

@@ -1,9 +1,8 @@
-"""One row as bytes: what stands in Redis under a key, and in L1. A header says whose row it is and of which
-release.
+"""Packs one row as bytes, as it stands in Redis under a key, and in L1. A header says whose row it is.
 
     feat:<version>:u:<identity>   a user's record      feat:<version>:i:<identity>   an item's record
     feat:<version>:n:<item id>    the item's row number, for writers that have no id map
-    feat:<version>:meta              the release's schema and digest, for writers without a release folder
+    feat:<version>:meta           the release's schema and digest, for writers without a release folder
     feat:shop:<shop>              a hash {release: version}: the pointers that readers follow
 
 A record may have a tail: the times that writers need to put late events in their place. Readers cut it off.
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ensemble import contract
+from ensemble.arrays import Array
 from ensemble.release.release import Release
 from ensemble.release.snapshot import item_dtype, user_dtype
 from ensemble.schema import Schema
@@ -38,13 +38,13 @@ _HEADER = [
 # written_s: wall clock, for people. partial: 1 where a writer found no row to add events to; the snapshot's
 # row, if any, goes before it.
 _HEX = 32  # letters of an identity in a key
-# rows behind the release's own that a past may name: items added while they are served; `features` knows how
+# Rows behind the release's own that a past may name: items added while they are served; `features` knows how
 # many there are
 _LIVE_ITEMS = 1 << 24
 
 
 def release_digest(release: Release) -> int:
-    """64 bits that change with anything a row's meaning hangs on: tensors, item numbering, learned
+    """Gives 64 bits that change with anything a row's meaning hangs on: tensors, item numbering, learned
     vectors."""
     files = release.manifest.get("files", {})
     parts = [
@@ -55,48 +55,50 @@ def release_digest(release: Release) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def user_identities(ids: np.ndarray) -> np.ndarray:
-    """Ids [B] S -> [B, 2] uint64: 128 bits of BLAKE2b, which stand for the id everywhere, so that no id is
-    readable in Redis."""
+def user_identities(ids: Array) -> Array:
+    """Gives 128 bits of BLAKE2b of ids [B] S: [B, 2] uint64.
+
+    They stand for the id everywhere, so that no id is readable in Redis.
+    """
     raw = b"".join([hashlib.blake2b(i, digest_size=16).digest() for i in ids.tolist()])
     return np.frombuffer(raw, np.uint64).reshape(-1, 2)
 
 
-def item_identities(rows: np.ndarray) -> np.ndarray:
-    """Item rows [n] int64, from 1 -> [n, 2] uint64."""
+def item_identities(rows: Array) -> Array:
+    """Gives the identities [n, 2] uint64 of item rows [n] int64, which begin at 1."""
     out = np.zeros((len(rows), 2), np.uint64)
     out[:, 0] = rows
     return out
 
 
 def shop_key(shop: str) -> bytes:
-    """Key of the hash {release: version}."""
+    """Gives the key of the hash {release: version}."""
     return b"feat:shop:" + shop.encode()
 
 
 def prefix(version: bytes, table: str) -> bytes:
-    """What the keys of a table's rows begin with."""
+    """Gives what the keys of a table's rows begin with."""
     return b"feat:%s:%s:" % (version, _LETTER[table])
 
 
 def name_key(version: bytes, item_id: bytes) -> bytes:
-    """Key of an item's row number."""
+    """Gives the key of an item's row number."""
     return b"feat:%s:n:%s" % (version, item_id)
 
 
 def meta_key(version: bytes) -> bytes:
-    """Key of what a writer must know of a version."""
+    """Gives the key of what a writer must know of a version."""
     return b"feat:%s:meta" % version
 
 
-def keys_from_identities(start: bytes, identities: np.ndarray) -> list[bytes]:
-    """[n, 2] uint64 -> n keys that begin with `start`."""
+def keys_from_identities(start: bytes, identities: Array) -> list[bytes]:
+    """Gives n keys that begin with `start` for identities [n, 2] uint64."""
     text = binascii.hexlify(identities.tobytes())
     return [start + text[at : at + _HEX] for at in range(0, len(text), _HEX)]
 
 
-def identities_from_keys(keys: list[bytes]) -> np.ndarray:
-    """Inverse of keys_from_identities, for keys that are known to be rows' -> [n, 2] uint64."""
+def identities_from_keys(keys: list[bytes]) -> Array:
+    """Gives the identities [n, 2] uint64 of keys that are known to be rows'."""
     return np.frombuffer(binascii.unhexlify(b"".join([key[-_HEX:] for key in keys])), np.uint64).reshape(
         -1, 2
     )
@@ -104,7 +106,7 @@ def identities_from_keys(keys: list[bytes]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows of one table of one release are packed and checked."""
+    """Packs and checks the rows of one table of one release."""
 
     table: str  # users or items
     schema: Schema
@@ -113,38 +115,40 @@ class RowFormat:
 
     @cached_property
     def row(self) -> np.dtype:
-        """The snapshot's dtype."""
+        """Gives the snapshot's dtype."""
         return user_dtype(self.schema) if self.table == "users" else item_dtype(self.schema)
 
     @cached_property
     def record(self) -> np.dtype:
-        """Header and row."""
+        """Gives the dtype of a header and a row."""
         return np.dtype([*_HEADER, ("row", self.row)])
 
     @cached_property
     def _magic(self) -> int:
+        """Gives the first word of a good record: what it is, and its size."""
         return _MAGIC | self.record.itemsize << 32
 
     @property
     def times(self) -> int:
-        """Numbers of a tail: the time of each item of a past; of each 4-byte word of an item's row. float64,
-        -inf: as loaded."""
+        """Counts the float64 times of a tail: of each item of a past, or of each 4-byte word of an item's
+        row.
+
+        -inf means as loaded.
+        """
         return self.schema.sizes.seen if self.table == "users" else self.row.itemsize // 4
 
-    def pack(
-        self, identities: np.ndarray, rows: np.ndarray, written_s: float, partial: bool = False
-    ) -> np.ndarray:
-        """identities [n, 2], rows [n] packed -> records [n]."""
+    def pack(self, identities: Array, rows: Array, written_s: float, partial: bool = False) -> Array:
+        """Packs identities [n, 2] and rows [n] into records [n]."""
         out = np.zeros(len(rows), self.record)
         out["magic"], out["digest"] = self._magic, self.digest
         out["identity"], out["row"], out["written_s"], out["partial"] = identities, rows, written_s, partial
         return out
 
-    def unpack(
-        self, values: list[Any], identities: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """What Redis said of `identities` [n, 2] -> records [n] (garbage where not good), good [n] bool,
-        {cause: count} of bad ones."""
+    def unpack(self, values: list[Any], identities: Array) -> tuple[Array, Array, dict[str, int]]:
+        """Reads what Redis said of `identities` [n, 2].
+
+        Gives records [n] (garbage where not good), good [n] bool, and {cause: count} of bad ones.
+        """
         width = self.record.itemsize
         lengths = [len(value) if type(value) is bytes else -1 for value in values]
         if min(lengths) == max(lengths) == width:
@@ -158,11 +162,8 @@ class RowFormat:
                 ]
             )
         records = np.frombuffer(raw, self.record)
-        ours, right, current = (
-            records["magic"] == self._magic,
-            (records["identity"] == identities).all(axis=1),
-            records["digest"] == self.digest,
-        )
+        ours, current = records["magic"] == self._magic, records["digest"] == self.digest
+        right = (records["identity"] == identities).all(axis=1)
         good = ours & right & current
         sound = self._sound(records["row"])
         if good.all() and sound.all():
@@ -176,8 +177,8 @@ class RowFormat:
         }
         return records, good & sound, {cause: int(bad.sum()) for cause, bad in causes.items() if bad.any()}
 
-    def tail(self, value: bytes) -> np.ndarray:
-        """The times behind a good record [times] float64; -inf where there are none."""
+    def tail(self, value: bytes) -> Array:
+        """Reads the times [times] behind a good record; -inf where there are none."""
         tail = value[self.record.itemsize :][: 8 * self.times]
         return (
             np.frombuffer(tail, np.float64).copy()
@@ -185,9 +186,11 @@ class RowFormat:
             else np.full(self.times, -np.inf)
         )
 
-    def _sound(self, rows: np.ndarray) -> np.ndarray:
-        """[n] bool: rows whose numbers are finite and whose codes and items exist; another would fail an
-        engine, or leak into others' lists."""
+    def _sound(self, rows: Array) -> Array:
+        """Says of rows [n] whose numbers are finite and whose codes and items exist: [n] bool.
+
+        Another would fail an engine, or leak into others' lists.
+        """
         sound = np.ones(len(rows), bool)
         table = self.schema.users if self.table == "users" else self.schema.items
         limits = {"codes": (0, table.num_codes - 1), "seen": (-1, self.num_items + _LIVE_ITEMS)}
@@ -202,5 +205,5 @@ class RowFormat:
 
 
 def row_format(release: Release, table: str) -> RowFormat:
-    """The format of one of TABLES in `release`."""
+    """Gives the format of one of TABLES in `release`."""
     return RowFormat(table, release.schema, release_digest(release), len(release.item_ids))

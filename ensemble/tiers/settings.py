@@ -1,5 +1,7 @@
-"""How the tiers behave: one small file, written by `peregrine serve --redis`, read by the steps. It may hold
-a password: mode 0600."""
+"""Holds how the tiers behave, in one small file: `peregrine serve --redis` writes it, the steps read it.
+
+It may hold a password: mode 0600.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,22 @@ from pathlib import Path
 
 from ensemble.errors import InvalidInput
 
-# names the file; a URL itself in the environment or in argv could be read by anyone on the machine
+# Names the file; a URL itself in the environment or in argv could be read by anyone on the machine
 VARIABLE = "PEREGRINE_TIERS"
 _SCHEMES = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
 
 
 @dataclass(frozen=True)
 class TierSettings:
-    """Redis, and for how long what it said may be believed. Times are of the monotonic clock."""
+    """Says where Redis is, and for how long to believe what it said. Times are of the monotonic clock."""
 
     url: str = field(repr=False)  # redis://, rediss:// (TLS), unix://; redis+cluster:// for a cluster
     deadline_ms: float = 5.0  # of every call to Redis, connecting included; after it the snapshot answers
-    # past it a row in memory is asked for again, and used only if Redis does not answer
+    # Past it a row in memory is asked for again, and used only if Redis does not answer
     soft_ttl_s: float = 30.0
     hard_ttl_s: float = 300.0  # past it a row in memory is never used
     negative_ttl_s: float = 10.0  # how long "Redis has no such row" is believed
-    # each row's times are shortened by up to this share, so that rows loaded together do not expire together
+    # Each row's times are shortened by up to this share, so that rows loaded together do not expire together
     jitter: float = 0.2
     memory_bytes: int = 64 << 20  # L1 of each table, in each process
     breaker_failures: int = 3  # failed calls in a row that open the breaker
@@ -57,14 +59,16 @@ class TierSettings:
 
 
 def hidden(url: str) -> str:
-    """A URL without its user and password, fit to be shown."""
+    """Gives a URL without its user and password, fit to be shown."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def url_from_option(text: str) -> str:
-    """The value of --redis: a URL, or @FILE whose first line is one, so that a password stays out of the
-    command line."""
+    """Gives the URL that --redis names: itself, or the first line of @FILE.
+
+    A password in a file stays out of the command line.
+    """
     if not text.startswith("@"):
         return text
     try:
@@ -84,7 +88,7 @@ def write_settings(path: Path, settings: TierSettings) -> None:
 
 
 def settings_from_environment() -> TierSettings | None:
-    """What the file says that PEREGRINE_TIERS names; None without one: the snapshot alone."""
+    """Reads the file that PEREGRINE_TIERS names; None without one: the snapshot alone."""
     path = os.environ.get(VARIABLE)
     if not path:
         return None

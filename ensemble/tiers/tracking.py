@@ -1,5 +1,4 @@
-"""Client-side caching: Redis says at once which rows changed, on a connection and thread of their own; L1
-drops them.
+"""Drops rows from L1 as soon as Redis says that they changed, on a connection and thread of their own.
 
 BCAST mode: Redis keeps no table of who read what, it tells every change under our prefixes. The same
 connection follows the pointer to the version that is served. A connection that was lost may have missed
@@ -30,11 +29,13 @@ class Tracker:
         on_keys: Callable[[str, list[bytes]], None],
         on_flush: Callable[[], None],
     ) -> None:
-        """`client` gives the tier's client; on_keys(table, keys) and on_flush() are called on the tracker's
-        thread."""
+        """Starts the thread: `client` gives the tier's client.
+
+        on_keys(table, keys) and on_flush() are called on the tracker's thread.
+        """
         self._client, self._shop, self._release = client, shop, release
         self._on_keys, self._on_flush = on_keys, on_flush
-        # stays when the connection is lost: TTLs bound what may then be stale
+        # Stays when the connection is lost: TTLs bound what may then be stale
         self.version: bytes | None = None
         self.connected, self.connects, self.failures = False, 0, 0
         self._first, self._stop = threading.Event(), threading.Event()
@@ -47,10 +48,12 @@ class Tracker:
         self._first.wait(timeout_s)
 
     def close(self) -> None:
+        """Lets the thread end; it is not waited for."""
         self._stop.set()
         self._again.set()
 
     def _run(self) -> None:
+        """Follows, and connects again after a pause, until close()."""
         while not self._stop.is_set():
             try:
                 self._follow()
@@ -63,6 +66,7 @@ class Tracker:
             self._moved = False
 
     def _follow(self) -> None:
+        """Turns tracking on, reads the pointer, listens until a connection is lost or the pointer moves."""
         client = self._client()
         self._again.clear()
         connections = [_connect(pool) for pool in _pools(client)]
@@ -98,7 +102,7 @@ class Tracker:
                 connection.disconnect()
 
     def _listen(self, connection: Any, prefixes: dict[str, bytes]) -> None:
-        """Until the connection is lost, the pointer moves, or another server's listener ends."""
+        """Listens until the connection is lost, the pointer moves, or another server's listener ends."""
         try:
             while not self._again.is_set():
                 message = _read(connection, _QUIET_S)
@@ -115,6 +119,7 @@ class Tracker:
             self._again.set()
 
     def _hear(self, keys: list[bytes] | None, prefixes: dict[str, bytes]) -> None:
+        """Passes on which rows changed; `keys` None: all of them. Notes when the pointer moved."""
         if keys is None:  # FLUSHALL
             self._on_flush()
             self._again.set()
@@ -132,14 +137,14 @@ class Tracker:
 
 
 def _pools(client: Any) -> list[Any]:
-    """The connection pool of each server that holds keys."""
+    """Gives the connection pool of each server that holds keys."""
     if hasattr(client, "get_primaries"):
         return [client.get_redis_connection(node).connection_pool for node in client.get_primaries()]
     return [client.connection_pool]
 
 
 def _connect(pool: Any) -> Any:
-    """A connection of our own with the pool's address and login, speaking RESP3, whose reads may wait."""
+    """Opens a connection with the pool's address and login, speaking RESP3, whose reads may wait."""
     from redis.maint_notifications import MaintNotificationsConfig
 
     keep = {
@@ -154,12 +159,13 @@ def _connect(pool: Any) -> Any:
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     connection.connect()
-    # as redis-py's own cache does; without it they are lost
+    # As redis-py's own cache does; without it they are lost
     connection._get_parser().set_invalidation_push_handler(lambda message: message)
     return connection
 
 
 def _ask(connection: Any, *command: Any) -> None:
+    """Sends a command and waits for its reply; messages before it are left out."""
     connection.send_command(*command)
     while True:
         reply = connection.read_response(push_request=True)
@@ -168,7 +174,7 @@ def _ask(connection: Any, *command: Any) -> None:
 
 
 def _read(connection: Any, timeout_s: float) -> Any:
-    """The next message, or None after timeout_s without one."""
+    """Gives the next message, or None after timeout_s without one."""
     from redis.exceptions import TimeoutError as RedisTimeout
 
     try:
@@ -178,4 +184,5 @@ def _read(connection: Any, timeout_s: float) -> Any:
 
 
 def _is_push(message: Any) -> bool:
+    """Says whether a message is an invalidation."""
     return isinstance(message, list) and len(message) == 2 and message[0] == b"invalidate"

@@ -134,7 +134,9 @@ def test_it_runs_in_a_process_of_its_own_and_reports_its_cpu(triton: FakeTriton,
 
 
 def test_a_measurement_that_cannot_start_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PeregrineError, match=r"clients\.bench\.local_twin could not start: .*no release 'r1'"):
+    with pytest.raises(
+        PeregrineError, match=r"clients\.bench\.local_twin could not start: .*no release 'r1'"
+    ):
         measure_in_process(
             "clients.bench.local_twin", {"repository": str(tmp_path), "release": "r1", "seconds": 1.0}
         )
