@@ -8,5 +8,5 @@ Progress = Callable[[float, str], None]  # share done 0..1, what is being done
 
 
 def part_of(progress: Progress, start: float, end: float, prefix: str = "") -> Progress:
-    """Gives the callback of work that takes the shares `start` to `end` of the whole; texts get the prefix."""
+    """Gives the callback of work that takes the shares `start` to `end` of the whole, and prefixes texts."""
     return lambda share, text: progress(start + share * (end - start), prefix + text)

@@ -246,9 +246,18 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     if not kept.is_file():
         config = EncoderConfig(
             ordered=False,
-            dim=128, max_history=given.history, epochs=given.epochs, batch_positions=given.batch, learning_rate=3e-3,
-            layers=1, dropout=given.dropout, id_dropout=0.0, num_uniform=4096, num_hard=0, evaluate_every=1,
-        )  # fmt: skip
+            dim=128,
+            max_history=given.history,
+            epochs=given.epochs,
+            batch_positions=given.batch,
+            learning_rate=3e-3,
+            layers=1,
+            dropout=given.dropout,
+            id_dropout=0.0,
+            num_uniform=4096,
+            num_hard=0,
+            evaluate_every=1,
+        )
         checkpoint = train(lists, num_items, config, given.seed)
         used = resource.getrusage(resource.RUSAGE_SELF)
         trained = {

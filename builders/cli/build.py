@@ -25,7 +25,7 @@ Compress = Annotated[
     str,
     typer.Option(
         metavar="RECIPE",
-        help="Compress the engines: `balanced`, `small`, `fast`, or a recipe's TOML file; a ranking metric is "
+        help="Compress the engines: `balanced`, `small`, `fast`, or a recipe (TOML file); a ranking metric is "
         "the gate.",
     ),
 ]

@@ -28,16 +28,17 @@ app = typer.Typer(
     help="""Which way of compressing a shop's models loses least, measured on its own held-out users.
 
 \b
-losses   a smaller student of one model, taught by logits (kd), attention (at) and relations (rd), alone and together
+losses   a smaller student of one model, taught by logits (kd), attention (at), relations (rd), and together
 plans    a precision for each node, by sensitivity, beside plain 8 bits at the same size
 chain    two releases, step by step: what compression did for the whole
 
 \b
-The first two take the finished stages of `peregrine build` (same SHOP, --preset and --repository); stages that are missing are
-run first, which may take as long as the build itself. Nothing is published.
+The first two take the finished stages of `peregrine build` (same SHOP, --preset and --repository);
+stages that are missing are run first, which may take as long as the build itself. Nothing is published.
 
 \b
-What you find goes into a recipe: peregrine build SHOP --compress recipe.toml (its keys: builders/compress/recipe.py).
+What you find goes into a recipe: peregrine build SHOP --compress recipe.toml; its keys are described
+in builders/compress/README.md.
 """,
 )
 Shop = Annotated[Path, typer.Argument(metavar="SHOP", help="Folder of the shop: shop.toml and its tables.")]
@@ -94,7 +95,9 @@ def losses(
 
     \b
     Every row has the same student, start, batches and steps; only the losses differ:
-        kd   the teacher's answers, softened      at   where its attention looks      rd   how samples lie to each other
+        kd   the teacher's answers, softened
+        at   where its attention looks
+        rd   how samples lie to each other
     Attention and relations alone do not tell the answers (a ranker's last layers stay as they start, an
     encoder may turn its space): the rows `at` and `rd` show that, those with a tenth of kd what they do
     beside just enough of it.

@@ -1,8 +1,8 @@
 """Compares what teaches a student best: the same student, taught by one loss or another.
 
-The losses are of the teacher's logits (kd), attention (at) and relations (rd), alone and together; sources are
-in builders/compress/distil/distil.py. Start and batches are the same for all; there are a few seeds, since one
-says little. Held-out users who chose nothing judge; the test users stay the gate's.
+The losses are of the teacher's logits (kd), attention (at) and relations (rd), alone and together; their
+sources are in builders/compress/distil/distil.py. Start and batches are the same for all; there are a few
+seeds, since one says little. Held-out users who chose nothing judge; the test users stay the gate's.
 """
 
 from __future__ import annotations

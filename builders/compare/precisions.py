@@ -1,7 +1,7 @@
 """Compares precisions: the planner's choice at several sizes beside plain 8 bits at the same size.
 
-Plain 8 bits puts the largest blocks down first. Held-out users who chose nothing judge; the test users stay the
-gate's.
+Plain 8 bits puts the largest blocks down first. Held-out users who chose nothing judge; the test users stay
+the gate's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `peregrine compare` prints."""
+"""Writes the tables that `peregrine compare` prints, and the words below them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from builders.compare.precisions import PrecisionsPoint, PrecisionsTable
 
 
 def show(table: Table, words: list[str]) -> None:
-    """Prints both."""
+    """Prints a table, and a line of text for each of `words`."""
     console = Console(width=None if os.isatty(1) else 120)
     console.print(table)
     for line in words:
@@ -20,8 +20,11 @@ def show(table: Table, words: list[str]) -> None:
 
 
 def loss_table(found: LossTable) -> Table:
-    """A row a choice of losses."""
-    title = f"{found.model} of {found.shop}: students of {found.parameters:,} parameters (teacher: {found.teacher_parameters:,})"
+    """Makes the table of `peregrine compare losses`: a row for each choice of losses."""
+    title = (
+        f"{found.model} of {found.shop}: students of {found.parameters:,} parameters "
+        f"(teacher: {found.teacher_parameters:,})"
+    )
     table = Table("loss", title=title)
     for column in ("parameters", "NDCG@10, % of the teacher's", "overlap@10, %", "training, CPU s"):
         table.add_column(column, justify="right")
@@ -42,7 +45,7 @@ def _seconds(row: LossRow) -> str:
 
 
 def loss_words(found: LossTable) -> list[str]:
-    """How to read it."""
+    """Says how the students were made, and how to read the table."""
     noise = max(row.user_error for row in found.rows if row.weights)
     sizes = ", ".join(
         f"{name} {list(size) if isinstance(size, tuple) else size}" for name, size in found.student.items()
@@ -57,7 +60,7 @@ def loss_words(found: LossTable) -> list[str]:
 
 
 def precisions_table(found: PrecisionsTable) -> Table:
-    """A row an engine."""
+    """Makes the table of `peregrine compare plans`: a row for each engine."""
     title = f"{found.model} of {found.shop} on {found.runtime}: {found.bytes / 1e6:.2f} MB at fp32"
     table = Table("asked size, %", "engine", title=title)
     for column in ("size, %", "time, %", "changed, %", "NDCG@10 lost, %", "low blocks"):
@@ -84,7 +87,7 @@ def _precisions_cells(point: PrecisionsPoint, blocks: int) -> tuple[str, ...]:
 
 
 def precisions_words(found: PrecisionsTable) -> list[str]:
-    """What it says, and how to read it."""
+    """Says what the table shows, and how to read it."""
     pairs = found.pairs()
     fewer = sum(planner.changed < plain.changed for planner, plain in pairs)
     return [

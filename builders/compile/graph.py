@@ -1,5 +1,4 @@
-"""ONNX on its way into TensorRT: what a model computes in, whether its weights are 2:4, and the repairs that
-a parser needs."""
+"""Prepares ONNX for TensorRT: tells its types and whether weights are 2:4, repairs what parsers refuse."""
 
 from __future__ import annotations
 
@@ -14,8 +13,12 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from ensemble.errors import ReleaseError
 
 _NAMES = {
-    TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8",
-}  # fmt: skip
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+}
 _TYPE_ATTRIBUTES = {("Cast", "to"), ("QuantizeLinear", "output_dtype")}
 _SPARSE_FROM = 16  # rows and columns: smaller weights hold zeros by chance
 Spelt = tuple[list[onnx.NodeProto], dict[str, float]]  # an operator's nodes, and the constants they take
@@ -123,9 +126,12 @@ def _constants(rank: int) -> list[TensorProto]:
 def _nothing_from(name: str, rank: int) -> list[onnx.NodeProto]:
     """[B, …] of any type -> [B, 1, …] float32 of `rank` axes, all 0."""
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
-        ("Flatten", [], {"axis": 1}), ("Cast", [], {"to": TensorProto.FLOAT}), ("ReduceSum", ["unread_sum_axes"], {"keepdims": 1}),
-        ("Clip", ["unread_zero", "unread_zero"], {}), *([("Unsqueeze", ["unread_more_axes"], {})] if rank > 2 else []),
-    ]  # fmt: skip
+        ("Flatten", [], {"axis": 1}),
+        ("Cast", [], {"to": TensorProto.FLOAT}),
+        ("ReduceSum", ["unread_sum_axes"], {"keepdims": 1}),
+        ("Clip", ["unread_zero", "unread_zero"], {}),
+        *([("Unsqueeze", ["unread_more_axes"], {})] if rank > 2 else []),
+    ]
     nodes, source = [], name
     for place, (op, more, attributes) in enumerate(steps):
         target = f"{name}_nothing" if place == len(steps) - 1 else f"{name}_unread_{op}"

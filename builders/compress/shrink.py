@@ -1,5 +1,7 @@
-"""The torch side of one model's compression: distil, then prune, each fine-tuned; and the fp32 ONNX model of
-what comes out."""
+"""Makes one model smaller in torch (distil, then prune, each fine-tuned), and exports it as fp32 ONNX.
+
+The ONNX side is builders/compress/quantize/engine.py.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ _FINE_TUNING = DistilLosses(kd=1.0, temperature=1.0)  # after pruning the model 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """One model on its way: as a module, as fp32 ONNX, and what the steps so far cost."""
+    """Holds one model on its way: as a module, as fp32 ONNX, and what the steps so far cost."""
 
     module: nn.Module
     model: bytes
@@ -89,7 +91,7 @@ def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, p
 
 
 def exported(source: Source, model: str, module: nn.Module, evaluation: Evaluation) -> bytes:
-    """The module as a single-file fp32 ONNX model, held against torch on real feeds."""
+    """Exports the module as a single-file fp32 ONNX model, held against torch on real feeds."""
     spec = StagedRelease(source.folder).model(model)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -106,16 +108,26 @@ def _next(
     name: str,
     evaluation: Evaluation,
 ) -> Shrunk:
-    """The state after one step: exported, judged against the uncompressed engine, timed beside it."""
+    """Gives the state after one step: exported, judged against the uncompressed engine, timed beside it."""
     engine = exported(source, model, module, evaluation)
     loss = compare(state.uncompressed, state.judge(engine)).relative
     feeds = evaluation.feeds(model, min(_CHECKED, evaluation.most(model)))
     ms = state.ms * time_share(engine, state.model, feeds, 8)[0]
     variant: Variant = {
-        "model": model, "runtime": "onnxruntime", "name": name, "family": family, "loss": loss, "bytes": len(engine),
-        "parameters": parameters(engine), "latency_ms": ms, "chosen": False,
-    }  # fmt: skip
-    note = f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, {ms:.2f} ms for 8 users, loss {loss:+.2%}"
+        "model": model,
+        "runtime": "onnxruntime",
+        "name": name,
+        "family": family,
+        "loss": loss,
+        "bytes": len(engine),
+        "parameters": parameters(engine),
+        "latency_ms": ms,
+        "chosen": False,
+    }
+    note = (
+        f"{model}, {name}: {parameters(engine):,} of {parameters(state.reference):,} parameters, "
+        f"{ms:.2f} ms for 8 users, loss {loss:+.2%}"
+    )
     return replace(
         state,
         module=module,
@@ -142,7 +154,7 @@ def training_batches(source: Source, model: str, evaluation: Evaluation) -> Batc
 
 
 def student_of(source: Source, model: str, sizes: Mapping[str, Any], seed: int) -> nn.Module:
-    """An untrained student of the model, smaller in `sizes`; InvalidInput where no student of it is known."""
+    """Makes an untrained student, smaller in `sizes`; InvalidInput where no student of the model is known."""
     teacher = source.modules[model]
     if isinstance(teacher, Ranker):
         return student_ranker(teacher, source.dataset.schema, source.ranker_config, sizes, seed)
@@ -164,7 +176,7 @@ def _distilled(state: Shrunk, student: nn.Module, wanted: Distil, seed: int, pro
 
 
 def _pruned(state: Shrunk, wanted: Prune, seed: int, progress: Progress) -> nn.Module:
-    """The pruned module, fine-tuned with itself, unpruned, as the teacher."""
+    """Prunes the module and fine-tunes it, with the unpruned one as the teacher."""
     masks: tuple[Masks, ...] = ()
     if wanted.method == "structured":
         module = structured(

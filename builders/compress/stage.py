@@ -1,11 +1,10 @@
-"""The stage `compress`: a staged release in, the same release with smaller engines out, and the proof that it
-may be served.
+"""Stage `compress`: makes a staged release's engines smaller, and proves that the result may be served.
 
     item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of
     each runtime
 
-Each model goes through distil, prune and quantize as its recipe says, judged in the chain as it stands by then;
-the gate holds the whole against the uncompressed release, on users that chose nothing.
+Each model goes through distil, prune and quantize as the recipe says, judged in the chain as it stands by
+then; the gate holds the whole against the uncompressed release, on users that chose nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +44,10 @@ _QUERIES = 512  # user embeddings that tune the index anew
 def compress(
     source: Source, recipe: Recipe, recipe_name: str, folder: Path, progress: Progress
 ) -> CompressionReport:
-    """Fills `folder` with the compressed staged release and compress.json. InvalidInput, with the table,
-    where the gate fails."""
+    """Fills `folder` with the compressed staged release and compress.json.
+
+    InvalidInput, with the gate's table, where the gate fails.
+    """
     for path in (p for p in source.folder.rglob("*") if p.is_file()):
         link(path, folder / path.relative_to(source.folder))
     work = _Work(source, recipe, folder, progress)
@@ -55,16 +56,16 @@ def compress(
         if recipe.of(model) != ModelRecipe():
             work.compress(model, (place / 4, (place + 1) / 4))
     progress(0.75, "the gate: the whole chain on the test users")
-    found = work.told(recipe_name)
-    (folder / "compress.json").write_text(json.dumps(found, indent=1))
+    summary = work.summary(recipe_name)
+    (folder / "compress.json").write_text(json.dumps(summary, indent=1))
     for verdict in work.verdicts.values():
         verdict.require(work.nodes)
-    return found
+    return summary
 
 
 @dataclass
 class _Work:
-    """What has been done so far."""
+    """Holds what has been done so far."""
 
     source: Source
     recipe: Recipe
@@ -76,7 +77,7 @@ class _Work:
     verdicts: dict[str, gate.Verdict] = field(default_factory=dict)
 
     def compress(self, model: str, share: tuple[float, float]) -> None:
-        """One model, all its steps; its engines in the folder are then the new ones."""
+        """Takes all steps of one model; its engines in the folder are then the new ones."""
         progress = part_of(self.progress, *share, f"{model}: ")
         evaluation = self.evaluation(self.folder)
         shrunk = shrink(self.source, model, self.recipe, evaluation, progress)
@@ -95,7 +96,7 @@ class _Work:
     def _choices(
         self, model: str, shrunk: Shrunk, evaluation: Evaluation, progress: Progress
     ) -> dict[str, Choice]:
-        """The chosen engine of each runtime that the recipe quantizes for."""
+        """Chooses an engine for each runtime that the recipe quantizes for."""
         quantize = self.recipe.of(model).quantize
         wanted = (
             {} if quantize is None else {"onnxruntime": quantize.onnxruntime, "tensorrt": quantize.tensorrt}
@@ -120,7 +121,7 @@ class _Work:
         path.write_bytes(engine)
 
     def _encode_items(self, evaluation: Evaluation) -> None:
-        """Rows and index hold what the engine gives: a new item's row must lie in the same space."""
+        """Encodes the items again and tunes the index: a new item's row must lie in the same space."""
         dataset, folder = self.source.dataset, self.folder
         encoder = open_onnx(StagedRelease(folder).member_file("item_encoder", "model.onnx").read_bytes())
         embeddings, features = evaluation.encoded_items(encoder, np.arange(dataset.num_items + 1))
@@ -146,7 +147,7 @@ class _Work:
             dataclasses.replace(settings, **dataclasses.asdict(tuned.query)).to_json()
         )
 
-    def told(self, recipe_name: str) -> CompressionReport:
+    def summary(self, recipe_name: str) -> CompressionReport:
         """Measures the whole, holds it against the uncompressed release, and puts it all into one report."""
         evaluation = self.evaluation(self.source.folder)
         before = evaluation.measure(self.source.folder)

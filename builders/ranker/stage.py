@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from builders import metrics
+from builders.bootstrap import paired_difference
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.progress import Progress
@@ -195,7 +196,7 @@ def _fit_lists(
             list_loss,
             lambda: -float(metrics.gains(_ranks(trainer, judged), 10).mean()),
         )
-    gain = metrics.paired_bootstrap(
+    gain = paired_difference(
         metrics.gains(_recall_ranks(judged), 10), metrics.gains(_ranks(trainer, judged), 10), judged.user_rows
     )
     deep = gain.mean > 0 and gain.p_worse <= _DOUBT
@@ -269,7 +270,7 @@ def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
     """Figures of the one task over recall's candidates, and NDCG@10 of recall's order and of the ranker's."""
     figures = _figures(trainer, trainer.logits(lists).reshape(-1, 1), lists.labels.reshape(-1, 1))
     first, second = metrics.gains(_recall_ranks(lists), 10), metrics.gains(_ranks(trainer, lists), 10)
-    gain = metrics.paired_bootstrap(first, second, lists.user_rows)
+    gain = paired_difference(first, second, lists.user_rows)
     return {
         **figures,
         "ndcg@10": {"recall": float(first.mean()), "ranker": float(second.mean()), "gain": str(gain)},

@@ -100,9 +100,15 @@ def _scatter(axes: Axes, variants: Sequence[Mapping[str, Any]], x: Sequence[floa
     axes.step([x[i] for i in best], [y[i] for i in best], where="post", color=PALE, linewidth=1.2, zorder=1)
     axes.axhline(100 * limit, color=RED, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     axes.annotate(
-        f"the gate's limit, {100 * limit:g}%", (1, 100 * limit), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", color=RED, size=8, ha="right",
-    )  # fmt: skip
+        f"the gate's limit, {100 * limit:g}%",
+        (1, 100 * limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        color=RED,
+        size=8,
+        ha="right",
+    )
     for variant, right, up in zip(variants, x, y, strict=True):
         colour, marker, area = _FAMILIES.get(variant["family"], (GREY, "o", 40))
         axes.scatter(right, up, s=area, c=colour, marker=marker, zorder=3, linewidths=0)
@@ -212,10 +218,16 @@ def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
     for place, precision in enumerate(found[::-1]):
         count = sum(node["precision"] == precision for node in order)
         axes.text(
-            1, 0.02 + place * 0.24 / figure.get_figheight(), f"■ {precision}: {count} "
-                                                             f"node{'s' * (count != 1)}", transform=axes.transAxes,
-            color=PRECISIONS[precision], ha="right", va="bottom", size=9, weight="bold",
-        )  # fmt: skip
+            1,
+            0.02 + place * 0.24 / figure.get_figheight(),
+            f"■ {precision}: {count} node{'s' * (count != 1)}",
+            transform=axes.transAxes,
+            color=PRECISIONS[precision],
+            ha="right",
+            va="bottom",
+            size=9,
+            weight="bold",
+        )
     return figure
 
 

@@ -1,4 +1,4 @@
-"""A release's report as one HTML page that needs nothing else, and its figures as PNG files."""
+"""Writes a release's report as one HTML page that needs nothing else, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from typing import Any
 
 from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
-from builders.report import figures as figures
+from builders.report import figures
 from builders.verify.markdown import WAYS
 
 Figures = dict[str, bytes]  # name without suffix -> PNG
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1040px;margin:2.5rem auto;padding:0 1.25rem}
-h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.4rem 0 .5rem;border-bottom:1px solid #ddd;padding-bottom:.25rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff}
+body{max-width:1040px;margin:2.5rem auto;padding:0 1.25rem}
+h1{font-size:1.7rem;margin:0}
+h2{font-size:1.2rem;margin:2.4rem 0 .5rem;border-bottom:1px solid #ddd;padding-bottom:.25rem}
 h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.4rem 0;max-width:46rem}.facts{color:#666}
 table{border-collapse:collapse;font-size:.86rem;margin:.6rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.22rem .8rem .22rem 0;text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
+th,td{padding:.22rem .8rem .22rem 0;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
 th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
 .FAIL{color:#D55E00;font-weight:700}.WARN{color:#9a6a00;font-weight:700}.reported{color:#767676}
 img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
-.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}.tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}
+.tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
 .tile b{display:block;font-size:1.25rem}.tile span{color:#666;font-size:.82rem}
 """
 
 
 def release_figures(report: Mapping[str, Any]) -> Figures:
-    """Every figure that the report has the numbers for."""
+    """Draws every figure that the report has the numbers for."""
     found: Figures = {}
     ways = report.get("ranking", {}).get("ways", {})
     if ways:
@@ -55,13 +59,13 @@ def _compression_figures(compress: CompressionReport) -> Figures:
 
 
 def _by_engine(rows: Sequence[Any]) -> Iterator[tuple[tuple[str, str], list[Any]]]:
-    """Rows of the same model and runtime together, in the order of their first."""
+    """Gives ((model, runtime), their rows) in the order in which they first come."""
     for key in dict.fromkeys((row["model"], row["runtime"]) for row in rows):
         yield key, [row for row in rows if (row["model"], row["runtime"]) == key]
 
 
 def write_figures(found: Figures, folder: Path) -> list[Path]:
-    """One PNG a figure."""
+    """Writes each figure as a PNG into `folder`; gives their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in found]
     for path, picture in zip(paths, found.values(), strict=True):
@@ -70,7 +74,7 @@ def write_figures(found: Figures, folder: Path) -> list[Path]:
 
 
 def page(manifest: Mapping[str, Any], found: Figures) -> str:
-    """The whole page; figures are inside it."""
+    """Writes a release's manifest as one page, with the figures inside it."""
     report = manifest["report"]
     title = f"{manifest['shop']}: release {manifest['release']}"
     facts = " · ".join(
@@ -90,7 +94,10 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         parts.append(
             "<p>This release is not compressed: its engines are served as they were exported, in fp32.</p>"
         )
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{_STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style>"
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
         + "\n".join(parts)
@@ -175,21 +182,21 @@ def _compression(compress: CompressionReport, found: Figures) -> list[str]:
 
 
 def _tiles(compress: CompressionReport) -> str:
-    """What came of it, per engine."""
-    tiles = [
-        f'<div class="tile"><span>plan</span><b>{_text(compress["plan_name"])}</b><span>{len(compress["nodes"])} nodes judged</span></div>'
-    ]
+    """Says in a tile for each engine how much smaller it became."""
+    tiles = [_tile("recipe", compress["plan_name"], f"{len(compress['nodes'])} nodes judged")]
     for engine in compress["engines"]:
         smaller = engine["reference_bytes"] / max(engine["bytes"], 1)
         fewer = engine["parameters"] / max(engine["reference_parameters"], 1) - 1
         size = (
             f"{engine['reference_bytes'] / 1e6:.2f} → {engine['bytes'] / 1e6:.2f} MB, parameters {fewer:+.0%}"
         )
-        where = _text(f"{engine['model']}, {engine['runtime']}")
-        tiles.append(
-            f'<div class="tile"><span>{where}</span><b>{smaller:.1f}× smaller</b><span>{size}</span></div>'
-        )
+        tiles.append(_tile(f"{engine['model']}, {engine['runtime']}", f"{smaller:.1f}× smaller", size))
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _tile(above: str, middle: str, below: str) -> str:
+    texts = map(_text, (above, middle, below))
+    return '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'.format(*texts)
 
 
 def _gate_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -251,7 +258,7 @@ def _share(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """Cells are text, not HTML."""
+    """Writes a table; cells are text, not HTML. `classes`: one for each row."""
     lines = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"]
     for place, row in enumerate(rows):
         of = f' class="{classes[place]}"' if classes and classes[place] != "ok" else ""

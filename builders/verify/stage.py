@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
+from builders.bootstrap import paired_difference
 from builders.data.dataset import Dataset, Impressions, Targets, history_windows
 from builders.index.offline import OfflineRecall
 from builders.index.staged import StagedRelease
@@ -200,8 +201,6 @@ def ranking_report(users: Array, ranks: dict[str, Array], num_candidates: int) -
         report["ways"][name] = {**cuts, f"recall@{num_candidates}": metrics.recall_at(of, num_candidates)}
     if len(users):
         report["chain_minus_recall_ndcg@10"] = vars(
-            metrics.paired_bootstrap(
-                metrics.gains(ranks["recall"], 10), metrics.gains(ranks["chain"], 10), users
-            )
+            paired_difference(metrics.gains(ranks["recall"], 10), metrics.gains(ranks["chain"], 10), users)
         )
     return report

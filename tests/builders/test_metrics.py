@@ -58,19 +58,3 @@ def test_ranks_and_what_follows_from_them():
 def test_ranks_from_scores_count_ties_half():
     scores = np.array([[3.0, 2.0, 2.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
     assert metrics.ranks_from_scores(scores, np.array([1, 3, -1])).tolist() == [2.0, 0.0, np.inf]
-
-
-def test_paired_bootstrap_sees_a_difference_and_resamples_users():
-    rng = np.random.default_rng(0)
-    users = np.repeat(np.arange(500), 4)
-    first = rng.random(2000)
-    better = metrics.paired_bootstrap(first, first + rng.normal(0.05, 0.1, 2000), users)
-    assert better.low > 0.03
-    assert better.high < 0.07
-    assert better.p_worse == 0
-    # one shock a user: rows say nothing new, so the spread is that of 500 users
-    shared = np.repeat(rng.normal(0, 1, 500), 4)
-    wide = metrics.paired_bootstrap(np.zeros(2000), shared, users)
-    assert wide.high - wide.low == pytest.approx(2 * 1.96 * shared.std() / np.sqrt(500), rel=0.15)
-    same = metrics.paired_bootstrap(first, first, users)
-    assert (same.mean, same.low, same.p_worse) == (0, 0, 0)

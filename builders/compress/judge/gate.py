@@ -1,7 +1,8 @@
-"""The gate: what users lost by compression, how sure that is, and whether it may be served.
+"""The gate says what users lost by compression, how sure that is, and whether the release may be served.
 
-Each figure has a limit and a paired bootstrap (bootstrap.py). FAIL: the whole 95% interval of the loss lies
-beyond the limit. WARN: the loss itself does, but chance could be why. A release without a FAIL passes.
+Each figure has a limit and a paired bootstrap (builders/bootstrap.py). FAIL: the whole 95% interval of the
+loss lies beyond the limit. WARN: the loss itself does, but chance could be why. A release without a FAIL
+passes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builders.compress.judge import bootstrap
-from builders.compress.judge.bootstrap import Spread
+from builders import bootstrap
+from builders.bootstrap import Spread
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import TOP_K, Measured, TaskOutcome, Timing
 from builders.compress.recipe import Gate
@@ -145,7 +146,8 @@ def _cure(nodes: Sequence[NodePrecision]) -> str:
         f"{n['changed']:.1%} of the lists)"
         for n in worst
     ]
-    return f'lift the most sensitive nodes by the recipe\'s pinned = {{"{worst[0]["node"]}" = "fp32", …}}: {", ".join(lines)}'
+    pinned = f'pinned = {{"{worst[0]["node"]}" = "fp32", …}}'
+    return f"lift the most sensitive nodes by the recipe's {pinned}: {', '.join(lines)}"
 
 
 def verdict(
@@ -172,7 +174,7 @@ def verdict(
 def _ranking_rows(
     reference: Measured, candidate: Measured, limits: Gate, keeps_weights: bool, seed: int
 ) -> list[GateRow]:
-    users, group = _groups(reference.users)
+    users, group = bootstrap.groups(reference.users)
     named = [
         (f"NDCG@{TOP_K}", reference.gains, candidate.gains),
         (f"HR@{TOP_K}", reference.hits, candidate.hits),
@@ -182,7 +184,7 @@ def _ranking_rows(
     statistics = [bootstrap.relative_loss(*pair) for pair in sums]
     if keeps_weights:
         changed = bootstrap.user_sums(group, 1 - overlaps(reference.lists, candidate.lists), users)
-        statistics.append(bootstrap.ratio(changed, np.bincount(group, minlength=users).astype(np.float64)))
+        statistics.append(bootstrap.ratio(changed, bootstrap.user_rows(group, users)))
     spreads = bootstrap.spreads(statistics, users, samples=limits.samples, seed=seed)
     rows = [
         _row(name, users, (_mean(before), _mean(after)), spread, limits.ranking, relative=True)
@@ -206,7 +208,7 @@ def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int)
     """AUC and ECE of a binary task, RMSE of a regression."""
     if not len(before.labels):
         return []
-    users, group = _groups(before.users)
+    users, group = bootstrap.groups(before.users)
 
     if before.kind == "binary":
         kinds = [("AUC", bootstrap.auc, -1.0, limits.auc), ("ECE", bootstrap.ece, 1.0, limits.ece)]
@@ -245,7 +247,7 @@ def _both(spread: Spread) -> tuple[Any, Any]:
 def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: int) -> list[GateRow]:
     """NDCG@10 in each slice; those with enough users are gated, together, after Holm's correction (Holm
     1979)."""
-    users, group = _groups(reference.users)
+    users, group = bootstrap.groups(reference.users)
     names = [name for name, mask in reference.slices.items() if mask.any()]
     masks = [reference.slices[name] for name in names]
     statistics = [
@@ -310,12 +312,6 @@ def _row(
         else "reported"
     )
     return GateRow(figure, users, *both, loss.value, low, high, limit, relative, verdict)
-
-
-def _groups(users: Array) -> tuple[int, Array]:
-    """User rows [Q] -> how many users, and each row's number among them [Q]."""
-    known, group = np.unique(users, return_inverse=True)
-    return len(known), group.ravel()
 
 
 def _mean(values: Array) -> float:

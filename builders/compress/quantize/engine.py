@@ -44,7 +44,7 @@ def choose_engine(
     evaluation: Evaluation,
     progress: Progress,
 ) -> Choice:
-    """Gives the planner's engine, or a fine-tuned module's where rounding loses more than the recipe allows."""
+    """Gives the planner's engine, or a fine-tuned module's where rounding loses more than is allowed."""
     wanted = recipe.of(model).quantize
     assert wanted is not None
     users = recipe.calibration_users or min(_CALIBRATION_USERS, evaluation.most(model))
@@ -205,7 +205,7 @@ def variant_of(
     *,
     chosen: bool = False,
 ) -> Variant:
-    """Describes one trial; `engine` is the fp32 engine that it was made from, `ms` that one's time for 8 users."""
+    """Describes one trial. `engine` is the fp32 engine that it was made from, `ms` its time for 8 users."""
     return {
         "model": model,
         "runtime": runtime,

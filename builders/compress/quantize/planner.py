@@ -3,8 +3,8 @@ it may be.
 
 Blocks are ordered by what lowering them costs for what it gains; then the joint result is judged, since
 losses do not add up, and the worst go back up until it holds. The same model, feeds and judge give the same
-precisions, unless a measured time is what decides. Order and joint check follow HAWQ-V3 (Yao et al. ICML 2021), with the ranking
-itself as the measure instead of a Hessian.
+precisions, unless a measured time is what decides. Order and joint check follow HAWQ-V3 (Yao et al. ICML
+2021), with the ranking itself as the measure instead of a Hessian.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Search:
         }
 
     def within_loss(self, max_loss: float, min_overlap: float) -> frozenset[str]:
-        """Puts blocks down that gain more than they cost, then the worst back up until the loss is allowed."""
+        """Puts blocks down that gain more than they cost, then the worst up until the loss is allowed."""
         low = []
         for name in self._by_cost(lambda row: row.bytes_share + row.flops_share):
             row = self.rows[name]
@@ -242,7 +242,7 @@ class Search:
         return frozenset(order[: self.fewest(order, lambda low: self._time(self.write(low)) <= target)])
 
     def fewest(self, order: list[str], holds: Callable[[list[str]], bool]) -> int:
-        """Finds by halving the smallest number of first names for which `holds`; all of them where none does."""
+        """Finds by halving the fewest first names for which `holds`; all of them where none does."""
         least, most = 0, len(order)
         while least < most:
             middle = (least + most) // 2
@@ -289,7 +289,7 @@ class Search:
         return quantize(self.model, self._precisions(low), self.ranges, self.runtime)
 
     def _without_slower(self, low: frozenset[str]) -> frozenset[str]:
-        """Lifts blocks without which the engine is faster; all of them where the whole is slower than fp32."""
+        """Lifts blocks without which the engine is faster; all, where the whole is slower than fp32."""
         small = [name for name in low if self.rows[name].flops_share < _SURELY_FASTER]
         for name in sorted(small, key=lambda name: (self.rows[name].flops_share, name)):
             rest = low - {name}

@@ -303,12 +303,15 @@ def test_the_digest_is_stable_and_every_fact_changes_it():
         ({}, {"sm": "8.6"}, "the plan is for SM 9.0, this node has 8.6"),
         ({}, {"tensorrt": "11.4.1"}, "the plan is for TensorRT 11.4.0, this node has 11.4.1"),
         ({"portable": True}, {"gpu": "Pretend 8", "sm": "8.6", "tensorrt": "11.10.0"}, ""),
-        ({"portable": True}, {"sm": "7.5"}, "the portable plan is for SM 8.0 and later, this node has SM "
-                                            "7.5"),
+        (
+            {"portable": True},
+            {"sm": "7.5"},
+            "the portable plan is for SM 8.0 and later, this node has SM 7.5",
+        ),
         ({"portable": True}, {"tensorrt": "11.3.9"}, f"{LATER} 11.3.9"),
         ({"portable": True}, {"tensorrt": "12.0.0"}, f"{LATER} 12.0.0"),
     ],
-)  # fmt: skip
+)
 def test_the_fact_that_differs_is_named(key, node, text):
     assert dataclasses.replace(KEY, **key).difference(dataclasses.replace(NODE, **node)) == text
 
@@ -343,8 +346,12 @@ def test_an_axis_without_a_size_is_named(tiny_release):
 
 def _model(nodes, initializers, outputs=("y",), inputs=("x",)):
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in outputs], list(initializers))  # fmt: skip
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in inputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in outputs],
+        list(initializers),
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 

@@ -23,14 +23,28 @@ SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "c
 VERSIONS = ("10.16", "11.4")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peregrine"
 SYMBOLS = (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "createNvOnnxParser_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry", "getPluginRegistry", "getNvOnnxParserVersion", "initLibNvInferPlugins",
-)  # fmt: skip
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getPluginRegistry",
+    "getNvOnnxParserVersion",
+    "initLibNvInferPlugins",
+)
 # What objects the code's variables are: their attributes are names of these classes.
 CLASSES = {
-    "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser", "profile": "IOptimizationProfile",
-    "error": "ParserError", "self._engine": "ICudaEngine", "self._context": "IExecutionContext", "self._runtime": "Runtime",
-}  # fmt: skip
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "config": "IBuilderConfig",
+    "parser": "OnnxParser",
+    "profile": "IOptimizationProfile",
+    "error": "ParserError",
+    "self._engine": "ICudaEngine",
+    "self._context": "IExecutionContext",
+    "self._runtime": "Runtime",
+}
 # Functions about TensorRT 8.5 alone.
 OLD_ONLY = ("_old_network_flags", "_old_onnx", "_old_settings")
 

@@ -1,4 +1,4 @@
-"""Recipes: presets read, and every mistake is one line that names the file, the key, the value and the cure."""
+"""Presets are read, and every mistake is one line that names the file, the key, the value and the cure."""
 
 from __future__ import annotations
 

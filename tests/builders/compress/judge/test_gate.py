@@ -8,8 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from builders import metrics
-from builders.compress.judge import bootstrap
+from builders import bootstrap, metrics
 from builders.compress.judge.gate import holm, verdict
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import Measured, TaskOutcome, Timing

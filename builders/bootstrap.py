@@ -1,8 +1,8 @@
-"""Paired bootstrap over users, for figures that are sums over users: how far a loss could be chance.
+"""Resamples users, for figures that are sums over users: how far a difference could be chance.
 
-Both releases are asked about the same users, and a resample draws users, with all that is theirs, for both
-alike: the noise they share cancels, and rows of one user are not taken for independent. Source: Efron &
-Tibshirani 1993, chapters 8 and 13 (percentile interval); for ranking metrics Sakai, SIGIR 2006.
+Two ways are asked about the same users (a paired bootstrap), and a resample draws users, with all that is
+theirs, for both alike: the noise they share cancels, and rows of one user are not taken for independent.
+Sources: Efron & Tibshirani 1993, chapters 8 and 13 (percentile interval); Sakai, SIGIR 2006 (ranking).
 
 Axes: U users, S resamples, E impressions, C columns. A weight is how often a resample drew a user.
 """
@@ -23,18 +23,19 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure of all users, and in each resample."""
+    """Holds a figure of all users, and of each resample."""
 
     value: float
     samples: Array  # [S]
 
     @property
     def low(self) -> float:
-        """2.5% quantile: the lower end of the 95% interval; NaN where no resample has a value."""
+        """Gives the 2.5% quantile, the lower end of the 95% interval; NaN where no resample has a value."""
         return self._quantile(0.025)
 
     @property
     def high(self) -> float:
+        """Gives the 97.5% quantile, the upper end of the 95% interval; NaN where no resample has a value."""
         return self._quantile(0.975)
 
     def _quantile(self, share: float) -> float:
@@ -42,15 +43,17 @@ class Spread:
         return float(np.quantile(known, share)) if len(known) else float("nan")
 
     def chance_within(self, limit: float) -> float:
-        """One-sided p-value of "the true figure is at most `limit`"."""
+        """Gives the one-sided p-value of "the true figure is at most `limit`"."""
         return (1 + int((~(self.samples > limit)).sum())) / (1 + len(self.samples))
 
 
 def spreads(
     statistics: Sequence[Statistic], num_users: int, *, width: int = 0, samples: int = 1000, seed: int = 0
 ) -> list[Spread]:
-    """Every statistic over the same resamples. `width`: numbers a statistic holds per resample (E), if more
-    than num_users."""
+    """Computes every statistic over all users and over the same resamples.
+
+    `width` is how many numbers a statistic holds for each resample (E), if more than `num_users`.
+    """
     whole = np.ones((1, num_users), np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = [float(of(whole)[0]) for of in statistics]
@@ -65,7 +68,7 @@ def spreads(
 
 
 def _drawn(rng: np.random.Generator, samples: int, num_users: int) -> Array:
-    """[S, U] float32: as many draws as there are users, with replacement."""
+    """Draws as many users as there are, with replacement: how often each, [S, U] float32."""
     drawn = (
         rng.integers(0, num_users, (samples, num_users), dtype=np.int32)
         + np.arange(samples, dtype=np.int64)[:, None] * num_users
@@ -77,13 +80,52 @@ def _drawn(rng: np.random.Generator, samples: int, num_users: int) -> Array:
     )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Holds what a paired bootstrap says of (second - first)."""
+
+    mean: float
+    low: float  # 2.5% quantile
+    high: float  # 97.5% quantile
+    p_worse: float  # share of resamples in which second is below first
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:+.5f} [{self.low:+.5f}, {self.high:+.5f}], worse in {self.p_worse:.1%} of resamples"
+        )
+
+
+def paired_difference(first: Array, second: Array, users: Array, *, samples: int = 1000) -> Difference:
+    """Compares two ways on the same rows; users are resampled, as rows of one user are not independent.
+
+    first, second [Q] (gains, hits …), users [Q] int64; all NaN where there are no rows.
+    """
+    if not len(users):
+        return Difference(*[float("nan")] * 4)
+    num_users, group = groups(users)
+    gained = user_sums(group, np.asarray(second, np.float64) - np.asarray(first, np.float64), num_users)
+    [spread] = spreads([ratio(gained, user_rows(group, num_users))], num_users, samples=samples)
+    return Difference(spread.value, spread.low, spread.high, float((spread.samples < 0).mean()))
+
+
+def groups(users: Array) -> tuple[int, Array]:
+    """Numbers the users of rows: user rows [Q] -> (how many users, each row's number among them [Q])."""
+    known, group = np.unique(users, return_inverse=True)
+    return len(known), group.ravel()
+
+
+def user_rows(group: Array, num_users: int) -> Array:
+    """Counts the rows of each user. group [Q] int64 (0 … U - 1) -> [U] float64."""
+    return np.bincount(group, minlength=num_users).astype(np.float64)
+
+
 def user_sums(group: Array, values: Array, num_users: int) -> Array:
-    """Rows of the same user added up. group [Q] int64 (0 … U - 1), values [Q] -> [U] float64."""
+    """Adds up the rows of each user. group [Q] int64 (0 … U - 1), values [Q] -> [U] float64."""
     return np.bincount(group, weights=values, minlength=num_users)
 
 
 def ratio(above: Array, below: Array) -> Statistic:
-    """Sums above [U] and below [U] -> their ratio in each resample."""
+    """Divides sums above [U] by sums below [U] in each resample."""
     columns = np.stack([above, below], axis=1)
 
     def of(weights: Array) -> Array:
@@ -94,15 +136,15 @@ def ratio(above: Array, below: Array) -> Statistic:
 
 
 def relative_loss(reference: Array, candidate: Array) -> Statistic:
-    """Sums [U] of each -> the share of the reference that the candidate lost."""
+    """Gives the share of the reference that the candidate lost; sums [U] of each."""
     return ratio(reference - candidate, reference)
 
 
 def auc(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:
-    """AUC of impressions (labels 0/1 [E], values [E], group [E] = their users), ties count half; exact in
-    each resample.
+    """Gives the exact AUC of each resample; ties count half.
 
-    Sorted once: then a resample's AUC is a running sum over the negatives, read at the positives.
+    labels 0/1 [E], values [E], group [E] = their users. Impressions are sorted once: then a resample's AUC is
+    a running sum over the negatives, read at the positives.
     """
     order = np.argsort(values, kind="stable")
     ordered, positive, owners = values[order], labels[order] > 0.5, group[order]
@@ -122,8 +164,10 @@ def auc(labels: Array, values: Array, group: Array, num_users: int) -> Statistic
 
 
 def ece(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:
-    """Expected calibration error; the bins of equal mass (as in metrics.ece) are those of all users, in every
-    resample."""
+    """Gives the expected calibration error; in every resample the bins of equal mass are those of all users.
+
+    labels 0/1 [E], values [E] (probabilities), group [E] = their users.
+    """
     order = np.argsort(values, kind="stable")
     edges = np.linspace(0, len(order), min(_BINS, len(order)) + 1).astype(np.int64)
     bins = np.searchsorted(edges, np.arange(len(order)), "right") - 1
@@ -131,15 +175,11 @@ def ece(labels: Array, values: Array, group: Array, num_users: int) -> Statistic
     gaps = np.bincount(
         group[order] * count + bins, weights=(labels - values)[order], minlength=num_users * count
     ).reshape(num_users, count)
-    rows = np.bincount(group, minlength=num_users).astype(np.float64)
+    rows = user_rows(group, num_users)
     return lambda weights: np.abs(weights @ gaps).sum(1) / (weights @ rows)
 
 
 def rmse(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:
-    """Root mean square error."""
-    squares, rows = (
-        user_sums(group, (labels - values) ** 2, num_users),
-        np.bincount(group, minlength=num_users).astype(np.float64),
-    )
-    mean = ratio(squares, rows)
+    """Gives the root mean square error. labels [E], values [E], group [E] = their users."""
+    mean = ratio(user_sums(group, (labels - values) ** 2, num_users), user_rows(group, num_users))
     return lambda weights: np.sqrt(mean(weights))
