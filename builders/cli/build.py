@@ -25,8 +25,8 @@ Compress = Annotated[
     str,
     typer.Option(
         metavar="RECIPE",
-        help="Compress the engines: `balanced`, `small`, `fast`, or a recipe (TOML file); a ranking metric is "
-        "the gate.",
+        help="Compress the engines: `balanced`, `small`, `fast`, or a recipe (TOML file); a ranking "
+        "metric is the gate.",
     ),
 ]
 IndexMemory = Annotated[
