@@ -1,7 +1,9 @@
-"""README.md is true: its shop builds, its commands run, its Python prints lists, and what it names exists.
+"""README.md and the folders' READMEs are true: the shop builds, commands run, Python prints lists, and what
+they name exists.
 
-A fence's second word says what is done with it: `test` runs, `serve` runs in the background meanwhile, and a
-path is the file that the block is written to.
+A fence's second word says what is done with it: `test` runs, `serve` runs in the background meanwhile, a path
+is the file that the block is written to, and `acl` is tried in tests/ensemble/tiers/test_access.py. The
+pages' commands run one after another in one folder, beside one server.
 """
 
 from __future__ import annotations
@@ -22,28 +24,45 @@ import pytest
 import typer
 from ports import free_port
 
+import peregrine
+
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = (
+    "README.md",
+    "builders/compress/README.md",
+    "ensemble/live/README.md",
+    "ensemble/tiers/README.md",
+    "docker/README.md",
+    "model_repository/README.md",
+)
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES if (ROOT / page).exists()}
+README = TEXTS["README.md"]
+MOST_WORDS = 1500  # in README.md: detail belongs to the folders
 URL = "127.0.0.1:8001"
 FENCE = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block."""
+    """Holds one fenced block, and the page it stands on."""
 
+    page: str
     language: str
     role: str
     text: str
 
 
-BLOCKS = [Block(*found.groups()) for found in FENCE.finditer(README)]
-PYTHON = [block.text for block in BLOCKS if (block.language, block.role) == ("python", "test")]
+BLOCKS = [Block(page, *match.groups()) for page, text in TEXTS.items() for match in FENCE.finditer(text)]
 
 
-def bash_blocks(first: int, last: int | None = None) -> list[str]:
-    """Texts of the `bash test` blocks from `first` to before `last`."""
-    return [block.text for block in BLOCKS if (block.language, block.role) == ("bash", "test")][first:last]
+def blocks_to_run(language: str) -> list[Block]:
+    """Gives the blocks of a language that are to run, README.md's first."""
+    return [block for block in BLOCKS if (block.language, block.role) == (language, "test")]
+
+
+# The first one checks and builds the shop that all others ask about.
+BUILD, *COMMANDS = blocks_to_run("bash")
+PYTHON = blocks_to_run("python")
 
 
 def write_own_shop(folder: Path, rng: np.random.Generator) -> None:
@@ -88,11 +107,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in BLOCKS:
         if block.role.endswith(".toml"):
             path = folder / block.role
-            path.parent.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, "utf-8")
-            write_own_shop(path.parent, np.random.default_rng(0))
-    for text in bash_blocks(0, 1):
-        run(["bash", "-euo", "pipefail", "-c", text], folder)
+            if path.name == "shop.toml":
+                write_own_shop(path.parent, np.random.default_rng(0))
+    run(["bash", "-euo", "pipefail", "-c", BUILD.text], folder)
     return folder
 
 
@@ -139,23 +158,37 @@ def environment() -> dict[str, str]:
     }
 
 
+def names_of(blocks: list[Block]) -> list[str]:
+    """Gives a test's name for each block."""
+    return [f"{block.page}: {block.text.strip().splitlines()[0]}" for block in blocks]
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize("at", range(1, len(bash_blocks(0))))
-def test_commands_run_in_order(workplace: Path, url: str, at: int) -> None:
-    for line in bash_blocks(at, at + 1)[0].splitlines():
+@pytest.mark.parametrize("block", COMMANDS, ids=names_of(COMMANDS))
+def test_commands_run_in_order(workplace: Path, url: str, block: Block) -> None:
+    for line in block.text.replace("\\\n", " ").splitlines():
         assert run(["bash", "-c", line], workplace), line
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("text", PYTHON, ids=["our client", "raw tritonclient"])
-def test_python_runs_and_prints_lists(workplace: Path, url: str, text: str) -> None:
-    assert URL in text
-    said = run([sys.executable, "-c", text.replace(URL, url)], workplace)
-    assert re.search(r"\bi\d+\b", said), said
+@pytest.mark.parametrize("block", PYTHON, ids=names_of(PYTHON))
+def test_python_runs_and_prints_lists(workplace: Path, url: str, block: Block) -> None:
+    assert URL in block.text
+    output = run([sys.executable, "-c", block.text.replace(URL, url)], workplace)
+    assert re.search(r"\bi\d+\b", output), output
+
+
+def test_readme_is_a_door() -> None:
+    assert len(README.split()) <= MOST_WORDS
 
 
 def test_commands_and_options_exist() -> None:
-    commands = re.findall(r"peregrine [a-z]+[^`\n]*(?:\n--[^`]*)?", README)
+    commands = [
+        command
+        for text in TEXTS.values()
+        for command in re.findall(r"peregrine [a-z]+[^`\n]*(?:\n--[^`]*)?", text)
+        if command.split()[1] in peregrine.COMMANDS or "--" in command  # not the project's name in a sentence
+    ]
     assert len(commands) > 12
     for line in commands:
         _, name, *words = line.split("#")[0].split()
@@ -168,8 +201,6 @@ def test_commands_and_options_exist() -> None:
 
 def command_of(name: str, words: list[str]) -> object:
     """The click command that `peregrine NAME words…` runs."""
-    import peregrine
-
     command = typer.main.get_command(app_of(peregrine.COMMANDS[name]))
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words[0]]
@@ -201,11 +232,17 @@ def test_every_request_parameter_and_degraded_bit_is_explained() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:tests|ensemble|builders|clients|docker)/[\w/.]+)`", README)) | set(
-        re.findall(r"\]\((\w+\.md)\)", README)
-    )
-    assert named
-    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+    named = {
+        (page, ROOT / name)
+        for page, text in TEXTS.items()
+        for name in re.findall(r"`((?:tests|ensemble|builders|clients|docker)/[\w/.]+)`", text)
+    } | {
+        (page, (ROOT / page).parent / name)
+        for page, text in TEXTS.items()
+        for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    }
+    assert len({page for page, _ in named}) > 2
+    assert not [f"{page}: {path}" for page, path in sorted(named) if not path.exists()]
 
 
 def test_lock_fits_pyproject_and_names_no_place() -> None:

@@ -17,6 +17,7 @@ from builders.presets import preset
 from ensemble.errors import InvalidInput
 
 STUDENT = {"hidden": 16, "expert": (16, 8)}
+STEPS = 60
 ROWS = ["untrained", "kd", "at", "kd + at + rd"]
 
 
@@ -38,8 +39,8 @@ def losses(source):
         source,
         "ranker",
         student=STUDENT,
-        steps=100,
-        users=300,
+        steps=STEPS,
+        users=200,
         seeds=(0,),
         only=ROWS,
         progress=lambda share, text: None,
@@ -140,7 +141,7 @@ def test_a_model_without_a_network_to_compress_is_refused(source):
 def test_losses_are_printed_drawn_and_written_and_a_seeds_student_depends_on_nothing_but_its_seed(
     run, losses, tmp_path
 ):
-    same = ("--student", "hidden=16, expert=[16, 8]", "--steps", "100", "--users", "300")
+    same = ("--student", "hidden=16, expert=[16, 8]", "--steps", str(STEPS), "--users", "200")
     code, stdout, stderr = run("losses", "--only", "kd", "--seeds", "1,0", *same, *_files(tmp_path))
     assert code == 0, stderr
     assert "overlap@10" in stdout

@@ -1,4 +1,4 @@
-"""Who may do what in Redis (README, Features: the two ACL users), and a cluster behind the same calls."""
+"""Who may do what in Redis (the two ACL users of ensemble/tiers/README.md), and a cluster behind the same calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from ensemble.tiers.load import load_release
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 USERS = [f"u{u:05}" for u in range(40)]
-COMMANDS = [
-    line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("ACL SETUSER")
-]
+COMMANDS = [line for line in TIERS.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER")]
 
 
 @pytest.fixture
 def guarded(own_server):
-    """A server with README's two users and nobody else."""
+    """A server with the README's two users and nobody else."""
     assert len(COMMANDS) == 2
     client = own_server.client()
     for command in (*COMMANDS, "ACL SETUSER default resetpass >nobody-knows"):
