@@ -1,4 +1,5 @@
-"""Who may do what in Redis (the two ACL users of ensemble/tiers/README.md), and a cluster behind the same calls."""
+"""The two ACL users of ensemble/tiers/README.md may do what they must and no more; a cluster answers the same
+calls."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ensemble.tiers.load import load_release
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 USERS = [f"u{u:05}" for u in range(40)]
+TIERS = ROOT / "ensemble" / "tiers" / "README.md"
 COMMANDS = [line for line in TIERS.read_text("utf-8").splitlines() if line.startswith("ACL SETUSER")]
 
 
