@@ -1,34 +1,6 @@
-"""Reads a recipe: what is done to each engine of a release, as data. This page is that file's reference.
+"""Reads a recipe: what is done to each engine of a release, as data.
 
-    seed = 0                              # of fine-tuning, calibration users and the bootstrap
-    calibration_users = 128               # set the ranges of 8 bits, never judge; left out: 128 or all
-
-    [ranker.distil]                       # one table a step; [user_encoder.…] and [item_encoder.…] likewise
-    student = {hidden = 96, expert = [64, 32]}   # the student's widths; those left out stay the teacher's
-    kd = 1.0                              # weight of the loss of the teacher's logits,
-    at = 0.5                              # of its attention maps,
-    rd = 0.0                              # of the relations between the samples of a batch
-    temperature = 2.0                     # softens the logits
-    steps = 2000                          # of training
-
-    [ranker.prune]
-    method = "structured"                 # whole channels; or "two_four", or "magnitude" (single weights)
-    share = 0.5                           # of the channels or weights that go; "two_four": half, always
-    round_to = 16                         # structured: channels kept are a multiple of it
-    steps = 500                           # of fine-tuning after it
-
-    [ranker.quantize]
-    onnxruntime = ["int8", "fp32"]        # precisions a node may get there; [] leaves that engine as it is
-    tensorrt = ["int8", "fp16", "fp32"]   # also fp8
-    budget = {loss = 0.0025}              # exactly one of loss, size, latency: see Budget
-    pinned = {"node_linear_7" = "fp32"}   # nodes whose precision is not chosen but given
-    qat = "auto"                          # fine-tuning under rounding where it costs too much; or "never"
-    qat_steps = 500                       # of it
-
-    [gate]                                # limits of what users may lose: see Gate
-
-Steps that a recipe leaves out are not taken; those of a model are taken in the order distil, prune, quantize.
-`method = "magnitude"` may say `threshold = 1e-3` instead of a share: smaller weights go.
+builders/compress/README.md describes every key of the file, with an example that has them all.
 """
 
 from __future__ import annotations

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from builders.compress import recipe
 from builders.compress.recipe import Gate, Recipe, read_recipe
 from ensemble.errors import InvalidInput
+
+README = Path(recipe.__file__).with_name("README.md")
 
 
 def _written(tmp_path, text):
@@ -26,8 +30,8 @@ def test_every_preset_reads_and_only_none_does_nothing():
     assert recipes["fast"].ranker.prune.share == 0.5
 
 
-def test_the_example_in_the_docstring_is_a_recipe_that_says_what_it_says(tmp_path):
-    example = "\n".join(line[4:] for line in recipe.__doc__.splitlines() if line.startswith("    "))
+def test_the_example_in_the_readme_is_a_recipe_that_says_what_it_says(tmp_path):
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     found = read_recipe(_written(tmp_path, example))
     assert found.of("ranker").distil.student == {"hidden": 96, "expert": (64, 32)}
     assert (found.ranker.prune.method, found.ranker.prune.share, found.ranker.prune.round_to) == (
@@ -40,6 +44,15 @@ def test_the_example_in_the_docstring_is_a_recipe_that_says_what_it_says(tmp_pat
     assert found.gate == Gate()
     assert found.user_encoder.keeps_weights
     assert not found.ranker.keeps_weights
+
+
+def test_the_example_in_the_readme_has_every_key_and_the_gates_own_limits(tmp_path):
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    read = tomllib.loads(example)
+    assert set(read) == set(recipe.Recipe.model_fields) - {"user_encoder", "item_encoder"}
+    for step, kind in (("distil", recipe.Distil), ("prune", recipe.Prune), ("quantize", recipe.Quantize)):
+        assert set(read["ranker"][step]) == set(kind.model_fields) - {"threshold"}
+    assert read["gate"] == Gate().model_dump()
 
 
 def test_limits_are_the_documented_ones():
