@@ -1,5 +1,5 @@
-"""The one console command. Each subcommand is imported when it is called, so `peregrine --help` needs nothing
-but Python."""
+"""Runs the one console command. Each subcommand is imported when it is called, so `peregrine --help` needs
+nothing but Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand lives: a typer app, or a function that becomes one."""
+    """Says where a subcommand lives: a typer app, or a function that becomes one."""
 
     module: str
     attribute: str
@@ -50,7 +50,7 @@ COMMANDS = {
         "clients.cli.bench", "bench", "Measure latency, throughput and cost of a served release."
     ),
 }
-# What a missing import means: the extra that brings it.
+# The extra that brings what could not be imported.
 _EXTRAS = {
     "serve": ("faiss", "onnxruntime", "typer", "rich"),
     "redis": ("redis", "hiredis"),
@@ -74,6 +74,7 @@ def main() -> None:
 
 
 def _run(name: str, arguments: list[str]) -> None:
+    """Runs a subcommand; errors that a user can fix become one line and exit code 2."""
     from ensemble.errors import PeregrineError
 
     try:
@@ -94,22 +95,27 @@ def _run(name: str, arguments: list[str]) -> None:
 
 
 def _app(command: Command) -> Any:
+    """Imports a subcommand and gives its typer app."""
     import typer
 
-    found = getattr(importlib.import_module(command.module), command.attribute)
-    if isinstance(found, typer.Typer):
-        return found
+    target = getattr(importlib.import_module(command.module), command.attribute)
+    if isinstance(target, typer.Typer):
+        return target
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=found.__doc__ or command.help)(found)
+    app.command(help=target.__doc__ or command.help)(target)
     return app
 
 
 def _usage() -> str:
+    """Writes what `peregrine --help` prints."""
     lines = [f"  {name:<10} {command.help}" for name, command in COMMANDS.items()]
-    head = "Usage: peregrine COMMAND …\n\nA shop's interactions, catalogue and PyTorch models in; ranked lists over gRPC out of Triton.\n\nCommands:"
     return "\n".join(
         [
-            head,
+            "Usage: peregrine COMMAND …",
+            "",
+            "A shop's interactions, catalogue and PyTorch models in; ranked lists over gRPC out of Triton.",
+            "",
+            "Commands:",
             *lines,
             "",
             "`peregrine COMMAND --help` says more. Exit codes: 0 done, 2 something to fix (one line says "
@@ -119,6 +125,7 @@ def _usage() -> str:
 
 
 def _version() -> str:
+    """Gives the installed version, or says that there is none."""
     import importlib.metadata
 
     try:
@@ -128,6 +135,7 @@ def _version() -> str:
 
 
 def _fail(message: str) -> None:
+    """Prints an error in one line and exits with 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

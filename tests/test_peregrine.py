@@ -16,7 +16,8 @@ HEAVY = ("torch", "pyarrow", "faiss", "onnxruntime", "tritonclient", "numpy", "p
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
-    setup = f"import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); sys.argv = ['peregrine', *{arguments!r}]"
+    root = str(Path(SCRIPT).parent)
+    setup = f"import sys; sys.path.insert(0, {root!r}); sys.argv = ['peregrine', *{arguments!r}]"
     code = f"{setup}; {before}\nimport peregrine; peregrine.main()"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
@@ -55,5 +56,5 @@ def test_a_missing_package_names_the_extra_that_brings_it():
 
 
 def test_ctrl_c_exits_with_130():
-    before = "import ensemble.server.supervisor as s; s.serve = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt())"
+    before = "import ensemble.server.supervisor as s\ndef stop(*a): raise KeyboardInterrupt\ns.serve = stop"
     assert run("serve", before=before).returncode == 130

@@ -1,1 +1,1 @@
-"""The subcommands of `peregrine` that need the online path only: serve, features."""
+"""Holds the subcommands of `peregrine` that need the online path only, and the options that all share."""

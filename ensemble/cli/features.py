@@ -1,4 +1,4 @@
-"""`peregrine features load | bench`: feature rows into Redis, and how fast each tier gives them."""
+"""Runs `peregrine features load | bench`: loads feature rows into Redis, and times each tier."""
 
 from __future__ import annotations
 

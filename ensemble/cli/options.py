@@ -1,4 +1,4 @@
-"""Options that many subcommands share, each written once. Importing this loads typer and nothing heavy.
+"""Holds the options that many subcommands share. Importing this loads typer and nothing heavy.
 
 @app.command()
 def show(repository: RepositoryOption = REPOSITORY, release: ReleaseOption = None) -> None:

@@ -1,4 +1,4 @@
-"""`peregrine serve`: the active release of a repository behind gRPC, until a signal ends it."""
+"""Runs `peregrine serve`: serves the active release of a repository over gRPC until a signal ends it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which items may be shown: categories and ranges of numbers as masks over rows, remembered because pages ask
-again and again."""
+"""Turns filters (categories, ranges of numbers) into masks over item rows, and remembers the masks, because
+pages ask for the same again and again."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.live.items import LiveState, LiveView
 from ensemble.options import Category, Filter
 from ensemble.schema import Schema, number_names
 
-# masks; one bit an item would do, one byte is faster to index: 128 MB for a million items at most
+# Masks that are kept: 128 MB for a million items at most. A bit an item would do; a byte is faster to index.
 _REMEMBERED = 128
 
 
 @dataclass(frozen=True, eq=False)
 class RowMask:
-    """Which rows pass one filter, as of one view."""
+    """Says which rows pass one filter, as of one view."""
 
     view: LiveView
-    # [main rows] bool, the main index's rows with the content that it holds; row 0 never passes
-    main: np.ndarray
-    slots: np.ndarray  # [num_slots - delta_start] bool, slots of the delta
+    # [main rows] bool: rows of the main index, by the content that it holds; row 0 never passes.
+    main: Array
+    slots: Array  # [num_slots - delta_start] bool: slots of the delta
 
-    def passes(self, rows: np.ndarray) -> np.ndarray:
-        """[...] bool for rows [...] int64; false where <= 0."""
+    def passes(self, rows: Array) -> Array:
+        """Says for rows [...] int64 which pass: [...] bool, false where <= 0."""
         if not self.view.num_slots:
             return self.main[np.maximum(rows, 0)]
         state, rows = self.view.state, np.maximum(rows, 0)
@@ -41,10 +42,10 @@ class ItemFilters:
     """Turns a Filter into a mask over item rows."""
 
     def __init__(
-        self, schema: Schema, vocabularies: dict[str, list[str]], codes: np.ndarray, numbers: np.ndarray
+        self, schema: Schema, vocabularies: dict[str, list[str]], codes: Array, numbers: Array
     ) -> None:
-        """`codes` [I + 1, C] int32 of the snapshot, `vocabularies` {feature: values} of items, `numbers` [I +
-        1, n] float32 raw, NaN missing."""
+        """Takes `codes` [I + 1, C] int32 of the snapshot, `vocabularies` {feature: values} of the items, and
+        `numbers` [I + 1, n] float32 as the shop wrote them, NaN where missing."""
         self._features = {f.name: f for f in schema.items.features if f.kind == "category"}
         self._code_of = {
             name: {value: f.offset + 1 + v for v, value in enumerate(vocabularies.get(name, []))}
@@ -55,9 +56,9 @@ class ItemFilters:
         self._masks: OrderedDict[Filter, RowMask] = OrderedDict()
 
     def mask(self, wanted: Filter, view: LiveView) -> RowMask:
-        """The mask of `wanted`; the same object for the same filter and view."""
+        """Gives the mask of a filter; the same object for the same filter and view."""
         if self._masks and next(iter(self._masks.values())).view.state is not view.state:
-            # all at once: one mask would keep the whole index of a generation that was merged away
+            # All at once: one mask would keep the whole index of a generation that was merged away.
             self._masks.clear()
         known = self._masks.get(wanted)
         if known is None:
@@ -76,19 +77,20 @@ class ItemFilters:
             self._masks.popitem(last=False)
         return known
 
-    def _main(self, wanted: Filter, state: LiveState) -> np.ndarray:
-        """[main rows] bool: the release's own rows, and what the generation has merged over them."""
+    def _main(self, wanted: Filter, state: LiveState) -> Array:
+        """Gives [main rows] bool: the release's own rows, and what the generation has merged over them."""
         mask = np.zeros(state.main_rows, bool)
         mask[: state.num_base] = self._passing(wanted, self._codes, self._numbers)
         mask[state.slot_rows[: state.delta_start]] = self._of_slots(wanted, state, 0, state.delta_start)
         mask[0] = False
         return mask
 
-    def _of_slots(self, wanted: Filter, state: LiveState, start: int, stop: int) -> np.ndarray:
+    def _of_slots(self, wanted: Filter, state: LiveState, start: int, stop: int) -> Array:
+        """Gives [stop - start] bool: which of these slots of the log pass."""
         return self._passing(wanted, state.slots["codes"][start:stop], state.numbers[start:stop])
 
-    def _passing(self, wanted: Filter, codes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """[n] bool for items with these codes [n, C] and numbers [n, *]."""
+    def _passing(self, wanted: Filter, codes: Array, numbers: Array) -> Array:
+        """Says which items pass that have these codes [n, C] and numbers [n, *]: [n] bool."""
         mask = np.ones(len(codes), bool)
         for category in wanted.allow:
             mask &= self._has(category, codes)
@@ -96,12 +98,12 @@ class ItemFilters:
             mask &= ~self._has(category, codes)
         for name, low, high in wanted.ranges:
             column = numbers[:, self._columns[name]]
-            # NaN, a missing number, is in no range
+            # NaN, a missing number, is in no range.
             mask &= (column >= np.float32(low)) & (column <= np.float32(high))
         return mask
 
-    def _has(self, category: Category, codes: np.ndarray) -> np.ndarray:
-        """[n] bool: items with one of the values; a value that the release does not know is on no item."""
+    def _has(self, category: Category, codes: Array) -> Array:
+        """Says which items have one of the values: [n] bool. A value unknown to the release is on no item."""
         name, values = category
         feature = self._features[name]
         wanted = np.zeros(feature.size, bool)

@@ -1,5 +1,6 @@
-"""A Faiss index on the GPU, as main_index.MainIndex asks it. Needs faiss-gpu, or faiss-gpu-cuvs, which then
-searches with cuVS by itself; the CPU twin gives the same neighbours.
+"""Searches a Faiss index on the GPU, as main_index.MainIndex does on the CPU, and finds the same neighbours.
+
+It needs faiss-gpu, or faiss-gpu-cuvs, which then searches with cuVS by itself.
 
 Classic GPU indexes ignore ID selectors without a word, so a filter is over-fetch and mask, and a search of
 the passing rows where that leaves too few. They are not thread-safe: each instance has its own resources and
@@ -13,6 +14,7 @@ import threading
 import faiss
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.index.found import Found, cut
 from ensemble.index.main_index import MainIndex, QuerySettings
@@ -23,7 +25,7 @@ _MOST = 2048  # k and nprobe of a GPU index
 
 
 def check_gpu() -> None:
-    """InvalidInput unless Faiss can search on a GPU here."""
+    """Raises InvalidInput unless Faiss can search on a GPU here."""
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
         raise InvalidInput(
             "--index gpu: faiss-gpu or the GPU is missing; install faiss-gpu instead of faiss-cpu, or leave "
@@ -32,7 +34,7 @@ def check_gpu() -> None:
 
 
 class GpuIndex(MainIndex):
-    """MainIndex with the search itself on a GPU."""
+    """Searches whole batches like MainIndex, with the search itself on a GPU."""
 
     def __init__(self, index: faiss.Index, vectors: Vectors, query: QuerySettings, device: int = 0) -> None:
         check_gpu()
@@ -48,7 +50,7 @@ class GpuIndex(MainIndex):
                 "whole vectors"
             ) from None
 
-    def _approximate(self, query: np.ndarray, depth: int, mask: np.ndarray | None, nprobe: int) -> Found:
+    def _approximate(self, query: Array, depth: int, mask: Array | None, nprobe: int) -> Found:
         length = min(
             _MOST, self.num_items, (2 if mask is not None else 1) * depth * max(1, self.query.refine_factor)
         )

@@ -1,7 +1,6 @@
-"""The index over item embeddings, as recall asks it: whole batches, users with the same filter searched
-together.
+"""Searches item embeddings for whole batches, users with the same filter together.
 
-Beside the main index, an exact search over the items that were added or changed since it was built; both
+Beside the main index, the items that were added or changed since it was built are searched exactly; both
 lists are merged.
 """
 
@@ -21,12 +20,12 @@ from ensemble.index.vectors import Vectors, open_vectors
 from ensemble.live.items import LiveState, LiveView, SearchedIndex
 from ensemble.release.release import Release
 
-# half-precision or int8 vectors that a compressed index is refined with; absent where it needs none
+# Half-precision or int8 vectors that a compressed index is refined with; absent where it needs none.
 VECTORS = "vectors.npy"
 
 
 def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainIndex:
-    """The main index of one generation of a release, with the vectors that it is refined with."""
+    """Opens the main index of one generation of a release, with the vectors that it is refined with."""
     path = (state.folder if state.generation else release.path) / "index.faiss"
     index = open_index(path, state.main_rows - 1, release.schema.sizes.embedding)
     vectors = _main_vectors(release, state)
@@ -38,10 +37,10 @@ def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainI
 
 
 def _main_vectors(release: Release, state: LiveState) -> Vectors:
-    """Vectors of the main index's rows, as they were merged into it.
+    """Gives a reader of the main index's vectors, as they were merged into it.
 
-    Holds arrays of the state, not the state, which holds the index: so a generation goes as soon as nobody
-    uses it.
+    It holds arrays of the state and not the state, which holds the index: so a generation is freed as soon as
+    nobody uses it.
     """
     embeddings, base = release.items["embedding"], lambda rows: embeddings[rows]
     num_base, slot_of_row, merged = state.num_base, state.slot_of_row, state.vectors[: state.delta_start]
@@ -53,7 +52,7 @@ def _main_vectors(release: Release, state: LiveState) -> Vectors:
 
     def vectors(rows: Array) -> Array:
         slots, out = slot_of_row[rows], base(np.where(rows < num_base, rows, 0))
-        # a row with a later slot is stale in this index: what it scores does not count
+        # A row with a later slot is stale in this index: what it scores does not count.
         own = (slots > 0) & (slots <= len(merged))
         out[own] = merged[slots[own] - 1]
         return out
@@ -90,8 +89,8 @@ def find(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Foun
 def _without_stale(
     main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None
 ) -> Found:
-    """The main index without what was changed or deleted since: over-fetch and drop, and, where that leaves
-    too few, a mask."""
+    """Searches the main index without what was changed or deleted since: fetches more and drops those; where
+    that leaves too few, searches again with a mask."""
     more = min(view.num_stale, max(32, depth // 4))
     rows, scores = main.search(query, depth + more, None if mask is None else mask.main)
     stale = (rows > 0) & ~view.fresh[rows]
@@ -105,7 +104,7 @@ def _without_stale(
 
 
 def _delta(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
-    """Exact search over the delta's slots; in any order."""
+    """Searches the delta's slots exactly; gives the best in any order."""
     rows, hidden = view.state.slot_rows[view.delta], view.superseded
     scores = query @ view.state.vectors[view.delta].T
     scores[:, hidden if mask is None else hidden | ~mask.slots] = -np.inf
@@ -113,8 +112,7 @@ def _delta(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Fo
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         chosen = np.take_along_axis(scores, best, axis=1)
         least = chosen.min(axis=1, keepdims=True)
-        if not (
-            ((scores >= least).sum(axis=1, keepdims=True) > depth) & ~np.isneginf(least)
-        ).any():  # else order of rows decides who stays
+        tied = ((scores >= least).sum(axis=1, keepdims=True) > depth) & ~np.isneginf(least)
+        if not tied.any():  # else the order of rows decides who stays
             rows, scores = rows[best], chosen
     return np.where(np.isneginf(scores), -1, rows), scores

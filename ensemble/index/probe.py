@@ -1,8 +1,8 @@
-"""Is recall still as good as it was built? A sampled share of live queries is searched exactly, in the
+"""Probes whether recall is still as good as it was built: searches a share of live queries exactly, in the
 background.
 
-Also drift: where the embeddings of live queries lie, against the release's own, which are those that its
-index was tuned with. All of it are plain numbers; python_model.py publishes them.
+It also tells drift: where the embeddings of live queries lie, against those that the index was tuned with.
+All are plain numbers; python_model.py publishes them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.index.filters import RowMask
 from ensemble.live.items import LiveView
 
@@ -29,18 +30,18 @@ BASELINE = "queries.json"  # what the build saw: QueryBaseline
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How much is probed, and when it is alarming."""
+    """Says how much is probed, and what is alarming."""
 
     share: float = 0.001  # of queries
     alarm_below: float = 0.9  # recall_at_n
-    # of a core: an exact search of ten million items takes seconds, and serving comes first
+    # Of a core: an exact search of ten million items takes seconds, and serving comes first.
     most_busy: float = 0.05
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class QueryBaseline:
-    """What held-out user embeddings looked like when the release was built."""
+    """Holds what held-out user embeddings looked like when the release was built."""
 
     mean: tuple[float, ...]  # [D]
     deviation: float  # root mean square distance from the mean
@@ -49,11 +50,12 @@ class QueryBaseline:
     best_scores: tuple[float, ...]  # deciles of the best item's score
 
     def to_json(self) -> str:
+        """Writes the baseline as JSON."""
         return json.dumps(self.__dict__)
 
 
-def baseline(queries: np.ndarray, best_scores: np.ndarray, centres: int = 16) -> QueryBaseline:
-    """From held-out user embeddings [Q, D] and the score of each one's best item [Q]."""
+def baseline(queries: Array, best_scores: Array, centres: int = 16) -> QueryBaseline:
+    """Makes a baseline of held-out user embeddings [Q, D] and the score of each one's best item [Q]."""
     mean = queries.mean(axis=0)
     chosen = queries[np.linspace(0, len(queries) - 1, min(centres, len(queries))).astype(int)]
     deviation = float(np.sqrt(((queries - mean) ** 2).sum(axis=1).mean()))
@@ -68,39 +70,37 @@ def baseline(queries: np.ndarray, best_scores: np.ndarray, centres: int = 16) ->
 
 
 def read_baseline(path: Path) -> QueryBaseline | None:
-    """The release's own, or None in one that has none."""
+    """Reads the release's own baseline; None in a release that has none."""
     return QueryBaseline(**json.loads(path.read_text())) if path.exists() else None
 
 
-def _occupancy(queries: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def _occupancy(queries: Array, centres: Array) -> Array:
+    """Gives the share of queries [Q, D] nearest to each of centres [C, D]: [C]."""
     nearest = np.argmax(queries @ centres.T - 0.5 * (centres**2).sum(axis=1), axis=1)
     return np.bincount(nearest, minlength=len(centres)) / max(1, len(queries))
 
 
 class RecallProbe:
-    """Takes queries as they are served, with what was found for them; compares in a thread of its own."""
+    """Takes queries as they are served, with the rows found for them; compares in a thread of its own."""
 
     def __init__(self, settings: ProbeSettings, base: QueryBaseline | None) -> None:
         self.settings, self.base = settings, base
         self._rng, self._lock = np.random.default_rng(settings.seed), threading.Lock()
-        self._waiting: queue.Queue[tuple[np.ndarray, np.ndarray, RowMask | None, LiveView]] = queue.Queue(
-            _WAITING
-        )
+        self._waiting: queue.Queue[tuple[Array, Array, RowMask | None, LiveView]] = queue.Queue(_WAITING)
         self._shares: deque[float] = deque(maxlen=_REMEMBERED)
-        self._queries: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
+        self._queries: deque[Array] = deque(maxlen=_REMEMBERED)
         self._best: deque[float] = deque(maxlen=_REMEMBERED)
         self._compared = self._dropped = self._failed = 0
         self._thread: threading.Thread | None = None
 
-    def offer(
-        self, view: LiveView, query: np.ndarray, rows: np.ndarray, masks: Sequence[RowMask | None]
-    ) -> None:
-        """A batch's query [B, M, D] and found rows [B, M, n] best first: a throw of the dice, and mostly
-        nothing else."""
+    def offer(self, view: LiveView, query: Array, rows: Array, masks: Sequence[RowMask | None]) -> None:
+        """Takes some of a batch's users by chance, mostly none: query [B, M, D], found rows [B, M, n] best
+        first."""
         for user in np.flatnonzero(self._rng.random(len(query)) < self.settings.share):
             self._take(view, query[user, 0], rows[user, 0], masks[user])
 
-    def _take(self, view: LiveView, query: np.ndarray, rows: np.ndarray, mask: RowMask | None) -> None:
+    def _take(self, view: LiveView, query: Array, rows: Array, mask: RowMask | None) -> None:
+        """Queues one query for the thread, or counts it as dropped where the queue is full."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="recall-probe", daemon=True)
             self._thread.start()
@@ -110,6 +110,7 @@ class RecallProbe:
             self._dropped += 1
 
     def _work(self) -> None:
+        """Compares queries as they come, and rests in between."""
         while True:
             query = self._waiting.get()
             started = time.thread_time()
@@ -121,7 +122,8 @@ class RecallProbe:
             self._waiting.task_done()
             time.sleep((time.thread_time() - started) * (1 / self.settings.most_busy - 1))
 
-    def _compare(self, query: np.ndarray, rows: np.ndarray, mask: RowMask | None, view: LiveView) -> None:
+    def _compare(self, query: Array, rows: Array, mask: RowMask | None, view: LiveView) -> None:
+        """Searches query [D] exactly, and notes the share of the truth that is among found rows [n]."""
         main = view.state.main
         assert main is not None
         every = np.arange(1, view.num_rows)
@@ -140,11 +142,9 @@ class RecallProbe:
                 "recall_at_n of live queries is %.3f, below %.3f", recall, self.settings.alarm_below
             )
 
-    def _exact(
-        self, view: LiveView, query: np.ndarray, rows: np.ndarray, depth: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go now
-        and then."""
+    def _exact(self, view: LiveView, query: Array, rows: Array, depth: int) -> tuple[Array, Array]:
+        """Gives the true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go
+        now and then."""
         best, best_scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
         for start in range(0, len(rows), 1 << 14):
             piece = rows[start : start + (1 << 14)]
@@ -155,7 +155,7 @@ class RecallProbe:
         return best, best_scores
 
     def recall(self) -> float:
-        """Mean over the last probed queries; 1 before the first."""
+        """Gives the mean recall over the last probed queries; 1 before the first."""
         return float(np.mean(self._shares)) if self._shares else 1.0
 
     def wait(self) -> None:
@@ -163,20 +163,26 @@ class RecallProbe:
         self._waiting.join()
 
     def metrics(self) -> dict[str, float]:
-        """Plain numbers by name."""
+        """Gives the figures by name."""
         with self._lock:
             recall, probed = self.recall(), len(self._shares)
             drift = self._drift() if self.base is not None and probed else {}
-        alarm, lost = (
-            float(recall < self.settings.alarm_below),
-            {"recall_dropped": float(self._dropped), "recall_failed": float(self._failed)},
-        )
-        return {"recall_at_n": recall, "recall_alarm": alarm, "recall_probed": float(probed), **lost, **drift}
+        return {
+            "recall_at_n": recall,
+            "recall_alarm": float(recall < self.settings.alarm_below),
+            "recall_probed": float(probed),
+            "recall_dropped": float(self._dropped),
+            "recall_failed": float(self._failed),
+            **drift,
+        }
 
     def _drift(self) -> dict[str, float]:
-        """mean shift in the baseline's deviations; half the sum of occupancy differences (0 same, 1
-        elsewhere); the largest difference of the best score's distribution from the baseline's at its deciles
-        (Kolmogorov-Smirnov)."""
+        """Gives three differences of live queries from the baseline.
+
+        mean: the shift of the mean, in the baseline's deviations. occupancy: half the sum of the differences
+        (0 the same, 1 elsewhere). score: the largest difference between the distributions of the best score
+        at the baseline's deciles (Kolmogorov-Smirnov).
+        """
         assert self.base is not None
         queries, best = np.stack(self._queries), np.array(self._best)
         centres = np.array(self.base.centres, np.float32)

@@ -1,5 +1,5 @@
-"""Memory-mapped vectors that a compressed index's finds are scored again with: half or a quarter of float32's
-bytes.
+"""Reads memory-mapped vectors, with which a compressed index's finds are scored again: half or a quarter of
+float32's bytes.
 
 [I + 1] rows, row 0 unused. Half precision: a plain float16 array [I + 1, D]. int8: one record a row, its
 codes and the number that they count in units of, so that row = codes * scale.
@@ -13,21 +13,22 @@ from typing import Literal
 
 import numpy as np
 
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
-Vectors = Callable[[np.ndarray], np.ndarray]  # rows [...] int64 -> [..., D] float32
+Vectors = Callable[[Array], Array]  # rows [...] int64 -> [..., D] float32
 Precision = Literal["fp16", "int8"]
 
 
 def vector_dtype(precision: Precision, embedding: int) -> np.dtype:
-    """One row of the file."""
+    """Gives the dtype of one row of the file."""
     if precision == "fp16":
         return np.dtype(("<f2", (embedding,)))
     return np.dtype([("codes", "i1", (embedding,)), ("scale", "<f4")])
 
 
-def packed_vectors(vectors: np.ndarray, precision: Precision) -> np.ndarray:
-    """[n, D] float32 -> [n] rows of the file."""
+def packed_vectors(vectors: Array, precision: Precision) -> Array:
+    """Packs vectors [n, D] float32 into [n] rows of the file."""
     if precision == "fp16":
         return vectors.astype("<f2")
     out = np.zeros(len(vectors), vector_dtype(precision, vectors.shape[1]))
@@ -37,7 +38,7 @@ def packed_vectors(vectors: np.ndarray, precision: Precision) -> np.ndarray:
 
 
 def open_vectors(path: Path, num_rows: int, embedding: int) -> Vectors:
-    """Reads rows of the file at `path`, which must hold `num_rows` vectors of `embedding`."""
+    """Opens the file at `path`; ReleaseError unless it holds `num_rows` vectors of `embedding` components."""
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -49,12 +50,11 @@ def open_vectors(path: Path, num_rows: int, embedding: int) -> Vectors:
             f"{path}: {len(table)} rows of {row}; the release has {num_rows} of {embedding} components; "
             "build the release again"
         )
-    return (
-        (lambda rows: table[rows].astype(np.float32))
-        if kinds[row] == "fp16"
-        else (lambda rows: _scaled(table[rows]))
-    )
+    if kinds[row] == "fp16":
+        return lambda rows: table[rows].astype(np.float32)
+    return lambda rows: _scaled(table[rows])
 
 
-def _scaled(rows: np.ndarray) -> np.ndarray:
+def _scaled(rows: Array) -> Array:
+    """Unpacks int8 rows [...] into vectors [..., D] float32."""
     return rows["codes"].astype(np.float32) * rows["scale"][..., None]

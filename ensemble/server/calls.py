@@ -1,5 +1,7 @@
-"""The few gRPC calls that supervising a server takes. No deadline that the server would notice: old ones
-crash on cancelled calls."""
+"""Makes the few gRPC calls that supervising a server takes.
+
+They have no deadline that the server would notice: old ones crash on cancelled calls.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def _stub(url: str) -> Iterator[tuple[Any, Any]]:
-    """(the service's stub, its messages)."""
+    """Opens a channel and gives (the service's stub, its messages)."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -20,7 +22,7 @@ def _stub(url: str) -> Iterator[tuple[Any, Any]]:
 
 
 def is_model_ready(url: str, model: str) -> bool:
-    """ModelReady; False as well when nobody answers within 10 s."""
+    """Asks whether a model is ready; False as well when nobody answers within 10 s."""
     import grpc
 
     with _stub(url) as (stub, messages):
@@ -33,8 +35,8 @@ def is_model_ready(url: str, model: str) -> bool:
 
 
 def drain(url: str, headers: Mapping[str, str], model: str, limit_s: float) -> bool:
-    """Closes an ensemble to new requests and waits until those in flight are answered; its members go on
-    meanwhile.
+    """Closes an ensemble to new requests and waits until those in flight are answered; False if the limit
+    passes before. Its members go on meanwhile.
 
     Triton's own drain at SIGTERM stops every member at once: of 24 requests in flight through five steps it
     failed 21 (tried); with the outermost ensemble unloaded first, none. The repository index says UNLOADING

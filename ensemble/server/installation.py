@@ -1,4 +1,4 @@
-"""Which tritonserver this machine has, and the private folder it is run from."""
+"""Finds this machine's tritonserver, and makes the private folder that it is run from."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
 @dataclass(frozen=True, order=True)
 class FeatureLevel:
-    """tritonserver's version, as far as it decides what we may do. 2.51 = 24.10, which nvidia-pytriton
-    carries."""
+    """Holds tritonserver's version, which decides what we may do. nvidia-pytriton carries 2.51 (24.10)."""
 
     major: int
     minor: int
 
     @property
     def may_leave_loopback(self) -> bool:
-        """Older ones have known holes that are reachable over the network."""
+        """Says whether other machines may reach it: older ones have known holes."""
         return self >= FeatureLevel(2, 72)
 
     def __str__(self) -> str:
@@ -42,7 +41,7 @@ PYTRITON_LEVEL = FeatureLevel(2, 51)
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver on this machine."""
+    """Says where a tritonserver and its parts are on this machine."""
 
     binary: Path
     backends: Path
@@ -52,7 +51,7 @@ class Installation:
 
 
 def find_tritonserver() -> Installation:
-    """The tritonserver on PATH (images), else nvidia-pytriton's; ServerError if there is neither."""
+    """Finds the tritonserver on PATH (images), else nvidia-pytriton's; ServerError if there is neither."""
     on_path = shutil.which("tritonserver")
     if on_path:
         root = Path(on_path).resolve().parent.parent
@@ -74,13 +73,14 @@ def find_tritonserver() -> Installation:
 
 
 def _level_from_file(path: Path) -> FeatureLevel | None:
+    """Reads an image's TRITON_VERSION; None where there is none."""
     match = re.match(r"(\d+)\.(\d+)", path.read_text()) if path.exists() else None
     return FeatureLevel(int(match[1]), int(match[2])) if match else None
 
 
 def _libpython_folder() -> Path:
-    """Where this interpreter's libpython is: the stub must load that one and no other, or its standard
-    library does not fit."""
+    """Finds this interpreter's libpython: the stub must load that one and no other, or its standard library
+    does not fit. ServerError if there is none."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     places = [Path(str(sysconfig.get_config_var(key))) for key in ("LIBDIR", "LIBPL")] + [
         Path(sys.base_prefix) / "lib"
@@ -98,21 +98,22 @@ def _libpython_folder() -> Path:
 
 @dataclass
 class RunFolder:
-    """A private folder with the backends as this environment needs them; locked while its owner lives."""
+    """Names a private folder of backends as this environment needs them, locked while its owner lives."""
 
     path: Path
     descriptor: int
     region_prefix: str  # of the shared memory of our stubs, in /dev/shm
 
     def remove(self) -> None:
+        """Removes the folder and the stubs' shared memory, and lets go of the lock."""
         remove_regions(self.region_prefix)
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.descriptor)
 
 
 def make_run_folder(installation: Installation) -> RunFolder:
-    """Copies the Python backend aside, with our packages put first in its sys.path, and links the other
-    backends."""
+    """Makes a run folder: a copy of the Python backend, with our packages first in its sys.path, and links to
+    the other backends."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     path = Path(
         tempfile.mkdtemp(prefix=f"peregrine-{os.getpid()}-", dir=base if os.access(base, os.W_OK) else None)
@@ -134,8 +135,8 @@ def make_run_folder(installation: Installation) -> RunFolder:
 
 
 def _put_our_packages_first(utils: Path) -> None:
-    """The stub ignores PYTHONPATH and virtual environments; what it would find first is the base
-    interpreter's numpy."""
+    """Writes our packages into the stub's sys.path: it ignores PYTHONPATH and virtual environments, and would
+    find the base interpreter's numpy first."""
     source_root = str(Path(__file__).resolve().parents[2])
     packages = list(
         dict.fromkeys([source_root, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
@@ -158,6 +159,7 @@ def sweep_run_folders() -> None:
 
 
 def _sweep_run_folder(path: Path) -> None:
+    """Removes a run folder unless its owner lives."""
     if Path(f"/proc/{path.name.split('-')[1]}").exists():
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -169,7 +171,7 @@ def _sweep_run_folder(path: Path) -> None:
 
 
 def remove_regions(prefix: str) -> None:
-    """Removes our stubs' shared memory: after a kill -9 it stays behind."""
+    """Removes our stubs' shared memory, which stays behind after a kill -9."""
     for region in _SHM.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             region.unlink()

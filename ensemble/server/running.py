@@ -1,5 +1,5 @@
-"""<repository>/.server.json: how the release commands find the server of a repository. Standard library
-only."""
+"""Reads and writes <repository>/.server.json, by which the release commands find the repository's server.
+Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = ".server.json"
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server at work on a repository. `header` and `secret` open its control calls."""
+    """Describes a server at work on a repository; `header` and `secret` open its control calls."""
 
     pid: int  # of the process that supervises it
     url: str
@@ -27,19 +27,20 @@ class RunningServer:
 
     @property
     def headers(self) -> dict[str, str]:
-        """gRPC metadata for control and statistics calls."""
+        """Gives the gRPC metadata that control and statistics calls need."""
         return {self.header: self.secret}
 
 
 class Claim:
-    """The one server of a repository: holds the file's lock while it lives, so a killed one leaves no claim
-    behind."""
+    """Claims a repository for one server: holds the file's lock while the process lives, so that a killed one
+    leaves no claim behind."""
 
     def __init__(self, repository: Path) -> None:
         self.path = repository / FILE
         self._descriptor = self._open()
 
     def _open(self) -> int:
+        """Opens and locks the file; ServerError if it cannot be written or another server holds it."""
         while True:
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -58,16 +59,18 @@ class Claim:
             os.close(descriptor)  # its former owner removed it between our open and our lock
 
     def write(self, server: RunningServer) -> None:
+        """Writes how the server is reached."""
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(dataclasses.asdict(server)).encode(), 0)
 
     def drop(self) -> None:
+        """Gives the repository free."""
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
 
 def running_server(repository: Path) -> RunningServer | None:
-    """The server that serves this repository now, or None; a file without a living owner counts as none."""
+    """Gives the server that serves this repository now; None if none does, or the file's owner is dead."""
     try:
         descriptor = os.open(repository / FILE, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

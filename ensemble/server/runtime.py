@@ -1,5 +1,4 @@
-"""Chooses what a server runs its engines on: TensorRT where this node has a GPU and plans that fit, else ONNX
-Runtime.
+"""Chooses what a server runs its engines on: TensorRT where this node has a GPU and fitting plans, else ONNX.
 
 Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
 links, in which a model with a plan is the plan's folder and everything else is the repository's own. Nested

@@ -1,10 +1,10 @@
-"""Step 1, features: who is asking? user_id -> the user's past, features and status."""
+"""Step 1, features: tells who is asking. user_id -> the user's past, features and status."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ensemble.arrays import Tensors, ranks_within
+from ensemble.arrays import Array, Tensors, ranks_within
 from ensemble.contract import Degraded
 from ensemble.live.items import LiveView
 from ensemble.live.rows import read_items
@@ -14,8 +14,8 @@ from ensemble.steps.served import ServedRelease
 
 
 class FeatureLookup:
-    """Reads the rows of a whole batch through the tiers; without Redis from the release's snapshot: one
-    binary search, one gather a field."""
+    """Reads the rows of a whole batch through the tiers. Without Redis they come from the release's snapshot,
+    with one binary search and one gather a field."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
@@ -24,12 +24,12 @@ class FeatureLookup:
         self.user_reader, self.item_reader = release.readers.users, release.readers.items
         self.history = release.schema.sizes.history
 
-    def run(self, options: Options, *, user_id: np.ndarray) -> Tensors:
-        """user_id [B, 1] bytes -> seen_rows [B, W], history_* [B, H…], user_* (contract.py)."""
+    def run(self, options: Options, *, user_id: Array) -> Tensors:
+        """Looks users up: user_id [B, 1] bytes -> seen_rows [B, W], history_* [B, H…], user_* (contract)."""
         view = self.live.refresh()
         user_rows = self.user_ids.rows_from_ids(user_id[:, 0])
         users = self.user_reader.read_users(user_id[:, 0], user_rows)
-        # a tier may know users that came after the release
+        # A tier may know users that came after the release.
         known = user_rows > 0 if users.known is None else users.known
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
         stored = _without_later(users.field("seen").astype(np.int64), view, status)
@@ -44,10 +44,10 @@ class FeatureLookup:
         }
 
     def history_from_seen(
-        self, seen_rows: np.ndarray, view: LiveView | None = None, status: np.ndarray | None = None
+        self, seen_rows: Array, view: LiveView | None = None, status: Array | None = None
     ) -> Tensors:
-        """seen_rows [B, W] int64 -> it, and the mask [B, H], embeddings [B, H, D] and features [B, H, F] of
-        its last H; notes in `status` what is stale."""
+        """Gives seen_rows [B, W] int64, and of its last H the mask [B, H], embeddings [B, H, D] and features
+        [B, H, F]; notes in `status` [B] what is stale."""
         history = seen_rows[:, -self.history :]
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
@@ -59,10 +59,8 @@ class FeatureLookup:
             "history_features": items.field("features"),
         }
 
-    def _with_session(
-        self, seen_rows: np.ndarray, options: Options, status: np.ndarray, view: LiveView
-    ) -> np.ndarray:
-        """Puts the session's items behind the stored past; unknown ones are dropped and noted in `status`, in
+    def _with_session(self, seen_rows: Array, options: Options, status: Array, view: LiveView) -> Array:
+        """Puts the session's items behind the stored past; drops unknown ones and notes them in `status`, in
         place."""
         owners, ids = options.ids("session_items")
         if not len(owners):
@@ -72,16 +70,16 @@ class FeatureLookup:
         owners, item_rows = owners[item_rows > 0], item_rows[item_rows > 0]
         width = seen_rows.shape[1]
         session = np.full((len(seen_rows), width), -1, np.int64)
-        # -1 is the newest
+        # A place is counted from the end: -1 is the newest.
         place = ranks_within(owners) - np.bincount(owners, minlength=len(seen_rows))[owners]
         kept = place >= -width
         session[owners[kept], place[kept]] = item_rows[kept]
         return _pads_first(np.concatenate([seen_rows, session], axis=1))[:, -width:]
 
 
-def _without_later(seen_rows: np.ndarray, view: LiveView, status: np.ndarray) -> np.ndarray:
-    """seen_rows [B, W] without items that this process does not know, noted in `status`: a past may come from
-    a later log than ours."""
+def _without_later(seen_rows: Array, view: LiveView, status: Array) -> Array:
+    """Takes from seen_rows [B, W] the items that this process does not know, and notes them in `status`: a
+    past may come from a later log than ours."""
     later = seen_rows >= view.num_rows
     if not later.any():
         return seen_rows
@@ -89,6 +87,6 @@ def _without_later(seen_rows: np.ndarray, view: LiveView, status: np.ndarray) ->
     return _pads_first(np.where(later, -1, seen_rows))
 
 
-def _pads_first(rows: np.ndarray) -> np.ndarray:
-    """rows [B, W] with -1 where padded: the padding moved to the front, the rest in its order."""
+def _pads_first(rows: Array) -> Array:
+    """Moves the padding, -1, to the front of rows [B, W] and keeps the rest in its order."""
     return np.take_along_axis(rows, np.argsort(rows >= 0, axis=1, kind="stable"), axis=1)

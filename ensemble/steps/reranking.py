@@ -1,4 +1,5 @@
-"""Step 5, reranking: probabilities -> one score -> the K items to show, under the rules of the request."""
+"""Step 5, reranking: makes one score of the probabilities and picks the K items to show, under the request's
+rules."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 
 import numpy as np
 
-from ensemble.arrays import Tensors
+from ensemble.arrays import Array, Tensors
 from ensemble.live.items import LiveView
 from ensemble.options import NO_CAP, Options
 from ensemble.spec import ModelSpec
@@ -14,7 +15,7 @@ from ensemble.steps.served import ServedRelease
 
 
 class Reranking:
-    """Blends task values by weights, caps categories, diversifies; opens item rows only when a rule needs
+    """Blends task values by weights, caps categories and diversifies; reads item rows only when a rule needs
     them."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
@@ -31,12 +32,12 @@ class Reranking:
         self,
         options: Options,
         *,
-        candidate_rows: np.ndarray,
-        candidate_probabilities: np.ndarray,
-        user_status: np.ndarray,
-        candidate_status: np.ndarray,
+        candidate_rows: Array,
+        candidate_probabilities: Array,
+        user_status: Array,
+        candidate_status: Array,
     ) -> Tensors:
-        """candidate_* [B, N…] -> the answer [B, K…] with K the largest top_k of the batch (contract.py)."""
+        """Makes of candidate_* [B, N…] the answer [B, K…], K the largest top_k of the batch (contract.py)."""
         view = self.live.refresh()
         probabilities = np.nan_to_num(candidate_probabilities, nan=0.0, posinf=0.0, neginf=0.0)
         scores = np.where(
@@ -67,9 +68,9 @@ class Reranking:
             ),
         }
 
-    def blend(self, options: Options, probabilities: np.ndarray) -> np.ndarray:
-        """[B, N, T] -> score [B, N]: sum of weight x value, a conditional task's value times what it is
-        conditional on.
+    def blend(self, options: Options, probabilities: Array) -> Array:
+        """Blends probabilities [B, N, T] into scores [B, N]: the sum of weight x value, where a conditional
+        task's value is its probability times the value that it is conditional on.
 
         So the buy term is P(click) P(buy | click), the probability over the entire space (ESMM, Ma et al.
         2018, eq. 1).
@@ -87,24 +88,21 @@ class Reranking:
     def _under_rules(
         self,
         options: Options,
-        users: np.ndarray,
-        rows: np.ndarray,
-        scores: np.ndarray,
-        order: np.ndarray,
+        users: Array,
+        rows: Array,
+        scores: Array,
+        order: Array,
         width: int,
         view: LiveView,
-    ) -> np.ndarray:
-        """Greedy choice of `width` candidates for the users that ask for caps or diversity -> order [b, N].
+    ) -> Array:
+        """Chooses `width` candidates greedily for the b users that ask for caps or diversity -> order [b, N].
 
         MMR (Carbonell & Goldstein 1998): (1 - diversity) x relevance - diversity x greatest cosine to what is
         chosen, relevance scaled to 0..1 a user. A capped candidate is put behind all others, never dropped: a
         short list is worse.
         """
-        # best first
-        rows, scores = (
-            np.take_along_axis(rows, order, axis=1),
-            np.take_along_axis(scores, order, axis=1),
-        )
+        # Best first.
+        rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
         diversity = np.array([options.users[u].diversity for u in users], np.float32)[:, None]
         value = (1 - diversity) * _scaled(scores)
         vectors = view.gather(rows, "embedding")
@@ -133,17 +131,17 @@ class Reranking:
         return np.take_along_axis(order, np.concatenate([np.stack(chosen, axis=1), rest], axis=1), axis=1)
 
     def _cap(
-        self, options: Options, users: np.ndarray, name: str, rows: np.ndarray, view: LiveView
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For one capped feature: items chosen so far that share a value [b, N], the limit [b, 1], the
-        values' codes [b, N, C]."""
+        self, options: Options, users: Array, name: str, rows: Array, view: LiveView
+    ) -> tuple[Array, Array, Array]:
+        """Gives for one capped feature the number of chosen items that share a value [b, N], the limit [b, 1]
+        and the values' codes [b, N, C]."""
         limits = np.array([dict(options.users[u].caps).get(name, NO_CAP) for u in users])[:, None]
         codes = view.gather(np.maximum(rows, 0), "codes")[..., self.category[name].columns]
         return np.zeros(rows.shape, np.int64), limits, codes
 
 
-def _scaled(scores: np.ndarray) -> np.ndarray:
-    """[b, N] -> the same, 0..1 a user; -inf becomes 0."""
+def _scaled(scores: Array) -> Array:
+    """Scales scores [b, N] to 0..1 a user; -inf becomes 0."""
     finite = np.isfinite(scores)
     low = np.where(finite, scores, np.inf).min(axis=1, keepdims=True)
     high = np.where(finite, scores, -np.inf).max(axis=1, keepdims=True)

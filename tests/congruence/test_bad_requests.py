@@ -256,6 +256,10 @@ def test_seen_items_come_again_only_when_asked(asker, sequences_release):
 def test_answers_have_the_five_tensors_cut_to_top_k(asker):
     answer = asker.ask([b"1", b"2"], {"top_k": "[3, 8]"})
     assert {name: answer[name].shape for name in OUTPUTS} == {
-        "item_ids": (2, 8), "scores": (2, 8), "probabilities": (2, 8, 1), "degraded": (2, 1), "release": (2, 1)
-    }  # fmt: skip
+        "item_ids": (2, 8),
+        "scores": (2, 8),
+        "probabilities": (2, 8, 1),
+        "degraded": (2, 1),
+        "release": (2, 1),
+    }
     assert [len(shown(answer, row)) for row in (0, 1)] == [3, 8]

@@ -30,7 +30,8 @@ class TextEncoder:
     def run(self, options, *, user_id):
         """user_id [B, 1] bytes -> text_embeddings [B, 1, D]."""
         rngs = (np.random.default_rng(list(user)) for user in user_id[:, 0].tolist())
-        return {"text_embeddings": np.stack([rng.standard_normal((1, self.dim), dtype=np.float32) for rng in rngs])}
+        rows = [rng.standard_normal((1, self.dim), dtype=np.float32) for rng in rngs]
+        return {"text_embeddings": np.stack(rows)}
 '''
 EDITS = (  # all of contract.py that changes
     ('QUERY_TENSORS = ("user_embeddings",)', 'QUERY_TENSORS = ("user_embeddings", "text_embeddings")'),
@@ -57,7 +58,8 @@ from ensemble.steps.served import open_served
 root, users = sys.argv[1], [u.encode() for u in sys.argv[2].split()]
 assert str(Path(ensemble.__file__).parent.parent) == root, ensemble.__file__
 answer = LocalPipeline(open_served(Path(sys.argv[1]) / "repository", "r1")).recommend(users)
-np.savez(sys.argv[3], **{name: array.astype("S") if array.dtype == object else array for name, array in answer.items()})
+arrays = {name: array.astype("S") if array.dtype == object else array for name, array in answer.items()}
+np.savez(sys.argv[3], **arrays)
 """
 BUILD = "import sys; sys.argv[0] = 'peregrine'; from peregrine import main; main()"
 SHOP = (
