@@ -1,5 +1,4 @@
-"""The load generator: real user ids drawn by Zipf, sent at Poisson times (open loop) or one after another
-(closed loop).
+"""Asks a server: for real users drawn by Zipf, at Poisson times (open loop) or one after another (closed).
 
 Open loop: requests leave when the schedule says so, whether or not earlier ones were answered, and latency
 counts from the scheduled time. A server that stalls is charged for everybody who had to wait (no coordinated
@@ -20,6 +19,7 @@ import numpy as np
 
 from clients.bench.measuring_process import Measure, serve_measurement
 from clients.wire import Call, decode_bytes
+from ensemble.arrays import Array
 from ensemble.contract import PIPELINE
 
 PERCENTILES = {"p50_ms": 50.0, "p95_ms": 95.0, "p99_ms": 99.0, "p999_ms": 99.9}
@@ -32,8 +32,8 @@ _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the server. `rate` (requests a second) makes it an open loop, `concurrency` a closed
-    one."""
+    """Says what is asked of the server. `rate` (requests a second) makes it an open loop, `concurrency` a
+    closed one."""
 
     url: str
     users_file: str  # .npy [U] S, the ids that users are drawn from
@@ -48,27 +48,28 @@ class Load:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def to_spec(self) -> dict[str, Any]:
+        """Gives the load as a dict that JSON can hold."""
         return asdict(self)
 
 
-def zipf_users(users: np.ndarray, count: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
-    """`count` ids out of users [U] S; the i-th most active user has weight i ** -exponent, and who that is is
-    drawn too."""
+def zipf_users(users: Array, count: int, exponent: float, rng: np.random.Generator) -> Array:
+    """Draws `count` ids out of users [U] S. The i-th most active user has weight i ** -exponent; who that is
+    is drawn too."""
     weights = np.arange(1, len(users) + 1, dtype=np.float64) ** -exponent
     cumulated = np.cumsum(weights)
     ranks = np.searchsorted(cumulated, rng.random(count) * cumulated[-1])
     return np.asarray(users)[rng.permutation(len(users))[np.minimum(ranks, len(users) - 1)]]
 
 
-def poisson_times(rate: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Arrival times [R] float64, seconds from the start, all below `seconds`."""
+def poisson_times(rate: float, seconds: float, rng: np.random.Generator) -> Array:
+    """Draws arrival times [R] float64: seconds from the start, all below `seconds`."""
     gaps = rng.exponential(1 / rate, int(rate * seconds + 10 * (rate * seconds) ** 0.5 + 20))
     times = np.cumsum(gaps)
     return times[times < seconds]
 
 
-def latency_summary(latencies_ms: np.ndarray) -> dict[str, float]:
-    """p50 … p99.9 and mean; NaN-free: all 0 when nothing was answered."""
+def latency_summary(latencies_ms: Array) -> dict[str, float]:
+    """Gives p50 … p99.9 and the mean of latencies [R] in ms; all are 0 when nothing was answered."""
     if not len(latencies_ms):
         return {**dict.fromkeys(PERCENTILES, 0.0), "mean_ms": 0.0}
     values = np.percentile(latencies_ms, list(PERCENTILES.values()))
@@ -79,7 +80,7 @@ def latency_summary(latencies_ms: np.ndarray) -> dict[str, float]:
 
 
 class Generator:
-    """Sends encoded requests over one channel; callbacks note when each was answered."""
+    """Sends encoded requests over one channel; notes when each was answered."""
 
     def __init__(self, load: Load) -> None:
         import grpc
@@ -94,13 +95,13 @@ class Generator:
         self.failures: Counter[str] = Counter()
 
     def send(self, number: int) -> None:
-        """Starts request `number`; (number, time of its answer) arrives in `answers`, time -1 for a
-        failure."""
+        """Starts request `number`; `answers` will have (number, time of the answer), -1 for a failure."""
         rpc = self._infer.future(self._payloads[number % len(self._payloads)])
         self._running[number] = rpc  # gRPC cancels a call that is garbage
         rpc.add_done_callback(partial(self._note, number))
 
     def _note(self, number: int, rpc: Any) -> None:
+        """Notes that a request has ended, in gRPC's thread; an OK without items is a failure."""
         at, status = time.perf_counter(), rpc.code().name
         self._running.pop(number, None)
         if status == "OK" and number % _CHECK_EVERY == 0 and not has_items(rpc.result()):
@@ -111,6 +112,7 @@ class Generator:
 
     @property
     def num_in_flight(self) -> int:
+        """Counts the requests that are not answered yet."""
         return len(self._running)
 
     def warm_up(self) -> None:
@@ -119,22 +121,22 @@ class Generator:
         self.failures.clear()
 
     def close(self) -> None:
+        """Ends the connection."""
         self._channel.close()
 
 
 def encoded_requests(load: Load, rng: np.random.Generator) -> list[bytes]:
-    """Requests as bytes, so that the generator's own work per request is small."""
+    """Encodes requests beforehand, so that the generator's own work per request is small."""
     from clients.transport import proto_from_call
 
     users = np.load(load.users_file, mmap_mode="r", allow_pickle=False)
-    drawn = (
-        zipf_users(users, _DISTINCT * load.batch_size, load.zipf, rng).reshape(-1, load.batch_size).tolist()
-    )
-    return [proto_from_call(Call(tuple(ids), load.parameters), PIPELINE).SerializeToString() for ids in drawn]
+    drawn = zipf_users(users, _DISTINCT * load.batch_size, load.zipf, rng).reshape(-1, load.batch_size)
+    calls = (Call(tuple(ids), load.parameters) for ids in drawn.tolist())
+    return [proto_from_call(call, PIPELINE).SerializeToString() for call in calls]
 
 
 def has_items(raw: bytes) -> bool:
-    """Whether every user of an answer got at least one item: a server can say OK and mean nothing."""
+    """Tells whether every user of an answer got at least one item: a server can say OK and mean nothing."""
     from tritonclient.grpc import service_pb2
 
     response = service_pb2.ModelInferResponse.FromString(raw)
@@ -145,32 +147,22 @@ def has_items(raw: bytes) -> bool:
 
 
 def _open_loop(generator: Generator) -> dict[str, Any]:
+    """Sends at Poisson times whatever is answered; latencies count from when a request was due."""
     load = generator.load
     assert load.rate is not None
     due = poisson_times(load.rate, load.seconds, generator.rng)
-    lag_ms = np.zeros(len(due))
     start = time.perf_counter() + 0.05
-    unsent = 0
-    for number, offset in enumerate(due.tolist()):
-        wait_s = start + offset - time.perf_counter()
-        if wait_s > 0:
-            time.sleep(wait_s)
-        if generator.num_in_flight >= load.max_in_flight:
-            unsent += 1
-            continue
-        lag_ms[number] = (time.perf_counter() - start - offset) * 1000
-        generator.send(number)
+    lag_ms, unsent = _send_all(generator, start, due)
     finished = _drain(generator, len(due) - unsent)
     answered = np.array([number for number, at in finished if at > 0], np.int64)
     times = np.array([at for _, at in finished if at > 0])
     end = max(float(times.max(initial=0.0)) - start, load.seconds)
-    failed = len(due) - len(answered)
     lag_p99_ms = float(np.percentile(lag_ms, 99)) if len(due) else 0.0
     return {
         "offered_per_s": len(due) / load.seconds,
         "achieved_per_s": len(answered) / end,
         "sent": len(due) - unsent,
-        "failed": failed,
+        "failed": len(due) - len(answered),
         "failures": {**generator.failures, **({"UNSENT": unsent} if unsent else {})},
         "lag_p99_ms": lag_p99_ms,
         "kept_up": lag_p99_ms <= MAX_LAG_MS and not unsent,
@@ -178,8 +170,24 @@ def _open_loop(generator: Generator) -> dict[str, Any]:
     }
 
 
+def _send_all(generator: Generator, start: float, due: Array) -> tuple[Array, int]:
+    """Sends a request at each of the times due [R]; gives how late each was [R] in ms, and how many could not
+    be sent because too many were in flight."""
+    lag_ms, unsent = np.zeros(len(due)), 0
+    for number, offset in enumerate(due.tolist()):
+        wait_s = start + offset - time.perf_counter()
+        if wait_s > 0:
+            time.sleep(wait_s)
+        if generator.num_in_flight >= generator.load.max_in_flight:
+            unsent += 1
+            continue
+        lag_ms[number] = (time.perf_counter() - start - offset) * 1000
+        generator.send(number)
+    return lag_ms, unsent
+
+
 def _drain(generator: Generator, count: int) -> list[tuple[int, float]]:
-    """Waits for what is in flight: nothing is ever cancelled."""
+    """Waits for what is in flight, since nothing is ever cancelled; gives (number, time of its answer)."""
     finished: list[tuple[int, float]] = []
     until = time.perf_counter() + _DRAIN_S
     while len(finished) < count and time.perf_counter() < until:
@@ -191,8 +199,8 @@ def _drain(generator: Generator, count: int) -> list[tuple[int, float]]:
 
 
 def _closed_loop(generator: Generator, seconds: float) -> dict[str, Any]:
-    """`concurrency` requests in flight at any time; one thread sends, so that latency is not the generator's
-    own contention."""
+    """Keeps `concurrency` requests in flight. One thread sends, so that latency is not the generator's own
+    contention."""
     start = time.perf_counter()
     sent_at: dict[int, float] = {}
     for number in range(generator.load.concurrency):
@@ -222,15 +230,14 @@ def _closed_loop(generator: Generator, seconds: float) -> dict[str, Any]:
 
 
 def prepare(spec: dict[str, Any]) -> Measure:
-    """Load as a dict -> the measurement, connected and warm."""
+    """Makes the measurement of a Load, given as a dict; it is connected and warm."""
     generator = Generator(Load(**spec))
     generator.warm_up()
 
     def measure() -> dict[str, Any]:
         cpu = time.process_time()
-        result = (
-            _open_loop(generator) if generator.load.rate else _closed_loop(generator, generator.load.seconds)
-        )
+        load = generator.load
+        result = _open_loop(generator) if load.rate else _closed_loop(generator, load.seconds)
         result["generator_cpu_s"] = time.process_time() - cpu
         generator.close()
         return result
@@ -239,7 +246,7 @@ def prepare(spec: dict[str, Any]) -> Measure:
 
 
 def users_file_of(folder: Path) -> str:
-    """The release's own ids: user_ids.npy of its folder."""
+    """Names the file of a release's own user ids."""
     return str(folder / "user_ids.npy")
 
 

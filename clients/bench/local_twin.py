@@ -1,9 +1,10 @@
-"""The local twin under the same load: ensemble.local in a process of its own, one thread, no server."""
+"""Measures the local twin under the same load: ensemble.local in a process of one thread, no server."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 
 from clients.bench.loadgen import latency_summary, users_file_of, zipf_users
 from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
+from ensemble.arrays import Array
 
-_DISTINCT = 4000
+_DISTINCT = 4000  # users that are drawn beforehand and asked for in turn
 
 
 @dataclass(frozen=True)
 class TwinLoad:
-    """What is asked of the twin: batches of `batch_size` users, one after another."""
+    """Says what is asked of the twin: batches of `batch_size` users, one after another."""
 
     repository: str
     release: str
@@ -30,12 +32,12 @@ class TwinLoad:
 
 
 class _Timed:
-    """A step that notes the time it takes."""
+    """Runs a step and notes the time it takes."""
 
     def __init__(self, step: Any, spent_s: dict[str, float], name: str) -> None:
         self._step, self._spent_s, self._name = step, spent_s, name
 
-    def run(self, *args: Any, **tensors: np.ndarray) -> Any:
+    def run(self, *args: Any, **tensors: Array) -> Any:
         began = time.perf_counter()
         result = self._step.run(*args, **tensors)
         self._spent_s[self._name] += time.perf_counter() - began
@@ -43,7 +45,7 @@ class _Timed:
 
 
 def open_twin(load: TwinLoad) -> tuple[Any, list[list[bytes]]]:
-    """(the pipeline, warm; batches of users to ask it for)."""
+    """Opens the pipeline and warms it; gives it with batches of users to ask it for."""
     from ensemble.local import LocalPipeline
     from ensemble.steps.served import open_served
 
@@ -51,17 +53,16 @@ def open_twin(load: TwinLoad) -> tuple[Any, list[list[bytes]]]:
     pipeline: Any = LocalPipeline(release)
     users = np.load(users_file_of(release.path), mmap_mode="r", allow_pickle=False)
     rng = np.random.default_rng(load.seed)
-    batches = zipf_users(users, max(_DISTINCT, load.batch_size * 200), load.zipf, rng)
-    batches = (
-        batches[: len(batches) // load.batch_size * load.batch_size].reshape(-1, load.batch_size).tolist()
-    )
+    drawn = zipf_users(users, max(_DISTINCT, load.batch_size * 200), load.zipf, rng)
+    whole = len(drawn) // load.batch_size * load.batch_size
+    batches = drawn[:whole].reshape(-1, load.batch_size).tolist()
     for batch in batches[-5:]:
         pipeline.recommend(batch, load.parameters)
     return pipeline, batches
 
 
 def prepare(spec: dict[str, Any]) -> Measure:
-    """TwinLoad as a dict -> the measurement, warm."""
+    """Makes the measurement of a TwinLoad, given as a dict; the pipeline is warm."""
     load = TwinLoad(**spec)
     pipeline, batches = open_twin(load)
     spent_s: dict[str, float] = defaultdict(float)
@@ -72,6 +73,7 @@ def prepare(spec: dict[str, Any]) -> Measure:
 def _measure(
     load: TwinLoad, pipeline: Any, batches: list[list[bytes]], spent_s: dict[str, float]
 ) -> dict[str, Any]:
+    """Asks for one batch after another for `load.seconds`; gives latencies, throughput and CPU."""
     latencies: list[float] = []
     cpu, start = time.process_time(), time.perf_counter()
     while time.perf_counter() - start < load.seconds:
@@ -89,29 +91,26 @@ def _measure(
 
 
 def measure_together(load: TwinLoad, processes: int) -> dict[str, Any]:
-    """`processes` twins at once: throughputs add up; the rest is averaged."""
-    workers = [
-        MeasuringProcess("clients.bench.local_twin", {**asdict(load), "seed": load.seed + number})
-        for number in range(processes)
-    ]
-    for worker in workers:
-        worker.go()
-    results = [worker.result() for worker in workers]
-    mean = {
-        key: sum(r[key] for r in results) / processes
-        for key in results[0]
-        if key.endswith("_ms") and key != "steps_ms"
-    }
+    """Measures so many twins at once: their throughputs add up; the rest is averaged."""
+    specs = [{**asdict(load), "seed": load.seed + number} for number in range(processes)]
+    twins = [MeasuringProcess("clients.bench.local_twin", spec) for spec in specs]
+    for twin in twins:
+        twin.go()
+    rows = [twin.result() for twin in twins]
+    averaged = [key for key in rows[0] if key.endswith("_ms") and key != "steps_ms"]
     return {
-        **mean,
+        **{key: _mean(row[key] for row in rows) for key in averaged},
         "batch_size": load.batch_size,
         "processes": processes,
-        "users_per_s": sum(r["users_per_s"] for r in results),
-        "cpu_ms_per_user": sum(r["cpu_ms_per_user"] for r in results) / processes,
-        "steps_ms": {
-            name: sum(r["steps_ms"][name] for r in results) / processes for name in results[0]["steps_ms"]
-        },
+        "users_per_s": sum(row["users_per_s"] for row in rows),
+        "cpu_ms_per_user": _mean(row["cpu_ms_per_user"] for row in rows),
+        "steps_ms": {name: _mean(row["steps_ms"][name] for row in rows) for name in rows[0]["steps_ms"]},
     }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Averages numbers."""
+    return float(np.mean(list(values)))
 
 
 if __name__ == "__main__":

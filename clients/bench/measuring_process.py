@@ -1,5 +1,4 @@
-"""Measurements in processes of their own, so that what measures does not share a core's time, or a GIL, with
-what is measured.
+"""Runs a measurement in a process of its own, so that it shares no GIL with what it measures.
 
 The parent sends a JSON line; the child prepares, says "ready", waits for "go", measures, and answers with a
 JSON line.
@@ -21,7 +20,7 @@ Measure = Callable[[], dict[str, Any]]
 
 
 class MeasuringProcess:
-    """A child that runs one measurement of `module` (clients.bench.loadgen, clients.bench.twin)."""
+    """Starts a child that runs one measurement of `module`, such as clients.bench.loadgen."""
 
     def __init__(self, module: str, spec: dict[str, Any]) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -36,10 +35,11 @@ class MeasuringProcess:
             raise PeregrineError(f"{module} could not start: {reason}")
 
     def go(self) -> None:
+        """Lets the measurement begin."""
         self._send("go")
 
     def result(self) -> dict[str, Any]:
-        """Waits for the measurement's end."""
+        """Waits for the measurement's end and gives its figures; PeregrineError if it failed."""
         line = self._read()
         self._process.wait()
         if not line:
@@ -63,7 +63,7 @@ class MeasuringProcess:
 
 
 def serve_measurement(prepare: Callable[[dict[str, Any]], Measure]) -> None:
-    """The child's side: prepare(spec) does all that shall not be measured, and returns what shall be."""
+    """Plays the child's part: prepare(spec) does all that shall not be measured, and gives what shall be."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     try:
@@ -78,7 +78,7 @@ def serve_measurement(prepare: Callable[[dict[str, Any]], Measure]) -> None:
 
 
 def measure_in_process(module: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, start to end."""
-    worker = MeasuringProcess(module, spec)
-    worker.go()
-    return worker.result()
+    """Runs one measurement, start to end."""
+    process = MeasuringProcess(module, spec)
+    process.go()
+    return process.result()

@@ -1,4 +1,4 @@
-"""Twins behind one queue: how long arrivals of the same rate would wait if serving cost nothing.
+"""Measures twins behind one queue: how long arrivals of a rate would wait if serving cost nothing.
 
 One twin a core; whichever is free takes all that wait, up to the release's max_batch. No gRPC, no Triton, no
 generator: what is left of a latency is computing and waiting for computing, the floor under any server of
@@ -22,26 +22,27 @@ import numpy as np
 from clients.bench.loadgen import latency_summary, poisson_times
 from clients.bench.local_twin import TwinLoad, open_twin
 from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
+from ensemble.arrays import Array
 
 _STATE = struct.Struct("dq")  # time of the start (0: nobody has come yet), number of the next arrival
 _LEAD_S = 0.2  # from the first twin's coming to the start, so that all are there
 
 
 class Queue:
-    """Arrivals [R] that several processes take from; its state is a file, so that they need no parent in
-    common."""
+    """Holds arrivals [R] that several processes take from; its state is a file, so that they need no parent
+    in common."""
 
-    def __init__(self, path: Path, arrivals: np.ndarray) -> None:
-        """`arrivals`: seconds from the start, ascending; the same in every process."""
+    def __init__(self, path: Path, arrivals: Array) -> None:
+        """Opens the queue; `arrivals` are seconds from the start, ascending, the same in every process."""
         self.arrivals = arrivals
         self._file = path.open("r+b")
         self._state = mmap.mmap(self._file.fileno(), _STATE.size)
 
-    def take(self, most: int) -> np.ndarray:
-        """Waits for the next arrival; -> the times [1..most] of all that have come by then, on perf_counter's
-        clock; [0] at the end.
+    def take(self, most: int) -> Array:
+        """Waits for the next arrival, and takes what has come by then.
 
-        A twin waits in the lock, so that idle ones stand in line, too.
+        Gives the arrivals' times [1..most] on perf_counter's clock; [0] at the end. A twin waits in the lock,
+        so that idle ones stand in line, too.
         """
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
@@ -57,9 +58,9 @@ class Queue:
             fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
-def serve(queue: Queue, answer: Callable[[int], Any], most: int) -> tuple[np.ndarray, int]:
-    """Answers until the queue ends -> latencies [R'] in ms, from the arrival; number of batches."""
-    latencies: list[np.ndarray] = []
+def serve(queue: Queue, answer: Callable[[int], Any], most: int) -> tuple[Array, int]:
+    """Answers until the queue ends; gives latencies [R'] in ms from the arrival, and how many batches."""
+    latencies: list[Array] = []
     while len(times := queue.take(most)):
         answer(len(times))
         latencies.append((time.perf_counter() - times) * 1000)
@@ -67,7 +68,7 @@ def serve(queue: Queue, answer: Callable[[int], Any], most: int) -> tuple[np.nda
 
 
 def prepare(spec: dict[str, Any]) -> Measure:
-    """{load: TwinLoad, rate, queue: file} -> the measurement of one of the twins, warm."""
+    """Makes the measurement of one of the twins from {load: TwinLoad, rate, queue: file}; it is warm."""
     load, rate = TwinLoad(**spec["load"]), float(spec["rate"])
     pipeline, batches = open_twin(load)
     users = [user for batch in batches for user in batch]
@@ -89,19 +90,15 @@ def prepare(spec: dict[str, Any]) -> Measure:
 
 
 def measure_queued(load: TwinLoad, rate: float, processes: int) -> dict[str, Any]:
-    """`processes` twins under `rate` requests of one user a second, for load.seconds."""
+    """Measures so many twins under `rate` requests of one user a second, for load.seconds."""
     with tempfile.NamedTemporaryFile(prefix="peregrine-queue-") as file:
         file.write(bytes(_STATE.size))
         file.flush()
-        workers = [
-            MeasuringProcess(
-                "clients.bench.queued_twins", {"load": asdict(load), "rate": rate, "queue": file.name}
-            )
-            for _ in range(processes)
-        ]
-        for worker in workers:
-            worker.go()
-        results = [worker.result() for worker in workers]
+        spec = {"load": asdict(load), "rate": rate, "queue": file.name}
+        twins = [MeasuringProcess("clients.bench.queued_twins", spec) for _ in range(processes)]
+        for twin in twins:
+            twin.go()
+        results = [twin.result() for twin in twins]
     latencies = np.concatenate([result["latencies_ms"] for result in results])
     batches = sum(result["batches"] for result in results)
     return {

@@ -1,5 +1,4 @@
-"""What the server did between two moments: CPU seconds of its processes, and Triton's own statistics per
-step."""
+"""Reads what a server did between two moments: CPU seconds, and Triton's statistics of each step."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Counters at one moment."""
+    """Holds counters at one moment."""
 
     at_s: float
     cpu_s: float | None  # tritonserver and its Python processes; None when they are not on this machine
@@ -23,7 +22,7 @@ class Snapshot:
 
 
 class ServerProbe:
-    """Reads a server that runs on this machine; `headers` open its statistics."""
+    """Reads the counters of a server on this machine; `headers` open its statistics."""
 
     def __init__(self, url: str, headers: Mapping[str, str], pid: int | None) -> None:
         import grpc
@@ -34,15 +33,16 @@ class ServerProbe:
         self._url, self._pid = url, pid
 
     def version(self) -> str:
-        """Of the server."""
+        """Asks for the server's version; ServerError if there is no server."""
         try:
             return str(self._stub.ServerMetadata(self._pb.ServerMetadataRequest()).version)
         except self._rpc_error as error:
             raise ServerError(
-                f"no server at {self._url} ({error.code().name}); start one: peregrine serve"
+                f"no server at {self._url} ({error.code().name})", "start one: peregrine serve"
             ) from None
 
     def snapshot(self) -> Snapshot:
+        """Reads all counters now; without Triton's where the server keeps them to its operator."""
         try:
             response = self._stub.ModelStatistics(self._pb.ModelStatisticsRequest(), metadata=self._metadata)
         except self._rpc_error as error:
@@ -58,31 +58,30 @@ class ServerProbe:
         )
 
     def cpu_s(self) -> float | None:
-        """CPU seconds so far of tritonserver and everything below it; the kernel counts each process in steps
-        of 10 ms."""
+        """Gives the CPU seconds so far of tritonserver and all processes below it; the kernel counts each in
+        steps of 10 ms."""
         processes = self._processes()
         return None if processes is None else sum(sum(process.cpu_times()[:2]) for process in processes)
 
     def memory_bytes(self) -> int | None:
-        """Resident bytes of those processes; pages they share count in each."""
+        """Gives the resident bytes of those processes; pages they share count in each."""
         processes = self._processes()
         return None if processes is None else sum(process.memory_info().rss for process in processes)
 
     def _processes(self) -> list[Any] | None:
+        """Finds tritonserver and all processes below it; None where they are not on this machine."""
         if self._pid is None:
             return None
         import psutil
 
         top = psutil.Process(self._pid)
-        servers = [
-            process for process in (top, *top.children(recursive=True)) if process.name() == "tritonserver"
-        ]
-        return [
-            process for server in servers for process in (server, *server.children(recursive=True))
-        ] or None
+        family = (top, *top.children(recursive=True))
+        servers = [process for process in family if process.name() == "tritonserver"]
+        return [one for server in servers for one in (server, *server.children(recursive=True))] or None
 
 
 def _counters(model: Any) -> dict[str, int]:
+    """Reads the counters of one model from Triton's statistics."""
     stats = model.inference_stats
     phases = {phase: getattr(stats, phase).ns for phase in _PHASES}
     return {
@@ -97,8 +96,8 @@ def _counters(model: Any) -> dict[str, int]:
 def steps_between(
     before: Snapshot, after: Snapshot, release: str, names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """By step of the release, in the order of `names`: mean batch, and milliseconds a request spent in each
-    phase."""
+    """Gives for each step of the release, in the order of `names`, its mean batch, and the milliseconds that
+    a request spent in each phase."""
     steps = {}
     for name in names:
         now = after.models.get(f"{release}_{name}", {})
@@ -115,6 +114,6 @@ def steps_between(
 
 
 def mean_batch(steps: Mapping[str, Mapping[str, float]]) -> float:
-    """The batch size at which work per user equals that of these steps, if an execution costs a + b * users:
-    the harmonic mean."""
+    """Gives the harmonic mean of the steps' batch sizes: at it, work per user equals that of these steps, if
+    an execution costs a + b * users."""
     return len(steps) / sum(1 / step["mean_batch"] for step in steps.values()) if steps else 1.0

@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Live events, into the feature rows in Redis.",
+    help="Write live events into the feature rows in Redis.",
 )
 
 _BATCH = 500  # lines written together
@@ -49,7 +49,7 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="At the file's end 
 
 @app.callback()
 def _group() -> None:
-    """Live events, into the feature rows in Redis."""
+    """Writes live events into the feature rows in Redis."""
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Changes what a running server serves."""
+"""Changes what a running server serves: its releases."""

@@ -1,8 +1,7 @@
-"""Triton's model-control calls to the server of one repository. Waits are bounded here, never by a gRPC
-deadline.
+"""Makes Triton's model-control calls to the server of one repository; bounds waits itself, without deadlines.
 
-A deadline that passes is a cancelled call, which crashes Triton below 2.59; so a call that takes too long is
-left to itself in a daemon thread, and the caller is told.
+A gRPC deadline that passes is a cancelled call, which crashes Triton below 2.59. So a call that takes too
+long is left to itself in a daemon thread, and the caller gets an error.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class Control:
         self._client.close()
 
     def load(self, model: str, config_json: str | None = None) -> None:
-        """Loads a model, members of an ensemble included; with `config_json` in place of the configuration on
-        disk.
+        """Loads a model, with an ensemble's members; `config_json` stands in for the configuration on disk.
 
         Triton says OK although an ensemble may be gone afterwards, so readiness is asked for as well.
         """
@@ -64,28 +62,28 @@ class Control:
                 )
 
     def is_ready(self, model: str) -> bool:
+        """Tells whether the model can be asked."""
         return bool(self._call(f"ask for {model}", lambda: self._client.is_model_ready(model)))
 
     def ready_models(self) -> list[str]:
-        """Names of all models that are loaded."""
+        """Names all models that are loaded."""
         index = self._call(
             "list models", lambda: self._client.get_model_repository_index(headers=self._server.headers)
         )
         return sorted(model.name for model in index.models if model.state == "READY")
 
     def canary(self, model: str) -> tuple[str, int]:
-        """Asks `model` for an unknown user's list; returns (the release that answered, how many items it
-        gave)."""
+        """Asks `model` for an unknown user's list; gives the release that answered, and how many items."""
         from tritonclient.grpc import InferInput
 
         user = InferInput("user_id", [1, 1], "BYTES")
         user.set_data_from_numpy(np.array([[CANARY_USER.encode()]], dtype=object))
         answer = self._call(f"canary request to {model}", lambda: self._client.infer(model, [user]))
-        return answer.as_numpy("release")[0, 0].decode(), sum(
-            bool(item) for item in answer.as_numpy("item_ids")[0]
-        )
+        num_items = sum(bool(item) for item in answer.as_numpy("item_ids")[0])
+        return answer.as_numpy("release")[0, 0].decode(), num_items
 
     def _call(self, what: str, call: Callable[[], T]) -> T:
+        """Runs a call in a thread and waits for it; ServerError if it fails or takes too long."""
         done: dict[str, Any] = {}
 
         def run() -> None:
@@ -99,13 +97,11 @@ class Control:
         thread.join(self._timeout_s)
         if "error" in done:
             error = done["error"]
-            words = str(
-                getattr(error, "message", lambda: error)()
-            ).split()  # Triton's has line ends and tracebacks
-            raise ServerError(f"{what}: {' '.join(words)}") from error
+            text = str(getattr(error, "message", lambda: error)())
+            raise ServerError(f"{what}: {' '.join(text.split())}") from error  # Triton's text has line ends
         if "value" not in done:
             raise ServerError(
-                f"{what}: no answer from {self._server.url} within {self._timeout_s:.0f} s; restart "
-                "`peregrine serve`"
+                f"{what}: no answer from {self._server.url} within {self._timeout_s:.0f} s",
+                "restart `peregrine serve`",
             )
         return done["value"]

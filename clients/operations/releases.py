@@ -1,4 +1,4 @@
-"""Releases of a repository: list, activate, remove; with or without a server at work on it."""
+"""Lists, activates and removes releases of a repository, whether or not a server is at work on it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ensemble.release.repository import ALIAS_FILE, check_name, locked, point_al
 from ensemble.release.repository import remove as remove_files
 from ensemble.server.running import running_server
 
-# between the flip and the unloading of the old release: for requests that have entered the old alias, but not
-# yet the old ensemble
+# Passes between the flip and the unloading of the old release, for requests that have entered the old alias
+# but not yet the old ensemble.
 SETTLE_S = 0.5
 
 
 @dataclass(frozen=True)
 class ReleaseInfo:
-    """One line of `release list`."""
+    """Holds one line of `release list`."""
 
     name: str
     created: str
@@ -35,7 +35,7 @@ class ReleaseInfo:
 
 @dataclass(frozen=True)
 class Activation:
-    """What an activation did."""
+    """Says what an activation did."""
 
     release: str
     previous: str | None
@@ -45,14 +45,14 @@ class Activation:
 
 
 def list_releases(repository: Path) -> list[ReleaseInfo]:
-    """Every release of the repository, oldest name first."""
+    """Lists every release of the repository, oldest name first."""
     _check_repository(repository)
     active = active_release(repository)
     return [_info(repository, name, active) for name in release_names(repository)]
 
 
 def read_manifest(repository: Path, name: str) -> dict[str, Any]:
-    """The manifest of release `name`."""
+    """Reads the manifest of release `name`; ReleaseError if there is none."""
     _check_repository(repository)
     path = repository / check_name(name) / "manifest.json"
     try:
@@ -72,9 +72,7 @@ def activate(repository: Path, name: str) -> Activation:
     read_manifest(repository, name)
     open_release(repository, name).verify()
     with locked(repository):
-        previous = (
-            active_release(repository) if (repository / contract.PIPELINE / "config.pbtxt").exists() else None
-        )
+        previous = active_release(repository)
         server = running_server(repository)
         if server is None:
             point_alias(repository, _alias_of(repository, name))
@@ -103,7 +101,8 @@ def remove(repository: Path, name: str) -> None:
 
 
 def _load_beside(control: Control, name: str) -> float:
-    """Loads the release next to the one that serves, and asks it once; unloads it again if it is no good."""
+    """Loads the release beside the one that serves, and asks it once; unloads it again if it fails. Gives the
+    milliseconds that took."""
     ensemble, started = f"{name}_{contract.PIPELINE}", time.perf_counter()
     try:
         control.load(ensemble)
@@ -116,7 +115,10 @@ def _load_beside(control: Control, name: str) -> float:
 
 
 def _flip(control: Control, repository: Path, name: str) -> float:
-    """Turns the alias, on disk first: a server that starts from now on agrees with the one at work."""
+    """Turns the alias to the release; gives the milliseconds of the server's call.
+
+    The file goes first: a server that starts from now on agrees with the one at work.
+    """
     path = repository / contract.PIPELINE / "config.pbtxt"
     before = path.read_text(encoding="utf-8")
     text = _alias_of(repository, name)
@@ -134,6 +136,7 @@ def _flip(control: Control, repository: Path, name: str) -> float:
 
 
 def _check_canary(control: Control, model: str, name: str) -> None:
+    """Asks `model` once; ServerError unless release `name` answers with at least one item."""
     release, num_items = control.canary(model)
     if release != name or not num_items:
         raise ServerError(
@@ -143,16 +146,18 @@ def _check_canary(control: Control, model: str, name: str) -> None:
 
 
 def _unload_others(control: Control, name: str) -> None:
-    """Also what an activation that was killed before its flip had loaded."""
+    """Unloads every release but `name`, also one that a killed activation had loaded."""
     for other in sorted({model.partition("_")[0] for model in _release_models(control)} - {name}):
         control.unload_release(other)
 
 
 def _release_models(control: Control) -> list[str]:
+    """Names the loaded models that belong to a release: all but the alias."""
     return [model for model in control.ready_models() if model != contract.PIPELINE]
 
 
 def _alias_of(repository: Path, name: str) -> str:
+    """Reads the alias's config.pbtxt that a release brings along."""
     path = repository / name / ALIAS_FILE
     try:
         return path.read_text(encoding="utf-8")
@@ -161,6 +166,7 @@ def _alias_of(repository: Path, name: str) -> str:
 
 
 def _json_from_pbtxt(text: str) -> str:
+    """Writes a config.pbtxt as JSON, which Triton's load call takes."""
     from google.protobuf import json_format, text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -168,6 +174,7 @@ def _json_from_pbtxt(text: str) -> str:
 
 
 def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
+    """Reads from its manifest what the list says of a release."""
     manifest = read_manifest(repository, name)
     size = sum(int(entry["bytes"]) for entry in manifest.get("files", {}).values())
     return ReleaseInfo(
@@ -176,5 +183,6 @@ def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
 
 
 def _check_repository(repository: Path) -> None:
+    """Refuses a folder that is not there."""
     if not repository.is_dir():
         raise InvalidInput(f"repository {repository} does not exist; `peregrine build SHOP` makes one")
