@@ -1,5 +1,6 @@
-"""Real embeddings of a public data set: how well they rank, how well an index finds them.   python -m
-builders.bench.gowalla SRC --out DIR
+"""Measures real embeddings of a public data set: how well they rank, how well an index finds them.
+
+    python -m builders.bench.gowalla SRC --out DIR
 
 SRC holds train.txt and test.txt, one "user item item ..." a line (Gowalla in the split of NGCF and LightGCN).
 Ranking is theirs: every item is ranked for every user, the user's train items are left out, Recall@20 is hits
@@ -61,7 +62,7 @@ PUBLISHED = {  # Recall@20, NDCG@20: the BARS leaderboard, then two that were me
 
 
 def read_lists(path: Path) -> dict[int, Array]:
-    """'user item item ...' a line -> {user: item rows [n] int64, from 1}."""
+    """Reads lines of 'user item item ...' into {user: item rows [n] int64, from 1}."""
     if not path.is_file():
         raise InvalidInput(
             f"{path} is missing; SRC holds train.txt and test.txt, lines of 'user item item ...'"
@@ -78,7 +79,7 @@ def read_lists(path: Path) -> dict[int, Array]:
 
 
 def read_split(source: Path) -> tuple[Sequences, Sequences, int]:
-    """(train, test, number of items); both have every user, who may have nothing in one of them."""
+    """Reads (train, test, number of items); both have every user, who may have nothing in one of them."""
     both = [read_lists(source / name) for name in ("train.txt", "test.txt")]
     users, nothing = 1 + max(max(lists) for lists in both), np.zeros(0, np.int64)
     train, test = (together([lists.get(user, nothing) for user in range(users)]) for lists in both)
@@ -93,7 +94,7 @@ def together(lists: list[Array]) -> Sequences:
 
 
 def drawn(lists: Sequences, limit: int, rng: np.random.Generator) -> Sequences:
-    """Every user's items in a random order, at most `limit` of them: another sample with every call."""
+    """Draws every user's items in a random order, at most `limit` of them: another sample with every call."""
     counts = np.diff(lists.offsets)
     owner = np.repeat(np.arange(len(counts)), counts)
     rows = lists.rows[np.lexsort((rng.random(len(owner)), owner))]
@@ -104,7 +105,7 @@ def drawn(lists: Sequences, limit: int, rng: np.random.Generator) -> Sequences:
 def hold_out(
     lists: Sequences, count: int, limit: int, rng: np.random.Generator
 ) -> tuple[Sequences, Validation]:
-    """One item of `count` users with three or more -> (the lists without those, what validates)."""
+    """Takes one item of `count` users with three or more; gives (the lists without those, what validates)."""
     users = np.sort(rng.permutation(np.flatnonzero(np.diff(lists.offsets) >= 3))[:count])
     places = rng.integers(lists.offsets[users], lists.offsets[users + 1])
     gone = np.searchsorted(places, lists.offsets)  # held-out items before each user
@@ -114,15 +115,18 @@ def hold_out(
 
 
 def no_features(rows: int) -> tuple[Array, Array]:
-    """One column of zeros each: ids are all there is."""
+    """Gives one column of zeros each: ids are all there is."""
     return np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32)
 
 
 def train(
     lists: Sequences, num_items: int, config: EncoderConfig, seed: int, validating: int = 2000
 ) -> EncoderCheckpoint:
-    """Both encoders. train_encoders packs its sequences anew every epoch, so that what is drawn into them in
-    between is what it sees."""
+    """Trains both encoders.
+
+    train_encoders packs its sequences anew every epoch, so that what is drawn into them in between is what it
+    sees.
+    """
     rng, items, users = (
         np.random.default_rng(seed),
         no_features(num_items + 1),
@@ -143,7 +147,7 @@ def train(
 def user_embeddings(
     checkpoint: EncoderCheckpoint, items: Array, lists: Sequences, orders: int, seed: int
 ) -> Array:
-    """[U, D] float32: the mean over `orders` random windows of each user's items."""
+    """Encodes users [U, D] float32: the mean over `orders` random windows of each one's items."""
     rng, features = np.random.default_rng(seed), no_features(len(lists.offsets) - 1)
     windows = (drawn(lists, checkpoint.config.max_history, rng) for _ in range(orders))
     return np.mean([encode_users(checkpoint, items, window, *features)[:, 0] for window in windows], axis=0)
@@ -152,7 +156,7 @@ def user_embeddings(
 def recall_ndcg(
     users: Array, items: Array, train: Sequences, test: Sequences, k: int = 20
 ) -> tuple[float, float]:
-    """Recall@k and NDCG@k of users [U, D] x items [I + 1, D]: means over the users who have test items."""
+    """Gives Recall@k and NDCG@k of users [U, D] x items [I + 1, D]: means over those with test items."""
     counts, table = np.diff(test.offsets), torch.from_numpy(items).T
     wanted = np.repeat(np.arange(len(counts)), counts) * len(items) + test.rows
     gain = 1 / np.log2(np.arange(k) + 2)
@@ -171,14 +175,14 @@ def recall_ndcg(
 
 
 def popularity(lists: Sequences, num_items: int) -> tuple[Array, Array]:
-    """users [U, 1], items [I + 1, 1] whose product is how often an item is in the lists."""
+    """Gives users [U, 1] and items [I + 1, 1] whose product is how often an item is in the lists."""
     return np.ones((len(lists.offsets) - 1, 1), np.float32), np.bincount(
         lists.rows, minlength=num_items + 1
     ).astype(np.float32)[:, None]
 
 
 def kinds(num_items: int, dim: int) -> list[IndexKind]:
-    """The kinds that choose_kind knows, with as many lists as it would take; exact search first."""
+    """Lists the kinds that choose_kind knows, with as many lists as it would take; exact search first."""
     # `number`: bytes of an item's in its list
     lists, number = (
         1 << max(4, int(np.log2(2 * np.sqrt(num_items)))),
@@ -193,8 +197,10 @@ def kinds(num_items: int, dim: int) -> list[IndexKind]:
 
 
 def index_rows(items: Array, queries: Array, target: IndexTarget) -> list[dict[str, Any]]:
-    """Each kind tuned on the first half of the queries, measured on the second; items [I + 1, D], queries [Q,
-    D]."""
+    """Tunes each kind on the first half of the queries and measures it on the second.
+
+    items [I + 1, D], queries [Q, D].
+    """
     num_items, half, packed, rows = len(items) - 1, len(queries) // 2, packed_vectors(items, "fp16"), []
 
     def chunks(start: int, stop: int) -> Array:

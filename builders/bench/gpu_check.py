@@ -1,4 +1,4 @@
-"""`make gpu-check`: what the GPU path does on this machine, in one table and one JSON file.
+"""Shows what the GPU path does on this machine, in one table and one JSON file: `make gpu-check`.
 
     python -m builders.bench.gpu_check --repository DIR [--release NAME] [--json FILE] [--cpu]
 
@@ -107,7 +107,7 @@ def _tools() -> tuple[Toolchain | None, str]:
 
 
 def _guarded(part: str, what: str, rows: Any) -> Iterator[Row]:
-    """The rows; a part that fails says why in a row of its own, and the next one runs."""
+    """Gives the rows; a part that fails says why in a row of its own, and the next one runs."""
     try:
         yield from rows()
     except Exception as error:  # a check goes on, whatever a runtime throws
@@ -120,8 +120,7 @@ def _guarded(part: str, what: str, rows: Any) -> Iterator[Row]:
 
 
 def _faiss_rows(size: int) -> Iterator[Row]:
-    """Flat inner product over random unit vectors: the same neighbours, and the time of a batch of
-    queries."""
+    """Searches random unit vectors by a flat inner product: the same neighbours, and the time of a batch."""
     import faiss
 
     rng = np.random.default_rng(0)
@@ -165,7 +164,7 @@ def _faiss_rows(size: int) -> Iterator[Row]:
 
 
 def _chain_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
-    """`peregrine serve` and `peregrine bench` as a user runs them: open loop and the share of each step."""
+    """Runs `peregrine serve` and `peregrine bench` as a user does: open loop, and the share of each step."""
     command = [sys.executable, "-m", "peregrine"]
     repository = ["--repository", str(release.repository)]
     require = [] if cpu else ["--require", "tensorrt"]
@@ -216,8 +215,7 @@ def _chain_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
 
 
 def _chain_table(report: dict[str, Any]) -> Iterator[Row]:
-    """p50 of the open loop at each rate, the throughput, and what each step took in the busiest
-    measurement."""
+    """Gives the open loop's p50 at each rate, the throughput, and each step's time when busiest."""
     for row in report["open"]:
         yield Row(
             "chain",

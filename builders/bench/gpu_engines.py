@@ -1,5 +1,7 @@
-"""gpu-check's first part: every engine in every precision and runtime, on the same real feeds, against
-onnxruntime on the CPU."""
+"""Holds every engine in every precision and runtime against onnxruntime on the CPU: gpu-check's first part.
+
+All get the same real feeds.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ Feeds = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the check's table; `ms` and `error` None where there is nothing to say."""
+    """Holds one line of the check's table; `ms` and `error` are None where there is nothing to say."""
 
     part: str  # engine, faiss, chain
     what: str
@@ -62,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """One engine of the release with feeds for the largest batch."""
+    """Holds one engine of the release with feeds for the largest batch."""
 
     release: ServedRelease
     model: ModelSpec
@@ -70,12 +72,12 @@ class Case:
 
     @property
     def path(self) -> Path:
-        """The model that the CPU runs."""
+        """Names the model that the CPU runs."""
         return self.release.member_file(self.model.name, "model.onnx")
 
     @cached_property
     def wanted(self) -> Feeds:
-        """What onnxruntime answers on the CPU in fp32: the truth of all rows."""
+        """Gives what onnxruntime answers on the CPU in fp32: the truth of all rows."""
         return OnnxEngine(self.path, 1).run(self.feeds)
 
     def part(self, batch: int) -> Feeds:
@@ -86,15 +88,17 @@ class Case:
         }
 
     def error(self, found: Feeds) -> float:
-        """Largest relative error of an answer on all the feeds."""
+        """Gives the largest relative error of an answer on all the feeds."""
         return max(
             relative_error(found[tensor.name], self.wanted[tensor.name]) for tensor in self.model.outputs
         )
 
     @cached_property
     def work(self) -> tuple[float, float, float]:
-        """(FLOPs a user, bytes a user, bytes a call): matrix products alone; inputs and outputs; weights.
-        Activations stay on the chip."""
+        """Counts (FLOPs a user, bytes a user, bytes a call): matrix products; inputs and outputs; weights.
+
+        Activations stay on the chip.
+        """
         flops = _matrix_flops(self.path.read_bytes(), self.part(1))
         ends = sum(array.nbytes for array in (*self.feeds.values(), *self.wanted.values())) / len(
             next(iter(self.feeds.values()))
@@ -102,8 +106,10 @@ class Case:
         return flops, ends, float(self.path.stat().st_size)
 
     def roofline(self, batch: int, ms: float, bytes_share: float) -> float:
-        """Share of the GPU's peak: the time that its arithmetic or its memory needs at least, over the time
-        taken."""
+        """Gives the share of the GPU's peak: the least time its work needs, over the time taken.
+
+        The work is its arithmetic or its memory, whichever takes longer.
+        """
         flops, ends, weights = self.work
         least_s = max(flops * batch / PEAK_FLOPS, (ends * batch + weights * bytes_share) / PEAK_BYTES)
         return least_s / (ms / 1e3)
@@ -125,8 +131,10 @@ def engine_rows(case: Case, tools: Toolchain | None, why_not: str) -> Iterator[R
 
 
 def variants(case: Case) -> Iterator[tuple[str, bytes]]:
-    """(name, ONNX): every block that can be at fp32, fp16, fp8, int8, the rest at fp32; and the release's own
-    typed model, where it has one."""
+    """Gives (name, ONNX) for fp32, fp16, fp8 and int8, and the release's own typed model where it has one.
+
+    Every block that can be has that precision, the rest fp32.
+    """
     data = case.path.read_bytes()
     blocks, measured = graph.blocks(graph.load(data)), calibrate(data, case.feeds, min_users=1)
     for kind in reversed(PRECISIONS["tensorrt"]):
@@ -231,8 +239,10 @@ def _timed(
 
 
 def wall_ms(call: Callable[[], Any], at_most_s: float = 1.0) -> float:
-    """Median milliseconds of a call, after one to warm up; of as many as fit into `at_most_s`, three at
-    least."""
+    """Gives a call's median milliseconds, after one to warm up.
+
+    It is the median of as many calls as fit `at_most_s`, of three at least.
+    """
     call()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < at_most_s and len(times) < _REPEATS):
@@ -243,7 +253,7 @@ def wall_ms(call: Callable[[], Any], at_most_s: float = 1.0) -> float:
 
 
 def _or_why(part: str, what: str, runtime: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows, or one that says why there are none."""
+    """Gives the rows, or one that says why there are none."""
     try:
         yield from rows()
     except PeregrineError as error:

@@ -1,4 +1,4 @@
-"""gpu-check's torch rows: the modules that the release was exported from, eager and compiled."""
+"""Times the modules that the release was exported from, eager and compiled: gpu-check's torch rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def torch_rows(case: Case) -> Iterator[Row]:
 
 
 def find_module(case: Case) -> nn.Module | None:
-    """The checkpoint of the build whose outputs are the release's, among those kept beside it."""
+    """Finds the build's checkpoint whose outputs are the release's, among those kept beside it."""
     for module in _candidates(case):
         found = _answer(case, module, _placed(case.feeds, "cpu"))
         if case.error(found) < 1e-3:
@@ -88,7 +88,7 @@ def _answer(case: Case, module: Any, tensors: dict[str, torch.Tensor]) -> Feeds:
 
 
 def _rows(case: Case, runtime: str, module: Any, device: str, half: bool) -> Iterator[Row]:
-    """Half precision by autocast: what a user of torch would do first."""
+    """Times half precision by autocast: what a user of torch would do first."""
     types = "fp16+fp32" if half else "fp32"
     with torch.autocast(device, torch.float16, enabled=half):
         error = case.error(_answer(case, module, _placed(case.feeds, device)))
@@ -109,7 +109,7 @@ def _rows(case: Case, runtime: str, module: Any, device: str, half: bool) -> Ite
 
 
 def _time_ms(module: Any, tensors: dict[str, torch.Tensor], device: str) -> float:
-    """CUDA events around each call on the GPU, the clock on the wall on the CPU; inputs are in place."""
+    """Times calls by CUDA events on the GPU, by the wall clock on the CPU; inputs are in place."""
     with torch.inference_mode():
         if device == "cpu":
             return wall_ms(lambda: module(**tensors))

@@ -1,5 +1,6 @@
-"""The index at 10^5, 10^6, 10^7 items: memory, latency, recall.   python -m builders.bench.index --items
-100000,1000000 --like RELEASE
+"""Measures the index at 10^5, 10^6, 10^7 items: memory, latency, recall.
+
+    python -m builders.bench.index --items 100000,1000000 --like RELEASE
 
 Vectors are generated: no shop here has ten million items. They have the clusters (2048 centres, sizes) and,
 within them, the spectrum of the item embeddings of the release named by --like (Beauty's, in BENCHMARKS.md),
@@ -59,7 +60,7 @@ class Likeness:
     length: float
 
     def block(self, seed: int, count: int) -> Array:
-        """[count, D] float32, the same for the same seed."""
+        """Draws [count, D] float32, the same for the same seed."""
         rng = np.random.default_rng(seed)
         vectors = rng.standard_normal((count, self.centres.shape[1]), dtype=np.float32) @ self.within
         vectors += self.centres[rng.choice(len(self.centres), count, p=self.shares)]
@@ -83,7 +84,7 @@ def likeness(embeddings: Array, clusters: int = 2048) -> Likeness:
 
 
 def user_embeddings(release: ServedRelease, count: int) -> Array:
-    """[count, D] float32: what the release's engine says of a random sample of its users."""
+    """Gives [count, D] float32: what the release's engine says of a random sample of its users."""
     features, encoder = (
         open_step(release.model("features"), release),
         open_step(release.model("user_encoder"), release),
@@ -127,7 +128,7 @@ def build(
     target: IndexTarget,
     budget_bytes: int | None,
 ) -> dict[str, Any]:
-    """index.faiss, vectors.npy and queries.npz in `folder`; what it took and what was tried."""
+    """Writes index.faiss, vectors.npy and queries.npz; gives what it took and what was tried."""
     folder.mkdir(parents=True, exist_ok=True)
     started, dim, chunks = time.perf_counter(), like.centres.shape[1], Generated(like)
     kind = choose_kind(num_items, dim, budget_bytes)
@@ -200,7 +201,7 @@ def measure(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def timed(main: MainIndex, queries: Array, k: int) -> tuple[Array, Array]:
-    """(milliseconds [n], rows [n, k]), one query after the other."""
+    """Asks one query after the other; gives (milliseconds [n], rows [n, k])."""
     took, found = np.zeros(len(queries)), []
     for i, query in enumerate(queries):
         started = time.perf_counter()
@@ -231,7 +232,7 @@ def _quantile(values: Array, percent: int) -> float:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Latency and memory over the number of items."""
+    """Draws latency and memory over the number of items."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,7 +258,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Writes the rows as a Markdown table."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "items": lambda r: f"{r['items']:,}",
         "index": lambda r: f"{r['index']} nprobe {r['nprobe']} refine {r['refine_factor']}",

@@ -1,4 +1,4 @@
-"""`peregrine compare losses | plans | chain`."""
+"""Runs `peregrine compare losses | plans | chain`."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def _student_sizes(text: str, model: str) -> dict[str, Any]:
 
 
 def _writable(*targets: Path | None) -> None:
-    """Refused now, not after minutes of work."""
+    """Refuses targets that cannot be written now, not after minutes of work."""
     for target in targets:
         if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
             raise InvalidInput(
@@ -312,7 +312,7 @@ def _writable(*targets: Path | None) -> None:
 def _write(
     found: LossTable | PrecisionsTable, as_json: Path | None, figure: Callable[[], Figure], plot: Path | None
 ) -> None:
-    """Both files, where they are wanted."""
+    """Writes both files, where they are wanted."""
     _write_json(dataclasses.asdict(found), as_json)
     if plot is not None:
         from builders.report.figures import png

@@ -1,4 +1,4 @@
-"""`peregrine compile`: a shipped release's ONNX models -> TensorRT plans for this machine's GPU."""
+"""Runs `peregrine compile`: a shipped release's ONNX models become TensorRT plans for this machine's GPU."""
 
 from __future__ import annotations
 

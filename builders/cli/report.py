@@ -1,4 +1,4 @@
-"""`peregrine report`: a release's numbers as a page to look at."""
+"""Runs `peregrine report`: shows a release's numbers as a page to look at."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`peregrine compare`: shows what each way of compressing costs on a shop before one is chosen."""
+"""Shows what each way of compressing costs on a shop before one is chosen: `peregrine compare`."""

@@ -1,5 +1,4 @@
-"""What compression did for the whole chain: every step of two releases, by turns in one process, beside
-Amdahl's bound."""
+"""Compares two releases step by step, by turns in one process, beside Amdahl's bound."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ _USERS = 400  # users a batch size and release
 
 @dataclass(frozen=True)
 class ChainRow:
-    """One batch size: CPU milliseconds a user of each step, one thread."""
+    """Holds the CPU milliseconds a user of each step at one batch size, one thread."""
 
     batch: int
     before_ms: dict[str, float]
@@ -31,12 +30,12 @@ class ChainRow:
 
     @property
     def gain(self) -> float:
-        """How many times as fast the whole chain became."""
+        """Says how many times as fast the whole chain became."""
         return sum(self.before_ms.values()) / sum(self.after_ms.values())
 
     @property
     def bound(self) -> float:
-        """Amdahl's: the gain if only the engines' time changed."""
+        """Gives Amdahl's bound: the gain if only the engines' time changed."""
         others = sum(ms for name, ms in self.before_ms.items() if name not in self.engines)
         return sum(self.before_ms.values()) / (others + sum(self.after_ms[name] for name in self.engines))
 
@@ -72,7 +71,7 @@ def compare_chain(
 
 
 def _timed(twin: LocalPipeline, user_id: np.ndarray) -> dict[str, float]:
-    """CPU seconds of each step on one batch of users [B, 1]."""
+    """Gives the CPU seconds of each step on one batch of users [B, 1]."""
     known, options, spent = {"user_id": user_id}, default_options(len(user_id)), {}
     for model in twin.spec.models:
         inputs = {tensor.name: known[tensor.name] for tensor in model.inputs}
@@ -83,7 +82,7 @@ def _timed(twin: LocalPipeline, user_id: np.ndarray) -> dict[str, float]:
 
 
 def chain_table(rows: list[ChainRow], before: str, after: str) -> Table:
-    """CPU milliseconds a user, before -> after, and the chain's gain beside its bound."""
+    """Makes the table of CPU milliseconds a user, before -> after, and the chain's gain beside its bound."""
     table = Table(
         title=f"CPU ms a user, {before} -> {after}, one thread, steps in one process", title_justify="left"
     )

@@ -21,7 +21,7 @@ _LOOKS = {
 
 
 def losses_figure(found: LossTable) -> Figure:
-    """Each choice of losses: mean and standard error over seeds (blue), and every seed (pale)."""
+    """Draws each choice of losses: mean and standard error over seeds (blue), and every seed (pale)."""
     from matplotlib import pyplot as plt
 
     rows = found.rows[::-1]
@@ -79,8 +79,10 @@ def _dots(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
 
 
 def precisions_figure(found: PrecisionsTable) -> Figure:
-    """Changed items and lost NDCG@10 (with its standard error) against size, and against latency where it was
-    measured."""
+    """Draws changed items and lost NDCG@10, with its standard error, against size and latency.
+
+    Latency is left out where it was not timed.
+    """
     from matplotlib import pyplot as plt
 
     columns = [("size of the engine, % of fp32's", [100 * point.size for point in found.points])]
@@ -119,8 +121,7 @@ def _points(
     y: Sequence[float],
     errors: Sequence[float] | None,
 ) -> None:
-    """The points of one panel, those of a family in its look, and the front: what no other point beats in
-    both."""
+    """Draws one panel's points, each family in its look, and the front: what no other beats in both."""
     best = front(x, y)
     axes.step(
         [x[i] for i in best],

@@ -46,7 +46,7 @@ class LossRow:
 
 @dataclass(frozen=True)
 class LossTable:
-    """All losses at one student size."""
+    """Holds all losses at one student size."""
 
     shop: str
     model: str
@@ -62,7 +62,7 @@ class LossTable:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; None of a single value."""
+    """Gives the mean and its standard error, which is None of a single value."""
     found = np.asarray(values, np.float64)
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
 
@@ -114,8 +114,10 @@ def compare_losses(
 
 
 def _choices(weights: Mapping[str, float], only: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Name -> weights of the losses. Attention and relations alone do not tell the answers, so two rows have
-    a little kd with them."""
+    """Gives name -> weights of the losses.
+
+    Attention and relations alone do not tell the answers, so two rows have a little kd with them.
+    """
     kd, little = weights["kd"], _LITTLE * weights["kd"]
     parts = {"at": weights["at"], "rd": weights["rd"]}
     found: dict[str, dict[str, float]] = {"untrained": {}, "kd": {"kd": kd}}
@@ -130,8 +132,10 @@ def _choices(weights: Mapping[str, float], only: Sequence[str]) -> dict[str, dic
 
 
 class _Contest:
-    """What all students share: teacher, size, judges; `train` is distil with its batches, steps and learning
-    rate."""
+    """Holds what all students share: teacher, size, judges.
+
+    `train` is distil with its batches, steps and learning rate.
+    """
 
     def __init__(
         self,
@@ -149,7 +153,7 @@ class _Contest:
         self.parameters = 0  # of a student
 
     def row(self, name: str, weights: dict[str, float], seeds: Sequence[int], progress: Progress) -> LossRow:
-        """One student a seed, each judged against the teacher."""
+        """Trains one student a seed, and judges each against the teacher."""
         found = []
         for place, seed in enumerate(seeds):
             within = part_of(progress, place / len(seeds), (place + 1) / len(seeds), f"seed {seed}, ")
@@ -177,7 +181,7 @@ class _Contest:
 
 
 def _half(source: Source, model: str) -> dict[str, Any]:
-    """Half the teacher's inner sizes; what is said of them holds for any other student too, only less so."""
+    """Halves the teacher's inner sizes; what holds for that student holds for others too, only less so."""
     teacher = source.modules[model]
     if isinstance(teacher, UserEncoder):
         whole = encoder_sizes(teacher)

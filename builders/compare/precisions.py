@@ -22,7 +22,7 @@ from ensemble.errors import InvalidInput
 
 @dataclass(frozen=True)
 class PrecisionsPoint:
-    """One engine: a point of the plot."""
+    """Holds one engine: a point of the plot."""
 
     family: str  # uncompressed | planner | global
     target: float | None  # the size that was asked for, as a share of fp32's; None = none was
@@ -36,7 +36,7 @@ class PrecisionsPoint:
 
 @dataclass(frozen=True)
 class PrecisionsTable:
-    """The planner beside global 8 bits on one model and runtime."""
+    """Holds the planner's engines beside global 8 bits, on one model and runtime."""
 
     shop: str
     model: str
@@ -48,7 +48,7 @@ class PrecisionsTable:
     notes: tuple[str, ...]
 
     def pairs(self) -> list[tuple[PrecisionsPoint, PrecisionsPoint]]:
-        """(planner, global 8 bits) at each target."""
+        """Gives (planner, global 8 bits) at each target."""
         by = {(point.family, point.target): point for point in self.points}
         return [(point, by["global", point.target]) for point in self.points if point.family == "planner"]
 
@@ -63,8 +63,9 @@ def compare_precisions(
     calibration_users: int,
     progress: Progress,
 ) -> PrecisionsTable:
-    """The planner at each of `sizes` (shares of fp32's bytes), and 8 bits, largest blocks first, down to what
-    the planner reached.
+    """Compares the planner's engine at each of `sizes` (shares of fp32's bytes) with plain 8 bits.
+
+    Plain 8 bits lowers the largest blocks first, down to the size that the planner reached.
 
     Each block is measured alone once, for all sizes. A size that cannot be reached is a note; InvalidInput
     when none can.

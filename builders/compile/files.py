@@ -1,4 +1,4 @@
-"""A plan's folder: filled in the repository's staging folder, sealed with a manifest, renamed in whole."""
+"""Fills a plan's folder in the staging folder, seals it with a manifest, and renames it in whole."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from ensemble.spec import ModelSpec
 
 
 def is_whole(folder: Path) -> bool:
-    """True when a plan is there with every file as its manifest says; else it is absent, or changed since: to
-    be built again."""
+    """Says whether a plan is there with every file as its manifest says; if not, it is to be built again."""
     try:
         read_plan(folder / MANIFEST).verify()
     except PeregrineError:
@@ -41,7 +40,7 @@ def write_plan(
     feeds: dict[str, np.ndarray],
     facts: dict[str, Any],
 ) -> Path:
-    """The member folder that Triton mounts, and a manifest that the plan can be opened with -> the plan."""
+    """Writes the member folder that Triton mounts, and a manifest to open it by; gives the plan's path."""
     member = folder / facts["member"]
     plan_path = member / "1" / PLAN_FILE
     for part in ("1", "configs", "warmup"):
@@ -58,7 +57,7 @@ def write_plan(
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """The manifest, with every file's digest."""
+    """Writes the manifest, with every file's digest."""
     files = {
         str(path.relative_to(folder)): {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
@@ -72,8 +71,10 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def move_in(release: Release, staged: Path, folder: Path) -> None:
-    """By rename under the repository's lock, so that readers find all or nothing; a damaged folder of the
-    same key goes."""
+    """Renames under the repository's lock, so that readers find all or nothing.
+
+    A damaged folder of the same key goes.
+    """
     with locked(release.repository):
         if not (release.path / MANIFEST).exists():
             raise ReleaseError(f"release {release.name} was removed while its plans were built")

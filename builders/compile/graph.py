@@ -26,7 +26,7 @@ OLD_OPSET = 17  # the newest that TensorRT 8.5 reads
 
 
 def read_model(data: bytes, where: str) -> onnx.ModelProto:
-    """The model in `data`; ReleaseError when it is cut short, or points to a file outside."""
+    """Reads the model in `data`; ReleaseError when it is cut short, or points to a file outside."""
     try:
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model)
@@ -47,8 +47,10 @@ def read_model(data: bytes, where: str) -> onnx.ModelProto:
 
 
 def precision(model: onnx.ModelProto) -> str:
-    """The types that the graph computes in, such as "fp16+fp32+int8": those of its weights, its casts and its
-    quantized nodes."""
+    """Names the types that the graph computes in, such as "fp16+fp32+int8".
+
+    They are those of its weights, its casts and its quantized nodes.
+    """
     found = {tensor.data_type for tensor in model.graph.initializer} | {
         value.type.tensor_type.elem_type for value in model.graph.input
     }
@@ -66,8 +68,9 @@ def precision(model: onnx.ModelProto) -> str:
 
 
 def is_sparse(model: onnx.ModelProto) -> bool:
-    """True when a weight has at most two of every four neighbours along the summed axis: what sparse tensor
-    cores skip.
+    """Says whether a weight has at most two of every four neighbours along the summed axis.
+
+    That is what sparse tensor cores skip.
 
     NVIDIA, "Accelerating Sparse Deep Neural Networks" (2021), https://arxiv.org/abs/2104.08378.
     """
@@ -124,7 +127,7 @@ def _constants(rank: int) -> list[TensorProto]:
 
 
 def _nothing_from(name: str, rank: int) -> list[onnx.NodeProto]:
-    """[B, …] of any type -> [B, 1, …] float32 of `rank` axes, all 0."""
+    """Makes [B, 1, …] float32 zeros of `rank` axes from [B, …] of any type."""
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
         ("Flatten", [], {"axis": 1}),
         ("Cast", [], {"to": TensorProto.FLOAT}),
@@ -141,7 +144,7 @@ def _nothing_from(name: str, rank: int) -> list[onnx.NodeProto]:
 
 
 def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model for TensorRT 8.5's parser: opset 17, with LayerNormalization and Gelu spelt out.
+    """Writes the model for TensorRT 8.5's parser: opset 17, with LayerNormalization and Gelu spelt out.
 
     ReleaseError names the operator that cannot be brought down: such a model wants TensorRT 10.12 or newer.
     """
@@ -169,7 +172,7 @@ def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
 def _expanded(
     model: onnx.ModelProto, op: str, spelt: Callable[[onnx.NodeProto, str], Spelt]
 ) -> onnx.ModelProto:
-    """A copy in which every `op` is replaced by the nodes and constants that `spelt` gives for it."""
+    """Copies the model, with every `op` replaced by the nodes and constants that `spelt` gives for it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.node[:]
@@ -187,8 +190,10 @@ def _expanded(
 
 
 def _gelu(node: onnx.NodeProto, prefix: str) -> Spelt:
-    """x / 2 * (1 + erf(x / sqrt 2)), or its tanh form: Hendrycks and Gimpel (2016),
-    https://arxiv.org/abs/1606.08415."""
+    """Spells x / 2 * (1 + erf(x / sqrt 2)), or its tanh form.
+
+    Hendrycks and Gimpel (2016), https://arxiv.org/abs/1606.08415.
+    """
     exact = not any(a.s == b"tanh" for a in node.attribute if a.name == "approximate")
     x, (out,) = node.input[0], node.output
     chain = (
@@ -211,8 +216,10 @@ def _gelu(node: onnx.NodeProto, prefix: str) -> Spelt:
 
 
 def _layer_normalization(node: onnx.NodeProto, prefix: str) -> Spelt:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis: Ba et al. (2016),
-    https://arxiv.org/abs/1607.06450."""
+    """Spells (x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
+
+    Ba et al. (2016), https://arxiv.org/abs/1607.06450.
+    """
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if attributes.get("axis", -1) != -1:
         raise ReleaseError(

@@ -1,4 +1,4 @@
-"""Real feeds of a release's engines: what they are checked, warmed up and timed on."""
+"""Gives real feeds of a release's engines: what they are checked, warmed up and timed on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Feeds = dict[str, np.ndarray]
 
 
 def real_feeds(release: ServedRelease, models: Sequence[ModelSpec], users: int = 0) -> dict[str, Feeds]:
-    """{model: its inputs for `users` users with a past, spread over the shop; 0 = the largest batch} as the
-    steps before it give them."""
+    """Gives {model: its inputs} for `users` users with a past, as the steps before it give them.
+
+    The users are spread over the shop; 0 = as many as the largest batch.
+    """
     rows = users or release.pipeline.max_batch
     # left-padded: the last place is the first to be filled
     known = np.flatnonzero(release.users["seen"][:, -1] > 0)
@@ -37,7 +39,7 @@ def real_feeds(release: ServedRelease, models: Sequence[ModelSpec], users: int =
 
 
 def _items(release: ServedRelease, rows: int) -> Feeds:
-    """The item encoder's inputs for items of the catalogue, each with the id row of an item that is new."""
+    """Gives the item encoder's inputs for items of the catalogue, each with the id row of a new item."""
     chosen = np.linspace(1, len(release.items) - 1, rows).astype(np.int64)
     release.verify_data("new_item_id_embedding.npy")
     new = np.load(release.path / "new_item_id_embedding.npy", allow_pickle=False)

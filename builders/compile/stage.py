@@ -53,7 +53,7 @@ TOLERANCES = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 1e-1, "fp8": 2e-
 
 @dataclass(frozen=True)
 class Request:
-    """One plan to build."""
+    """Holds what one plan is built from."""
 
     onnx: bytes
     profile: tuple[Range, ...]
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What builds and opens plans here; tests bring one that needs no GPU."""
+    """Holds what builds and opens plans here; tests bring one that needs no GPU."""
 
     node: Node
     build: Callable[[Request], bytes]
@@ -73,7 +73,7 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One row of the closing table."""
+    """Holds one row of the closing table."""
 
     model: str
     key: str
@@ -114,7 +114,7 @@ def compile_release(
 
 
 def engine_models(release: ServedRelease) -> list[ModelSpec]:
-    """What runs as ONNX or as a plan: the pipeline's engines, and the item encoder outside it."""
+    """Lists what runs as ONNX or as a plan: the pipeline's engines, and the item encoder outside it."""
     return [
         *(model for model in release.pipeline.models if model.is_engine),
         contract.item_encoder(release.schema),
@@ -157,7 +157,7 @@ def _compile_model(
 def engine_key(
     data: bytes, graph: onnx.ModelProto, profile: tuple[Range, ...], node: Node, portable: bool
 ) -> EngineKey:
-    """The key of the plan that `node` builds of this ONNX file."""
+    """Gives the key of the plan that `node` builds of this ONNX file."""
     digest = hashlib.sha256(data).hexdigest()
     return EngineKey(
         digest,
@@ -173,7 +173,7 @@ def engine_key(
 
 
 def timing_cache(repository: Path, node: Node) -> Path:
-    """What TensorRT measured while it built here; useless to another version or SM."""
+    """Names the file of what TensorRT measured while it built here; useless to another version or SM."""
     return repository / ".build" / "tensorrt" / f"timing-{node.tensorrt}-sm{node.sm}.cache"
 
 
@@ -196,8 +196,10 @@ def _check_plan(
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest difference, relative to the largest wanted value: values near 0 have no scale of their own. NaN
-    stays NaN."""
+    """Gives the largest difference, relative to the largest wanted value; NaN stays NaN.
+
+    Values near 0 have no scale of their own.
+    """
     return float(np.abs(found - wanted).max() / max(1e-6, float(np.abs(wanted).max())))
 
 
@@ -205,7 +207,7 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def build_plan(request: Request) -> bytes:
-    """ONNX -> plan on this machine's GPU; ReleaseError names the node that TensorRT does not take."""
+    """Builds a plan of an ONNX model on this GPU; ReleaseError names the node that TensorRT does not take."""
     trt = import_tensorrt()
     log = logger(trt)
     old = _is_old(trt)
@@ -252,8 +254,10 @@ def _profile(builder: Any, wanted: tuple[Range, ...]) -> Any:
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    """What earlier builds measured; a cache that TensorRT does not take (another version's, or damaged) is
-    started anew."""
+    """Loads what earlier builds measured; a cache that TensorRT does not take is started anew.
+
+    It may be another version's, or damaged.
+    """
     known = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
@@ -270,7 +274,10 @@ def _save_timing_cache(config: Any, path: Path) -> None:
 
 
 def _is_old(trt: Any) -> bool:
-    """TensorRT 8: weakly typed, names that 11 no longer has. Nothing between 8.6 and 10.11 is supported."""
+    """Says whether this is TensorRT 8: weakly typed, with names that 11 no longer has.
+
+    Nothing between 8.6 and 10.11 is supported.
+    """
     return int(trt.__version__.partition(".")[0]) < 10
 
 

@@ -1,4 +1,4 @@
-"""One short training loop for all that changes a trained module: pruning, distilling, quantizing.
+"""Has one short training loop for all that changes a trained module: pruning, distilling, quantizing.
 
 Feeds are dicts by contract tensor name, first axis users; what a loss wants beside the module's inputs
 (labels, items) lies in the same dict under names that no input has. All random numbers come from `seed`: the
@@ -28,7 +28,7 @@ _CLIP = 5.0  # largest norm of the gradients of one step
 
 
 class Repair(Protocol):
-    """Something that a step of the optimizer undoes and that is put back after it, such as Masks."""
+    """Puts back what a step of the optimizer undoes, such as Masks."""
 
     def apply(self) -> None:
         """Puts it back."""
@@ -88,12 +88,12 @@ def _step(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> 
 
 
 def answers(module: nn.Module, feeds: Feeds) -> Tensor | tuple[Tensor, ...]:
-    """The module's outputs on those of the feeds that its `forward` names."""
+    """Runs the module on those of the feeds that its `forward` names."""
     return module(**inputs_of(module, feeds))
 
 
 def inputs_of(module: nn.Module, feeds: Feeds) -> Feeds:
-    """Those of the feeds that the module's `forward` names; InvalidInput when one is missing."""
+    """Picks the feeds that the module's `forward` names; InvalidInput when one is missing."""
     wanted = [
         name
         for name, p in inspect.signature(module.forward).parameters.items()

@@ -1,5 +1,4 @@
-"""What compression needs to know of an ONNX graph: a safe way in and out, its blocks by readable names, and
-its bytes.
+"""Reads and writes ONNX graphs for compression: safely, with blocks by readable names, and their bytes.
 
 A *block* is what a precision can be chosen for: a MatMul or Gemm (with its bias and ReLU, if they follow),
 and a table that rows are gathered from. All else in a graph follows its neighbours.
@@ -29,7 +28,7 @@ _SCOPES, _CLASSES = (
 
 @dataclass(frozen=True)
 class Block:
-    """A MatMul, Gemm or table of the graph. Tensors are named as in the graph."""
+    """Describes a MatMul, Gemm or table of the graph. Tensors are named as in the graph."""
 
     name: str
     op: str  # "MatMul", "Gemm" or "Gather"
@@ -45,7 +44,7 @@ class Block:
 
 @dataclass
 class Index:
-    """Who makes and who reads each tensor of a graph."""
+    """Tells who makes and who reads each tensor of a graph."""
 
     constants: dict[str, TensorProto] = field(default_factory=dict)
     makers: dict[str, NodeProto] = field(default_factory=dict)
@@ -53,8 +52,7 @@ class Index:
     outputs: set[str] = field(default_factory=set)
 
     def only_reader(self, tensor: str, op: str) -> NodeProto | None:
-        """The one node that reads `tensor`, when it is an `op` and the graph does not give the tensor
-        away."""
+        """Gives the one node that reads `tensor`, if it is an `op`; None where the graph gives the tensor."""
         readers = self.readers.get(tensor, [])
         return (
             readers[0]
@@ -64,8 +62,10 @@ class Index:
 
 
 def load(model: bytes, name: str = "the model") -> ModelProto:
-    """Serialized ONNX -> a model whose nodes have unique names; InvalidInput when it is cut short or points
-    to other files."""
+    """Reads a serialized model, and gives its nodes unique names.
+
+    InvalidInput when it is cut short or points to other files.
+    """
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's DecodeError has no stable home
@@ -85,7 +85,7 @@ def load(model: bytes, name: str = "the model") -> ModelProto:
 
 
 def save(proto: ModelProto) -> bytes:
-    """One file, the same bytes for the same graph."""
+    """Writes one file, the same bytes for the same graph."""
     return proto.SerializeToString(deterministic=True)
 
 
@@ -100,8 +100,10 @@ def index(proto: ModelProto) -> Index:
 
 
 def blocks(proto: ModelProto) -> list[Block]:
-    """The blocks in the order of the graph; names are those of the modules they were exported from, where
-    known."""
+    """Lists the blocks in the order of the graph.
+
+    Their names are those of the modules they were exported from, where known.
+    """
     known = index(proto)
     nodes = [node for node in proto.graph.node if _is_block(node, known)]
     found = [_block(node, known) for node in nodes]
@@ -109,8 +111,10 @@ def blocks(proto: ModelProto) -> list[Block]:
 
 
 def bias_of(node: NodeProto, known: Index) -> tuple[str | None, NodeProto | None]:
-    """(the initializer added to a MatMul or Gemm's output, the Add that does it: None for a Gemm, which has
-    it inside)."""
+    """Gives (the initializer added to a MatMul's or Gemm's output, the Add that does it).
+
+    The Add is None for a Gemm, which has it inside.
+    """
     if node.op_type == "Gemm":
         return (node.input[2] if len(node.input) > 2 else None), None
     add = known.only_reader(node.output[0], "Add")
@@ -132,7 +136,7 @@ def sizes(model: bytes) -> dict[str, int]:
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
-    """Of a constant's elements."""
+    """Counts the bytes of a constant's elements."""
     return (
         int(np.prod(tensor.dims, dtype=np.int64))
         * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -160,13 +164,15 @@ NOT_TRAINED = ("_scale", "_zero_point")  # endings of what quantize.py adds
 
 
 def array(tensor: TensorProto) -> Array:
-    """A constant's values."""
+    """Gives a constant's values."""
     return np.asarray(numpy_helper.to_array(tensor))
 
 
 def constants_from_nodes(proto: ModelProto) -> None:
-    """Constant nodes become initializers; InvalidInput for control flow, whose inner graphs no precision is
-    chosen for."""
+    """Turns Constant nodes into initializers.
+
+    InvalidInput for control flow, whose inner graphs no precision is chosen for.
+    """
     for node in list(proto.graph.node):
         if any(
             attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
@@ -248,7 +254,7 @@ def sort(proto: ModelProto) -> None:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every constant of a graph, those in attributes and subgraphs too."""
+    """Gives every constant of a graph, those in attributes and subgraphs too."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -260,7 +266,7 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def _name_nodes(graph: GraphProto) -> None:
-    """Unique names; those that are there and unique stay."""
+    """Gives every node a unique name; those that are there and unique stay."""
     times = Counter(node.name for node in graph.node)
     for place, node in enumerate(graph.node):
         if not node.name or times[node.name] > 1:
@@ -291,7 +297,7 @@ def _is_block(node: NodeProto, known: Index) -> bool:
 
 
 def _block(node: NodeProto, known: Index) -> tuple[str, str, tuple[str, ...], str, str | None, int, int]:
-    """Block's fields after its name."""
+    """Gives Block's fields after its name."""
     inputs: tuple[str, ...]
     if node.op_type == "Gather":
         inputs, weight, bias = (), node.input[0], None
@@ -313,8 +319,7 @@ def _block(node: NodeProto, known: Index) -> tuple[str, str, tuple[str, ...], st
 
 
 def _names(nodes: list[NodeProto]) -> list[str]:
-    """The module's path where one module has one block, "module.operation" where it has more, else the node's
-    own name."""
+    """Names blocks by their module's path, "module.operation" where one has several, else by their node."""
     scopes = [_scopes(node) for node in nodes]
     times = Counter(module for module, _ in scopes if module)
     wanted = [
@@ -326,8 +331,10 @@ def _names(nodes: list[NodeProto]) -> list[str]:
 
 
 def _scopes(node: NodeProto) -> tuple[str, str]:
-    """(path of the innermost torch module, name of the operation in it); empty where the exporter left no
-    note."""
+    """Gives (path of the innermost torch module, name of the operation in it), as the exporter noted them.
+
+    Both are empty where it left no note.
+    """
     notes = {prop.key: prop.value for prop in node.metadata_props}
     try:
         path = ast.literal_eval(notes.get(_SCOPES, "[]"))

@@ -1,16 +1,15 @@
-"""The shape of compress.json: what the stage `compress` tells people and `peregrine report` draws. In a
-manifest: report.compress."""
+"""Gives the shape of compress.json: what the stage `compress` tells people and `peregrine report` draws.
+
+In a manifest it is report.compress.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, TypedDict
 
 
 class Variant(TypedDict):
-    """One engine that was tried for one model on one runtime: a point of the Pareto plot."""
+    """Describes one engine that was tried for one model on one runtime: a point of the Pareto plot."""
 
     model: str
     runtime: str  # onnxruntime | tensorrt
@@ -24,8 +23,7 @@ class Variant(TypedDict):
 
 
 class NodePrecision(TypedDict):
-    """One node of the graph: what it costs when it alone has the lowest precision it may have, and what was
-    decided."""
+    """Describes one node: what it costs alone at the lowest precision it may have, and what was decided."""
 
     model: str
     runtime: str
@@ -39,7 +37,7 @@ class NodePrecision(TypedDict):
 
 
 class EngineSize(TypedDict):
-    """One model of the release, before and after."""
+    """Describes one model of the release, before and after."""
 
     model: str
     runtime: str
@@ -50,9 +48,9 @@ class EngineSize(TypedDict):
 
 
 class CompressionReport(TypedDict):
-    """All of compress.json."""
+    """Describes all of compress.json."""
 
-    plan: dict[str, Any]  # compress.plan.facts
+    plan: dict[str, Any]  # compress.recipe.facts
     plan_name: str  # preset, or the file's name
     engines: list[EngineSize]
     variants: list[Variant]

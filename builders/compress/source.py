@@ -14,7 +14,7 @@ from ensemble.arrays import Array
 
 @dataclass(frozen=True)
 class Source:
-    """The uncompressed release: its staged folder, and what its engines were exported from."""
+    """Holds the uncompressed release: its staged folder, and what its engines were exported from."""
 
     dataset: Dataset
     folder: Path

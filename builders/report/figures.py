@@ -40,7 +40,7 @@ _STYLE = {
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
-    """The figure that `draw` makes."""
+    """Draws the figure that `draw` makes as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +62,7 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[A
 
 
 def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Figure:
-    """NDCG@10 of each way of ranking, best on top."""
+    """Draws NDCG@10 of each way of ranking, best on top."""
     order = sorted(ways, key=lambda way: ways[way]["ndcg@10"])
     figure, [axes] = _axes(7, 0.6 + 0.34 * len(order))
     values = [ways[way]["ndcg@10"] for way in order]
@@ -119,7 +119,7 @@ def _scatter(axes: Axes, variants: Sequence[Mapping[str, Any]], x: Sequence[floa
 
 
 def _limits(axes: Axes, x: Sequence[float], y: Sequence[float], limit: float) -> None:
-    """From 0 on the right; room for labels on all sides."""
+    """Sets the axes: from 0 on the right, with room for labels on all sides."""
     low, high = min([*y, 0.0]), max([*y, 100 * limit])
     axes.set_xlim(0, max(x) * 1.18)
     axes.set_ylim(low - 0.09 * (high - low), high + 0.12 * (high - low))
@@ -141,8 +141,7 @@ def _labels(
     y: Sequence[float],
     limit_share: float,
 ) -> None:
-    """Each point's name beside it, in the first of eight places where it covers neither a point nor another
-    name."""
+    """Puts each point's name in the first of eight places where it covers neither a point nor a name."""
     from matplotlib.patheffects import withStroke
 
     to_pixels = axes.transData.transform
@@ -186,13 +185,15 @@ def _labels(
 
 
 def most_sensitive_first(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """By how much of the lists each changes alone; those that were not lowered come last."""
+    """Sorts by how much of the lists each changes alone; those that were not lowered come last."""
     return sorted(nodes, key=lambda node: (node["changed"] is None, -(node["changed"] or 0)))
 
 
 def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
-    """One bar a node: how much of the lists it changes alone, coloured by the precision it got, the most
-    sensitive on top."""
+    """Draws one bar a node: how much of the lists it changes alone, coloured by the precision it got.
+
+    The most sensitive is on top.
+    """
     order = most_sensitive_first(nodes)
     shown = order[:_MOST_NODES][::-1]
     figure, [axes] = _axes(8.5, 1.1 + 0.215 * len(shown))
@@ -243,7 +244,7 @@ def _short(name: str, most: int = 40) -> str:
 
 
 def gate(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Each figure's loss and its 95% interval, in units of its limit: right of 1 is over it."""
+    """Draws each figure's loss and its 95% interval, in units of its limit: right of 1 is over it."""
     shown = [row for row in rows if row["loss"] is not None and row["low"] is not None][::-1]
     figure, [axes] = _axes(8.5, 1.1 + 0.27 * max(1, len(shown)))
     near = -min(_FAR, max([0.5, *(-row["low"] / row["limit"] for row in shown)]))

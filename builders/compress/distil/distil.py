@@ -1,4 +1,4 @@
-"""Distillation: a smaller module learns from what a trained one answers, not from labels alone.
+"""Distils: a smaller module learns from what a trained one answers, not from labels alone.
 
 Losses, each with a weight:
 - kd, the teacher's answers: Hinton et al. 2015 "Distilling the knowledge in a neural network", softened by a
@@ -98,8 +98,10 @@ def distil(
 
 
 def distil_loss(teacher: nn.Module, losses: DistilLosses, hard_loss: HardLoss | None = None) -> Loss:
-    """The weighted sum as a Loss for `finetune`; after pruning and in QAT the teacher is the module as it was
-    before."""
+    """Gives the weighted sum as a Loss for `finetune`.
+
+    After pruning and in QAT the teacher is the module as it was before.
+    """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
 
     def loss(student: nn.Module, feeds: Feeds) -> Tensor:
@@ -116,7 +118,7 @@ def loss_parts(
     losses: DistilLosses,
     hard_loss: HardLoss | None = None,
 ) -> dict[str, Tensor]:
-    """Each loss that has a weight, without it: scalars by name."""
+    """Computes each loss that has a weight, without the weight: scalars by name."""
     with torch.no_grad():
         wanted = _look(teacher, feeds, losses)
     found = _look(student, feeds, losses)
@@ -164,8 +166,10 @@ def relation_loss(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def _relations(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """[P, W] -> distances [P, P] as multiples of their mean, cosines [P, P, P] of the angle at the first
-    sample."""
+    """Gives distances [P, P] as multiples of their mean, and cosines [P, P, P], of samples [P, W].
+
+    A cosine is that of the angle at the first sample.
+    """
     steps = samples[None] - samples[:, None]
     squares = steps.square().sum(-1)
     distances = (squares + 1e-12).sqrt()  # the square root of 0 has no gradient
@@ -180,7 +184,7 @@ def _relations(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class _Look:
-    """What one module shows of one batch."""
+    """Holds what one module shows of one batch."""
 
     outputs: list[Tensor]  # a ranker's logits after calibration [B, N, T], or its outputs
     maps: list[Tensor]  # attention maps [B, heads, Q, K]
@@ -310,7 +314,7 @@ def _log_loss(is_binary: Tensor) -> HardLoss:
 
 
 def _present(feeds: Feeds) -> Tensor | None:
-    """Which candidates [B, N] are no padding: a padded one is 0 in all its tensors."""
+    """Tells which candidates [B, N] are no padding: a padded one is 0 in all its tensors."""
     found = [
         tensor.flatten(2).ne(0).any(2) for name, tensor in feeds.items() if name.startswith("candidate_")
     ]

@@ -1,4 +1,4 @@
-"""Students: modules of the same contract and other widths, which distillation trains.
+"""Makes students: modules of the same contract and other widths, which distillation trains.
 
 They start with the teacher's numbers wherever name and shape are the same, as DistilBERT does (Sanh et al.
 2019 "DistilBERT, a distilled version of BERT"): the ranker's path past the network, its scales and
@@ -25,7 +25,7 @@ _Student = TypeVar("_Student", bound=nn.Module)
 def student_ranker(
     teacher: Ranker, schema: Schema, config: RankerConfig, widths: Mapping[str, Any], seed: int = 0
 ) -> Ranker:
-    """A ranker of the teacher's `config` but for `widths` (RankerConfig's fields)."""
+    """Makes a ranker of the teacher's `config` but for `widths` (RankerConfig's fields)."""
     _check_names("ranker", widths, {field.name for field in fields(config)})
     for name, size in widths.items():
         if isinstance(size, int) is isinstance(getattr(config, name), tuple):
@@ -44,8 +44,10 @@ def student_ranker(
 
 
 def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: int = 0) -> UserEncoder:
-    """A user encoder of the teacher's sizes but for `layers`, `heads` and `feed`; its embedding's width is
-    the contract's."""
+    """Makes a user encoder of the teacher's sizes but for `layers`, `heads` and `feed`.
+
+    Its embedding's width is the contract's.
+    """
     _check_names("user_encoder", widths, set(encoder_sizes(teacher)))
     dim, sizes = len(teacher.default), {**encoder_sizes(teacher), **widths}
     if min(sizes.values()) < 1 or dim % sizes["heads"]:
@@ -72,7 +74,7 @@ def student_user_encoder(teacher: UserEncoder, widths: Mapping[str, int], seed: 
 
 
 def encoder_sizes(encoder: UserEncoder) -> dict[str, int]:
-    """What a student of it may have smaller."""
+    """Gives the sizes that a student of this encoder may have smaller."""
     blocks = [block for block in encoder.blocks if isinstance(block, Block)]
     feed = len(blocks[0].feed.get_submodule("0").get_parameter("weight"))
     return {"layers": len(blocks), "heads": blocks[0].heads, "feed": feed}

@@ -58,8 +58,10 @@ _ENGINES = ("user_encoder", "item_encoder", "ranker")
 
 @dataclass(frozen=True)
 class _Held:
-    """Held-out users: the chain up to the ranker, asked once. `items` are the rows they meet, and all row
-    numbers count in it."""
+    """Holds users, and the chain up to the ranker, asked once.
+
+    `items` are the rows they meet, and all row numbers count in it.
+    """
 
     true: Array  # [Q] int64: the true next item
     tensors: Tensors  # [Q, …] by name, without those that are gathered out of `items`
@@ -70,7 +72,7 @@ class _Held:
         return [slice(start, start + size) for start in range(0, len(self.true), size)]
 
     def feeds(self, names: Iterable[str], piece: slice) -> Tensors:
-        """The named tensors of some of the users."""
+        """Gives the named tensors of some of the users."""
         gathered = {name: _FROM_ITEMS[name] for name in names if name in _FROM_ITEMS}
         found = {
             name: gather(self.tensors[rows][piece], self.items, field)
@@ -80,8 +82,10 @@ class _Held:
 
 
 class Evaluation:
-    """One staged release and the users by whom its models are judged. item_id_embeddings [I + 1, E] are what
-    item_encoder reads."""
+    """Judges the models of one staged release by held-out users.
+
+    item_id_embeddings [I + 1, E] are what item_encoder reads.
+    """
 
     def __init__(
         self, dataset: Dataset, folder: Path, *, item_id_embeddings: Array | None = None, seed: int = 0
@@ -100,8 +104,10 @@ class Evaluation:
     # --- feeds
 
     def feeds(self, model: str, num_users: int) -> Tensors:
-        """The model's inputs for `num_users` users that never judge, as training knew them (for item_encoder:
-        so many items)."""
+        """Gives the model's inputs for `num_users` users that never judge, as training knew them.
+
+        For item_encoder: for so many items.
+        """
         names = [spec.name for spec in StagedRelease(self.folder).model(model).inputs]
         if model == "item_encoder":
             rows = np.random.default_rng(self.seed).permutation(self.dataset.num_items)[:num_users] + 1
@@ -134,7 +140,7 @@ class Evaluation:
             )
 
     def most(self, model: str) -> int:
-        """How many users (for item_encoder: items) feeds() can give at most."""
+        """Says how many users (for item_encoder: items) feeds() can give at most."""
         return self.dataset.num_items if model == "item_encoder" else len(self._own_users)
 
     def _item_feeds(self, rows: Array) -> Tensors:
@@ -153,8 +159,9 @@ class Evaluation:
     # --- judges
 
     def judge(self, model: str, users: int = JUDGED) -> Judge:
-        """What (at most `users`) held-out users get with a variant in place of `model`, all else as in the
-        staged release.
+        """Gives a judge: what (at most `users`) held-out users get with a variant in place of `model`.
+
+        All else is as in the staged release.
 
         ranker: the chain's list over recall's candidates. user_encoder: exact inner products with the
         catalogue (a sample of 100,000 of a larger one). item_encoder: both, after encoding the items again;
@@ -232,7 +239,7 @@ class Evaluation:
         return _judged(at_once(rank, held.pieces(CHUNK)), held)
 
     def _searched(self, user_embeddings: Array, held: _Held) -> Judged:
-        """Exact ranking of held.items by inner product, what was seen left out; user_embeddings [Q, M, D]."""
+        """Ranks held.items exactly by inner product, what was seen left out; user_embeddings [Q, M, D]."""
         items = np.ascontiguousarray(held.items["embedding"].T)
         return _judged(at_once(partial(_search, items, user_embeddings, held), held.pieces(BATCH)), held)
 
@@ -248,7 +255,7 @@ class Evaluation:
         return Judged((searched.gains + ranked.gains) / 2, np.concatenate([searched.lists, shifted], axis=1))
 
     def encoded_items(self, encoder: OnnxEngine, rows: Array) -> tuple[Array, Array]:
-        """What item_encoder gives of the rows [R]: embeddings [R, D] and features [R, F] float32."""
+        """Encodes the items of rows [R]: embeddings [R, D] and features [R, F] float32."""
         sizes = self.dataset.schema.sizes
         embeddings, features = (
             np.empty((len(rows), sizes.embedding), np.float32),
@@ -263,8 +270,9 @@ class Evaluation:
     # --- the whole release
 
     def measure(self, folder: Path, *, file: str = "model.onnx") -> Measured:
-        """A whole staged release on the test users and impressions; its engines timed in turns with this
-        Evaluation's release.
+        """Measures a whole staged release on the test users and impressions.
+
+        Its engines are timed in turns with this Evaluation's release.
 
         `file`: the engine of each model ("model.tensorrt.onnx": accuracy only, on the CPU; times would say
         nothing there).
@@ -282,8 +290,10 @@ class Evaluation:
         return replace(ranking, tasks=tasks, timings=self.timings(folder) if file == "model.onnx" else ())
 
     def timings(self, folder: Path) -> tuple[Timing, ...]:
-        """Each engine at batch 1, 8 and max beside this Evaluation's, as they are served: in chunks, one
-        thread."""
+        """Times each engine at batch 1, 8 and max beside this Evaluation's, as they are served.
+
+        That is in chunks, on one thread.
+        """
         found = []
         most = self.dataset.schema.sizes.max_batch
         for model in _ENGINES if self.item_id_embeddings is not None else ("user_encoder", "ranker"):
@@ -300,7 +310,7 @@ class Evaluation:
 
 
 def _encoded(encoder: Any, held: _Held) -> Array:
-    """user_embeddings [Q, M, D] of an engine or a session."""
+    """Encodes users by an engine or a session: user_embeddings [Q, M, D]."""
 
     def encode(piece: slice) -> Array:
         return encoder.run(held.feeds(contract.USER_ENCODER_INPUTS, piece))["user_embeddings"]
@@ -309,7 +319,7 @@ def _encoded(encoder: Any, held: _Held) -> Array:
 
 
 def _search(items: Array, user_embeddings: Array, held: _Held, piece: slice) -> tuple[Array, Array]:
-    """items [D, R] -> gains [B] of the true next items, and the best K rows [B, K] of `held`."""
+    """Searches items [D, R]: gives gains [B] of the true next items, and the best K rows [B, K] of `held`."""
     seen, true = held.tensors["seen_rows"][piece], held.true[piece]
     users = np.arange(len(true))
     scores = np.nan_to_num((user_embeddings[piece] @ items).max(axis=1), nan=-np.inf)

@@ -1,4 +1,4 @@
-"""The gate says what users lost by compression, how sure that is, and whether the release may be served.
+"""Says what users lost by compression, how sure that is, and whether the release may be served.
 
 Each figure has a limit and a paired bootstrap (builders/bootstrap.py). FAIL: the whole 95% interval of the
 loss lies beyond the limit. WARN: the loss itself does, but chance could be why. A release without a FAIL
@@ -35,7 +35,7 @@ _COLUMNS = ("figure", "users", "uncompressed", "compressed", "loss", "95% interv
 
 @dataclass(frozen=True)
 class GateRow:
-    """One figure. `loss` is relative (a share of the reference) or absolute, positive = worse."""
+    """Holds one figure. `loss` is relative (a share of the reference) or absolute, positive = worse."""
 
     figure: str
     users: int
@@ -49,7 +49,7 @@ class GateRow:
     verdict: str  # ok | WARN | FAIL | reported (too few users, or not defined)
 
     def cells(self) -> list[str]:
-        """As text, in the order of the table's columns."""
+        """Writes the figure as texts, in the order of the table's columns."""
         show = (lambda value: f"{value:+.2%}") if self.relative else (lambda value: f"{value:+.5f}")
         limit = f"{self.limit:.2%}" if self.relative else f"{self.limit:.5f}"
         interval = f"{show(self.low)} … {show(self.high)}"
@@ -67,7 +67,7 @@ class GateRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All rows, and the engines' times beside those of the uncompressed release."""
+    """Holds all rows, and the engines' times beside those of the uncompressed release."""
 
     rows: tuple[GateRow, ...]
     timings: tuple[Timing, ...] = ()
@@ -82,7 +82,7 @@ class Verdict:
         return tuple(timing for timing in self.timings if timing.ratio > SLOWER)
 
     def to_json(self) -> dict[str, Any]:
-        """{"ok", "rows", "timings"}; a figure that is not defined is null."""
+        """Gives {"ok", "rows", "timings"} for JSON; a figure that is not defined is null."""
         rows = [
             {name: _jsonable(value) for name, value in dataclasses.asdict(row).items()} for row in self.rows
         ]
@@ -93,7 +93,7 @@ class Verdict:
         }
 
     def markdown(self) -> str:
-        """The table, and a line for each engine that became slower."""
+        """Writes the table, and a line for each engine that became slower."""
         lines = [
             "| " + " | ".join(row) + " |"
             for row in (_COLUMNS, ["---"] * len(_COLUMNS), *(row.cells() for row in self.rows))
@@ -106,7 +106,7 @@ class Verdict:
         return "\n".join([*lines, *([""] if slower else []), *slower]) + "\n"
 
     def table(self) -> Table:
-        """For the console."""
+        """Makes the table for the console."""
         from rich.table import Table
 
         table = Table(
@@ -136,7 +136,7 @@ class Verdict:
 
 
 def _cure(nodes: Sequence[NodePrecision]) -> str:
-    """Which nodes to lift: of those that are low, the ones that alone change most."""
+    """Names the nodes to lift: of those that are low, the ones that alone change most."""
     low = [node for node in nodes if node["precision"] != "fp32" and node["changed"] is not None]
     worst = sorted(low, key=lambda node: -((node["changed"] or 0) + max(node["loss"] or 0, 0)))[:3]
     if not worst:
@@ -205,7 +205,7 @@ def _ranking_rows(
 
 
 def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int) -> list[GateRow]:
-    """AUC and ECE of a binary task, RMSE of a regression."""
+    """Compares AUC and ECE of a binary task, RMSE of a regression."""
     if not len(before.labels):
         return []
     users, group = bootstrap.groups(before.users)
@@ -230,7 +230,7 @@ def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int)
 
 
 def _change(first: Spread, second: Spread, sign: float, *, relative: bool) -> Spread:
-    """What got worse in each resample. sign 1: more is worse; -1: less is."""
+    """Says what got worse in each resample. sign 1: more is worse; -1: less is."""
     unit = (first.value, first.samples) if relative else (1.0, 1.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         value, samples = (
@@ -245,8 +245,7 @@ def _both(spread: Spread) -> tuple[Any, Any]:
 
 
 def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: int) -> list[GateRow]:
-    """NDCG@10 in each slice; those with enough users are gated, together, after Holm's correction (Holm
-    1979)."""
+    """Compares NDCG@10 in each slice; those of enough users are gated together (Holm 1979)."""
     users, group = bootstrap.groups(reference.users)
     names = [name for name, mask in reference.slices.items() if mask.any()]
     masks = [reference.slices[name] for name in names]
@@ -287,8 +286,10 @@ def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: in
 
 
 def holm(chances: Sequence[float | None], alpha: float = ALPHA) -> list[bool]:
-    """Which hypotheses fall when all are tested together: p-values (None = not tested), smallest first,
-    against alpha / those left."""
+    """Says which hypotheses fall when all are tested together; p-values, None = not tested.
+
+    The smallest comes first, against alpha / those left.
+    """
     tested = sorted((chance, place) for place, chance in enumerate(chances) if chance is not None)
     rejected = [False] * len(chances)
     for done, (chance, place) in enumerate(tested):

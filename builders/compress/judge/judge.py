@@ -1,5 +1,4 @@
-"""The seam between compression and ranking: whoever changes a model asks a Judge what held-out users get with
-it."""
+"""Joins compression and ranking: whoever changes a model asks a Judge what held-out users get with it."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from ensemble.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Judged:
-    """What the same held-out users get with one variant of a model, all else in the chain unchanged."""
+    """Holds what the same held-out users get with one variant of a model, all else in the chain unchanged."""
 
     gains: Array  # [Q] float64: each user's gain; the mean is NDCG@10
     lists: Array  # [Q, K] int64: the item rows each would be shown, best first, -1 padded
 
     def overlap(self, other: Judged) -> float:
-        """Mean share of the shown items that both show (0 to 1)."""
+        """Gives the mean share of the shown items that both show (0 to 1)."""
         return float(overlaps(self.lists, other.lists).mean())
 
 
 def overlaps(first: Array, second: Array) -> Array:
-    """Share of each user's shown items that both lists show. [Q, K], [Q, K] -> [Q]."""
+    """Gives the share of each user's shown items that both lists show. [Q, K], [Q, K] -> [Q]."""
     shared = ((first[:, :, None] == second[:, None, :]) & (first[:, :, None] > 0)).any(2).sum(1)
     return shared / np.maximum((first > 0).sum(1), 1)
 
@@ -37,7 +36,7 @@ Judge = Callable[
 
 @dataclass(frozen=True)
 class Loss:
-    """One variant of a model against the uncompressed one, on the same users."""
+    """Compares one variant of a model with the uncompressed one, on the same users."""
 
     relative: float  # mean loss of the gain (NDCG@10) as a share of the uncompressed mean; below 0 = a gain
     error: float  # its paired standard error
@@ -45,13 +44,15 @@ class Loss:
 
     @property
     def cost(self) -> float:
-        """What is surely lost (beyond two standard errors), plus the share of the lists that changed."""
+        """Adds what is surely lost (beyond two standard errors) and the share of the lists that changed."""
         return max(0.0, self.relative - 2 * self.error) + 1.0 - self.overlap
 
 
 def compare(uncompressed: Judged, variant: Judged) -> Loss:
-    """Paired over users. InvalidInput when nobody is judged or nobody's list holds what they wanted: no loss
-    can be measured then."""
+    """Compares two variants, paired over users.
+
+    InvalidInput when nobody is judged or nobody's list holds what they wanted: no loss can be measured then.
+    """
     base = float(uncompressed.gains.mean()) if len(uncompressed.gains) else 0.0
     if base <= 0:
         raise InvalidInput(

@@ -1,5 +1,4 @@
-"""What held-out users get of one staged release, user by user: all that the gate's statistics need, and the
-engines' times.
+"""Measures what held-out users get of one staged release, user by user: all that the gate's statistics need.
 
 Axes: Q held-out users (a next item each), K shown items, N candidates, E impressions.
 """
@@ -30,7 +29,7 @@ CATEGORIES = 10  # slices: the categories with the most held-out next items
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """One task's held-out impressions, those only where it is defined."""
+    """Holds one task's held-out impressions, those only where it is defined."""
 
     name: str
     kind: str  # binary | regression
@@ -41,8 +40,10 @@ class TaskOutcome:
 
 @dataclass(frozen=True)
 class Timing:
-    """One engine at one batch size: CPU milliseconds, medians of turns taken by it and by the reference's, in
-    one run."""
+    """Holds one engine's CPU milliseconds at one batch size.
+
+    They are medians of turns taken by it and by the reference's, in one run.
+    """
 
     model: str
     batch: int  # users (items, for item_encoder)
@@ -51,14 +52,16 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Below 1: faster than the reference."""
+        """Divides the two times; below 1 is faster than the reference."""
         return self.ms / self.reference_ms
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What each held-out user got. Two of them are comparable where `users` and the tasks' labels are the
-    same."""
+    """Holds what each held-out user got.
+
+    Two of them are comparable where `users` and the tasks' labels are the same.
+    """
 
     users: Array  # [Q] int64 user rows
     ranks: Array  # [Q] float64: place of the true next item in the chain's list, inf = missed
@@ -71,17 +74,17 @@ class Measured:
 
     @property
     def gains(self) -> Array:
-        """[Q]; the mean is NDCG@10."""
+        """Gives each user's gain [Q]; the mean is NDCG@10."""
         return metrics.gains(self.ranks, TOP_K)
 
     @property
     def hits(self) -> Array:
-        """[Q]; the mean is HR@10."""
+        """Gives each user's hit [Q]; the mean is HR@10."""
         return metrics.hits(self.ranks, TOP_K)
 
 
 def measure_ranking(verifier: Verifier, targets: Targets) -> Measured:
-    """The whole chain on (a sample of, on large catalogues) the targets."""
+    """Runs the whole chain on (a sample of, on large catalogues) the targets."""
     dataset = verifier.dataset
     count = len(targets.user_rows)
     chosen = np.arange(count)
@@ -102,13 +105,13 @@ def measure_ranking(verifier: Verifier, targets: Targets) -> Measured:
 
 
 def at_once(work: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
-    """Two at a time: engines and large products release the GIL."""
+    """Works on two pieces at a time: engines and large products release the GIL."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(work, pieces))
 
 
 def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, Array, Array]:
-    """-> ranks [B], recalled [B], lists [B, K] of the targets at `piece`."""
+    """Gives ranks [B], recalled [B] and lists [B, K] of the targets at `piece`."""
     users, true = targets.user_rows[piece], targets.item_rows[piece]
     known = recalled_tensors(verifier, users, targets.history_ends[piece])
     rows = known["candidate_rows"]
@@ -125,8 +128,10 @@ def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, A
 
 
 def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) -> Tensors:
-    """All tensors up to the ranker, by name, as they would have been at `history_ends`: what features,
-    user_encoder and recall give."""
+    """Gives all tensors up to the ranker, by name, as they would have been at `history_ends`.
+
+    That is what features, user_encoder and recall give.
+    """
     tensors = verifier.user_tensors(user_rows, history_ends)
     tensors |= verifier.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})
     queries = verifier.offline.queries(user_rows, tensors)
@@ -136,7 +141,7 @@ def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) 
 
 
 def in_chunks(run: Run, feeds: Tensors) -> Array:
-    """The ranker's probabilities [B, N, T], computed as many users at a time as fit the core's cache."""
+    """Computes the ranker's probabilities [B, N, T], as many users at a time as fit the core's cache."""
     count = len(next(iter(feeds.values())))
     pieces = [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
     return np.concatenate(
@@ -148,16 +153,17 @@ def in_chunks(run: Run, feeds: Tensors) -> Array:
 
 
 def in_order(reranking: Reranking, rows: Array, probabilities: Array) -> Array:
-    """Candidate rows [B, N] by the blended score, as reranking shows them where nothing was asked for (a NaN
-    counts 0)."""
+    """Sorts candidate rows [B, N] by the blended score, as reranking does without options; NaN counts 0."""
     finite = np.nan_to_num(probabilities, nan=0.0, posinf=0.0, neginf=0.0)
     blended = np.where(rows > 0, reranking.blend(default_options(len(rows)), finite), -np.inf)
     return np.take_along_axis(rows, np.lexsort((rows, -blended), axis=-1), axis=1)
 
 
 def user_slices(dataset: Dataset, targets: Targets, chosen: Array) -> dict[str, Array]:
-    """{name: [Q] bool}: cold users, long histories, and the true next item's category (of the first category
-    feature)."""
+    """Gives {name: [Q] bool}: cold users, long histories, and the true next item's category.
+
+    The category is that of the first category feature.
+    """
     lengths = targets.history_ends[chosen] - dataset.histories.offsets[targets.user_rows[chosen]]
     found = {f"at most {SHORT} items known": lengths <= SHORT, f"{LONG} items known or more": lengths >= LONG}
     feature = next((f for f in dataset.schema.items.features if f.kind == "category"), None)
@@ -172,7 +178,7 @@ def user_slices(dataset: Dataset, targets: Targets, chosen: Array) -> dict[str, 
 
 
 def measure_tasks(verifier: Verifier, impressions: Impressions) -> tuple[TaskOutcome, ...]:
-    """The ranker's values on held-out impressions."""
+    """Gives the ranker's values on held-out impressions."""
     values = verifier.impression_probabilities(impressions).astype(np.float64)
     outcomes = []
     for t, task in enumerate(verifier.dataset.schema.tasks):

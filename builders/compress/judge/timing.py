@@ -1,4 +1,4 @@
-"""How long a call takes next to another one, on a machine that others use too.
+"""Measures how long a call takes next to another one, on a machine that others use too.
 
 Both run in turns, now the one first, now the other, and the median of the turns' ratios counts. CPU time of
 the one thread that computes: what other processes take is not counted, what they do to the caches hits both.
@@ -21,8 +21,10 @@ _WARM_UP = 2  # turns that are not counted
 def time_share(
     model: bytes, reference: bytes, feeds: Mapping[str, Array], batch: int, rounds: int = 15
 ) -> tuple[float, float]:
-    """(time of `model` as a share of the reference's, its standard error), one thread, `batch` users,
-    onnxruntime as it serves."""
+    """Gives (time of `model` as a share of the reference's, its standard error).
+
+    One thread, `batch` users, onnxruntime as it serves.
+    """
     repeats = max(1, 16 // batch)
 
     def call(engine: bytes) -> Call:

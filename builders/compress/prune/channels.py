@@ -1,5 +1,4 @@
-"""Which channels of a module belong together, found by running it: the ground on which whole channels and
-heads are taken out.
+"""Finds which channels of a module belong together by running it: so whole channels can be taken out.
 
 One output channel of one layer is made NaN, and the module is run on real feeds. Sums, products, activations,
 concatenations and reshapes hand NaN on to their own places alone, attention spreads it over its head; the
@@ -40,7 +39,7 @@ class Group:
 
     @property
     def signature(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        """How many channels and columns of which module."""
+        """Counts the channels and columns of each module."""
         return tuple(sorted(Counter((side, name) for side, name, _ in self.places).items()))
 
 
@@ -63,12 +62,12 @@ class Family:
 
     @property
     def layers(self) -> list[str]:
-        """The layers whose channels these are."""
+        """Names the layers whose channels these are."""
         return [name for (side, name), _ in self.groups[0].signature if side == "out"]
 
 
 def families(module: nn.Module, example: Feeds) -> list[Family]:
-    """All families of channels of `module` that may shrink, in the order of its layers."""
+    """Finds all families of channels of `module` that may shrink, in the order of its layers."""
     probe = _Probe(module, _few(example))
     with torch.no_grad():
         found = _groups(probe)
@@ -81,7 +80,7 @@ def families(module: nn.Module, example: Feeds) -> list[Family]:
 
 
 def without(module: nn.Module, dropped: Iterable[tuple[Family, list[int]]]) -> nn.Module:
-    """A copy of `module` in which of each family only the groups at the given places are left."""
+    """Copies `module`, keeping of each family only the groups at the given places."""
     smaller, gone = copy.deepcopy(module), set[Place]()
     for family, kept in dropped:
         gone |= {
@@ -97,8 +96,7 @@ def without(module: nn.Module, dropped: Iterable[tuple[Family, list[int]]]) -> n
 
 
 def importance(group: Group, scores: dict[str, Tensor], module: nn.Module) -> float:
-    """Sum of the scores (by parameter name, of the parameter's shape) of all weights that go with the
-    group."""
+    """Sums the scores (by parameter name, of the parameter's shape) of all weights of the group."""
     total = 0.0
     for side, name, place in group.places:
         axis = _axis(module.get_submodule(name), side)
@@ -120,14 +118,16 @@ class _Probe:
         self.lost = False
 
     def channels(self) -> list[tuple[str, int]]:
-        """Number of output channels of every layer that has some."""
+        """Counts the output channels of every layer that has some."""
         return [(name, _width(part)) for name, part in self.parts.items() if isinstance(part, _PRODUCERS)]
 
     def run(
         self, name: str, channels: Iterable[int], feeds: Feeds | None = None
     ) -> tuple[frozenset[Place], bool]:
-        """With these channels NaN: the columns in which NaN arrives, and whether it reaches an output or a
-        layer of unknown kind."""
+        """Makes these channels NaN: gives the columns in which NaN arrives.
+
+        And whether it reaches an output or a layer of unknown kind.
+        """
         self.target, self.hits, self.lost = (name, list(channels)), set(), False
         handles = [part.register_forward_hook(self._hook(name)) for name, part in self.parts.items()]
         try:
@@ -139,8 +139,10 @@ class _Probe:
         return frozenset(self.hits), self.lost or any(bool(tensor.isnan().any()) for tensor in tensors)
 
     def readers(self, name: str, width: int) -> list[frozenset[Place]]:
-        """For each channel of a layer the columns that read it. Where every column reads one channel, 2
-        log2(width) runs tell which."""
+        """Finds for each channel of a layer the columns that read it.
+
+        Where every column reads one channel, 2 log2(width) runs tell which.
+        """
         reached: dict[Place, list[int]] = defaultdict(list)
         for bit in range((width - 1).bit_length()):
             for value in (0, 1):
@@ -184,7 +186,7 @@ class _Probe:
 
 
 def _groups(probe: _Probe) -> list[Group]:
-    """Free groups: channels joined by common readers."""
+    """Gives free groups: channels joined by common readers."""
     blank = {
         name: tensor * float("nan") if tensor.is_floating_point() else tensor
         for name, tensor in probe.feeds.items()
@@ -214,7 +216,7 @@ def _groups(probe: _Probe) -> list[Group]:
 
 
 class _Joined:
-    """Disjoint sets of places."""
+    """Holds disjoint sets of places."""
 
     def __init__(self) -> None:
         self.of: dict[Place, set[Place]] = {}
@@ -233,8 +235,7 @@ class _Joined:
 
 
 def _few(example: Feeds) -> Feeds:
-    """The users of `example` with the most true masks: where nothing is masked, nothing is hidden from the
-    probe."""
+    """Picks the users of `example` with the most true masks: what is masked is hidden from the probe."""
     users = len(next(iter(example.values())))
     seen = sum(
         (tensor.flatten(1).sum(1) for tensor in example.values() if tensor.dtype == torch.bool),
@@ -253,7 +254,7 @@ def _is_watched(part: nn.Module) -> bool:
 
 
 def _width(part: nn.Module) -> int:
-    """Output channels of a layer that has some."""
+    """Counts the output channels of a layer that has some."""
     return part.embedding_dim if isinstance(part, nn.Embedding) else len(part.get_parameter("weight"))
 
 
@@ -283,8 +284,10 @@ def _shrink(part: nn.Module, outside: list[int], inside: list[int]) -> None:
 
 
 def _keep_heads(module: nn.Module, family: Family, kept: list[int]) -> None:
-    """A module with a number of `heads` learns which are left: its own parameters and `bias_rows` have one
-    row a head."""
+    """Tells a module with a number of `heads` which are left.
+
+    Its own parameters and `bias_rows` have one row a head.
+    """
     owners = {name.rpartition(".")[0] for name in family.layers}
     owner: Any = module.get_submodule(owners.pop()) if len(owners) == 1 else nn.Module()
     heads = getattr(owner, "heads", None)

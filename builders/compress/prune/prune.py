@@ -1,12 +1,11 @@
-"""Pruning: weights set to zero (magnitude, 2:4), or whole channels and heads taken out (structured).
+"""Prunes: sets weights to zero (magnitude, 2:4), or takes out whole channels and heads (structured).
 
 What each does to speed, plainly:
 - `magnitude`: nothing. A dense engine (ONNX Runtime, TensorRT) multiplies by zero as slowly as by any other
-  number. It makes
-  the file smaller once it is packed, and shows how much of a model is idle.
+  number. It makes the file smaller once it is packed, and shows how much of a model is idle.
 - `two_four`: nothing on a CPU; on GPUs with sparse tensor cores (SM 8.0 and later) up to twice the matrix
-  throughput, and only in an
-  engine that was compiled with the sparsity flag and for layers large enough to be bound by arithmetic.
+  throughput, and only in an engine that was compiled with the sparsity flag, for layers large enough to be bound
+  by arithmetic.
 - `structured`: as much as the multiplications it takes out, on every engine: what is left is a smaller dense
   model.
 
@@ -32,8 +31,7 @@ from ensemble.errors import InvalidInput
 
 
 class Masks:
-    """Which weights stay: bool tensors by parameter name, of the parameter's shape. A Repair for
-    `finetune`."""
+    """Says which weights stay: bool tensors by parameter name, of its shape. A Repair for `finetune`."""
 
     def __init__(self, module: nn.Module, kept: dict[str, Tensor]) -> None:
         self.module, self.kept = module, kept
@@ -102,8 +100,9 @@ def structured(
     round_to: int = 16,
     loss: Callable[[nn.Module, Feeds], Tensor] | None = None,
 ) -> nn.Module:
-    """A smaller copy of `module`: of every hidden width, the `share` of channels (or attention heads) that
-    matters least is gone.
+    """Copies `module` smaller: of every hidden width, the `share` of channels that matters least is gone.
+
+    A channel may be an attention head.
 
     Widths become multiples of `round_to`: the one nearest to what was asked for, at least one. Widths below 2
     * round_to, inputs and outputs (the contract's own widths) stay, and so does what the module's `forward`
@@ -136,7 +135,7 @@ def structured(
 
 @dataclass(frozen=True)
 class Size:
-    """What a module costs."""
+    """Holds what a module costs."""
 
     parameters: int
     zeros: int  # among the parameters
@@ -157,7 +156,7 @@ def size(module: nn.Module, example: Feeds) -> Size:
 
 
 def check_share(name: str, value: float | None) -> float:
-    """The value, if it is a share that leaves something: 0 <= value < 1."""
+    """Gives the value, if it is a share that leaves something: 0 <= value < 1."""
     if value is None or not 0 <= value < 1:
         raise InvalidInput(f"{name} = {value}: want a share from 0 up to, not including, 1, such as 0.5")
     return value
@@ -207,7 +206,7 @@ def _norms(module: nn.Module) -> dict[str, Tensor]:
 def _taylor(
     module: nn.Module, loss: Callable[[nn.Module, Feeds], Tensor], example: Feeds
 ) -> dict[str, Tensor]:
-    """(weight * gradient)^2 by parameter name."""
+    """Gives (weight * gradient)^2 by parameter name."""
     module.zero_grad()
     loss(module, example).backward()
     scores = {
@@ -220,8 +219,10 @@ def _taylor(
 
 @torch.no_grad()
 def _runs(module: nn.Module, smaller: nn.Module, example: Feeds) -> bool:
-    """Whether the smaller module still runs and answers in the same shapes; where `forward` fixes a width, it
-    does not."""
+    """Says whether the smaller module still runs and answers in the same shapes.
+
+    Where `forward` fixes a width, it does not.
+    """
     few = {name: tensor[:2] for name, tensor in example.items()}
     try:
         return _shapes(answers(smaller, few)) == _shapes(answers(module, few))

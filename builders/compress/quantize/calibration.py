@@ -1,5 +1,4 @@
-"""Ranges of every float tensor of a model on real users' feeds: where 8 bits begin and end, and where 16 bits
-overflow.
+"""Finds the ranges of every float tensor of a model on real users' feeds: the ends of 8 and of 16 bits.
 
 8-bit ends are chosen by the smallest mean square error of what is rounded and clipped (Banner et al. NeurIPS
 2019, by search instead of a fitted density), over a fixed sample of each tensor. Axes: S sampled values of a
@@ -30,8 +29,10 @@ _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the full range, tried
 
 @dataclass(frozen=True)
 class Range:
-    """What one tensor holds. `low` and `high` are clipped for 8 bits; `amplitude` is the largest |x| seen,
-    never clipped."""
+    """Holds what one tensor was seen to hold.
+
+    `low` and `high` are clipped for 8 bits; `amplitude` is the largest |x| seen, never clipped.
+    """
 
     low: float
     high: float
@@ -88,8 +89,7 @@ def check_finite(model: bytes, feeds: Mapping[str, Array]) -> None:
 
 
 def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, Array], min_users: int) -> int:
-    """Number of users in the feeds; InvalidInput names an input that is missing and how many users are
-    wanted."""
+    """Counts the users in the feeds; InvalidInput names an input that is missing, or how many are wanted."""
     missing = [i.name for i in proto.graph.input if i.name not in feeds]
     if missing:
         raise InvalidInput(f"calibration has no feed for {', '.join(missing)}; it has {', '.join(feeds)}")
@@ -103,7 +103,7 @@ def check_feeds(proto: onnx.ModelProto, feeds: Mapping[str, Array], min_users: i
 
 
 def observed(proto: onnx.ModelProto, fp16: bool = False) -> tuple[ort.InferenceSession, list[str]]:
-    """A session of the model that also gives away every float tensor its nodes make, and their names."""
+    """Opens the model so that it also gives every float tensor its nodes make; and names those."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     known = graph.index(copy)
@@ -120,7 +120,7 @@ def observed(proto: onnx.ModelProto, fp16: bool = False) -> tuple[ort.InferenceS
 
 
 class _State:
-    """Running range and a fixed sample of one tensor."""
+    """Holds the running range and a fixed sample of one tensor."""
 
     def __init__(self, users: int) -> None:
         self.users, self.size = users, 0
@@ -130,7 +130,7 @@ class _State:
         self.sample: list[Array] = []
 
     def see(self, values: Array, users: int) -> None:
-        """values: one batch, any axes."""
+        """Takes in one batch of values, any axes."""
         if not values.size:
             return
         self.low, self.high = float(min(self.low, values.min())), float(max(self.high, values.max()))
@@ -139,7 +139,7 @@ class _State:
         self.sample.append(flat if flat.size <= wanted else flat[self.rng.integers(0, flat.size, wanted)])
 
     def range(self) -> Range:
-        """The tensor's Range."""
+        """Gives the tensor's Range."""
         sample = np.concatenate(self.sample).astype(np.float64)
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         best = min(_SHARES, key=lambda share: _error(sample, low * share, high * share, 255))
@@ -151,6 +151,6 @@ class _State:
 
 
 def _error(sample: Array, low: float, high: float, steps: int) -> float:
-    """Mean square error of `sample` [S] on a grid of `steps` steps from low to high."""
+    """Gives the mean square error of `sample` [S] on a grid of `steps` steps from low to high."""
     scale = (high - low) / steps or 1.0
     return float(np.mean((np.clip(np.rint(sample / scale) * scale, low, high) - sample) ** 2))

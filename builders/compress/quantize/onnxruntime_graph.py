@@ -1,4 +1,4 @@
-"""int8 blocks for ONNX Runtime on a CPU.
+"""Writes int8 blocks for ONNX Runtime on a CPU.
 
 A linear block becomes Q/DQ around a two-axis Gemm, which ONNX Runtime fuses to QGemm with bias and ReLU
 inside; codes stay uint8 from block to block and through concatenations, so no float copy of an activation is
@@ -53,8 +53,7 @@ def to_int8(proto: ModelProto, blocks: list[Block], ranges: Ranges) -> None:
 
 
 def joined_by(maker: NodeProto | None, tensor: str, ranges: Ranges) -> list[str]:
-    """What a tensor's maker joins along its last axis, where that is a concatenation and all ranges are
-    known; else nothing."""
+    """Names what a tensor's maker joins along its last axis, if it is a concatenation of known ranges."""
     if (
         maker is None
         or maker.op_type != "Concat"
@@ -65,20 +64,21 @@ def joined_by(maker: NodeProto | None, tensor: str, ranges: Ranges) -> list[str]
 
 
 def affine(found: Range) -> tuple[float, int]:
-    """(scale, zero) of uint8 codes that reach from the range's low to its high; 0.0 has a code of its own."""
+    """Gives (scale, zero) of uint8 codes from the range's low to its high; 0.0 has a code of its own."""
     scale = float(np.float32((found.high - found.low) / _MAX_CODE or 1.0))
     return scale, int(np.clip(np.rint(-found.low / scale), 0, _MAX_CODE))
 
 
 def rounded_weight(weight: Array, least: Array) -> tuple[Array, Array]:
-    """Float weight [K, N] -> (symmetric int8 codes [K, N], scales [N], no smaller than `least` [N])."""
+    """Rounds a weight [K, N] to (symmetric int8 codes [K, N], scales [N], no smaller than `least` [N])."""
     scales = np.maximum(np.abs(weight).max(0) / 127, least).astype(np.float32)
     return np.rint(weight / scales).clip(-127, 127).astype(np.int8), scales
 
 
 def folded(parts: list[Part], weight: Array, bias: Array) -> tuple[float, int, Array, Array, Array]:
-    """One code for all parts of an input: (its scale, its zero, weight codes [K, N] int8, their scales [N],
-    bias [N]).
+    """Folds all parts of an input into one code.
+
+    Gives its scale, its zero, weight codes [K, N] int8, their scales [N], bias [N].
 
     With many parts the code has zero 0; what the parts' own zeros add is a constant of each output, and goes
     into the bias.
@@ -94,7 +94,7 @@ def folded(parts: list[Part], weight: Array, bias: Array) -> tuple[float, int, A
 
 
 class _Rewrite:
-    """The graph while it is being rewritten, and what has been written already."""
+    """Holds the graph while it is being rewritten, and what has been written already."""
 
     def __init__(self, proto: ModelProto, ranges: Ranges) -> None:
         self.graph, self.ranges = proto.graph, ranges
@@ -105,7 +105,7 @@ class _Rewrite:
         self.made: set[str] = set()  # tensors written here, by names that say what they are
 
     def linear(self, block: Block) -> None:
-        """MatMul or Gemm (+ bias) (+ ReLU) -> Q, DQ, Gemm (+ ReLU) over rows."""
+        """Rewrites MatMul or Gemm (+ bias) (+ ReLU) as Q, DQ, Gemm (+ ReLU) over rows."""
         node = self.nodes[block.node]
         bias_name, add = graph.bias_of(node, self.known)
         weight = graph.array(self.known.constants[node.input[1]]).astype(np.float64)
@@ -139,7 +139,7 @@ class _Rewrite:
     def _write_linear(
         self, name: str, inputs: list[str], result: str, relu: bool, like: str, columns: int
     ) -> None:
-        """The Gemm, and, for those who read the result as floats, all the axes it had and its ReLU.
+        """Writes the Gemm and, for those who read the result as floats, all the axes it had and its ReLU.
 
         In this order: a ReLU right behind the Gemm would be fused with it as floats. Readers of codes need
         none, as codes of what is never negative begin at 0.
@@ -152,7 +152,7 @@ class _Rewrite:
             self._add("Relu", [whole], result)
 
     def product(self, block: Block) -> None:
-        """MatMul of two activations: Q and DQ before each."""
+        """Rewrites a MatMul of two activations: Q and DQ before each."""
         node = self.nodes[block.node]
         for place, tensor in enumerate(node.input):
             scale, zero = affine(self.ranges[tensor])
@@ -180,8 +180,7 @@ class _Rewrite:
         )
 
     def _parts(self, tensor: str) -> list[Part]:
-        """A concatenation along the last axis falls into its inputs; one constant factor goes into the
-        scale."""
+        """Splits a concatenation along the last axis into its inputs; a constant factor joins the scale."""
         maker = self.known.makers.get(tensor)
         inputs = list(maker.input) if maker is not None else []
         if joined := joined_by(maker, tensor, self.ranges):
@@ -196,13 +195,13 @@ class _Rewrite:
         return [Part(tensor, columns, scale, zero)]
 
     def _factor(self, name: str) -> float | None:
-        """The value of a constant that is one positive number."""
+        """Gives the value of a constant that is one positive number."""
         constant = self.known.constants.get(name)
         value = graph.array(constant) if constant is not None else np.zeros(0)
         return float(value.ravel()[0]) if value.size == 1 and value.ravel()[0] > 0 else None
 
     def _rows(self, parts: list[Part], source: str) -> str:
-        """The parts' codes side by side, [rows, K] uint8."""
+        """Puts the parts' codes side by side, [rows, K] uint8."""
         if len(parts) == 1:
             part = parts[0]
             rows = self.flat.get(part.tensor)
@@ -212,7 +211,7 @@ class _Rewrite:
         return self._flattened(joined, source, sum(part.columns for part in parts))
 
     def _whole(self, part: Part) -> str:
-        """One part's codes with all its axes."""
+        """Gives one part's codes with all its axes."""
         rows = self.flat.get(part.tensor)
         codes = self._codes(rows or part.tensor, part.scale / part.factor, part.zero)
         return (
@@ -228,8 +227,10 @@ class _Rewrite:
         return self._add("Reshape", [codes, f"rows_of_{columns}"], f"{codes}_rows")
 
     def _shape(self, like: str, columns: int) -> str:
-        """The shape of the tensor [.., C] with `columns` for C: a constant where only the first axis varies,
-        shared where axes have names."""
+        """Gives the shape of the tensor [.., C] with `columns` for C.
+
+        It is a constant where only the first axis varies, and shared where axes have names.
+        """
         axes = self.dims.get(like, ())[:-1]
         if axes and all(isinstance(axis, int) for axis in axes[1:]):
             name = "_".join(("shape_batch", *map(str, axes[1:]), str(columns)))
@@ -241,7 +242,7 @@ class _Rewrite:
         return self._add("Concat", [f"{lead}_lead", f"columns_{columns}"], f"{lead}_shape_{columns}", axis=0)
 
     def _codes(self, tensor: str, scale: float, zero: int) -> str:
-        """uint8 codes of a float tensor, shared by all readers that agree on scale and zero."""
+        """Gives uint8 codes of a float tensor, shared by all readers that agree on scale and zero."""
         name, ends = self._code(scale, zero)
         return self._add("QuantizeLinear", [tensor, *ends], f"{tensor}_{name}")
 
@@ -250,7 +251,7 @@ class _Rewrite:
         return self._add("DequantizeLinear", [codes, *ends], f"{codes}_{name}_values")
 
     def _code(self, scale: float, zero: int) -> tuple[str, list[str]]:
-        """(a short name of the affine code, the names of its scale and zero)."""
+        """Gives (a short name of the affine code, the names of its scale and zero)."""
         name = self.code_names.setdefault((np.float32(scale).item(), zero), f"q{len(self.code_names)}")
         ends = [f"{name}_scale", f"{name}_zero_point"]
         self._store(ends[0], np.float32(scale))
@@ -258,7 +259,7 @@ class _Rewrite:
         return name, ends
 
     def _constant(self, name: str, codes: Array, scales: Array, axis: int) -> str:
-        """A constant stored as integers with one scale along `axis`."""
+        """Stores a constant as integers with one scale along `axis`."""
         self._store(name, codes)
         self._store(f"{name}_scale", scales)
         # without it ONNX Runtime does not fuse the Gemm
@@ -273,7 +274,7 @@ class _Rewrite:
             self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
     def _add(self, op: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
-        """A node, unless its output is there already."""
+        """Adds a node, unless its output is there already."""
         if output not in self.made:
             self.made.add(output)
             node: NodeProto = helper.make_node(op, inputs, [output], name or f"{output}_{op}", **attributes)

@@ -1,7 +1,6 @@
-"""Fine-tuning under the rounding of int8, for where quantizing a trained module costs more ranking than may
-be spent.
+"""Fine-tunes under the rounding of int8, where quantizing a trained module costs too much ranking.
 
-The linear layers that a plan puts at int8 round their weights and inputs in training just as quantize.py will
+The linear layers that are put at int8 round their weights and inputs in training just as quantize.py will
 round them in the ONNX graph: same scales, same zeros, same ends. Rounding has no gradient, so it is passed
 straight through (Bengio et al. 2013; Jacob et al. 2018 "Quantization and training of neural networks for
 efficient integer-arithmetic-only inference"). What comes out is an fp32 module: export it, and quantize it
@@ -38,20 +37,22 @@ _KD = DistilLosses(kd=1.0, temperature=1.0)
 
 @dataclass(frozen=True)
 class Grid:
-    """How one linear layer's input is rounded, each column by itself: x = scale * code."""
+    """Says how one linear layer's input is rounded, each column by itself: x = scale * code."""
 
     scale: Tensor  # [K] float32
     low: Tensor  # [K] float32, smallest code; 0 is a code
     high: Tensor  # [K] float32, largest code
 
     def round_input(self, values: Tensor) -> Tensor:
-        """values [..., K] -> the nearest that int8 holds, clipped to the range."""
+        """Rounds values [..., K] to the nearest that int8 holds, clipped to the range."""
         codes = values / self.scale
         return torch.minimum(torch.maximum(_rounded(codes), self.low), self.high) * self.scale
 
     def round_weight(self, weight: Tensor) -> Tensor:
-        """weight [O, K] -> symmetric codes with one scale an output; inputs of several scales are moved into
-        the weight's columns first."""
+        """Rounds weight [O, K] to symmetric codes with one scale an output.
+
+        Inputs of several scales are moved into the weight's columns first.
+        """
         columns = self.scale / self.scale.max()
         moved = weight * columns
         step = (moved.detach().abs().amax(1, keepdim=True) / _MAX_CODE).clamp(min=1e-12)
@@ -72,8 +73,9 @@ def qat(
     loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """A fine-tuned fp32 copy of `module`, whose answers suffer less from `quantize(its ONNX, precisions,
-    ranges, runtime)`.
+    """Fine-tunes an fp32 copy of `module` whose answers suffer less when it is quantized.
+
+    That is by `quantize(its ONNX, precisions, ranges, runtime)`.
 
     `model` is the fp32 ONNX of `module`, `ranges` its calibration; precisions by block name, as for quantize.
     `loss` is kd with `module` as the teacher, unless given. InvalidInput when no linear layer of the module
@@ -108,8 +110,7 @@ def qat(
 
 @contextmanager
 def rounding(module: nn.Module, found: Mapping[str, Grid]) -> Iterator[None]:
-    """Within it the layers named in `found` compute with rounded weights and inputs; gradients pass straight
-    through."""
+    """Lets the layers named in `found` compute with rounded weights and inputs; gradients pass through."""
     handles, layers = [], [(module.get_submodule(name), grid) for name, grid in found.items()]
     for layer, grid in layers:
         parametrize.register_parametrization(layer, "weight", _RoundedWeight(grid))
@@ -128,8 +129,10 @@ def rounding(module: nn.Module, found: Mapping[str, Grid]) -> Iterator[None]:
 
 
 def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: str) -> dict[str, Grid]:
-    """The grid of each linear block that `precisions` puts at int8, by block name, which is the module's name
-    in torch."""
+    """Gives the grid of each linear block that `precisions` puts at int8, by the block's name.
+
+    That is the module's name in torch.
+    """
     proto = graph.load(model)
     known, found = graph.index(proto), {}
     for block in graph.blocks(proto):
@@ -146,8 +149,10 @@ def grids(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: 
 
 
 def _affine(tensor: str, known: graph.Index, ranges: Ranges) -> list[tuple[float, int, int]]:
-    """(scale, smallest and largest code less the zero) of each column: uint8, each part of a concatenation by
-    itself, as in cpu.py."""
+    """Gives (scale, smallest and largest code less the zero) of each column, uint8.
+
+    Each part of a concatenation has its own, as in onnxruntime_graph.py.
+    """
     if joined := onnxruntime_graph.joined_by(known.makers.get(tensor), tensor, ranges):
         return [column for name in joined for column in _affine(name, known, ranges)]
     scale, zero = onnxruntime_graph.affine(ranges[tensor])
@@ -155,26 +160,26 @@ def _affine(tensor: str, known: graph.Index, ranges: Ranges) -> list[tuple[float
 
 
 def _symmetric(tensor: str, ranges: Ranges) -> list[tuple[float, int, int]]:
-    """The same with one scale a tensor and int8, as in typed.py."""
+    """Gives the same with one scale a tensor and int8, as in tensorrt_graph.py."""
     return [(max(ranges[tensor].clip / _MAX_CODE, 1e-12), -_MAX_CODE - 1, _MAX_CODE)] * ranges[tensor].shape[
         -1
     ]
 
 
 class _RoundedWeight(nn.Module):
-    """The parametrization of a layer's weight."""
+    """Rounds a layer's weight, as its parametrization."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
     def forward(self, weight: Tensor) -> Tensor:
-        """[O, K] -> the same, rounded."""
+        """Rounds [O, K]."""
         return self.grid.round_weight(weight)
 
 
 def _rounded(codes: Tensor) -> Tensor:
-    """The nearest integers; the gradient is that of the identity."""
+    """Rounds to the nearest integers; the gradient is that of the identity."""
     return codes + (codes.round() - codes).detach()
 
 

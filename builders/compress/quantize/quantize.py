@@ -1,4 +1,4 @@
-"""One ONNX model and a precision for each of its blocks in, the ONNX model that runs them so out."""
+"""Writes an ONNX model that runs each of its blocks at a given precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ BITS = {"int8": 8, "fp8": 8, "fp16": 16, "fp32": 32}
 
 
 def quantize(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtime: str) -> bytes:
-    """An fp32 model with each named block (graph.blocks) at its precision; blocks not named stay fp32. Same
-    inputs and outputs.
+    """Writes an fp32 model with each named block (graph.blocks) at its precision.
+
+    Blocks not named stay fp32; inputs and outputs are the same.
 
     InvalidInput names an unknown block, runtime or precision, a block that cannot have it, and one whose fp16
     would overflow. The notes of the exporter (a tenth of a small model's bytes) are left out.

@@ -1,4 +1,4 @@
-"""What users lose when one block of a model alone goes down in precision.
+"""Measures what users lose when one block of a model alone goes down in precision.
 
 Ranking metrics of a few hundred users are noisy; how much of the shown lists changes is much less so, and the
 error of the model's output not at all: all three are measured, and `cost` weighs them.
@@ -26,7 +26,7 @@ _ERROR_USERS = 32
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A row of the table: one block alone at one precision."""
+    """Holds a row of the table: one block alone at one precision."""
 
     name: str
     op: str
@@ -39,7 +39,7 @@ class Sensitivity:
 
     @property
     def cost(self) -> float:
-        """Of the loss; among equals the smaller error of the output is better."""
+        """Gives the cost of the loss; among equals the smaller error of the output is better."""
         return self.loss.cost + 1e-3 * min(self.output_error, 1.0)
 
 
@@ -55,8 +55,10 @@ def sensitivities(
     uncompressed: Judged,
     progress: Progress | None,
 ) -> list[Sensitivity]:
-    """Every block but those to `skip`, alone at each of the precisions it can have; feeds are the calibration
-    users'."""
+    """Judges every block but those to `skip`, alone at each precision it can have.
+
+    The feeds are the calibration users'.
+    """
     proto = graph.load(model)
     blocks = graph.blocks(proto)
     flops = block_flops(blocks, ranges)
@@ -79,8 +81,7 @@ def sensitivities(
 
 
 def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
-    """Floating point operations a user of each block (2 a multiply-add), from the shapes seen in
-    calibration."""
+    """Counts each block's floating point operations a user (2 a multiply-add), from the calibrated shapes."""
     found = {}
     for block in blocks:
         known = block.inputs and block.inputs[0] in ranges and block.output in ranges
@@ -90,7 +91,7 @@ def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
 
 
 def fp16_misfit(model: bytes, block: Block, ranges: Ranges, runtime: str) -> str:
-    """Why this block cannot be fp16; empty where it can."""
+    """Says why this block cannot be fp16; empty where it can."""
     try:
         quantize(model, {block.name: "fp16"}, ranges, runtime)
     except InvalidInput as error:
@@ -104,7 +105,7 @@ def _outputs(model: bytes, feeds: Mapping[str, Array], runtime: str) -> list[Arr
 
 
 def _output_error(wanted: list[Array], found: list[Array]) -> float:
-    """The worst output's error; infinite where it is not finite."""
+    """Gives the worst output's error; infinite where it is not finite."""
     errors = [
         float(np.sqrt(np.mean((a - b) ** 2)) / max(float(a.std()), 1e-12))
         for a, b in zip(wanted, found, strict=True)

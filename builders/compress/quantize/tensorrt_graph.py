@@ -1,5 +1,4 @@
-"""The typed ONNX that a strongly typed TensorRT network is made of: every tensor's type is written in the
-graph.
+"""Writes the typed ONNX that a strongly typed TensorRT network is made of: every tensor has its type.
 
 8-bit blocks have Q/DQ before each activation (symmetric, one scale a tensor) and a DQ behind weights that are
 stored as codes (int8: one scale an output channel; fp8 E4M3: one a tensor, Micikevicius et al. 2022); nothing
@@ -86,7 +85,7 @@ def _check_opset(proto: ModelProto) -> None:
 
 
 def _misfit(proto: ModelProto, block: Block, ranges: Ranges) -> str:
-    """Which tensor of the block fp16 cannot hold, empty when all fit."""
+    """Names the block's tensor that fp16 cannot hold; empty when all fit."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     node = next(node for node in proto.graph.node if node.name == block.node)
     for name in (*node.input, *node.output):
@@ -97,8 +96,10 @@ def _misfit(proto: ModelProto, block: Block, ranges: Ranges) -> str:
 
 
 def _largest(name: str, constants: Mapping[str, TensorProto], ranges: Ranges) -> float:
-    """|x| of a float tensor: of a constant's values, or as seen on the calibration users; 0 where nothing is
-    known."""
+    """Gives the largest |x| of a float tensor; 0 where nothing is known.
+
+    That is of a constant's values, or as seen on the calibration users.
+    """
     known = constants.get(name)
     if known is not None and known.data_type == TensorProto.FLOAT:
         return float(np.abs(graph.array(known)).max(initial=0))
@@ -106,7 +107,7 @@ def _largest(name: str, constants: Mapping[str, TensorProto], ranges: Ranges) ->
 
 
 class _Typing:
-    """The graph while its tensors get types."""
+    """Holds the graph while its tensors get types."""
 
     def __init__(self, proto: ModelProto, precisions: Mapping[Block, str], ranges: Ranges) -> None:
         self.graph, self.ranges = proto.graph, ranges
@@ -121,7 +122,7 @@ class _Typing:
         self.made: set[str] = set()
 
     def write(self) -> None:
-        """Casts, constants and Q/DQ for the decided types."""
+        """Writes casts, constants and Q/DQ for the decided types."""
         nodes = list(self.graph.node)
         outputs = {o.name for o in self.graph.output}
         for node in nodes:
@@ -148,8 +149,7 @@ class _Typing:
             node.name = self.blocks[node.name][0].name if node.name in self.blocks else node.name
 
     def _decided(self) -> dict[str, int]:
-        """Type of each node that makes or takes floats: blocks as asked, the rest where fewer casts are
-        needed."""
+        """Decides the type of each node of floats: blocks as wanted, others where fewer casts are needed."""
         types: dict[str, int] = {}
         free = []
         any16 = any(precision != "fp32" for _, precision in self.blocks.values())
@@ -192,14 +192,14 @@ class _Typing:
         return types.get(maker.name, TensorProto.FLOAT) if maker is not None else TensorProto.FLOAT
 
     def _fits(self, node: NodeProto) -> bool:
-        """Whether fp16 holds all that the node reads and makes."""
+        """Says whether fp16 holds all that the node reads and makes."""
         names = (*node.input, *node.output)
         return node.op_type in _EITHER and all(
             _largest(name, self.known.constants, self.ranges) <= FP16_MAX for name in names
         )
 
     def _typed(self, tensor: str, kind: int) -> str:
-        """The tensor in the wanted type, cast once for all who read it."""
+        """Names the tensor in the wanted type, cast once for all who read it."""
         constant = self.known.constants.get(tensor)
         if constant is not None:
             return (
@@ -214,7 +214,7 @@ class _Typing:
         )
 
     def _eight_bits(self, node: NodeProto, block: Block, precision: str, kind: int) -> None:
-        """Q/DQ before the block's activations, codes and DQ for its weight."""
+        """Puts Q/DQ before the block's activations, and codes and DQ in place of its weight."""
         for place, original in enumerate(block.inputs):
             node.input[place] = self._coded(node.input[place], original, precision, kind)
         if block.weight is not None:
@@ -258,7 +258,7 @@ class _Typing:
                 attribute.i = kind
 
     def _give_fp32(self, node: NodeProto, place: int, nodes: list[NodeProto]) -> None:
-        """An fp16 node's tensor that the graph gives away: a cast behind it, under the tensor's own name."""
+        """Casts an fp16 node's tensor that the graph gives away, under the tensor's own name."""
         name = node.output[place]
         node.output[place] = f"{name}_inside"
         for reader in (*nodes, *self.graph.node):
