@@ -115,93 +115,136 @@ def item_encoder(schema: Schema) -> ModelSpec:
     )
 
 
-def _tensors(schema: Schema) -> dict[str, TensorSpec]:
-    """Gives every tensor by its name.
-
-    Axes: B batch, W seen, H history, D embedding, M interests, N candidates, F and U item and user features,
-    S recall sources, T tasks, K returned, C codes, R values, E id embedding.
-    """
-    s = schema.sizes
-    w = Axis("W", "seen", s.seen)
-    b, one = Axis(BATCH, "batch", None), Axis("1", "one a row", 1)
-    h, d = Axis("H", "history", s.history), Axis("D", "embedding", s.embedding)
-    m = Axis("M", "interests", s.interests)
-    n, k = Axis("N", "candidates", s.candidates), Axis("K", "returned", None)
-    f, u = Axis("F", "item features", s.item_features), Axis("U", "user features", s.user_features)
-    task, src = Axis("T", "tasks", len(schema.tasks)), Axis("S", "recall sources", len(SOURCES))
-    e = Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features)
-    items, users = schema.items, schema.users
-    ic, iv = Axis("C", "item codes", items.code_width), Axis("R", "item values", items.value_width)
-    uc, uv = Axis("C", "user codes", users.code_width), Axis("R", "user values", users.value_width)
-
-    def tensor(name: str, dtype: Dtype, meaning: str, *axes: Axis) -> TensorSpec:
-        return TensorSpec(name, dtype, (b, *axes), meaning)
-
-    every = (
-        tensor(
-            "user_id",
-            "bytes",
-            f"UTF-8, at most {MAX_ID_BYTES} bytes; an unknown one is answered with a cold list",
-            one,
-        ),
-        tensor(
-            "seen_rows",
-            "int64",
-            "item rows of the user's past, oldest first, left-padded with -1; the session's items come last",
-            w,
-        ),
-        tensor("history_mask", "bool", "true where the history, the last H of seen_rows, holds an item", h),
-        tensor(
-            "history_embeddings",
-            "float32",
-            "what the user encoder sees of the history's items, 0 where padded",
-            h,
-            d,
-        ),
-        tensor(
-            "history_features", "float32", "what the ranker sees of the history's items, 0 where padded", h, f
-        ),
-        tensor("user_codes", "int32", "category and text features, 0 = nothing", uc),
-        tensor("user_values", "float32", "number and vector features, standardized", uv),
-        tensor("user_features", "float32", "the user's own learned row; 0 for an unknown user", u),
-        tensor("user_status", "int64", "bits of contract.Degraded", one),
-        tensor(
-            "user_embeddings",
-            "float32",
-            "interest vectors; inner product with item embeddings is recall's score",
-            m,
-            d,
-        ),
-        tensor("candidate_rows", "int64", "eligible item rows, best first, padded with -1", n),
-        tensor(
-            "candidate_features", "float32", "what the ranker sees of the candidates, 0 where padded", n, f
-        ),
-        tensor(
-            "candidate_scores", "float32", "each source's score of each candidate, 0 where padded", n, src
-        ),
-        tensor(
-            "candidate_status", "int64", "bits of contract.Degraded, of all candidates' rows together", one
-        ),
-        tensor(
-            "candidate_probabilities",
-            "float32",
-            "one value per task: calibrated probability, or the predicted number",
-            n,
-            task,
-        ),
-        tensor("item_ids", "bytes", "best first, padded with empty ids", k),
-        tensor("scores", "float32", "the blended number that sorts, 0 where padded", k),
-        tensor("probabilities", "float32", "one value per task, 0 where padded", k, task),
-        tensor("tasks", "bytes", "JSON array: the names of the last axis of probabilities", one),
-        tensor("degraded", "int64", "bits of contract.Degraded", one),
-        tensor("release", "bytes", "the release that answered", one),
-        tensor("item_id_embedding", "float32", "the item's id row; row 0 when it is new", e),
-        tensor("item_codes", "int32", "category and text features, 0 = nothing", ic),
-        tensor("item_values", "float32", "number and vector features, standardized", iv),
-        tensor("item_embedding", "float32", "the vector that recall searches", d),
-        tensor("item_features", "float32", "the vector that the ranker sees", f),
+def _axes(schema: Schema) -> dict[str, Axis]:
+    """Gives every axis by its letter; codes and values of items and users by "items C" and the like."""
+    s, items, users = schema.sizes, schema.items, schema.users
+    axes = (
+        Axis("1", "one a row", 1),
+        Axis("W", "seen", s.seen),
+        Axis("H", "history", s.history),
+        Axis("D", "embedding", s.embedding),
+        Axis("M", "interests", s.interests),
+        Axis("N", "candidates", s.candidates),
+        Axis("F", "item features", s.item_features),
+        Axis("U", "user features", s.user_features),
+        Axis("S", "recall sources", len(SOURCES)),
+        Axis("T", "tasks", len(schema.tasks)),
+        Axis("K", "returned", None),
+        Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features),
     )
-    return {spec.name: spec for spec in every}
+    packed = {
+        "items C": Axis("C", "item codes", items.code_width),
+        "items R": Axis("R", "item values", items.value_width),
+        "users C": Axis("C", "user codes", users.code_width),
+        "users R": Axis("R", "user values", users.value_width),
+    }
+    return {axis.letter: axis for axis in axes} | packed
+
+
+# Every tensor: name, dtype, the axes behind the batch (by the keys of _axes), meaning.
+_TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
+    (
+        "user_id",
+        "bytes",
+        ("1",),
+        f"UTF-8, at most {MAX_ID_BYTES} bytes; an unknown one is answered with a cold list",
+    ),
+    (
+        "seen_rows",
+        "int64",
+        ("W",),
+        "item rows of the user's past, oldest first, left-padded with -1; the session's items come last",
+    ),
+    ("history_mask", "bool", ("H",), "true where the history, the last H of seen_rows, holds an item"),
+    (
+        "history_embeddings",
+        "float32",
+        (
+            "H",
+            "D",
+        ),
+        "what the user encoder sees of the history's items, 0 where padded",
+    ),
+    (
+        "history_features",
+        "float32",
+        (
+            "H",
+            "F",
+        ),
+        "what the ranker sees of the history's items, 0 where padded",
+    ),
+    ("user_codes", "int32", ("users C",), "category and text features, 0 = nothing"),
+    ("user_values", "float32", ("users R",), "number and vector features, standardized"),
+    ("user_features", "float32", ("U",), "the user's own learned row; 0 for an unknown user"),
+    ("user_status", "int64", ("1",), "bits of contract.Degraded"),
+    (
+        "user_embeddings",
+        "float32",
+        (
+            "M",
+            "D",
+        ),
+        "interest vectors; inner product with item embeddings is recall's score",
+    ),
+    ("candidate_rows", "int64", ("N",), "eligible item rows, best first, padded with -1"),
+    (
+        "candidate_features",
+        "float32",
+        (
+            "N",
+            "F",
+        ),
+        "what the ranker sees of the candidates, 0 where padded",
+    ),
+    (
+        "candidate_scores",
+        "float32",
+        (
+            "N",
+            "S",
+        ),
+        "each source's score of each candidate, 0 where padded",
+    ),
+    ("candidate_status", "int64", ("1",), "bits of contract.Degraded, of all candidates' rows together"),
+    (
+        "candidate_probabilities",
+        "float32",
+        (
+            "N",
+            "T",
+        ),
+        "one value per task: calibrated probability, or the predicted number",
+    ),
+    ("item_ids", "bytes", ("K",), "best first, padded with empty ids"),
+    ("scores", "float32", ("K",), "the blended number that sorts, 0 where padded"),
+    (
+        "probabilities",
+        "float32",
+        (
+            "K",
+            "T",
+        ),
+        "one value per task, 0 where padded",
+    ),
+    ("tasks", "bytes", ("1",), "JSON array: the names of the last axis of probabilities"),
+    ("degraded", "int64", ("1",), "bits of contract.Degraded"),
+    ("release", "bytes", ("1",), "the release that answered"),
+    ("item_id_embedding", "float32", ("E",), "the item's id row; row 0 when it is new"),
+    ("item_codes", "int32", ("items C",), "category and text features, 0 = nothing"),
+    ("item_values", "float32", ("items R",), "number and vector features, standardized"),
+    ("item_embedding", "float32", ("D",), "the vector that recall searches"),
+    ("item_features", "float32", ("F",), "the vector that the ranker sees"),
+)
+
+
+def _tensors(schema: Schema) -> dict[str, TensorSpec]:
+    """Gives every tensor by its name, with this shop's sizes."""
+    axes, batch = _axes(schema), Axis(BATCH, "batch", None)
+    return {
+        name: TensorSpec(name, dtype, (batch, *[axes[key] for key in keys]), meaning)
+        for name, dtype, keys, meaning in _TENSORS
+    }
 
 
 def fingerprint(schema: Schema) -> str:

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -68,17 +69,7 @@ def load_release(
     version, ttl_s = secrets.token_hex(6).encode(), max(1, int(ttl_days * 86400))
     try:
         client.set(meta_key(version), _meta(release, ttl_s), ex=ttl_s)
-        total = len(release.user_ids) + 2 * len(release.item_ids)
-        done = 0
-        for pieces in (
-            _rows(release, "users", version),
-            _rows(release, "items", version),
-            _names(release, version),
-        ):
-            for piece in pieces:
-                _set(client, piece, ttl_s)
-                done += len(piece)
-                progress(f"{done:,} of {total:,} rows", done / max(total, 1))
+        _set_all(client, release, version, ttl_s, progress)
         previous = client.hget(shop_key(release.schema.shop), release.name)
         # From here on readers ask for the new rows
         client.hset(shop_key(release.schema.shop), release.name, version)
@@ -88,17 +79,26 @@ def load_release(
             f"Redis: {reason(error)}; the load stopped, readers stay with the version they had",
             "load again when it is cured",
         ) from None
-    seconds = time.monotonic() - started
-    counts = (len(release.user_ids), len(release.item_ids))
     return Loaded(
         release.schema.shop,
         release.name,
         version.decode(),
         previous.decode() if previous else None,
-        *counts,
-        round(seconds, 3),
+        len(release.user_ids),
+        len(release.item_ids),
+        round(time.monotonic() - started, 3),
         expiring,
     )
+
+
+def _set_all(client: Any, release: Release, version: bytes, ttl_s: int, progress: Progress) -> None:
+    """Sets every row of users and items, and every item id's row number, under keys of `version`."""
+    total, done = len(release.user_ids) + 2 * len(release.item_ids), 0
+    sources = (_rows(release, "users", version), _rows(release, "items", version), _names(release, version))
+    for piece in itertools.chain.from_iterable(sources):
+        _set(client, piece, ttl_s)
+        done += len(piece)
+        progress(f"{done:,} of {total:,} rows", done / max(total, 1))
 
 
 def _meta(release: Release, ttl_s: int) -> str:

@@ -61,7 +61,8 @@ for rows in (1, most // 2 + 1, most, 1):
     for name, wanted in onnx.run(part).items():
         np.testing.assert_allclose(engine.run(part)[name], wanted, rtol=1e-5, atol=1e-6)
 with ThreadPoolExecutor(1) as elsewhere:
-    answer = elsewhere.submit(engine.run, {name: array[::-1] for name, array in feeds.items()}).result()  # strided: made contiguous first
+    strided = {name: array[::-1] for name, array in feeds.items()}  # made contiguous first
+    answer = elsewhere.submit(engine.run, strided).result()
 for name, wanted in onnx.run(feeds).items():
     np.testing.assert_allclose(answer[name][::-1], wanted, atol=1e-5)
 assert len(engine.time_ms(feeds, 3)) == 3
@@ -81,7 +82,8 @@ def on_gpu(array):
 before = driver.pretend_allocated()
 given = {name: on_gpu(array) for name, array in feeds.items()}
 own = dict(engine._buffers)
-engine._buffers = {name: 0 if name in feeds else address for name, address in own.items()}  # a copy would write to address 0
+# a copy would write to address 0
+engine._buffers = {name: 0 if name in feeds else address for name, address in own.items()}
 answer = engine.run(given)
 kept = engine.run_on_gpu(given)
 engine._buffers = own
@@ -111,7 +113,8 @@ for value, text in (
     assert text in refusal(engine.run, {**feeds, name: value}), refusal(engine.run, {**feeds, name: value})
 assert "one batch of 1 to" in refusal(engine.run, {n: np.concatenate([a, a]) for n, a in feeds.items()})
 assert "one batch of 1 to" in refusal(engine.run, {n: a[:0] for n, a in feeds.items()})
-assert set(refusal(engine.run, {}).removeprefix("the plan takes ").removesuffix(", which was not given").split(", ")) == set(feeds)
+missing = refusal(engine.run, {}).removeprefix("the plan takes ").removesuffix(", which was not given")
+assert set(missing.split(", ")) == set(feeds)
 """)  # fmt: skip
 
 
@@ -125,7 +128,10 @@ assert set(refusal(engine.run, {}).removeprefix("the plan takes ").removesuffix(
     ],
 )
 def test_a_plan_of_another_node_is_refused_naming_the_fact(gpu, compiled, more, text):
-    code = 'path = next(release.repository.glob("r1_plans/*/r1_ranker/1/model.plan"))\nprint(refusal(open_engine, path))\nprint(refusal(plan))'
+    code = (
+        'path = next(release.repository.glob("r1_plans/*/r1_ranker/1/model.plan"))\n'
+        "print(refusal(open_engine, path))\nprint(refusal(plan))"
+    )
     direct, found = pretended(gpu, compiled, code, **more).splitlines()
     assert text in direct
     assert text in found
@@ -140,8 +146,12 @@ def test_a_truncated_plan_is_refused_and_one_that_tensorrt_does_not_take_says_so
     )
     assert pretended(gpu, repository, refused).startswith(f"{path} was changed or cut short (sha256 differs")
     path.write_bytes(b"not a plan")
-    forge = "import builders.compile.files as c; folder = next(release.repository.glob('r1_plans/*/r1_ranker')).parent\n"
-    forge += "facts = json.loads((folder / 'manifest.json').read_text()); del facts['files']; c.seal(folder, facts)\n"
+    forge = (
+        "import builders.compile.files as c\n"
+        "folder = next(release.repository.glob('r1_plans/*/r1_ranker')).parent\n"
+        "facts = json.loads((folder / 'manifest.json').read_text())\n"
+        "del facts['files']; c.seal(folder, facts)\n"
+    )
     answer = pretended(gpu, repository, forge + refused)
     assert (
         answer
@@ -155,7 +165,8 @@ from ensemble.local import LocalPipeline
 twin = LocalPipeline(release)
 answer = twin.recommend([user.decode() for user in release.user_ids.sorted_ids[:11].tolist()], {"top_k": 5})
 engines = sorted({type(step.engine).__name__ for step in twin.steps.values() if hasattr(step, "engine")})
-print(json.dumps({"ids": [[i.decode() for i in row] for row in answer["item_ids"].tolist()], "engines": engines}))
+ids = [[item.decode() for item in row] for row in answer["item_ids"].tolist()]
+print(json.dumps({"ids": ids, "engines": engines}))
 """
     on_plans = json.loads(pretended(gpu, compiled, code, PEREGRINE_ENGINE="tensorrt"))
     on_onnx = json.loads(pretended(gpu, compiled, code))

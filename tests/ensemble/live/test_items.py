@@ -64,8 +64,11 @@ class Mirror:
 
     def __init__(self, release: RandomRelease) -> None:
         numbers, names = np.load(release.path / "numbers.npy"), release.item_ids.sorted_ids
-        self.items = {names[row - 1]: (np.array(release.items["embedding"][row]), self._brand(release, row), numbers[row, 0])
-                      for row in range(1, len(release.items))}  # fmt: skip
+        embeddings = np.array(release.items["embedding"])
+        self.items = {
+            names[row - 1]: (embeddings[row], self._brand(release, row), numbers[row, 0])
+            for row in range(1, len(release.items))
+        }
 
     @staticmethod
     def _brand(release: RandomRelease, row: int) -> str:
@@ -91,8 +94,11 @@ class Mirror:
         brands: list[str] | None = None,
         price: tuple[float, float] | None = None,
     ) -> list[bytes]:
-        passing = {name: e @ query for name, (e, brand, cost) in self.items.items()
-                   if (brands is None or brand in brands) and (price is None or price[0] <= cost <= price[1])}  # fmt: skip
+        passing = {
+            name: embedding @ query
+            for name, (embedding, brand, cost) in self.items.items()
+            if (brands is None or brand in brands) and (price is None or price[0] <= cost <= price[1])
+        }
         return sorted(passing, key=lambda name: -passing[name])[:depth]
 
 
