@@ -1,17 +1,20 @@
-"""A user's own torch module in place of ours: loaded, and held against the contract before anything is
-trained."""
+"""Loads a user's own torch module, and holds it against the contract before anything is trained."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import nn
 
+from ensemble import contract
 from ensemble.errors import InvalidInput
 from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, TensorSpec
@@ -19,24 +22,53 @@ from ensemble.spec import ModelSpec, TensorSpec
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 
 
+@dataclass(frozen=True)
+class OwnModel:
+    """Names a user's own class in place of one of our models, and the state of its code."""
+
+    source: str  # "module:Class"
+    digest: str  # of the module's files: a changed module is another model (builders/keys.py)
+
+
+def write_own(own: OwnModel | None, folder: Path) -> None:
+    """Writes own.json beside a checkpoint: what its weights belong to."""
+    (folder / "own.json").write_text(json.dumps(own and {"source": own.source, "digest": own.digest}))
+
+
+def read_own(folder: Path) -> OwnModel | None:
+    """Reads what write_own wrote."""
+    entry = json.loads((folder / "own.json").read_text())
+    return entry and OwnModel(**entry)
+
+
+def open_own(own: OwnModel | None, schema: Schema, model: str) -> nn.Module | None:
+    """Loads the user's own module in place of the contract's `model`; None where there is none."""
+    return None if own is None else own_model(own.source, schema, contract.recommend(schema).model(model))
+
+
+def import_own(source: str) -> ModuleType:
+    """Imports the module of "module:Class", looked for in the current folder first."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(source.partition(":")[0])
+    finally:
+        sys.path.pop(0)
+
+
 def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
-    """`source` is "module:Class"; Class(schema) must be a module whose forward takes and gives the contract's
-    tensors.
+    """Loads `source`, "module:Class": Class(schema) must be a module that takes and gives the contract's tensors.
 
     InvalidInput names the option, what was wanted and what came.
     """
     option = f"--{model.name.replace('_', '-')} {source}"
-    name, _, attribute = source.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    attribute = source.partition(":")[2]
     try:
-        kind = getattr(importlib.import_module(name), attribute)
+        kind = getattr(import_own(source), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidInput(
             f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from "
             f"{Path.cwd()}"
         ) from None
-    finally:
-        sys.path.pop(0)
     try:
         module = kind(schema)
     except Exception as error:  # the user's code may raise anything
@@ -87,7 +119,7 @@ def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
 
 
 def example(spec: TensorSpec, batch: int) -> torch.Tensor:
-    """Zeros of a tensor's shape (a mask is all true)."""
+    """Gives zeros of a tensor's shape; a mask is all true."""
     shape = (batch, *(dim or 1 for dim in spec.dims))
     return (
         torch.from_numpy(np.ones(shape, bool))

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from builders.encoders.encoders import EncoderConfig
 from builders.ranker.trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
 from ensemble.errors import InvalidInput
-from ensemble.schema import Schema, Sizes, Table
-
-Slices = tuple[tuple[int, int], ...]
+from ensemble.schema import Sizes
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,3 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise InvalidInput(f"--preset {name}: unknown; known: {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def encoder_config(config: EncoderConfig, schema: Schema) -> EncoderConfig:
-    """The preset's settings with this shop's sizes filled in."""
-    return replace(
-        config,
-        num_item_codes=schema.items.num_codes,
-        item_code_slices=code_slices(schema.items),
-        num_user_codes=schema.users.num_codes,
-        user_code_slices=code_slices(schema.users),
-        dim=schema.sizes.embedding,
-        max_history=schema.sizes.history,
-        interests=schema.sizes.interests,
-    )
-
-
-def code_slices(table: Table) -> Slices:
-    """(start, stop) columns of each code feature."""
-    return tuple((f.start, f.start + f.width) for f in table.features if f.is_code)

@@ -1,15 +1,17 @@
 """Runs the stages of a build: skips those whose inputs and options are unchanged, times the others, survives
 being killed.
 
-A stage is a function that fills a folder. Its key is the digest of its name, its options, the keys of the
-stages it reads and the source of this package, so a changed option, input or line of code makes it run again,
+A stage is a function that fills a folder. Its key is the digest of its name, its options, the keys of what it
+reads, the code it runs and the versions of its libraries, so that a change of any of them makes it run again,
 and those behind it. The folder gets its final name by rename when the stage is done; a killed stage leaves
-only a temporary folder, removed by the next build.
+only a temporary folder, removed by the next build. Two builds that need the same stage at once run it once:
+the second waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -18,7 +20,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,29 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
+from builders.folders import Inputs, only_one
+from builders.keys import SOURCES, code_digest, library_versions
 from builders.progress import Progress
 from ensemble.errors import ReleaseError
-from ensemble.release.files import file_sha256
 
 Report = Progress  # the old name, until nobody imports it
 _KEPT = 3  # finished folders kept of each stage
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Says what one stage runs, with what options (JSON-able, or a dataclass), and which others it reads."""
+
+    name: str
+    run: Callable[[Inputs, Any, Path, Progress], None]
+    options: Any = None
+    reads: tuple[str, ...] = ()
+    always: bool = False  # runs even if a folder with its key is there
+
+
+@dataclass(frozen=True)
 class Done:
-    """A finished stage."""
+    """Holds what became of a stage."""
 
     name: str
     key: str
@@ -48,55 +61,73 @@ class Done:
 
 @dataclass
 class Stages:
-    """The stages of one build, in the order they ran; `root` holds their folders."""
+    """Runs the stages of one build, in their order; `root` holds their folders."""
 
     root: Path
     console: Console
+    sources: Path = SOURCES  # the folder of the code that makes the keys
     done: list[Done] = field(default_factory=list)
+    given: dict[str, tuple[str, Path]] = field(default_factory=dict)  # key and folder, by name
 
-    def run(
-        self,
-        name: str,
-        work: Callable[[Path, Progress], None],
-        options: Any,
-        after: tuple[Done, ...] = (),
-        *,
-        always: bool = False,
-    ) -> Done:
-        """Runs `work(folder, progress)` unless a folder with the same key is there (`always`: even then).
-        `options` must be JSON-able."""
-        facts = [name, options, [stage.key for stage in after], source_digest()]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        folder = self.root / f"{name}-{key}"
-        start = time.monotonic()
-        if always:
-            shutil.rmtree(folder, ignore_errors=True)
-        skipped = folder.is_dir()
-        if skipped:
-            os.utime(folder)
-        else:
-            self._fill(name, folder, work)
-        self.done.append(
-            Done(name, key, folder, skipped, time.monotonic() - start, 0 if skipped else peak_bytes())
-        )
-        return self.done[-1]
+    def give(self, name: str, folder: Path, facts: Any) -> None:
+        """Names a folder that stages read and none of them made: the shop's. `facts` is its content."""
+        self.given[name] = _digest(facts), folder
 
-    def _fill(self, name: str, folder: Path, work: Callable[[Path, Progress], None]) -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+    def run(self, stage: Stage) -> Done:
+        """Runs a stage unless a folder with the same key is there."""
+        key = self.key(stage)
+        folder, start = self.root / f"{stage.name}-{key}", time.monotonic()
         try:
-            partial.mkdir(parents=True)
-            self._show(name, partial, work)
-            partial.rename(folder)
+            skipped = not self._make(stage, folder)
         except (OSError, RuntimeError) as error:  # Faiss says it with a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
-            told = _told(error, name, self.root)
+            told = _told(error, stage.name, self.root)
             if told is None:
                 raise
             raise told from error
-        self._drop_old(name)
+        peak = 0 if skipped else peak_bytes()
+        self.done.append(Done(stage.name, key, folder, skipped, time.monotonic() - start, peak))
+        self.given[stage.name] = key, folder
+        return self.done[-1]
 
-    def _show(self, name: str, partial: Path, work: Callable[[Path, Progress], None]) -> None:
+    def key(self, stage: Stage) -> str:
+        """Gives the 16 hex digits that name a stage's folder."""
+        code = code_digest(stage.run.__module__.rpartition(".")[0], self.sources)
+        reads = [self.given[name][0] for name in stage.reads]
+        return _digest([stage.name, _plain(stage.options), reads, code, library_versions()])
+
+    def folders(self, stage: Stage) -> Inputs:
+        """Gives the folders that a stage reads, by name."""
+        return {name: self.given[name][1] for name in stage.reads}
+
+    def _make(self, stage: Stage, folder: Path) -> bool:
+        """Fills the folder, or finds it done, perhaps by a build beside this one (False)."""
+        if folder.is_dir() and not stage.always:
+            os.utime(folder)
+            return False
+        self.root.mkdir(parents=True, exist_ok=True)
+        with only_one(self.root / f".{folder.name}.lock", lambda: self._tell_waiting(stage.name)):
+            if folder.is_dir() and not stage.always:
+                return False
+            shutil.rmtree(folder, ignore_errors=True)
+            self._fill(stage, folder)
+        self._drop_old(stage.name)
+        return True
+
+    def _tell_waiting(self, name: str) -> None:
+        self.console.print(f"stage {name}: another build is at work on it; waiting until it is done")
+
+    def _fill(self, stage: Stage, folder: Path) -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            self._show(stage, partial)
+            partial.rename(folder)
+        except (OSError, RuntimeError):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _show(self, stage: Stage, partial: Path) -> None:
         """Runs the stage behind a progress bar."""
         reset_peak()
         columns = (
@@ -109,8 +140,12 @@ class Stages:
         with bars.Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as bar:
-            task = bar.add_task("", total=1.0, stage=name)
-            work(partial, lambda share, text: bar.update(task, completed=share, description=text))
+            task = bar.add_task("", total=1.0, stage=stage.name)
+
+            def progress(share: float, text: str) -> None:
+                bar.update(task, completed=share, description=text)
+
+            stage.run(self.folders(stage), stage.options, partial, progress)
 
     def _drop_old(self, name: str) -> None:
         finished = [path for path in self.root.glob(f"{name}-*") if not path.name.endswith(".partial")]
@@ -118,7 +153,7 @@ class Stages:
             shutil.rmtree(path, ignore_errors=True)
 
     def table(self) -> Table:
-        """Time and peak memory of each stage."""
+        """Draws time and peak memory of each stage."""
         table = Table(title=None, box=None, pad_edge=False)
         for column, justify in (("stage", "left"), ("time", "right"), ("peak memory", "right"), ("", "left")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -130,13 +165,24 @@ class Stages:
         return table
 
 
-def stages_of(repository: Path, shop: Path, console: Console) -> Stages:
-    """The stages of a shop's builds into one repository."""
-    return Stages(repository.resolve() / ".build" / shop.resolve().name, console)
+def stages_folder(repository: Path, shop: Path) -> Path:
+    """Gives the folder of all stages of a shop's builds into one repository."""
+    return repository.resolve() / ".build" / shop.resolve().name
+
+
+def _plain(options: Any) -> Any:
+    """Gives a stage's options as JSON-able data: dataclasses and pydantic's models become tables."""
+    if dataclasses.is_dataclass(options):
+        return {entry.name: _plain(getattr(options, entry.name)) for entry in dataclasses.fields(options)}
+    return options.model_dump(mode="json") if hasattr(options, "model_dump") else options
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _told(error: Exception, stage: str, root: Path) -> ReleaseError | None:
-    """A full or read-only disk as one line with the cure; None for any other error."""
+    """Gives a full or read-only disk as one line with the cure; None for any other error."""
     if "No space left" in str(error) or "quota exceeded" in str(error):
         free_mb = shutil.disk_usage(root).free / 1e6 if root.exists() else 0
         return ReleaseError(
@@ -151,29 +197,6 @@ def _told(error: Exception, stage: str, root: Path) -> ReleaseError | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """Digest of the Python sources that make a release."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("builders/**/*.py"), *root.glob("ensemble/**/*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def shop_digest(shop: Path) -> list[tuple[str, str]]:
-    """Digests of a shop's tables and shop.toml (images are not read yet)."""
-    return [(path.name, file_sha256(path)) for path in sorted(shop.glob("*")) if path.is_file()]
-
-
-def module_digest(module: str | None) -> str | None:
-    """A user's own MODULE:CLASS and its module's text: a changed module is another model."""
-    if module is None:
-        return None
-    path = Path(module.partition(":")[0].replace(".", "/") + ".py")
-    return module + (file_sha256(path) if path.is_file() else "")
-
-
 def reset_peak() -> None:
     """Restarts the kernel's record of this process's peak memory (Linux), so that each stage has its own."""
     with contextlib.suppress(OSError):  # another system: the peak is then of the whole run
@@ -181,7 +204,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory since reset_peak; 0 where the kernel does not tell."""
+    """Gives the peak resident memory since reset_peak; 0 where the kernel does not tell."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

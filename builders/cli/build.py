@@ -1,4 +1,4 @@
-"""`peregrine build`: reads what was asked for, runs the build, shows what came of it."""
+"""Reads what `peregrine build` was asked for, runs the build, and shows what came of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ensemble.cli.options import REPOSITORY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,11 +41,19 @@ IndexMemory = Annotated[
     ),
 ]
 
+Rehash = Annotated[
+    bool,
+    typer.Option(
+        "--rehash",
+        help="Read all files of the shop again, even those whose size and time of change are as they were.",
+    ),
+]
+
 
 def build(
     shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
     preset: Preset = "base",
-    repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = Path("model_repository"),
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = REPOSITORY,
     release: Annotated[
         str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")
     ] = None,
@@ -53,12 +63,12 @@ def build(
     ranker: Annotated[str | None, typer.Option(help="Your own ranker, MODULE:CLASS.")] = None,
     compress: Compress = "none",
     index_memory_mb: IndexMemory = None,
+    rehash: Rehash = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
 
-    Stages whose inputs and options are unchanged are skipped, so a build that was killed goes on where it
-    was:
+    Stages whose inputs, options and code are unchanged are skipped, so a killed build goes on where it was:
 
         peregrine shop generate shops/demo
         peregrine build shops/demo --preset tiny --activate
@@ -72,18 +82,18 @@ def build(
     from builders.presets import preset as preset_named
 
     console = Console(stderr=True)
-    index_bytes = index_memory_mb and index_memory_mb * 1_000_000
-    own = {"user_encoder": user_encoder, "ranker": ranker}
     options = BuildOptions(
         shop,
         repository,
         preset_named(preset),
         release,
         seed,
-        **own,
+        user_encoder,
+        ranker,
         recipe=read_recipe(compress),
         recipe_name=compress,
-        index_bytes=index_bytes,
+        index_bytes=index_memory_mb and index_memory_mb * 1_000_000,
+        rehash=rehash,
     )
     name, stages = build(options, console)
     if activate:
@@ -106,7 +116,7 @@ def build(
 
 
 def _tell(console: Console, stages: Stages, repository: Path, name: str, is_active: bool) -> None:
-    """What each stage took, the release's report, and what to do next."""
+    """Prints what each stage took, the release's report, and what to do next."""
     from rich.markdown import Markdown
 
     console.print(stages.table())
@@ -116,7 +126,7 @@ def _tell(console: Console, stages: Stages, repository: Path, name: str, is_acti
 
 
 def _facts(stages: Stages) -> dict[str, Any]:
-    """What each stage took, for --json."""
+    """Gives what each stage took, for --json."""
     return {
         "stages": [
             {

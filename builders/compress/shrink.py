@@ -27,7 +27,7 @@ from builders.compress.recipe import Distil, Prune, Recipe
 from builders.compress.results import Variant
 from builders.compress.session import open_onnx
 from builders.encoders.models import UserEncoder
-from builders.export.stage import export_model
+from builders.export.onnx_export import export_model
 from builders.index.staged import StagedRelease
 from builders.progress import Progress, part_of
 from builders.ranker.model import Ranker

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from builders.data.dataset import Dataset
+from builders.data.dataset import Dataset, open_dataset
+from builders.export.trained import open_trained
+from builders.folders import Inputs
+from builders.ranker.checkpoint import read_config
 from builders.ranker.model import RankerConfig
 from ensemble.arrays import Array
 
@@ -21,3 +24,15 @@ class Source:
     modules: dict[str, nn.Module]  # by model
     item_id_embeddings: Array  # [I + 1, E] float32: what item_encoder reads of each item
     ranker_config: RankerConfig
+
+
+def open_source(inputs: Inputs) -> Source:
+    """Opens the uncompressed release out of the finished stages data, encoders, ranker and export."""
+    trained = open_trained(inputs)
+    return Source(
+        open_dataset(inputs["data"]),
+        inputs["export"],
+        trained.modules,
+        trained.item_id_embeddings,
+        read_config(inputs["ranker"]),
+    )

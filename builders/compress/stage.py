@@ -26,19 +26,32 @@ from builders.compress.recipe import ModelRecipe, Recipe, facts
 from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
 from builders.compress.session import open_onnx
 from builders.compress.shrink import Shrunk, shrink
-from builders.compress.source import Source
-from builders.folders import link
+from builders.compress.source import Source, open_source
+from builders.export.verifier import Verifier
+from builders.folders import Inputs, link
+from builders.index.recall_files import build_index, write_vectors
 from builders.index.snapshot import write_items
-from builders.index.stage import build_index, write_vectors
 from builders.index.staged import StagedRelease
 from builders.progress import Progress, part_of
-from builders.verify.stage import Verifier
 from ensemble.index.item_index import VECTORS
 from ensemble.steps.recall_settings import settings_from_json
 
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.tensorrt.onnx"}
 _QUERIES = 512  # user embeddings that tune the index anew
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds what the stage was asked for: the recipe and its name."""
+
+    recipe: Recipe
+    recipe_name: str
+
+
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
+    """Fills `folder` with the staged release of the stage `export`, its engines compressed."""
+    compress(open_source(inputs), options.recipe, options.recipe_name, folder, progress)
 
 
 def compress(

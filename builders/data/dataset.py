@@ -103,11 +103,13 @@ def open_dataset(folder: Path) -> Dataset:
     for place, kind in _PARTS.items():
         arrays[place] = kind(**arrays[place]) if place in arrays else None
     vocabularies = json.loads((folder / "vocabularies.json").read_text())
-    schema, encoding = (
-        schema_from_json((folder / "schema.json").read_text()),
-        json.loads((folder / "encoding.json").read_text()),
-    )
-    return Dataset(schema=schema, vocabularies=vocabularies, item_encoding=encoding, **arrays)
+    encoding = json.loads((folder / "encoding.json").read_text())
+    return Dataset(schema=open_schema(folder), vocabularies=vocabularies, item_encoding=encoding, **arrays)
+
+
+def open_schema(folder: Path) -> Schema:
+    """Reads the schema that the data stage wrote, and later stages link."""
+    return schema_from_json((folder / "schema.json").read_text())
 
 
 _PARTS: dict[str, Any] = {
@@ -130,6 +132,15 @@ def _leaves(part: Any, prefix: str) -> list[tuple[str, Any]]:
             else [(prefix + entry.name, value)]
         )
     return found
+
+
+def training_histories(dataset: Dataset) -> tuple[Array, Array]:
+    """Gives the part of every history that may be trained on: (offsets [U + 2] int64, item_rows [P] int64)."""
+    histories = dataset.histories
+    lengths = np.maximum(dataset.train_ends - histories.offsets[:-1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    source = np.repeat(histories.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return offsets, histories.item_rows[source]
 
 
 def history_windows(histories: Histories, user_rows: Array, history_ends: Array, length: int) -> Array:

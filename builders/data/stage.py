@@ -1,4 +1,4 @@
-"""A shop's folder -> one Dataset of dense arrays: ids, packed features, histories, splits, impressions."""
+"""Stage `data`: turns a shop's files into one Dataset: ids, packed features, histories, splits, impressions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builders.data.dataset import Dataset, Histories, Impressions
+from builders.data.dataset import Dataset, Histories, Impressions, save_dataset
 from builders.data.packing import pack_features
 from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
+from builders.folders import Inputs
+from builders.progress import Progress
 from builders.shop.interactions import Exposures, exposures_from_interactions
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop
@@ -20,6 +22,11 @@ from ensemble.arrays import Array
 from ensemble.schema import Schema, Sizes, Task
 
 TITLE_BYTES = 120
+
+
+def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
+    """Reads the shop's files and saves them as dataset arrays, with the schema that later stages link."""
+    save_dataset(load_dataset(inputs["shop"], sizes=sizes, progress=lambda text: progress(0.3, text)), folder)
 
 
 def load_dataset(

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from builders.encoders.models import ItemEncoder, UserEncoder
 from builders.encoders.sequences import Sequences, windows
+from builders.layers import code_slices
 from builders.metrics import hit_rate, ndcg, ranks_from_scores
 from ensemble.arrays import Array
+from ensemble.schema import Schema
 
 Slices = tuple[tuple[int, int], ...]
 _SCORES_AT_ONCE = 1 << 25  # of a full ranking: 128 MiB
@@ -68,6 +70,20 @@ class EncoderConfig:
             num_hard=64,
         )
         return replace(small, **changes)
+
+
+def fitted(config: EncoderConfig, schema: Schema) -> EncoderConfig:
+    """Gives a preset's settings with a shop's sizes filled in."""
+    return replace(
+        config,
+        num_item_codes=schema.items.num_codes,
+        item_code_slices=code_slices(schema.items),
+        num_user_codes=schema.users.num_codes,
+        user_code_slices=code_slices(schema.users),
+        dim=schema.sizes.embedding,
+        max_history=schema.sizes.history,
+        interests=schema.sizes.interests,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from builders.data.dataset import Dataset, history_windows
 from builders.index.offline import OfflineRecall
-from builders.ranker.stage import RankerCheckpoint
+from builders.ranker.checkpoint import RankerCheckpoint
 from ensemble.arrays import Array
 
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on

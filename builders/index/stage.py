@@ -1,189 +1,71 @@
-"""Stage `index`: item embeddings and training events -> everything recall reads.
-
-Also StagedRelease, through which the offline stages run the very steps that will be served, before a release
-exists.
-"""
+"""Stage `index`: turns item embeddings and training events into all that recall reads."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import faiss
 import numpy as np
 
-from builders import metrics
-from builders.data.dataset import Dataset
-from builders.index.choice import (
-    FLAT_BELOW,
-    IndexKind,
-    IndexTarget,
-    TunedIndex,
-    choose_kind,
-    exact_positions,
-    index_of_kind,
-    pack_vectors,
-    tune,
-)
+from builders.data.dataset import Dataset, open_dataset
+from builders.encoders.checkpoint import open_encoders
+from builders.encoders.encoders import encode_items
+from builders.encoders.encoding import UserEncoding
+from builders.folders import Inputs, link
 from builders.index.offline import OfflineRecall
-from builders.index.snapshot import write_items
-from builders.index.transitions import item_transitions
+from builders.index.recall_files import write_recall
+from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.index.item_index import VECTORS
-from ensemble.index.main_index import MainIndex, QuerySettings
-from ensemble.index.probe import BASELINE, baseline
+from ensemble.index.probe import BASELINE
 from ensemble.live.encoding import ENCODING
 from ensemble.release.ids import write_ids
-from ensemble.schema import Schema
-from ensemble.steps.recall import fused
-from ensemble.steps.recall_settings import RecallSettings
 
-# transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
-NEIGHBOURS = 100
-_TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-_POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
-
-
-def build_index(
-    embeddings: Array,
-    queries: Array,
-    seed: int = 0,
-    *,
-    budget_bytes: int | None = None,
-    target: IndexTarget | None = None,
-) -> tuple[TunedIndex, IndexKind]:
-    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried;
-    and how it was built."""
-    num_items, dim = embeddings.shape
-    target, kind = target or IndexTarget(), choose_kind(num_items, dim, budget_bytes, seed=seed)
-
-    def chunks(start: int, stop: int) -> Array:
-        return np.ascontiguousarray(embeddings[start:stop], np.float32)
-
-    index = index_of_kind(kind, num_items, dim, chunks)
-    truth = exact_positions(queries, min(target.k, num_items), num_items, chunks)
-    return tune(
-        index,
-        kind,
-        lambda rows: embeddings[rows - 1],
-        queries,
-        truth,
-        dataclasses.replace(target, k=truth.shape[1]),
-    ), kind
+_FROM_DATA = {  # this stage's name of a file -> the data stage's
+    "schema.json": "schema.json",
+    "vocabularies.json": "vocabularies.json",
+    ENCODING: "encoding.json",
+    "numbers.npy": "item_numbers.npy",
+}
+# what a release takes from this stage as it is; only a compressed index has vectors
+SERVED_FILES = (
+    *_FROM_DATA, "item_ids.npy", "index.faiss", "transitions.npy", "popular.npy", "recall.json", BASELINE,
+)  # fmt: skip
+OPTIONAL_FILES = (VECTORS,)
 
 
-def write_vectors(embeddings: Array, kind: IndexKind, folder: Path) -> None:
-    """vectors.npy: item embeddings [I + 1, D] as the kind's index is refined with; nothing for an index that
-    needs none."""
-    if kind.refined:
-        num_items, dim = len(embeddings) - 1, embeddings.shape[1]
-        pack_vectors(
-            folder / VECTORS,
-            kind,
-            num_items,
-            dim,
-            lambda start, stop: np.asarray(embeddings[start + 1 : stop + 1]),
-        )
+@dataclass(frozen=True)
+class Options:
+    """Holds what the index may choose."""
+
+    seed: int
+    index_bytes: int | None  # memory of the main index; None: the default for the catalogue's size
 
 
-def training_histories(dataset: Dataset) -> tuple[Array, Array]:
-    """The part of every history that may be trained on: (offsets [U + 2], item_rows)."""
-    histories = dataset.histories
-    lengths = np.maximum(dataset.train_ends - histories.offsets[:-1], 0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    source = np.repeat(histories.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return offsets, histories.item_rows[source]
-
-
-def write_recall(
-    dataset: Dataset,
-    item_embeddings: Array,
-    user_embeddings: Array,
-    folder: Path,
-    seed: int = 0,
-    budget_bytes: int | None = None,
-) -> list[dict[str, Any]]:
-    """Writes all that Recall opens into `folder`; user_embeddings [Q, M, D] are those of dataset.validation,
-    in its order.
-
-    Trained on the training part of the histories only. Returns the index's table of tried settings.
-    """
-    faiss.omp_set_num_threads(faiss.omp_get_max_threads())
-    queries = (
-        np.ascontiguousarray(user_embeddings[:512, 0]) if len(user_embeddings) else item_embeddings[1:513]
-    )
-    tuned, kind = build_index(item_embeddings[1:], queries, seed, budget_bytes=budget_bytes)
-    faiss.write_index(tuned.index, str(folder / "index.faiss"))
-    write_vectors(item_embeddings, kind, folder)
-    best_scores = MainIndex(tuned.index, lambda rows: item_embeddings[rows], tuned.query).search(queries, 1)[
-        1
-    ][:, 0]
-    (folder / BASELINE).write_text(baseline(queries, best_scores).to_json())
-    offsets, rows = training_histories(dataset)
-    neighbour_rows, neighbour_scores = item_transitions(
-        offsets,
-        rows,
-        dataset.num_items,
-        window=8,
-        neighbours=NEIGHBOURS if dataset.num_items < FLAT_BELOW else NEIGHBOURS // 4,
-    )
-    transitions = np.zeros(
-        len(neighbour_rows),
-        [("rows", "<i4", neighbour_rows.shape[1:]), ("scores", "<f4", neighbour_scores.shape[1:])],
-    )
-    transitions["rows"], transitions["scores"] = neighbour_rows, neighbour_scores
-    np.save(folder / "transitions.npy", transitions)
-    counts = np.bincount(rows, minlength=dataset.num_items + 1)
-    counts[0] = 0
-    np.save(folder / "popular.npy", np.log1p(counts).astype(np.float32))
-    write_items(dataset, item_embeddings, None, folder)
-    write_schema(dataset.schema, dataset.vocabularies, folder)
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
+    """Writes the item embeddings, the index over them and everything else that recall reads."""
+    dataset = open_dataset(inputs["data"])
+    encoders = open_encoders(inputs["encoders"], dataset.schema)
+    item_embeddings = encode_items(encoders, dataset.item_codes, dataset.item_values)
+    np.save(folder / "item_embeddings.npy", item_embeddings)
+    progress(0.2, "embedding held-out users")
+    held_out = dataset.validation
+    encode_users = UserEncoding(encoders, dataset, item_embeddings)
+    user_embeddings = encode_users(held_out.user_rows, held_out.history_ends)
+    progress(0.4, "index, transitions, popular, weights of the sources")
+    for name, source in _FROM_DATA.items():
+        link(inputs["data"] / source, folder / name)
     write_ids(folder / "item_ids.npy", dataset.item_ids)
-    (folder / ENCODING).write_text(json.dumps(dataset.item_encoding))
-    np.save(folder / "numbers.npy", dataset.item_numbers)
-    settings = _settings(tuned.query, dataset.schema.sizes.candidates)
-    (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
-    (folder / "recall.json").write_text(
-        _with_fitted_weights(dataset, user_embeddings, folder, settings).to_json()
-    )
-    return tuned.tried
+    tried = write_recall(dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes)
+    (folder / "tried.json").write_text(json.dumps(tried))
 
 
-def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
-    """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for
-    popular."""
-    return RecallSettings(
-        **dataclasses.asdict(query),
-        transition_quota=num_candidates * 3 // 8,
-        popular_quota=num_candidates // 16,
-    )
-
-
-def write_schema(schema: Schema, vocabularies: dict[str, dict[str, list[str]]], folder: Path) -> None:
-    """schema.json and vocabularies.json."""
-    (folder / "schema.json").write_text(schema.to_json())
-    (folder / "vocabularies.json").write_text(json.dumps(vocabularies))
-
-
-def _with_fitted_weights(
-    dataset: Dataset, user_embeddings: Array, folder: Path, settings: RecallSettings
-) -> RecallSettings:
-    """Source weights with the best NDCG@10 on (a sample of) the validation targets: a small grid,
-    user_embeddings' weight 1."""
-    targets = dataset.validation
-    chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:4000])
-    if not len(chosen):
-        return settings
-    offline = OfflineRecall(dataset, folder, lambda user_rows, history_ends: np.zeros(0))
-    rows, scores = offline.candidates_for(
-        user_embeddings[chosen], targets.user_rows[chosen], targets.history_ends[chosen]
-    )
-    is_target = rows == targets.item_rows[chosen][:, None]
-    column = np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
-    grid = [(1.0, transition, popular) for transition in _TRANSITION_WEIGHTS for popular in _POPULAR_WEIGHTS]
-    values = [
-        metrics.ndcg(metrics.ranks_from_scores(fused(rows, scores, weights), column), 10) for weights in grid
-    ]
-    return dataclasses.replace(settings, source_weights=grid[int(np.argmax(values))])
+def open_recall(inputs: Inputs, dataset: Dataset) -> tuple[OfflineRecall, Array]:
+    """Opens what this stage wrote: recall for any user at any time, and item_embeddings [I + 1, D] float32."""
+    item_embeddings = np.load(
+        inputs["index"] / "item_embeddings.npy", mmap_mode="c"
+    )  # private: torch wants it writable
+    encoders = open_encoders(inputs["encoders"], dataset.schema)
+    encode_users = UserEncoding(encoders, dataset, item_embeddings)
+    return OfflineRecall(dataset, inputs["index"], encode_users), item_embeddings

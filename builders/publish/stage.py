@@ -1,5 +1,4 @@
-"""Publishing: a finished release enters the repository whole, or not at all, whenever the process is
-killed."""
+"""Stage `repository`: brings a finished release into the repository whole, or not at all, whenever it is killed."""
 
 from __future__ import annotations
 
@@ -11,9 +10,15 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builders.data.dataset import open_schema
+from builders.folders import Inputs, link
+from builders.progress import Progress
+from builders.publish.triton_config import write_members
+from ensemble import contract
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.files import sync_folder, write_durably
 from ensemble.release.release import MANIFEST_FORMAT
@@ -21,6 +26,49 @@ from ensemble.release.repository import check_name, locked, next_release_name, r
 
 __all__ = ["next_release_name", "publish", "remove", "sweep"]
 _PIECE_BYTES = 4 << 20
+_NAME = "release-name"
+_REPORTED = ("export.json", "compress.json")  # the release's report.json has what they say
+
+
+@dataclass(frozen=True)
+class Options:
+    """Holds where the release goes and what its manifest says of the build."""
+
+    repository: str
+    release: str | None  # its name; None: the next free rN
+    preset: str
+    seed: int
+
+
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
+    """Publishes the staged release with its report; `folder` keeps the files, linked, and the name."""
+    repository, staged = Path(options.repository), inputs.get("compress") or inputs["export"]
+    name = options.release or next_release_name(repository)
+    (folder / _NAME).write_text(name)
+    schema = open_schema(staged)
+    pipeline, item_encoder = contract.recommend(schema), contract.item_encoder(schema)
+    members = write_members(pipeline, [item_encoder], name, folder)
+    for model in (*pipeline.models, item_encoder):
+        for engine in sorted((staged / "engines" / model.name).glob("*.onnx")):
+            link(engine, members[model.name] / "1" / engine.name)
+    own = folder / name
+    for path in (*staged.iterdir(), *inputs["verify"].iterdir()):
+        if path.is_file() and path.name not in _REPORTED:
+            link(path, own / path.name)
+    progress(0.5, f"publishing {name}")
+    manifest = {
+        "shop": schema.shop,
+        "preset": options.preset,
+        "seed": options.seed,
+        "contract": contract.fingerprint(schema),
+        "report": json.loads((inputs["verify"] / "report.json").read_text()),
+    }
+    publish(repository, name, members, own, manifest)
+
+
+def read_name(folder: Path) -> str:
+    """Reads the name of the release that this stage published."""
+    return (folder / _NAME).read_text()
 
 
 def publish(

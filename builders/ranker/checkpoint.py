@@ -1,21 +1,45 @@
-"""Checkpoints on disk: arrays as .npy and weights as .npz, never pickle."""
+"""Saves a trained ranker in a folder, arrays as .npy and weights as .npz (never pickle), and reads it back."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from builders.ranker.model import ItemFeatures, OwnRanker, Ranker, RankerConfig
-from builders.ranker.stage import RankerCheckpoint
+from builders.own_model import OwnModel, open_own, read_own, write_own
+from builders.ranker.model import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, RankerConfig
 from builders.weights import read_state, save_state
+from ensemble.arrays import Array
 from ensemble.schema import Schema
 
+_TABLES = ("item_id_features", "item_features", "user_features")
 
-def save_ranker(checkpoint: RankerCheckpoint, folder: Path) -> None:
-    """Both modules' weights, the three tables of rows, report.json."""
+
+@dataclass(frozen=True)
+class RankerCheckpoint:
+    """Holds all that export and snapshot need of a trained ranker; `report` is JSON-ready."""
+
+    ranker: CalibratedRanker  # calibrated, in eval mode
+    # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
+    item_head: ItemFeatures
+    # [I + 1, F] float32, the id rows that the head reads; row 0 is that of a new item
+    item_id_features: Array
+    item_features: Array  # [I + 1, F] float32, the head's output for every item: the snapshot's `features`
+    user_features: Array  # [U + 1, U'] float32, row 0 (unknown) is 0
+    report: dict[str, Any]
+
+
+def save_ranker(
+    checkpoint: RankerCheckpoint, folder: Path, config: RankerConfig, own: OwnModel | None = None
+) -> None:
+    """Writes both modules' weights, their sizes, the three tables of rows and report.json."""
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    write_own(own, folder)
     save_state(checkpoint.ranker.state_dict(), folder / "ranker.npz")
     save_state(checkpoint.item_head.state_dict(), folder / "item_head.npz")
     for name in _TABLES:
@@ -26,7 +50,7 @@ def save_ranker(checkpoint: RankerCheckpoint, folder: Path) -> None:
 def read_ranker(
     folder: Path, schema: Schema, config: RankerConfig, own: nn.Module | None = None
 ) -> RankerCheckpoint:
-    """Inverse of save_ranker, given the same sizes (and the user's own module, if it was one)."""
+    """Reads what save_ranker wrote, given the same sizes (and the user's own module, if it was one)."""
     model = Ranker(schema, config) if own is None else OwnRanker(schema, own)
     head = ItemFeatures(schema, config)
     model.load_state_dict(read_state(folder / "ranker.npz"))
@@ -37,4 +61,12 @@ def read_ranker(
     )
 
 
-_TABLES = ("item_id_features", "item_features", "user_features")
+def open_ranker(folder: Path, schema: Schema) -> RankerCheckpoint:
+    """Reads what save_ranker wrote: its sizes and the user's own module are named in the folder."""
+    return read_ranker(folder, schema, read_config(folder), open_own(read_own(folder), schema, "ranker"))
+
+
+def read_config(folder: Path) -> RankerConfig:
+    """Reads the sizes of the ranker that save_ranker wrote."""
+    sizes: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return RankerConfig(**{**sizes, "expert": tuple(sizes["expert"])})

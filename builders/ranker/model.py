@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from builders.layers import CodeEmbedding, Dropout
+from builders.layers import CodeEmbedding, Dropout, code_slices
 from ensemble.contract import SOURCES
 from ensemble.schema import Schema, Table
 
@@ -310,8 +310,7 @@ def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 
 def _codes(table: Table, dim: int) -> CodeEmbedding:
     """One pooled vector for each category and text feature of a table."""
-    slices = tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
-    codes = CodeEmbedding(table.num_codes, slices, dim)
+    codes = CodeEmbedding(table.num_codes, code_slices(table), dim)
     # the ranker trains for few steps: codes must be told apart from the first one on
     nn.init.normal_(codes.table.weight, std=0.3)
     return codes

@@ -94,11 +94,11 @@ class ReleaseCache:
     """
 
     def __init__(self, root: Path, wanted: list[str]) -> None:
-        from builders.stages import source_digest
+        from builders.keys import code_digest
 
         # A developer who changes what makes no release another one may keep those of the last run.
         kept = os.environ.get("PEREGRINE_TEST_RELEASES")
-        self.root, self.wanted = Path(kept) if kept else root / source_digest()[:16], wanted
+        self.root, self.wanted = Path(kept) if kept else root / code_digest("builders.build")[:16], wanted
         self._builds: dict[str, subprocess.Popen[bytes]] = {}
         self.root.mkdir(parents=True, exist_ok=True)
         if not kept:

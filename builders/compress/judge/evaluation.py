@@ -34,8 +34,8 @@ from builders.compress.judge.measure import (
 from builders.compress.judge.timing import time_pair
 from builders.compress.session import open_onnx
 from builders.data.dataset import Dataset, Targets
+from builders.export.verifier import BATCH, EVERY_USER_BELOW, Verifier
 from builders.index.staged import StagedRelease
-from builders.verify.stage import BATCH, EVERY_USER_BELOW, Verifier
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK, EngineStep

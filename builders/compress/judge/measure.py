@@ -14,7 +14,7 @@ import numpy as np
 
 from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets
-from builders.verify.stage import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
+from builders.export.verifier import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK

@@ -22,8 +22,8 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
-from builders.ranker.stage import train_ranker
 from builders.ranker.trainer import TINY_TRAINING, RunningMean
+from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 

@@ -17,7 +17,7 @@ from builders.compress.quantize.quantize import choices, quantize
 from builders.compress.recipe import Gate
 from builders.compress.session import open_onnx
 from builders.data.dataset import open_dataset
-from builders.verify.stage import Verifier
+from builders.export.verifier import Verifier
 from ensemble.errors import InvalidInput
 
 

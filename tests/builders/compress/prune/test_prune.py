@@ -22,7 +22,7 @@ from builders.compress.distil.distil import DistilLosses, distil_loss
 from builders.compress.finetune import batches_from_feeds, finetune, inputs_of
 from builders.compress.prune.channels import families
 from builders.compress.prune.prune import magnitude, size, structured, two_four
-from builders.export.stage import export_model
+from builders.export.onnx_export import export_model
 from ensemble.errors import InvalidInput
 
 MODULES = {

@@ -13,7 +13,7 @@ from builders.compress.finetune import batches_from_feeds
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.qat import Grid, grids, qat, rounding
 from builders.compress.quantize.quantize import quantize
-from builders.export.stage import export_model
+from builders.export.onnx_export import export_model
 from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
@@ -56,7 +56,7 @@ def chosen(exported):
 
 
 def _answers(model, feeds):
-    session = open_session(model, fuse=False)
+    session = open_session(model, plain=True)
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
 
 

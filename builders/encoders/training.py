@@ -1,0 +1,238 @@
+"""Trains the item and the user encoder together: every position of every sequence predicts its next item.
+
+The loss is a sampled softmax whose candidates are shared by a batch: the batch's own items, uniform ones and,
+later in training, mined hard ones. A candidate's logit is lowered by the log of its chance of being one
+(logQ; Jean et al. 2015, Yi et al. 2019), so the sum over candidates estimates the sum over the catalogue.
+Hard candidates, the snapshot's best items for some of the batch's positions, are there on purpose: their
+chance is 1. Easy to hard: their number grows.
+
+Axes: U users, I items, D embedding, P positions that have a next item, N candidates, R x H packed rows and
+places.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from builders.encoders.encoders import (
+    EncoderCheckpoint,
+    EncoderConfig,
+    Validation,
+    encode_rows,
+    evaluate_encoders,
+    new_item_encoder,
+    new_user_encoder,
+)
+from builders.encoders.sampled_softmax import RowAdam, SampledSoftmax
+from builders.encoders.sequences import PackedRows, Sequences, pack_sequences
+from ensemble.arrays import Array
+
+
+class _Trainer:
+    """The state of one training: weights, optimizers, the shop's features as tensors, the clock of the
+    schedule."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        features: tuple[Array, ...],
+        config: EncoderConfig,
+        seed: int,
+        own: nn.Module | None,
+    ):
+        for name, codes, size in (
+            ("item", features[0], config.num_item_codes),
+            ("user", features[2], config.num_user_codes),
+        ):
+            if codes.max(initial=0) >= size:
+                raise ValueError(
+                    f"{name}_codes go up to {codes.max()}, EncoderConfig.num_{name}_codes is {size}: it "
+                    "must be larger"
+                )
+        self.config, self.sequences = config, sequences
+        self.item_codes, self.item_values, self.user_codes, self.user_values = (
+            torch.from_numpy(np.ascontiguousarray(x)) for x in features
+        )
+        self.rng, self.steps, self.total_steps = np.random.default_rng(seed), 0, 1
+        num_rows = len(features[0])
+        self.table = torch.randn(num_rows, config.dim) * 0.02
+        self.table[0] = 0.0
+        self.items = new_item_encoder(config, features[1].shape[1])
+        self.own = own
+        self.users: Any = own or new_user_encoder(config, features[3].shape[1])
+        self.dense = torch.optim.Adam(
+            [*self.items.parameters(), *self.users.parameters()], lr=config.learning_rate
+        )
+        self.rows = RowAdam(self.table)
+        self.share = np.bincount(sequences.rows, minlength=num_rows) / max(len(sequences.rows), 1)
+        # item rows [n] and embeddings [n, D] that hard items come from
+        self.snapshot: tuple[Array, Tensor] | None = None
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a half cosine down to 0."""
+        done = self.steps / self.total_steps
+        return (
+            self.config.learning_rate
+            * min(1.0, (self.steps + 1) / self.config.warmup_steps)
+            * 0.5
+            * (1 + np.cos(np.pi * done))
+        )
+
+    def epoch(self) -> float:
+        """One pass over every sequence -> mean loss."""
+        config = self.config
+        packed = pack_sequences(
+            self.sequences, self.rng.permutation(len(self.sequences.offsets) - 1), config.max_history
+        )
+        order = self.rng.permutation(len(packed.items))
+        size = max(1, config.batch_positions // config.max_history)
+        self.total_steps = max(-(-len(order) // size) * config.epochs, self.steps + 1)
+        self.items.train(), self.users.train()
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        return float(np.mean([self.step(packed.take(part)) for part in parts]))
+
+    def step(self, batch: PackedRows) -> float:
+        """One optimizer step -> loss."""
+        filled, kind = batch.items > 0, torch.bfloat16 if self.config.bf16 else torch.float32
+        own = np.union1d(batch.items[filled], batch.targets[filled])
+        drawn = self.rng.integers(1, len(self.table), self.config.num_uniform)
+        rows = np.union1d(own, drawn)
+        chance = -np.expm1(
+            filled.sum() * np.log1p(-self.share[rows]) + len(drawn) * np.log1p(-1 / len(self.table))
+        )
+        leaf, embeddings = self.encode(rows)
+        users = self.user_states(batch, embeddings[torch.from_numpy(np.searchsorted(rows, batch.items))])
+        leaves = [(rows, leaf)]
+        hard = self.mine(users.detach(), rows)
+        if len(hard):
+            leaf, extra = self.encode(hard)
+            leaves.append((hard, leaf))
+            embeddings, chance = torch.cat([embeddings, extra]), np.concatenate([chance, np.ones(len(hard))])
+        targets = torch.from_numpy(np.searchsorted(rows, batch.targets[filled]))
+        if self.config.interests > 1:  # ComiRec: the interest nearest to the target is the one that learns
+            nearest = (users.detach() @ embeddings.detach()[targets, :, None]).squeeze(2).argmax(1)
+            users = users[torch.arange(len(users)), nearest]
+        loss = SampledSoftmax.apply(
+            users.flatten(1), embeddings, torch.from_numpy(np.log(chance)).float(), targets, kind
+        )
+        self.update(loss, leaves)
+        return loss.item()
+
+    def encode(self, rows: Array) -> tuple[Tensor, Tensor]:
+        """rows [n] int64 -> (their id rows as a leaf [n, D], item embeddings [n, D]), some of the ids
+        hidden."""
+        index = torch.from_numpy(rows)
+        leaf = self.table[index].requires_grad_()
+        hidden = torch.rand(len(rows), 1) < self.config.id_dropout
+        ids = torch.where(hidden, leaf.new_zeros(()), leaf)  # row 0 of the table is and stays zero
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            return leaf, self.items(ids, self.item_codes[index], self.item_values[index])
+
+    def user_states(self, batch: PackedRows, history: Tensor) -> Tensor:
+        """history [R, H, D] -> user embeddings of every filled place [P, M, D]."""
+        if self.own is not None:
+            return self.own_states(batch, history)
+        segments = torch.from_numpy(batch.segments)
+        seen = (segments[:, :, None] == segments[:, None]) & torch.ones(
+            segments.shape[1], segments.shape[1], dtype=torch.bool
+        ).tril()
+        filled = torch.from_numpy(batch.items > 0)
+        owners, place = np.unique(batch.users[batch.items > 0], return_inverse=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            states = self.users.positions(history, seen)[filled]
+            features = self.users.features(self.user_codes[owners], self.user_values[owners])[
+                torch.from_numpy(place)
+            ]
+            hidden = torch.rand(len(states), 1, 1) < self.config.history_dropout
+            return self.users.embeddings(torch.where(hidden, self.users.default, states), features)
+
+    def own_states(self, batch: PackedRows, history: Tensor) -> Tensor:
+        """user_states of a user's own module, which knows nothing of packed rows: one left-padded window a
+        place."""
+        row, places, inside = batch.windows()
+        inside = inside & (self.rng.random(len(row)) >= self.config.history_dropout)[:, None]
+        known = torch.from_numpy(inside)
+        owners = batch.users[batch.items > 0]
+        embeddings = history[torch.from_numpy(row)[:, None], torch.from_numpy(places)] * known[..., None]
+        return self.users(embeddings, known, self.user_codes[owners], self.user_values[owners]).float()
+
+    def mine(self, users: Tensor, rows: Array) -> Array:
+        """The snapshot's best items for 64 of the positions, less `rows`; ever more of them. -> [n] int64
+        ascending."""
+        begin = self.config.hard_from
+        wanted = (
+            int(self.config.num_hard * (self.steps / self.total_steps - begin) / (1 - begin))
+            if begin < 1
+            else 0
+        )
+        if wanted <= 0 or self.snapshot is None:
+            return np.zeros(0, np.int64)
+        pool, embeddings = self.snapshot
+        chosen = users[torch.from_numpy(self.rng.integers(0, len(users), 64)), 0]
+        best = (chosen @ embeddings.T).topk(min(1 + wanted // 16, len(pool)), dim=1).indices
+        found = np.setdiff1d(pool[best.numpy()], rows)
+        return np.sort(self.rng.permutation(found)[:wanted])
+
+    def update(self, loss: Tensor, leaves: list[tuple[Array, Tensor]]) -> None:
+        rate = self.learning_rate()
+        for group in self.dense.param_groups:
+            group["lr"] = rate
+        self.dense.zero_grad()
+        loss.backward()
+        self.dense.step()
+        index = torch.from_numpy(np.concatenate([rows for rows, _ in leaves]))
+        self.rows.step(index, torch.cat([leaf.grad for _, leaf in leaves if leaf.grad is not None]), rate)
+        self.steps += 1
+
+    def checkpoint(self, log: list[dict[str, float]]) -> EncoderCheckpoint:
+        items, users = copy.deepcopy(self.items.state_dict()), copy.deepcopy(self.users.state_dict())
+        return EncoderCheckpoint(self.config, self.table.numpy().copy(), items, users, log, self.own)
+
+
+def train_encoders(
+    sequences: Sequences, item_codes: Array, item_values: Array, user_codes: Array, user_values: Array, *,
+    config: EncoderConfig, seed: int = 0, validation: Validation | None = None, user_encoder: nn.Module | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> EncoderCheckpoint:  # fmt: skip
+    """Both encoders, at the epoch of the best validation NDCG@10 (without validation: the last).
+
+    sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features
+    by item row (row 0 unknown), those of users by the rows of `sequences`; `user_encoder` is the user's own
+    in place of ours. Same seed, threads and machine: same checkpoint.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trainer = _Trainer(
+            sequences, (item_codes, item_values, user_codes, user_values), config, seed, user_encoder
+        )
+        log: list[dict[str, float]] = []
+        best, best_score, waited, start = None, -1.0, 0, time.monotonic()
+        for epoch in range(1, config.epochs + 1):
+            log.append({"epoch": epoch, "loss": trainer.epoch(), "seconds": time.monotonic() - start})
+            current = trainer.checkpoint(log)
+            trainer.snapshot = _mining_pool(current, item_codes, item_values, trainer.rng)
+            if validation is not None and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
+                log[-1] |= evaluate_encoders(
+                    current, validation, item_codes, item_values, user_codes, user_values
+                )
+                improved = log[-1]["ndcg_at_10"] > best_score
+                best, best_score = (current, log[-1]["ndcg_at_10"]) if improved else (best, best_score)
+                waited = 0 if improved else waited + 1
+            if progress is not None:
+                progress(log[-1])
+            if waited >= config.patience:
+                break
+        return best or current
+
+
+def _mining_pool(
+    checkpoint: EncoderCheckpoint, item_codes: Array, item_values: Array, rng: np.random.Generator
+) -> tuple[Array, Tensor]:
+    """At most 65,536 items with their embeddings of now: enough to find hard ones in, at a bounded price."""
+    rows = 1 + rng.permutation(len(item_codes) - 1)[:65536]
+    return rows, torch.from_numpy(encode_rows(checkpoint, rows, item_codes, item_values))

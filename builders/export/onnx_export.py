@@ -1,0 +1,128 @@
+"""Stage `export`: torch modules -> single-file ONNX models whose names, axes and dtypes come from the
+contract."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from ensemble.engines import check_signature, open_engine
+from ensemble.errors import InvalidInput
+from ensemble.spec import ModelSpec, TensorSpec
+
+# fp32 on both sides: they differ by the order of sums only. Relative to the largest output, because logits
+# near 0 have no scale.
+FP32_TOLERANCE = 1e-4
+EXAMPLE_BATCH = 3  # anything but 0 and 1, which torch.export would take for constants
+
+
+def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, np.ndarray]) -> float:
+    """Writes `module` as ONNX to `path` and returns its largest relative error against torch on `feeds` (real
+    inputs by name).
+
+    ReleaseError when the exported tensors are not the contract's, InvalidInput when the numbers differ by
+    more than FP32_TOLERANCE.
+    """
+    module = module.eval()
+    arguments = {spec.name: torch.from_numpy(_example(feeds[spec.name])) for spec in model.inputs}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.no_grad(),
+        _no_collector(),
+    ):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            kwargs=arguments,
+            input_names=[spec.name for spec in model.inputs],
+            output_names=[spec.name for spec in model.outputs],
+            dynamic_shapes={spec.name: _dynamic_axes(spec) for spec in model.inputs},
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(str(path), external_data=False)
+    _keep_unused_inputs(path, model)
+    return check_export(module, model, path, feeds)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Pauses Python's garbage collector: the exporter makes so many objects that a third of its time would go
+    into looking at them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, np.ndarray]) -> float:
+    """Runs torch and the exported engine on the same feeds; returns the largest relative error."""
+    engine = open_engine(path)
+    check_signature(engine, model, path)
+    names = [spec.name for spec in model.inputs]
+    with torch.no_grad():
+        wanted = module(**{name: torch.from_numpy(feeds[name]) for name in names})
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    found = engine.run({name: feeds[name] for name in names})
+    worst = 0.0
+    for spec, tensor in zip(model.outputs, wanted, strict=True):
+        array = tensor.numpy()
+        error = float(np.abs(found[spec.name] - array).max() / max(1e-6, np.abs(array).max()))
+        if not error <= FP32_TOLERANCE:
+            raise InvalidInput(
+                f"{model.name}: {spec.name} of the exported ONNX model differs from torch by {error:.1e} "
+                f"(tolerance {FP32_TOLERANCE:.0e})"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
+    """Axes that the graph leaves open: the batch, and the candidates, so that offline stages can ask about a
+    few."""
+    return {
+        place: torch.export.Dim(axis.letter, min=1, max=65536)
+        for place, axis in enumerate(spec.axes)
+        if axis.letter in ("B", "N")
+    }
+
+
+def _example(array: np.ndarray) -> np.ndarray:
+    """EXAMPLE_BATCH rows of a feed, repeated if there are fewer."""
+    return np.ascontiguousarray(np.resize(array, (EXAMPLE_BATCH, *array.shape[1:])))
+
+
+def _keep_unused_inputs(path: Path, model: ModelSpec) -> None:
+    """The exporter drops inputs that the graph does not read; the contract's are all there, read or not."""
+    proto = onnx.load(str(path), load_external_data=False)
+    have = {node.name for node in proto.graph.input}
+    types = {
+        "float32": onnx.TensorProto.FLOAT,
+        "int64": onnx.TensorProto.INT64,
+        "int32": onnx.TensorProto.INT32,
+        "bool": onnx.TensorProto.BOOL,
+    }
+    missing = [spec for spec in model.inputs if spec.name not in have]
+    if missing:
+        proto.graph.input.extend(
+            onnx.helper.make_tensor_value_info(s.name, types[s.dtype], ["B", *s.dims]) for s in missing
+        )
+        onnx.save(proto, str(path))

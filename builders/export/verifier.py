@@ -1,0 +1,181 @@
+"""Asks a staged release about held-out users: the very steps and engines that will serve are measured."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builders import metrics
+from builders.data.dataset import Dataset, Impressions, Targets, history_windows
+from builders.index.offline import OfflineRecall
+from builders.index.staged import StagedRelease
+from builders.ranker.lists import lists_from_impressions
+from ensemble import contract
+from ensemble.arrays import Array, Tensors
+from ensemble.engines import open_engine
+from ensemble.options import default_options
+from ensemble.release.snapshot import gather
+from ensemble.steps.features import FeatureLookup
+from ensemble.steps.reranking import Reranking
+from ensemble.steps.sources import Popular, Transitions
+
+BATCH = 64
+EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
+SAMPLE = 2000
+
+
+class Verifier:
+    """Opens a staged release and asks it about the past."""
+
+    def __init__(self, dataset: Dataset, folder: Path) -> None:
+        staged = StagedRelease(folder)
+        self.dataset, self.sizes = dataset, dataset.schema.sizes
+        self.features = FeatureLookup(staged.model("features"), staged)
+        self.user_encoder = open_engine(staged.member_file("user_encoder", "model.onnx"))
+        self.ranker = open_engine(staged.member_file("ranker", "model.onnx"))
+        self.offline = OfflineRecall(dataset, folder, self.encode_users)
+        self.recall = self.offline.recall
+        self.popularity = self.recall.source(Popular).popularity
+        self.reranking = Reranking(staged.model("reranking"), staged)
+        self.embeddings = np.ascontiguousarray(staged.items["embedding"])
+
+    def user_tensors(self, user_rows: Array, history_ends: Array) -> Tensors:
+        """The features step's tensors, as they were at `history_ends`."""
+        seen = history_windows(self.dataset.histories, user_rows, history_ends, self.sizes.seen)
+        rows = self.features.users[user_rows]
+        own = {
+            name: np.ascontiguousarray(rows[name.removeprefix("user_")])
+            for name in ("user_codes", "user_values", "user_features")
+        }
+        return {
+            **self.features.history_from_seen(seen),
+            **own,
+            "user_status": np.zeros((len(user_rows), 1), np.int64),
+        }
+
+    def encode_users(self, user_rows: Array, history_ends: Array) -> Array:
+        """[L], [L] -> user_embeddings [L, M, D] by the engine."""
+        parts = [np.zeros((0, self.sizes.interests, self.sizes.embedding), np.float32)]
+        for start in range(0, len(user_rows), BATCH):
+            tensors = self.user_tensors(user_rows[start : start + BATCH], history_ends[start : start + BATCH])
+            parts.append(self._encode(tensors))
+        return np.concatenate(parts)
+
+    def _encode(self, tensors: Tensors) -> Array:
+        return self.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})[
+            "user_embeddings"
+        ]
+
+    def ranks(self, targets: Targets, progress: Any = None) -> tuple[Array, dict[str, Array]]:
+        """(user rows [Q], {way of ranking: ranks [Q]}) for (a sample of) the targets; engines release the
+        GIL, so two batches at once."""
+        chosen = self._sample(len(targets.user_rows))
+        pieces = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+        with ThreadPoolExecutor(2) as pool:
+            found = []
+            for done, ranks in enumerate(pool.map(lambda piece: self._ranks(targets, piece), pieces)):
+                found.append(ranks)
+                if progress:
+                    progress((done + 1) / len(pieces), "held-out users")
+        names = found[0] if found else {}
+        return targets.user_rows[chosen], {
+            name: np.concatenate([one[name] for one in found]) for name in names
+        }
+
+    def _sample(self, count: int) -> Array:
+        if self.dataset.num_items < EVERY_USER_BELOW or count <= SAMPLE:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])
+
+    def _ranks(self, targets: Targets, piece: Array) -> dict[str, Array]:
+        user_rows, target = targets.user_rows[piece], targets.item_rows[piece]
+        options = default_options(len(piece))
+        tensors = self.user_tensors(user_rows, targets.history_ends[piece])
+        query = self._encode(tensors)
+        queries = self.offline.queries(user_rows, {**tensors, "user_embeddings": query})
+        found = self.recall.run(options, seen_rows=tensors["seen_rows"], **queries)
+        ranked = self.ranker.run({name: {**tensors, **found}[name] for name in contract.RANKER_INPUTS})
+        blended = np.where(
+            found["candidate_rows"] > 0,
+            self.reranking.blend(options, ranked["candidate_probabilities"]),
+            -np.inf,
+        )
+        order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
+        scores = np.matmul(self.embeddings, query.transpose(0, 2, 1)).max(axis=2)
+        return {
+            "chain": metrics.ranks_from_lists(
+                np.take_along_axis(found["candidate_rows"], order, axis=1), target
+            ),
+            "recall": metrics.ranks_from_lists(found["candidate_rows"], target),
+            "user_encoder": self._rank_of(scores, tensors["seen_rows"], target),
+            "popularity": self._rank_of(
+                np.tile(self.popularity, (len(piece), 1)), tensors["seen_rows"], target
+            ),
+            "transition_knn": self._knn_ranks(tensors["seen_rows"], target),
+        }
+
+    def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
+        """Full ranking: scores [Q, I + 1] with seen items and row 0 out, ties half -> rank [Q] of the
+        target."""
+        scores = scores.astype(np.float32, copy=True)
+        lines, columns = np.nonzero(seen_rows > 0)
+        own = scores[np.arange(len(target)), target]
+        scores[lines, seen_rows[lines, columns]] = -np.inf
+        scores[:, 0] = -np.inf
+        scores[np.arange(len(target)), target] = own  # an item bought again is still the answer
+        return metrics.ranks_from_scores(scores, target)
+
+    def _knn_ranks(self, seen_rows: Array, target: Array) -> Array:
+        """Ranks by transition score alone; items without one are tied behind, by half."""
+        rows, scores = self.recall.source(Transitions).followers(seen_rows)
+        dense = np.zeros((len(rows), self.dataset.num_items + 1), np.float32)
+        lines, columns = np.nonzero(rows > 0)
+        dense[lines, rows[lines, columns]] = scores[lines, columns]
+        return self._rank_of(dense, seen_rows, target)
+
+    def task_metrics(self, impressions: Impressions) -> dict[str, dict[str, float]]:
+        """{task: auc, ece | rmse, positives …} of the served ranker on held-out impressions; conditional
+        tasks where defined."""
+        values = self.impression_probabilities(impressions)
+        report: dict[str, dict[str, float]] = {}
+        for t, task in enumerate(self.dataset.schema.tasks):
+            labels, given = impressions.labels[:, t], ~np.isnan(impressions.labels[:, t])
+            report[task.name] = {"rows": int(given.sum())}
+            if task.kind == "binary":
+                report[task.name] |= {
+                    "auc": metrics.auc(labels, values[:, t]),
+                    "ece": metrics.ece(labels, values[:, t]),
+                    "rate": float(labels[given].mean()),
+                }
+                if impressions.truth is not None:
+                    report[task.name]["oracle_auc"] = metrics.auc(labels, impressions.truth[:, t])
+                    popularity = self.popularity[impressions.item_rows]
+                    report[task.name]["popularity_auc"] = metrics.auc(labels, popularity)
+            else:
+                report[task.name] |= {
+                    "rmse": metrics.rmse(labels, values[:, t]),
+                    "std": float(labels[given].std()),
+                }
+                if impressions.truth is not None:
+                    report[task.name]["oracle_rmse"] = metrics.rmse(labels, impressions.truth[:, t])
+        return report
+
+    def impression_probabilities(self, impressions: Impressions) -> Array:
+        """[E, T] float32: the engine's candidate_probabilities of each impression's item, at its time."""
+        lists, places = lists_from_impressions(impressions, self.offline.scores)
+        parts = [np.zeros((0, len(self.dataset.schema.tasks)), np.float32)]
+        for start in range(0, len(lists), BATCH):
+            piece = lists.take(np.arange(start, min(start + BATCH, len(lists))))
+            items = {
+                "candidate_features": gather(piece.item_rows, self.features.item_reader.table, "features"),
+                "candidate_scores": piece.scores,
+            }
+            feeds = {**self.user_tensors(piece.user_rows, piece.history_ends), **items}
+            out = self.ranker.run({name: feeds[name] for name in contract.RANKER_INPUTS})[
+                "candidate_probabilities"
+            ]
+            parts.append(out.reshape(-1, out.shape[2]))
+        return np.concatenate(parts)[places]

@@ -1,0 +1,306 @@
+"""Training of the ranker, of the item head beside it, and of the two tables of rows that the snapshot will
+hold.
+
+With labels: all tasks on all impressions, CVR over the whole space (ESMM). Without labels (`interact`):
+recall's own candidates plus uniform items around held-out next items. The encoders have seen the train
+positions, so recall's scores are too good there; the validation targets are the first on which they are what
+serving will see. The ranker therefore learns from a share of the users' validation targets, stops early on
+the other users', and falls back to recall's order if it does not beat it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from builders import metrics
+from builders.bootstrap import paired_difference
+from builders.data.dataset import Dataset, Impressions, Targets
+from builders.index.offline import CandidateFunction, ScoreFunction
+from builders.progress import Progress
+from builders.ranker import calibrate
+from builders.ranker.checkpoint import RankerCheckpoint
+from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, with_uniform
+from builders.ranker.loss import impression_loss, list_loss
+from builders.ranker.model import (
+    OwnRanker,
+    Ranker,
+    flops_per_user,
+    num_parameters,
+)
+from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining
+from ensemble.arrays import Array
+from ensemble.contract import SOURCES
+from ensemble.schema import Task
+
+# Encoders and transitions were trained on the very clicks that label the training impressions: their scores
+# all but tell the
+# label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
+HONEST_SOURCES = ("popular",)
+_FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
+# the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
+# rows, they have none
+_DOUBT = 1 / 3
+
+
+def train_ranker(
+    dataset: Dataset,
+    item_embeddings: Array,
+    *,
+    scores: ScoreFunction,
+    candidates: CandidateFunction | None = None,
+    source_weights: tuple[float, ...] = (1.0, 1.0, 0.0),
+    config: RankerTraining = BASE_TRAINING,
+    ranker: nn.Module | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RankerCheckpoint:
+    """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation
+    targets.
+
+    item_embeddings [I + 1, D] float32 are frozen; source_weights [S] are those of recall's fused score, where
+    the ranker of `interact` starts; `ranker` is a user's own module with the contract's tensors. The same
+    seed gives the same numbers.
+    """
+    if dataset.train_impressions is None and candidates is None:
+        raise ValueError(
+            f"shop {dataset.schema.shop} has no impressions: train_ranker needs recall's `candidates`"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Ranker(dataset.schema, config.model) if ranker is None else OwnRanker(dataset.schema, ranker)
+        trainer = RankerTrainer(
+            dataset,
+            item_embeddings,
+            model,
+            config,
+            np.random.default_rng(seed),
+            progress or (lambda done, text: None),
+        )
+        if candidates is None or dataset.train_impressions is not None:
+            report = _fit_impressions(trainer, scores)
+        else:
+            report = _fit_lists(trainer, candidates, scores, source_weights)
+    trainer.trained.eval()
+    report["parameters"] = num_parameters(model)
+    if isinstance(model, Ranker):
+        report["mflops_per_user"] = flops_per_user(model, dataset.schema.sizes.candidates) / 1e6
+    id_rows = trainer.item_rows.weight.detach().numpy().copy()
+    return RankerCheckpoint(
+        model, trainer.head, id_rows, trainer.item_features(), trainer.user_features(), report
+    )
+
+
+# --- a shop with labels
+
+
+def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str, Any]:
+    """Trains on train_impressions, stops and calibrates on validation_impressions. -> report."""
+    dataset, tasks = trainer.dataset, trainer.dataset.schema.tasks
+    train, validation = dataset.train_impressions, dataset.validation_impressions
+    if train is None or validation is None:
+        raise ValueError("train_impressions and validation_impressions go together")
+    trainer.model.score_gate.copy_(torch.tensor([float(source in HONEST_SOURCES) for source in SOURCES]))
+    train_lists, _ = lists_from_impressions(train, scores)
+    validation_lists, places = lists_from_impressions(validation, scores)
+    _standardize_scores(trainer, train_lists)
+    mean, spread = _label_scales(tasks, train.labels)
+    loss = impression_loss(tasks, trainer.config.conditional)
+    scaled = replace(train_lists, labels=(train_lists.labels - mean) / spread)
+    target = torch.from_numpy((validation.labels - mean) / spread)
+
+    def judge() -> float:
+        logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
+        return float(loss(torch.from_numpy(logits), target))
+
+    epochs = trainer.fit(lambda: scaled, loss, judge)
+    logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
+    _calibrate(trainer, logits, validation.labels)
+    report: dict[str, Any] = {"epochs": epochs, "validation": _figures(trainer, logits, validation.labels)}
+    if dataset.test_impressions is not None:
+        report["test"] = _figures(
+            trainer,
+            _impression_logits(trainer, dataset.test_impressions, scores),
+            dataset.test_impressions.labels,
+        )
+    return report
+
+
+def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
+    """Logits [E, T] before calibration, in the order of the impressions."""
+    lists, places = lists_from_impressions(impressions, scores)
+    return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
+
+
+def _label_scales(tasks: tuple[Task, ...], labels: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation [T] float32 of the labels of regression tasks; 0 and 1 for binary ones."""
+    mean, spread = np.zeros(len(tasks), np.float32), np.ones(len(tasks), np.float32)
+    for place, task in enumerate(tasks):
+        known = labels[~np.isnan(labels[:, place]), place]
+        if task.kind == "regression" and len(known):
+            mean[place], spread[place] = known.mean(), max(float(known.std()), 1e-6)
+    return mean, spread
+
+
+# --- a shop without labels
+
+
+def _fit_lists(
+    trainer: RankerTrainer,
+    candidates: CandidateFunction,
+    scores: ScoreFunction,
+    source_weights: tuple[float, ...],
+) -> dict[str, Any]:
+    """Trains around the validation targets of most users, stops and calibrates on those of the others. ->
+    report."""
+    trainer.config = replace(
+        trainer.config,
+        epochs=trainer.config.list_epochs,
+        learning_rate=trainer.config.list_learning_rate,
+        average=0.0,
+    )
+    dataset, c = trainer.dataset, trainer.config
+    lists = lists_from_targets(dataset, dataset.validation, candidates)
+    users = np.unique(lists.user_rows)
+    held_users = trainer.rng.permutation(users)[: max(1, round(c.held_out * len(users)))]
+    held = np.isin(lists.user_rows, held_users)
+    learn, judged = lists.take(np.flatnonzero(~held)), lists.take(np.flatnonzero(held))
+    recalled = learn.take(np.flatnonzero((learn.labels[:, :, 0] == 1).any(1)))
+    _start_at_recall(trainer, learn, source_weights)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    epochs = 0
+    if len(recalled) >= _FEW_TARGETS:
+        pool = with_uniform(recalled, dataset.num_items, c.uniform_negatives, scores, trainer.rng)
+        epochs = trainer.fit(
+            lambda: _sampled(pool, c, trainer.rng),
+            list_loss,
+            lambda: -float(metrics.gains(_ranks(trainer, judged), 10).mean()),
+        )
+    gain = paired_difference(
+        metrics.gains(_recall_ranks(judged), 10), metrics.gains(_ranks(trainer, judged), 10), judged.user_rows
+    )
+    deep = gain.mean > 0 and gain.p_worse <= _DOUBT
+    if not deep and isinstance(trainer.model, Ranker):
+        trainer.model.load_state_dict({**start, "deep_gate": torch.zeros(())})
+    logits = trainer.logits(judged)
+    _calibrate(trainer, logits.reshape(-1, 1), judged.labels.reshape(-1, 1))
+    report = {
+        "epochs": epochs,
+        "deep_path": deep,
+        "gain_on_held_out_users": str(gain),
+        "validation": _list_figures(trainer, judged),
+    }
+    if len(dataset.test.user_rows):
+        chosen = np.sort(trainer.rng.permutation(len(dataset.test.user_rows))[: c.test_lists])
+        test = Targets(
+            dataset.test.user_rows[chosen], dataset.test.history_ends[chosen], dataset.test.item_rows[chosen]
+        )
+        report["test"] = _list_figures(trainer, lists_from_targets(dataset, test, candidates))
+    return report
+
+
+def _start_at_recall(trainer: RankerTrainer, lists: Lists, source_weights: tuple[float, ...]) -> None:
+    """Wide path = recall's fused score, on the scale of a log odds; so the first state has recall's order."""
+    _standardize_scores(trainer, lists)
+    if not isinstance(trainer.model, Ranker):
+        return
+    weights = np.asarray(source_weights, np.float32)
+    slope, bias = calibrate.fit_platt((lists.scores @ weights).reshape(-1), lists.labels[..., 0].reshape(-1))
+    model = trainer.model
+    with torch.no_grad():
+        model.wide.weight.copy_(slope * torch.from_numpy(weights) / model.score_scale)
+        model.wide.bias.fill_(bias + slope * float((torch.from_numpy(weights) * model.score_mean).sum()))
+
+
+def _sampled(lists: Lists, config: RankerTraining, rng: np.random.Generator) -> Lists:
+    """Of each list the positive, all uniform items and `list_negatives` of the recalled ones, drawn anew."""
+    key = rng.random(lists.item_rows.shape)
+    key[:, lists.item_rows.shape[1] - config.uniform_negatives :] -= 1
+    key = np.where(lists.item_rows > 0, key, 3.0)
+    key[lists.labels[..., 0] == 1] = -2
+    width = min(key.shape[1], config.list_negatives + config.uniform_negatives + 1)
+    columns = np.argpartition(key, width - 1, axis=1)[:, :width]
+    rows, labels = (
+        np.take_along_axis(lists.item_rows, columns, 1),
+        np.take_along_axis(lists.labels, columns[:, :, None], 1),
+    )
+    return Lists(
+        lists.user_rows,
+        lists.history_ends,
+        rows,
+        np.take_along_axis(lists.scores, columns[:, :, None], 1),
+        labels,
+    )
+
+
+def _ranks(trainer: RankerTrainer, lists: Lists) -> Array:
+    """Rank of each list's positive by the ranker, ties half; inf where it was not recalled."""
+    logits = np.where(lists.item_rows > 0, trainer.logits(lists)[..., 0], -np.inf)
+    positive = lists.labels[..., 0] == 1
+    return metrics.ranks_from_scores(logits, np.where(positive.any(1), positive.argmax(1), -1))
+
+
+def _recall_ranks(lists: Lists) -> Array:
+    """Rank of each list's positive in recall's own order; inf where it was not recalled."""
+    positive = lists.labels[..., 0] == 1
+    return np.where(positive.any(1), positive.argmax(1).astype(np.float64), metrics.MISSED)
+
+
+def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
+    """Figures of the one task over recall's candidates, and NDCG@10 of recall's order and of the ranker's."""
+    figures = _figures(trainer, trainer.logits(lists).reshape(-1, 1), lists.labels.reshape(-1, 1))
+    first, second = metrics.gains(_recall_ranks(lists), 10), metrics.gains(_ranks(trainer, lists), 10)
+    gain = paired_difference(first, second, lists.user_rows)
+    return {
+        **figures,
+        "ndcg@10": {"recall": float(first.mean()), "ranker": float(second.mean()), "gain": str(gain)},
+    }
+
+
+# --- both
+
+
+def _standardize_scores(trainer: RankerTrainer, lists: Lists) -> None:
+    """Mean 0 and variance 1 for each source's score over the training lists, inside the graph."""
+    seen = lists.scores[lists.item_rows > 0] * trainer.model.score_gate.numpy()
+    if isinstance(trainer.model, Ranker) and len(seen):
+        spread = seen.std(0)
+        trainer.model.score_mean.copy_(torch.from_numpy(seen.mean(0)))
+        trainer.model.score_scale.copy_(
+            torch.from_numpy(np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 1.0).astype(np.float32))
+        )
+
+
+def _calibrate(trainer: RankerTrainer, logits: Array, labels: Array) -> None:
+    """Fits and folds in the affine map of each task. logits and labels [E, T]."""
+    scale, bias = calibrate.fit(trainer.dataset.schema.tasks, logits, labels)
+    trainer.model.calibration_scale.copy_(torch.from_numpy(scale))
+    trainer.model.calibration_bias.copy_(torch.from_numpy(bias))
+
+
+def _figures(trainer: RankerTrainer, logits: Array, labels: Array) -> dict[str, Any]:
+    """Per task: AUC, ECE and log loss (binary) or RMSE (regression) of calibrated outputs. logits and labels
+    [E, T]."""
+    with torch.no_grad():
+        outputs = trainer.model.probabilities(torch.from_numpy(logits)).numpy()
+    return {
+        task.name: task_figures(task, labels[:, t], outputs[:, t])
+        for t, task in enumerate(trainer.dataset.schema.tasks)
+    }
+
+
+def task_figures(task: Task, labels: Array, outputs: Array) -> dict[str, float]:
+    """Figures of one task. labels [E] (NaN = not defined), outputs [E]: calibrated probabilities or
+    numbers."""
+    if task.kind == "regression":
+        return {"rmse": metrics.rmse(labels, outputs)}
+    return {
+        "auc": metrics.auc(labels, outputs),
+        "ece": metrics.ece(labels, outputs),
+        "log_loss": metrics.log_loss(labels, outputs),
+    }
