@@ -63,9 +63,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
 
 def open_recall(inputs: Inputs, dataset: Dataset) -> tuple[OfflineRecall, Array]:
     """Opens what this stage wrote: recall for any user at any time, and item_embeddings [I + 1, D] float32."""
-    item_embeddings = np.load(
-        inputs["index"] / "item_embeddings.npy", mmap_mode="c"
-    )  # private: torch wants it writable
+    path = inputs["index"] / "item_embeddings.npy"
+    item_embeddings = np.load(path, mmap_mode="c")  # private and writable, as torch wants it
     encoders = open_encoders(inputs["encoders"], dataset.schema)
     encode_users = UserEncoding(encoders, dataset, item_embeddings)
     return OfflineRecall(dataset, inputs["index"], encode_users), item_embeddings

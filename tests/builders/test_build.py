@@ -252,17 +252,17 @@ def test_unchanged_stages_are_skipped_and_the_release_is_the_same(warm):
 
 def test_a_changed_option_or_file_runs_its_stage_and_those_behind_it(warm, tmp_path):
     """Keys only: what each stage would do is replaced by nothing."""
-    from builders.stages import Stages
+    from builders.stages import Stage, Stages
 
     ran: list[str] = []
 
     def stages(options: dict[str, object]) -> list[str]:
         ran.clear()
         each = Stages(tmp_path, Console(file=io.StringIO()))
-        data = each.run("data", lambda *to: ran.append("data"), options.get("data"))
-        encoders = each.run("encoders", lambda *to: ran.append("encoders"), options.get("encoders"), (data,))
-        index = each.run("index", lambda *to: ran.append("index"), None, (encoders,))
-        each.run("repository", lambda *to: ran.append("repository"), None, (index,), always=True)
+        each.run(Stage("data", lambda *to: ran.append("data"), options.get("data")))
+        each.run(Stage("encoders", lambda *to: ran.append("encoders"), options.get("encoders"), ("data",)))
+        each.run(Stage("index", lambda *to: ran.append("index"), None, ("encoders",)))
+        each.run(Stage("repository", lambda *to: ran.append("repository"), None, ("index",), always=True))
         return list(ran)
 
     assert stages({}) == ["data", "encoders", "index", "repository"]
@@ -273,17 +273,18 @@ def test_a_changed_option_or_file_runs_its_stage_and_those_behind_it(warm, tmp_p
 
 
 def test_a_stage_that_fails_leaves_nothing_to_be_taken_for_done(tmp_path):
-    from builders.stages import Stages
+    from builders.stages import Stage, Stages
 
-    def fail(folder: Path, report: object) -> None:
+    def fail(inputs: object, options: object, folder: Path, progress: object) -> None:
         (folder / "half").touch()
         raise InvalidInput("no")
 
     for _ in range(2):
         with pytest.raises(InvalidInput):
-            Stages(tmp_path, Console(file=io.StringIO())).run("data", fail, None)
-    assert Stages(tmp_path, Console(file=io.StringIO())).run("data", lambda *to: None, None).skipped is False
-    assert len(list(tmp_path.iterdir())) == 1
+            Stages(tmp_path, Console(file=io.StringIO())).run(Stage("data", fail))
+    done = Stages(tmp_path, Console(file=io.StringIO())).run(Stage("data", lambda *to: None))
+    assert done.skipped is False
+    assert [path.name for path in tmp_path.iterdir()] == [done.folder.name]
 
 
 # --- one's own models
