@@ -156,7 +156,9 @@ def _file(sources: Path, module: str) -> Path | None:
 
 
 def _modules_of(sources: Path, package: str) -> list[str]:
-    """Gives the names of a package and of all modules in it, in sub-packages too."""
+    """Gives the names of a package and of all modules in it, in sub-packages too; none for no package."""
+    if not package:
+        return []
     folder = sources.joinpath(*package.split("."))
     inside = [path.relative_to(sources).with_suffix("").parts for path in sorted(folder.rglob("*.py"))]
     return [package, *(".".join(parts).removesuffix(".__init__") for parts in inside)]

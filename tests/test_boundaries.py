@@ -415,3 +415,53 @@ def test_moving_a_steps_file_makes_no_release_another_contract(tiny_release, mon
         contract, "recommend", lambda schema: dataclasses.replace(moved, models=moved.models[:2], outputs=())
     )
     assert contract.fingerprint(schema) != before
+
+
+# --- the offline path
+
+
+STAGES = ["shop", "data", "encoders", "index", "ranker", "export", "compress", "verify", "publish"]
+
+
+def test_no_stage_imports_a_later_stage():
+    """What two stages share lies in the earlier one, or at the root of builders/."""
+
+    def place(module: str) -> int:
+        room = module.split(".")[1] if module.count(".") else ""
+        return STAGES.index(room) if module.startswith("builders.") and room in STAGES else -1
+
+    later = [
+        (module, other)
+        for module, others in import_graph().items()
+        for other in others
+        if 0 <= place(module) < place(other)
+    ]
+    assert later == []
+
+
+def test_no_stage_reads_what_a_later_one_wrote(tmp_path):
+    """As the table of build.py says, with and without compression."""
+    from builders.build import BuildOptions, table
+    from builders.compress.recipe import read_recipe
+    from builders.presets import preset
+
+    for recipe in ("none", "small"):
+        before = {"shop"}
+        options = BuildOptions(tmp_path, tmp_path, preset("tiny"), recipe=read_recipe(recipe))
+        for stage in table(options):
+            assert set(stage.reads) <= before, stage.name
+            before.add(stage.name)
+        assert ("compress" in before) == (recipe != "none")
+
+
+def test_only_activating_a_built_release_needs_the_clients():
+    """`peregrine build --activate` does what `peregrine release activate` does."""
+    users = [
+        (str(path.relative_to(ROOT)), ast.unparse(node))
+        for path, tree in sources("builders")
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        and any(name.split(".")[0] == "clients" for name in imported(node))
+    ]
+    line = "from clients.operations.releases import activate as activate_release"
+    assert users == [("builders/cli/build.py", line)]

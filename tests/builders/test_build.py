@@ -287,6 +287,27 @@ def test_a_stage_that_fails_leaves_nothing_to_be_taken_for_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [done.folder.name]
 
 
+def test_two_builds_at_once_run_each_stage_once_and_make_two_releases(small_shop, tmp_path):
+    command = [sys.executable, "-m", "peregrine", "build", str(small_shop), "--preset", "tiny", "--json"]
+    command += ["--repository", str(tmp_path / "repository")]
+    builds = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    results = []
+    for process in builds:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-2000:]
+        results.append(json.loads(out))
+    assert {result["release"] for result in results} == {"r1", "r2"}
+    skipped = [{s["stage"]: s["skipped"] for s in result["stages"]} for result in results]
+    assert [sum(one[name] for one in skipped) for name in ALL] == [1] * len(ALL)
+    for name in ("r1", "r2"):
+        open_release(tmp_path / "repository", name).verify()
+
+
 # --- one's own models
 
 

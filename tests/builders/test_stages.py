@@ -140,7 +140,7 @@ def test_many_builds_at_once_run_a_stage_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(log.read_text().split()) == 1
+    assert len(log.read_text().splitlines()) == 1
 
 
 def test_a_build_whose_companion_fails_runs_the_stage_itself(tmp_path):
