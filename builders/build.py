@@ -80,13 +80,15 @@ def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
 
 
 def uncompressed(options: BuildOptions, console: Console) -> Source:
-    """Opens what `compress` starts from, out of the finished stages of the same build; missing ones are run."""
+    """Opens what `compress` starts from, out of the finished stages of the same build; missing ones are
+    run."""
     stages = _run(options, console, upto="export")
     return open_source({name: folder for name, (_, folder) in stages.given.items()})
 
 
 def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
-    """Runs the stages up to the one called `upto`; a wrong own model is refused before anything is trained."""
+    """Runs the stages up to the one called `upto`; a wrong own model is refused before anything is
+    trained."""
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.preset.threads or torch.get_num_threads())
     root = stages_folder(options.repository, options.shop)

@@ -17,7 +17,8 @@ Inputs = Mapping[str, Path]  # what a stage reads: the folders of finished stage
 
 @contextmanager
 def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Makes a temporary folder beside `out` that takes its name when the block ends, and goes if the block raises.
+    """Makes a temporary folder beside `out` that takes its name when the block ends, and goes if the block
+    raises.
 
     A killed process leaves `out` as it was, and a hidden .NAME.partial-PID that the next call sweeps.
     """
@@ -48,7 +49,8 @@ def _sweep(out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes a hard link where the file system allows it, else a copy; unlink a linked file before changing it."""
+    """Makes a hard link where the file system allows it, else a copy; unlink a linked file before changing
+    it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

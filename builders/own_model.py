@@ -56,7 +56,8 @@ def import_own(source: str) -> ModuleType:
 
 
 def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
-    """Loads `source`, "module:Class": Class(schema) must be a module that takes and gives the contract's tensors.
+    """Loads `source`, "module:Class": Class(schema) must be a module that takes and gives the contract's
+    tensors.
 
     InvalidInput names the option, what was wanted and what came.
     """

@@ -160,7 +160,8 @@ def test_tensorrt_is_spoken_to_in_two_files_only():
 
 
 def test_ensemble_loads_nothing_of_the_offline_path():
-    steps = "import ensemble.local, ensemble.steps.features, ensemble.steps.recall, ensemble.steps.reranking, ensemble.release.release, ensemble.server.supervisor"
+    steps = "import ensemble.local, ensemble.steps.features, ensemble.steps.recall, ensemble.steps.reranking"
+    steps += "; import ensemble.release.release, ensemble.server.supervisor"
     steps += "; import ensemble.engines.onnx, ensemble.engines.tensorrt"
     assert not {name.partition(".")[0] for name in modules_after(steps)} & OFFLINE
 

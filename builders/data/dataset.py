@@ -135,7 +135,8 @@ def _leaves(part: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def training_histories(dataset: Dataset) -> tuple[Array, Array]:
-    """Gives the part of every history that may be trained on: (offsets [U + 2] int64, item_rows [P] int64)."""
+    """Gives the part of every history that may be trained on: (offsets [U + 2] int64, item_rows [P]
+    int64)."""
     histories = dataset.histories
     lengths = np.maximum(dataset.train_ends - histories.offsets[:-1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -1,4 +1,5 @@
-"""Stage `data`: turns a shop's files into one Dataset: ids, packed features, histories, splits, impressions."""
+"""Stage `data`: turns a shop's files into one Dataset: ids, packed features, histories, splits,
+impressions."""
 
 from __future__ import annotations
 

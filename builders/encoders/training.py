@@ -195,10 +195,18 @@ class _Trainer:
 
 
 def train_encoders(
-    sequences: Sequences, item_codes: Array, item_values: Array, user_codes: Array, user_values: Array, *,
-    config: EncoderConfig, seed: int = 0, validation: Validation | None = None, user_encoder: nn.Module | None = None,
+    sequences: Sequences,
+    item_codes: Array,
+    item_values: Array,
+    user_codes: Array,
+    user_values: Array,
+    *,
+    config: EncoderConfig,
+    seed: int = 0,
+    validation: Validation | None = None,
+    user_encoder: nn.Module | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
-) -> EncoderCheckpoint:  # fmt: skip
+) -> EncoderCheckpoint:
     """Both encoders, at the epoch of the best validation NDCG@10 (without validation: the last).
 
     sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features

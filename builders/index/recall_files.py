@@ -67,8 +67,8 @@ def build_index(
 
 
 def write_vectors(embeddings: Array, kind: IndexKind, folder: Path) -> None:
-    """vectors.npy: item embeddings [I + 1, D] as an index of the kind is refined with; nothing for an index that
-    needs none."""
+    """vectors.npy: item embeddings [I + 1, D] as an index of the kind is refined with; nothing for an index
+    that needs none."""
     if kind.refined:
         num_items, dim = len(embeddings) - 1, embeddings.shape[1]
         pack_vectors(
@@ -88,7 +88,8 @@ def write_recall(
     seed: int = 0,
     budget_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes into `folder` all that Recall opens beside the data stage's files, which are linked there before.
+    """Writes into `folder` all that Recall opens beside the data stage's files, which are linked there
+    before.
 
     user_embeddings [Q, M, D] are those of dataset.validation, in its order. Only the training part of the
     histories is learned from. Returns the index's table of tried settings.

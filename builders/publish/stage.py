@@ -1,4 +1,5 @@
-"""Stage `repository`: brings a finished release into the repository whole, or not at all, whenever it is killed."""
+"""Stage `repository`: brings a finished release into the repository whole, or not at all, whenever it is
+killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Saves a trained ranker in a folder, arrays as .npy and weights as .npz (never pickle), and reads it back."""
+"""Saves a trained ranker in a folder, arrays as .npy and weights as .npz (never pickle), and reads it
+back."""
 
 from __future__ import annotations
 

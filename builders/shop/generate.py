@@ -139,7 +139,7 @@ def _joined(*parts: pa.Array) -> pa.Array:
 
 
 SHOP_TOML = """\
-# A generated beauty shop. Every key is explained in builders/shop/shop_toml.py and by `peregrine shop --help`.
+# A generated beauty shop. builders/shop/shop_toml.py and `peregrine shop --help` explain every key.
 name = "generated beauty"
 split = "time"  # the last tenth of the clock tests, the tenth before it validates
 

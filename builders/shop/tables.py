@@ -131,7 +131,8 @@ def ids_from_column(column: Column) -> tuple[Array, Array]:
 
 
 def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
-    """Raises InvalidInput for the first of the distinct ids `texts` [K] that is none; row i has texts[index[i]]."""
+    """Raises InvalidInput for the first of the distinct ids `texts` [K] that is none; row i has
+    texts[index[i]]."""
     length = _numpy(pc.binary_length(texts))
     bad = (length == 0) | (length > MAX_ID_BYTES) | (_numpy(pc.find_substring(texts, b"\x00")) >= 0)
     which = first_true(bad)

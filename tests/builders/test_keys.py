@@ -142,7 +142,8 @@ def test_imports_are_followed_wherever_they_stand_but_for_those_of_types(tmp_pat
 
 
 def test_what_a_stage_imports_when_it_is_imported_is_its_code():
-    """Held against Python itself: every module of ours that importing the stages loads is in their closure."""
+    """Held against Python itself: every module of ours that importing the stages loads is in their
+    closure."""
     for stage in STAGES:
         code = f"import sys, builders.{stage}.stage; print(*sys.modules)"
         loaded = subprocess.run(

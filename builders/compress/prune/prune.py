@@ -4,8 +4,8 @@ What each does to speed, plainly:
 - `magnitude`: nothing. A dense engine (ONNX Runtime, TensorRT) multiplies by zero as slowly as by any other
   number. It makes the file smaller once it is packed, and shows how much of a model is idle.
 - `two_four`: nothing on a CPU; on GPUs with sparse tensor cores (SM 8.0 and later) up to twice the matrix
-  throughput, and only in an engine that was compiled with the sparsity flag, for layers large enough to be bound
-  by arithmetic.
+  throughput, and only in an engine that was compiled with the sparsity flag, for layers large enough to be
+  bound by arithmetic.
 - `structured`: as much as the multiplications it takes out, on every engine: what is left is a smaller dense
   model.
 

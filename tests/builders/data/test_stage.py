@@ -11,7 +11,12 @@ from builders.data.splits import history_ends
 from builders.data.stage import load_dataset
 
 NOW_S = 1_000_000_000.0
-ITEMS = "item_id,title,brand,tags,price,look\n7,Velvet Lip-Stick,A,x|y,1,1 2\n8,Été noir,,y|,,\n9,serum,B,,3,3 4\n10,other serum,A,z|y|x,5,5 6\n"
+ITEMS = """item_id,title,brand,tags,price,look
+7,Velvet Lip-Stick,A,x|y,1,1 2
+8,Été noir,,y|,,
+9,serum,B,,3,3 4
+10,other serum,A,z|y|x,5,5 6
+"""
 SHOP = """\
 name = "tiny"
 split = "SPLIT"

@@ -89,8 +89,10 @@ def test_both_encoders_export_to_onnx_with_the_contracts_names(tmp_path):
     ort = pytest.importorskip("onnxruntime")
     items = ItemEncoder(dim=DIM, num_codes=9, code_slices=((0, 2), (2, 3))).eval()
     item_feed = {
-        "item_id_embedding": torch.randn(3, DIM), "item_codes": torch.randint(0, 9, (3, 3), dtype=torch.int32), "item_values": torch.zeros(3, 1)
-    }  # fmt: skip
+        "item_id_embedding": torch.randn(3, DIM),
+        "item_codes": torch.randint(0, 9, (3, 3), dtype=torch.int32),
+        "item_values": torch.zeros(3, 1),
+    }
     user_feed = dict(
         zip(["history_embeddings", "history_mask", "user_codes", "user_values"], feed(3, 12), strict=True)
     )

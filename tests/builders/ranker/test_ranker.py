@@ -104,10 +104,23 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
     )
     ids = np.array([f"{n:04d}".encode() for n in range(max(NUM_USERS, NUM_ITEMS))])
     return Dataset(
-        schema, ids[:NUM_ITEMS], ids[:NUM_USERS], np.full(NUM_ITEMS + 1, b"t"), item_codes, np.zeros((NUM_ITEMS + 1, 1), np.float32), user_codes,
-        np.zeros((NUM_USERS + 1, 1), np.float32), {"items": {}, "users": {}}, histories, offsets[1:], targets, targets, *parts,
-        np.full((NUM_ITEMS + 1, 1), np.nan, np.float32), [],
-    )  # fmt: skip
+        schema,
+        ids[:NUM_ITEMS],
+        ids[:NUM_USERS],
+        np.full(NUM_ITEMS + 1, b"t"),
+        item_codes,
+        np.zeros((NUM_ITEMS + 1, 1), np.float32),
+        user_codes,
+        np.zeros((NUM_USERS + 1, 1), np.float32),
+        {"items": {}, "users": {}},
+        histories,
+        offsets[1:],
+        targets,
+        targets,
+        *parts,
+        np.full((NUM_ITEMS + 1, 1), np.nan, np.float32),
+        [],
+    )
 
 
 def _embeddings(seed=0):
@@ -182,9 +195,16 @@ def test_onnx_export_gives_what_torch_gives_for_any_batch(tmp_path):
     batch = torch.export.Dim("B", min=1, max=64)
     path = tmp_path / "model.onnx"
     torch.onnx.export(
-        ranker, tuple(feeds.values()), str(path), dynamo=True, external_data=False, verbose=False,
-        input_names=list(feeds), output_names=["candidate_probabilities"], dynamic_shapes={name: {0: batch} for name in feeds},
-    )  # fmt: skip
+        ranker,
+        tuple(feeds.values()),
+        str(path),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        input_names=list(feeds),
+        output_names=["candidate_probabilities"],
+        dynamic_shapes={name: {0: batch} for name in feeds},
+    )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for num_users in (1, 5):
         feeds = _feeds(num_users, rng)

@@ -138,7 +138,8 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path: Path) -> None:
 
 def test_a_killed_generate_leaves_nothing_under_its_name(tmp_path: Path) -> None:
     out = tmp_path / "shop"
-    program = f"import pathlib, builders.shop.generate as g; g.generate_shop(pathlib.Path({str(out)!r}), items=5000, events=400_000, images=True)"
+    program = "import pathlib, builders.shop.generate as g; "
+    program += f"g.generate_shop(pathlib.Path({str(out)!r}), items=5000, events=400_000, images=True)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
