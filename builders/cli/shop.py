@@ -43,8 +43,8 @@ Add what you have:
     given = "ctr"                 # defined only where ctr happened
 
 \b
-With one row per event, [interactions] gets event = "<column>" and, if showing is an event, impression = "view".
-history = "ctr" | ["click", "buy"] | "all" says which rows are a history. All keys: builders/shop/shop_toml.py.
+With one row per event, [interactions] gets event = "<column>" and, if showing is one, impression = "view".
+history = "ctr" | ["click", "buy"] | "all" make a history. All keys: builders/shop/shop_toml.py.
 """,
 )
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
@@ -112,7 +112,7 @@ def import_(
     """Turn known data formats into a shop.
 
     \b
-    sequences  lines "user item item …", oldest first; NAME_items.tsv (item_id, title), NAME_item2attributes.json
+    sequences  lines "user item item …", in order; NAME_items.tsv (item_id, title), NAME_item2attributes.json
                are read where they lie beside. One task, interact; the last item of each user tests.
     recbole    atomic files: NAME.inter, and NAME.item, NAME.user where there are any
     movielens  the unpacked folder: ml-100k, ml-1m, ml-20m, ml-latest… A rating of 4 or more is a like.
