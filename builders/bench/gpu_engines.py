@@ -24,6 +24,7 @@ from builders.compile.stage import TOLERANCES, Request, Toolchain, engine_key, r
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import PRECISIONS, choices, quantize
+from ensemble.arrays import Tensors
 from ensemble.engines import open_engine
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, ranges
@@ -38,7 +39,7 @@ PEAK_FLOPS, PEAK_BYTES = (
     4.3e12,
 )
 _REPEATS, _COPIED_BATCH = 50, 64
-Feeds = dict[str, np.ndarray]
+Feeds = Tensors
 
 
 @dataclass(frozen=True)

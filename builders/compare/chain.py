@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from builders.progress import Progress
+from ensemble.arrays import Array
 from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 from ensemble.steps.served import open_served
@@ -70,7 +71,7 @@ def compare_chain(
     return rows
 
 
-def _timed(twin: LocalPipeline, user_id: np.ndarray) -> dict[str, float]:
+def _timed(twin: LocalPipeline, user_id: Array) -> dict[str, float]:
     """Gives the CPU seconds of each step on one batch of users [B, 1]."""
     known, options, spent = {"user_id": user_id}, default_options(len(user_id)), {}
     for model in twin.spec.models:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from builders.publish.triton_config import config_text, tensorrt_config
+from ensemble.arrays import Tensors
 from ensemble.engines.plans import FORMAT, MANIFEST, PLAN_FILE, read_plan
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.files import file_sha256, sync_folder, write_durably
@@ -37,7 +38,7 @@ def write_plan(
     release: Release,
     model: ModelSpec,
     plan: bytes,
-    feeds: dict[str, np.ndarray],
+    feeds: Tensors,
     facts: dict[str, Any],
 ) -> Path:
     """Writes the member folder that Triton mounts, and a manifest to open it by; gives the plan's path."""

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
+from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
 _NAMES = {
@@ -81,7 +82,7 @@ def is_sparse(model: onnx.ModelProto) -> bool:
     )
 
 
-def _is_two_of_four(weight: np.ndarray) -> bool:
+def _is_two_of_four(weight: Array) -> bool:
     if weight.dtype.kind not in "fi" or min(weight.shape) < _SPARSE_FROM:
         return False
     ways = (w for w in (weight, weight.T) if w.shape[1] % 4 == 0)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ensemble.arrays import Tensors
 from ensemble.errors import ReleaseError
 from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
 
-Feeds = dict[str, np.ndarray]
+Feeds = Tensors  # {input: [B, …]}
 
 
 def real_feeds(release: ServedRelease, models: Sequence[ModelSpec], users: int = 0) -> dict[str, Feeds]:

@@ -27,6 +27,7 @@ from builders.compile.graph import is_sparse, precision, read_model, to_old_opse
 from builders.compile.samples import real_feeds
 from builders.progress import Progress
 from ensemble import contract
+from ensemble.arrays import Array, Tensors
 from ensemble.engines import Engine, check_signature
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import (
@@ -122,7 +123,7 @@ def engine_models(release: ServedRelease) -> list[ModelSpec]:
 
 
 def _compile_model(
-    release: ServedRelease, model: ModelSpec, feeds: dict[str, np.ndarray], tools: Toolchain, portable: bool
+    release: ServedRelease, model: ModelSpec, feeds: Tensors, tools: Toolchain, portable: bool
 ) -> Compiled:
     source = source_onnx(release, model.name)
     data = source.read_bytes()
@@ -178,7 +179,7 @@ def timing_cache(repository: Path, node: Node) -> Path:
 
 
 def _check_plan(
-    path: Path, model: ModelSpec, source: Path, feeds: dict[str, np.ndarray], types: str, tools: Toolchain
+    path: Path, model: ModelSpec, source: Path, feeds: Tensors, types: str, tools: Toolchain
 ) -> float:
     """Runs the plan and onnxruntime on the same real feeds; ReleaseError if tensors differ from the
     contract's or numbers too much."""
@@ -195,7 +196,7 @@ def _check_plan(
     return error
 
 
-def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+def relative_error(found: Array, wanted: Array) -> float:
     """Gives the largest difference, relative to the largest wanted value; NaN stays NaN.
 
     Values near 0 have no scale of their own.

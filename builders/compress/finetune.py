@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from builders.progress import Progress
+from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 Feeds = dict[str, Tensor]
@@ -109,7 +110,7 @@ def inputs_of(module: nn.Module, feeds: Feeds) -> Feeds:
 
 
 def batches_from_feeds(
-    feeds: Mapping[str, np.ndarray], batch: int, shared: Mapping[str, np.ndarray] | None = None
+    feeds: Mapping[str, Array], batch: int, shared: Mapping[str, Array] | None = None
 ) -> Batches:
     """Batches of `batch` users drawn from arrays whose first axis is users; `shared` arrays go into every
     batch whole."""
