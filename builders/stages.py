@@ -32,7 +32,6 @@ from builders.keys import SOURCES, code_digest, library_versions
 from builders.progress import Progress
 from ensemble.errors import ReleaseError
 
-Report = Progress  # the old name, until nobody imports it
 _KEPT = 3  # finished folders kept of each stage
 
 
