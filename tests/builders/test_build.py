@@ -288,11 +288,13 @@ def test_a_stage_that_fails_leaves_nothing_to_be_taken_for_done(tmp_path):
 
 
 def test_two_builds_at_once_run_each_stage_once_and_make_two_releases(small_shop, tmp_path):
+    light_models.write_light_models(tmp_path)
     command = [sys.executable, "-m", "peregrine", "build", str(small_shop), "--preset", "tiny", "--json"]
-    command += ["--repository", str(tmp_path / "repository")]
+    command += ["--repository", str(tmp_path / "repository"), *light_models.OPTIONS]
+    environment = one_thread(PYTHONPATH=str(ROOT))
     builds = [
         subprocess.Popen(
-            command, cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]
