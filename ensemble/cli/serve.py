@@ -102,7 +102,7 @@ def serve(
 
 def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
     """Serves and prints the greeting; returns only if the server ends by itself."""
-    from ensemble.live.service import service_process
+    from ensemble.live.keeper import service_process
     from ensemble.server import supervisor
 
     started = time.monotonic()

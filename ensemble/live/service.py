@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
 from ensemble.live.instances import sequences
+from ensemble.live.merge_process import MergeProcess
 from ensemble.live.requests import Pending, groups
 from ensemble.live.writer import ItemWriter
 from ensemble.release.files import try_flock, write_durably
@@ -37,8 +36,8 @@ from ensemble.release.release import active_release, open_release
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
-_IDLE_ONLY_S = 60.0  # how long a merge gets nothing but idle time
 _MAX_LINE = 64 << 20
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
 _MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
 
 
@@ -56,8 +55,8 @@ class ItemService:
         self._pending: queue.Queue[Pending | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
-        self._merging: tuple[subprocess.Popen[str], int] | None = None
-        self._idle_until = math.inf
+        self._merging: MergeProcess | None = None
+        self._merge_pause_s, self._no_merge_before_s = 0.0, 0.0  # after failures
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
         # 0700; a repository's path may be too long for a socket
         self._home = tempfile.TemporaryDirectory(prefix=_HOME)
@@ -85,9 +84,7 @@ class ItemService:
         self._pending.put(None)
         if self._thread.is_alive():
             self._thread.join()
-        if self._merging is not None:
-            self._merging[0].kill()
-            self._merging[0].wait()
+        self._drop_merge()
         if self._writer is not None:
             self._writer.close()
         self._home.cleanup()
@@ -142,7 +139,7 @@ class ItemService:
         """Is the writing thread: makes requests into groups and answers them."""
         try:
             self._opened()  # so that instances have a folder to say in how far they are
-        except PeregrineError as error:
+        except Exception as error:  # whoever asks next is told; the thread goes on
             self.log(f"items: {error}")
         while True:
             with contextlib.suppress(queue.Empty):
@@ -201,6 +198,7 @@ class ItemService:
                 f"{self.repository} has no active release", "`peregrine release activate NAME` makes one"
             )
         if self._writer is None or self._writer.release.name != name:
+            self._drop_merge()  # it is of the release that was active before
             if self._writer is not None:
                 self._writer.close()
             self._writer = None
@@ -209,61 +207,44 @@ class ItemService:
         return self._writer
 
     def _care(self) -> None:
-        """Begins a merge when it is time, and turns to one that is done."""
+        """Begins a merge when it is time, and turns to one that is done; whatever goes wrong, the writer goes
+        on."""
         try:
             if self._merging is not None:
-                self._end_merge()
-            elif self._writer is not None and self._facts(self._writer)["unmerged"] >= self.merge_at:
+                self._end_merge(self._merging)
+            elif self._writer is not None and self._is_due(self._writer):
                 self._start_merge()
-        except PeregrineError as error:
-            self.log(f"items: {error}")
+        except Exception as error:
+            self._drop_merge()
+            self._merge_pause_s = min(2 * self._merge_pause_s or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+            self._no_merge_before_s = time.monotonic() + self._merge_pause_s
+            reason = str(error) if isinstance(error, PeregrineError) else repr(error)
+            self.log(f"items: {reason}; it is tried again in {self._merge_pause_s:.0f} s")
+
+    def _is_due(self, writer: ItemWriter) -> bool:
+        """Says whether so much lies beside the main index that a merge should begin."""
+        waits = time.monotonic() < self._no_merge_before_s
+        return not waits and self._facts(writer)["unmerged"] >= self.merge_at
 
     def _start_merge(self) -> None:
-        """Starts the process that merges, unless one runs."""
+        """Starts merging, unless it is being done."""
         if self._merging is None:
-            self._merging = self._merge_process(), self._opened().sequence
-            # A niced one would be let finish its slices of 8 ms.
-            os.sched_setscheduler(self._merging[0].pid, os.SCHED_IDLE, os.sched_param(0))
-            self._idle_until = time.monotonic() + _IDLE_ONLY_S
+            self._merging = MergeProcess(self._opened())
 
-    def _merge_process(self) -> subprocess.Popen[str]:
-        """Starts merging all changes up to now."""
-        writer = self._opened()
-        arguments = (str(self.repository), writer.release.name, str(writer.sequence))
-        return _python(
-            "ensemble.live.merge", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def _end_merge(self, merging: MergeProcess) -> None:
+        """Turns the merge's writer to the new generation if it is there."""
+        generation = merging.generation()
+        if generation is not None:
+            self._merging = None
+            merging.writer.turn_to(generation, merging.sequence)
+            self._merge_pause_s = 0.0
+            self.log(f"items: generation {generation} holds all changes up to {merging.sequence}")
 
-    def _hurry_merge(self, process: subprocess.Popen[str]) -> None:
-        """Gives a merge a share of a busy machine's time: without idle time it would never end, and what is
-        searched beside the index would grow."""
-        self._idle_until = math.inf
-        try:
-            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-            os.sched_setscheduler(process.pid, os.SCHED_OTHER, os.sched_param(0))
-        except PermissionError:
-            # Only with CAP_SYS_NICE may one take a process out of SCHED_IDLE; others begin again outside.
-            process.kill()
-            process.communicate()
-            self._merging = None  # before a new one is tried, which may be refused
-            self._merging = self._merge_process(), self._opened().sequence
-            os.setpriority(os.PRIO_PROCESS, self._merging[0].pid, 19)
-
-    def _end_merge(self) -> None:
-        """Turns to the new generation if the merging process has ended; hurries one that takes long."""
-        assert self._merging is not None
-        process, merged = self._merging
-        if process.poll() is None:
-            if time.monotonic() > self._idle_until:
-                self._hurry_merge(process)
-            return
-        self._merging = None
-        number, complaint = process.communicate()
-        if process.returncode != 0 or self._writer is None:
-            self.log(f"items: merging failed, and is tried again: {complaint.strip()[-300:]}")
-            return
-        self._writer.turn_to(int(number), merged)
-        self.log(f"items: generation {number.strip()} holds all changes up to {merged}")
+    def _drop_merge(self) -> None:
+        """Ends a merge that nobody waits for any more."""
+        if self._merging is not None:
+            self._merging.stop()
+            self._merging = None
 
 
 def _remove_socket_of_the_killed(writer_file: Path) -> None:
@@ -276,34 +257,6 @@ def _remove_socket_of_the_killed(writer_file: Path) -> None:
         home = Path(json.loads(writer_file.read_text())["socket"]).parent
         if home.name.startswith(_HOME):
             shutil.rmtree(home)
-
-
-@contextlib.contextmanager
-def service_process(repository: Path, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Runs the writer's process while the block runs.
-
-    A repository that cannot be written to, or has a writer, gets none.
-    """
-    if not os.access(repository, os.W_OK):
-        log(f"items: {repository} cannot be written to, so items cannot be changed from here")
-        yield
-        return
-    process = _python("ensemble.live.service", str(repository), stdin=subprocess.PIPE)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _python(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
-    """Starts a module of ours as a process that imports what we do, on one thread: serving comes first."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 
 def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:

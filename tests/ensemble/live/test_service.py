@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,9 +22,15 @@ from shops import ROOT
 from clients.cli import items as items_cli
 from clients.errors import InvalidArgument, Unavailable
 from clients.items import ItemClient, read_changes
+from ensemble.live import merge_process
+from ensemble.live import service as service_module
 from ensemble.live.instances import InstanceFile, sequences
 from ensemble.live.items import LiveItems
+from ensemble.live.keeper import service_process
+from ensemble.live.merge_process import MergeProcess
 from ensemble.live.service import ItemService
+from ensemble.live.writer import ItemWriter
+from ensemble.release.files import file_sha256
 
 
 def test_dead_instances_do_not_hold_a_change_up(tmp_path):
@@ -194,45 +201,143 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
     assert client.parts == [changes[:2]]
 
 
-def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng):
+def sleeping(*_: str, **options: object) -> subprocess.Popen:
+    """Stands in for a merge that takes long."""
+    return subprocess.Popen(["sleep", "60"], **options)
+
+
+def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(merge_process, "module_process", sleeping)
+    merging = MergeProcess(ItemWriter(make_release(tmp_path, rng)))
+    assert merging.generation() is None
+    assert os.sched_getscheduler(merging._process.pid) == os.SCHED_IDLE
+    merging._idle_until_s = time.monotonic() - 1
+    assert merging.generation() is None
+    pid = merging._process.pid  # the same one, or, for an ordinary user, another
+    assert os.sched_getscheduler(pid) == os.SCHED_OTHER
+    assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    merging.stop()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def add_release(repository: Path, rng: np.random.Generator, name: str) -> None:
+    """Puts another release beside r1."""
+    from ensemble import contract
+
+    release = make_release(repository / "elsewhere", rng)
+    manifest = {"format": 1, "contract": contract.fingerprint(release.schema), "files": {}}
+    release.path.rename(repository / name)
+    manifest["files"] = {
+        str(path.relative_to(repository)): {"sha256": file_sha256(path)}
+        for path in (repository / name).iterdir()
+    }
+    (repository / name / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_merge_that_ends_after_an_activation_harms_no_release(tmp_path, rng, monkeypatch):
+    """Its changes are one release's: they are not the next one's, whose own changes stay."""
     active(make_release(tmp_path, rng))
-    service = ItemService(tmp_path, lambda line: None)
-    process = subprocess.Popen(["sleep", "60"])
-    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-    service._merging, service._idle_until = (process, 0), time.monotonic() + 60
-    service._end_merge()
-    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
-    service._idle_until = time.monotonic() - 1
-    service._end_merge()
-    process, _ = service._merging  # the same one, or, for an ordinary user, another
-    assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
-    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    add_release(tmp_path, rng, "r2")
+    log: list[str] = []
+    service = ItemService(tmp_path, log.append)
+    client = started(service)
+    client.delete("i00001", "i00002")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_process, "module_process", sleeping)
+        client.merge()
+        merging = service._merging
+        assert merging is not None
+    (tmp_path / "recommend" / "config.pbtxt").write_text('model_name: "r2_recommend"')
+    client.delete("i00003", "i00004", "i00005")
+    assert service._merging is None
+    assert not Path(f"/proc/{merging._process.pid}").exists(), "the other release's merge is given up"
+    client.merge()
+    wait_until(lambda: service._merging is None)
+    status = client.status()
+    assert (status.release, status.generation, status.unmerged) == ("r2", 1, 0)
     service.stop()
+    for name, deleted in (("r1", 2), ("r2", 3)):
+        assert LiveItems(RandomRelease(tmp_path, name, {})).view.num_deleted == deleted, log
+
+
+def started(service: ItemService) -> ItemClient:
+    """Runs the service in a thread; gives a client of it."""
+    threading.Thread(target=service.run, daemon=True).start()
+    wait_until((service.folder / "writer.json").exists)
+    return ItemClient(service.repository, wait_s=0)
+
+
+def wait_until(holds, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_whatever_a_merge_raises_the_writer_goes_on(tmp_path, rng, monkeypatch):
+    active(make_release(tmp_path, rng))
+    log: list[str] = []
+    service = ItemService(tmp_path, log.append, merge_at=0)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("not by this user")
+
+    monkeypatch.setattr(service_module, "MergeProcess", refused)
+    client = started(service)
+    client.delete("i00001")
+    wait_until(lambda: log)
+    client.delete("i00003")
+    assert client.status().sequence >= 2
+    assert "not by this user" in log[0]
+    assert "tried again in 2 s" in log[0]
+    assert len(log) < 3, "not at every turn"
+    service.stop()
+
+
+def test_a_writer_that_is_killed_is_replaced_and_said(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    log: list[str] = []
+
+    def writer_pid() -> int:
+        path = tmp_path / ".live" / "writer.json"
+        return json.loads(path.read_text())["pid"] if path.exists() else 0
+
+    with service_process(tmp_path, log.append):
+        wait_until(writer_pid)
+        first = writer_pid()
+        ItemClient(tmp_path, wait_s=0).delete("i00001")
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: writer_pid() not in (0, first))
+        wait_until(lambda: log)
+        assert ItemClient(tmp_path, wait_s=0).status().sequence == 1, "what was acknowledged is there"
+        second = writer_pid()
+    assert "SIGKILL" in log[0]
+    assert not Path(f"/proc/{second}").exists()
 
 
 # What an ordinary user may do, tried by root as well: as `nobody` from the moment that all is imported.
 ORDINARY_USER = """\
 import mmap, os, subprocess, sys, time
 from pathlib import Path
-from ensemble.live import service as live
+from ensemble.live import merge_process
 from ensemble.live.service import ItemService
 
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-live._python = lambda *module, **options: subprocess.Popen(["sleep", "60"], **options)
+merge_process.module_process = lambda *module, **options: subprocess.Popen(["sleep", "60"], **options)
 service = ItemService(Path(sys.argv[1]), print)
 
 def merging():
-    process = service._merging[0]
+    process = service._merging._process
     return process.pid, os.sched_getscheduler(process.pid), os.getpriority(os.PRIO_PROCESS, process.pid)
 
 service._start_merge()
 first, policy, _ = merging()
 service._care()
 assert merging()[:2] == (first, os.SCHED_IDLE), merging()
-service._idle_until = time.monotonic() - 1
+service._merging._idle_until_s = time.monotonic() - 1
 service._care()
 second, policy, nice = merging()
 assert (policy, nice) == (os.SCHED_OTHER, 19), (policy, nice)
