@@ -32,7 +32,7 @@ _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 class Changed:
     """Says what became of a change."""
 
-    sequence: int  # number of the last change; an answer's `release` r1+42 has all up to 42
+    sequence: int  # number of the last change; an answer whose `sequence` is 42 has all up to 42
     done: bool  # every instance has it
     release: str
     instances: dict[str, int] = field(default_factory=dict)  # by instance: the last change that it has

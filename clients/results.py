@@ -23,8 +23,9 @@ class Recommendations:
     user_id: str
     items: tuple[Item, ...]
     degraded: Degraded  # what was missing while the list was made; 0 = nothing
-    release: str  # the release that answered
+    release: str  # the name of the release that answered
     latency_ms: float  # of the whole call, retry included, as this process saw it
+    sequence: int = 0  # number of the last change to items that the list knows; 0: none yet
 
     @property
     def item_ids(self) -> tuple[str, ...]:

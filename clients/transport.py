@@ -314,6 +314,7 @@ class FakeTransport:
             "tasks": [json.dumps(names).encode()] * len(users),
             "degraded": np.array([self._degraded(user) for user in users], np.int64),
             "release": [self._release.encode()] * len(users),
+            "sequence": np.zeros(len(users), np.int64),
         }
 
 

@@ -180,6 +180,7 @@ def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendati
     scores = np.asarray(answer["scores"]).reshape(num_users, depth).tolist()
     probabilities = np.asarray(answer["probabilities"]).reshape(num_users, depth, len(tasks)).tolist()
     degraded = np.asarray(answer["degraded"]).ravel().tolist()
+    sequences = np.asarray(answer["sequence"]).ravel().tolist()
     results = []
     for row, user in enumerate(call.user_ids):
         mine = ids[row * depth : (row + 1) * depth]
@@ -193,7 +194,12 @@ def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendati
         )
         results.append(
             Recommendations(
-                user.decode(), items, Degraded(degraded[row]), answer["release"][row].decode(), latency_ms
+                user.decode(),
+                items,
+                Degraded(degraded[row]),
+                answer["release"][row].decode(),
+                latency_ms,
+                sequences[row],
             )
         )
     return results

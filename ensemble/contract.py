@@ -98,7 +98,7 @@ RANKER_INPUTS = (
 )
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
-ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release")
+ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release", "sequence")
 
 
 def item_encoder(schema: Schema) -> ModelSpec:
@@ -229,7 +229,8 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
     ),
     ("tasks", "bytes", ("1",), "JSON array: the names of the last axis of probabilities"),
     ("degraded", "int64", ("1",), "bits of contract.Degraded"),
-    ("release", "bytes", ("1",), "the release that answered"),
+    ("release", "bytes", ("1",), "the name of the release that answered"),
+    ("sequence", "int64", ("1",), "number of the last change to items that this list knows; 0: none yet"),
     ("item_id_embedding", "float32", ("E",), "the item's id row; row 0 when it is new"),
     ("item_codes", "int32", ("items C",), "category and text features, 0 = nothing"),
     ("item_values", "float32", ("items R",), "number and vector features, standardized"),

@@ -170,6 +170,7 @@ def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str,
     return {
         "user_id": result.user_id,
         "release": result.release,
+        "sequence": result.sequence,
         "degraded": [flag.name for flag in type(result.degraded) if flag in result.degraded],
         "latency_ms": round(result.latency_ms, 3),
         "recent": [

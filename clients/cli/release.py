@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import typer
@@ -81,7 +82,11 @@ def activate(name: Name, repository: RepositoryOption = REPOSITORY, as_json: Jso
         if done.served
         else "; no server is running here"
     )
+    if done.served and not done.flip_ms:
+        how = "; the server answers with it already"
     print(f"release {name} is active{was}{how}")
+    if done.warning:
+        print(f"warning: {done.warning}", file=sys.stderr)
 
 
 @app.command()

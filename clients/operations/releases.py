@@ -42,6 +42,7 @@ class Activation:
     served: bool  # a running server answers with it now
     load_ms: float = 0.0  # loading and asking the release's models, beside the old ones
     flip_ms: float = 0.0  # the call that turns the alias
+    warning: str = ""  # what went wrong after the alias had turned; the release is served all the same
 
 
 def list_releases(repository: Path) -> list[ReleaseInfo]:
@@ -78,36 +79,49 @@ def activate(repository: Path, name: str) -> Activation:
             point_alias(repository, _alias_of(repository, name))
             return Activation(name, previous, served=False)
         with Control(server) as control:
-            load_ms = _load_beside(control, name)
+            if name == previous and _answers(control, name):
+                return Activation(name, previous, served=True)
+            load_ms = _load_beside(control, name, is_served=name == previous)
             flip_ms = _flip(control, repository, name)
-            if any(not model.startswith(f"{name}_") for model in _release_models(control)):
-                time.sleep(SETTLE_S)
-                _unload_others(control, name)
-        return Activation(name, previous, True, load_ms, flip_ms)
+            warning = _unload_others(control, name)
+        return Activation(name, previous, True, load_ms, flip_ms, warning)
 
 
 def remove(repository: Path, name: str) -> None:
     """Removes a release that is not active, from the server and from disk."""
     read_manifest(repository, name)
-    if active_release(repository) == name:
-        raise ReleaseError(
-            f"release {name} is active; activate another one first: peregrine release activate NAME"
-        )
-    server = running_server(repository)
-    if server is not None:
-        with Control(server) as control:
-            control.unload_release(name)
-    remove_files(repository, name)
+
+    def unload() -> None:
+        """Takes the release out of the server at work, if there is one."""
+        server = running_server(repository)
+        if server is not None:
+            with Control(server) as control:
+                control.unload_release(name)
+
+    remove_files(repository, name, unload)
 
 
-def _load_beside(control: Control, name: str) -> float:
-    """Loads the release beside the one that serves, and asks it once; unloads it again if it fails. Gives the
-    milliseconds that took."""
+def _answers(control: Control, name: str) -> bool:
+    """Says whether the server answers with the release already."""
+    try:
+        _check_canary(control, contract.PIPELINE, name)
+    except ServerError:
+        return False
+    return True
+
+
+def _load_beside(control: Control, name: str, *, is_served: bool) -> float:
+    """Loads the release beside the one that serves, and asks it once; gives the milliseconds that took.
+
+    One that fails is unloaded again, unless the alias points at it: what is served is never unloaded.
+    """
     ensemble, started = f"{name}_{contract.PIPELINE}", time.perf_counter()
     try:
         control.load(ensemble)
         _check_canary(control, ensemble, name)
     except ServerError as error:
+        if is_served:
+            raise ReleaseError(f"release {name} is active, and could not be loaded again: {error}") from error
         with contextlib.suppress(ServerError):  # the first error is the one to tell
             control.unload_release(name)
         raise ReleaseError(f"release {name} is not activated, the old one goes on: {error}") from error
@@ -145,10 +159,18 @@ def _check_canary(control: Control, model: str, name: str) -> None:
         )
 
 
-def _unload_others(control: Control, name: str) -> None:
-    """Unloads every release but `name`, also one that a killed activation had loaded."""
-    for other in sorted({model.partition("_")[0] for model in _release_models(control)} - {name}):
-        control.unload_release(other)
+def _unload_others(control: Control, name: str) -> str:
+    """Unloads all releases but this one, those too that an activation had loaded which was killed before its
+    flip; gives what went wrong, which takes nothing back: the alias has turned."""
+    try:
+        others = sorted({model.partition("_")[0] for model in _release_models(control)} - {name})
+        if others:
+            time.sleep(SETTLE_S)
+        for other in others:
+            control.unload_release(other)
+    except ServerError as error:
+        return f"a release that is served no longer is still loaded: {error}"
+    return ""
 
 
 def _release_models(control: Control) -> list[str]:

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ensemble import contract
@@ -182,8 +182,9 @@ def _alias(repository: Path) -> Path:
     return repository / contract.PIPELINE / "config.pbtxt"
 
 
-def remove(repository: Path, name: str) -> None:
-    """Removes a release that is not active.
+def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: None) -> None:
+    """Removes a release that is not active; `unload` takes it out of a server, and nobody can activate it
+    meanwhile.
 
     Its manifest goes first: killed in the middle, the rest are orphans for sweep().
     """
@@ -197,6 +198,7 @@ def remove(repository: Path, name: str) -> None:
             raise ReleaseError(
                 f"release {name} is active", "activate another one first: peregrine release activate NAME"
             )
+        unload()
         with staging(repository) as trash:
             for folder in (repository / name, *member_folders(repository, name)):
                 folder.rename(trash / folder.name)

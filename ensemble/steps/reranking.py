@@ -63,9 +63,8 @@ class Reranking:
             ).astype(np.float32),
             "tasks": np.full((len(rows), 1), self.task_names, object),
             "degraded": user_status | candidate_status,
-            "release": np.full(
-                (len(rows), 1), self.release + (b"+%d" % view.sequence if view.sequence else b""), object
-            ),
+            "release": np.full((len(rows), 1), self.release, object),
+            "sequence": np.full((len(rows), 1), view.sequence, np.int64),
         }
 
     def blend(self, options: Options, probabilities: Array) -> Array:

@@ -261,5 +261,6 @@ def test_answers_have_the_five_tensors_cut_to_top_k(asker):
         "probabilities": (2, 8, 1),
         "degraded": (2, 1),
         "release": (2, 1),
+        "sequence": (2, 1),
     }
     assert [len(shown(answer, row)) for row in (0, 1)] == [3, 8]

@@ -14,7 +14,7 @@ from ensemble.arrays import Tensors
 from ensemble.options import DEFAULT_TOP_K, NOTHING_ASKED
 
 Request = tuple[list[bytes], dict[str, Any]]  # users, and the request's parameters as Triton takes them
-OUTPUTS = ("item_ids", "scores", "probabilities", "degraded", "release")
+OUTPUTS = ("item_ids", "scores", "probabilities", "degraded", "release", "sequence")
 IN_FLIGHT = 16
 
 

@@ -62,6 +62,7 @@ class FakeTriton:
             ("tasks", "BYTES", (users, 1), encode_bytes([b'["click","buy"]'] * users)),
             ("degraded", "INT64", (users, 1), np.arange(users, dtype=np.int64).tobytes()),
             ("release", "BYTES", (users, 1), encode_bytes([b"r1"] * users)),
+            ("sequence", "INT64", (users, 1), np.full(users, 7, np.int64).tobytes()),
         ):
             if self.has_tensors:
                 response.outputs.add(name=name, datatype=kind, shape=shape)

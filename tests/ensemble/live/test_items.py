@@ -202,7 +202,7 @@ def test_every_step_knows_a_new_item(tmp_path, rng):
     parameters["candidate_status"] = found["candidate_status"]
     answer = reranking.run(session, **parameters)
     assert answer["item_ids"][0, 0] == b"brand new"
-    assert answer["release"][0, 0] == b"r1+1", "an answer says how far it is"
+    assert (answer["release"][0, 0], answer["sequence"][0, 0]) == (b"r1", 1), "an answer says how far it is"
     unseen = parse_options(json.dumps({"session_items": '["brand new"]'}), 1, release.schema)
     rows = recall.run(unseen, seen_rows=known["seen_rows"], user_embeddings=np.ones((1, 1, 8), np.float32))[
         "candidate_rows"

@@ -1,0 +1,93 @@
+"""Live items meet activations: going on, going back and staying work whatever was changed meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shops import ROOT, one_thread
+
+from clients import Client
+from clients.items import ItemClient
+from clients.operations import releases
+from clients.operations.control import Control
+from ensemble.errors import ReleaseError, ServerError
+from ensemble.live.keeper import service_process
+from ensemble.release.release import active_release
+from ensemble.release.repository import release_names
+from ensemble.server.options import ServeOptions
+from ensemble.server.running import running_server
+from ensemble.server.supervisor import serve
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with r1, active, and r2 of the same stages."""
+    folder = tmp_path_factory.mktemp("together")
+    shutil.copytree(tiny_shop, folder / "shop")
+    shutil.copytree(tiny_shop.parent / "repository", folder / "repository")
+    command = [sys.executable, "-m", "peregrine", "build", str(folder / "shop"), "--preset", "tiny"]
+    command += ["--repository", str(folder / "repository"), "--release", "r2"]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "repository"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
+def test_changed_items_keep_no_release_from_being_activated(repository, fused):
+    releases.activate(repository, "r1")
+    options = ServeOptions(port=0, metrics_port=None, fused=fused)
+    with serve(repository, options) as server, service_process(repository), Client(server.url) as client:
+        wait_for_writer(repository)
+        with ItemClient(repository, wait_s=5) as items:
+            before = client.recommend("u1", top_k=5)
+            changed = items.delete(before.items[0].item_id)
+            after = client.recommend("u1", top_k=5)
+            assert (after.release, after.sequence) == ("r1", changed.sequence)
+            assert before.items[0].item_id not in after.item_ids
+            for name in ("r1", "r2", "r1"):  # the one that is served; the next; back to what was changed
+                done = releases.activate(repository, name)
+                assert (done.served, done.warning) == (True, "")
+                assert client.recommend("u1").release == name
+            again = client.recommend("u1", top_k=5)
+            assert (again.sequence, again.item_ids) == (changed.sequence, after.item_ids)
+
+
+@pytest.mark.triton
+def test_what_is_served_is_never_unloaded_and_what_is_removed_is_not_activated(repository, monkeypatch):
+    releases.activate(repository, "r1")
+    with serve(repository, ServeOptions(port=0, metrics_port=None)) as server, Client(server.url) as client:
+        check = releases._check_canary
+        with monkeypatch.context() as patch:
+            patch.setattr(releases, "_check_canary", _fails)
+            with pytest.raises(ReleaseError, match=r"^release r1 is active, and could not be loaded again"):
+                releases.activate(repository, "r1")
+        assert client.recommend("u1").release == "r1", "it goes on"
+        with monkeypatch.context() as patch:
+            patch.setattr(Control, "unload_release", _fails)
+            done = releases.activate(repository, "r2")
+        assert done.warning == "a release that is served no longer is still loaded: the server is busy"
+        assert (active_release(repository), client.recommend("u1").release) == ("r2", "r2")
+        with pytest.raises(ReleaseError, match="release r2 is active"):
+            releases.remove(repository, "r2")
+        releases.remove(repository, "r1")
+        with Control(running_server(repository)) as control:
+            assert not [model for model in control.ready_models() if model.startswith("r1_")]
+        assert release_names(repository) == ["r2"]
+        assert check is releases._check_canary
+
+
+def wait_for_writer(repository: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (repository / ".live" / "writer.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _fails(*_: object) -> None:
+    raise ServerError("the server is busy")
