@@ -22,7 +22,7 @@ from builders.publish.triton_config import write_members
 from ensemble import contract
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.files import sync_folder, write_durably
-from ensemble.release.release import MANIFEST_FORMAT
+from ensemble.release.release import MANIFEST_FORMAT, content_id
 from ensemble.release.repository import check_name, locked, next_release_name, remove, staging, sweep
 
 __all__ = ["next_release_name", "publish", "remove", "sweep"]
@@ -94,7 +94,8 @@ def publish(
         files: dict[str, dict[str, Any]] = {}
         for target, source in folders.items():
             _copy(source, stage / target, stage, files)
-        whole = {**_defaults(name), **manifest, "files": dict(sorted(files.items()))}
+        listed = {"files": dict(sorted(files.items()))}
+        whole = {**_defaults(name), "id": content_id(listed), **manifest, **listed}
         write_durably(stage / name / "manifest.json", json.dumps(whole, indent=1) + "\n")
         _rename_in(repository, stage, list(folders))
 

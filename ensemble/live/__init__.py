@@ -8,7 +8,7 @@ rows.py       rows of items as steps read them: the log's content over what the 
 merge.py      log -> a new main index, in its own process
 service.py    the writer behind a unix socket; clients.items talks to it
 
-<repository>/.live/<release>/current       number of the generation that is served
+<repository>/.live/<release>-<id>/current       number of the generation that is served
                              log-<g>       changes since generation g
                              g<g>/         generation g > 0: rows.npy, index.faiss, meta.json
                              instances/    one file an instance: the last sequence number that it has

@@ -231,7 +231,7 @@ class LiveItems:
     """Follows the log: `refresh` does at the start of a request, and a thread while there is none."""
 
     def __init__(self, release: Release) -> None:
-        self.release, self.folder = release, release.repository / ".live" / release.name
+        self.release, self.folder = release, release.live_folder
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._open_main: Callable[[LiveState], Any] | None = None

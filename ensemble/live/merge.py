@@ -30,7 +30,7 @@ def merge(release: Release, sequence: int) -> int:
 
     Nobody serves it until ItemWriter.turn_to.
     """
-    folder = release.repository / ".live" / release.name
+    folder = release.live_folder
     state = state_at(release, folder, sequence)
     number, staged = state.generation + 1, folder / f".merging-{os.getpid()}"
     staged.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ensemble.live.writer import MAX_GROUP
@@ -15,6 +16,7 @@ class Pending:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.request, self.reply, self.done = request, dict[str, Any](), threading.Event()
+        self.folder = Path()  # of the live items that the reply speaks of
 
 
 def groups(first: Pending, rest: queue.Queue[Pending | None]) -> Iterator[list[Pending]]:

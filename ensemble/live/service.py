@@ -117,17 +117,17 @@ class ItemService:
             return pending.reply
         return {
             **pending.reply,
-            **self._wait_for_instances(pending.reply["release"], pending.reply["sequence"], wait_s),
+            **self._wait_for_instances(pending.folder, pending.reply["sequence"], wait_s),
         }
 
-    def _wait_for_instances(self, release: str, sequence: int, wait_s: float) -> dict[str, Any]:
+    def _wait_for_instances(self, folder: Path, sequence: int, wait_s: float) -> dict[str, Any]:
         """Waits until every living instance has the change, or the time is over."""
         deadline = time.monotonic() + wait_s
         if wait_s > 0:
             # Instances look for a first log every so often, and only then say that they are there.
             time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
         while True:
-            numbers = sequences(self.folder / release)
+            numbers = sequences(folder)
             done = all(has >= sequence for has in numbers.values())
             if done or time.monotonic() >= deadline:
                 return {"done": done, "instances": numbers}
@@ -176,6 +176,8 @@ class ItemService:
             self.log(f"items: {error!r}")
             reply = {"error": f"the writer failed: {error!r}", "invalid": False}
         for pending in group:
+            if self._writer is not None:
+                pending.folder = self._writer.folder
             pending.reply = reply
             pending.done.set()
 

@@ -32,7 +32,7 @@ class ItemWriter:
     """Holds the lock of one release's live items while it is open."""
 
     def __init__(self, release: Release, note: Callable[[str], None] = lambda line: None) -> None:
-        self.release, self.note, self.folder = release, note, release.repository / ".live" / release.name
+        self.release, self.note, self.folder = release, note, release.live_folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not try_flock(self._lock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -32,6 +33,16 @@ class Release:
     def __init__(self, repository: Path, name: str, manifest: dict[str, Any]) -> None:
         self.repository, self.name, self.manifest = repository, name, manifest
         self.path = repository / name
+
+    @cached_property
+    def id(self) -> str:
+        """Gives what the release is, 16 hex digits: two releases of one name that differ have two ids."""
+        return content_id(self.manifest)
+
+    @property
+    def live_folder(self) -> Path:
+        """Names where its live items lie: by its id, so that they outlive the name for nobody else."""
+        return self.repository / ".live" / f"{self.name}-{self.id}"
 
     @cached_property
     def schema(self) -> Schema:
@@ -133,6 +144,12 @@ class Release:
             raise ReleaseError(f"cannot open {self.path / name}: {error}") from error
 
 
+def content_id(manifest: dict[str, Any]) -> str:
+    """Digests what a manifest lists, [path, sha256] by path; when it was built is no part of it."""
+    listed = sorted((path, entry["sha256"]) for path, entry in manifest.get("files", {}).items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
 def open_release(repository: Path, name: str) -> Release:
     """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract.
 
@@ -156,6 +173,8 @@ def open_release(repository: Path, name: str) -> Release:
             "build the release again",
         )
     release = Release(repository, name, {"files": {}, **manifest})
+    if manifest.get("id", release.id) != release.id:
+        raise ReleaseError(f"{path}: its list of files does not fit its id", "build the release again")
     release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
     if manifest.get("contract") != contract.fingerprint(release.schema):
         raise ReleaseError(

@@ -111,7 +111,7 @@ def make_release(
 
 def open_again(release: RandomRelease) -> RandomRelease:
     """The same release, as another process sees it."""
-    return RandomRelease(release.repository, release.name, {})
+    return RandomRelease(release.repository, release.name, release.manifest)
 
 
 def open_recall(release: ServedRelease) -> Recall:

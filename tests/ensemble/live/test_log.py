@@ -22,7 +22,7 @@ def written(tmp_path: Path, rng: np.random.Generator, count: int = 6) -> tuple[R
     for i in range(count):
         writer.apply([{"op": "delete", "item": {"item_id": f"i{i:05}"}}])
     writer.close()
-    return release, tmp_path / ".live" / "r1" / "log-0"
+    return release, release.live_folder / "log-0"
 
 
 @pytest.mark.parametrize("cut", [1, 100, 190])
@@ -98,10 +98,23 @@ def test_a_changed_generation_is_refused(tmp_path, rng, name):
     writer = ItemWriter(release)
     writer.turn_to(merge(open_again(release), 6), 6)
     writer.close()
-    path = tmp_path / ".live" / "r1" / "g1" / name
+    path = release.live_folder / "g1" / name
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(
         ReleaseError,
-        match=r"g1.*put a copy of it back, or move .*r1 away: the release then serves without live items$",
+        match=r"g1.*put a copy of it back, or move .*r1-\w+ away: the release then serves without live "
+        r"items$",
     ):
         open_again(release).live  # noqa: B018
+
+
+def test_live_items_are_not_those_of_another_release_of_the_same_name(tmp_path, rng):
+    """Removed and built again under its old name, with other content: what was changed is not its."""
+    release, _ = written(tmp_path, rng)
+    release.manifest = {"files": {"r1/items.npy": {"sha256": "a"}}}
+    first = RandomRelease(tmp_path, "r1", release.manifest)
+    ItemWriter(first).apply([{"op": "delete", "item": {"item_id": "i00001"}}])
+    again = RandomRelease(tmp_path, "r1", {**release.manifest, "created": "later"})
+    assert again.live.view.num_deleted == 1, "the same content is the same release"
+    other = RandomRelease(tmp_path, "r1", {"files": {"r1/items.npy": {"sha256": "b"}}})
+    assert (other.live.view.num_deleted, other.live.view.sequence) == (0, 0)

@@ -31,6 +31,7 @@ from ensemble.live.merge_process import MergeProcess
 from ensemble.live.service import ItemService
 from ensemble.live.writer import ItemWriter
 from ensemble.release.files import file_sha256
+from ensemble.release.release import open_release
 
 
 def test_dead_instances_do_not_hold_a_change_up(tmp_path):
@@ -53,6 +54,7 @@ def active(release: RandomRelease) -> RandomRelease:
         "contract": contract.fingerprint(release.schema),
         "files": _digests(release.repository),
     }
+    release.manifest = manifest
     (release.path / "manifest.json").write_text(json.dumps(manifest))
     (release.repository / "recommend").mkdir()
     (release.repository / "recommend" / "config.pbtxt").write_text('model_name: "r1_recommend"')
@@ -257,7 +259,7 @@ def test_a_merge_that_ends_after_an_activation_harms_no_release(tmp_path, rng, m
     assert (status.release, status.generation, status.unmerged) == ("r2", 1, 0)
     service.stop()
     for name, deleted in (("r1", 2), ("r2", 3)):
-        assert LiveItems(RandomRelease(tmp_path, name, {})).view.num_deleted == deleted, log
+        assert LiveItems(open_release(tmp_path, name)).view.num_deleted == deleted, log
 
 
 def started(service: ItemService) -> ItemClient:

@@ -152,3 +152,13 @@ def test_the_active_release_stands_in_the_alias(repository):
     assert str(caught.value) == f"{alias} names no release; activate one: peregrine release activate NAME"
     alias.unlink()
     assert active_release(repository) is None
+
+
+def test_a_list_of_files_that_does_not_fit_its_id_is_refused(repository):
+    path = repository / "r1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["id"] == open_release(repository, "r1").id
+    del manifest["files"]["r1/popular.npy"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ReleaseError, match="its list of files does not fit its id; build the release again"):
+        open_release(repository, "r1")
