@@ -1,1 +1,1 @@
-"""The offline path: a shop's data in, an immutable release in the model repository out."""
+"""Turns a shop's data into an immutable release in the model repository: the offline path."""

@@ -49,8 +49,7 @@ def _sweep(out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes a hard link where the file system allows it, else a copy; unlink a linked file before changing
-    it."""
+    """Makes a hard link where the file system allows it, else a copy; unlink one before changing it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

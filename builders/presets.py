@@ -1,5 +1,4 @@
-"""Sizes and training settings by name: `tiny` for demos and tests (seconds), `base` for real shops, `quick`
-for load tests."""
+"""Names sizes and training settings: `tiny` for demos and tests, `base` for shops, `quick` for load tests."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from ensemble.schema import Sizes
 
 @dataclass(frozen=True)
 class Preset:
-    """One name for all that a build may choose."""
+    """Holds all that a build may choose, under one name."""
 
     name: str
     sizes: Sizes
@@ -48,7 +47,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`; InvalidInput lists the known ones."""
+    """Gives the preset called `name`; InvalidInput lists the known ones."""
     if name not in PRESETS:
         raise InvalidInput(f"--preset {name}: unknown; known: {', '.join(PRESETS)}")
     return PRESETS[name]

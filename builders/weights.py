@@ -9,7 +9,7 @@ import torch
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Tensors by name -> .npz."""
+    """Writes tensors by name into one .npz file."""
     np.savez(
         path,
         **{
@@ -22,6 +22,6 @@ def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Inverse of save_state."""
+    """Reads what save_state wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name].copy()) for name in arrays.files}

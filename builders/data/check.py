@@ -1,4 +1,4 @@
-"""What is in a shop, and what is wrong with it."""
+"""Says what is in a shop, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from builders.data.stage import dataset_from_tables
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
 from builders.shop.tables import Column, is_list
+from ensemble.arrays import Array
 from ensemble.schema import Feature, Table
 
 FEW_LABELS = 100  # below this a task cannot be learned, let alone calibrated
@@ -22,7 +23,7 @@ FEW_LABELS = 100  # below this a task cannot be learned, let alone calibrated
 
 @dataclass
 class Report:
-    """Counts as {section: {what: value}}; a warning is a fact that makes a build worse, not impossible."""
+    """Holds counts as {section: {what: value}}, and warnings: what makes a build worse, not impossible."""
 
     shop: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -124,7 +125,7 @@ def _features(
     entries: list[FeatureColumn],
     columns: dict[str, Column],
     table: Table,
-    codes: np.ndarray,
+    codes: Array,
 ) -> None:
     section: dict[str, Any] = {}
     packed: dict[str, Feature] = {f.name: f for f in table.features}
@@ -183,7 +184,7 @@ def _tasks(report: Report, dataset: Dataset) -> None:
 
 
 def _images(report: Report, folder: Path, tables: ShopTables) -> None:
-    """Image files must exist; they are not encoded yet."""
+    """Counts image files and warns of those that are missing; they are not encoded yet."""
     for what, entity, rows in (
         ("items", tables.shop.items, tables.items),
         ("users", tables.shop.users, tables.users),

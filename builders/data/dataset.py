@@ -1,5 +1,4 @@
-"""What the offline stages read: a shop as dense arrays. `data.py` makes it; nothing here knows a file
-format."""
+"""Holds what the offline stages read: a shop as dense arrays. Nothing here knows a file format."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ from ensemble.schema import Schema, schema_from_json
 
 @dataclass(frozen=True)
 class Histories:
-    """Positive events of every user in time order (CSR): user row u has item_rows[offsets[u]:offsets[u +
-    1]]."""
+    """Holds positive events in time order (CSR): user u has item_rows[offsets[u] : offsets[u + 1]]."""
 
     offsets: Array  # [U + 2] int64; user row 0 (unknown) is empty
     item_rows: Array  # [P] int64
@@ -26,7 +24,7 @@ class Histories:
 
 @dataclass(frozen=True)
 class Targets:
-    """Held-out next items: each row is a user, how much of the history is known, and what came next."""
+    """Holds held-out next items: each row is a user, how much of the history is known, and what came next."""
 
     user_rows: Array  # [Q] int64
     # [Q] int64, absolute end into Histories.item_rows: known = item_rows[offsets[u]:history_ends]
@@ -36,8 +34,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Impressions:
-    """Shown items and what became of them. Labels are NaN where a task is not defined (buy without a
-    click)."""
+    """Holds shown items and what became of them; a label is NaN where its task is not defined."""
 
     user_rows: Array  # [E] int64
     item_rows: Array  # [E] int64
@@ -51,7 +48,7 @@ class Impressions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One shop. Rows are dense: row 0 is "unknown", row 1 + i is the i-th id in sorted (byte) order."""
+    """Holds one shop. Rows are dense: row 0 is "unknown", row 1 + i is the i-th id in byte order."""
 
     schema: Schema
     item_ids: Array  # [I] S, sorted
@@ -84,7 +81,7 @@ class Dataset:
 
 
 def save_dataset(dataset: Dataset, folder: Path) -> None:
-    """One .npy an array, named by its path in the dataset; schema and vocabularies as JSON."""
+    """Writes one .npy an array, named by its path in the dataset; schema and vocabularies as JSON."""
     for name, value in _leaves(dataset, ""):
         if isinstance(value, np.ndarray):
             np.save(folder / f"{name}.npy", value, allow_pickle=False)
@@ -135,8 +132,7 @@ def _leaves(part: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def training_histories(dataset: Dataset) -> tuple[Array, Array]:
-    """Gives the part of every history that may be trained on: (offsets [U + 2] int64, item_rows [P]
-    int64)."""
+    """Gives the part of each history that may be trained on: offsets [U + 2], item_rows [P], int64."""
     histories = dataset.histories
     lengths = np.maximum(dataset.train_ends - histories.offsets[:-1], 0)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -145,7 +141,7 @@ def training_histories(dataset: Dataset) -> tuple[Array, Array]:
 
 
 def history_windows(histories: Histories, user_rows: Array, history_ends: Array, length: int) -> Array:
-    """The last `length` items before each end: [L, H] int64, newest last, padded on the left with -1."""
+    """Gives the last `length` items before each end: [L, H] int64, newest last, left padded with -1."""
     position = history_ends[:, None] - length + np.arange(length)
     inside = position >= histories.offsets[user_rows][:, None]
     if not len(histories.item_rows):

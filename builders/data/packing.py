@@ -1,4 +1,4 @@
-"""Feature columns of the items or users -> the codes and values of ensemble.schema.Table."""
+"""Packs feature columns of items or users into the codes and values of ensemble.schema.Table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_DEVIATIONS = 10.0  # standardized numbers are cut here: one mistyped price m
 
 @dataclass(frozen=True)
 class Packed:
-    """A table's features, row 0 ("unknown") first."""
+    """Holds a table's features, row 0 ("unknown") first."""
 
     table: Table
     codes: Array  # [R + 1, C] int32
@@ -42,8 +42,7 @@ class Packed:
 
 
 def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringArray]:
-    """(row of each word [m] int64 ascending, word [m]): lower case, split at all that is neither letter nor
-    digit."""
+    """Splits texts into lower-case words of letters and digits: row of each [m] int64 ascending, word [m]."""
     plain = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{L}\p{N}]+", " "))
     lists = pc.split_pattern(plain, pattern=" ")
     words = pc.list_flatten(lists)
@@ -56,8 +55,7 @@ def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringA
 def pack_features(
     features: list[FeatureColumn], columns: dict[str, Column], rows: Array, num_rows: int
 ) -> Packed:
-    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1. Images wait for their
-    encoder."""
+    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1; images are left out."""
     packed: list[Feature] = []
     codes: list[Array] = []
     values: list[Array] = []
@@ -69,28 +67,13 @@ def pack_features(
         if feature.kind == "image":
             continue
         column = columns[feature.source]
-        encoding.append(
-            {
-                "name": feature.name,
-                "source": feature.source,
-                "separator": feature.separator,
-                "log1p": feature.log1p,
-            }
-        )
+        kind: Any = feature.kind.partition("(")[0]  # "vector" of "vector(64)"
+        encoding.append({name: getattr(feature, name) for name in ("name", "source", "separator", "log1p")})
         if feature.kind in ("category", "text"):
             indices, size, vocabulary = _indices(feature, column)
             block = np.zeros((num_rows + 1, indices.shape[1]), np.int32)
             block[rows] = np.where(indices >= 0, indices + offset, 0)
-            packed.append(
-                Feature(
-                    feature.name,
-                    "category" if feature.kind == "category" else "text",
-                    code_start,
-                    block.shape[1],
-                    offset,
-                    size,
-                )
-            )
+            packed.append(Feature(feature.name, kind, code_start, block.shape[1], offset, size))
             if vocabulary is not None:
                 vocabularies[feature.name] = vocabulary
             codes.append(block)
@@ -102,11 +85,7 @@ def pack_features(
             if feature.kind == "number":
                 raw.append(np.full(num_rows + 1, np.nan, np.float32))
                 raw[-1][rows] = numbers_from_column(column)
-            packed.append(
-                Feature(
-                    feature.name, "number" if feature.kind == "number" else "vector", value_start, feature.dim
-                )
-            )
+            packed.append(Feature(feature.name, kind, value_start, feature.dim))
             values.append(wide)
             value_start += feature.dim
     return Packed(
@@ -120,8 +99,7 @@ def pack_features(
 
 
 def _indices(feature: FeatureColumn, column: Column) -> tuple[Array, int, list[str] | None]:
-    """(indices [n, width] int64 within the feature's own range, -1 = nothing; the range's size; the
-    vocabulary)."""
+    """Gives indices [n, width] int64 in the feature's own range (-1: none), its size, its vocabulary."""
     if feature.kind == "category":
         rows, texts = lists_from_column(column, feature.separator)
         width = feature.width or (LIST_WIDTH if is_list(column) or feature.separator else 1)
@@ -140,8 +118,7 @@ def _indices(feature: FeatureColumn, column: Column) -> tuple[Array, int, list[s
 
 
 def _vocabulary_index(texts: pa.LargeStringArray, limit: int) -> tuple[Array, list[str]]:
-    """(1 + place in the vocabulary [m], 0 where the value fell out of it; the vocabulary, most frequent
-    first, ties by text)."""
+    """Gives 1 + place in the vocabulary [m] (0: fell out), and the vocabulary, most frequent value first."""
     encoded = texts.dictionary_encode()
     index = encoded.indices.to_numpy()
     distinct = np.array(encoded.dictionary.to_pylist(), dtype=object)
@@ -154,7 +131,7 @@ def _vocabulary_index(texts: pa.LargeStringArray, limit: int) -> tuple[Array, li
 
 
 def _placed(rows: Array, index: Array, num_rows: int, width: int) -> Array:
-    """Values in one line -> [num_rows, width], the first `width` of each row, -1 after the last."""
+    """Lays values in one line out as [num_rows, width]: the first `width` of each row, -1 after the last."""
     position = ranks_within(rows)
     keep = position < width
     out = np.full((num_rows, width), -1, np.int64)
@@ -163,8 +140,7 @@ def _placed(rows: Array, index: Array, num_rows: int, width: int) -> Array:
 
 
 def _standardized(feature: FeatureColumn, column: Column) -> tuple[Array, Array, Array]:
-    """([n, dim] float32: mean 0 and deviation 1 per component over the rows that have a value, 0 where
-    missing; the mean; the deviation)."""
+    """Standardizes each component over the rows that have it: [n, dim] (0: missing), mean, deviation."""
     numbers = (
         numbers_from_column(column)[:, None]
         if feature.kind == "number"

@@ -1,5 +1,4 @@
-"""Histories, held-out next items and impressions: what may be trained on, and what tests it. All by sorting,
-no loops."""
+"""Sorts events into histories, held-out next items and impressions: what may be trained on, what tests it."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ NEVER = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Splits:
-    """Everything of a Dataset that depends on the split."""
+    """Holds everything of a Dataset that depends on the split."""
 
     train_ends: Array  # [U + 1] int64
     validation: Targets
@@ -26,7 +25,7 @@ class Splits:
 
 
 def histories_from_positives(users: Array, items: Array, times: Array, num_users: int) -> Histories:
-    """CSR by user row, in time order; events of the same second keep the file's order."""
+    """Sorts events by user row and time into CSR; events of the same second keep the file's order."""
     order = np.lexsort((times, users))
     offsets = np.zeros(num_users + 2, np.int64)
     np.cumsum(np.bincount(users, minlength=num_users + 1), out=offsets[1:])
@@ -34,19 +33,19 @@ def histories_from_positives(users: Array, items: Array, times: Array, num_users
 
 
 def users_of(histories: Histories) -> Array:
-    """[P] int64: the user row of each event."""
+    """Gives the user row of each event: [P] int64."""
     return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
 
 
 def split_histories(split: Split, histories: Histories, times: Array) -> Splits:
-    """Splits by `split`; `times` [n] are those of all interactions, whose quantiles cut a split by time."""
+    """Splits as `split` says; quantiles of `times` [n], those of all interactions, cut a split by time."""
     if split.kind == "leave_one_out":
         return _leave_one_out(histories)
     return _by_time(histories, times, split)
 
 
 def _leave_one_out(histories: Histories) -> Splits:
-    """Last event tests, second last validates; users with fewer than 3 events only train (protocol S1)."""
+    """Lets each last event test and the one before validate; users with fewer than 3 events only train."""
     starts, ends = histories.offsets[:-1], histories.offsets[1:]
     held = np.flatnonzero(ends - starts >= 3)
     last = ends[held] - 1
@@ -59,8 +58,7 @@ def _leave_one_out(histories: Histories) -> Splits:
 
 
 def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
-    """The user's first event in the period, of an item new to it, is the target; at least one item is known
-    before it."""
+    """Takes as target a user's first event in the period whose item is new, if any item is known before."""
     late, later = (
         int(np.quantile(times, q, method="higher"))
         for q in (1 - split.validation - split.test, 1 - split.test)
@@ -83,8 +81,7 @@ def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
 
 
 def history_ends(histories: Histories, users: Array, times: Array) -> Array:
-    """[E] int64: absolute end of what the user had taken strictly before each time. One search over (user,
-    time) keys."""
+    """Gives the absolute end [E] int64 of what the user had taken strictly before each time."""
     if not len(histories.times):
         return histories.offsets[users]
     low = min(int(histories.times.min()), int(times.min(initial=NEVER)))
@@ -102,7 +99,7 @@ def history_ends(histories: Histories, users: Array, times: Array) -> Array:
 def split_impressions(
     impressions: Impressions, cuts: tuple[Array, Array]
 ) -> tuple[Impressions, Impressions, Impressions]:
-    """(train, validation, test), each in time order, by when each user's validation and test begin."""
+    """Splits into (train, validation, test), each in time order, by when each user's own periods begin."""
     begin = cuts[0][impressions.user_rows], cuts[1][impressions.user_rows]
     train = impressions.times < begin[0]
     test = impressions.times >= begin[1]

@@ -1,5 +1,4 @@
-"""Stage `data`: turns a shop's files into one Dataset: ids, packed features, histories, splits,
-impressions."""
+"""Stage `data`: turns a shop's files into a Dataset of features, histories, splits and impressions."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def load_dataset(
     now_s: float | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Dataset:
-    """The whole of a shop as arrays. `progress` is called with the name of each step as it begins."""
+    """Reads a whole shop as arrays; `progress` is called with the name of each step as it begins."""
     tables = read_shop(Path(shop_dir), now_s=now_s, progress=progress)
     return dataset_from_tables(tables, sizes=sizes, progress=progress)
 
@@ -90,8 +89,7 @@ def dataset_from_tables(
 
 
 def positive_rows(tables: ShopTables, exposures: Exposures) -> Array:
-    """Rows of the interactions that form histories, as `history` in shop.toml says (see
-    builders/shop/shop_toml.py)."""
+    """Gives the rows of the interactions that form histories, as `history` in shop.toml says."""
     shop, interactions = tables.shop, tables.interactions
     rule = shop.interactions.history
     if isinstance(rule, list):
@@ -122,7 +120,7 @@ def _impressions(tables: ShopTables, exposures: Exposures, histories: Histories)
 
 
 def _titles(shop: Shop, items: Rows) -> Array:
-    """[I + 1] S: titles as UTF-8, cut at TITLE_BYTES without splitting a letter."""
+    """Gives the titles [I + 1] S as UTF-8, cut at TITLE_BYTES without splitting a letter."""
     if shop.items is None or shop.items.title is None:
         return np.zeros(len(items.ids) + 1, "S1")
     texts = pc.fill_null(texts_from_column(items.columns[shop.items.title]), "")

@@ -1,4 +1,4 @@
-"""The encoders once trained: their settings, their weights, and what they say of items and users.
+"""Holds the encoders once trained: their settings, their weights, and what they say of items and users.
 
 Axes: U users, I items, D embedding, M interests, C code columns, R value columns, Q held-out targets.
 """
@@ -26,8 +26,7 @@ _SCORES_AT_ONCE = 1 << 25  # of a full ranking: 128 MiB
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What is trained and how. A catalogue of 10^4 items (Beauty) learns in half the epochs at learning_rate
-    3e-3."""
+    """Says what is trained and how; 10^4 items (Beauty) learn in half the epochs at learning_rate 3e-3."""
 
     num_item_codes: int = 1  # size of the items' joint code table
     item_code_slices: Slices = ()  # (start, stop) columns of each feature
@@ -57,7 +56,7 @@ class EncoderConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> EncoderConfig:
-        """A shop of hundreds of users in seconds."""
+        """Gives settings that learn a shop of hundreds of users in seconds."""
         small = cls(
             dim=32,
             layers=1,
@@ -88,7 +87,7 @@ def fitted(config: EncoderConfig, schema: Schema) -> EncoderConfig:
 
 @dataclass(frozen=True)
 class Validation:
-    """The next item of some histories: of user_rows[q], who has histories' row q, it is target_rows[q]."""
+    """Holds the next item of some histories: target_rows[q] is what user_rows[q] took after history q."""
 
     histories: Sequences
     target_rows: Array  # [Q] int64
@@ -97,7 +96,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class EncoderCheckpoint:
-    """Torch weights of both encoders and the id table, row 0 = unknown item."""
+    """Holds torch weights of both encoders and the id table, whose row 0 is the unknown item."""
 
     config: EncoderConfig
     item_ids: Array  # [I + 1, D] float32
@@ -150,8 +149,7 @@ def encode_rows(checkpoint: EncoderCheckpoint, rows: Array, item_codes: Array, i
 
 
 def encode_items(checkpoint: EncoderCheckpoint, item_codes: Array, item_values: Array) -> Array:
-    """[I + 1, C] int32, [I + 1, R] float32 -> [I + 1, D] float32, row 0 = unknown item. Rows past the id
-    table are new items."""
+    """Encodes all items: [I + 1, C], [I + 1, R] -> [I + 1, D] float32. Rows past the id table are new."""
     new = len(item_codes) - len(checkpoint.item_ids)
     if new > 0:
         checkpoint = replace(
@@ -165,8 +163,7 @@ def encode_items(checkpoint: EncoderCheckpoint, item_codes: Array, item_values: 
 def encode_users(
     checkpoint: EncoderCheckpoint, items: Array, histories: Sequences, user_codes: Array, user_values: Array
 ) -> Array:
-    """items [I + 1, D] from encode_items, features by the rows of `histories` -> user embeddings [U, M, D]
-    float32."""
+    """Encodes users by `items` [I + 1, D] and features by the rows of `histories`: [U, M, D] float32."""
     encoder, lengths = checkpoint.user_encoder(), np.diff(histories.offsets)
     out = np.empty((len(lengths), checkpoint.config.interests, checkpoint.config.dim), np.float32)
     order = np.argsort(lengths, kind="stable")  # short windows together: their common padding is cut off
@@ -188,8 +185,7 @@ def evaluate_encoders(
     user_codes: Array,
     user_values: Array,
 ) -> dict[str, float]:
-    """Full ranking, items of the history removed, score = best dot product over interests -> {hit_rate_at_10,
-    ndcg_at_10}."""
+    """Ranks the whole catalogue by the best interest, history left out -> {hit_rate_at_10, ndcg_at_10}."""
     items = encode_items(checkpoint, item_codes, item_values)
     histories, rows, catalogue = validation.histories, validation.user_rows, torch.from_numpy(items).T
     users = encode_users(checkpoint, items, histories, user_codes[rows], user_values[rows])

@@ -11,8 +11,7 @@ from ensemble.arrays import Array
 
 
 class UserEncoding:
-    """Torch's user encoder over any users at any point of the history: [L], [L] -> user_embeddings [L, M,
-    D]."""
+    """Encodes any users at any point of the history: [L], [L] -> user_embeddings [L, M, D] float32."""
 
     def __init__(self, checkpoint: EncoderCheckpoint, dataset: Dataset, item_embeddings: Array) -> None:
         self.checkpoint, self.dataset, self.item_embeddings = checkpoint, dataset, item_embeddings
@@ -29,6 +28,6 @@ class UserEncoding:
 
 
 def known_histories(dataset: Dataset, user_rows: Array, history_ends: Array) -> Sequences:
-    """The last H items of each history before its end, as sequences."""
+    """Gives the last H items of each history before its end, as sequences."""
     windows = history_windows(dataset.histories, user_rows, history_ends, dataset.schema.sizes.history)
     return Sequences(np.concatenate([[0], np.cumsum((windows > 0).sum(axis=1))]), windows[windows > 0])

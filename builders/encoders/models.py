@@ -1,4 +1,4 @@
-"""The retrieval models: an item encoder and a user encoder whose dot product ranks the catalogue.
+"""Defines the retrieval models: an item encoder and a user encoder whose dot product ranks the catalogue.
 
 Both sides have length 1 / sqrt(temperature), so the dot product is cosine / temperature, the softmax's own
 logit, and inner product and cosine rank alike in any index; a cold item is not ranked down for the short
@@ -25,8 +25,7 @@ _FAR = -1e4
 
 
 class ItemEncoder(nn.Module):
-    """The item's id row plus what its features say: their sum, corrected by a small network that sees them
-    apart."""
+    """Encodes an item: its id row plus its features' sum, corrected by a network that sees them apart."""
 
     def __init__(
         self,
@@ -50,14 +49,14 @@ class ItemEncoder(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> Tensor:
-        """[B, D] float32, [B, C] int32, [B, R] float32 -> item_embedding [B, D] float32."""
+        """Encodes ids [B, D], codes [B, C] int32, values [B, R] -> item_embedding [B, D] float32."""
         parts = [item_id_embedding, self.values(item_values), *self.codes(item_codes)]
         total = torch.stack(parts).sum(0) + self.mix(torch.cat(parts, dim=1))
         return self.length * functional.normalize(total.float(), dim=-1)
 
 
 class ItemRows(nn.Module):
-    """The item_encoder engine: both heads over one id row. The ids' table itself stays outside."""
+    """Runs both heads over one id row: the item_encoder engine. The ids' table itself stays outside."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, embedding: int) -> None:
         super().__init__()
@@ -66,8 +65,7 @@ class ItemRows(nn.Module):
     def forward(
         self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """item_id_embedding [B, E], item_codes [B, C], item_values [B, R] -> item_embedding [B, D],
-        item_features [B, F]."""
+        """Encodes ids [B, E], codes [B, C], values [B, R]: item_embedding [B, D], item_features [B, F]."""
         embedding = self.encoder(item_id_embedding[:, : self.embedding], item_codes, item_values)
         return embedding, self.head(
             item_id_embedding[:, self.embedding :], item_codes, item_values, embedding
@@ -75,7 +73,7 @@ class ItemRows(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention with an added bias, then a feed-forward network."""
+    """Runs a pre-norm Transformer block: attention with an added bias, then a feed-forward network."""
 
     def __init__(self, dim: int, heads: int, dropout: float, width: int):
         super().__init__()
@@ -90,8 +88,7 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Tensor, bias: Tensor) -> Tensor:
-        """states [B, H, D], bias [B, heads, Q, H] (mask and distance) of the newest Q positions -> theirs [B,
-        Q, D]."""
+        """Gives the newest Q positions of states [B, H, D]: [B, Q, D]; bias [B, heads, Q, H] masks."""
         split = self.qkv(self.norm_attention(states)).unflatten(-1, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
         query, states = query[:, :, -bias.shape[2] :], states[:, -bias.shape[2] :]
@@ -103,8 +100,7 @@ class Block(nn.Module):
 
 
 class UserEncoder(nn.Module):
-    """SASRec on item embeddings plus a recency-weighted sum of the items themselves; interests > 1 adds
-    ComiRec-SA.
+    """Encodes a user: SASRec on item embeddings plus a recency-weighted sum; interests > 1 adds ComiRec-SA.
 
     Order enters only as a learned bias on the distance between two items, so a packed training row, a full
     window and a left-padded one give a user the same embedding. Who has no history gets a learned default;
@@ -153,8 +149,7 @@ class UserEncoder(nn.Module):
     def forward(
         self, history_embeddings: Tensor, history_mask: Tensor, user_codes: Tensor, user_values: Tensor
     ) -> Tensor:
-        """[B, H, D] float32, [B, H] bool, [B, Cu] int32, [B, Ru] float32 -> user_embeddings [B, M, D]
-        float32."""
+        """Encodes histories [B, H, D], masks [B, H], codes [B, Cu], values [B, Ru] -> [B, M, D] float32."""
         length = history_mask.shape[1]
         order = torch.arange(length, device=history_mask.device)
         seen = history_mask[:, None, :] & (order[:, None] >= order[None, :])
@@ -165,17 +160,17 @@ class UserEncoder(nn.Module):
         )
 
     def embeddings(self, states: Tensor, features: Tensor) -> Tensor:
-        """states [B, M, D] of a position (or the default), features [B, D] -> user_embeddings [B, M, D]
-        float32."""
+        """Adds features [B, D] to states [B, M, D] of a position -> user_embeddings [B, M, D] float32."""
         return self.length * functional.normalize((states + features[:, None]).float(), dim=-1)
 
     def features(self, user_codes: Tensor, user_values: Tensor) -> Tensor:
-        """[B, Cu] int32, [B, Ru] float32 -> what the user's features add, [B, D] float32."""
+        """Gives what the user's features [B, Cu] int32, [B, Ru] float32 add: [B, D] float32."""
         return torch.stack([self.values(user_values), *self.codes(user_codes)]).sum(0)
 
     def positions(self, history_embeddings: Tensor, seen: Tensor, *, newest_only: bool = False) -> Tensor:
-        """[B, H, D] float32, seen [B, Q, K] bool (which items a position may use) -> [B, Q, M, D] without
-        features.
+        """Gives states [B, Q, M, D], without features, of histories [B, H, D] float32.
+
+        seen [B, Q, K] bool says which items a position may use.
 
         Training learns from all positions at once; serving reads the newest, and with `newest_only` no other
         one is computed where the last block could leave it out.
@@ -196,7 +191,7 @@ class UserEncoder(nn.Module):
         return newest if self.interests == 1 else newest + self._interests(states, hidden, age)
 
     def _interests(self, states: Tensor, hidden: Tensor, age: Tensor) -> Tensor:
-        """states [B, H, D], hidden [B, Q, K], age [Q, K] -> ComiRec-SA's interests [B, Q, M, D]."""
+        """Gives ComiRec-SA's interests [B, Q, M, D] of states [B, H, D], hidden [B, Q, K], age [Q, K]."""
         logits = self.interest_query(states).transpose(1, 2)[:, :, None]  # [B, M, 1, K]
         weights = (logits + self.interest_bias[:, age] + hidden[:, None]).softmax(-1)
         return self.interest_out((weights @ states[:, None]).transpose(1, 2))

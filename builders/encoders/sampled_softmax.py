@@ -1,5 +1,4 @@
-"""What a large catalogue costs in training, kept small: the loss over sampled candidates and the optimizer of
-the id table.
+"""Keeps the price of a large catalogue in training small: a sampled loss, an optimizer of touched rows.
 
 Axes: P positions, N candidates, D embedding.
 """
@@ -11,7 +10,7 @@ from torch import Tensor
 
 
 class SampledSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of users [P, D] against candidates [N, D], in slices that stay in the cache.
+    """Computes the mean cross-entropy of users [P, D] against candidates [N, D] in slices that stay cached.
 
     Gradients are made on the way forward, so the [P, N] logits, by far the largest tensor, never exist at
     once.
@@ -44,15 +43,14 @@ class SampledSoftmax(torch.autograd.Function):
 
 
 class RowAdam:
-    """Adam on the rows of a table that a batch touched, with one second moment a row: 1 + 1/D tables of
-    state, not 2."""
+    """Runs Adam on rows that a batch touched; one second moment a row: 1 + 1/D tables of state, not 2."""
 
     def __init__(self, table: Tensor):
         self.table, self.steps = table, 0
         self.first, self.second = torch.zeros_like(table), torch.zeros(len(table), 1)
 
     def step(self, rows: Tensor, grad: Tensor, learning_rate: float) -> None:
-        """rows [n] int64 without repeats, grad [n, D]."""
+        """Takes a step on rows [n] int64 (no repeats) by their gradients [n, D]."""
         self.steps += 1
         first = 0.9 * self.first[rows] + 0.1 * grad
         second = 0.999 * self.second[rows] + 0.001 * grad.square().mean(1, keepdim=True)

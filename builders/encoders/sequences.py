@@ -1,5 +1,4 @@
-"""Users' item sequences as flat arrays, and the two shapes models see: packed rows to train on, left-padded
-windows to serve.
+"""Lays users' item sequences out in the two shapes models see: packed rows to train on, windows to serve.
 
 Axes: U users, R packed rows, H history.
 """
@@ -13,8 +12,7 @@ from ensemble.arrays import Array
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users' item rows in time order: user u has rows[offsets[u]:offsets[u + 1]]. offsets [U + 1] int64, rows
-    int64 >= 1."""
+    """Holds users' item rows >= 1 in time order (CSR): user u has rows[offsets[u] : offsets[u + 1]]."""
 
     offsets: Array
     rows: Array
@@ -22,8 +20,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Training windows laid end to end. An id of 0 is an empty place; a place without a next item has target
-    0."""
+    """Holds training windows end to end; id 0 is an empty place, target 0 one without a next item."""
 
     items: Array  # [R, H] int64
     targets: Array  # [R, H] int64
@@ -31,12 +28,11 @@ class PackedRows:
     users: Array  # [R, H] int64
 
     def take(self, rows: Array) -> "PackedRows":
-        """Some of the rows. rows [n] int64."""
+        """Gives some of the rows: rows [n] int64."""
         return PackedRows(self.items[rows], self.targets[rows], self.segments[rows], self.users[rows])
 
     def windows(self) -> tuple[Array, Array, Array]:
-        """For each filled place P, in order, its own left-padded window of H: row [P], places [P, H] int64,
-        inside [P, H] bool."""
+        """Gives each filled place's left-padded window: row [P], places [P, H] int64, inside [P, H] bool."""
         row, place = np.nonzero(self.items > 0)
         length = self.items.shape[1]
         back = place[:, None] - np.arange(length - 1, -1, -1)
@@ -79,7 +75,7 @@ def pack_sequences(sequences: Sequences, order: Array, length: int) -> PackedRow
 
 
 def windows(sequences: Sequences, users: Array, length: int) -> Array:
-    """The newest `length` items of each user, left padded with 0. users [n] int64 -> [n, length] int64."""
+    """Gives the newest `length` items of users [n] int64, left padded with 0: [n, length] int64."""
     places = sequences.offsets[users + 1][:, None] - length + np.arange(length)
     known = places >= sequences.offsets[users][:, None]
     return (

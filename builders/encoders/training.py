@@ -34,8 +34,7 @@ from ensemble.arrays import Array
 
 
 class _Trainer:
-    """The state of one training: weights, optimizers, the shop's features as tensors, the clock of the
-    schedule."""
+    """Holds one training's state: weights, optimizers, the shop's features, the clock of the schedule."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class _Trainer:
         self.snapshot: tuple[Array, Tensor] | None = None
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then a half cosine down to 0."""
+        """Gives the rate now: a linear warm-up, then a half cosine down to 0."""
         done = self.steps / self.total_steps
         return (
             self.config.learning_rate
@@ -84,7 +83,7 @@ class _Trainer:
         )
 
     def epoch(self) -> float:
-        """One pass over every sequence -> mean loss."""
+        """Passes once over every sequence; returns the mean loss."""
         config = self.config
         packed = pack_sequences(
             self.sequences, self.rng.permutation(len(self.sequences.offsets) - 1), config.max_history
@@ -97,7 +96,7 @@ class _Trainer:
         return float(np.mean([self.step(packed.take(part)) for part in parts]))
 
     def step(self, batch: PackedRows) -> float:
-        """One optimizer step -> loss."""
+        """Takes one optimizer step; returns its loss."""
         filled, kind = batch.items > 0, torch.bfloat16 if self.config.bf16 else torch.float32
         own = np.union1d(batch.items[filled], batch.targets[filled])
         drawn = self.rng.integers(1, len(self.table), self.config.num_uniform)
@@ -124,8 +123,7 @@ class _Trainer:
         return loss.item()
 
     def encode(self, rows: Array) -> tuple[Tensor, Tensor]:
-        """rows [n] int64 -> (their id rows as a leaf [n, D], item embeddings [n, D]), some of the ids
-        hidden."""
+        """Encodes items [n], some ids hidden: their id rows as a leaf [n, D], item embeddings [n, D]."""
         index = torch.from_numpy(rows)
         leaf = self.table[index].requires_grad_()
         hidden = torch.rand(len(rows), 1) < self.config.id_dropout
@@ -134,7 +132,7 @@ class _Trainer:
             return leaf, self.items(ids, self.item_codes[index], self.item_values[index])
 
     def user_states(self, batch: PackedRows, history: Tensor) -> Tensor:
-        """history [R, H, D] -> user embeddings of every filled place [P, M, D]."""
+        """Encodes every filled place of history [R, H, D] -> user embeddings [P, M, D]."""
         if self.own is not None:
             return self.own_states(batch, history)
         segments = torch.from_numpy(batch.segments)
@@ -152,8 +150,7 @@ class _Trainer:
             return self.users.embeddings(torch.where(hidden, self.users.default, states), features)
 
     def own_states(self, batch: PackedRows, history: Tensor) -> Tensor:
-        """user_states of a user's own module, which knows nothing of packed rows: one left-padded window a
-        place."""
+        """Does user_states with a user's own module, which takes no packed rows but a window a place."""
         row, places, inside = batch.windows()
         inside = inside & (self.rng.random(len(row)) >= self.config.history_dropout)[:, None]
         known = torch.from_numpy(inside)
@@ -162,8 +159,7 @@ class _Trainer:
         return self.users(embeddings, known, self.user_codes[owners], self.user_values[owners]).float()
 
     def mine(self, users: Tensor, rows: Array) -> Array:
-        """The snapshot's best items for 64 of the positions, less `rows`; ever more of them. -> [n] int64
-        ascending."""
+        """Mines the snapshot's best items for 64 positions, less `rows`: [n] int64 ascending, ever more."""
         begin = self.config.hard_from
         wanted = (
             int(self.config.num_hard * (self.steps / self.total_steps - begin) / (1 - begin))
@@ -207,7 +203,7 @@ def train_encoders(
     user_encoder: nn.Module | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> EncoderCheckpoint:
-    """Both encoders, at the epoch of the best validation NDCG@10 (without validation: the last).
+    """Trains both encoders and keeps the epoch of the best validation NDCG@10 (without validation: the last).
 
     sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features
     by item row (row 0 unknown), those of users by the rows of `sequences`; `user_encoder` is the user's own
@@ -241,6 +237,6 @@ def train_encoders(
 def _mining_pool(
     checkpoint: EncoderCheckpoint, item_codes: Array, item_values: Array, rng: np.random.Generator
 ) -> tuple[Array, Tensor]:
-    """At most 65,536 items with their embeddings of now: enough to find hard ones in, at a bounded price."""
+    """Gives at most 65,536 items with their embeddings of now: enough to mine in, at a bounded price."""
     rows = 1 + rng.permutation(len(item_codes) - 1)[:65536]
     return rows, torch.from_numpy(encode_rows(checkpoint, rows, item_codes, item_values))

@@ -1,5 +1,4 @@
-"""What models are fed outside of serving: histories up to any point, users' embeddings there, and real inputs
-for exported engines."""
+"""Makes real inputs on which exported engines are checked."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 def engine_feeds(
     dataset: Dataset, item_embeddings: Array, trained: RankerCheckpoint, id_rows: Array, recall: OfflineRecall
 ) -> dict[str, Array]:
-    """Real inputs of all engines, by tensor name: those of the first users, with recall's candidates, and of
-    the first items.
+    """Gives real inputs of all engines, by tensor name: first users with recall's candidates, first items.
 
     Random scores would not do: where the calibrated probabilities are all next to 0, the two sigmoids differ
     in most of their digits.

@@ -1,5 +1,4 @@
-"""Stage `export`: torch modules -> single-file ONNX models whose names, axes and dtypes come from the
-contract."""
+"""Exports torch modules as single-file ONNX models whose names, axes and dtypes are the contract's."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ import onnx
 import torch
 from torch import nn
 
+from ensemble.arrays import Array
 from ensemble.engines import check_signature, open_engine
 from ensemble.errors import InvalidInput
 from ensemble.spec import ModelSpec, TensorSpec
@@ -27,7 +27,7 @@ FP32_TOLERANCE = 1e-4
 EXAMPLE_BATCH = 3  # anything but 0 and 1, which torch.export would take for constants
 
 
-def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, np.ndarray]) -> float:
+def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, Array]) -> float:
     """Writes `module` as ONNX to `path` and returns its largest relative error against torch on `feeds` (real
     inputs by name).
 
@@ -62,8 +62,7 @@ def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
 
 @contextlib.contextmanager
 def _no_collector() -> Iterator[None]:
-    """Pauses Python's garbage collector: the exporter makes so many objects that a third of its time would go
-    into looking at them again and again."""
+    """Pauses Python's garbage collector: looking at the exporter's many objects takes a third of its time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -73,7 +72,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, np.ndarray]) -> float:
+def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, Array]) -> float:
     """Runs torch and the exported engine on the same feeds; returns the largest relative error."""
     engine = open_engine(path)
     check_signature(engine, model, path)
@@ -96,8 +95,7 @@ def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
 
 
 def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
-    """Axes that the graph leaves open: the batch, and the candidates, so that offline stages can ask about a
-    few."""
+    """Gives the axes that stay open: the batch, and the candidates, as offline stages ask about few."""
     return {
         place: torch.export.Dim(axis.letter, min=1, max=65536)
         for place, axis in enumerate(spec.axes)
@@ -105,13 +103,13 @@ def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
     }
 
 
-def _example(array: np.ndarray) -> np.ndarray:
-    """EXAMPLE_BATCH rows of a feed, repeated if there are fewer."""
+def _example(array: Array) -> Array:
+    """Gives EXAMPLE_BATCH rows of a feed, repeated if there are fewer."""
     return np.ascontiguousarray(np.resize(array, (EXAMPLE_BATCH, *array.shape[1:])))
 
 
 def _keep_unused_inputs(path: Path, model: ModelSpec) -> None:
-    """The exporter drops inputs that the graph does not read; the contract's are all there, read or not."""
+    """Adds inputs that the exporter dropped as unread by the graph: the contract's are all there."""
     proto = onnx.load(str(path), load_external_data=False)
     have = {node.name for node in proto.graph.input}
     types = {

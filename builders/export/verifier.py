@@ -1,4 +1,4 @@
-"""Asks a staged release about held-out users: the very steps and engines that will serve are measured."""
+"""Asks a staged release about held-out users: what is measured are the steps and engines that will serve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Verifier:
         self.embeddings = np.ascontiguousarray(staged.items["embedding"])
 
     def user_tensors(self, user_rows: Array, history_ends: Array) -> Tensors:
-        """The features step's tensors, as they were at `history_ends`."""
+        """Gives the features step's tensors, as they were at `history_ends`."""
         seen = history_windows(self.dataset.histories, user_rows, history_ends, self.sizes.seen)
         rows = self.features.users[user_rows]
         own = {
@@ -57,7 +57,7 @@ class Verifier:
         }
 
     def encode_users(self, user_rows: Array, history_ends: Array) -> Array:
-        """[L], [L] -> user_embeddings [L, M, D] by the engine."""
+        """Encodes users [L] at history_ends [L] by the engine: user_embeddings [L, M, D]."""
         parts = [np.zeros((0, self.sizes.interests, self.sizes.embedding), np.float32)]
         for start in range(0, len(user_rows), BATCH):
             tensors = self.user_tensors(user_rows[start : start + BATCH], history_ends[start : start + BATCH])
@@ -70,8 +70,7 @@ class Verifier:
         ]
 
     def ranks(self, targets: Targets, progress: Any = None) -> tuple[Array, dict[str, Array]]:
-        """(user rows [Q], {way of ranking: ranks [Q]}) for (a sample of) the targets; engines release the
-        GIL, so two batches at once."""
+        """Ranks (a sample of) the targets, two batches at once: user rows [Q], {way: ranks [Q]}."""
         chosen = self._sample(len(targets.user_rows))
         pieces = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
         with ThreadPoolExecutor(2) as pool:
@@ -118,8 +117,7 @@ class Verifier:
         }
 
     def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
-        """Full ranking: scores [Q, I + 1] with seen items and row 0 out, ties half -> rank [Q] of the
-        target."""
+        """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half."""
         scores = scores.astype(np.float32, copy=True)
         lines, columns = np.nonzero(seen_rows > 0)
         own = scores[np.arange(len(target)), target]
@@ -137,8 +135,7 @@ class Verifier:
         return self._rank_of(dense, seen_rows, target)
 
     def task_metrics(self, impressions: Impressions) -> dict[str, dict[str, float]]:
-        """{task: auc, ece | rmse, positives …} of the served ranker on held-out impressions; conditional
-        tasks where defined."""
+        """Measures the ranker on held-out impressions, each task where defined: {task: {figure: value}}."""
         values = self.impression_probabilities(impressions)
         report: dict[str, dict[str, float]] = {}
         for t, task in enumerate(self.dataset.schema.tasks):
@@ -164,7 +161,7 @@ class Verifier:
         return report
 
     def impression_probabilities(self, impressions: Impressions) -> Array:
-        """[E, T] float32: the engine's candidate_probabilities of each impression's item, at its time."""
+        """Gives the engine's candidate_probabilities [E, T] of each impression's item, at its time."""
         lists, places = lists_from_impressions(impressions, self.offline.scores)
         parts = [np.zeros((0, len(self.dataset.schema.tasks)), np.float32)]
         for start in range(0, len(lists), BATCH):

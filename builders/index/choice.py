@@ -1,4 +1,4 @@
-"""Which Faiss index, and how it is asked: chosen by catalogue size and memory, tuned against exact search.
+"""Chooses a Faiss index by catalogue size and memory, and tunes how it is asked against exact search.
 
 What kind it is (IndexKind) and how it is asked (ensemble.index.main_index.QuerySettings) are apart: one
 build is tried with many settings, and the table of what was tried goes into the report.
@@ -46,7 +46,7 @@ class IndexKind:
 
 @dataclass(frozen=True)
 class IndexTarget:
-    """What the settings are tuned for."""
+    """Says what the settings are tuned for."""
 
     recall_at_k: float = 0.98
     k: int = 100
@@ -54,7 +54,7 @@ class IndexTarget:
 
 @dataclass(frozen=True)
 class TunedIndex:
-    """A finished index, how to ask it, and what else was tried: one row a setting."""
+    """Holds a finished index, how to ask it, and what else was tried: one row a setting."""
 
     index: faiss.Index
     query: QuerySettings
@@ -64,8 +64,7 @@ class TunedIndex:
 def choose_kind(
     num_items: int, dim: int, budget_bytes: int | None = None, *, precision: Precision = "fp16", seed: int = 0
 ) -> IndexKind:
-    """The most exact index that fits `budget_bytes` (None: flat vectors up to a gigabyte at 128 components,
-    then a twentieth)."""
+    """Chooses the most exact index within `budget_bytes`; None: flat to a gigabyte, then a twentieth."""
     lists = 1 << max(4, int(np.log2(2 * np.sqrt(max(1, num_items)))))
     budget = (
         budget_bytes
@@ -100,7 +99,7 @@ def choose_kind(
 
 
 def _total_bytes(kind: IndexKind, num_items: int, dim: int) -> int:
-    """Items, centroids, and half a block of 32 codes that each list of a fast-scan index leaves empty."""
+    """Counts items, centroids, and half a block of 32 codes that each fast-scan list leaves empty."""
     return (
         kind.bytes_per_item * num_items
         + 4 * dim * kind.num_lists
@@ -131,7 +130,7 @@ def index_of_kind(kind: IndexKind, num_items: int, dim: int, chunks: Chunks) -> 
 
 
 def pack_vectors(path: Path, kind: IndexKind, num_items: int, dim: int, chunks: Chunks) -> None:
-    """Every item's vector in the precision of its kind, piece by piece; row 0 stays empty."""
+    """Writes every item's vector in the precision of its kind, piece by piece; row 0 stays empty."""
     dtype = vector_dtype(kind.precision, dim)
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype.base, shape=(num_items + 1, *dtype.shape))
     for start in range(0, num_items, _ADDED):
@@ -141,8 +140,7 @@ def pack_vectors(path: Path, kind: IndexKind, num_items: int, dim: int, chunks: 
 
 
 def sample(chunks: Chunks, num_items: int, size: int, seed: int) -> Array:
-    """About `size` vectors [n, D]: short runs from everywhere, as reading single rows of a mapped file costs
-    a page each."""
+    """Samples about `size` vectors [n, D] in short runs: a single row of a mapped file costs a page."""
     if size >= num_items:
         return chunks(0, num_items)
     run = 64
@@ -154,7 +152,7 @@ def sample(chunks: Chunks, num_items: int, size: int, seed: int) -> Array:
 
 
 def exact_positions(queries: Array, k: int, num_items: int, chunks: Chunks) -> Array:
-    """[Q, k] int64: the true best positions by inner product."""
+    """Finds the true best positions by inner product: [Q, k] int64."""
     best_scores, best = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
     for start in range(0, num_items, _ADDED):
         piece = faiss.IndexFlatIP(queries.shape[1])
@@ -175,7 +173,7 @@ def exact_positions(queries: Array, k: int, num_items: int, chunks: Chunks) -> A
 def tune(
     index: faiss.Index, kind: IndexKind, vectors: Vectors, queries: Array, truth: Array, target: IndexTarget
 ) -> TunedIndex:
-    """The fastest settings that reach the target, or the most exact ones; one thread, one query at a time."""
+    """Finds the fastest settings that reach the target, or the most exact: one thread, query by query."""
     name, tried = f"recall_at_{target.k}", list[dict[str, Any]]()
     best: tuple[float, QuerySettings] | None = None
     for factor in _FACTORS if kind.refined else (0,):
@@ -211,7 +209,7 @@ def try_settings(
     truth: Array,
     settings: QuerySettings,
 ) -> dict[str, Any]:
-    """Recall and milliseconds a query of one setting."""
+    """Measures recall and milliseconds a query of one setting."""
     k, main = truth.shape[1], MainIndex(index, vectors, settings)
     found, took = [], []
     for query in queries:

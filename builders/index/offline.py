@@ -22,8 +22,7 @@ from ensemble.steps.sources import Popular
 
 
 class OfflineRecall:
-    """The Recall that will be served, asked about any user at any point of the history (a ScoreFunction and a
-    CandidateFunction)."""
+    """Asks the Recall that will be served about any user at any time; gives scores and candidates."""
 
     def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
         staged = StagedRelease(folder)
@@ -37,14 +36,13 @@ class OfflineRecall:
         self.query_names = [spec.name for spec in staged.model("recall").inputs if spec.name != "seen_rows"]
 
     def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
-        """[L], [L] -> what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S]
-        float32."""
+        """Gives what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S]."""
         return self.candidates_for(self.encode_users(user_rows, history_ends), user_rows, history_ends)
 
     def candidates_for(
         self, user_embeddings: Array, user_rows: Array, history_ends: Array
     ) -> tuple[Array, Array]:
-        """candidates(), with the users' embeddings [L, M, D] already there."""
+        """Does candidates() with the users' embeddings [L, M, D] already there."""
         sizes = self.recall.sizes
         rows, scores = (
             np.full((len(user_rows), sizes.candidates), -1, np.int64),
@@ -60,8 +58,7 @@ class OfflineRecall:
         return rows, scores
 
     def popular_scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """scores(), with all sources but `popular` 0: what a ranker may see of impressions that recall was
-        trained on."""
+        """Does scores() with all sources but `popular` 0: the only honest one on training impressions."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
         popularity = self.recall.source(Popular).popularity
         out[..., SOURCES.index(Popular.name)] = np.where(
@@ -70,7 +67,7 @@ class OfflineRecall:
         return out
 
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """[L], [L], item_rows [L, N] (-1 padded) -> every source's score [L, N, S] float32."""
+        """Gives every source's score [L, N, S] float32 of item_rows [L, N] (-1 padded) at [L], [L]."""
         out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
         user_embeddings = self.encode_users(user_rows, history_ends)
         for piece in _pieces(len(user_rows)):
@@ -86,8 +83,7 @@ class OfflineRecall:
         return out
 
     def queries(self, user_rows: Array, tensors: dict[str, Array]) -> dict[str, Array]:
-        """What recall takes beside seen_rows [L, W]; models between features and recall other than the user
-        encoder are run here."""
+        """Gives what recall takes beside seen_rows [L, W]; runs models before it but the user encoder."""
         known = {"user_id": self.dataset.user_ids[user_rows - 1][:, None], **tensors}
         for model, step in self.between:
             known |= step.run(
@@ -109,17 +105,14 @@ EncodeUsers = Callable[[Array, Array], Array]  # user_rows [L], history_ends [L]
 
 
 class ScoreFunction(Protocol):
-    """What recall says of any item at any point of a history. It must know nothing that happened after
-    training ended."""
+    """Scores any item at any point of a history; must know nothing that happened after training ended."""
 
     def __call__(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """user_rows [L], history_ends [L] (absolute, as in Histories), item_rows [L, N] (-1 padded) -> scores
-        [L, N, S] float32."""
+        """Scores item_rows [L, N] (-1 padded) for users [L] at absolute history_ends [L]: [L, N, S]."""
 
 
 class CandidateFunction(Protocol):
-    """What recall would offer at any point of a history."""
+    """Offers what recall would at any point of a history."""
 
     def __call__(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
-        """user_rows [L], history_ends [L] -> candidate rows [L, N] (-1 padded, best first), scores [L, N, S]
-        float32."""
+        """Offers rows [L, N] (-1 padded, best first) and scores [L, N, S] to users [L] at their ends [L]."""

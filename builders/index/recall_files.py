@@ -46,8 +46,7 @@ def build_index(
     budget_bytes: int | None = None,
     target: IndexTarget | None = None,
 ) -> tuple[TunedIndex, IndexKind]:
-    """Item embeddings [I, D] and held-out user embeddings [Q, D] -> the index, how to ask it, what was tried;
-    and how it was built."""
+    """Builds the index over embeddings [I, D] and tunes it on `queries` [Q, D]; returns it with its kind."""
     num_items, dim = embeddings.shape
     target, kind = target or IndexTarget(), choose_kind(num_items, dim, budget_bytes, seed=seed)
 
@@ -67,8 +66,7 @@ def build_index(
 
 
 def write_vectors(embeddings: Array, kind: IndexKind, folder: Path) -> None:
-    """vectors.npy: item embeddings [I + 1, D] as an index of the kind is refined with; nothing for an index
-    that needs none."""
+    """Writes vectors.npy, embeddings [I + 1, D] as the kind is refined with; nothing where it needs none."""
     if kind.refined:
         num_items, dim = len(embeddings) - 1, embeddings.shape[1]
         pack_vectors(
@@ -135,8 +133,7 @@ def _write_transitions(offsets: Array, item_rows: Array, num_items: int, folder:
 
 
 def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
-    """Places kept for the sources beside the index: three eighths for transitions, a sixteenth for
-    popular."""
+    """Keeps places for the sources beside the index: 3/8 for transitions, 1/16 for popular."""
     return RecallSettings(
         **dataclasses.asdict(query),
         transition_quota=num_candidates * 3 // 8,
@@ -147,8 +144,7 @@ def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
 def _with_fitted_weights(
     dataset: Dataset, user_embeddings: Array, folder: Path, settings: RecallSettings
 ) -> RecallSettings:
-    """Source weights with the best NDCG@10 on (a sample of) the validation targets: a small grid,
-    user_embeddings' weight 1."""
+    """Fits source weights to the best NDCG@10 on (a sample of) the validation targets; embeddings weigh 1."""
     targets = dataset.validation
     chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:4000])
     if not len(chosen):

@@ -1,4 +1,4 @@
-"""The snapshot's packed rows, written piece by piece: never twice in memory."""
+"""Writes the snapshot's packed rows piece by piece: never twice in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = 1 << 16  # rows
 
 
 def write_items(dataset: Dataset, embeddings: Array, features: Array | None, folder: Path) -> None:
-    """The items' packed rows; `features` [I + 1, F] are 0 until the ranker is trained."""
+    """Writes the items' packed rows; `features` [I + 1, F] are 0 until the ranker is trained."""
     dtype = item_dtype(dataset.schema)
     out = _mapped(folder / "items.npy", dtype, dataset.num_items + 1)
     for start in range(0, len(out), _PIECE):
@@ -31,8 +31,7 @@ def write_items(dataset: Dataset, embeddings: Array, features: Array | None, fol
 
 
 def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
-    """The users' packed rows; `features` [U + 1, U'] are the ranker's. All that is known of the past,
-    held-out events too."""
+    """Writes the users' packed rows with all that is known, held-out events too; features [U + 1, U']."""
     histories = dataset.histories
     out = _mapped(folder / "users.npy", user_dtype(dataset.schema), dataset.num_users + 1)
     for start in range(0, len(out), _PIECE):
@@ -50,8 +49,7 @@ def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
 
 
 def _mapped(path: Path, dtype: np.dtype, num_rows: int) -> np.memmap:
-    """A new mapped array whose space is there: on a full disk a mapped write would end the process with
-    SIGBUS."""
+    """Maps a new array whose space is there: a mapped write on a full disk ends the process by SIGBUS."""
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows,))
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

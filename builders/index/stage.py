@@ -62,8 +62,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
 
 
 def open_recall(inputs: Inputs, dataset: Dataset) -> tuple[OfflineRecall, Array]:
-    """Opens what this stage wrote: recall for any user at any time, and item_embeddings [I + 1, D]
-    float32."""
+    """Opens what this stage wrote: recall for any user at any time, and item_embeddings [I + 1, D]."""
     path = inputs["index"] / "item_embeddings.npy"
     item_embeddings = np.load(path, mmap_mode="c")  # private and writable, as torch wants it
     encoders = open_encoders(inputs["encoders"], dataset.schema)

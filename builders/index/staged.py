@@ -9,16 +9,15 @@ from ensemble.steps.served import ServedRelease
 
 
 class StagedRelease(ServedRelease):
-    """A release that is still being built: its files lie in one folder, and there is no manifest to hold them
-    against."""
+    """Opens a release that is still being built: its files lie in one folder, without a manifest."""
 
     def __init__(self, folder: Path, name: str = "staged") -> None:
         super().__init__(folder.parent, name, {})
         self.path = folder
 
     def verify(self, paths: Iterable[Path] | None = None) -> None:
-        """Nothing to compare with yet."""
+        """Does nothing: there is nothing to compare with yet."""
 
     def member_file(self, model: str, file: str) -> Path:
-        """Engines of a staged release lie beside its data."""
+        """Gives the path of an engine, which lies beside a staged release's data."""
         return self.path / "engines" / model / file

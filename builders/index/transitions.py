@@ -1,5 +1,4 @@
-"""Item-to-item transitions: what people took soon after an item. Seconds to count, and a source of recall of
-its own.
+"""Counts item-to-item transitions, in seconds: what people took soon after an item, a source of recall.
 
 Axes: U users, I items, L neighbours, B batch, H history, K newest items looked at.
 """
@@ -41,8 +40,7 @@ def item_transitions(
 def _summed_pairs(
     owner: Array, rows: Array, num_items: int, window: int, shard: int, shards: int
 ) -> tuple[Array, Array, Array]:
-    """Each (source, target) of the sources with row % shards == shard once, with its summed weight; [n]
-    int64, int64, float64."""
+    """Sums the weight of each pair whose source has row % shards == shard: sources, targets, weights [n]."""
     keys, weights = [], []
     for distance in range(1, min(window, len(rows) - 1) + 1):
         before, after = rows[:-distance], rows[distance:]

@@ -1,5 +1,4 @@
-"""Stage `repository`: brings a finished release into the repository whole, or not at all, whenever it is
-killed."""
+"""Stage `repository`: brings a finished release into the repository, whole or not at all."""
 
 from __future__ import annotations
 
@@ -110,8 +109,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _rename_in(repository: Path, stage: Path, folders: list[str]) -> None:
-    """Members first, the release's own folder (the last of `folders`) last: its manifest is the moment of
-    publication."""
+    """Moves members in first and the own folder (last of `folders`) last: its manifest is the publication."""
     with locked(repository):
         _refuse_existing(repository, folders)
         moved: list[str] = []
@@ -139,8 +137,7 @@ def _refuse_existing(repository: Path, folders: Mapping[str, Path] | list[str]) 
 
 @contextlib.contextmanager
 def _room_for(repository: Path, name: str, need_bytes: int) -> Iterator[None]:
-    """Turns a full or read-only disk into one line with the room that is needed; the staging folder inside is
-    gone by then."""
+    """Turns a full or read-only disk into one line with the room needed; staging is gone by then."""
     try:
         yield
     except OSError as error:
@@ -160,8 +157,7 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Copies a folder, empty ones inside it too; adds {path: sha256, bytes} of each file, paths relative to
-    the repository."""
+    """Copies a folder with empty ones in it; adds {path in the repository: sha256, bytes} of each file."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.name == "__pycache__":
@@ -176,9 +172,10 @@ def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, An
 
 
 def _forbid_bytecode(version: Path) -> None:
-    """A file where Python would make a folder of bytecode: the stub ignores PYTHONDONTWRITEBYTECODE, and a
-    version folder that changes while it is served makes Triton load all its members again at the next
-    activation (3 s, tried).
+    """Puts a file where Python would make a folder of bytecode.
+
+    The stub ignores PYTHONDONTWRITEBYTECODE, and a version folder that changes while it is served makes
+    Triton load all its members again at the next activation (3 s, tried).
     """
     (version / "__pycache__").touch()
 

@@ -1,5 +1,4 @@
-"""Spec -> typed ModelConfig -> config.pbtxt. Nobody edits a config.pbtxt by hand, and nothing else writes
-one.
+"""Writes config.pbtxt from specs by a typed ModelConfig; nothing and nobody else writes or edits one.
 
 Every configuration runs on any Triton with the Python backend, from 2.51 on: fields that 2.51 rejects
 (ensemble_scheduling.max_inflight_requests, model_metrics) are not written. Another way to run a model gets a
@@ -35,7 +34,7 @@ _TYPES: Mapping[Dtype, str] = {
 
 
 def member_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
-    """One step of a release, run by the Python backend."""
+    """Configures one step of a release, run by the Python backend."""
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, max_batch, release)
     config.backend = "python"
     config.parameters["step"].string_value = spec.name
@@ -48,7 +47,7 @@ def member_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
 
 
 def ensemble_config(spec: PipelineSpec, release: str) -> ModelConfig:
-    """The release's ensemble: every model of the pipeline, wired by names alone."""
+    """Configures the release's ensemble: every model of the pipeline, wired by names alone."""
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, spec.max_batch, release)
     config.platform = "ensemble"
     for model in spec.models:
@@ -57,7 +56,7 @@ def ensemble_config(spec: PipelineSpec, release: str) -> ModelConfig:
 
 
 def alias_config(spec: PipelineSpec, release: str) -> ModelConfig:
-    """The name that clients call: one step, the release's ensemble."""
+    """Configures the name that clients call: one step, the release's ensemble."""
     config = _config(spec.name, spec.inputs, spec.outputs, spec.max_batch, release)
     config.platform = "ensemble"
     _add_step(config, f"{release}_{spec.name}", spec.inputs, spec.outputs)
@@ -65,8 +64,7 @@ def alias_config(spec: PipelineSpec, release: str) -> ModelConfig:
 
 
 def tensorrt_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfig:
-    """An engine run by Triton's native TensorRT backend: the same tensors, a plan, CUDA graphs, real samples
-    to warm up with."""
+    """Configures an engine for Triton's TensorRT backend: plan, CUDA graphs, real samples to warm up."""
     config = _config(f"{release}_{spec.name}", spec.inputs, spec.outputs, max_batch, release)
     config.platform = "tensorrt_plan"
     config.default_model_filename = PLAN_FILE
@@ -85,14 +83,14 @@ def tensorrt_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfi
 
 
 def _add_graph(config: ModelConfig, spec: ModelSpec, size: int) -> None:
-    """One recorded CUDA graph. No lower bound: below it a graph would read rows that nobody wrote."""
+    """Records one CUDA graph without a lower bound: below it a graph would read rows that nobody wrote."""
     graph = config.optimization.cuda.graph_spec.add(batch_size=size)
     for tensor in spec.inputs:
         graph.input[tensor.name].dim.extend(_dims(tensor))
 
 
 def _add_warmup(config: ModelConfig, spec: ModelSpec, size: int) -> None:
-    """A first run at this batch size on one real user's tensors, which lie in warmup/<tensor>."""
+    """Warms up at this batch size on one real user's tensors, which lie in warmup/<tensor>."""
     warmup = config.model_warmup.add(name=f"batch {size}", batch_size=size)
     for tensor in spec.inputs:
         sample = warmup.inputs[tensor.name]
@@ -102,7 +100,7 @@ def _add_warmup(config: ModelConfig, spec: ModelSpec, size: int) -> None:
 
 
 def config_text(config: ModelConfig) -> str:
-    """config.pbtxt; text_format drops a max_batch_size of 0, so it is checked here that there is one."""
+    """Gives config.pbtxt's text; max_batch_size is checked, because text_format drops a 0."""
     if config.max_batch_size < 1:
         raise ValueError(
             f"{config.name}: max_batch_size is {config.max_batch_size}; every model of ours batches"
@@ -139,7 +137,7 @@ def _write(folder: Path, config: ModelConfig) -> None:
 
 
 def _write_fused(folder: Path, config: ModelConfig) -> None:
-    """Beside the ensemble: the same model, all steps in one Python process (`peregrine serve --fused`)."""
+    """Configures, beside the ensemble, the same model as one Python process (`peregrine serve --fused`)."""
     (folder / "configs").mkdir(exist_ok=True)
     (folder / "configs" / f"{FUSED}.pbtxt").write_text(config_text(config), encoding="utf-8")
     (folder / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")

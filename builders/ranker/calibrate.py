@@ -1,4 +1,4 @@
-"""Calibration: one affine map per task, fitted on held-out rows, folded into the ranker's graph.
+"""Calibrates the ranker: one affine map per task, fitted on held-out rows, folded into its graph.
 
 Binary tasks: Platt scaling, sigmoid(scale * logit + bias). Regression tasks: the least-squares line. Order
 never changes, as a scale is never below MIN_SCALE.
@@ -16,8 +16,7 @@ _FEW = 10  # fewer rows of a class than this say nothing about a slope: only the
 
 
 def fit_platt(logits: Array, labels: Array, steps: int = 30) -> tuple[float, float]:
-    """Scale and bias that minimize log loss of labels [E] 0/1/NaN given logits [E]; (1, 0) where there is
-    nothing to fit."""
+    """Fits scale and bias by log loss of labels [E] 0/1/NaN given logits [E]; (1, 0) without labels."""
     logits, labels = _defined(logits, labels)
     num_positive = float(labels.sum())
     if num_positive < 1 or num_positive > len(labels) - 1:
@@ -42,7 +41,7 @@ def fit_platt(logits: Array, labels: Array, steps: int = 30) -> tuple[float, flo
 
 
 def fit_line(outputs: Array, labels: Array) -> tuple[float, float]:
-    """Scale and bias of the least-squares line of labels [E] (NaN = not defined) on outputs [E]."""
+    """Fits scale and bias of the least-squares line of labels [E] (NaN = not defined) on outputs [E]."""
     outputs, labels = _defined(outputs, labels)
     if len(labels) < _FEW:
         return 1.0, float(labels.mean() - outputs.mean()) if len(labels) else 0.0
@@ -53,7 +52,7 @@ def fit_line(outputs: Array, labels: Array) -> tuple[float, float]:
 
 
 def fit(tasks: tuple[Task, ...], logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Scales and biases [T] float32 for logits and labels [E, T]."""
+    """Fits scales and biases [T] float32 for logits and labels [E, T]."""
     fits = [
         (fit_platt if task.kind == "binary" else fit_line)(logits[:, t], labels[:, t])
         for t, task in enumerate(tasks)
@@ -63,6 +62,6 @@ def fit(tasks: tuple[Task, ...], logits: Array, labels: Array) -> tuple[Array, A
 
 
 def _defined(outputs: Array, labels: Array) -> tuple[Array, Array]:
-    """Both as float64, without the rows whose label is NaN."""
+    """Gives both as float64, without the rows whose label is NaN."""
     known = ~np.isnan(labels)
     return outputs[known].astype(np.float64), labels[known].astype(np.float64)

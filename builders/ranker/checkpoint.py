@@ -1,5 +1,4 @@
-"""Saves a trained ranker in a folder, arrays as .npy and weights as .npz (never pickle), and reads it
-back."""
+"""Saves a trained ranker in a folder, as .npy and .npz (never pickle), and reads it back."""
 
 from __future__ import annotations
 

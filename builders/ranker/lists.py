@@ -1,5 +1,4 @@
-"""What the ranker is trained on: lists. A list is one user at one point of the history, with the items shown
-or recalled there.
+"""Makes the lists that the ranker learns from: one user at one time, with items shown or recalled there.
 
 Impressions that share user and history share a list, so that user-side work is done once for them. Axes: L
 lists, N items a list (padded with -1), H history, S recall sources, T tasks, E impressions.
@@ -21,7 +20,7 @@ _CHUNK = 4096  # lists scored at once
 
 @dataclass(frozen=True)
 class Lists:
-    """Rows of the training set."""
+    """Holds rows of the training set."""
 
     user_rows: Array  # [L] int64
     history_ends: Array  # [L] int64
@@ -33,7 +32,7 @@ class Lists:
         return len(self.user_rows)
 
     def take(self, index: Array) -> Lists:
-        """The lists at `index`."""
+        """Gives the lists at `index`."""
         return Lists(
             self.user_rows[index],
             self.history_ends[index],
@@ -43,13 +42,8 @@ class Lists:
         )
 
 
-def zero_scores(user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-    """A ScoreFunction for shops (and tests) without recall."""
-    return np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
-
-
 def lists_from_impressions(impressions: Impressions, scores: ScoreFunction) -> tuple[Lists, Array]:
-    """Impressions [E] -> lists, and the place [E] of each impression in the flattened [L * N]."""
+    """Groups impressions [E] into lists; gives also the place [E] of each in the flattened [L * N]."""
     order = np.lexsort((impressions.history_ends, impressions.user_rows))
     users, ends = impressions.user_rows[order], impressions.history_ends[order]
     first = np.ones(len(order), bool)
@@ -77,7 +71,7 @@ def lists_from_impressions(impressions: Impressions, scores: ScoreFunction) -> t
 
 
 def _best_width(group_sizes: Array) -> int:
-    """Items a list so that total work is least: a list's history costs about as much as four items."""
+    """Chooses the items a list so that work is least: a list's history costs as much as four items."""
     if not len(group_sizes):
         return 1
     widths = (1, 2, 4, 8)  # wider ones would make batches of few users
@@ -85,7 +79,7 @@ def _best_width(group_sizes: Array) -> int:
 
 
 def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-    """scores(…) over all lists, a few thousand at a time: [L, N, S] float32, 0 where padded."""
+    """Scores all lists, a few thousand at a time: [L, N, S] float32, 0 where padded."""
     out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
     for start in range(0, len(item_rows), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -95,8 +89,7 @@ def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array
 
 
 def lists_from_targets(dataset: Dataset, targets: Targets, candidates: CandidateFunction) -> Lists:
-    """Recall's candidates for each held-out target; the label of the one task is 1 on the target (if it was
-    recalled), else 0."""
+    """Makes lists of recall's candidates for each target; its label is 1 if it was recalled, all others 0."""
     parts = []
     for start in range(0, len(targets.user_rows), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -115,8 +108,7 @@ def lists_from_targets(dataset: Dataset, targets: Targets, candidates: Candidate
 def with_uniform(
     lists: Lists, num_items: int, count: int, scores: ScoreFunction, rng: np.random.Generator
 ) -> Lists:
-    """The lists with `count` more items each, drawn uniformly from the catalogue, labelled 0 (an item twice
-    in a list: NaN)."""
+    """Adds `count` items to each list, drawn uniformly, labelled 0 (NaN where an item is there already)."""
     drawn = rng.integers(1, num_items + 1, (len(lists), count))
     again = (
         (drawn[:, :, None] == lists.item_rows[:, None, :]).any(2) if count else np.zeros(drawn.shape, bool)

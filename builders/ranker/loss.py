@@ -1,4 +1,4 @@
-"""The ranker's losses. Axes: L lists, N items a list, T tasks. Labels are NaN where not defined or padded."""
+"""Computes the ranker's losses. Axes: L lists, N items a list, T tasks. Labels are NaN where undefined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
-    """Sum over tasks, each per impression that the task could apply to.
+    """Sums the losses of all tasks, each per impression that the task could apply to.
 
     A binary task that is `given` another one is trained on the product of the chain's probabilities over all
     impressions (ESMM), so that it is right where nothing was clicked too; `conditional` adds the loss over
@@ -23,9 +23,8 @@ def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
     places = {task.name: place for place, task in enumerate(tasks)}
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        chain: dict[
-            str, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # task -> log probability, label and mask of all its chain
+        # task -> log probability, label and mask of all its chain
+        chain: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
         def joint(task: Task) -> tuple[Tensor, Tensor, Tensor]:
             if task.name not in chain:
@@ -41,32 +40,22 @@ def impression_loss(tasks: tuple[Task, ...], conditional: float = 0.0) -> Loss:
         rows = (~labels.isnan()).any(-1).sum().clamp(min=1)
         for place, task in enumerate(tasks):
             own = ~labels[..., place].isnan()
+            logit, label = logits[..., place][own], labels[..., place][own]
             if task.kind == "regression":
-                total = (
-                    total
-                    + functional.mse_loss(logits[..., place][own], labels[..., place][own], reduction="sum")
-                    / rows
-                )
+                total = total + functional.mse_loss(logit, label, reduction="sum") / rows
                 continue
-            log_p, label, defined = joint(task)
-            total = total + _log_loss(log_p[defined], label[defined]).sum() / rows
+            log_p, whole, defined = joint(task)
+            total = total + _log_loss(log_p[defined], whole[defined]).sum() / rows
             if task.given is not None and conditional:
-                total = (
-                    total
-                    + conditional
-                    * functional.binary_cross_entropy_with_logits(
-                        logits[..., place][own], labels[..., place][own], reduction="sum"
-                    )
-                    / rows
-                )
+                own_loss = functional.binary_cross_entropy_with_logits(logit, label, reduction="sum")
+                total = total + conditional * own_loss / rows
         return total
 
     return loss
 
 
 def list_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax cross entropy of the list's positive, plus a tenth of the log loss of every item. [L, N, 1]
-    each."""
+    """Gives softmax cross entropy of the positives plus a tenth of all items' log loss; [L, N, 1] each."""
     logits, labels = logits[..., 0], labels[..., 0]
     defined = ~labels.isnan()
     positive = defined & (labels > 0.5)
@@ -77,6 +66,6 @@ def list_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _log_loss(log_p: Tensor, label: Tensor) -> Tensor:
-    """Log loss from log probabilities: -(y log p + (1 - y) log(1 - p)), finite for p near 1."""
+    """Gives log loss from log probabilities: -(y log p + (1 - y) log(1 - p)), finite for p near 1."""
     log_p = log_p.clamp(max=-1e-6)
     return -(label * log_p + (1 - label) * torch.log(-torch.expm1(log_p)))

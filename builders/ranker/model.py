@@ -1,5 +1,4 @@
-"""The ranker: target attention over the history and a mixture of experts over the shop's tasks; and the item
-head beside it.
+"""Defines the ranker, target attention and a mixture of experts, and the item head beside it.
 
 Axes: B batch, H history (left padded, newest last), D embedding, N candidates, F item features, U user
 features, S recall sources, T tasks, C code columns, R value columns, K attention width, E experts. Parameter
@@ -28,7 +27,7 @@ _FAR = -1e4  # a masked attention logit: finite in every precision
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """Widths of the ranker's layers. The defaults cost 0.40 MFLOP a candidate; `tiny` is for tests."""
+    """Holds widths of the ranker's layers; the defaults cost 0.40 MFLOP a candidate, `tiny` is for tests."""
 
     codes: int = 32  # one vector a code feature
     attention: int = 64  # keys and values of the history, over all heads
@@ -47,8 +46,7 @@ TINY = RankerConfig(
 
 
 class CalibratedRanker(nn.Module):
-    """The contract's ranker around `logits`: per task one affine map, then a sigmoid (binary) or nothing
-    (regression).
+    """Wraps `logits` as the contract's ranker: an affine map a task, then a sigmoid (binary) or nothing.
 
     For binary tasks the map is the calibration; for regression tasks it also undoes the standardization of
     training.
@@ -77,8 +75,7 @@ class CalibratedRanker(nn.Module):
         candidate_features: Tensor,
         candidate_scores: Tensor,
     ) -> Tensor:
-        """-> candidate_probabilities [B, N, T] float32: calibrated probabilities of binary tasks, numbers of
-        the others.
+        """Gives candidate_probabilities [B, N, T] float32: calibrated ones of binary tasks, others' numbers.
 
         history_features [B, H, F], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R],
         user_features [B, U], candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
@@ -89,22 +86,21 @@ class CalibratedRanker(nn.Module):
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """logits [..., T] -> probabilities (binary) or numbers (regression) [..., T]."""
+        """Turns logits [..., T] into probabilities (binary) or numbers (regression) [..., T]."""
         calibrated = logits * self.calibration_scale + self.calibration_bias
         return torch.where(self.is_binary, calibrated.sigmoid(), calibrated)
 
     def logits(self, *tensors: Tensor) -> Tensor:
-        """The tensors of forward, in its order -> [B, N, T] float32, before calibration."""
+        """Gives logits [B, N, T] float32 before calibration, from the tensors of forward in its order."""
         return self.gated_logits(*tensors[:-1], tensors[-1] * self.score_gate)
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
-        """`logits`, with the scores of distrusted sources 0."""
+        """Gives `logits` with the scores of distrusted sources 0."""
         raise NotImplementedError
 
 
 class Ranker(CalibratedRanker):
-    """logit = linear in recall's scores (the wide path) + experts and products of user and candidate (the
-    deep path)."""
+    """Adds a wide path, linear in recall's scores, to a deep one of experts and products of both sides."""
 
     score_mean: Tensor
     score_scale: Tensor
@@ -138,7 +134,7 @@ class Ranker(CalibratedRanker):
             nn.init.zeros_(layer.get_parameter("weight"))
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
-        """See CalibratedRanker.forward -> [B, N, T] float32."""
+        """Gives logits [B, N, T] float32 of CalibratedRanker.forward's tensors."""
         history, mask, user_codes, user_values, user_features, items, scores = tensors
         scores = (scores - self.score_mean) * self.score_scale
         keys, values = self.attention.sides(history)
@@ -153,7 +149,7 @@ class Ranker(CalibratedRanker):
         return self.wide(scores) + self.deep_gate * deep
 
     def _mixture(self, hidden: Tensor) -> Tensor:
-        """hidden [B, N, hidden] -> [B, N, T]: each task weighs the shared experts with its own gate."""
+        """Weighs the shared experts by each task's own gate: [B, N, hidden] -> [B, N, T]."""
         experts = [expert(hidden) for expert in self.experts]  # [B, N, width] each
         outputs = []
         for gate, tower in zip(self.gates, self.towers, strict=True):
@@ -166,8 +162,7 @@ class Ranker(CalibratedRanker):
 
 
 class UserSide(nn.Module):
-    """All that is known of the user alone, as one vector: own row, features, the history's mean, newest item
-    and length."""
+    """Makes one vector of the user alone: row, features, the history's mean, newest item and length."""
 
     def __init__(self, schema: Schema, config: RankerConfig):
         super().__init__()
@@ -186,8 +181,7 @@ class UserSide(nn.Module):
     def forward(
         self, values: Tensor, mask: Tensor, user_codes: Tensor, user_values: Tensor, user_features: Tensor
     ) -> Tensor:
-        """values [B, H, K], mask [B, H] bool, user_codes [B, C], user_values [B, R], user_features [B, U] ->
-        [B, width]."""
+        """Describes users [B, width] by values [B, H, K], mask [B, H], codes, values and rows."""
         present = mask.unsqueeze(-1).to(values.dtype)
         length = present.sum(1)  # [B, 1]
         mean = (values * present).sum(1) / length.clamp(min=1.0)
@@ -197,8 +191,7 @@ class UserSide(nn.Module):
 
 
 class TargetAttention(nn.Module):
-    """What of the history matters to this candidate: queries from candidates, keys and values from the
-    history.
+    """Attends from candidates (queries) to what of the history (keys, values) matters to them.
 
     A learned "nothing" stands beside the history: an empty one stays finite, and a candidate may find nothing
     alike in it.
@@ -212,12 +205,11 @@ class TargetAttention(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(self.heads, 1, 1))
 
     def sides(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """history [B, H, F] -> keys, values [B, H, K]: once per user."""
+        """Gives keys and values [B, H, K] of history [B, H, F]: once per user."""
         return self.key(history), self.value(history)
 
     def forward(self, items: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """items [B, N, F], keys and values [B, H, K], mask [B, H] bool -> [B, N, K], 0 where the history is
-        empty."""
+        """Attends from items [B, N, F] to keys, values [B, H, K] under mask [B, H]: [B, N, K]; 0 for none."""
         query, key, value = (self._split(side) for side in (self.query(items), keys, values))
         place = self.position + torch.where(mask, 0.0, _FAR)[:, None, None, :]  # [B, heads, 1, H]
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + place  # [B, heads, N, H]
@@ -227,13 +219,12 @@ class TargetAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
     def _split(self, side: Tensor) -> Tensor:
-        """[B, L, K] -> [B, heads, L, K / heads]."""
+        """Splits heads: [B, L, K] -> [B, heads, L, K / heads]."""
         return side.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ItemFeatures(nn.Module):
-    """The item encoder's second head, all that the ranker sees of an item: its id row, codes, values and,
-    gated, its embedding."""
+    """Makes all that the ranker sees of an item: its id row, codes, values and, gated, its embedding."""
 
     embedding_scale: Tensor
 
@@ -253,8 +244,9 @@ class ItemFeatures(nn.Module):
     def forward(
         self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor, item_embedding: Tensor
     ) -> Tensor:
-        """item_id_features [B, F] (row 0 of the table for a new item), item_codes [B, C] int32, item_values
-        [B, R], item_embedding [B, D] (the first head's output) -> item_features [B, F].
+        """Gives item_features [B, F] of id rows [B, F] (row 0 of the table for a new item), codes [B, C].
+
+        item_values [B, R] and item_embedding [B, D], the first head's output, are float32.
         """
         parts = [
             item_id_features,
@@ -267,26 +259,25 @@ class ItemFeatures(nn.Module):
 
 
 class OwnRanker(CalibratedRanker):
-    """A user's module with the contract's tensors, made trainable on logits and calibrated like ours."""
+    """Makes a user's own module trainable on logits and calibrates it like ours."""
 
     def __init__(self, schema: Schema, inner: nn.Module):
         super().__init__(schema)
         self.inner = inner
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
-        """The inner module's probabilities (binary) as logits, its numbers (regression) as they are."""
+        """Gives the inner module's probabilities (binary) as logits, its numbers (regression) as they are."""
         outputs = self.inner(*tensors)
         return torch.where(self.is_binary, torch.logit(outputs, eps=1e-6), outputs)
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Trained numbers in the module (id tables live outside)."""
+    """Counts trained numbers in the module (id tables live outside)."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
-    """Floating point operations (2 a multiply-add) of one user with N candidates, in linear layers and
-    attention."""
+    """Counts floating point operations (2 a multiply-add) of one user with N candidates."""
     attention, user = ranker.attention, ranker.user
     per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in)
     once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (
@@ -299,7 +290,7 @@ def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
 
 
 def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Linear + ReLU (+ dropout between layers) through `widths`."""
+    """Stacks Linear + ReLU (+ dropout between layers) through `widths`."""
     layers: list[nn.Module] = []
     for place, (inside, outside) in enumerate(pairwise(widths)):
         if place and dropout:
@@ -309,7 +300,7 @@ def _mlp(widths: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 
 
 def _codes(table: Table, dim: int) -> CodeEmbedding:
-    """One pooled vector for each category and text feature of a table."""
+    """Embeds codes as one pooled vector for each category and text feature of a table."""
     codes = CodeEmbedding(table.num_codes, code_slices(table), dim)
     # the ranker trains for few steps: codes must be told apart from the first one on
     nn.init.normal_(codes.table.weight, std=0.3)

@@ -1,5 +1,4 @@
-"""State of one training of the ranker, and its one loop: feeds, epochs, early stop. What is trained on is
-train_ranker's affair."""
+"""Runs one training of the ranker: feeds, epochs, early stop. What is trained on is train_ranker's affair."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ _HEAD_CHUNK = 65_536  # items the head computes at once
 
 @dataclass(frozen=True)
 class RankerTraining:
-    """How the ranker is trained. Rates are shares of rows; `batch` counts candidates."""
+    """Says how the ranker is trained; rates are shares of rows, `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
     epochs: int = 5  # at most; learning rates fall linearly to 0 over them
@@ -75,7 +74,7 @@ TINY_TRAINING = RankerTraining(
 
 
 class RankerTrainer:
-    """The model, the item head, the two tables of rows, the frozen tensors they read, and the optimizers."""
+    """Holds the model, the item head, both tables of rows, the frozen tensors they read, optimizers."""
 
     def __init__(
         self,
@@ -126,8 +125,7 @@ class RankerTrainer:
         )
 
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The tensors of the ranker's forward for some lists, and the mean square of the id rows they
-        read."""
+        """Gives the ranker's tensors for some lists, and the mean square of the id rows that they read."""
         c, training = self.config, self.trained.training
         windows = torch.from_numpy(
             history_windows(
@@ -149,8 +147,7 @@ class RankerTrainer:
         return tensors, square + user_features.square().mean()
 
     def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each rows [L, …] -> item_features [L, …, F], the head run once per distinct item of all; and the
-        mean square of their id rows."""
+        """Runs the head once per distinct item: features [L, …, F], and the mean square of the id rows."""
         distinct, place = torch.unique(torch.cat([part.flatten() for part in rows]), return_inverse=True)
         known = (
             distinct
@@ -167,7 +164,7 @@ class RankerTrainer:
         ], id_rows.square().mean()
 
     def item_features(self) -> Array:
-        """The head's output for every item [I + 1, F] float32; row 0 is 0."""
+        """Gives the head's output for every item [I + 1, F] float32; row 0 is 0."""
         self.trained.eval()
         out = np.zeros(self.item_rows.weight.shape, np.float32)
         with torch.no_grad():
@@ -183,13 +180,13 @@ class RankerTrainer:
         return out
 
     def user_features(self) -> Array:
-        """The users' rows [U + 1, U'] float32; row 0 (unknown) is 0."""
+        """Gives the users' rows [U + 1, U'] float32; row 0 (unknown) is 0."""
         rows = self.user_rows.weight.detach().numpy().copy()
         rows[0] = 0
         return rows
 
     def logits(self, lists: Lists, chunk: int = 8192) -> Array:
-        """Logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time."""
+        """Gives logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time."""
         self.trained.eval()
         step = max(1, chunk // max(1, lists.item_rows.shape[1]))
         out = np.zeros(lists.labels.shape, np.float32)
@@ -200,7 +197,7 @@ class RankerTrainer:
         return out
 
     def epoch(self, lists: Lists, loss_function: Loss, epoch: int) -> None:
-        """Pass number `epoch` (from 0) over the lists, in random order."""
+        """Passes once over the lists in random order; `epoch` counts from 0."""
         self.trained.train()
         order = self.rng.permutation(len(lists))
         num_batches = max(1, round(lists.item_rows.size / self.config.batch))
@@ -221,7 +218,7 @@ class RankerTrainer:
             self.mean.update(self.config.average)
 
     def _set_rates(self, share: float) -> None:
-        """Learning rates at `share` of their start."""
+        """Sets learning rates to `share` of their start."""
         for optimizer, rate in zip(
             self.optimizers, (self.config.learning_rate, self.config.row_rate), strict=True
         ):
@@ -229,8 +226,7 @@ class RankerTrainer:
                 group["lr"] = rate * share
 
     def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
-        """Epochs over draw() until judge() (smaller is better) stops improving; keeps the best state, the
-        first included. -> epochs run."""
+        """Trains over draw() until judge() (less is better) stalls; keeps the best state, counts epochs."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
         self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
@@ -246,15 +242,13 @@ class RankerTrainer:
 
 
 class RunningMean:
-    """Exponential mean of the dense weights over the steps (Polyak averaging): it has less of the last
-    batches' noise than they have."""
+    """Averages the dense weights over the steps (Polyak): the mean has less of the last batches' noise."""
 
     def __init__(self, weights: list[nn.Parameter]):
         self.weights, self.mean, self.steps = weights, [weight.detach().clone() for weight in weights], 0
 
     def update(self, keep: float) -> None:
-        """After a step. The mean of the first steps is short, so that it does not hold the untrained
-        weights."""
+        """Takes in a step; the mean of the first is short, so that it does not hold the untrained weights."""
         self.steps += 1
         torch._foreach_lerp_(
             self.mean,

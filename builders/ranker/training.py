@@ -1,5 +1,4 @@
-"""Training of the ranker, of the item head beside it, and of the two tables of rows that the snapshot will
-hold.
+"""Trains the ranker, the item head beside it, and the two tables of rows that the snapshot will hold.
 
 With labels: all tasks on all impressions, CVR over the whole space (ESMM). Without labels (`interact`):
 recall's own candidates plus uniform items around held-out next items. The encoders have seen the train
@@ -99,7 +98,7 @@ def train_ranker(
 
 
 def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str, Any]:
-    """Trains on train_impressions, stops and calibrates on validation_impressions. -> report."""
+    """Trains on train_impressions, stops and calibrates on validation_impressions; returns the report."""
     dataset, tasks = trainer.dataset, trainer.dataset.schema.tasks
     train, validation = dataset.train_impressions, dataset.validation_impressions
     if train is None or validation is None:
@@ -131,13 +130,13 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
 
 
 def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
-    """Logits [E, T] before calibration, in the order of the impressions."""
+    """Gives logits [E, T] before calibration, in the order of the impressions."""
     lists, places = lists_from_impressions(impressions, scores)
     return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
 
 
 def _label_scales(tasks: tuple[Task, ...], labels: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation [T] float32 of the labels of regression tasks; 0 and 1 for binary ones."""
+    """Gives mean and deviation [T] float32 of regression tasks' labels; 0 and 1 for binary ones."""
     mean, spread = np.zeros(len(tasks), np.float32), np.ones(len(tasks), np.float32)
     for place, task in enumerate(tasks):
         known = labels[~np.isnan(labels[:, place]), place]
@@ -155,8 +154,7 @@ def _fit_lists(
     scores: ScoreFunction,
     source_weights: tuple[float, ...],
 ) -> dict[str, Any]:
-    """Trains around the validation targets of most users, stops and calibrates on those of the others. ->
-    report."""
+    """Trains around most users' validation targets, stops and calibrates on the others'. -> report."""
     trainer.config = replace(
         trainer.config,
         epochs=trainer.config.list_epochs,
@@ -196,16 +194,19 @@ def _fit_lists(
         "validation": _list_figures(trainer, judged),
     }
     if len(dataset.test.user_rows):
-        chosen = np.sort(trainer.rng.permutation(len(dataset.test.user_rows))[: c.test_lists])
-        test = Targets(
-            dataset.test.user_rows[chosen], dataset.test.history_ends[chosen], dataset.test.item_rows[chosen]
-        )
+        test = _sampled_targets(dataset.test, c.test_lists, trainer.rng)
         report["test"] = _list_figures(trainer, lists_from_targets(dataset, test, candidates))
     return report
 
 
+def _sampled_targets(targets: Targets, most: int, rng: np.random.Generator) -> Targets:
+    """Draws at most `most` of the targets, in their order."""
+    chosen = np.sort(rng.permutation(len(targets.user_rows))[:most])
+    return Targets(targets.user_rows[chosen], targets.history_ends[chosen], targets.item_rows[chosen])
+
+
 def _start_at_recall(trainer: RankerTrainer, lists: Lists, source_weights: tuple[float, ...]) -> None:
-    """Wide path = recall's fused score, on the scale of a log odds; so the first state has recall's order."""
+    """Sets the wide path to recall's fused score as log odds: the first state has recall's order."""
     _standardize_scores(trainer, lists)
     if not isinstance(trainer.model, Ranker):
         return
@@ -218,7 +219,7 @@ def _start_at_recall(trainer: RankerTrainer, lists: Lists, source_weights: tuple
 
 
 def _sampled(lists: Lists, config: RankerTraining, rng: np.random.Generator) -> Lists:
-    """Of each list the positive, all uniform items and `list_negatives` of the recalled ones, drawn anew."""
+    """Draws of each list the positive, all uniform items and `list_negatives` of the recalled ones, anew."""
     key = rng.random(lists.item_rows.shape)
     key[:, lists.item_rows.shape[1] - config.uniform_negatives :] -= 1
     key = np.where(lists.item_rows > 0, key, 3.0)
@@ -239,20 +240,20 @@ def _sampled(lists: Lists, config: RankerTraining, rng: np.random.Generator) -> 
 
 
 def _ranks(trainer: RankerTrainer, lists: Lists) -> Array:
-    """Rank of each list's positive by the ranker, ties half; inf where it was not recalled."""
+    """Gives the rank of each list's positive by the ranker, ties half; inf where it was not recalled."""
     logits = np.where(lists.item_rows > 0, trainer.logits(lists)[..., 0], -np.inf)
     positive = lists.labels[..., 0] == 1
     return metrics.ranks_from_scores(logits, np.where(positive.any(1), positive.argmax(1), -1))
 
 
 def _recall_ranks(lists: Lists) -> Array:
-    """Rank of each list's positive in recall's own order; inf where it was not recalled."""
+    """Gives the rank of each list's positive in recall's own order; inf where it was not recalled."""
     positive = lists.labels[..., 0] == 1
     return np.where(positive.any(1), positive.argmax(1).astype(np.float64), metrics.MISSED)
 
 
 def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
-    """Figures of the one task over recall's candidates, and NDCG@10 of recall's order and of the ranker's."""
+    """Gives the task's figures over recall's candidates, and NDCG@10 of recall's order and the ranker's."""
     figures = _figures(trainer, trainer.logits(lists).reshape(-1, 1), lists.labels.reshape(-1, 1))
     first, second = metrics.gains(_recall_ranks(lists), 10), metrics.gains(_ranks(trainer, lists), 10)
     gain = paired_difference(first, second, lists.user_rows)
@@ -266,7 +267,7 @@ def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
 
 
 def _standardize_scores(trainer: RankerTrainer, lists: Lists) -> None:
-    """Mean 0 and variance 1 for each source's score over the training lists, inside the graph."""
+    """Standardizes each source's score over the training lists, inside the graph."""
     seen = lists.scores[lists.item_rows > 0] * trainer.model.score_gate.numpy()
     if isinstance(trainer.model, Ranker) and len(seen):
         spread = seen.std(0)
@@ -284,8 +285,7 @@ def _calibrate(trainer: RankerTrainer, logits: Array, labels: Array) -> None:
 
 
 def _figures(trainer: RankerTrainer, logits: Array, labels: Array) -> dict[str, Any]:
-    """Per task: AUC, ECE and log loss (binary) or RMSE (regression) of calibrated outputs. logits and labels
-    [E, T]."""
+    """Gives AUC, ECE, log loss (binary) or RMSE (regression) by task. logits and labels [E, T]."""
     with torch.no_grad():
         outputs = trainer.model.probabilities(torch.from_numpy(logits)).numpy()
     return {
@@ -295,8 +295,7 @@ def _figures(trainer: RankerTrainer, logits: Array, labels: Array) -> dict[str, 
 
 
 def task_figures(task: Task, labels: Array, outputs: Array) -> dict[str, float]:
-    """Figures of one task. labels [E] (NaN = not defined), outputs [E]: calibrated probabilities or
-    numbers."""
+    """Gives one task's figures: labels [E] (NaN = not defined), calibrated outputs [E]."""
     if task.kind == "regression":
         return {"rmse": metrics.rmse(labels, outputs)}
     return {

@@ -1,5 +1,4 @@
-"""`peregrine shop generate`: writes the shop that builders/shop/planted.py draws. Its truth.parquet is for
-tests only."""
+"""Writes the shop that builders/shop/planted.py draws; its truth.parquet is for tests only."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def generate_shop(
     force: bool = False,
     progress: Callable[[str, float], None] = lambda step, share: None,
 ) -> None:
-    """Writes a shop to `out`. `images` None renders them for at most MAX_DEFAULT_IMAGES items.
-    `progress(step, share done)`."""
+    """Writes a shop to `out`; `images` None renders them for at most MAX_DEFAULT_IMAGES items."""
     for name, value, least in (("users", users, 10), ("items", items, 24), ("events", events, 100)):
         if value < least:
             raise InvalidInput(f"--{name} {value}: at least {least}")
@@ -126,7 +124,7 @@ def _write_users(folder: Path, people: People) -> None:
 
 
 def _names(prefix: str, num: int) -> list[str]:
-    """u1, u2, …"""
+    """Makes the ids u1, u2, …."""
     return [f"{prefix}{at}" for at in range(1, num + 1)]
 
 

@@ -1,5 +1,4 @@
-"""Small pictures of the generated items: the shade is the colour, the texture its surface, the scene the
-background."""
+"""Draws small pictures of the generated items: shade as colour, texture as surface, scene behind."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ def render_images(
 
 
 def draw_item(shade: int, texture: int, scene: int, rng: np.random.Generator) -> Array:
-    """[SIDE, SIDE, 3] uint8: an ellipse of the shade before the scene's gradient."""
+    """Draws an ellipse of the shade before the scene's gradient: [SIDE, SIDE, 3] uint8."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
     top, bottom = (np.array(rgb, float) for rgb in SCENE_RGB[scene])
     picture = top + (bottom - top) * y[..., None]
@@ -65,8 +64,7 @@ def draw_item(shade: int, texture: int, scene: int, rng: np.random.Generator) ->
 
 
 def _surface(texture: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """Brightness in [-1, 2] of matte, gloss, cream and powder, in the order of
-    builders.shop.generate.TEXTURES."""
+    """Gives the brightness in [-1, 2] of matte, gloss, cream and powder, in generate.TEXTURES' order."""
     if texture == 0:
         return np.zeros_like(x)
     if texture == 1:

@@ -1,4 +1,4 @@
-"""Known data formats -> a shop's folder. Each reader gives tables and the shop.toml that describes them."""
+"""Turns known data formats into a shop's folder: each reader gives tables and the shop.toml for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIKED = 4  # a rating that means "liked", on the usual scale to 5
 
 @dataclass
 class Imported:
-    """A shop, not yet written. `features` are entries of shop.toml."""
+    """Holds a shop that is not yet written; `features` are entries of shop.toml."""
 
     name: str
     interactions: pa.Table  # columns user_id, item_id, time, …
@@ -90,7 +90,7 @@ def _toml_lines(entry: dict[str, Any]) -> list[str]:
 
 
 def _read_sequences(source: Path, name: str | None) -> Imported:
-    """Lines of 'user item item …', oldest first."""
+    """Reads lines of 'user item item …', oldest item first."""
     path = _sequence_file(source, name)
     lines = [line.split() for line in _text(path, "utf-8").splitlines()]
     lines = [line for line in lines if line]
@@ -126,7 +126,7 @@ def _sequence_file(source: Path, name: str | None) -> Path:
 
 
 def _sequence_items(path: Path, seen: set[str]) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Titles and attributes that lie beside the sequences (NAME_items.tsv, NAME_item2attributes.json)."""
+    """Reads titles and attributes that lie beside (NAME_items.tsv, NAME_item2attributes.json)."""
     titles_file, attributes_file = (
         path.with_name(f"{path.stem}_items.tsv"),
         path.with_name(f"{path.stem}_item2attributes.json"),
@@ -186,7 +186,7 @@ def _read_recbole(source: Path, name: str | None) -> Imported:
 
 
 def _atomic(path: Path) -> dict[str, tuple[str, pa.ChunkedArray]]:
-    """Column -> (token | token_seq | float | float_seq, its cells as text)."""
+    """Reads an atomic file: column -> (token | token_seq | float | float_seq, its cells as text)."""
     table = _delimited(path.read_bytes(), path)
     columns = {}
     for header in table.column_names:
@@ -287,7 +287,7 @@ def _read_movielens(source: Path, name: str | None) -> Imported:
 
 
 def _movies_100k(path: Path) -> pa.Table:
-    """u.item: id|title|release|video|url|19 flags, whose names stand in u.genre."""
+    """Reads u.item: id|title|release|video|url|19 flags, whose names stand in u.genre."""
     genre_file = path.with_name("u.genre")
     genres = (
         [line.split("|")[0] for line in _text(genre_file, "latin-1").splitlines() if line.strip()]
@@ -314,7 +314,7 @@ def _double_colon(path: Path, names: list[str]) -> pa.Table:
 
 
 def _delimited(data: bytes, path: Path, *, names: list[str] | None = None, delimiter: str = "\t") -> pa.Table:
-    """A delimited file's cells, all as text; quotes count only between commas."""
+    """Reads a delimited file's cells, all as text; quotes count only between commas."""
     from pyarrow import csv
 
     if not data.strip():

@@ -1,4 +1,4 @@
-"""The interactions file: rows, labels, and which rows are one impression."""
+"""Reads the interactions file: its rows, its labels, and which rows are one impression."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ensemble.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Interactions:
-    """Rows of the file, as written. Users and items are indices into the sorted distinct ids."""
+    """Holds the file's rows as written; users and items are indices into the sorted distinct ids."""
 
     user_ids: Array  # [U] S, those that occur
     item_ids: Array  # [I] S, those that occur
@@ -40,7 +40,7 @@ class Interactions:
         return len(self.times)
 
     def where(self, keep: Array) -> Interactions:
-        """The rows of `keep` [n] bool; ids stay as they are."""
+        """Gives the rows where `keep` [n] bool is true; ids stay as they are."""
         if keep.all():
             return self
         events = None if self.events is None else self.events[keep]
@@ -58,7 +58,7 @@ class Interactions:
         )
 
     def is_event(self, name: str) -> Array:
-        """[n] bool: rows of the event called `name`."""
+        """Says which rows are of the event called `name`: [n] bool."""
         assert self.events is not None
         return self.events == (self.event_names.index(name) if name in self.event_names else -2)
 
@@ -117,7 +117,7 @@ def _check_event_names(shop: Shop, names: list[str]) -> None:
 def _row_labels(
     task: ShopTask, columns: dict[str, Column], names: list[str], events: Array | None, num_rows: int
 ) -> Array:
-    """[n] float32: what each row by itself says about `task`, NaN for nothing."""
+    """Gives what each row by itself says about `task`: [n] float32, NaN for nothing."""
     label = task.label
     if label is None:
         return np.full(num_rows, np.nan, np.float32)
@@ -164,14 +164,14 @@ def _read_truth(folder: Path, shop: Shop, num_rows: int) -> Array | None:
 
 @dataclass(frozen=True)
 class Exposures:
-    """What was shown to whom, in time order, and what became of it."""
+    """Holds what was shown to whom, in time order, and what became of it."""
 
     rows: Array  # [E] int64 into the interactions: the row that is the exposure
     labels: Array  # [E, T] float32, NaN where a task is not defined
 
 
 def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Exposures:
-    """One exposure per row; with an event column, rows of one exposure are brought together.
+    """Makes one exposure of each row; with an event column, rows of one exposure are brought together.
 
     With `impression = "view"`, a view is an exposure and the user's later events on that item, up to its next
     view, label it (events without a view before them form no exposure). Without it, rows of the same user,
@@ -192,7 +192,7 @@ def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Expos
 
 
 def _grouped(shop: Shop, interactions: Interactions) -> tuple[Array, Array]:
-    """(first row of each exposure [E], labels [E, T])."""
+    """Gives the first row of each exposure [E] and its labels [E, T]."""
     users, items, times = interactions.users, interactions.items, interactions.times
     impression = shop.interactions.impression
     shows = interactions.is_event(impression) if impression else np.zeros(len(times), bool)

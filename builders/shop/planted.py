@@ -1,5 +1,4 @@
-"""The planted truth of a generated shop: what is for sale, who visits, what each will do, and the log of it
-all.
+"""Plants a generated shop's truth: what is for sale, who visits, what each will do, and the log of it.
 
 What a user will like depends on the user's style and skin type, on age (how much a price hurts), on a
 favourite shade that only the history tells, and on the category of the item clicked last: after lipstick,
@@ -56,7 +55,7 @@ SPAN_S = 180 * 86_400
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items and what is true of them; arrays are [I] unless said otherwise."""
+    """Holds items and what is true of them; arrays are [I] unless said otherwise."""
 
     category: Array
     brand: Array
@@ -73,7 +72,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class People:
-    """Users; arrays are [U]."""
+    """Holds users; arrays are [U]."""
 
     style: Array
     skin: Array
@@ -85,7 +84,7 @@ class People:
 
 @dataclass(frozen=True)
 class Tastes:
-    """Tables of logits."""
+    """Holds the tables of logits by which users click."""
 
     style_category: Array  # [styles, categories]
     skin_texture: Array  # [skin types, textures]
@@ -137,15 +136,14 @@ def draw_tastes(rng: np.random.Generator) -> Tastes:
 
 
 def _spread(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Array:
-    """Logits whose mean per column is 0: no category is liked by all, which popularity would learn."""
+    """Draws logits whose mean per column is 0, else popularity would learn a category that all like."""
     table = rng.normal(0, deviation, shape)
     return table - table.mean(0)
 
 
 @dataclass(frozen=True)
 class Log:
-    """Interactions in time order, [n] each; `truth` [n, 3]: P(click), P(buy given click), mean log1p(dwell)
-    given click."""
+    """Holds interactions in time order, [n] each; `truth` [n, 3] has the planted mean of each task."""
 
     users: Array
     items: Array
@@ -163,7 +161,7 @@ def simulate_log(
     tastes: Tastes,
     progress: Callable[[str, float], None],
 ) -> Log:
-    """Everybody's k-th exposure at once, k = 0, 1, …: only the category clicked last is carried on."""
+    """Draws everybody's k-th exposure at once, k = 0, 1, …: only the category clicked last is carried on."""
     busiest = np.argsort(-people.num_events, kind="stable")
     counts = people.num_events[busiest]
     total, steps = int(counts.sum()), int(counts.max())
@@ -195,7 +193,7 @@ def simulate_log(
 def _click_logit(
     catalogue: Catalogue, people: People, tastes: Tastes, who: Array, shown: Array, last: Array
 ) -> Array:
-    """The planted truth of a click."""
+    """Gives the planted probability of a click."""
     category = catalogue.category[shown]
     return (
         -1.9
@@ -218,7 +216,7 @@ def _outcome(
     clicked: Array,
     click_truth: Array,
 ) -> Log:
-    """Purchase and dwell after each click; times are still to come."""
+    """Draws purchase and dwell after each click; times are still to come."""
     style = tastes.style_category[people.style[users], catalogue.category[items]]
     buy = _sigmoid(
         -1.0
@@ -256,7 +254,7 @@ def _in_time(rng: np.random.Generator, people: People, log: Log) -> Log:
 
 
 class _Policy:
-    """The logging policy: what is shown is in part popular, in part to the user's taste, in part anything."""
+    """Chooses what is shown: in part popular, in part to the user's taste, in part anything."""
 
     def __init__(self, catalogue: Catalogue, tastes: Tastes) -> None:
         self.popular = np.cumsum(catalogue.popularity)
@@ -269,7 +267,7 @@ class _Policy:
         self.category = np.cumsum(weights / weights.sum(-1, keepdims=True), axis=-1)
 
     def draw(self, rng: np.random.Generator, style: Array, last: Array) -> Array:
-        """Items shown to users of these styles and last clicks, [n] int64."""
+        """Draws items shown to users of these styles and last clicks: [n] int64."""
         num, top = len(style), len(self.popular) - 1
         mode, u, v = rng.random((3, num))
         popular = np.minimum(np.searchsorted(self.popular, u), top)

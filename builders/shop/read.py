@@ -18,7 +18,7 @@ from ensemble.release.ids import IdMap
 
 @dataclass(frozen=True)
 class Rows:
-    """One table of the shop: its ids, and the file row that each belongs to."""
+    """Holds one table of the shop: its ids, and the file row that each belongs to."""
 
     ids: Array  # [R] S, sorted, distinct
     index: Array  # [n] int64: place in `ids` of each file row
@@ -27,7 +27,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ShopTables:
-    """All files of a shop, read and checked, before anything is packed."""
+    """Holds all files of a shop, read and checked, before anything is packed."""
 
     shop: Shop
     items: Rows

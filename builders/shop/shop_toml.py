@@ -1,5 +1,4 @@
-"""A shop's folder: `shop.toml` says which columns of which files are what. This page is that file's
-reference.
+"""Describes shop.toml, which says which columns of which files are what. This page is its reference.
 
 name = "beauty"
 split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
@@ -40,7 +39,7 @@ class _Entry(BaseModel):
 
 
 class FeatureColumn(_Entry):
-    """One feature of the items or users."""
+    """Describes one feature of the items or users."""
 
     name: str = Field(pattern=NAME)
     kind: str  # category | number | text | image | vector(<dim>)
@@ -66,12 +65,12 @@ class FeatureColumn(_Entry):
 
     @property
     def dim(self) -> int:
-        """Components of a vector feature; 1 for a number."""
+        """Gives the components of a vector feature; 1 for a number."""
         return int(self.kind[7:-1]) if self.kind.startswith("vector") else 1
 
 
 class Interactions(_Entry):
-    """Who met what, when. Rows need no order."""
+    """Describes the file of who met what, when; its rows need no order."""
 
     file: str
     user: str = "user_id"
@@ -86,7 +85,7 @@ class Interactions(_Entry):
 
 
 class Entities(_Entry):
-    """The items or the users: one row each."""
+    """Describes the table of the items or of the users, one row each."""
 
     file: str
     id: str
@@ -100,7 +99,7 @@ class Entities(_Entry):
 
 
 class Label(_Entry):
-    """Where a task's truth comes from: an event's name, or a column."""
+    """Says where a task's truth comes from: an event's name, or a column."""
 
     event: str | None = None
     column: str | None = None
@@ -115,7 +114,7 @@ class Label(_Entry):
 
 
 class ShopTask(_Entry):
-    """Something to predict. Without a label (then the only task) it is "will the user take this item"."""
+    """Describes something to predict; without a label (then the only task): will the user take this item."""
 
     name: str = Field(pattern=NAME)
     kind: Literal["binary", "regression"] = "binary"
@@ -125,8 +124,7 @@ class ShopTask(_Entry):
 
 
 class Split(_Entry):
-    """leave_one_out: each user's last event tests, the one before validates. time: the last tenths of the
-    clock do."""
+    """Says what tests: each user's last event (leave_one_out), or the last tenths of the clock (time)."""
 
     kind: Literal["leave_one_out", "time"]
     validation: float = Field(default=0.1, gt=0, lt=0.5)
@@ -134,7 +132,7 @@ class Split(_Entry):
 
 
 class Shop(_Entry):
-    """All of shop.toml."""
+    """Holds all of shop.toml."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,63}$")
     split: Split = Split(kind="leave_one_out")
@@ -179,7 +177,7 @@ class Shop(_Entry):
 
     @property
     def has_labels(self) -> bool:
-        """False where the single task, `interact`, learns from sampled negatives."""
+        """Says False where the single task, `interact`, learns from sampled negatives."""
         return any(task.label for task in self.tasks)
 
 

@@ -1,5 +1,4 @@
-"""Columns of parquet and CSV files as arrays, checked: every error names file, column, row (from 1), value
-and cure."""
+"""Reads checked columns of parquet and CSV files; errors name file, column, row (from 1), value and cure."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ CLOCK_SKEW_S = 86_400  # local times may run up to a day ahead of UTC
 
 @dataclass(frozen=True)
 class Column:
-    """One column and where it stands, so that errors can name it."""
+    """Holds one column and where it stands, so that errors can name it."""
 
     file: str
     name: str
     values: pa.ChunkedArray
 
     def error(self, row: int, rule: str, value: Any = None) -> InvalidInput:
-        """The error for the row of index `row`, naming its value unless another one is given."""
+        """Makes the error for the row of index `row`, naming its value unless another one is given."""
         shown = repr(self.values[row].as_py() if value is None else value)
         shown = shown if len(shown) <= 60 else shown[:57] + "…"
         return InvalidInput(f"{self.file}: column {self.name!r}, row {row + 1}: {shown} {rule}")
@@ -39,8 +38,7 @@ class Column:
 
 
 def read_table(folder: Path, file: str, columns: list[str]) -> dict[str, Column]:
-    """The named columns of a parquet or CSV file. Cells of a CSV stay text, so that an id like 007 keeps its
-    zeros."""
+    """Reads columns of a parquet or CSV file by name; a CSV's cells stay text: 007 keeps its zeros."""
     path = folder / file
     if not path.is_file():
         raise InvalidInput(f"{path} is missing; shop.toml names it as {file!r}")
@@ -90,14 +88,14 @@ def _require(path: Path, columns: list[str], there: list[str]) -> None:
 
 
 def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without dictionary encoding (pandas categoricals), and with 64-bit offsets where text is read."""
+    """Takes off dictionary encoding (pandas categoricals), and makes text's offsets 64 bits wide."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     return values.cast(pa.large_string()) if pa.types.is_string(values.type) else values
 
 
 def first_true(mask: Array) -> int:
-    """Index of the first true element, -1 if there is none."""
+    """Finds the index of the first true element, -1 if there is none."""
     index = int(mask.argmax()) if len(mask) else 0
     return index if len(mask) and mask[index] else -1
 
@@ -112,7 +110,7 @@ def _numpy(values: Any) -> Array:
 
 
 def ids_from_column(column: Column) -> tuple[Array, Array]:
-    """(distinct ids [K] S in byte order, index of each row's id [n] int64)."""
+    """Gives the distinct ids [K] S in byte order, and the index of each row's id [n] int64."""
     kind = column.values.type
     if not (pa.types.is_integer(kind) or pa.types.is_large_string(kind)):
         raise column.wrong_type("text or integers, for ids")
@@ -131,8 +129,7 @@ def ids_from_column(column: Column) -> tuple[Array, Array]:
 
 
 def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
-    """Raises InvalidInput for the first of the distinct ids `texts` [K] that is none; row i has
-    texts[index[i]]."""
+    """Raises InvalidInput for the first of `texts` [K] that is no id; row i has texts[index[i]]."""
     length = _numpy(pc.binary_length(texts))
     bad = (length == 0) | (length > MAX_ID_BYTES) | (_numpy(pc.find_substring(texts, b"\x00")) >= 0)
     which = first_true(bad)
@@ -144,7 +141,7 @@ def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
 
 
 def numbers_from_column(column: Column) -> Array:
-    """[n] float64, NaN where the cell is empty. A NaN or an infinity in the file is refused."""
+    """Reads numbers [n] float64, NaN where the cell is empty; a NaN or infinity in the file is refused."""
     kind = column.values.type
     if not (
         pa.types.is_integer(kind)
@@ -163,7 +160,7 @@ def numbers_from_column(column: Column) -> Array:
 
 
 def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """CSV's true and false as 1 and 0."""
+    """Reads a CSV's true and false as 1 and 0."""
     if pa.types.is_boolean(values.type):
         return values.cast(pa.int8())
     if pa.types.is_large_string(values.type):
@@ -173,8 +170,7 @@ def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def times_from_column(column: Column, now_s: float) -> Array:
-    """[n] int64 Unix seconds out of numbers, timestamps or ISO texts; refused where missing or in the
-    future."""
+    """Reads Unix seconds [n] int64 from numbers, timestamps or ISO texts; refuses missing and future ones."""
     values, kind = column.values, column.values.type
     missing = first_true(_numpy(values.is_null()))
     if missing >= 0:
@@ -209,7 +205,7 @@ def _date(time_s: int) -> str:
 
 
 def _cast(column: Column, values: pa.ChunkedArray, kind: pa.DataType, rule: str) -> pa.ChunkedArray:
-    """Casts, or names the first row that does not go: halving finds it in a few casts."""
+    """Casts, or names the first row that cannot be cast: halving finds it in a few casts."""
     try:
         return values.cast(kind, safe=not pa.types.is_floating(kind))
     except pa.ArrowInvalid:
@@ -228,7 +224,7 @@ def _cast(column: Column, values: pa.ChunkedArray, kind: pa.DataType, rule: str)
 
 
 def texts_from_column(column: Column) -> pa.LargeStringArray:
-    """[n] text, null where the cell is empty. Integers become decimal text, booleans true and false."""
+    """Reads texts [n], null where empty; integers become decimal text, booleans true and false."""
     values, kind = column.values, column.values.type
     if pa.types.is_floating(kind):  # pandas writes integers with gaps as floats
         values = _cast(column, values, pa.int64(), "is no category: use text or integers")
@@ -243,8 +239,7 @@ def is_list(column: Column) -> bool:
 
 
 def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.LargeStringArray]:
-    """Values of all rows in one line: (row of each value [m] int64 ascending, value [m] text). Empty values
-    are left out."""
+    """Lays all rows' values in one line: their rows [m] int64 ascending, their texts [m], none empty."""
     if is_list(column):
         values = pa.chunked_array(
             [chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.values.chunks],
@@ -267,7 +262,7 @@ def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.
 
 
 def vectors_from_column(column: Column, dim: int, separator: str | None) -> Array:
-    """[n, dim] float64, NaN rows where the cell is empty; every vector must have `dim` finite components."""
+    """Reads vectors [n, dim] float64, NaN rows where empty; each must have `dim` finite components."""
     if is_list(column):
         lists = pa.chunked_array(
             [c.cast(pa.large_list(c.type.value_type)) for c in column.values.chunks],

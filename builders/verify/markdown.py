@@ -1,4 +1,4 @@
-"""report.md of a release: what `verify` measured, for people."""
+"""Writes a release's report.md: what `verify` measured, for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = {
 
 
 def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
-    """The report as a page of Markdown."""
+    """Writes the report as a page of Markdown."""
     ranking = found["ranking"]
     lines = [
         f"# {dataset.schema.shop}",

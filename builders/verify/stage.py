@@ -47,8 +47,7 @@ def _json(path: Path) -> Any:
 
 
 def ranking_report(users: Array, ranks: dict[str, Array], num_candidates: int) -> dict[str, Any]:
-    """HR@k, NDCG@k and recall@N of each way of ranking, and the chain against recall by a paired bootstrap
-    over users."""
+    """Computes HR@k, NDCG@k and recall@N of each way, and the chain's gain by a bootstrap over users."""
     report: dict[str, Any] = {"users": len(users), "ways": {}}
     for name, of in ranks.items():
         cuts = {

@@ -10,8 +10,8 @@ import torch
 from builders import metrics
 from builders.data.dataset import Dataset, Histories, Impressions, Targets, history_windows
 from builders.ranker import calibrate
-from builders.ranker.checkpoint import read_ranker, save_ranker
-from builders.ranker.lists import lists_from_impressions, zero_scores
+from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
+from builders.ranker.lists import lists_from_impressions
 from builders.ranker.loss import impression_loss
 from builders.ranker.model import (
     TINY,
@@ -39,6 +39,11 @@ USERS = Table((Feature("style", "category", 0, 1, 1, 5),))
 TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click", 0.1))
 SCHEMA = Schema("toy", ITEMS, USERS, TASKS, SIZES)
 NUM_USERS, NUM_ITEMS = 60, 40
+
+
+def zero_scores(user_rows, history_ends, item_rows):
+    """What a shop without recall says of any item."""
+    return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
 
 
 def _feeds(num_users, rng, num_candidates=SIZES.candidates):
@@ -302,12 +307,12 @@ def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
     with torch.no_grad():
         again = checkpoint.item_head(*map(torch.from_numpy, inputs))
     np.testing.assert_allclose(again.numpy()[1:], checkpoint.item_features[1:], atol=1e-6)
-    save_ranker(checkpoint, tmp_path)
-    loaded = read_ranker(tmp_path, SCHEMA, TINY)
+    save_ranker(checkpoint, tmp_path, TINY)
     feeds = _feeds(2, np.random.default_rng(0))
-    with torch.no_grad():
-        assert torch.equal(loaded.ranker(**feeds), checkpoint.ranker(**feeds))
-    assert loaded.report == checkpoint.report
+    for loaded in (read_ranker(tmp_path, SCHEMA, TINY), open_ranker(tmp_path, SCHEMA)):
+        with torch.no_grad():
+            assert torch.equal(loaded.ranker(**feeds), checkpoint.ranker(**feeds))
+        assert loaded.report == checkpoint.report
 
 
 def test_the_weights_kept_are_a_running_mean_and_the_exchange_undoes_itself():
