@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The demo, as a newcomer would type it: a shop, a release of it, a server, three lists. `make demo` and `make bench` run it.
+# The demo, as a newcomer would type it: a shop, a release of it, a server, three lists.
+# `make demo` and `make bench` run it.
 # Run again it is quick: the shop and every stage of the build that is unchanged are kept in demo/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,8 @@ SHOP=demo/shop
 REPOSITORY=demo/model_repository
 LOG=demo/serve.log
 START_S=$SECONDS
-# The demo's tensors are small: a second thread gains nothing on an idle machine, and on a busy one it makes training ten times slower.
+# The demo's tensors are small: a second thread gains nothing on an idle machine, and on a busy one it makes
+# training ten times slower.
 export OMP_NUM_THREADS=1
 
 show() { # prints a command, then runs it
