@@ -1,0 +1,30 @@
+"""Every preset of `--compress` makes a release that answers."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from builders.build import BuildOptions, build
+from builders.compress.recipe import PRESETS, read_recipe
+from builders.presets import preset
+from ensemble.local import LocalPipeline
+from ensemble.steps.served import open_served
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", sorted({*PRESETS} - {"none"}))
+def test_a_preset_makes_a_release_that_answers(workshop, name):
+    options = BuildOptions(
+        workshop / "shop",
+        workshop / "repository",
+        preset("tiny"),
+        recipe=read_recipe(name),
+        recipe_name=name,
+    )
+    release = build(options, Console(file=io.StringIO()))[0]
+    answer = LocalPipeline(open_served(workshop / "repository", release)).recommend(["u1", "nobody"])
+    assert (answer["item_ids"] != b"").all()
