@@ -59,8 +59,12 @@ class _Trainer:
         )
         self.rng, self.steps, self.total_steps = np.random.default_rng(seed), 0, 1
         num_rows = len(features[0])
-        self.table = torch.randn(num_rows, config.dim) * 0.02
-        self.table[0] = 0.0
+        self.share = np.bincount(sequences.rows, minlength=num_rows) / max(len(sequences.rows), 1)
+        # Items that somebody took. The others are in no batch: negatives that nobody could take teach
+        # only that new items are bad. They keep row 0's id row, as an item has that is added live.
+        self.taken = 1 + np.flatnonzero(self.share[1:])
+        self.table = torch.zeros(num_rows, config.dim)
+        self.table[self.taken] = torch.randn(len(self.taken), config.dim) * 0.02
         self.items = new_item_encoder(config, features[1].shape[1])
         self.own = own
         self.users: Any = own or new_user_encoder(config, features[3].shape[1])
@@ -68,7 +72,6 @@ class _Trainer:
             [*self.items.parameters(), *self.users.parameters()], lr=config.learning_rate
         )
         self.rows = RowAdam(self.table)
-        self.share = np.bincount(sequences.rows, minlength=num_rows) / max(len(sequences.rows), 1)
         # item rows [n] and embeddings [n, D] that hard items come from
         self.snapshot: tuple[Array, Tensor] | None = None
 
@@ -99,10 +102,10 @@ class _Trainer:
         """Takes one optimizer step; returns its loss."""
         filled, kind = batch.items > 0, torch.bfloat16 if self.config.bf16 else torch.float32
         own = np.union1d(batch.items[filled], batch.targets[filled])
-        drawn = self.rng.integers(1, len(self.table), self.config.num_uniform)
+        drawn = self.rng.choice(self.taken, self.config.num_uniform)
         rows = np.union1d(own, drawn)
         chance = -np.expm1(
-            filled.sum() * np.log1p(-self.share[rows]) + len(drawn) * np.log1p(-1 / len(self.table))
+            filled.sum() * np.log1p(-self.share[rows]) + len(drawn) * np.log1p(-1 / len(self.taken))
         )
         leaf, embeddings = self.encode(rows)
         users = self.user_states(batch, embeddings[torch.from_numpy(np.searchsorted(rows, batch.items))])
@@ -219,7 +222,7 @@ def train_encoders(
         for epoch in range(1, config.epochs + 1):
             log.append({"epoch": epoch, "loss": trainer.epoch(), "seconds": time.monotonic() - start})
             current = trainer.checkpoint(log)
-            trainer.snapshot = _mining_pool(current, item_codes, item_values, trainer.rng)
+            trainer.snapshot = _mining_pool(current, item_codes, item_values, trainer.taken, trainer.rng)
             if validation is not None and (epoch % config.evaluate_every == 0 or epoch == config.epochs):
                 log[-1] |= evaluate_encoders(
                     current, validation, item_codes, item_values, user_codes, user_values
@@ -235,8 +238,13 @@ def train_encoders(
 
 
 def _mining_pool(
-    checkpoint: EncoderCheckpoint, item_codes: Array, item_values: Array, rng: np.random.Generator
+    checkpoint: EncoderCheckpoint,
+    item_codes: Array,
+    item_values: Array,
+    taken: Array,
+    rng: np.random.Generator,
 ) -> tuple[Array, Tensor]:
-    """Gives at most 65,536 items with their embeddings of now: enough to mine in, at a bounded price."""
-    rows = 1 + rng.permutation(len(item_codes) - 1)[:65536]
+    """Gives at most 65,536 of the items `taken` with their embeddings of now: enough to mine in, at a bounded
+    price."""
+    rows = rng.permutation(taken)[:65536]
     return rows, torch.from_numpy(encode_rows(checkpoint, rows, item_codes, item_values))

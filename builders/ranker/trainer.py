@@ -99,6 +99,9 @@ class RankerTrainer:
         for table in (self.item_rows, self.user_rows):
             nn.init.normal_(table.weight, std=config.row_scale)
             table.weight.data[0] = 0
+        # rows that a training step has read; the others say nothing, and are served as row 0
+        self.read_items = torch.zeros(dataset.num_items + 1, dtype=torch.bool)
+        self.read_users = torch.zeros(dataset.num_users + 1, dtype=torch.bool)
         self.embeddings = torch.from_numpy(np.ascontiguousarray(item_embeddings, dtype=np.float32))
         self.item_codes, self.item_values = (
             torch.from_numpy(dataset.item_codes),
@@ -133,6 +136,8 @@ class RankerTrainer:
             )
         )
         users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
+        if training:
+            self.read_users[users] = True
         mask = windows > 0
         if training and c.history_dropout:
             mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
@@ -149,11 +154,10 @@ class RankerTrainer:
     def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Runs the head once per distinct item: features [L, …, F], and the mean square of the id rows."""
         distinct, place = torch.unique(torch.cat([part.flatten() for part in rows]), return_inverse=True)
-        known = (
-            distinct
-            if not self.trained.training
-            else distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
-        )
+        known = distinct
+        if self.trained.training:
+            self.read_items[distinct] = True
+            known = distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
         id_rows = self.item_rows(known)
         features = self.head(
             id_rows, self.item_codes[distinct], self.item_values[distinct], self.embeddings[distinct]
@@ -162,6 +166,12 @@ class RankerTrainer:
         return [
             functional.embedding(at.view(part.shape), features) for at, part in zip(places, rows, strict=True)
         ], id_rows.square().mean()
+
+    def forget_unread(self) -> None:
+        """Gives items and users that no training step has read the row of an unknown one, in place: so a new
+        item of the catalogue is served as one that is added live."""
+        for table, read in ((self.item_rows, self.read_items), (self.user_rows, self.read_users)):
+            table.weight.data[~read] = 0
 
     def item_features(self) -> Array:
         """Gives the head's output for every item [I + 1, F] float32; row 0 is 0."""

@@ -85,6 +85,7 @@ def train_ranker(
         else:
             report = _fit_lists(trainer, candidates, scores, source_weights)
     trainer.trained.eval()
+    trainer.forget_unread()
     report["parameters"] = num_parameters(model)
     if isinstance(model, Ranker):
         report["mflops_per_user"] = flops_per_user(model, dataset.schema.sizes.candidates) / 1e6

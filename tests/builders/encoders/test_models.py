@@ -176,6 +176,23 @@ def test_tiny_training_finds_a_planted_chain_is_repeatable_and_places_cold_items
     assert (features[0][1:][near, 0] == features[0][1:, 0]).mean() > 0.8
 
 
+def test_items_that_nobody_took_are_placed_by_what_they_are_as_if_added_live(rng):
+    """Copies of the first items, new in the catalogue: no negative teaches that they are bad."""
+    sequences, _, (codes, values, *users) = markov_shop(rng)
+    features = (np.concatenate([codes, codes[1:]]), np.concatenate([values, values[1:]]), *users)
+    config = EncoderConfig.tiny(num_item_codes=61, item_code_slices=((0, 1),))
+    checkpoint = train_encoders(sequences, *features, config=config, seed=0)
+    taken = np.unique(sequences.rows[sequences.rows > 0])
+    untaken = np.setdiff1d(np.arange(1, len(features[0])), taken)
+    assert not checkpoint.item_ids[untaken].any(), "row 0's, as of items that are added live"
+    items = encode_items(checkpoint, *features[:2])
+    count = len(codes) - 1
+    places = (items[1:] @ items[taken].T).argsort(0).argsort(0)  # of all items, for each taken one as query
+    copies = taken + count
+    own = places[copies - 1, np.arange(len(taken))] / len(places)  # 1 best
+    assert own.mean() > 0.6, own.mean()
+
+
 def test_two_interests_train(rng):
     sequences, validation, features = markov_shop(rng)
     config = EncoderConfig.tiny(interests=2, bf16=False, num_item_codes=61)
