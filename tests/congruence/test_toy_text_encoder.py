@@ -43,9 +43,9 @@ EDITS = (  # all of contract.py that changes
     ),
     ("models=(features, user_encoder, recall,", "models=(features, user_encoder, text_encoder, recall,"),
     (
-        '        tensor("candidate_rows", "int64",',
-        '        tensor("text_embeddings", "float32", "what the toy makes of the id", one, d),\n        '
-        'tensor("candidate_rows", "int64",',
+        '    ("candidate_rows", "int64",',
+        '    ("text_embeddings", "float32", ("1", "D"), "what the toy makes of the id"),\n'
+        '    ("candidate_rows", "int64",',
     ),
 )
 ASK_TWIN = """\

@@ -36,6 +36,7 @@ from ensemble.engines.plans import (
 )
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
+from ensemble.release.release import content_id
 from ensemble.steps.served import open_served
 
 LATER = "the portable plan is for TensorRT 11.4.0 to the end of its major version, this node has"
@@ -147,6 +148,7 @@ def test_the_typed_onnx_is_what_plans_are_built_from_where_there_is_one(reposito
         "sha256": file_sha256(typed),
         "bytes": typed.stat().st_size,
     }
+    manifest["id"] = content_id(manifest)
     path.write_text(json.dumps(manifest))
     compile_release(repository, "r1", tools())
     assert find_plan(open_served(repository, "r1"), "ranker", NODE).key.onnx_sha256 == file_sha256(typed)

@@ -56,7 +56,7 @@ def chosen(exported):
 
 
 def _answers(model, feeds):
-    session = open_session(model, plain=True)
+    session = open_session(model, fuse=False)
     return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
 
 
