@@ -30,6 +30,7 @@ from builders.keys import FileDigests, own_key, shop_digest
 from builders.own_model import open_own
 from builders.presets import Preset
 from builders.stages import Stage, Stages, stages_folder
+from ensemble.release.repository import sweep
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def table(options: BuildOptions) -> list[Stage]:
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
     """Runs all stages; returns the new release's name and the stages, for the closing table."""
     options.repository.mkdir(parents=True, exist_ok=True)
-    publish.sweep(options.repository)
+    sweep(options.repository, console.print)
     stages = _run(options, console, upto="repository")
     return publish.read_name(stages.done[-1].folder), stages
 

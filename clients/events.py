@@ -27,8 +27,8 @@ from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time,
 from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument, ReleaseError, ServerError
 from ensemble.id_rule import encode_id
+from ensemble.release.names import release_names
 from ensemble.release.release import open_release
-from ensemble.release.repository import release_names
 from ensemble.schema import schema_from_json
 from ensemble.tiers import records as rows
 from ensemble.tiers.connection import connect_now, reason

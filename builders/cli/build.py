@@ -80,6 +80,7 @@ def build(
     from builders.build import BuildOptions, build
     from builders.compress.recipe import read_recipe
     from builders.presets import preset as preset_named
+    from builders.publish.stage import was_there
 
     console = Console(stderr=True)
     options = BuildOptions(
@@ -105,6 +106,7 @@ def build(
             json.dumps(
                 {
                     "release": name,
+                    "was_there": was_there(stages.done[-1].folder),
                     "active": activate,
                     **_facts(stages),
                     "report": json.loads((repository / name / "report.json").read_text()),
@@ -119,10 +121,17 @@ def _tell(console: Console, stages: Stages, repository: Path, name: str, is_acti
     """Prints what each stage took, the release's report, and what to do next."""
     from rich.markdown import Markdown
 
+    from builders.publish.stage import was_there
+
     console.print(stages.table())
     console.print(Markdown((repository / name / "report.md").read_text()))
     after = "serve it: peregrine serve" if is_active else f"activate it: peregrine release activate {name}"
-    console.print(f"release {name} is in {repository}; {after} --repository {repository}")
+    where = (
+        "was there already, just as it was built: nothing to do"
+        if was_there(stages.done[-1].folder)
+        else "is there"
+    )
+    console.print(f"release {name} of {repository} {where}; {after} --repository {repository}")
 
 
 def _facts(stages: Stages) -> dict[str, Any]:

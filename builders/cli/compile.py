@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +40,13 @@ def compile_plans(
     from builders.compile.stage import compile_release, tensorrt_toolchain
     from ensemble.progress import bar
     from ensemble.release.release import active_release
+    from ensemble.release.repository import sweep
 
     name = release or active_release(repository)
     if name is None:
         raise ReleaseError(f"no release is active in {repository}; name one: --release NAME")
     tools = tensorrt_toolchain()
+    sweep(repository, lambda line: print(line, file=sys.stderr))
     with bar(f"compile {name}") as update:
         done = compile_release(
             repository, name, tools, portable=portable, progress=lambda share, text: update(text, share)

@@ -42,7 +42,7 @@ from ensemble.engines.plans import (
 )
 from ensemble.engines.tensorrt import TensorRTEngine, import_tensorrt, logger, start, this_node
 from ensemble.errors import ReleaseError
-from ensemble.release.repository import staging, sweep
+from ensemble.release.repository import staging
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease, open_served
 
@@ -101,7 +101,6 @@ def compile_release(
     """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next
     call goes on where it was."""
     release = open_served(repository.resolve(), name)
-    sweep(release.repository)
     models = engine_models(release)
     progress(0.0, "real users' feeds")
     release.verify([source_onnx(release, model.name) for model in models])

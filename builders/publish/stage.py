@@ -20,13 +20,13 @@ from builders.progress import Progress
 from builders.publish.triton_config import write_members
 from ensemble import contract
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.release.files import sync_folder, write_durably
-from ensemble.release.release import MANIFEST_FORMAT, content_id
-from ensemble.release.repository import check_name, locked, next_release_name, remove, staging, sweep
+from ensemble.release.files import NO_BYTECODE, sync_folder, write_durably
+from ensemble.release.manifest import FORMAT, MANIFEST, content_id, sealed
+from ensemble.release.names import check_name, is_there, next_release_name, remember_names
+from ensemble.release.repository import locked, staging
 
-__all__ = ["next_release_name", "publish", "remove", "sweep"]
 _PIECE_BYTES = 4 << 20
-_NAME = "release-name"
+_NAME, _WAS_THERE = "release-name", "was-there"  # files of the stage's folder: what it published, or found
 _REPORTED = ("export.json", "compress.json")  # the release's report.json has what they say
 
 
@@ -63,7 +63,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         "contract": contract.fingerprint(schema),
         "report": json.loads((inputs["verify"] / "report.json").read_text()),
     }
-    publish(repository, name, members, own, manifest)
+    if not publish(repository, name, members, own, manifest):
+        (folder / _WAS_THERE).touch()
 
 
 def read_name(folder: Path) -> str:
@@ -71,21 +72,24 @@ def read_name(folder: Path) -> str:
     return (folder / _NAME).read_text()
 
 
+def was_there(folder: Path) -> bool:
+    """Says whether this stage found the release in the repository, as it would have published it."""
+    return (folder / _WAS_THERE).exists()
+
+
 def publish(
     repository: Path, name: str, members: Mapping[str, Path], release_files: Path, manifest: Mapping[str, Any]
-) -> None:
+) -> bool:
     """Copies a release into the repository: member folders are renamed in first, `name`/ with its manifest
-    last.
+    last. False if the very same release is there already, and nothing was done.
 
     members: bare model name ("ranker", "recommend") -> folder with config.pbtxt and 1/; release_files: what
-    `name`/ holds beside manifest.json; manifest: its entries beside release, created, format, peregrine and
-    files, which are filled in here.
+    `name`/ holds beside manifest.json; manifest: its entries beside release, created, format, id, peregrine,
+    files and digest, which are filled in here. InvalidInput if the name was given to another release.
     """
     repository.mkdir(parents=True, exist_ok=True)
     check_name(name)
-    sweep(repository)
     folders = {**{f"{name}_{model}": folder for model, folder in members.items()}, name: release_files}
-    _refuse_existing(repository, folders)
     with (
         _room_for(repository, name, sum(_bytes_of(folder) for folder in folders.values())),
         staging(repository) as stage,
@@ -93,10 +97,9 @@ def publish(
         files: dict[str, dict[str, Any]] = {}
         for target, source in folders.items():
             _copy(source, stage / target, stage, files)
-        listed = {"files": dict(sorted(files.items()))}
-        whole = {**_defaults(name), "id": content_id(listed), **manifest, **listed}
-        write_durably(stage / name / "manifest.json", json.dumps(whole, indent=1) + "\n")
-        _rename_in(repository, stage, list(folders))
+        whole = {**_defaults(name), **manifest, "files": dict(sorted(files.items()))}
+        write_durably(stage / name / MANIFEST, sealed(whole))
+        return _rename_in(repository, stage, list(folders), content_id(whole))
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -105,12 +108,17 @@ def _defaults(name: str) -> dict[str, Any]:
         version = importlib.metadata.version("peregrine-recommender")
     except importlib.metadata.PackageNotFoundError:
         version = "source"
-    return {"release": name, "created": created, "peregrine": version, "format": MANIFEST_FORMAT}
+    return {"release": name, "id": "", "created": created, "peregrine": version, "format": FORMAT}
 
 
-def _rename_in(repository: Path, stage: Path, folders: list[str]) -> None:
-    """Moves members in first and the own folder (last of `folders`) last: its manifest is the publication."""
+def _rename_in(repository: Path, stage: Path, folders: list[str], release_id: str) -> bool:
+    """Moves members in first and the own folder (last of `folders`) last: its manifest is the publication.
+
+    False if the release is there already.
+    """
     with locked(repository):
+        if is_there(repository, folders[-1], release_id):
+            return False
         _refuse_existing(repository, folders)
         moved: list[str] = []
         try:
@@ -124,14 +132,18 @@ def _rename_in(repository: Path, stage: Path, folders: list[str]) -> None:
             for folder in reversed(moved):
                 (repository / folder).rename(stage / folder)
             raise
+        remember_names(repository)
+    return True
 
 
-def _refuse_existing(repository: Path, folders: Mapping[str, Path] | list[str]) -> None:
+def _refuse_existing(repository: Path, folders: list[str]) -> None:
+    """Raises InvalidInput if a folder of the release is there, though its manifest is not."""
     for folder in folders:
         if (repository / folder).exists():
             raise InvalidInput(
-                f"{repository / folder} exists already; a release never changes: choose another name, or "
-                "remove that release first"
+                f"{repository / folder} is there, of a release without a manifest: a copy under way, or "
+                "what a killed command left; wait for it, choose another name, or `peregrine release "
+                f"remove {folders[-1]}`"
             )
 
 
@@ -160,7 +172,7 @@ def _copy(source: Path, target: Path, stage: Path, files: dict[str, dict[str, An
     """Copies a folder with empty ones in it; adds {path in the repository: sha256, bytes} of each file."""
     target.mkdir()
     for path in sorted(source.iterdir()):
-        if path.name == "__pycache__":
+        if path.name == NO_BYTECODE:
             continue
         if path.is_dir():
             _copy(path, target / path.name, stage, files)
@@ -177,7 +189,7 @@ def _forbid_bytecode(version: Path) -> None:
     The stub ignores PYTHONDONTWRITEBYTECODE, and a version folder that changes while it is served makes
     Triton load all its members again at the next activation (3 s, tried).
     """
-    (version / "__pycache__").touch()
+    (version / NO_BYTECODE).touch()
 
 
 def _copy_file(source: Path, target: Path) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
+
+if TYPE_CHECKING:
+    from clients.operations.listing import ReleaseInfo
 
 app = typer.Typer(
     add_completion=False,
@@ -23,10 +26,11 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The release, such as 
 
 @app.command("list")
 def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
-    """Lists every release, and which one is active."""
-    from clients.operations import releases
+    """Lists every release: its id, age, size and held-out figures, and which one is active. Half copies are
+    named."""
+    from clients.operations.listing import list_releases
 
-    infos = releases.list_releases(repository)
+    infos = list_releases(repository)
     if as_json:
         print(json_text([dataclasses.asdict(info) for info in infos], indent=1))
         return
@@ -34,11 +38,34 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
 
     from clients.cli.tables import folded_table
 
-    table = folded_table("release", "created", "shop", "MB", "active")
+    if not infos:
+        print(f"no release in {repository}; `peregrine build SHOP` makes one")
+        return
+    table = folded_table("release", "id", "age", "MB", "share", "preset", "compression", "held-out figures")
     for info in infos:
-        megabytes, active = f"{info.size_bytes / 1e6:.1f}", "yes" if info.is_active else ""
-        table.add_row(info.name, info.created, info.shop, megabytes, active)
-    Console().print(table if infos else f"no release in {repository}; `peregrine build SHOP` makes one")
+        table.add_row(*_row(info))
+    Console().print(table)
+    for info in infos:
+        if info.problem:
+            print(f"{info.name}: {info.problem}")
+
+
+def _row(info: ReleaseInfo) -> tuple[str, ...]:
+    """Writes a release's line of the table."""
+    figures = ", ".join(f"{name.upper()} {value:.4f}" for name, value in info.figures.items())
+    share = f"{info.share:.0%}" if info.share else ""
+    size = f"{info.size_bytes / 1e6:.1f}" if info.size_bytes else ""
+    return info.name, info.id, _age(info.age_s), size, share, info.preset, info.compression, figures
+
+
+def _age(seconds: float | None) -> str:
+    """Writes an age in its largest unit: "3 h"."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 @app.command()
@@ -46,7 +73,7 @@ def show(name: Name, repository: RepositoryOption = REPOSITORY, as_json: JsonOpt
     """Shows a release's manifest and report."""
     from clients.operations import releases
 
-    manifest = releases.read_manifest(repository, name)
+    manifest = releases.show(repository, name)
     if as_json:
         print(json_text(manifest, indent=1))
         return
@@ -91,7 +118,7 @@ def activate(name: Name, repository: RepositoryOption = REPOSITORY, as_json: Jso
 
 @app.command()
 def remove(name: Name, repository: RepositoryOption = REPOSITORY) -> None:
-    """Deletes a release that is not active."""
+    """Deletes a release that is not active, or what is there of half a copy. Its name is not given again."""
     from clients.operations import releases
 
     releases.remove(repository, name)

@@ -1,36 +1,27 @@
-"""Lists, activates and removes releases of a repository, whether or not a server is at work on it."""
+"""Shows, activates and removes releases of a repository, whether or not a server is at work on it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clients.operations.control import Control
+from clients.operations.listing import check_repository
 from ensemble import contract
-from ensemble.errors import InvalidInput, PeregrineError, ReleaseError, ServerError
+from ensemble.errors import PeregrineError, ReleaseError, ServerError
+from ensemble.release.manifest import MANIFEST, read_manifest
+from ensemble.release.names import check_name, release_names
 from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import ALIAS_FILE, check_name, locked, point_alias, release_names
+from ensemble.release.repository import ALIAS_FILE, locked, point_alias
 from ensemble.release.repository import remove as remove_files
 from ensemble.server.running import running_server
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
 SETTLE_S = 0.5
-
-
-@dataclass(frozen=True)
-class ReleaseInfo:
-    """Holds one line of `release list`."""
-
-    name: str
-    created: str
-    shop: str
-    size_bytes: int
-    is_active: bool
 
 
 @dataclass(frozen=True)
@@ -45,32 +36,20 @@ class Activation:
     warning: str = ""  # what went wrong after the alias had turned; the release is served all the same
 
 
-def list_releases(repository: Path) -> list[ReleaseInfo]:
-    """Lists every release of the repository, oldest name first."""
-    _check_repository(repository)
-    active = active_release(repository)
-    return [_info(repository, name, active) for name in release_names(repository)]
-
-
-def read_manifest(repository: Path, name: str) -> dict[str, Any]:
+def show(repository: Path, name: str) -> dict[str, Any]:
     """Reads the manifest of release `name`; ReleaseError if there is none."""
-    _check_repository(repository)
-    path = repository / check_name(name) / "manifest.json"
+    check_repository(repository)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_manifest(repository / check_name(name) / MANIFEST)
     except FileNotFoundError:
-        raise ReleaseError(
-            f"no release {name!r} in {repository}; there are: "
-            f"{', '.join(release_names(repository)) or 'none'}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ReleaseError(f"cannot read {path}: {error}") from error
+        there = ", ".join(release_names(repository)) or "none"
+        raise ReleaseError(f"no release {name!r} in {repository}; there are: {there}") from None
 
 
 def activate(repository: Path, name: str) -> Activation:
     """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and
     in the server."""
-    read_manifest(repository, name)
+    show(repository, name)
     open_release(repository, name).verify()
     with locked(repository):
         previous = active_release(repository)
@@ -88,8 +67,8 @@ def activate(repository: Path, name: str) -> Activation:
 
 
 def remove(repository: Path, name: str) -> None:
-    """Removes a release that is not active, from the server and from disk."""
-    read_manifest(repository, name)
+    """Removes a release that is not active, or the parts of one, from the server and from disk."""
+    check_repository(repository)
 
     def unload() -> None:
         """Takes the release out of the server at work, if there is one."""
@@ -193,18 +172,3 @@ def _json_from_pbtxt(text: str) -> str:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     return json_format.MessageToJson(text_format.Parse(text, ModelConfig()))
-
-
-def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
-    """Reads from its manifest what the list says of a release."""
-    manifest = read_manifest(repository, name)
-    size = sum(int(entry["bytes"]) for entry in manifest.get("files", {}).values())
-    return ReleaseInfo(
-        name, str(manifest.get("created", "")), str(manifest.get("shop", "")), size, name == active
-    )
-
-
-def _check_repository(repository: Path) -> None:
-    """Refuses a folder that is not there."""
-    if not repository.is_dir():
-        raise InvalidInput(f"repository {repository} does not exist; `peregrine build SHOP` makes one")

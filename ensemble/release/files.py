@@ -5,7 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+# An empty file of this name stands beside each model.py, so that Python can put no bytecode there.
+NO_BYTECODE = "__pycache__"
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -44,3 +48,28 @@ def file_sha256(path: Path) -> str:
     """Gives the hex digest of a file, read in large pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unlisted_paths(root: Path, listed: Collection[str]) -> Iterator[str]:
+    """Finds what lies in the folders of the `listed` files and is none of them: files, links and folders.
+
+    Paths are relative to `root`, a folder's with a slash behind it. OSError if a folder cannot be read.
+    """
+    expected = {str(parent) for path in listed for parent in Path(path).parents}
+    folders = sorted({Path(path).parts[0] for path in listed})
+    while folders:
+        with os.scandir(root / (folder := folders.pop())) as entries:
+            for entry in entries:
+                relative = f"{folder}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    if relative in expected:
+                        folders.append(relative)
+                    else:
+                        yield f"{relative}/"
+                elif relative not in listed and not _forbids_bytecode(entry):
+                    yield relative
+
+
+def _forbids_bytecode(entry: os.DirEntry[str]) -> bool:
+    """Says whether this is the empty file that keeps Python from writing bytecode."""
+    return entry.name == NO_BYTECODE and entry.is_file(follow_symlinks=False) and not entry.stat().st_size

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import numpy as np
 from ensemble import contract
 from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
-from ensemble.release.files import file_sha256
+from ensemble.release.files import file_sha256, unlisted_paths
 from ensemble.release.ids import IdMap, open_ids
+from ensemble.release.manifest import MANIFEST, content_id, read_manifest
 from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
 
-MANIFEST_FORMAT = 1
 _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
 
 
@@ -98,11 +97,14 @@ class Release:
         return self.repository / f"{self.name}_{model}" / "1" / file
 
     def verify(self, paths: Iterable[Path] | None = None) -> None:
-        """Compares files with the manifest's sha256, all of them when `paths` is None.
+        """Compares files with the manifest's sha256, all of them when `paths` is None: then nothing else may
+        lie in the release's folders either.
 
         ReleaseError names the first that differs.
         """
         promised = self.manifest["files"]
+        if paths is None:
+            self._refuse_unlisted()
         wanted = promised if paths is None else [str(p.relative_to(self.repository)) for p in paths]
         for relative in wanted:
             entry = promised.get(relative)
@@ -113,6 +115,25 @@ class Release:
     def verify_data(self, *names: str) -> None:
         """Verifies files of the release's own folder, by name."""
         self.verify(self.path / name for name in names)
+
+    def unlisted(self) -> Iterator[str]:
+        """Finds what lies in the release's folders unlisted by its manifest; Triton would run it."""
+        yield from unlisted_paths(self.repository, {*self.manifest["files"], f"{self.name}/{MANIFEST}"})
+
+    def _refuse_unlisted(self) -> None:
+        """Raises ReleaseError for the first file or folder that the manifest does not list."""
+        try:
+            path = next(self.unlisted(), None)
+        except OSError as error:
+            raise ReleaseError(
+                f"cannot read {error.filename} of release {self.name}: {error.strerror}",
+                "activate another release or build again",
+            ) from error
+        if path is not None:
+            raise ReleaseError(
+                f"manifest: {path} is not a file of release {self.name}, yet it lies in its folders",
+                f"remove {self.repository / path}, or build again",
+            )
 
     def _verify_file(self, relative: str, entry: dict[str, Any]) -> None:
         """Raises ReleaseError unless the file is what its manifest's `entry` says."""
@@ -144,39 +165,21 @@ class Release:
             raise ReleaseError(f"cannot open {self.path / name}: {error}") from error
 
 
-def content_id(manifest: dict[str, Any]) -> str:
-    """Digests what a manifest lists, [path, sha256] by path; when it was built is no part of it."""
-    listed = sorted((path, entry["sha256"]) for path, entry in manifest.get("files", {}).items())
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-
-
 def open_release(repository: Path, name: str) -> Release:
     """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract.
 
     Only schema.json is held against its digest here: see Release.verify.
     """
-    path = repository / name / "manifest.json"
+    path = repository / name / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        release = Release(repository, name, read_manifest(path))
     except FileNotFoundError:
         raise ReleaseError(
             f"no release {name!r} in {repository}: {path} does not exist",
             "`peregrine release list` shows what there is",
         ) from None
-    except (OSError, ValueError) as error:
-        raise ReleaseError(f"cannot read {path}: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
-        raise ReleaseError(f"{path} is not a manifest", "build the release again")
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise ReleaseError(
-            f"{path}: format {manifest.get('format')} is not {MANIFEST_FORMAT}, which this Peregrine reads",
-            "build the release again",
-        )
-    release = Release(repository, name, {"files": {}, **manifest})
-    if manifest.get("id", release.id) != release.id:
-        raise ReleaseError(f"{path}: its list of files does not fit its id", "build the release again")
     release.verify_data("schema.json")  # before it is parsed: a changed one may be no JSON at all
-    if manifest.get("contract") != contract.fingerprint(release.schema):
+    if release.manifest.get("contract") != contract.fingerprint(release.schema):
         raise ReleaseError(
             f"release {name} was built for another contract (tensors or steps differ)",
             "build it again with this Peregrine",

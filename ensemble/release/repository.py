@@ -3,6 +3,7 @@
 recommend/config.pbtxt    the alias: the active release, the only file that ever changes
 rN/manifest.json          release rN exists if and only if this file does
 rN_<model>/               its members, renamed in before rN/ and out after it
+.names.json               whose name is whose, also of removed releases (ensemble/release/names.py)
 .staging-*/               half written or half removed; Triton never looks there, sweep() removes it
 .lock                     held by whoever changes any of these
 """
@@ -15,40 +16,22 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.errors import ReleaseError
 from ensemble.release.files import try_flock, write_durably
+from ensemble.release.manifest import MANIFEST
+from ensemble.release.names import NAME, check_name, release_names, remember_names
 from ensemble.release.release import active_release
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+MIN_AGE_S = 3600.0  # what has changed since may still be arriving: a copy brings members first
 STAGING = ".staging-"
 FUSED = "fused"  # configs/fused.pbtxt of a release's ensemble: all steps in one process
 ALIAS_FILE = "alias.pbtxt"  # in a release's own folder: what activation makes recommend/config.pbtxt
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
-
-
-def check_name(name: str) -> str:
-    """Gives `name` back if it can name a release; InvalidInput if it cannot."""
-    if not NAME.fullmatch(name) or name == contract.PIPELINE:
-        raise InvalidInput(
-            f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not "
-            f"{contract.PIPELINE!r}, which is the alias)"
-        )
-    return name
-
-
-def release_names(repository: Path) -> list[str]:
-    """Lists every release that exists, r2 before r10."""
-    names = [
-        path.parent.name for path in repository.glob("*/manifest.json") if NAME.fullmatch(path.parent.name)
-    ]
-    return sorted(
-        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    )
 
 
 def require_active(repository: Path) -> str:
@@ -63,13 +46,6 @@ def require_active(repository: Path) -> str:
         else "`peregrine build SHOP --activate`"
     )
     raise ReleaseError(f"no release is active in {repository}", cure)
-
-
-def next_release_name(repository: Path) -> str:
-    """Gives the first of r1, r2, … above all that are there, members of a half-removed release included."""
-    names = [path.name.partition("_")[0] for path in repository.iterdir()] if repository.is_dir() else []
-    numbers = [int(name[1:]) for name in names if re.fullmatch(r"r\d+", name)]
-    return f"r{max(numbers, default=0) + 1}"
 
 
 def member_folders(repository: Path, name: str) -> list[Path]:
@@ -90,8 +66,9 @@ def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
         raise ReleaseError(f"cannot lock {repository}: {error.strerror}") from error
     try:
         _wait_for(lock, repository, wait_s)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, though it cannot name us
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(lock)
@@ -129,34 +106,67 @@ def staging(repository: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(repository: Path) -> list[str]:
-    """Removes what killed builds and removals left; gives the names of what it removed."""
+def sweep(repository: Path, log: Callable[[str], None], min_age_s: float = MIN_AGE_S) -> list[str]:
+    """Removes what killed builds and removals left, once nothing in it has changed for `min_age_s`, and
+    tells `log` what it removes; gives the names."""
+    removed = []
     with locked(repository):
-        removed = [path.name for path in _orphans(repository)]
-        for name in removed:
-            shutil.rmtree(repository / name)
+        for why, paths in _leftovers(repository):
+            if _age_s(paths) < min_age_s:
+                continue
+            names = [path.name for path in paths]
+            log(f"removing {', '.join(names)} from {repository}: {why}")
+            for path in paths:
+                shutil.rmtree(path)
+            removed += names
     return removed
 
 
-def _orphans(repository: Path) -> Iterator[Path]:
-    """Finds staging folders without a living owner, and parts of releases that do not exist.
-
-    Parts of the active release are spared. A member counts only if its own config.pbtxt says which release it
-    belongs to, a release's own folder only if it holds an alias: other people's models stay.
-    """
-    spared = {*release_names(repository), active_release(repository) if _alias(repository).exists() else None}
+def _leftovers(repository: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Finds what nobody owns, with what it is: staging folders, and the parts of each release without a
+    manifest. The active release's are spared."""
     for path in sorted(repository.iterdir()):
-        if path.name.startswith(STAGING):
-            orphan = not _has_owner(path)
-        elif path.name.startswith(".new-"):
-            # A staging folder lives under this name for a moment only
-            orphan = time.time() - path.stat().st_mtime > 60
-        elif match := _MEMBER.fullmatch(path.name):
-            orphan = match[1] not in spared and _release_of(path) == match[1]
-        else:
-            orphan = path.name not in spared and (path / ALIAS_FILE).exists()
-        if orphan:
-            yield path
+        # A staging folder lives as .new-… for a moment only
+        if path.name.startswith(".new-") or (path.name.startswith(STAGING) and not _has_owner(path)):
+            yield "a build or removal that was killed left it", [path]
+    active = active_release(repository) if _alias(repository).exists() else None
+    for name, paths in half_releases(repository).items():
+        if name != active:
+            yield f"parts of a release without {name}/{MANIFEST}", paths
+
+
+def half_releases(repository: Path) -> dict[str, list[Path]]:
+    """Gives {name: folders} of releases that are not whole since their manifest is missing: a copy under way,
+    or what a killed build or removal left.
+
+    A member counts only if its own config.pbtxt says which release it belongs to, a release's own folder only
+    if it holds an alias: other people's models are none.
+    """
+    whole, halves = set(release_names(repository)), dict[str, list[Path]]()
+    for path in sorted(repository.iterdir()):
+        match = _MEMBER.fullmatch(path.name)
+        name = match[1] if match else path.name
+        if name in whole or not NAME.fullmatch(name):
+            continue
+        if _is_member(path, name) if match else (path / ALIAS_FILE).exists():
+            halves.setdefault(name, []).append(path)
+    return halves
+
+
+def _is_member(path: Path, name: str) -> bool:
+    """Says whether a folder holds a member of release `name`, or its plans."""
+    return release_of(path) == name or (path.name == f"{name}_plans" and any(path.glob(f"*/{name}_*")))
+
+
+def _age_s(paths: Iterable[Path]) -> float:
+    """Gives the seconds since anything in these folders changed. By ctime, since copying tools set mtime
+    back."""
+    newest = 0.0
+    for path in paths:
+        for one in (path, *path.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                newest = max(newest, one.lstat().st_ctime)
+    return time.time() - newest
 
 
 def _has_owner(folder: Path) -> bool:
@@ -168,7 +178,7 @@ def _has_owner(folder: Path) -> bool:
         os.close(descriptor)
 
 
-def _release_of(member: Path) -> str | None:
+def release_of(member: Path) -> str | None:
     """Names the release that a member's config.pbtxt says it belongs to; None if it says nothing."""
     try:
         match = _RELEASE_PARAMETER.search((member / "config.pbtxt").read_text(encoding="utf-8"))
@@ -183,25 +193,35 @@ def _alias(repository: Path) -> Path:
 
 
 def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: None) -> None:
-    """Removes a release that is not active; `unload` takes it out of a server, and nobody can activate it
-    meanwhile.
+    """Removes a release that is not active, or the parts of one; `unload` takes it out of a server, and
+    nobody can activate it meanwhile. Its name stays given.
 
-    Its manifest goes first: killed in the middle, the rest are orphans for sweep().
+    Its manifest goes first: killed in the middle, the rest are leftovers for sweep().
     """
-    if not (repository / check_name(name) / "manifest.json").exists():
-        raise ReleaseError(
-            f"no release {name!r} in {repository}",
-            f"there are: {', '.join(release_names(repository)) or 'none'}",
-        )
+    check_name(name)
     with locked(repository):
+        folders = _folders(repository, name)
+        if not folders:
+            raise ReleaseError(
+                f"no release {name!r} in {repository}",
+                f"there are: {', '.join(release_names(repository)) or 'none'}",
+            )
         if active_release(repository) == name:
             raise ReleaseError(
                 f"release {name} is active", "activate another one first: peregrine release activate NAME"
             )
         unload()
+        remember_names(repository)
         with staging(repository) as trash:
-            for folder in (repository / name, *member_folders(repository, name)):
+            for folder in folders:
                 folder.rename(trash / folder.name)
+
+
+def _folders(repository: Path, name: str) -> list[Path]:
+    """Lists the folders of a release, its own first, or those parts of it that are there."""
+    if (repository / name / MANIFEST).exists():
+        return [repository / name, *member_folders(repository, name)]
+    return half_releases(repository).get(name, [])
 
 
 def point_alias(repository: Path, config: str) -> None:

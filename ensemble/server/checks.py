@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.engines import GPU
@@ -26,15 +27,15 @@ def check_packages(options: ServeOptions) -> None:
         check_gpu()
 
 
-def check_servable(repository: Path) -> str:
+def check_servable(repository: Path, log: Callable[[str], None]) -> str:
     """Gives the active release's name after comparing every file with the manifest; ReleaseError says the
-    cure."""
+    cure. `log` hears what old leftovers are removed."""
     if not repository.is_dir():
         raise InvalidInput(
             f"repository {repository} does not exist; `peregrine build SHOP --activate` makes one"
         )
     if os.access(repository, os.W_OK):
-        sweep(repository)
+        sweep(repository, log)
     name = require_active(repository)
     if not (repository / name / "manifest.json").exists():
         raise ReleaseError(

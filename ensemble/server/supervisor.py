@@ -258,7 +258,7 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     check_packages(options)
     installation = find_tritonserver()
     check_address(options, installation)
-    runtime = choose_runtime(repository, check_servable(repository), installation, options, log)
+    runtime = choose_runtime(repository, check_servable(repository, log), installation, options, log)
     port, metrics = check_port(options.address, options.port), options.metrics_port
     metrics = None if metrics is None else check_port(options.address, metrics)
     sweep_run_folders()

@@ -17,12 +17,15 @@ from pathlib import Path
 
 import light_models
 import pytest
+import typer
 from rich.console import Console
 from shops import ROOT, one_thread, private_copy
+from typer.testing import CliRunner
 
 from ensemble.errors import InvalidInput
+from ensemble.release.names import release_names
 from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import release_names
+from ensemble.release.repository import sweep
 from ensemble.steps.served import open_served
 
 KILLS = 10
@@ -144,6 +147,7 @@ def test_a_build_killed_at_ten_random_moments_harms_nothing_and_the_next_complet
         for name in release_names(repository)[1:]:  # it was faster than the kill: let it publish again
             for path in repository.glob(f"{name}*"):
                 shutil.rmtree(path)
+            (repository / ".names.json").unlink(missing_ok=True)
         if len(killed_in) == KILLS:
             break
     assert len(killed_in) == KILLS
@@ -152,6 +156,7 @@ def test_a_build_killed_at_ten_random_moments_harms_nothing_and_the_next_complet
     assert builds.wait() == 0, builds.log.read_text()[-2000:]
     assert_serves_r1(repository, alias)
     assert len(release_names(repository)) == 2
+    sweep(repository, print, min_age_s=0)
     assert not [*repository.glob(".staging-*"), *repository.glob(".new-*")], "orphans are swept"
     assert not list((repository / ".build" / "shop").glob("*.partial"))
 
@@ -167,6 +172,7 @@ KILLED_AT_EACH_RENAME = """\
 import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
+from ensemble.release.repository import remove
 from toy_repository import publish_toy
 rename, repository = Path.rename, Path("repository")
 for at in range(20):
@@ -178,7 +184,7 @@ for at in range(20):
             done.append(self)
             return rename(self, target)
         Path.rename = counted
-        publish_toy(repository, "r2", Path("scratch") / str(at))
+        publish_toy(repository, "r2", Path("scratch") / str(at), padding_bytes=1000 + at)
         os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
         break
@@ -187,6 +193,9 @@ for at in range(20):
         open_release(repository, "r2").verify()  # there, so it must be whole
         print("whole")
         break
+    if [*repository.glob("r2*")]:
+        Path.rename = rename
+        remove(repository, "r2")  # the cure that the next publication would tell
     print("none")
 """
 
@@ -248,6 +257,22 @@ def test_unchanged_stages_are_skipped_and_the_release_is_the_same(warm):
         if path.endswith((".npy", ".onnx", ".faiss", ".json"))
     }
     assert active_release(repository) == "r1", "building is not activating"
+
+
+def test_a_release_that_is_there_as_it_would_be_built_is_nothing_to_do(warm):
+    import builders.cli.build as command
+
+    app = typer.Typer()
+    app.command()(command.build)
+    arguments = [*map(str, warm[:1]), "--preset", "tiny", "--repository", str(warm[1]), "--release", "r1"]
+    before = (warm[1] / "r1" / "manifest.json").read_bytes()
+    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["release"], found["was_there"]) == (0, "r1", True)
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    said = " ".join(done.output.split())
+    assert f"r1 of {warm[1]} was there already, just as it was built: nothing to do; activate" in said
+    assert (warm[1] / "r1" / "manifest.json").read_bytes() == before
 
 
 def test_a_changed_option_or_file_runs_its_stage_and_those_behind_it(warm, tmp_path):

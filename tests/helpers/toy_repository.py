@@ -62,8 +62,9 @@ def publish_toy(
     broken: str = "",
     padding_bytes: int = 1000,
     activate: bool = False,
-) -> None:
-    """Publishes a release whose steps answer zeros; `broken` is a statement for its initialize()."""
+) -> bool:
+    """Publishes a release whose steps answer zeros; `broken` is a statement for its initialize(). False if it
+    was there."""
     pipeline = contract.recommend(SCHEMA)
     folder = scratch / f"toy-{name}"
     members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, folder)
@@ -72,11 +73,12 @@ def publish_toy(
     (folder / name / "schema.json").write_text(SCHEMA.to_json())
     (folder / name / "padding.bin").write_bytes(b"\1" * padding_bytes)
     np.save(folder / name / "user_ids.npy", np.array([b"u1"]))
-    publish(
+    is_new = publish(
         repository, name, members, folder / name, {"shop": "toy", "contract": contract.fingerprint(SCHEMA)}
     )
     if activate:
         point_alias(repository, (repository / name / ALIAS_FILE).read_text())
+    return is_new
 
 
 def manifest_of(repository: Path, name: str) -> dict:

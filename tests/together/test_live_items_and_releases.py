@@ -17,8 +17,8 @@ from clients.operations import releases
 from clients.operations.control import Control
 from ensemble.errors import ReleaseError, ServerError
 from ensemble.live.keeper import service_process
+from ensemble.release.names import release_names
 from ensemble.release.release import active_release
-from ensemble.release.repository import release_names
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve

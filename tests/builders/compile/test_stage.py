@@ -36,7 +36,8 @@ from ensemble.engines.plans import (
 )
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
-from ensemble.release.release import content_id
+from ensemble.release.manifest import sealed
+from ensemble.release.repository import remove, sweep
 from ensemble.steps.served import open_served
 
 LATER = "the portable plan is for TensorRT 11.4.0 to the end of its major version, this node has"
@@ -148,8 +149,7 @@ def test_the_typed_onnx_is_what_plans_are_built_from_where_there_is_one(reposito
         "sha256": file_sha256(typed),
         "bytes": typed.stat().st_size,
     }
-    manifest["id"] = content_id(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(sealed(manifest))
     compile_release(repository, "r1", tools())
     assert find_plan(open_served(repository, "r1"), "ranker", NODE).key.onnx_sha256 == file_sha256(typed)
 
@@ -197,6 +197,7 @@ def test_kill_9_leaves_nothing_half_written_and_the_next_call_goes_on(repository
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [plan.facts["model"] for plan in read_plans(open_served(repository, "r1"))] == ["user_encoder"]
     assert [one.reused for one in compile_release(repository, "r1", tools())] == [True, False, False]
+    sweep(repository, print, min_age_s=0)
     assert leftovers(repository) == []
 
 
@@ -259,8 +260,6 @@ def test_weights_in_a_file_outside_are_refused():
 
 
 def test_plans_of_a_release_go_with_it(repository):
-    from ensemble.release.repository import remove
-
     compile_release(repository, "r1", tools())
     (repository / "recommend" / "config.pbtxt").unlink()
     remove(repository, "r1")

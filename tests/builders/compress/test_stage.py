@@ -14,8 +14,8 @@ from builders.compress.recipe import read_recipe
 from builders.presets import preset
 from ensemble.errors import InvalidInput
 from ensemble.local import LocalPipeline
+from ensemble.release.names import release_names
 from ensemble.release.release import open_release
-from ensemble.release.repository import release_names
 from ensemble.steps.served import open_served
 
 # Every method once, cheaply; limits as wide as 600 users and thirty steps of training need.

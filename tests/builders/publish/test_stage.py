@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from shops import ROOT
 from toy_repository import manifest_of, publish_toy
 
 from builders.publish import stage as publishing
-from builders.publish.stage import next_release_name, publish, remove, sweep
+from builders.publish.stage import publish
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.release.names import names_given, next_release_name, release_names
 from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import locked, member_folders, release_names
+from ensemble.release.repository import half_releases, locked, member_folders, remove, staging, sweep
 
 
 def test_publish_makes_a_release_that_verifies(tmp_path):
@@ -33,7 +35,7 @@ def test_publish_makes_a_release_that_verifies(tmp_path):
         if p.is_file() and p.name not in ("manifest.json", "__pycache__")
     }
     assert set(manifest_of(repository, "r1")["files"]) == on_disk
-    assert {p.name for p in repository.iterdir() if p.name.startswith(".")} == {".lock"}
+    assert {p.name for p in repository.iterdir() if p.name.startswith(".")} == {".lock", ".names.json"}
 
 
 def test_next_release_name_is_above_all_that_are_there(tmp_path):
@@ -41,6 +43,8 @@ def test_next_release_name_is_above_all_that_are_there(tmp_path):
     for name in ("r2", "r10_ranker", "autumn", "recommend"):
         (tmp_path / name).mkdir()
     assert next_release_name(tmp_path) == "r11"
+    (tmp_path / ".names.json").write_text('{"format": 1, "names": {"r12": "0", "winter": "1"}}')
+    assert next_release_name(tmp_path) == "r13"
 
 
 @pytest.mark.parametrize("name", ["R1", "r_1", "", "../r1", "-r", "recommend"])
@@ -49,12 +53,42 @@ def test_bad_release_name_is_refused(tmp_path, name):
         publish(tmp_path / "models", name, {}, tmp_path, {})
 
 
-def test_a_release_is_never_overwritten(tmp_path):
+def test_a_release_is_never_overwritten_and_the_same_once_more_is_nothing_to_do(tmp_path):
+    repository = tmp_path / "models"
+    assert publish_toy(repository, "r1", tmp_path / "1")
+    before = (repository / "r1" / "manifest.json").read_bytes()
+    other = r"^release name r1 was given to other content \(id \w{16}; this has \w{16}\), .* free one is r2$"
+    with pytest.raises(InvalidInput, match=other):
+        publish_toy(repository, "r1", tmp_path / "2", padding_bytes=2000)
+    assert not publish_toy(repository, "r1", tmp_path / "3")
+    assert (repository / "r1" / "manifest.json").read_bytes() == before
+    assert not list(repository.glob(".staging-*"))
+
+
+def test_a_name_is_given_once_also_after_its_release_is_removed(tmp_path):
+    repository = tmp_path / "models"
+    for name in ("r1", "autumn"):
+        publish_toy(repository, name, tmp_path)
+    given = names_given(repository)
+    (repository / ".names.json").unlink()  # as in repositories of earlier commits
+    remove(repository, "autumn")
+    remove(repository, "r1")
+    assert names_given(repository) == given
+    assert next_release_name(repository) == "r2"
+    with pytest.raises(InvalidInput, match=r"^release name autumn was given to other content .* one is r2$"):
+        publish_toy(repository, "autumn", tmp_path / "other", padding_bytes=2000)
+    assert publish_toy(repository, "autumn", tmp_path / "same"), "it comes back as it was"
+    assert release_names(repository) == ["autumn"]
+
+
+def test_a_ledger_that_cannot_be_read_is_named_and_not_replaced(tmp_path):
     publish_toy(tmp_path / "models", "r1", tmp_path)
-    before = manifest_of(tmp_path / "models", "r1")
-    with pytest.raises(InvalidInput, match="exists already; a release never changes"):
-        publish_toy(tmp_path / "models", "r1", tmp_path, padding_bytes=2000)
-    assert manifest_of(tmp_path / "models", "r1") == before
+    ledger = tmp_path / "models" / ".names.json"
+    for text in ("", "{", "[]", '{"format": 2, "names": {}}', '{"format": 1, "names": []}'):
+        ledger.write_text(text)
+        with pytest.raises(ReleaseError, match=r"cannot read .*\.names\.json, which remembers"):
+            publish_toy(tmp_path / "models", "r2", tmp_path / "r2")
+        assert ledger.read_text() == text
 
 
 def test_a_changed_file_is_named(tmp_path):
@@ -77,34 +111,67 @@ def test_remove_takes_a_release_with_its_members_but_never_the_active_one(tmp_pa
     assert member_folders(repository, "r2") == []
 
 
-def test_sweep_removes_orphans_and_nothing_else(tmp_path):
-    repository = tmp_path / "models"
+def test_sweep_removes_old_leftovers_and_nothing_else_and_says_so(tmp_path):
+    repository, told = tmp_path / "models", []
     publish_toy(repository, "r1", tmp_path, activate=True)
     publish_toy(repository, "r2", tmp_path)
     (repository / "r2" / "manifest.json").unlink()  # half a release, not active
     (repository / ".staging-1-dead").mkdir()
     (repository / "other_model" / "1").mkdir(parents=True)
     (repository / "other_model" / "config.pbtxt").write_text('name: "other_model"')
-    removed = sweep(repository)
-    assert set(removed) >= {".staging-1-dead", "r2_ranker", "r2_recommend"}
+    assert sweep(repository, told.append) == []
+    assert told == [], "what is younger than an hour may be a copy under way"
+    removed = sweep(repository, told.append, min_age_s=0)
+    assert set(removed) >= {".staging-1-dead", "r2", "r2_ranker", "r2_recommend"}
+    first, second = told
+    assert first.startswith("removing .staging-1-dead from ")
+    assert second.startswith("removing r2, r2_features, ")
+    assert second.endswith(": parts of a release without r2/manifest.json")
     assert (repository / "other_model").exists()
     assert member_folders(repository, "r2") == []
     open_release(repository, "r1").verify()
-    assert sweep(repository) == []
-    publish_toy(repository, "r2", tmp_path)  # the name is free again
+    assert sweep(repository, told.append, min_age_s=0) == []
+
+
+def test_a_copy_that_lasts_for_hours_is_as_young_as_its_newest_file(tmp_path):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path)
+    (repository / "r1" / "manifest.json").unlink()
+    for path in repository.rglob("*"):
+        os.utime(path, (0, 0))  # as tools that copy times with the files do
+    time.sleep(0.6)
+    (repository / "r1_ranker" / "config.pbtxt").touch()
+    assert sweep(repository, print, min_age_s=0.5) == []
+    time.sleep(0.6)
+    assert "r1_recall" in sweep(repository, print, min_age_s=0.5)
+
+
+def test_half_a_release_is_not_built_over_but_can_be_removed(tmp_path):
+    repository = tmp_path / "models"
+    publish_toy(repository, "r1", tmp_path)
+    (repository / "r1" / "manifest.json").unlink()
+    shutil.rmtree(repository / "r1_ranker")
+    (repository / "r1_plans" / "key" / "r1_ranker").mkdir(parents=True)
+    (repository / "r1_other").mkdir()
+    assert list(half_releases(repository)) == ["r1"]
+    with pytest.raises(
+        InvalidInput, match=r"of a release without a manifest: .* `peregrine release remove r1`"
+    ):
+        publish_toy(repository, "r1", tmp_path / "again")
+    remove(repository, "r1")
+    assert sorted(path.name for path in repository.glob("r1*")) == ["r1_other"], "none of the release's"
+    assert publish_toy(repository, "r1", tmp_path / "once more")
 
 
 def test_sweep_spares_the_active_release_even_if_it_is_half_there(tmp_path):
     publish_toy(tmp_path / "models", "r1", tmp_path, activate=True)
     (tmp_path / "models/r1/manifest.json").unlink()
-    assert sweep(tmp_path / "models") == []
+    assert sweep(tmp_path / "models", print, min_age_s=0) == []
 
 
 def test_sweep_spares_a_living_builds_staging(tmp_path):
-    from ensemble.release.repository import staging
-
     with staging(tmp_path) as folder:
-        assert sweep(tmp_path) == []
+        assert sweep(tmp_path, print, min_age_s=0) == []
         assert folder.exists()
     assert not folder.exists()
 
@@ -144,7 +211,8 @@ import sys, itertools
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from toy_repository import publish_toy
-from ensemble.release.repository import next_release_name, remove
+from ensemble.release.names import next_release_name
+from ensemble.release.repository import remove
 repository, scratch = Path({repository!r}), Path({scratch!r})
 print("ready", flush=True)
 for i in itertools.count():
@@ -175,12 +243,12 @@ def test_kill_9_at_random_moments_leaves_only_whole_releases(tmp_path):
         for name in release_names(repository):
             open_release(repository, name).verify()
             assert len(member_folders(repository, name)) == 7
-        sweep(repository)
+        sweep(repository, print, min_age_s=0)
         whole = {
             f.name
             for name in release_names(repository)
             for f in (repository / name, *member_folders(repository, name))
         }
-        left = {p.name for p in repository.iterdir() if p.name != ".lock" and not p.name.startswith(".new-")}
+        left = {p.name for p in repository.iterdir() if p.name not in (".lock", ".names.json")}
         assert left == {*whole, "recommend"}
     publish_toy(repository, next_release_name(repository), tmp_path / "last")

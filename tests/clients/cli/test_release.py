@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from clients.cli.release import app
-from clients.operations import releases
-from clients.operations.releases import ReleaseInfo
+from clients.operations import listing, releases
+from clients.operations.listing import ReleaseInfo
 
 NAME = "a-release-whose-name-is-longer-than-a-column"
 METHOD = "distilled_then_pruned_then_quantized_by_sensitivity"
@@ -20,10 +20,10 @@ METHOD = "distilled_then_pruned_then_quantized_by_sensitivity"
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose one release has a manifest with NaN, and a report with a wide table."""
-    info = ReleaseInfo(NAME, "2026-11-26T08:00:00+00:00", "a-shop-with-a-long-name", 12_345_678, True)
+    info = ReleaseInfo(NAME, "0123456789abcdef", size_bytes=12_345_678, share=1.0, problem="half a copy")
     manifest = {"release": NAME, "ndcg": float("nan"), "files": {}, "numbers": [1.0, float("-inf")]}
-    monkeypatch.setattr(releases, "list_releases", lambda repository: [info])
-    monkeypatch.setattr(releases, "read_manifest", lambda repository, name: manifest)
+    monkeypatch.setattr(listing, "list_releases", lambda repository: [info])
+    monkeypatch.setattr(releases, "show", lambda repository, name: manifest)
     monkeypatch.setenv("COLUMNS", "60")
     rows = [f"| {METHOD} | 0.1234 | 0.5678 | {METHOD} |"]
     lines = ["# Report", "", "| method | NDCG@10 | AUC | base |", "| --- | --- | --- | --- |", *rows]
@@ -46,6 +46,8 @@ def test_the_list_folds_long_names(repository: Path) -> None:
     text = run(repository, "list")
     assert "…" not in text
     assert NAME in column(text, 1, "│")
+    assert "0123456789abcdef" in column(text, 2, "│")
+    assert text.endswith(f"{NAME}: half a copy\n")
 
 
 def test_the_report_folds_long_cells(repository: Path) -> None:

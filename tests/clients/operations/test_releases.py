@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +16,10 @@ from toy_repository import publish_toy
 
 from clients.operations import releases
 from clients.operations.control import Control
+from clients.operations.listing import list_releases
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.release.release import active_release
-from ensemble.release.repository import release_names
+from ensemble.release.names import release_names
+from ensemble.release.release import active_release, open_release
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
@@ -56,7 +58,42 @@ def test_an_absent_release_and_repository_are_named(repository):
     with pytest.raises(InvalidInput, match="release name 'R!'"):
         releases.activate(repository, "R!")
     with pytest.raises(InvalidInput, match="does not exist"):
-        releases.list_releases(repository / "nowhere")
+        list_releases(repository / "nowhere")
+    with pytest.raises(InvalidInput, match="does not exist"):
+        releases.remove(repository / "nowhere", "r1")
+
+
+def test_the_list_names_half_copies_and_goes_on(repository, tmp_path):
+    """Members are copied first, the manifest last; a copy that was killed in between, or lost a file."""
+    for name in ("r3", "r10"):
+        publish_toy(repository, name, tmp_path)
+    (repository / "r10" / "manifest.json").unlink()
+    shutil.rmtree(repository / "r3_ranker")
+    (repository / "r2_reranking" / "2").mkdir()
+    r1, r2, r3, r10 = list_releases(repository)
+    assert (r1.problem, r1.is_active, r1.share, r1.id) == ("", True, 1.0, open_release(repository, "r1").id)
+    assert 0 <= r1.age_s < 60
+    assert r2.problem == "not a file of it, yet in its folders: r2_reranking/2/"
+    assert r3.problem == "half a copy: r3_ranker/1/model.py and 1 more files are missing"
+    assert r10.problem.startswith("half a copy: r10/manifest.json is missing (there are r10, r10_features, ")
+    (repository / "r2_reranking" / "2").rmdir()
+    (repository / "r2" / "padding.bin").write_bytes(b"1")
+    (repository / "r3" / "manifest.json").write_text("{")
+    r1, r2, r3, r10 = list_releases(repository)
+    assert r2.problem == "changed: r2/padding.bin has 1 bytes, its manifest says 1000"
+    assert r3.problem.startswith(f"cannot read {repository / 'r3' / 'manifest.json'}: ")
+    with pytest.raises(ReleaseError, match="no release 'r10'"):
+        releases.activate(repository, "r10")
+    releases.remove(repository, "r10")
+    assert [info.name for info in list_releases(repository)] == ["r1", "r2", "r3"]
+
+
+def test_the_list_shows_what_a_build_said(tiny_repository):
+    (info,) = list_releases(tiny_repository)
+    manifest = releases.show(tiny_repository, "r1")
+    assert (info.id, info.preset, info.compression) == (manifest["id"], "tiny", "none")
+    assert info.figures["ndcg@10"] == manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
+    assert info.figures["auc ctr"] == manifest["report"]["tasks"]["ctr"]["auc"]
 
 
 def test_command_line_lists_shows_activates_and_removes(repository):

@@ -18,6 +18,7 @@ from ensemble.live.items import LiveItems
 from ensemble.live.rows import read_items
 from ensemble.live.writer import ItemWriter
 from ensemble.options import default_options
+from ensemble.release.manifest import sealed
 from ensemble.steps.features import FeatureLookup
 from ensemble.steps.served import open_served
 from ensemble.tiers.load import load_release
@@ -114,7 +115,7 @@ def test_an_old_release_in_the_repository_costs_no_events(server, tiny_repositor
     repository = private_copy(tiny_repository, tmp_path / "repository")
     load_release(tiny_release, server.url)
     manifest = repository / tiny_release.name / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "contract": "another"}))
+    manifest.write_text(sealed({**json.loads(manifest.read_text()), "contract": "another"}))
     user, item = tiny_release.user_ids.sorted_ids[3].decode(), name(tiny_release, 1)
     with EventWriter(server.url, tiny_release.schema.shop, repository=repository) as events:
         assert events.record_event(user, item, "click", 1e10) == Outcome(changed=1)

@@ -31,6 +31,7 @@ from ensemble.live.merge_process import MergeProcess
 from ensemble.live.service import ItemService
 from ensemble.live.writer import ItemWriter
 from ensemble.release.files import file_sha256
+from ensemble.release.manifest import sealed
 from ensemble.release.release import open_release
 
 
@@ -49,13 +50,10 @@ def active(release: RandomRelease) -> RandomRelease:
     """Makes the release one that other processes find: a manifest and an alias."""
     from ensemble import contract
 
-    manifest = {
-        "format": 1,
-        "contract": contract.fingerprint(release.schema),
-        "files": _digests(release.repository),
-    }
-    release.manifest = manifest
-    (release.path / "manifest.json").write_text(json.dumps(manifest))
+    files = _digests(release.repository)
+    text = sealed({"contract": contract.fingerprint(release.schema), "files": files})
+    release.manifest = json.loads(text)
+    (release.path / "manifest.json").write_text(text)
     (release.repository / "recommend").mkdir()
     (release.repository / "recommend" / "config.pbtxt").write_text('model_name: "r1_recommend"')
     return release
@@ -227,13 +225,14 @@ def add_release(repository: Path, rng: np.random.Generator, name: str) -> None:
     from ensemble import contract
 
     release = make_release(repository / "elsewhere", rng)
-    manifest = {"format": 1, "contract": contract.fingerprint(release.schema), "files": {}}
+    fingerprint = contract.fingerprint(release.schema)
     release.path.rename(repository / name)
-    manifest["files"] = {
+    files = {
         str(path.relative_to(repository)): {"sha256": file_sha256(path)}
         for path in (repository / name).iterdir()
     }
-    (repository / name / "manifest.json").write_text(json.dumps(manifest))
+    manifest = sealed({"contract": fingerprint, "files": files})
+    (repository / name / "manifest.json").write_text(manifest)
 
 
 def test_a_merge_that_ends_after_an_activation_harms_no_release(tmp_path, rng, monkeypatch):

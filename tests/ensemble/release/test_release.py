@@ -10,10 +10,12 @@ import pytest
 from shops import private_copy
 
 from ensemble.errors import ReleaseError
+from ensemble.release.manifest import content_id, sealed
 from ensemble.release.release import active_release, open_release
 from ensemble.steps.served import open_served
 
 MUTATIONS = 60
+FLIPS = 200
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_half_a_release_does_not_exist(repository):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', '{"format": 1, "files": []}', "\0\0"]
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', '{"format": 2, "files": []}', "\0\0"]
 )
 def test_a_manifest_that_says_nothing_is_refused(repository, text):
     (repository / "r1" / "manifest.json").write_text(text)
@@ -133,7 +135,7 @@ def test_a_changed_schema_is_refused_before_it_is_read(repository, text):
 
 def test_a_release_of_another_contract_is_refused(repository):
     path = repository / "r1" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "contract": "0" * 16}))
+    path.write_text(sealed({**json.loads(path.read_text()), "contract": "0" * 16}))
     with pytest.raises(ReleaseError) as caught:
         open_release(repository, "r1")
     assert (
@@ -154,11 +156,69 @@ def test_the_active_release_stands_in_the_alias(repository):
     assert active_release(repository) is None
 
 
-def test_a_list_of_files_that_does_not_fit_its_id_is_refused(repository):
+def test_every_bit_of_the_manifest_counts(repository, rng):
     path = repository / "r1" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest["id"] == open_release(repository, "r1").id
+    text = path.read_bytes()
+    manifest = json.loads(text)
+    assert (manifest["id"], list(manifest)[-1]) == (open_release(repository, "r1").id, "digest")
+    for place in [*rng.integers(len(text), size=FLIPS), *range(len(text) - 100, len(text))]:
+        changed = bytearray(text)
+        changed[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        with pytest.raises(ReleaseError, match=r"manifest\.json"):
+            open_release(repository, "r1")
     del manifest["files"]["r1/popular.npy"]
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(ReleaseError, match="its list of files does not fit its id; build the release again"):
+    for other in (json.dumps(manifest), text.decode().rstrip(), text.decode() + "\n"):
+        path.write_text(other)
+        with pytest.raises(ReleaseError, match=r"was changed: it does not fit its own digest; build the"):
+            open_release(repository, "r1")
+    path.write_text(sealed(manifest).replace(content_id(manifest), "0" * 16))
+    with pytest.raises(ReleaseError, match="was changed"):
         open_release(repository, "r1")
+
+
+def test_a_manifest_of_an_earlier_format_says_so(repository):
+    path = repository / "r1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(
+        ReleaseError, match="format 1 is not 2, which this Peregrine reads; build the release"
+    ):
+        open_release(repository, "r1")
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("r1_reranking/2/model.py", "r1_reranking/2/"),  # Triton would run it: the highest version is served
+        ("r1_ranker/1/helper.py", "r1_ranker/1/helper.py"),
+        ("r1_ranker/1/model.plan", "r1_ranker/1/model.plan"),
+        ("r1_recommend/configs/tensorrt.pbtxt", "r1_recommend/configs/tensorrt.pbtxt"),
+        ("r1/recall.json.bak", "r1/recall.json.bak"),
+        ("r1_ranker/1/__pycache__/model.cpython-311.pyc", "r1_ranker/1/__pycache__/"),
+    ],
+)
+def test_what_the_manifest_does_not_list_is_refused(repository, path, named):
+    path = repository / path
+    if path.parent.is_file():
+        path.parent.unlink()  # the empty file that keeps bytecode out
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("raise SystemExit")
+    with pytest.raises(ReleaseError) as caught:
+        open_release(repository, "r1").verify()
+    assert str(caught.value) == (
+        f"manifest: {named} is not a file of release r1, yet it lies in its folders; remove "
+        f"{repository / named}, or build again"
+    )
+
+
+def test_a_link_to_a_folder_and_a_full_bytecode_file_are_refused(repository):
+    (repository / "r1_ranker" / "2").symlink_to(repository / "r1_ranker" / "1")
+    with pytest.raises(ReleaseError, match=r"manifest: r1_ranker/2 is not a file of release r1"):
+        open_release(repository, "r1").verify()
+    (repository / "r1_ranker" / "2").unlink()
+    (repository / "r1_plans").mkdir()  # plans, and other people's models, are not its own
+    (repository / "r1_ranker_of_somebody").mkdir()
+    open_release(repository, "r1").verify()
+    (repository / "r1_ranker" / "1" / "__pycache__").write_text("code")
+    with pytest.raises(ReleaseError, match=r"r1_ranker/1/__pycache__ is not a file"):
+        open_release(repository, "r1").verify()
