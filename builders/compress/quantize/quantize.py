@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from builders.compress import graph
 from builders.compress.graph import Block
-from builders.compress.quantize import onnxruntime_graph, tensorrt_graph
+from builders.compress.quantize import fp16, onnxruntime_graph, tensorrt_graph
 from builders.compress.quantize.calibration import Ranges
 from ensemble.errors import InvalidInput
 
@@ -34,6 +34,8 @@ def quantize(model: bytes, precisions: Mapping[str, str], ranges: Ranges, runtim
     graph.sort(proto)
     graph.drop_unused(proto)
     graph.drop_notes(proto)
+    if runtime == "tensorrt":
+        fp16.saturate(proto, ranges)
     return graph.save(proto)
 
 

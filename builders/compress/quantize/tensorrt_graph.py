@@ -3,8 +3,8 @@
 8-bit blocks have Q/DQ before each activation (symmetric, one scale a tensor) and a DQ behind weights that are
 stored as codes (int8: one scale an output channel; fp8 E4M3: one a tensor, Micikevicius et al. 2022); nothing
 at the bias. What is not 8 bits runs in fp16, from cast to cast, except where the numbers demand fp32:
-normalizations, softmax and sums, and whatever was seen beyond fp16's range. Nodes that may be either take the
-side on which fewer casts are needed.
+normalizations, softmax and sums, whatever was seen beyond fp16's range, and what reads a constant that a cast
+would change (fp16.py). Nodes that may be either take the side on which fewer casts are needed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from builders.compress import graph
 from builders.compress.graph import Block
 from builders.compress.quantize.calibration import Range, Ranges
+from builders.compress.quantize.fp16 import FP8_MAX, FP16_MAX, FP16_TINY, is_changed
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
-FP16_MAX = 65504.0
-FP8_MAX = 448.0
 _OPSET = 19  # the first with fp8
 # Operations that lose nothing that matters in fp16 while their tensors fit; all others stay fp32.
 _ARITHMETIC = (
@@ -85,13 +84,15 @@ def _check_opset(proto: ModelProto) -> None:
 
 
 def _misfit(proto: ModelProto, block: Block, ranges: Ranges) -> str:
-    """Names the block's tensor that fp16 cannot hold; empty when all fit."""
+    """Says which of the block's tensors fp16 cannot hold; empty when it holds all."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     node = next(node for node in proto.graph.node if node.name == block.node)
     for name in (*node.input, *node.output):
         largest = _largest(name, constants, ranges)
         if not largest <= FP16_MAX:
             return f"{name} reaches {largest:.3g} on the calibration users"
+        if _is_float(constants, name) and is_changed(graph.array(constants[name]), node.op_type):
+            return f"{name} has nothing above {largest:.3g}, where fp16 has few digits or none"
     return ""
 
 
@@ -104,6 +105,11 @@ def _largest(name: str, constants: Mapping[str, TensorProto], ranges: Ranges) ->
     if known is not None and known.data_type == TensorProto.FLOAT:
         return float(np.abs(graph.array(known)).max(initial=0))
     return ranges[name].amplitude if name in ranges else 0.0
+
+
+def _is_float(constants: Mapping[str, TensorProto], name: str) -> bool:
+    """Says whether `name` is a constant of fp32."""
+    return name in constants and constants[name].data_type == TensorProto.FLOAT
 
 
 class _Typing:
@@ -157,7 +163,7 @@ class _Typing:
             if not self.floats.intersection(node.output):
                 continue  # shapes and masks: read whatever there is
             asked = self.blocks[node.name][1] if node.name in self.blocks else None
-            is16 = any16 and self.fits[node.name] and asked != "fp32"
+            is16 = any16 and self.fits[node.name] and asked != "fp32" and self._has_scales(node, asked)
             types[node.name] = TensorProto.FLOAT16 if is16 else TensorProto.FLOAT
             if is16 and asked is None:
                 free.append(node)
@@ -192,11 +198,31 @@ class _Typing:
         return types.get(maker.name, TensorProto.FLOAT) if maker is not None else TensorProto.FLOAT
 
     def _fits(self, node: NodeProto) -> bool:
-        """Says whether fp16 holds all that the node reads and makes."""
-        names = (*node.input, *node.output)
-        return node.op_type in _EITHER and all(
-            _largest(name, self.known.constants, self.ranges) <= FP16_MAX for name in names
+        """Says whether fp16 holds all that the node reads and makes, and changes no constant of it."""
+        constants, names = self.known.constants, (*node.input, *node.output)
+        return (
+            node.op_type in _EITHER
+            and all(_largest(name, constants, self.ranges) <= FP16_MAX for name in names)
+            and not any(
+                _is_float(constants, name) and is_changed(graph.array(constants[name]), node.op_type)
+                for name in node.input
+            )
         )
+
+    def _has_scales(self, node: NodeProto, precision: str | None) -> bool:
+        """Says whether fp16 holds the scales of an 8-bit block: codes of one rounded up would lose digits.
+
+        fp8 codes have an exponent of their own, which makes up for 6 bits.
+        """
+        if precision not in ("int8", "fp8"):
+            return True
+        block = self.blocks[node.name][0]
+        least = FP16_TINY if precision == "int8" else FP16_TINY / 64
+        fulls = [_full(self.ranges[name], precision) for name in block.inputs]
+        if block.weight is not None:
+            largest = _largest(block.weight, self.known.constants, self.ranges)
+            fulls.append(largest / (127 if precision == "int8" else FP8_MAX))
+        return all(full >= least for full in fulls if full)
 
     def _typed(self, tensor: str, kind: int) -> str:
         """Names the tensor in the wanted type, cast once for all who read it."""
@@ -223,7 +249,7 @@ class _Typing:
 
     def _coded(self, tensor: str, original: str, precision: str, kind: int) -> str:
         found: Range = self.ranges[original]
-        full = found.clip / 127 if precision == "int8" else found.amplitude / FP8_MAX
+        full = _full(found, precision)
         name = f"{tensor}_{precision}"
         scale = self._store(f"{name}_scale", _scale(np.asarray(full), kind))
         zero = self._store(f"{name}_zero_point", np.zeros((), _code_type(precision)))
@@ -282,10 +308,15 @@ class _Typing:
         return output
 
 
+def _full(seen: Range, precision: str) -> float:
+    """Gives the scale of an activation's codes."""
+    return seen.clip / 127 if precision == "int8" else seen.amplitude / FP8_MAX
+
+
 def _scale(full: Array, kind: int) -> Array:
     """Scales in the block's own type, none so small that fp16 rounds it away."""
     return (
-        np.maximum(full, 2.0**-14).astype(np.float16)
+        np.maximum(full, FP16_TINY).astype(np.float16)
         if kind == TensorProto.FLOAT16
         else np.maximum(full, 1e-12).astype(np.float32)
     )
