@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 INSTALL = ("serve", "redis", "build", "triton")  # what the demo needs
-TEST = ("test",)
+TEST = ("test", "rtx")  # rtx: tests build real plans
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton",)
 HEAD = """\
 # Exact versions of what pyproject.toml's extras need. Written by `make lock`; do not edit.

@@ -255,7 +255,7 @@ def test_lock_fits_pyproject_and_names_no_place() -> None:
     assert not install.keys() & tools.keys()
     project = pyproject()["project"]
     extras = dict(project["optional-dependencies"])
-    for wanted in map(Requirement, extras.pop("test")):
+    for wanted in map(Requirement, [*extras.pop("test"), *extras.pop("rtx")]):
         assert wanted.specifier.contains((install | tools)[wanted.name]), wanted
     needed = [*project["dependencies"], *pyproject()["build-system"]["requires"]]
     for wanted in map(Requirement, [*needed, *(text for extra in extras.values() for text in extra)]):
