@@ -1,5 +1,8 @@
 """Builds a release, top to bottom: a shop's folder in, a release in the model repository out.
 
+Items are those of the shop's files with the changes that were made while older releases were served: what the
+repository's catalogue log (ensemble.live.catalogue) says when the build begins.
+
     data -> encoders -> index -> ranker -> export -> compress -> verify -> repository
 
 The ranker learns from what recall offers, so the index comes before it; engines are exported when all
@@ -9,7 +12,7 @@ lies in its own folder: `builders/NAME/stage.py` has what is run here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +32,9 @@ from builders.data.dataset import open_schema
 from builders.keys import FileDigests, own_key, shop_digest
 from builders.own_model import open_own
 from builders.presets import Preset
+from builders.shop.catalogue import write_changes
 from builders.stages import Stage, Stages, stages_folder
+from ensemble.release.release import UNREAD, Watermark
 from ensemble.release.repository import sweep
 
 
@@ -48,6 +53,7 @@ class BuildOptions:
     recipe_name: str = "none"
     index_bytes: int | None = None  # memory of the main index; None: the default for the catalogue's size
     rehash: bool = False  # reads all files of the shop again, even those that look unchanged
+    watermark: Watermark = UNREAD  # how far the build reads the catalogue's log
 
 
 def table(options: BuildOptions) -> list[Stage]:
@@ -57,10 +63,12 @@ def table(options: BuildOptions) -> list[Stage]:
     training = encoders.Options(preset.encoders, own_encoder, seed)
     ranking = ranker.Options(preset.ranker, own_ranker, seed)
     smaller = compress.Options(options.recipe, options.recipe_name)
-    release = publish.Options(str(options.repository.resolve()), options.release, preset.name, seed)
+    release = publish.Options(
+        str(options.repository.resolve()), options.release, preset.name, seed, options.watermark
+    )
     final = "export" if options.recipe.is_empty else "compress"
     stages = [
-        Stage("data", data.run, preset.sizes, ("shop",)),
+        Stage("data", data.run, preset.sizes, ("shop", "catalogue")),
         Stage("encoders", encoders.run, training, ("data",)),
         Stage("index", index.run, index.Options(seed, options.index_bytes), ("data", "encoders")),
         Stage("ranker", ranker.run, ranking, ("data", "encoders", "index")),
@@ -96,9 +104,13 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
     digests, stages = FileDigests(root / "digests.json", rehash=options.rehash), Stages(root, console)
     stages.give("shop", options.shop, shop_digest(options.shop, digests))
     digests.save()
-    for stage in table(options):
+    mark, file, digest = write_changes(options.repository, root)
+    stages.give("catalogue", file, digest)
+    for stage in table(replace(options, watermark=mark)):
         done = stages.run(stage)
         if stage.name == "data":
+            if line := (done.folder / data.CHANGES).read_text():
+                console.print(f"{line}; up to change {mark.sequence}")
             for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
                 open_own(own_key(source), open_schema(done.folder), model)
         if stage.name == upto:

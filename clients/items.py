@@ -25,6 +25,7 @@ from typing import Any
 
 from clients.errors import InvalidArgument, ServerFault, Unavailable
 
+_PREPARING_S = 3600.0  # a release that was never loaded here has to encode all that was ever changed
 _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 
 
@@ -91,6 +92,14 @@ class ItemClient:
         """Asks how far the writer and every instance are."""
         return self._ask({"op": "status"})
 
+    def prepare(self, release: str) -> Changed:
+        """Makes a release ready to be loaded: when this returns, it has every change."""
+        self._socket.settimeout(_PREPARING_S)
+        try:
+            return self._ask({"op": "prepare", "release": release})
+        finally:
+            self._socket.settimeout(self.wait_s + _GRACE_S)
+
     def merge(self) -> Changed:
         """Begins merging all changes into a new main index; returns at once."""
         return self._ask({"op": "merge"})
@@ -130,6 +139,21 @@ class ItemClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def make_ready(repository: Path, release: str) -> None:
+    """Makes a release ready to be loaded with every change that the catalogue's log has: by the writer at
+    work, or here where there is none."""
+    if not (repository / ".live" / "catalogue" / "log").exists():
+        return
+    try:
+        with ItemClient(repository, wait_s=0.0) as client:
+            client.prepare(release)
+    except Unavailable:
+        from ensemble.live.writer import ItemWriter
+        from ensemble.release.release import open_release
+
+        ItemWriter(open_release(repository, release)).close()
 
 
 def read_changes(lines: Iterable[str], operation: str, name: str) -> list[dict[str, Any]]:

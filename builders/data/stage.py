@@ -14,6 +14,7 @@ from builders.data.packing import pack_features
 from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
 from builders.folders import Inputs
 from builders.progress import Progress
+from builders.shop.catalogue import read_changes
 from builders.shop.interactions import Exposures, exposures_from_interactions
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop
@@ -22,11 +23,17 @@ from ensemble.arrays import Array
 from ensemble.schema import Schema, Sizes, Task
 
 TITLE_BYTES = 120
+CHANGES = "changes.txt"  # what became of the catalogue's log, in one line
 
 
 def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
-    """Reads the shop's files and saves them as dataset arrays, with the schema that later stages link."""
-    save_dataset(load_dataset(inputs["shop"], sizes=sizes, progress=lambda text: progress(0.3, text)), folder)
+    """Reads the shop's files and the catalogue's log, and saves them as dataset arrays, with the schema that
+    later stages link."""
+    tables = read_shop(
+        inputs["shop"], progress=lambda text: progress(0.3, text), changes=read_changes(inputs["catalogue"])
+    )
+    (folder / CHANGES).write_text(tables.applied.line())
+    save_dataset(dataset_from_tables(tables, sizes=sizes, progress=lambda text: progress(0.6, text)), folder)
 
 
 def load_dataset(

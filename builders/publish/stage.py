@@ -23,6 +23,7 @@ from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.files import NO_BYTECODE, sync_folder, write_durably
 from ensemble.release.manifest import FORMAT, MANIFEST, content_id, sealed
 from ensemble.release.names import check_name, is_there, next_release_name, remember_names
+from ensemble.release.release import UNREAD, Watermark
 from ensemble.release.repository import locked, staging
 
 _PIECE_BYTES = 4 << 20
@@ -38,6 +39,7 @@ class Options:
     release: str | None  # its name; None: the next free rN
     preset: str
     seed: int
+    watermark: Watermark = UNREAD  # how far the build has read the catalogue's log
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
@@ -56,13 +58,15 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         if path.is_file() and path.name not in _REPORTED:
             link(path, own / path.name)
     progress(0.5, f"publishing {name}")
-    manifest = {
+    manifest: dict[str, Any] = {
         "shop": schema.shop,
         "preset": options.preset,
         "seed": options.seed,
         "contract": contract.fingerprint(schema),
         "report": json.loads((inputs["verify"] / "report.json").read_text()),
     }
+    if options.watermark.log:
+        manifest["catalogue"] = options.watermark._asdict()
     if not publish(repository, name, members, own, manifest):
         (folder / _WAS_THERE).touch()
 

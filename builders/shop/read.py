@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from builders.shop.changes import Applied, changed_columns, changed_ids
 from builders.shop.interactions import Interactions, read_interactions
 from builders.shop.shop_toml import Entities, Shop, open_shop
 from builders.shop.tables import Column, first_true, ids_from_column, read_table
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
+from ensemble.live.catalogue import Entry
 from ensemble.release.ids import IdMap
 
 
@@ -37,19 +39,27 @@ class ShopTables:
     item_rows: Array  # [n] int64
     num_dropped: int  # rows left out because their item is not in the items file
     first_dropped: str  # the first such item
+    applied: Applied  # what became of the catalogue's log
 
 
 def read_shop(
-    folder: Path, *, now_s: float | None = None, progress: Callable[[str], None] = lambda step: None
+    folder: Path,
+    *,
+    now_s: float | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+    changes: Mapping[str, Entry] | None = None,
 ) -> ShopTables:
-    """Reads shop.toml and its files; InvalidInput names the first thing that is wrong."""
-    shop = open_shop(folder)
+    """Reads shop.toml and its files, and puts `changes` of items, by id, over them; InvalidInput names the
+    first thing that is wrong."""
+    shop, applied = open_shop(folder), Applied()
     progress("reading items and users")
-    items, users = _read_entities(folder, shop.items), _read_entities(folder, shop.users)
+    items = _read_entities(folder, shop.items, changes or {}, applied)
+    users = _read_entities(folder, shop.users, {}, applied)
     progress("reading interactions")
     interactions = read_interactions(folder, shop, now_s)
     if items is None:
-        items = Rows(interactions.item_ids, np.zeros(0, np.int64), {})
+        ids = changed_ids(interactions.item_ids, changes or {}, applied)
+        items = Rows(ids, np.zeros(0, np.int64), {})
     user_ids = interactions.user_ids if users is None else np.union1d(users.ids, interactions.user_ids)
     index = np.zeros(0, np.int64) if users is None else np.searchsorted(user_ids, users.ids)[users.index]
     users = Rows(user_ids, index, {} if users is None else users.columns)
@@ -70,10 +80,14 @@ def read_shop(
             f"{shop.items.file if shop.items else shop.interactions.file} has one item, "
             f"{items.ids[0].decode()!r}; at least 2 are needed to rank"
         )
-    return ShopTables(shop, items, users, kept, user_rows[keep], item_rows[keep], int((~keep).sum()), dropped)
+    return ShopTables(
+        shop, items, users, kept, user_rows[keep], item_rows[keep], int((~keep).sum()), dropped, applied
+    )
 
 
-def _read_entities(folder: Path, entry: Entities | None) -> Rows | None:
+def _read_entities(
+    folder: Path, entry: Entities | None, changes: Mapping[str, Entry], applied: Applied
+) -> Rows | None:
     if entry is None:
         return None
     wanted = [entry.id, *([entry.title] if entry.title else []), *(f.source for f in entry.features)]
@@ -87,4 +101,7 @@ def _read_entities(folder: Path, entry: Entities | None) -> Rows | None:
         raise columns[entry.id].error(
             again, f"is there already (row {first_row[index[again]] + 1}); one row per {entry.id}"
         )
+    if changes:
+        columns = changed_columns(columns, entry, changes, applied)
+        ids, index = ids_from_column(columns[entry.id])
     return Rows(ids, index, columns)

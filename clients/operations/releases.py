@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clients.items import make_ready
 from clients.operations.control import Control
 from clients.operations.listing import check_repository
 from ensemble import contract
@@ -60,6 +61,7 @@ def activate(repository: Path, name: str) -> Activation:
         with Control(server) as control:
             if name == previous and _answers(control, name):
                 return Activation(name, previous, served=True)
+            make_ready(repository, name)
             load_ms = _load_beside(control, name, is_served=name == previous)
             flip_ms = _flip(control, repository, name)
             warning = _unload_others(control, name)

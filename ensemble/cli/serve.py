@@ -107,8 +107,8 @@ def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
 
     started = time.monotonic()
     with (
+        service_process(repository.resolve(), _log),  # first: what it makes, instances read when they start
         supervisor.serve(repository, options, _log) as server,
-        service_process(repository.resolve(), _log),
     ):
         print(_greeting(server, time.monotonic() - started), flush=True)
         server.wait()

@@ -1,9 +1,10 @@
-"""Turns a new or changed item, as JSON, into its packed row.
+"""Turns an entry of the catalogue's log into a release's packed row.
 
 Features are packed as the build packed them, vectors come from the release's item_encoder. A new item has no
 learned id row: the encoder gets the release's row for new items, and the item's features speak for it. A
 changed item keeps what was learned of it: its embedding moves by what the encoder says the change of its
-features is worth.
+features is worth. All is reckoned from the release's own row, so it does not matter by which way the item
+came to its values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import contextlib
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,15 @@ import numpy as np
 from ensemble.arrays import Array
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.live.catalogue import REPLACE, Entry
 from ensemble.options import default_options
 from ensemble.release.release import Release
 from ensemble.release.snapshot import item_dtype
 from ensemble.schema import Feature, number_names
 
 ENCODING = "encoding.json"  # what builders.data.packing did to each column
-_KEYS = ("item_id", "item_embedding", "title")  # beside features, unless a feature has that name
+TITLE = "title"  # known of every item, also where no feature is made of it
+_BESIDE = ("item_id", "item_embedding", TITLE)  # keys of an item beside its features
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -40,7 +44,7 @@ class ItemEncoding:
                 "build it again",
             )
         release.verify_data(ENCODING, "new_item_id_embedding.npy", "vocabularies.json")
-        self.schema, self.dtype = release.schema, item_dtype(release.schema)
+        self.release, self.schema, self.dtype = release, release.schema, item_dtype(release.schema)
         self.how = {entry["name"]: entry for entry in json.loads((release.path / ENCODING).read_text())}
         vocabularies = release.vocabularies.get("items", {})
         self.code_of = {
@@ -49,25 +53,55 @@ class ItemEncoding:
         self.numbers = {name: column for column, name in enumerate(number_names(release.schema))}
         self.new_id = np.load(release.path / "new_item_id_embedding.npy", allow_pickle=False)
         self.features = {f.name: f for f in release.schema.items.features}
-        # A field of an item is a feature's own name, or its column in the shop's file
-        self.fields = {
-            key: entry["name"] for entry in self.how.values() for key in (entry["name"], entry["source"])
-        }
+        # A field of an item is a column of the shop's files, or a feature's own name
+        self.columns = {entry["name"]: entry["source"] for entry in self.how.values()}
+        self.columns |= {entry["source"]: entry["source"] for entry in self.how.values()}
+        self.of_column: dict[str, list[Feature]] = {}
+        for name, entry in self.how.items():
+            self.of_column.setdefault(entry["source"], []).append(self.features[name])
         self.engine = EngineStep(release.model("item_encoder"), release)
+        self.left_out: Counter[str] = Counter()  # why values of the log are not in this release's rows
+
+    def values(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives what a change says of an item by column; InvalidInput for a field that the release lacks."""
+        values = {}
+        for key, value in item.items():
+            if key in self.columns:
+                values[self.columns[key]] = value
+            elif key == TITLE:
+                if not isinstance(value, str | None):
+                    raise InvalidInput(f"item {item['item_id']!r}: title: must be text")
+                values[TITLE] = value
+            elif key not in _BESIDE:
+                raise InvalidInput(
+                    f"item {item['item_id']!r}: no item feature {key!r}",
+                    f"known: {', '.join(sorted(self.columns)) or 'none'}",
+                )
+        return values
 
     def rows(
-        self, changes: list[Mapping[str, Any]], old: Array, old_numbers: Array, is_new: Array
-    ) -> tuple[Array, Array]:
-        """Encodes n items, whose old rows [n] and numbers [n, *] count unless is_new [n].
+        self, entries: Sequence[Entry], given: Sequence[Collection[str]] | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Encodes n items: packed rows [n], numbers [n, *], and whether each can be recalled [n] bool.
 
-        Gives packed rows [n] and numbers [n, *].
+        `given` names the columns of each item that must fit the release, else InvalidInput; of all others
+        what does not fit is left out, for it was said of another release.
         """
-        rows, numbers = old.copy(), old_numbers.copy()
+        base = self.release.item_ids.rows_from_ids(np.array([e.item_id.encode() for e in entries]))
+        base = np.where([entry.kind == REPLACE for entry in entries], 0, base)
+        old, is_new = np.array(self.release.items[base]), base == 0
+        rows, numbers = old.copy(), np.array(self.release.item_numbers[base])
         rows[is_new], numbers[is_new] = np.zeros(1, self.dtype)[0], np.nan
-        for i, change in enumerate(changes):
-            self._write(change, rows[i], numbers[i])
+        for i, entry in enumerate(entries):
+            self._write(entry, rows[i], numbers[i], () if given is None else given[i])
+        rows["embedding"], rows["features"] = self._moved(rows, old, np.flatnonzero(~is_new))
+        good = self._own_embeddings(entries, rows, is_strict=given is not None)
+        return rows, numbers, good
+
+    def _moved(self, rows: Array, old: Array, kept: Array) -> tuple[Array, Array]:
+        """Gives embeddings [n, D] and features [n, F] of rows [n]; those at `kept` have old ones to go on
+        from."""
         embedding, features = self._encode(rows)
-        kept = np.flatnonzero(~is_new)
         if len(kept):
             before, features_before = self._encode(old[kept])
             moved = old["embedding"][kept] + embedding[kept] - before
@@ -77,28 +111,32 @@ class ItemEncoding:
             same = (embedding[kept] == before).all(axis=1, keepdims=True)
             embedding[kept] = np.where(same, old["embedding"][kept], moved * length)
             features[kept] = old["features"][kept] + features[kept] - features_before
-        rows["embedding"], rows["features"] = embedding, features
-        self._own_embeddings(changes, rows)
-        return rows, numbers
+        return embedding, features
 
-    def _own_embeddings(self, changes: list[Mapping[str, Any]], rows: Array) -> None:
-        """Puts in embeddings that the caller brings; InvalidInput for an item that could not be recalled."""
-        for i, change in enumerate(changes):
-            if "item_embedding" in change:
-                rows["embedding"][i] = self._embedding(change)
-            if not np.isfinite(rows["embedding"][i]).all() or not np.isfinite(rows["features"][i]).all():
+    def _own_embeddings(self, entries: Sequence[Entry], rows: Array, *, is_strict: bool) -> Array:
+        """Puts in embeddings that the caller brought for this release, and says which items can be recalled
+        [n] bool; where that must be all, InvalidInput names the first that cannot."""
+        for i, entry in enumerate(entries):
+            if self.release.id in entry.embeddings:
+                rows["embedding"][i] = self.embedding(entry.item_id, entry.embeddings[self.release.id])
+        finite = np.isfinite(rows["embedding"]).all(axis=1) & np.isfinite(rows["features"]).all(axis=1)
+        good = finite & rows["embedding"].any(axis=1)
+        if is_strict and not good.all():
+            first = int(np.argmin(good))
+            if not finite[first]:
                 raise InvalidInput(
-                    f"item {change['item_id']!r}: the item_encoder gives NaN or infinity for it",
+                    f"item {entries[first].item_id!r}: the item_encoder gives NaN or infinity for it",
                     "check its features",
                 )
-            if not rows["embedding"][i].any():
-                raise InvalidInput(
-                    f"item {change['item_id']!r}: its embedding is all zeros, so no search could find it"
-                )
+            raise InvalidInput(
+                f"item {entries[first].item_id!r}: its embedding is all zeros, so no search could find it"
+            )
+        self.left_out["no embedding"] += int((~good).sum())
+        return good
 
-    def _embedding(self, change: Mapping[str, Any]) -> Array:
-        """Reads the embedding [D] that the caller brings."""
-        wanted, given = self.schema.sizes.embedding, change["item_embedding"]
+    def embedding(self, item_id: str, given: Any) -> Array:
+        """Reads an embedding [D] that a caller brings; InvalidInput where it is none."""
+        wanted = self.schema.sizes.embedding
         # JSON's numbers; true is none.
         if isinstance(given, list) and len(given) == wanted and set(map(type, given)) <= {int, float}:
             with contextlib.suppress(OverflowError), np.errstate(over="ignore"):
@@ -106,9 +144,7 @@ class ItemEncoding:
                 if np.isfinite(vector).all():
                     return vector
         count = f"{len(given)} components" if isinstance(given, list) else type(given).__name__
-        raise InvalidInput(
-            f"item {change['item_id']!r}: item_embedding must be {wanted} finite numbers, got {count}"
-        )
+        raise InvalidInput(f"item {item_id!r}: item_embedding must be {wanted} finite numbers, got {count}")
 
     def _encode(self, rows: Array) -> tuple[Array, Array]:
         """Encodes rows [n] as items that are only known by their codes and values: embedding [n, D], features
@@ -122,21 +158,16 @@ class ItemEncoding:
         outputs = self.engine.run(default_options(len(rows)), **feeds)
         return outputs["item_embedding"].copy(), outputs["item_features"].copy()
 
-    def _write(self, change: Mapping[str, Any], row: np.void, numbers: Array) -> None:
-        """Writes the item's fields into codes, values and numbers, in place."""
-        known = self.fields
-        for key, value in change.items():
-            if key in _KEYS and key not in known:
-                continue
-            if key not in known:
-                raise InvalidInput(
-                    f"item {change['item_id']!r}: no item feature {key!r}",
-                    f"known: {', '.join(sorted(known)) or 'none'}",
-                )
-            try:
-                self._write_one(self.features[known[key]], value, row, numbers)
-            except ValueError as error:
-                raise InvalidInput(f"item {change['item_id']!r}: {key}: {error}") from None
+    def _write(self, entry: Entry, row: np.void, numbers: Array, given: Collection[str]) -> None:
+        """Writes an item's values into codes, values and numbers, in place."""
+        for column, value in entry.values.items():
+            for feature in self.of_column.get(column, ()):
+                try:
+                    self._write_one(feature, value, row, numbers)
+                except ValueError as error:
+                    if column in given:
+                        raise InvalidInput(f"item {entry.item_id!r}: {feature.name}: {error}") from None
+                    self.left_out[f"{column}: {error}"] += 1
 
     def _write_one(self, feature: Feature, value: Any, row: np.void, numbers: Array) -> None:
         """Writes one field into its columns; ValueError says what is wrong with the value."""

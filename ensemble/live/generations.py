@@ -24,7 +24,7 @@ def current_generation(folder: Path) -> int:
     except (OSError, ValueError) as error:
         raise ReleaseError(
             f"cannot read {path}: {error}",
-            f"write the number of the newest log-N into it, or move {folder} away",
+            f"start the writer, `peregrine serve` or `peregrine items serve`: it makes {folder} again",
         ) from None
 
 
@@ -60,4 +60,4 @@ def write_meta(folder: Path, sequence: int) -> None:
 
 def _way_back(folder: Path) -> str:
     """Says what to do about a damaged generation."""
-    return f"put a copy of it back, or move {folder.parent} away: the release then serves without live items"
+    return f"start the writer, `peregrine serve` or `peregrine items serve`: it makes {folder.parent} again"

@@ -35,7 +35,7 @@ class InstanceFile:
             return
         if self._descriptor < 0:
             try:
-                self._folder.mkdir(exist_ok=True)  # nothing before the first change made the folder above it
+                self._folder.mkdir(parents=True, exist_ok=True)  # so the writer learns that we are loaded
                 self._descriptor = os.open(
                     self._folder / f".{self._name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
                 )

@@ -20,6 +20,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
+from ensemble.live.catalogue import last_sequence
 from ensemble.live.generations import current_generation, generation_records
 from ensemble.live.instances import InstanceFile
 from ensemble.live.log import DELETE, LogReader
@@ -78,7 +79,7 @@ class LiveState:
 
     def _load_generation(self) -> None:
         """Applies what the generation has merged; the delta begins behind it."""
-        if self.generation:
+        if self.reader is not None and self.reader.has_merged:
             records = generation_records(self.folder, self.release.schema)
             for start in range(0, len(records), _PIECE):
                 self.apply(records[start : start + _PIECE])
@@ -87,8 +88,8 @@ class LiveState:
     def apply(self, records: Array) -> None:
         """Applies changes [n], in order; the last of a row is what it becomes."""
         rows = records["row"].astype(np.int64)
+        self._make_room(len(records), int(rows.max(initial=0)))
         self._name_new(rows, records["id"])
-        self._make_room(len(records))
         kept = records[records["kind"] != DELETE]
         places = slice(self.num_slots, self.num_slots + len(kept))
         self.slots[places], self.slot_rows[places] = kept["item"], kept["row"]
@@ -104,14 +105,22 @@ class LiveState:
         self.num_deleted += int(np.count_nonzero(self.deleted[touched])) - had
 
     def _name_new(self, rows: Array, ids: Array) -> None:
-        """Takes the ids [n] S of rows [n] that are new; new rows follow each other."""
-        new = np.flatnonzero(rows >= self.num_base + len(self.new_ids))
-        new_rows, first = np.unique(rows[new], return_index=True)
-        self.new_ids += (names := ids[new[first]].tolist())
-        self.row_of_new.update(zip(names, new_rows.tolist(), strict=True))
+        """Takes the ids [n] S of rows [n] behind the release's own; a row that has no name yet is as one that
+        is deleted, for its item's change comes later."""
+        new = np.flatnonzero(rows >= self.num_base)
+        if not len(new):
+            return
+        end, wanted = self.num_base + len(self.new_ids), int(rows[new].max()) + 1
+        if wanted > end:
+            self.deleted[end:wanted] = True
+            self.num_deleted += wanted - end
+            self.new_ids += [b""] * (wanted - end)
+        for row, name in zip(rows[new].tolist(), ids[new].tolist(), strict=True):
+            self.new_ids[row - self.num_base] = name
+            self.row_of_new[name] = row
 
-    def _make_room(self, more: int) -> None:
-        """Makes the arrays longer if `more` slots, or the new rows, do not fit."""
+    def _make_room(self, more: int, last_row: int) -> None:
+        """Makes the arrays longer if `more` slots, or `last_row`, do not fit."""
         room = len(self.slots)
         while room < self.num_slots + more:
             room *= 2
@@ -120,13 +129,13 @@ class LiveState:
                 _longer(a, room) for a in (self.slots, self.vectors, self.numbers)
             )
             self.slot_rows = _longer(self.slot_rows, room)
-        if self.num_base + len(self.new_ids) > len(self.slot_of_row):
-            length = 2 * len(self.slot_of_row)
+        if last_row >= len(self.slot_of_row):
+            length = max(2 * len(self.slot_of_row), last_row + 1)
             self.slot_of_row, self.deleted = _longer(self.slot_of_row, length), _longer(self.deleted, length)
 
     def view(self) -> LiveView:
         """Gives the view of all that was applied by now."""
-        sequence = self.reader.sequence if self.reader else 0
+        sequence = self.reader.sequence if self.reader else self.release.watermark.sequence
         return LiveView(
             self,
             sequence,
@@ -240,6 +249,7 @@ class LiveItems:
         self._seen: tuple[int, int] | None = None  # the file `current` as it was: inode, time
         self.fault = ""  # why the log cannot be followed any further; what is served stays as it was
         self.view = self._opened()
+        self.fault = self._what_is_missing()
 
     def attach(self, open_main: Callable[[LiveState], Any]) -> None:
         """Makes every state, this one and those to come, carry a main index."""
@@ -332,6 +342,18 @@ class LiveItems:
         if self._open_main is not None:
             view.state.main = self._open_main(view.state)
         return view
+
+    def _what_is_missing(self) -> str:
+        """Says what the catalogue's log has and no overlay here; empty where all is well."""
+        if (
+            self._seen is not None
+            or last_sequence(self.release.repository) <= self.release.watermark.sequence
+        ):
+            return ""
+        return (
+            f"release {self.release.name} is served without the changes of items that are in "
+            f"{self.release.repository}; start the writer, `peregrine serve` or `peregrine items serve`"
+        )
 
     def _mark(self) -> tuple[int, int] | None:
         """Gives what tells the file `current` from another one: inode and time; None where there is none."""

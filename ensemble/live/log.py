@@ -1,9 +1,9 @@
-"""Keeps the log of changes: a header, then fixed-width records; whoever reads knows the offset of every one.
+"""Keeps an overlay's log: what the catalogue's log is for one release, as its instances read it.
 
-A record holds its sequence number, what happened, the item's row and id, its packed row
-(snapshot.item_dtype), its raw numbers and a crc32 of all that. Writers append whole groups and fsync once a
-group. A tail that was torn by a crash is cut off and said; a damaged record with good ones behind it is never
-skipped: the file is refused with its name, the offset and the way back.
+A header, then fixed-width records. A record holds its sequence number in the catalogue's log, what happened,
+the item's row and id, its packed row (snapshot.item_dtype), its raw numbers and a crc32 of all that. Nothing
+here has to be durable: the writer makes it again from the catalogue's log where it is torn or damaged. But a
+reader never skips a damaged record with good ones behind it: it stays where it is, and says why.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import weakref
 import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,11 @@ from ensemble import contract
 from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 from ensemble.id_rule import MAX_ID_BYTES
-from ensemble.release.files import sync_folder
 from ensemble.release.snapshot import item_dtype
 from ensemble.schema import Schema, number_names
 
-ADD, UPDATE, DELETE = 1, 2, 3
-_MAGIC = b"peregrine live 1"
+CHANGE, DELETE = 1, 2
+_MAGIC, _FIRST_MAGIC = b"peregrine live 2", b"peregrine live 1"
 HEADER = np.dtype(
     [
         ("magic", "S16"),
@@ -33,10 +33,13 @@ HEADER = np.dtype(
         ("record_bytes", "<u4"),
         ("generation", "<u4"),
         ("after", "<u8"),
+        ("catalogue", "S16"),
+        ("watermark", "<u8"),
+        ("merged", "<u4"),
         ("crc", "<u4"),
     ]
 )
-HEADER_BYTES = 64
+HEADER_BYTES = 96
 _PIECE = 4096  # records read and checked at once
 
 
@@ -74,20 +77,34 @@ def _checksums(records: Array) -> Array:
     )
 
 
-def create_log(path: Path, schema: Schema, generation: int, after: int) -> None:
-    """Creates an empty log whose first record will be `after` + 1; it is durable before it has its name."""
+@dataclass(frozen=True)
+class Origin:
+    """Says what an overlay was made from: the catalogue's log, and how much of it the build had read."""
+
+    catalogue: str
+    watermark: int
+
+
+class OldLog(ReleaseError):
+    """Says that a log was written before there was one log for all releases."""
+
+
+def create_log(
+    path: Path, schema: Schema, generation: int, after: int, origin: Origin, *, merged: bool
+) -> None:
+    """Creates an empty log whose records come after sequence `after`, whole before it has its name.
+
+    `merged` says that its generation's folder has what came before.
+    """
     header = np.zeros(1, HEADER)
     header["magic"], header["contract"] = _MAGIC, contract.fingerprint(schema)
     header["record_bytes"] = record_dtype(schema).itemsize
-    header["generation"], header["after"] = generation, after
+    header["generation"], header["after"], header["merged"] = generation, after, merged
+    header["catalogue"], header["watermark"] = origin.catalogue, origin.watermark
     header["crc"] = zlib.crc32(header.tobytes()[:-4])
     staged = path.with_name(f".{path.name}.new")
-    with staged.open("wb") as file:
-        file.write(header.tobytes().ljust(HEADER_BYTES, b"\0"))
-        file.flush()
-        os.fsync(file.fileno())
+    staged.write_bytes(header.tobytes().ljust(HEADER_BYTES, b"\0"))
     staged.rename(path)
-    sync_folder(path.parent)
 
 
 class LogReader:
@@ -102,11 +119,18 @@ class LogReader:
         # Views of a generation that was merged away are let go one by one
         weakref.finalize(self, os.close, self._descriptor)
         self.offset = HEADER_BYTES
-        self.sequence = self._check_header(contract.fingerprint(schema))
+        header = self._checked_header(contract.fingerprint(schema))
+        self.sequence, self.has_merged = int(header["after"]), bool(header["merged"])
+        self.origin = Origin(header["catalogue"].decode(), int(header["watermark"]))
 
-    def _check_header(self, fingerprint: str) -> int:
-        """Gives the number before the first record's; ReleaseError if the log is none of this release."""
+    def _checked_header(self, fingerprint: str) -> Any:
+        """Gives the log's header; ReleaseError if the log is none of this release."""
         raw = os.pread(self._descriptor, HEADER_BYTES, 0)
+        if raw.startswith(_FIRST_MAGIC):
+            raise OldLog(
+                f"{self.path} has items that an earlier Peregrine changed, encoded for this release alone",
+                f"move {self.path.parent} away, and send those changes again",
+            )
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
             raise ReleaseError(
@@ -117,7 +141,7 @@ class LogReader:
             raise ReleaseError(
                 f"{self.path} belongs to a release with another contract or schema", _way_back(self.path)
             )
-        return int(header["after"])
+        return header
 
     def has_more(self) -> bool:
         """Says whether the file has grown by a whole record since the last read. One system call."""
@@ -130,18 +154,17 @@ class LogReader:
         """
         raw = os.pread(self._descriptor, limit * self.dtype.itemsize, self.offset)
         records = np.frombuffer(raw[: len(raw) - len(raw) % self.dtype.itemsize], self.dtype)
-        good = _good(records)
-        expected = self.sequence + 1 + np.arange(len(records), dtype=np.uint64)
-        good &= records["sequence"] == expected
+        sequences = np.concatenate([[self.sequence], records["sequence"].astype(np.int64)])
+        good = _good(records) & (np.diff(sequences) > 0)
         count = len(records) if good.all() else int(np.argmin(good))
         if count < len(records) and (good[count + 1 :].any() or self._follows_good(count)):
             offset = self.offset + count * self.dtype.itemsize
             raise ReleaseError(
                 f"{self.path} is damaged at offset {offset}, with whole records behind it",
-                _way_back(self.path, offset),
+                _way_back(self.path),
             )
         self.offset += count * self.dtype.itemsize
-        self.sequence += count
+        self.sequence = int(sequences[count])
         return records[:count]
 
     def _follows_good(self, count: int) -> bool:
@@ -156,44 +179,31 @@ class LogReader:
 
 
 class LogWriter:
-    """Appends to a log; the caller holds the writer's lock."""
+    """Appends to a log; the caller holds the catalogue's lock."""
 
-    def __init__(self, path: Path, schema: Schema, reader: LogReader, note: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, reader: LogReader) -> None:
         """Opens the log for writing, and cuts off what a crash has torn: all that `reader` has not read."""
         self.path, self.sequence = path, reader.sequence
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
-        torn = os.fstat(self._descriptor).st_size - reader.offset
-        if torn:
+        if os.fstat(self._descriptor).st_size > reader.offset:
             os.ftruncate(self._descriptor, reader.offset)
-            os.fsync(self._descriptor)
-            note(
-                f"{path}: the last {torn} bytes were torn by a crash and are cut off; whole up to sequence "
-                f"{reader.sequence}"
-            )
 
-    def append(self, records: Array) -> int:
-        """Writes a group [n], sequence numbers filled in, and makes it durable; gives the last sequence
-        number."""
-        records["sequence"] = self.sequence + 1 + np.arange(len(records), dtype=np.uint64)
+    def append(self, records: Array) -> None:
+        """Writes a group [n] of records, all or none; their sequence numbers go on from those before."""
+        if not len(records):
+            return
         data, start = memoryview(sealed(records).tobytes()), os.fstat(self._descriptor).st_size
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
-            os.fsync(self._descriptor)
         except OSError as error:
             # A full disk: nothing of the group may stay, or later groups would lie behind a torn one.
             os.ftruncate(self._descriptor, start)
-            raise ReleaseError(f"cannot write {self.path}: {error.strerror}; nothing was changed") from error
-        self.sequence += len(records)
-        return self.sequence
+            raise ReleaseError(f"cannot write {self.path}: {error.strerror}") from error
+        self.sequence = int(records["sequence"][-1])
 
 
-def _way_back(path: Path, offset: int = 0) -> str:
+def _way_back(path: Path) -> str:
     """Says what to do about a damaged log."""
-    keep = (
-        f"cut it there (`truncate -s {offset} {path}`: changes from there on are lost), or " if offset else ""
-    )
-    return (
-        f"{keep}put a copy of it back, or move {path.parent} away: the release then serves without live items"
-    )
+    return f"start the writer, `peregrine serve` or `peregrine items serve`: it makes {path.parent} again"

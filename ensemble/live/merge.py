@@ -18,7 +18,7 @@ from ensemble.arrays import Array
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.live.generations import current_generation, write_meta
 from ensemble.live.items import LiveState
-from ensemble.live.log import DELETE, UPDATE, record_dtype
+from ensemble.live.log import CHANGE, DELETE, record_dtype
 from ensemble.release.files import sync_folder
 from ensemble.release.release import Release, open_release
 
@@ -28,7 +28,7 @@ _PIECE = 1 << 16  # rows added at once
 def merge(release: Release, sequence: int) -> int:
     """Writes the generation that has all changes up to `sequence`; gives its number.
 
-    Nobody serves it until ItemWriter.turn_to.
+    Nobody serves it until Overlay.turn_to.
     """
     folder = release.live_folder
     state = state_at(release, folder, sequence)
@@ -49,14 +49,17 @@ def merge(release: Release, sequence: int) -> int:
 def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
     """Gives the items as of `sequence`."""
     state = LiveState(release, folder, current_generation(folder))
-    while state.reader is not None and state.reader.sequence < sequence:
-        records = state.reader.read(min(4096, sequence - state.reader.sequence))
-        if not len(records):
-            raise ReleaseError(
-                f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}: nothing "
-                "was merged",
-            )
-        state.apply(records)
+    assert state.reader is not None
+    while len(records := state.reader.read()):
+        wanted = records[records["sequence"] <= sequence]
+        state.apply(wanted)
+        if len(wanted) < len(records):
+            break
+    if state.reader.sequence < sequence:
+        raise ReleaseError(
+            f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}: nothing was "
+            "merged"
+        )
     return state
 
 
@@ -66,7 +69,7 @@ def merged_records(state: LiveState) -> Array:
     records = np.zeros(len(rows), record_dtype(state.release.schema))
     slots = state.slot_of_row[rows]
     old = rows < state.num_base
-    records["row"], records["kind"] = rows, np.where(state.deleted[rows], DELETE, UPDATE)
+    records["row"], records["kind"] = rows, np.where(state.deleted[rows], DELETE, CHANGE)
     records["id"][old] = state.ids.ids_from_rows(rows[old])
     records["id"][~old] = [state.new_ids[row - state.num_base] for row in rows[~old]]
     records["item"][slots > 0], records["numbers"][slots > 0] = (

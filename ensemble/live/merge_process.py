@@ -11,16 +11,16 @@ import time
 from typing import Any
 
 from ensemble.errors import ReleaseError
-from ensemble.live.writer import ItemWriter
+from ensemble.live.overlay import Overlay
 
 IDLE_ONLY_S = 60.0  # how long a merge gets nothing but idle time
 
 
 class MergeProcess:
-    """Merges all changes of one writer up to now; they go into that writer's release and into no other."""
+    """Merges all changes of one overlay up to now; they go into that overlay and into no other."""
 
-    def __init__(self, writer: ItemWriter) -> None:
-        self.writer, self.sequence = writer, writer.sequence
+    def __init__(self, overlay: Overlay) -> None:
+        self.overlay, self.sequence = overlay, overlay.sequence
         self._process = self._start()
         # A niced one would be let finish its slices of 8 ms.
         os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
@@ -40,13 +40,13 @@ class MergeProcess:
         return int(number)
 
     def stop(self) -> None:
-        """Ends the process; what it has written so far is swept by the release's next writer."""
+        """Ends the process; what it has written so far is swept by the overlay's next writer."""
         self._process.kill()
         self._process.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
         """Starts merging."""
-        release = self.writer.release
+        release = self.overlay.release
         arguments = (str(release.repository), release.name, str(self.sequence))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return module_process("ensemble.live.merge", *arguments, **pipes)

@@ -10,13 +10,15 @@ from typing import Any
 
 from ensemble.live.writer import MAX_GROUP
 
+OPS = ("change", "status", "merge", "prepare")
+
 
 class Pending:
     """Holds a request on its way through the writing thread; `reply` counts once `done` is set."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.request, self.reply, self.done = request, dict[str, Any](), threading.Event()
-        self.folder = Path()  # of the live items that the reply speaks of
+        self.folders: list[Path] = []  # of the overlays whose instances are to have what the reply speaks of
 
 
 def groups(first: Pending, rest: queue.Queue[Pending | None]) -> Iterator[list[Pending]]:

@@ -4,8 +4,8 @@ serve`.
     python -m ensemble.live.service REPOSITORY
 
 A request is one line of JSON, and so is its reply: {"op": "change", "changes": [{"op": "add", "item": {…}}],
-"wait_s": 2} | {"op": "status"} | {"op": "merge"}. Changes that arrive while a group is being written form the
-next group: one fsync for all of them.
+"wait_s": 2} | {"op": "status"} | {"op": "merge"} | {"op": "prepare", "release": "r7"}. Changes that arrive
+while a group is being written form the next group: one fsync for all of them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
 from ensemble.live.instances import sequences
+from ensemble.live.loaded import LoadedReleases
 from ensemble.live.merge_process import MergeProcess
-from ensemble.live.requests import Pending, groups
+from ensemble.live.overlay import Overlay
+from ensemble.live.requests import OPS, Pending, groups
 from ensemble.live.writer import ItemWriter
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.release import active_release, open_release
@@ -55,6 +57,8 @@ class ItemService:
         self._pending: queue.Queue[Pending | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
+        self._ready = threading.Event()
+        self._loaded = LoadedReleases(repository)
         self._merging: MergeProcess | None = None
         self._merge_pause_s, self._no_merge_before_s = 0.0, 0.0  # after failures
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
@@ -68,6 +72,7 @@ class ItemService:
     def run(self) -> None:
         """Answers requests until stop()."""
         self._thread.start()
+        self._ready.wait()  # who finds the file finds the overlay as far as the log
         write_durably(
             self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()})
         )
@@ -103,8 +108,8 @@ class ItemService:
         """Answers one request: checks it, sends it through the writing thread, waits for the instances."""
         try:
             request = json.loads(line)
-            if not isinstance(request, dict) or request.get("op") not in ("change", "status", "merge"):
-                raise ValueError('"op" must be change, status or merge')
+            if not isinstance(request, dict) or request.get("op") not in OPS:
+                raise ValueError(f'"op" must be one of {", ".join(OPS)}')
             if request["op"] == "change" and not isinstance(request.get("changes"), list):
                 raise ValueError('"changes" must be an array')
             wait_s = min(float(request.get("wait_s", 0)), _MAX_WAIT_S)
@@ -117,21 +122,8 @@ class ItemService:
             return pending.reply
         return {
             **pending.reply,
-            **self._wait_for_instances(pending.folder, pending.reply["sequence"], wait_s),
+            **_wait_for_instances(self._opened_at, pending.folders, pending.reply["sequence"], wait_s),
         }
-
-    def _wait_for_instances(self, folder: Path, sequence: int, wait_s: float) -> dict[str, Any]:
-        """Waits until every living instance has the change, or the time is over."""
-        deadline = time.monotonic() + wait_s
-        if wait_s > 0:
-            # Instances look for a first log every so often, and only then say that they are there.
-            time.sleep(max(0.0, min(self._opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
-        while True:
-            numbers = sequences(folder)
-            done = all(has >= sequence for has in numbers.values())
-            if done or time.monotonic() >= deadline:
-                return {"done": done, "instances": numbers}
-            time.sleep(0.005)
 
     # --- the writing thread
 
@@ -141,6 +133,7 @@ class ItemService:
             self._opened()  # so that instances have a folder to say in how far they are
         except Exception as error:  # whoever asks next is told; the thread goes on
             self.log(f"items: {error}")
+        self._ready.set()
         while True:
             with contextlib.suppress(queue.Empty):
                 first = self._pending.get(timeout=0.2)
@@ -158,14 +151,10 @@ class ItemService:
         try:
             changes = [change for pending in group for change in pending.request.get("changes", [])]
             writer = self._opened()
-            sequence = writer.apply(changes)
-            if any(pending.request["op"] == "merge" for pending in group):
-                self._start_merge()
-            reply: dict[str, Any] = {
-                "release": writer.release.name,
-                "sequence": sequence,
-                **self._facts(writer),
-            }
+            writer.apply(changes)
+            for pending in group:
+                self._do(writer, pending.request)
+            reply = self._facts(writer)
         except PeregrineError as error:
             if len(group) > 1:
                 for pending in group:
@@ -177,45 +166,55 @@ class ItemService:
             reply = {"error": f"the writer failed: {error!r}", "invalid": False}
         for pending in group:
             if self._writer is not None:
-                pending.folder = self._writer.folder
+                pending.folders = [overlay.folder for overlay in self._writer.overlays.values()]
             pending.reply = reply
             pending.done.set()
 
+    def _do(self, writer: ItemWriter, request: dict[str, Any]) -> None:
+        """Does what a request wants beside changes."""
+        if request["op"] == "merge":
+            self._start_merge(writer.overlay)
+        elif request["op"] == "prepare":
+            release = open_release(self.repository, str(request.get("release")))
+            writer.follow(release).catch_up()
+            self._loaded.expect(release)
+
     def _facts(self, writer: ItemWriter) -> dict[str, Any]:
-        """Says what a reply tells of the items beside what was asked."""
+        """Says how things are."""
         view = writer.live.view
-        items, unmerged = view.num_rows - 1 - view.num_deleted, view.num_slots - view.state.delta_start
         return {
+            "release": writer.release.name,
+            "sequence": writer.sequence,
             "generation": view.state.generation,
-            "items": items,
-            "unmerged": unmerged,
+            "items": view.num_rows - 1 - view.num_deleted,
+            "unmerged": _unmerged(writer.overlay),
             "merging": self._merging is not None,
         }
 
     def _opened(self) -> ItemWriter:
-        """Gives the writer of the release that is active now."""
+        """Gives the writer, which checks changes against the release that is active now."""
         name = active_release(self.repository)
         if name is None:
             raise ReleaseError(
                 f"{self.repository} has no active release", "`peregrine release activate NAME` makes one"
             )
-        if self._writer is None or self._writer.release.name != name:
-            self._drop_merge()  # it is of the release that was active before
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = None
+        if self._writer is None:
             self._writer = ItemWriter(open_release(self.repository, name), self.log)
             self._opened_at = time.monotonic()
+        elif self._writer.release.name != name:
+            self._writer.check_against(open_release(self.repository, name))
         return self._writer
 
     def _care(self) -> None:
-        """Begins a merge when it is time, and turns to one that is done; whatever goes wrong, the writer goes
-        on."""
+        """Follows the releases that are loaded, begins a merge when it is time, turns to one that is done;
+        whatever goes wrong, the writer goes on."""
         try:
+            if self._writer is not None:
+                self._follow_loaded(self._opened())
             if self._merging is not None:
                 self._end_merge(self._merging)
-            elif self._writer is not None and self._is_due(self._writer):
-                self._start_merge()
+            elif (overlay := self._due()) is not None:
+                self._start_merge(overlay)
         except Exception as error:
             self._drop_merge()
             self._merge_pause_s = min(2 * self._merge_pause_s or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -223,30 +222,72 @@ class ItemService:
             reason = str(error) if isinstance(error, PeregrineError) else repr(error)
             self.log(f"items: {reason}; it is tried again in {self._merge_pause_s:.0f} s")
 
-    def _is_due(self, writer: ItemWriter) -> bool:
-        """Says whether so much lies beside the main index that a merge should begin."""
-        waits = time.monotonic() < self._no_merge_before_s
-        return not waits and self._facts(writer)["unmerged"] >= self.merge_at
+    def _follow_loaded(self, writer: ItemWriter) -> None:
+        """Keeps the overlay of every release that some instance has loaded, and of no other."""
+        if not self._loaded.is_time():
+            return
+        wanted = self._loaded.wanted(writer.release)
+        for release in wanted.values():
+            overlay = writer.follow(release)
+            if overlay.live.fault:
+                writer.renew(overlay)
+            elif overlay.sequence < writer.sequence:
+                writer.bring_up_to_date(overlay)
+        for release_id in set(writer.overlays) - set(wanted):
+            if self._merging is not None and self._merging.overlay.release.id == release_id:
+                self._drop_merge()
+            writer.leave(release_id)
 
-    def _start_merge(self) -> None:
+    def _due(self) -> Overlay | None:
+        """Gives an overlay beside whose index so much lies that a merge should begin."""
+        if self._writer is None or time.monotonic() < self._no_merge_before_s:
+            return None
+        overlays = self._writer.overlays.values()
+        return next((overlay for overlay in overlays if _unmerged(overlay) >= self.merge_at), None)
+
+    def _start_merge(self, overlay: Overlay) -> None:
         """Starts merging, unless it is being done."""
         if self._merging is None:
-            self._merging = MergeProcess(self._opened())
+            self._merging = MergeProcess(overlay)
 
     def _end_merge(self, merging: MergeProcess) -> None:
-        """Turns the merge's writer to the new generation if it is there."""
+        """Turns the merge's overlay to the new generation if it is there."""
         generation = merging.generation()
         if generation is not None:
             self._merging = None
-            merging.writer.turn_to(generation, merging.sequence)
+            merging.overlay.turn_to(generation, merging.sequence)
             self._merge_pause_s = 0.0
-            self.log(f"items: generation {generation} holds all changes up to {merging.sequence}")
+            self.log(
+                f"items: generation {generation} of {merging.overlay.release.name} holds all changes up to "
+                f"{merging.sequence}"
+            )
 
     def _drop_merge(self) -> None:
         """Ends a merge that nobody waits for any more."""
         if self._merging is not None:
             self._merging.stop()
             self._merging = None
+
+
+def _unmerged(overlay: Overlay) -> int:
+    """Counts the changes that lie beside an overlay's index."""
+    return overlay.live.view.num_slots - overlay.live.view.state.delta_start
+
+
+def _wait_for_instances(
+    opened_at: float, folders: list[Path], sequence: int, wait_s: float
+) -> dict[str, Any]:
+    """Waits until every living instance has the change, or the time is over."""
+    deadline = time.monotonic() + wait_s
+    if wait_s > 0:
+        # Instances look for a first log every so often, and only then say that they are there.
+        time.sleep(max(0.0, min(opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
+    while True:
+        numbers = {name: has for folder in folders for name, has in sequences(folder).items()}
+        done = all(has >= sequence for has in numbers.values())
+        if done or time.monotonic() >= deadline:
+            return {"done": done, "instances": numbers}
+        time.sleep(0.005)
 
 
 def _remove_socket_of_the_killed(writer_file: Path) -> None:

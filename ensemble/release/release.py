@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,16 @@ from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
 
 _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
+
+
+class Watermark(NamedTuple):
+    """Says up to which change of which catalogue log a release was built."""
+
+    log: str
+    sequence: int
+
+
+UNREAD = Watermark("", 0)  # of a build that had no log to read
 
 
 class Release:
@@ -40,8 +50,14 @@ class Release:
 
     @property
     def live_folder(self) -> Path:
-        """Names where its live items lie: by its id, so that they outlive the name for nobody else."""
+        """Names where its overlay lies, what the catalogue's log is for it; no other release has its id."""
         return self.repository / ".live" / f"{self.name}-{self.id}"
+
+    @cached_property
+    def watermark(self) -> Watermark:
+        """Gives how far the build has read the catalogue's log; ("", 0) where there was none to read."""
+        entry = self.manifest.get("catalogue") or {}
+        return Watermark(str(entry.get("log", "")), int(entry.get("sequence", 0)))
 
     @cached_property
     def schema(self) -> Schema:

@@ -12,9 +12,9 @@ from shops import private_copy
 
 from clients.client import Client
 from clients.items import ItemClient
+from ensemble.live.catalogue import REPLACE, Entry
 from ensemble.live.encoding import ItemEncoding
 from ensemble.live.service import ItemService
-from ensemble.schema import number_names
 from ensemble.steps.served import open_served
 
 
@@ -28,13 +28,14 @@ def catalogue(shop, id_column: str = "item_id") -> dict[str, dict]:
 def test_a_later_item_is_packed_as_the_build_would(shop, request):
     release, folder = request.getfixturevalue(f"{shop}_release"), request.getfixturevalue(f"{shop}_shop")
     encoding, items = ItemEncoding(release), catalogue(folder)
-    known = {*encoding.fields, "item_id", "title"}
     names = [name.decode() for name in release.item_ids.sorted_ids]
-    changes = [{key: value for key, value in items[name].items() if key in known} for name in names]
-    fresh, every = np.zeros(len(names), release.items.dtype), np.ones(len(names), bool)
-    rows, numbers = encoding.rows(
-        changes, fresh, np.zeros((len(names), max(1, len(number_names(release.schema)))), np.float32), every
-    )
+    known = {*encoding.columns, "item_id", "title"}
+    said = [
+        encoding.values({key: value for key, value in items[name].items() if key in known}) for name in names
+    ]
+    entries = [Entry(1, 1, REPLACE, name, values) for name, values in zip(names, said, strict=True)]
+    rows, numbers, good = encoding.rows(entries, [frozenset(values) for values in said])
+    assert good.all()
     np.testing.assert_array_equal(rows["codes"], release.items["codes"][1:])
     np.testing.assert_allclose(rows["values"], release.items["values"][1:], atol=1e-6)
     np.testing.assert_array_equal(numbers, release.item_numbers[1:])
@@ -74,7 +75,7 @@ def test_a_server_recommends_what_was_added_and_not_what_was_deleted(tiny_reposi
                 twin = {
                     key: value
                     for key, value in catalogue(tiny_shop)[first].items()
-                    if key in service._writer.encoding.fields
+                    if key in service._writer.overlay.encoding.columns
                 }
                 done = items.add(
                     {

@@ -208,7 +208,7 @@ def sleeping(*_: str, **options: object) -> subprocess.Popen:
 
 def test_a_merge_without_idle_time_is_let_run_after_a_while(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(merge_process, "module_process", sleeping)
-    merging = MergeProcess(ItemWriter(make_release(tmp_path, rng)))
+    merging = MergeProcess(ItemWriter(make_release(tmp_path, rng)).overlay)
     assert merging.generation() is None
     assert os.sched_getscheduler(merging._process.pid) == os.SCHED_IDLE
     merging._idle_until_s = time.monotonic() - 1
@@ -236,7 +236,7 @@ def add_release(repository: Path, rng: np.random.Generator, name: str) -> None:
 
 
 def test_a_merge_that_ends_after_an_activation_harms_no_release(tmp_path, rng, monkeypatch):
-    """Its changes are one release's: they are not the next one's, whose own changes stay."""
+    """It is one release's: the next one's overlay has all changes of before and after, and its own merge."""
     active(make_release(tmp_path, rng))
     add_release(tmp_path, rng, "r2")
     log: list[str] = []
@@ -250,15 +250,38 @@ def test_a_merge_that_ends_after_an_activation_harms_no_release(tmp_path, rng, m
         assert merging is not None
     (tmp_path / "recommend" / "config.pbtxt").write_text('model_name: "r2_recommend"')
     client.delete("i00003", "i00004", "i00005")
-    assert service._merging is None
+    wait_until(lambda: service._merging is None)
     assert not Path(f"/proc/{merging._process.pid}").exists(), "the other release's merge is given up"
     client.merge()
     wait_until(lambda: service._merging is None)
     status = client.status()
     assert (status.release, status.generation, status.unmerged) == ("r2", 1, 0)
     service.stop()
-    for name, deleted in (("r1", 2), ("r2", 3)):
-        assert LiveItems(open_release(tmp_path, name)).view.num_deleted == deleted, log
+    assert LiveItems(open_release(tmp_path, "r2")).view.num_deleted == 5, log
+    ItemWriter(open_release(tmp_path, "r1")).close()
+    assert LiveItems(open_release(tmp_path, "r1")).view.num_deleted == 5, "going back keeps every change"
+
+
+def test_a_release_is_made_ready_before_it_is_loaded_and_kept_so_while_it_is(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    add_release(tmp_path, rng, "r2")
+    service = ItemService(tmp_path, lambda line: None)
+    client = started(service)
+    client.delete("i00001")
+    client.prepare("r2")
+    assert LiveItems(open_release(tmp_path, "r2")).view.num_deleted == 1
+    loaded = LiveItems(open_release(tmp_path, "r2"))
+    loaded.follow()
+    service._loaded._expected_until_s.clear()
+    wait_until(lambda: len(client.status().instances) == 1)
+    client.wait_s = 5
+    assert client.delete("i00002").done
+    assert loaded.view.num_deleted == 2
+    loaded.close()
+    wait_until(lambda: len(service._writer.overlays) == 1)
+    client.delete("i00003")
+    assert LiveItems(open_release(tmp_path, "r2")).view.num_deleted == 2, "nobody has loaded it any more"
+    service.stop()
 
 
 def started(service: ItemService) -> ItemClient:
@@ -334,7 +357,7 @@ def merging():
     process = service._merging._process
     return process.pid, os.sched_getscheduler(process.pid), os.getpriority(os.PRIO_PROCESS, process.pid)
 
-service._start_merge()
+service._start_merge(service._opened().overlay)
 first, policy, _ = merging()
 service._care()
 assert merging()[:2] == (first, os.SCHED_IDLE), merging()

@@ -1,0 +1,64 @@
+"""Finds the releases that some process has loaded: the overlays of these, and of no others, are kept up to
+date."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from ensemble.errors import ReleaseError
+from ensemble.live.instances import sequences
+from ensemble.release.release import Release, open_release
+
+_FOLDER = re.compile(r"(?P<name>.+)-(?P<id>[0-9a-f]{16})")
+_EVERY_S = 1.0
+_EXPECTED_S = 600.0  # how long a release that is about to be loaded is waited for
+
+
+class LoadedReleases:
+    """Looks into the overlays' folders, where living instances say how far they are."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository = repository
+        self._opened: dict[str, Release] = {}  # by id
+        self._expected_until_s: dict[str, float] = {}
+        self._next_s = 0.0
+
+    def is_time(self) -> bool:
+        """Says whether it is time to look again; so at most once a second."""
+        if time.monotonic() < self._next_s:
+            return False
+        self._next_s = time.monotonic() + _EVERY_S
+        return True
+
+    def expect(self, release: Release) -> None:
+        """Counts a release as loaded for some minutes: its instances are about to start."""
+        self._opened[release.id] = release
+        self._expected_until_s[release.id] = time.monotonic() + _EXPECTED_S
+
+    def wanted(self, active: Release) -> dict[str, Release]:
+        """Gives the releases that are loaded or about to be, and the active one, by id."""
+        now_s = time.monotonic()
+        self._expected_until_s = {r: until for r, until in self._expected_until_s.items() if until > now_s}
+        wanted = {active.id: active}
+        for folder in (self.repository / ".live").iterdir():
+            match = _FOLDER.fullmatch(folder.name)
+            if match and (match["id"] in self._expected_until_s or sequences(folder)):
+                release = self._release(match["name"], match["id"])
+                if release is not None:
+                    wanted.setdefault(release.id, release)
+        self._opened = {r: release for r, release in self._opened.items() if r in wanted}
+        return wanted
+
+    def _release(self, name: str, release_id: str) -> Release | None:
+        """Opens a release; None where the repository has it no more, or another one of its name."""
+        if release_id not in self._opened:
+            try:
+                release = open_release(self.repository, name)
+            except ReleaseError:
+                return None
+            if release.id != release_id:
+                return None
+            self._opened[release_id] = release
+        return self._opened[release_id]
