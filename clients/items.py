@@ -39,8 +39,14 @@ class Changed:
     instances: dict[str, int] = field(default_factory=dict)  # by instance: the last change that it has
     generation: int = 0
     items: int = 0  # that can be recommended
+    # {feature: values that came and the release does not know}: filters find them, models do not
+    unknown_values: dict[str, list[str]] = field(default_factory=dict)
     unmerged: int = 0  # changes that lie beside the main index
     merging: bool = False
+    log_lines: int = 0  # changes in the log; compact() leaves one an item
+    log_items: int = 0  # that were ever changed
+    log_bytes: int = 0
+    releases: dict[str, int] = field(default_factory=dict)  # that are kept up to date: how far each is
 
 
 class ItemClient:
@@ -62,7 +68,7 @@ class ItemClient:
                 f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine "
                 "items serve`"
             ) from None
-        connection.settimeout(self.wait_s + _GRACE_S)
+        connection.settimeout(_GRACE_S)
         return connection
 
     def add(self, *items: Mapping[str, Any]) -> Changed:
@@ -94,18 +100,19 @@ class ItemClient:
 
     def prepare(self, release: str) -> Changed:
         """Makes a release ready to be loaded: when this returns, it has every change."""
-        self._socket.settimeout(_PREPARING_S)
-        try:
-            return self._ask({"op": "prepare", "release": release})
-        finally:
-            self._socket.settimeout(self.wait_s + _GRACE_S)
+        return self._ask({"op": "prepare", "release": release}, _PREPARING_S)
+
+    def compact(self) -> Changed:
+        """Drops from the log all lines but each item's last; nothing that was changed is lost."""
+        return self._ask({"op": "compact"}, _PREPARING_S)
 
     def merge(self) -> Changed:
         """Begins merging all changes into a new main index; returns at once."""
         return self._ask({"op": "merge"})
 
-    def _ask(self, request: dict[str, Any]) -> Changed:
-        """Sends one JSON line to the writer and reads its reply."""
+    def _ask(self, request: dict[str, Any], takes_s: float = _GRACE_S) -> Changed:
+        """Sends one JSON line to the writer and reads its reply, which may take so long beyond wait_s."""
+        self._socket.settimeout(self.wait_s + takes_s)
         try:
             self._stream.write(json.dumps({**request, "wait_s": self.wait_s}).encode() + b"\n")
             self._stream.flush()

@@ -1,9 +1,11 @@
-"""Runs `peregrine items add | update | upsert | delete | status | merge | serve`."""
+"""Runs `peregrine items add | update | upsert | delete | list | show | status | compact | merge | serve`."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clients.json_text import json_text
-from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
+from ensemble.cli.options import REPOSITORY, JsonOption, ReleaseOption, RepositoryOption, active_or_named
 
 if TYPE_CHECKING:
     from clients.items import Changed, ItemClient
+    from ensemble.live.shown import ShownItems
 
 app = typer.Typer(
     add_completion=False,
@@ -88,13 +91,109 @@ def delete(
     _change("delete", item, file, None, repository, wait_s, as_json)
 
 
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Items a page.")] = 20,
+    after: Annotated[str, typer.Option(help="Begin behind this id: the last one of the page before.")] = "",
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only items that were changed, deleted ones too.")
+    ] = False,
+    repository: RepositoryOption = REPOSITORY,
+    release: ReleaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lists items in order of their ids: where they are from, and the number of their last change."""
+    shown = _shown(repository, release)
+    page = (shown[item_id] for item_id in shown.ids(after, changed=changed))
+    items = list(itertools.islice((one for one in page if one and (one.is_here or changed)), limit))
+    if as_json:
+        print(json_text([dataclasses.asdict(one) for one in items], indent=1))
+        return
+    from rich.console import Console
+
+    from clients.cli.tables import folded_table
+
+    table = folded_table("item", "from", "last change", "", "title")
+    for one in items:
+        sequence, gone = str(one.sequence or ""), "" if one.is_here else "deleted"
+        table.add_row(one.item_id, one.source, sequence, gone, one.title)
+    Console().print(table if items else "no such items")
+    if len(items) == limit:
+        print(f"the next page: --after {shlex.quote(items[-1].item_id)}")
+
+
+@app.command()
+def show(
+    item: Annotated[str, typer.Argument(metavar="ID", help="The item's id.")],
+    repository: RepositoryOption = REPOSITORY,
+    release: ReleaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows an item as it was written, and which values are from the shop's files and which from the log."""
+    from clients.errors import InvalidArgument
+
+    one = _shown(repository, release)[item]
+    if one is None:
+        raise InvalidArgument(
+            f"item {item!r} is in no file that the release was built from, and was never changed; "
+            "`peregrine items list` shows what there is"
+        )
+    if as_json:
+        print(json_text(dataclasses.asdict(one), indent=1))
+        return
+    from rich.console import Console
+
+    from clients.cli.tables import folded_table
+
+    how = "can be recommended" if one.is_here else "is deleted"
+    when = f", last change {one.sequence}" if one.sequence else ", never changed"
+    print(f"item {one.item_id} {how}; from {one.source}{when}{f'; {one.title}' if one.title else ''}")
+    table = folded_table("column", "value", "from")
+    for column, value in one.values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        table.add_row(column, text, "log" if column in one.from_log else "files")
+    if one.values:
+        Console().print(table)
+
+
 @app.command()
 def status(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
-    """Says how far the writer and every instance are."""
+    """Says how far the writer, the loaded releases and every instance are, and how long the log is."""
     from clients.items import ItemClient
 
     with ItemClient(repository, 0.0) as client:
-        _print(client.status(), as_json)
+        now = client.status()
+    _print(now, as_json)
+    if not as_json:
+        for name, sequence in now.releases.items():
+            print(f"  release {name} has all changes up to {sequence}")
+        print(
+            f"  the log has {now.log_lines} lines of {now.log_items} items, {now.log_bytes / 1e6:.1f} MB"
+            + ("; `peregrine items compact` leaves one an item" if now.log_lines > now.log_items else "")
+        )
+
+
+@app.command()
+def compact(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+    """Drops from the log all lines but each item's last; no change is lost, and releases notice nothing."""
+    from clients.errors import Unavailable
+    from clients.items import ItemClient
+    from ensemble.live.catalogue_log import CatalogueLog
+
+    try:
+        with ItemClient(repository, 0.0) as client:
+            before, after = client.status(), client.compact()
+        dropped, lines, size = before.log_lines - after.log_lines, after.log_lines, after.log_bytes
+    except Unavailable:  # nobody writes: we may
+        if not (repository / ".live" / "catalogue" / "log").exists():
+            raise
+        log = CatalogueLog(repository, lambda line: print(line, file=sys.stderr))
+        dropped, lines, size = log.compact(), log.num_lines, log.num_bytes
+        log.close()
+    if as_json:
+        print(json_text({"dropped": dropped, "lines": lines, "bytes": size}))
+    else:
+        print(f"{dropped} lines dropped; the log has {lines}, {size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -112,6 +211,14 @@ def serve(repository: RepositoryOption = REPOSITORY) -> None:
     from ensemble.live.service import serve_until_ended
 
     serve_until_ended(repository.resolve(), lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _shown(repository: Path, release: str | None) -> ShownItems:
+    """Opens the items of a release, the active one where none is named, as people wrote them."""
+    from ensemble.live.shown import ShownItems
+    from ensemble.release.release import open_release
+
+    return ShownItems(open_release(repository, active_or_named(repository, release)))
 
 
 def _change(
@@ -136,6 +243,19 @@ def _change(
     with ItemClient(repository, wait_s) as client:
         done = _apply(client, changes)
     _print(done, as_json, len(changes))
+    if not as_json:
+        _name_unknown(done)
+
+
+def _name_unknown(done: Changed) -> None:
+    """Says which of the values that came are in no vocabulary of the release."""
+    for feature, values in done.unknown_values.items():
+        names = ", ".join(map(repr, values))
+        print(
+            f"release {done.release} does not know {feature} {names}: filters find it, models take it as "
+            "unknown until the next build",
+            file=sys.stderr,
+        )
 
 
 def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
@@ -144,6 +264,7 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
     from ensemble.errors import PeregrineError
     from ensemble.progress import bar
 
+    unknown: dict[str, list[str]] = {}
     with bar("items") as update:
         for start in range(0, max(1, len(changes)), _AT_ONCE):
             update(f"{start:,} of {len(changes):,}", start / max(1, len(changes)))
@@ -156,7 +277,9 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
                         "again)",
                     )
                 raise
-    return done
+            for feature, values in done.unknown_values.items():
+                unknown[feature] = list(dict.fromkeys([*unknown.get(feature, []), *values]))
+    return dataclasses.replace(done, unknown_values=unknown)
 
 
 def _lines(file: Path) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.live.items import LiveState, LiveView
+from ensemble.live.new_values import NewValues
 from ensemble.options import Category, Filter
 from ensemble.schema import Schema, number_names
 
@@ -80,33 +81,39 @@ class ItemFilters:
     def _main(self, wanted: Filter, state: LiveState) -> Array:
         """Gives [main rows] bool: the release's own rows, and what the generation has merged over them."""
         mask = np.zeros(state.main_rows, bool)
-        mask[: state.num_base] = self._passing(wanted, self._codes, self._numbers)
+        mask[: state.num_base] = self._passing(wanted, self._codes, self._numbers, None)
         mask[state.slot_rows[: state.delta_start]] = self._of_slots(wanted, state, 0, state.delta_start)
         mask[0] = False
         return mask
 
     def _of_slots(self, wanted: Filter, state: LiveState, start: int, stop: int) -> Array:
         """Gives [stop - start] bool: which of these slots of the log pass."""
-        return self._passing(wanted, state.slots["codes"][start:stop], state.numbers[start:stop])
+        codes, numbers = state.slots["codes"][start:stop], state.numbers[start:stop]
+        return self._passing(wanted, codes, numbers, state.new_values)
 
-    def _passing(self, wanted: Filter, codes: Array, numbers: Array) -> Array:
+    def _passing(self, wanted: Filter, codes: Array, numbers: Array, new_values: NewValues | None) -> Array:
         """Says which items pass that have these codes [n, C] and numbers [n, *]: [n] bool."""
         mask = np.ones(len(codes), bool)
         for category in wanted.allow:
-            mask &= self._has(category, codes)
+            mask &= self._has(category, codes, new_values)
         for category in wanted.deny:
-            mask &= ~self._has(category, codes)
+            mask &= ~self._has(category, codes, new_values)
         for name, low, high in wanted.ranges:
             column = numbers[:, self._columns[name]]
             # NaN, a missing number, is in no range.
             mask &= (column >= np.float32(low)) & (column <= np.float32(high))
         return mask
 
-    def _has(self, category: Category, codes: Array) -> Array:
-        """Says which items have one of the values: [n] bool. A value unknown to the release is on no item."""
+    def _has(self, category: Category, codes: Array, new_values: NewValues | None) -> Array:
+        """Says which items have one of the values: [n] bool. One that neither the release nor a live item has
+        is on no item."""
         name, values = category
         feature = self._features[name]
         wanted = np.zeros(feature.size, bool)
         wanted[[self._code_of[name][v] - feature.offset for v in values if v in self._code_of[name]]] = True
         local = codes[:, feature.columns] - feature.offset
-        return (wanted[np.clip(local, 0, feature.size - 1)] & (local >= 0)).any(axis=1)
+        known = wanted[np.clip(local, 0, feature.size - 1)] & (local >= 0) & (local < feature.size)
+        unknown = [value for value in values if value not in self._code_of[name]]
+        if new_values is not None and unknown and (more := new_values.codes(name, unknown)):
+            known |= np.isin(codes[:, feature.columns], more)
+        return known.any(axis=1)

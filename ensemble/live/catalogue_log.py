@@ -128,6 +128,44 @@ class CatalogueLog:
         self._offsets[number], self._lasts[number] = offset, entry.sequence
         self.num_lines += 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Gives the log's size."""
+        return self._reader.offset
+
+    def compact(self) -> int:
+        """Keeps each item's last line and drops the others; gives how many were dropped.
+
+        The last lines say all that any release needs to know, whatever it was built from. A deleted item
+        keeps its line: a past may name its row. The new log is read back before it takes the old one's place.
+        """
+        staged, before = self.path.with_name(".log.new"), self.num_lines
+        try:
+            with staged.open("wb") as file:
+                header, checksum = line_of({"format": FORMAT, "log": self.id}, 0)
+                file.write(header)
+                for entry in self.since(0):
+                    line, checksum = line_of(facts_of(entry), checksum)
+                    file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            again = CatalogueReader(staged)
+            places = [(entry.item_id, offset) for offset, entry in all_entries(again)]
+            if len(places) != self.num_items or again.sequence != self.sequence or again.torn_bytes:
+                raise ReleaseError(f"{staged} does not read as it was written; {self.path} stays as it is")
+            descriptor = os.open(staged, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            staged.rename(self.path)
+        except OSError as error:
+            raise ReleaseError(f"cannot write {staged}: {error.strerror}; the log stays as it is") from error
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        os.close(self._descriptor)
+        self._descriptor, self._reader, self.num_lines = descriptor, again, len(places)
+        for item_id, offset in places:
+            self._offsets[self._numbers[item_id]] = offset
+        return before - self.num_lines
+
     def close(self) -> None:
         """Gives the lock back."""
         for descriptor in (self._descriptor, self._lock):

@@ -23,6 +23,7 @@ from ensemble.arrays import Array
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.live.catalogue import REPLACE, Entry
+from ensemble.live.new_values import NewValues
 from ensemble.options import default_options
 from ensemble.release.release import Release
 from ensemble.release.snapshot import item_dtype
@@ -37,7 +38,8 @@ _WORD = re.compile(r"[^\W_]+")
 class ItemEncoding:
     """Holds the release's own way from a catalogue entry to a row."""
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: Release, new_values: NewValues | None = None) -> None:
+        self.new_values = new_values
         if not (release.path / ENCODING).exists():
             raise ReleaseError(
                 f"release {release.name} has no {ENCODING}, so items cannot be added or updated",
@@ -95,6 +97,8 @@ class ItemEncoding:
         for i, entry in enumerate(entries):
             self._write(entry, rows[i], numbers[i], () if given is None else given[i])
         rows["embedding"], rows["features"] = self._moved(rows, old, np.flatnonzero(~is_new))
+        for i, entry in enumerate(entries):
+            self._number_new_values(entry, rows[i])
         good = self._own_embeddings(entries, rows, is_strict=given is not None)
         return rows, numbers, good
 
@@ -169,6 +173,34 @@ class ItemEncoding:
                         raise InvalidInput(f"item {entry.item_id!r}: {feature.name}: {error}") from None
                     self.left_out[f"{column}: {error}"] += 1
 
+    def unknown_values(self, item: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Gives the features and values of an item, of a change that was made, that no vocabulary has."""
+        return [
+            (feature.name, value)
+            for column, said in self.values(item).items()
+            for feature in self.of_column.get(column, ())
+            if feature.kind == "category"
+            for value in self._texts(feature, said)[: feature.width]
+            if value not in self.code_of[feature.name]
+        ]
+
+    def _number_new_values(self, entry: Entry, row: np.void) -> None:
+        """Gives values that the vocabularies lack codes of their own, in place; encoders never see them."""
+        for column, said in entry.values.items() if self.new_values is not None else ():
+            for feature in self.of_column.get(column, ()):
+                if feature.kind == "category":
+                    self._number_some(feature, said, row)
+
+    def _number_some(self, feature: Feature, said: Any, row: np.void) -> None:
+        """Does the same for one feature."""
+        assert self.new_values is not None
+        with contextlib.suppress(ValueError):  # what does not fit was left out before
+            for place, value in enumerate(self._texts(feature, said)[: feature.width]):
+                if value not in self.code_of[feature.name]:
+                    code = self.new_values.add(feature.name, value)
+                    if code >= 0:
+                        row["codes"][feature.columns.start + place] = code
+
     def _write_one(self, feature: Feature, value: Any, row: np.void, numbers: Array) -> None:
         """Writes one field into its columns; ValueError says what is wrong with the value."""
         how = self.how[feature.name]
@@ -186,12 +218,16 @@ class ItemEncoding:
 
     def _category(self, feature: Feature, value: Any) -> list[int]:
         """Gives the codes of a category's values, without its offset: 0 for one the vocabulary lacks."""
+        known = self.code_of[feature.name]
+        return [known[v] + 1 if v in known else 0 for v in self._texts(feature, value)]
+
+    def _texts(self, feature: Feature, value: Any) -> list[str]:
+        """Gives a category's values as text, none empty."""
         values = [_text(v) for v in value] if isinstance(value, list) else [_text(value)]
         separator = self.how[feature.name]["separator"]
         if separator is not None:
             values = [part.strip() for text in values for part in text.split(separator)]
-        known = self.code_of[feature.name]
-        return [known[v] + 1 if v in known else 0 for v in values if v]
+        return [value for value in values if value]
 
     def _words(self, feature: Feature, value: Any) -> list[int]:
         """Gives the hash buckets of a text's words."""

@@ -24,6 +24,7 @@ from ensemble.live.catalogue import last_sequence
 from ensemble.live.generations import current_generation, generation_records
 from ensemble.live.instances import InstanceFile
 from ensemble.live.log import DELETE, LogReader
+from ensemble.live.new_values import NewValues, values_file
 from ensemble.release.release import Release
 from ensemble.release.snapshot import gather
 from ensemble.schema import number_names
@@ -71,9 +72,11 @@ class LiveState:
         self.row_of_new: dict[bytes, int] = {}
         self.num_slots = self.num_stale = self.num_deleted = 0
         self.main: SearchedIndex | None = None
+        self.new_values: NewValues | None = None
         self.folder, self.reader, self.delta_start = folder / f"g{self.generation}", None, 0
         if generation is not None:
             self.reader = LogReader(folder / f"log-{self.generation}", release.schema)
+            self.new_values = NewValues(values_file(folder, self.reader.origin.values), release.schema)
             self._load_generation()
         self.main_rows = self.num_base + len(self.new_ids)
 

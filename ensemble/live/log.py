@@ -36,6 +36,7 @@ HEADER = np.dtype(
         ("catalogue", "S16"),
         ("watermark", "<u8"),
         ("merged", "<u4"),
+        ("values", "<u4"),
         ("crc", "<u4"),
     ]
 )
@@ -83,6 +84,7 @@ class Origin:
 
     catalogue: str
     watermark: int
+    values: int = 0  # number of the file of new values (new_values.py) that its rows' codes are from
 
 
 class OldLog(ReleaseError):
@@ -101,6 +103,7 @@ def create_log(
     header["record_bytes"] = record_dtype(schema).itemsize
     header["generation"], header["after"], header["merged"] = generation, after, merged
     header["catalogue"], header["watermark"] = origin.catalogue, origin.watermark
+    header["values"] = origin.values
     header["crc"] = zlib.crc32(header.tobytes()[:-4])
     staged = path.with_name(f".{path.name}.new")
     staged.write_bytes(header.tobytes().ljust(HEADER_BYTES, b"\0"))
@@ -121,7 +124,7 @@ class LogReader:
         self.offset = HEADER_BYTES
         header = self._checked_header(contract.fingerprint(schema))
         self.sequence, self.has_merged = int(header["after"]), bool(header["merged"])
-        self.origin = Origin(header["catalogue"].decode(), int(header["watermark"]))
+        self.origin = Origin(header["catalogue"].decode(), int(header["watermark"]), int(header["values"]))
 
     def _checked_header(self, fingerprint: str) -> Any:
         """Gives the log's header; ReleaseError if the log is none of this release."""

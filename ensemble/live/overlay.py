@@ -7,9 +7,11 @@ their first change. So an overlay may be thrown away at any time, and pasts that
 
 from __future__ import annotations
 
+import re
 import shutil
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from ensemble.live.encoding import ItemEncoding
 from ensemble.live.generations import current_generation, point_to
 from ensemble.live.items import LiveItems
 from ensemble.live.log import CHANGE, DELETE, LogReader, LogWriter, OldLog, Origin, create_log, record_dtype
+from ensemble.live.new_values import NewValues, values_file
 from ensemble.release.release import Release
 
 _PIECE = 2048  # entries encoded at once
@@ -39,6 +42,7 @@ class Overlay:
         self.folder = release.live_folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.origin = Origin(catalogue.id, watermark_in(release, catalogue))
+        self._values: NewValues  # set by _use_values, whichever way the overlay is opened
         self._encoding: ItemEncoding | None = None
         self._rows = array("q")  # by the catalogue's number of an item
         self._next_row = len(release.items)
@@ -58,8 +62,11 @@ class Overlay:
             live = LiveItems(self.release)  # reads all of it
             reader = live.view.state.reader
             assert reader is not None
-            if reader.origin != self.origin or reader.sequence > self.catalogue.sequence:
+            if replace(reader.origin, values=0) != self.origin or reader.sequence > self.catalogue.sequence:
                 raise ReleaseError(f"{path} is of another catalogue log")
+            self._use_values(reader.origin.values)
+            if not self._values.has_all(live.view.state.slots["codes"][: live.view.num_slots]):
+                raise ReleaseError(f"{self._values.path} lacks values that {path} has")
         except OldLog:
             raise
         except ReleaseError as error:
@@ -70,15 +77,22 @@ class Overlay:
 
     def _made_again(self) -> tuple[LogWriter, LiveItems]:
         """Makes the overlay from the log alone, beside what is there, and turns to it when it is whole."""
-        names = [path.name.removeprefix("log-").removeprefix("g") for path in self.folder.iterdir()]
+        names = [re.sub("^(log-|values-|g)", "", path.name) for path in self.folder.iterdir()]
         number = 1 + max((int(name) for name in names if name.isdigit()), default=-1)
         path, schema = self.folder / f"log-{number}", self.release.schema
+        values_file(self.folder, number).unlink(missing_ok=True)
+        self._use_values(number)
         create_log(path, schema, number, self.origin.watermark, self.origin, merged=False)
         log = LogWriter(path, LogReader(path, schema))
         self._derive_into(log)
         point_to(self.folder, number)
         self._sweep(number)
         return log, LiveItems(self.release)
+
+    def _use_values(self, number: int) -> None:
+        """Opens the file of values that the release's vocabularies lack."""
+        self._values = NewValues(values_file(self.folder, number), self.release.schema)
+        self.origin, self._encoding = replace(self.origin, values=number), None
 
     @property
     def sequence(self) -> int:
@@ -89,7 +103,7 @@ class Overlay:
     def encoding(self) -> ItemEncoding:
         """Opens the encoder when the first item has to be encoded: an engine's memory is not for deletes."""
         if self._encoding is None:
-            self._encoding = ItemEncoding(self.release)
+            self._encoding = ItemEncoding(self.release, self._values)
         return self._encoding
 
     def here(self, ids: Sequence[str]) -> Array:
@@ -122,6 +136,7 @@ class Overlay:
             packed, numbers, good = self.encoding.rows([entries[place] for place in places], of_callers)
             records["item"][places], records["numbers"][places] = packed, numbers
             records["kind"][places[~good]] = DELETE
+            self._values.flush()  # before any row that has their codes
         return records
 
     def append(self, entries: Sequence[Entry], records: Array) -> None:
@@ -192,9 +207,9 @@ class Overlay:
 
     def _sweep(self, generation: int) -> None:
         """Removes what no instance needs: generations before the last one, and what a killed merge left."""
-        kept = {generation, generation - 1}
+        kept = {generation, generation - 1, self.origin.values}
         for path in self.folder.iterdir():
-            number = path.name.removeprefix("log-").removeprefix("g")
+            number = re.sub("^(log-|values-|g)", "", path.name)
             if path.name.startswith(".merging-") or (number.isdigit() and int(number) not in kept):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 

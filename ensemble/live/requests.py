@@ -10,7 +10,7 @@ from typing import Any
 
 from ensemble.live.writer import MAX_GROUP
 
-OPS = ("change", "status", "merge", "prepare")
+OPS = ("change", "status", "merge", "prepare", "compact")
 
 
 class Pending:

@@ -4,8 +4,8 @@ serve`.
     python -m ensemble.live.service REPOSITORY
 
 A request is one line of JSON, and so is its reply: {"op": "change", "changes": [{"op": "add", "item": {…}}],
-"wait_s": 2} | {"op": "status"} | {"op": "merge"} | {"op": "prepare", "release": "r7"}. Changes that arrive
-while a group is being written form the next group: one fsync for all of them.
+"wait_s": 2} | {"op": "status"} | {"op": "merge"} | {"op": "prepare", "release": "r7"} |
+{"op": "compact"}. Changes that arrive while a group is being written form the next group: one fsync for all.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ensemble.release.release import active_release, open_release
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
+_NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _MAX_LINE = 64 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
@@ -154,17 +155,18 @@ class ItemService:
             writer.apply(changes)
             for pending in group:
                 self._do(writer, pending.request)
-            reply = self._facts(writer)
+            facts = self._facts(writer)
+            replies = [{**facts, **_unknown_values(writer, pending.request)} for pending in group]
         except PeregrineError as error:
             if len(group) > 1:
                 for pending in group:
                     self._answer([pending])
                 return
-            reply = {"error": str(error), "invalid": isinstance(error, InvalidInput)}
+            replies = [{"error": str(error), "invalid": isinstance(error, InvalidInput)}]
         except Exception as error:  # a fault of ours must not leave callers waiting
             self.log(f"items: {error!r}")
-            reply = {"error": f"the writer failed: {error!r}", "invalid": False}
-        for pending in group:
+            replies = [{"error": f"the writer failed: {error!r}", "invalid": False}] * len(group)
+        for pending, reply in zip(group, replies, strict=True):
             if self._writer is not None:
                 pending.folders = [overlay.folder for overlay in self._writer.overlays.values()]
             pending.reply = reply
@@ -178,6 +180,9 @@ class ItemService:
             release = open_release(self.repository, str(request.get("release")))
             writer.follow(release).catch_up()
             self._loaded.expect(release)
+        elif request["op"] == "compact":
+            dropped = writer.catalogue.compact()
+            self.log(f"items: {dropped} lines were dropped from {writer.catalogue.path}")
 
     def _facts(self, writer: ItemWriter) -> dict[str, Any]:
         """Says how things are."""
@@ -189,6 +194,10 @@ class ItemService:
             "items": view.num_rows - 1 - view.num_deleted,
             "unmerged": _unmerged(writer.overlay),
             "merging": self._merging is not None,
+            "log_lines": writer.catalogue.num_lines,
+            "log_items": writer.catalogue.num_items,
+            "log_bytes": writer.catalogue.num_bytes,
+            "releases": {one.release.name: one.sequence for one in writer.overlays.values()},
         }
 
     def _opened(self) -> ItemWriter:
@@ -267,6 +276,19 @@ class ItemService:
         if self._merging is not None:
             self._merging.stop()
             self._merging = None
+
+
+def _unknown_values(writer: ItemWriter, request: dict[str, Any]) -> dict[str, Any]:
+    """Names values that came with a request and are in no vocabulary of the release: models do not know
+    them."""
+    values: dict[str, list[str]] = {}
+    for change in request.get("changes", []):
+        if change["op"] != "delete":
+            for feature, value in writer.overlay.encoding.unknown_values(change["item"]):
+                some = values.setdefault(feature, [])
+                if value not in some and len(some) < _NAMED:
+                    some.append(value)
+    return {"unknown_values": values} if values else {}
 
 
 def _unmerged(overlay: Overlay) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 
@@ -358,3 +359,65 @@ def test_encoding_needs_what_the_build_wrote(tmp_path, rng):
         match=r"^release r1 has no encoding\.json, so items cannot be added or updated; build it again$",
     ):
         ItemEncoding(release)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_value_that_the_release_lacks_filters_all_the_same(tmp_path, rng, merged):
+    """Also in an instance that was there before it, after a merge, and when the overlay is made again."""
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    recall, writer = recall_of(open_again(release)), ItemWriter(release)
+    assert found_names(recall, np.ones(8, np.float32), 20, {"brands": ["Vert"]}) == []
+    for n, brand in enumerate(("Vert", "Bleu", "Vert")):
+        item = {"item_id": f"new{n}", "brand": brand, "tags": "tag1|Neuf", "item_embedding": [9.0] * 8}
+        writer.apply([{"op": "add", "item": item}])
+    writer.apply([{"op": "update", "item": {"item_id": "i00003", "brand": "Vert"}}])
+    if merged:
+        writer.overlay.turn_to(merge(open_again(release), 4), 4)
+    writer.close()
+
+    def hold(recall: Recall) -> None:
+        query = np.ones(8, np.float32)
+        found = {brand: found_names(recall, query, 20, {"brands": [brand]}) for brand in ("Vert", "Bleu")}
+        assert {brand: sorted(names) for brand, names in found.items()} == {
+            "Vert": [b"i00003", b"new0", b"new2"],
+            "Bleu": [b"new1"],
+        }
+        denied = parse_options('{"deny": "{\\"brand\\": [\\"Vert\\"]}"}', 1, release.schema).users[0].filter
+        view = recall.live.refresh()
+        passing = recall.filters.mask(denied, view).passes(view.rows_from_ids(np.array([b"new0", b"new1"])))
+        assert passing.tolist() == [False, True]
+
+    hold(recall)
+    hold(recall_of(open_again(release)))
+    shutil.rmtree(release.live_folder)
+    ItemWriter(open_again(release)).close()
+    hold(recall_of(open_again(release)))
+
+
+def test_models_take_a_new_value_as_unknown(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    writer = ItemWriter(release)
+    for n, brand in enumerate(("Vert", "Bleu")):
+        writer.apply([{"op": "add", "item": {"item_id": f"new{n}", "brand": brand, "price": 3}}])
+    first, second = writer.live.view.state.slots[:2]
+    np.testing.assert_array_equal(first["embedding"], second["embedding"])
+    assert first["codes"][0] != second["codes"][0], "though a cap counts them apart"
+    encoding = writer.overlay.encoding
+    assert encoding.unknown_values({"item_id": "x", "brand": "brand1", "tags": "tag1|Neuf"}) == [
+        ("tags", "Neuf")
+    ]
+
+
+def test_an_overlay_whose_new_values_are_lost_is_made_again(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    writer = ItemWriter(release)
+    writer.apply([{"op": "add", "item": {"item_id": "new", "brand": "Vert"}}])
+    writer.close()
+    (release.live_folder / "values-0").write_text("")
+    notes: list[str] = []
+    again = ItemWriter(open_again(release), notes.append)
+    assert "lacks values that" in notes[0]
+    assert again.live.view.state.new_values.codes("brand", ["Vert"])

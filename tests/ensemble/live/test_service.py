@@ -21,7 +21,7 @@ from shops import ROOT
 
 from clients.cli import items as items_cli
 from clients.errors import InvalidArgument, Unavailable
-from clients.items import ItemClient, read_changes
+from clients.items import Changed, ItemClient, read_changes
 from ensemble.live import merge_process
 from ensemble.live import service as service_module
 from ensemble.live.instances import InstanceFile, sequences
@@ -188,6 +188,7 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
             self.parts.append(part)
             if len(self.parts) == 2:
                 raise InvalidArgument("item 'x' is unknown")
+            return Changed(1, True, "r1", unknown_values={"brand": ["Vert"]})
 
     monkeypatch.setattr(items_cli, "_AT_ONCE", 2)
     changes = [{"op": "delete", "item": {"item_id": str(n)}} for n in range(5)]
@@ -197,7 +198,8 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
     ):
         items_cli._apply(Client(), changes)
     client = Client()
-    items_cli._apply(client, changes[:2])
+    items_cli._name_unknown(items_cli._apply(client, changes[:2]))
+    assert "release r1 does not know brand 'Vert': filters find it" in capsys.readouterr().err
     assert client.parts == [changes[:2]]
 
 
