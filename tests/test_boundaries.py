@@ -141,7 +141,7 @@ def test_ensemble_names_nothing_of_the_offline_path(path):
         assert "triton_python_backend_utils" not in roots, "the adapter is its only user"
 
 
-TENSORRT_IN = {"ensemble/engines/tensorrt.py", "builders/compile/stage.py"}
+TENSORRT_IN = {"ensemble/engines/tensorrt.py", "builders/compile/builder.py"}
 
 
 def test_tensorrt_is_spoken_to_in_two_files_only():

@@ -16,6 +16,7 @@ import numpy as np
 
 from builders.publish.triton_config import config_text, tensorrt_config
 from ensemble.arrays import Tensors
+from ensemble.engines.flavors import TENSORRT
 from ensemble.engines.plans import FORMAT, MANIFEST, PLAN_FILE, read_plan
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.files import file_sha256, sync_folder, write_durably
@@ -41,16 +42,21 @@ def write_plan(
     feeds: Tensors,
     facts: dict[str, Any],
 ) -> Path:
-    """Writes the member folder that Triton mounts, and a manifest to open it by; gives the plan's path."""
+    """Writes the member folder that Triton mounts, and a manifest to open it by; gives the plan's path.
+
+    A plan for RTX cards has no configuration: Triton's own backend cannot open it.
+    """
     member = folder / facts["member"]
     plan_path = member / "1" / PLAN_FILE
-    for part in ("1", "configs", "warmup"):
+    for part in ("1", "warmup"):
         (member / part).mkdir(parents=True)
     _write(plan_path, plan)
-    _write(
-        member / "configs" / "tensorrt.pbtxt",
-        config_text(tensorrt_config(model, release.name, release.pipeline.max_batch)).encode(),
-    )
+    if facts["key"]["flavor"] == TENSORRT:
+        (member / "configs").mkdir()
+        _write(
+            member / "configs" / "tensorrt.pbtxt",
+            config_text(tensorrt_config(model, release.name, release.pipeline.max_batch)).encode(),
+        )
     for tensor in model.inputs:
         _write(member / "warmup" / tensor.name, np.ascontiguousarray(feeds[tensor.name][0]).tobytes())
     seal(folder, facts)

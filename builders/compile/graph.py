@@ -68,6 +68,21 @@ def precision(model: onnx.ModelProto) -> str:
     return "+".join(sorted(_NAMES[kind] for kind in found if kind in _NAMES)) or "fp32"
 
 
+def check_constants(model: onnx.ModelProto, where: str) -> None:
+    """Raises ReleaseError for a constant that a cast broke: infinite in fp16, or NaN."""
+    readers = {name: node.name for node in model.graph.node for name in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+            continue
+        values = numpy_helper.to_array(tensor)
+        bad = np.isnan(values) if tensor.data_type == TensorProto.FLOAT else ~np.isfinite(values)
+        if bad.any():
+            raise ReleaseError(
+                f"{where}: {tensor.name}, which node {readers.get(tensor.name, '?')} reads, is not finite",
+                "compress the release again",
+            )
+
+
 def is_sparse(model: onnx.ModelProto) -> bool:
     """Says whether a weight has at most two of every four neighbours along the summed axis.
 

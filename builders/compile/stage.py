@@ -1,47 +1,62 @@
-"""Stage `compile`: a release's ONNX models -> TensorRT plans for the GPU of this machine, beside the release.
+"""Stage `compile`: a release's ONNX models -> plans, beside the release.
 
-Plans fit one GPU and one TensorRT, so they are built where they are served: inside the serving image on the
-GPU node. The release itself never changes. Plans are built with the API that TensorRT 10.12 to 11 share, on
-strongly typed networks: the ONNX model says what is fp16, int8 or fp8. TensorRT 8.5, which the check on a
-bare GPU host brings, is weakly typed; what differs there is in _old_* and nowhere else. Polygraphy is not
-used: it hides the differences between versions, but of those we have one, and it would have to be installed
-in the serving image.
+TensorRT's plans fit one GPU and one TensorRT, so they are built where they are served: inside the serving
+image on the GPU node. Plans for RTX cards are built anywhere (`--ahead`), for all such cards or for some of
+them. The release itself never changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from builders.compile.builder import Request, build_plan
 from builders.compile.files import is_whole, move_in, room_for, seal, write_plan
-from builders.compile.graph import is_sparse, precision, read_model, to_old_opset, use_every_input
+from builders.compile.graph import check_constants, is_sparse, precision, read_model, use_every_input
 from builders.compile.samples import real_feeds
 from builders.progress import Progress
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import Engine, check_signature
+from ensemble.engines.cuda import gpu_facts
+from ensemble.engines.flavors import (
+    FLAVORS,
+    MODULES,
+    RTX,
+    TENSORRT,
+    precision_refusal,
+    sm_refusal,
+)
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import (
     MANIFEST,
     EngineKey,
     Node,
+    Plan,
     Range,
     plans_folder,
     ranges,
     read_plan,
     source_onnx,
 )
-from ensemble.engines.tensorrt import TensorRTEngine, import_tensorrt, logger, start, this_node
-from ensemble.errors import ReleaseError
+from ensemble.engines.tensorrt import (
+    NOT_INSTALLED,
+    TensorRTEngine,
+    check_bindings,
+    tensorrt_version,
+    this_node,
+)
+from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.repository import staging
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease, open_served
@@ -53,23 +68,12 @@ TOLERANCES = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 5e-2, "int8": 1e-1, "fp8": 2e-
 
 
 @dataclass(frozen=True)
-class Request:
-    """Holds what one plan is built from."""
-
-    onnx: bytes
-    profile: tuple[Range, ...]
-    sparse: bool
-    portable: bool
-    timing_cache: Path
-
-
-@dataclass(frozen=True)
 class Toolchain:
     """Holds what builds and opens plans here; tests bring one that needs no GPU."""
 
-    node: Node
+    node: Node  # gpu, sm and cuda are empty where plans are built ahead of the node that will run them
     build: Callable[[Request], bytes]
-    open: Callable[[Path], Engine]
+    open: Callable[[Path], Engine]  # not called where there is no GPU
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,52 @@ class Compiled:
     precision: str
     duration_s: float  # 0 when the plan was there already
     size_bytes: int
-    relative_error: float  # of the outputs, against onnxruntime on real feeds
+    relative_error: float | None  # of the outputs, against onnxruntime on real feeds; None: not opened yet
     reused: bool
+    notes: tuple[str, ...] = ()  # what the builder warned of, and what this GPU makes of the precisions
 
 
 def tensorrt_toolchain() -> Toolchain:
     """This machine's TensorRT on this machine's GPU; ReleaseError names what is missing."""
-    return Toolchain(this_node(), build_plan, TensorRTEngine)
+    return toolchain(TENSORRT)
+
+
+def toolchain(flavor: str = "auto", *, ahead: bool = False) -> Toolchain:
+    """Gives what builds plans of a flavour here; "auto" takes TensorRT where it can, else TensorRT for RTX.
+
+    `ahead` needs no GPU. ReleaseError names what is missing, InvalidInput what cannot be.
+    """
+    if flavor not in ("auto", *FLAVORS):
+        raise InvalidInput(f"--flavor {flavor}: known are auto, {', '.join(FLAVORS)}")
+    if ahead:
+        if flavor == TENSORRT:
+            raise InvalidInput(
+                "--ahead: TensorRT builds on the GPU that will run the plan; leave --ahead out there, or "
+                "build for RTX cards: --flavor rtx"
+            )
+        check_bindings(RTX)
+        return Toolchain(
+            Node("", "", tensorrt_version(RTX), "", RTX), partial(build_plan, flavor=RTX), TensorRTEngine
+        )
+    chosen = _flavor_here() if flavor == "auto" else flavor
+    node = this_node(chosen)
+    check_bindings(chosen)
+    return Toolchain(node, partial(build_plan, flavor=chosen), TensorRTEngine)
+
+
+def _flavor_here() -> str:
+    """Chooses the flavour that this machine's GPU and packages allow; ReleaseError where there is none."""
+    gpu, sm, _ = gpu_facts()
+    if importlib.util.find_spec(MODULES[TENSORRT]):
+        return TENSORRT
+    if not importlib.util.find_spec(MODULES[RTX]):
+        raise ReleaseError(*NOT_INSTALLED[TENSORRT])
+    if why := sm_refusal(RTX, sm):
+        raise ReleaseError(
+            f"TensorRT is not installed here, and {why}",
+            f"{gpu} wants TensorRT: {NOT_INSTALLED[TENSORRT][1]}",
+        )
+    return RTX
 
 
 def compile_release(
@@ -96,10 +139,15 @@ def compile_release(
     tools: Toolchain,
     *,
     portable: bool = False,
+    targets: tuple[str, ...] = (),
     progress: Progress = lambda share, text: None,
 ) -> list[Compiled]:
     """Plans for every engine of release `name`; those that are there and whole are kept. Killed, the next
-    call goes on where it was."""
+    call goes on where it was.
+
+    `portable` is TensorRT's way to other GPUs, `targets` (compute capabilities) that of TensorRT for RTX.
+    """
+    _check_options(tools.node.flavor, portable, targets)
     release = open_served(repository.resolve(), name)
     models = engine_models(release)
     progress(0.0, "real users' feeds")
@@ -109,8 +157,20 @@ def compile_release(
     for place, model in enumerate(models):
         progress(place / len(models), model.name)
         with room_for(release):
-            done.append(_compile_model(release, model, feeds[model.name], tools, portable))
+            done.append(_compile_model(release, model, feeds[model.name], tools, portable, targets))
     return done
+
+
+def _check_options(flavor: str, portable: bool, targets: tuple[str, ...]) -> None:
+    """Raises InvalidInput for an option that this flavour does not have."""
+    if portable and flavor == RTX:
+        raise InvalidInput(
+            "--portable is TensorRT's: a plan for RTX cards is portable unless --for names some"
+        )
+    if targets and flavor == TENSORRT:
+        raise InvalidInput(
+            "--for is for RTX cards: TensorRT builds for this GPU, or --portable; add --flavor rtx"
+        )
 
 
 def engine_models(release: ServedRelease) -> list[ModelSpec]:
@@ -122,54 +182,101 @@ def engine_models(release: ServedRelease) -> list[ModelSpec]:
 
 
 def _compile_model(
-    release: ServedRelease, model: ModelSpec, feeds: Tensors, tools: Toolchain, portable: bool
+    release: ServedRelease,
+    model: ModelSpec,
+    feeds: Tensors,
+    tools: Toolchain,
+    portable: bool,
+    targets: tuple[str, ...],
 ) -> Compiled:
     source = source_onnx(release, model.name)
     data = source.read_bytes()
     graph = read_model(data, str(source))
-    key = engine_key(data, graph, ranges(model, release.pipeline.max_batch), tools.node, portable)
-    types = key.precision
+    check_constants(graph, str(source))
+    key = engine_key(data, graph, ranges(model, release.pipeline.max_batch), tools.node, portable, targets)
+    _check_fits(model, key, tools.node)
     folder = plans_folder(release.repository, release.name) / key.digest
     if is_whole(folder):
-        plan = read_plan(folder / MANIFEST)
-        return Compiled(
-            model.name, key.digest, types, 0.0, plan.path.stat().st_size, plan.facts["relative_error"], True
-        )
+        return _kept(read_plan(folder / MANIFEST), model, source, feeds, tools)
     use_every_input(graph)
-    cache = timing_cache(release.repository, tools.node)
+    cache, notes = timing_cache(release.repository, tools.node), _precision_notes(key)
     started = time.monotonic()
-    plan_bytes = tools.build(Request(graph.SerializeToString(), key.profile, key.sparse, portable, cache))
+    plan_bytes = tools.build(
+        Request(graph.SerializeToString(), key.profile, key.sparse, portable, cache, targets, notes.append)
+    )
     duration_s = time.monotonic() - started
     facts: dict[str, Any] = {
         "model": model.name,
         "member": f"{release.name}_{model.name}",
         "build_s": round(duration_s, 3),
         "key": dataclasses.asdict(key),
+        "notes": notes,
     }
     with staging(release.repository) as stage:
         path = write_plan(stage / folder.name, release, model, plan_bytes, feeds, facts)
-        error = _check_plan(path, model, source, feeds, types, tools)
+        error = _check_plan(path, key, model, source, feeds, tools)
         seal(stage / folder.name, {**facts, "relative_error": error})
         move_in(release, stage / folder.name, folder)
-    return Compiled(model.name, key.digest, types, duration_s, len(plan_bytes), error, False)
+    return Compiled(
+        model.name, key.digest, key.precision, duration_s, len(plan_bytes), error, False, tuple(notes)
+    )
+
+
+def _kept(plan: Plan, model: ModelSpec, source: Path, feeds: Tensors, tools: Toolchain) -> Compiled:
+    """Describes a plan that is there; one that was built ahead is compared where it can be opened at last."""
+    error = plan.facts["relative_error"]
+    if error is None:
+        error = _check_plan(plan.path, plan.key, model, source, feeds, tools)
+        if error is not None:
+            facts = {
+                name: value
+                for name, value in plan.facts.items()
+                if name not in ("format", "created", "files")
+            }
+            seal(plan.folder, {**facts, "relative_error": error})
+    size, notes = plan.path.stat().st_size, tuple(plan.facts.get("notes", ()))
+    return Compiled(model.name, plan.key.digest, plan.key.precision, 0.0, size, error, True, notes)
 
 
 def engine_key(
-    data: bytes, graph: onnx.ModelProto, profile: tuple[Range, ...], node: Node, portable: bool
+    data: bytes,
+    graph: onnx.ModelProto,
+    profile: tuple[Range, ...],
+    node: Node,
+    portable: bool,
+    targets: tuple[str, ...] = (),
 ) -> EngineKey:
     """Gives the key of the plan that `node` builds of this ONNX file."""
-    digest = hashlib.sha256(data).hexdigest()
+    machine = (node.cuda, node.sm, node.gpu) if node.flavor == TENSORRT else ("", "", "")
     return EngineKey(
-        digest,
+        hashlib.sha256(data).hexdigest(),
         node.tensorrt,
-        node.cuda,
-        node.sm,
-        node.gpu,
+        *machine,
         precision(graph),
         profile,
         is_sparse(graph),
         portable,
+        flavor=node.flavor,
+        targets=targets,
     )
+
+
+def _check_fits(model: ModelSpec, key: EngineKey, node: Node) -> None:
+    """Raises ReleaseError where a GPU that the plan is for cannot have it: before a build, not after it."""
+    cure = "compress with a recipe whose precisions for TensorRT it has"
+    for sm in key.targets or ([node.sm] if node.sm else []):
+        if lacking := precision_refusal(key.precision, sm, key.flavor):
+            raise ReleaseError(f"{model.name}: {lacking}", cure)
+
+
+def _precision_notes(key: EngineKey) -> list[str]:
+    """Says what a flavour makes of the types that the model names, where that is not what they say."""
+    if key.flavor != RTX or "int8" not in key.precision.split("+"):
+        return []
+    return [
+        "int8 saves memory, not arithmetic: TensorRT for RTX has int8 for weights only, multiplies in fp16; "
+        "fp8 is the faster one, from SM 8.9 on"
+    ]
 
 
 def timing_cache(repository: Path, node: Node) -> Path:
@@ -178,11 +285,13 @@ def timing_cache(repository: Path, node: Node) -> Path:
 
 
 def _check_plan(
-    path: Path, model: ModelSpec, source: Path, feeds: Tensors, types: str, tools: Toolchain
-) -> float:
+    path: Path, key: EngineKey, model: ModelSpec, source: Path, feeds: Tensors, tools: Toolchain
+) -> float | None:
     """Runs the plan and onnxruntime on the same real feeds; ReleaseError if tensors differ from the
-    contract's or numbers too much."""
-    engine = tools.open(path)
+    contract's or numbers too much. None where the plan cannot be opened here."""
+    if not tools.node.sm or key.difference(tools.node):
+        return None
+    engine, types = tools.open(path), key.precision
     check_signature(engine, model, path)
     found, wanted = engine.run(feeds), OnnxEngine(source, 1, fuse=types == "fp32").run(feeds)
     error = max(relative_error(found[tensor.name], wanted[tensor.name]) for tensor in model.outputs)
@@ -201,101 +310,3 @@ def relative_error(found: Array, wanted: Array) -> float:
     Values near 0 have no scale of their own.
     """
     return float(np.abs(found - wanted).max() / max(1e-6, float(np.abs(wanted).max())))
-
-
-# --- TensorRT
-
-
-def build_plan(request: Request) -> bytes:
-    """Builds a plan of an ONNX model on this GPU; ReleaseError names the node that TensorRT does not take."""
-    trt = import_tensorrt()
-    log = logger(trt)
-    old = _is_old(trt)
-    builder = start(trt.Builder, log)
-    network = builder.create_network(
-        _old_network_flags(trt) if old else 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    )
-    _parse(trt, network, log, _old_onnx(request.onnx) if old else request.onnx)
-    config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, request.profile))
-    if request.sparse:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if old:
-        _old_settings(trt, config, request)
-    elif request.portable:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    _load_timing_cache(config, request.timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise ReleaseError(f"TensorRT {trt.__version__} built no plan: {log.last_line()}")
-    _save_timing_cache(config, request.timing_cache)
-    return bytes(plan)
-
-
-def _parse(trt: Any, network: Any, log: Any, onnx_bytes: bytes) -> None:
-    parser = trt.OnnxParser(network, log)
-    if parser.parse(onnx_bytes):
-        return
-    nodes = read_model(onnx_bytes, "the model for TensorRT").graph.node
-    error = parser.get_error(0) if parser.num_errors else None
-    place = error.node() if error else -1
-    where = f"node {nodes[place].name} ({nodes[place].op_type})" if 0 <= place < len(nodes) else "the model"
-    raise ReleaseError(
-        f"TensorRT {trt.__version__} does not take {where}: {error.desc() if error else log.last_line()}"
-    )
-
-
-def _profile(builder: Any, wanted: tuple[Range, ...]) -> Any:
-    profile = builder.create_optimization_profile()
-    for one in wanted:
-        profile.set_shape(one.name, one.least, one.usual, one.most)
-    return profile
-
-
-def _load_timing_cache(config: Any, path: Path) -> None:
-    """Loads what earlier builds measured; a cache that TensorRT does not take is started anew.
-
-    It may be another version's, or damaged.
-    """
-    known = path.read_bytes() if path.exists() else b""
-    cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
-    config.set_timing_cache(cache, False)
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _is_old(trt: Any) -> bool:
-    """Says whether this is TensorRT 8: weakly typed, with names that 11 no longer has.
-
-    Nothing between 8.6 and 10.11 is supported.
-    """
-    return int(trt.__version__.partition(".")[0]) < 10
-
-
-def _old_network_flags(trt: Any) -> int:
-    return 1 << int(trt.NetworkDefinitionCreationFlag.__members__["EXPLICIT_BATCH"])
-
-
-def _old_onnx(data: bytes) -> bytes:
-    return bytes(to_old_opset(read_model(data, "the model for TensorRT 8.5")).SerializeToString())
-
-
-def _old_settings(trt: Any, config: Any, request: Request) -> None:
-    """Types are builder flags; no cuBLAS and cuDNN, which are stand-ins in the kit for bare hosts."""
-    types = precision(read_model(request.onnx, "the model")).split("+")
-    if request.portable or "fp8" in types or "bf16" in types:
-        raise ReleaseError(
-            f"TensorRT {trt.__version__} has neither portable plans nor fp8 and bf16", "use 10.12 or newer"
-        )
-    for kind in {"fp16", "int8"} & set(types):
-        config.set_flag(trt.BuilderFlag.__members__[kind.upper()])
-    config.set_tactic_sources(0)

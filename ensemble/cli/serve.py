@@ -34,8 +34,8 @@ Fused = Annotated[
 Require = Annotated[
     str | None,
     typer.Option(
-        help="What engines must run on: tensorrt, onnxruntime-gpu or onnxruntime; the best that is there if "
-        "not given."
+        help="What engines must run on: tensorrt, rtx, onnxruntime-gpu or onnxruntime; the best that is "
+        "there if not given."
     ),
 ]
 Index = Annotated[
@@ -140,6 +140,7 @@ def _greeting(server: Server, start_s: float) -> str:
         f"serving release {release} of {repository} (ready after {start_s:.1f} s)",
         f"  gRPC       {server.url}  (model `recommend`)",
         f"  metrics    {server.metrics_url or 'off'}",
+        f"  engines    {server.launch.runtime.title}",
         f"  instances  {sum(map(len, stubs.values()))} Python processes: "
         + ", ".join(f"{len(pids)} {name}" for name, pids in stubs.items()),
         "             (two a step: Triton never restarts one that dies; one thread each: instances are the "

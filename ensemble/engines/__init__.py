@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ensemble.arrays import Array, Tensors
+from ensemble.engines.flavors import RTX, TENSORRT
 from ensemble.errors import ReleaseError
 from ensemble.options import Options
 from ensemble.release.release import Release
@@ -21,7 +22,8 @@ CHUNK = 8
 # What engine steps run on, set by `peregrine serve` for the whole server, because a release never names a
 # runtime.
 ENGINE_VARIABLE = "PEREGRINE_ENGINE"
-ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT = "onnxruntime", "onnxruntime-gpu", "tensorrt"
+ONNXRUNTIME, ONNXRUNTIME_GPU = "onnxruntime", "onnxruntime-gpu"
+ENGINES = (TENSORRT, RTX, ONNXRUNTIME_GPU, ONNXRUNTIME)  # best first
 # The same for where recall searches its main index.
 INDEX_VARIABLE = "PEREGRINE_INDEX"
 CPU, GPU = "cpu", "gpu"
@@ -94,16 +96,12 @@ class EngineStep:
 
     def __init__(self, model: ModelSpec, release: Release) -> None:
         runtime = os.environ.get(ENGINE_VARIABLE, ONNXRUNTIME)
-        if runtime not in (ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT):
-            raise ReleaseError(
-                f"{ENGINE_VARIABLE}={runtime}: known are {ONNXRUNTIME}, {ONNXRUNTIME_GPU} and {TENSORRT}"
-            )
-        path = (
-            _plan_path(model, release)
-            if runtime == TENSORRT
-            else release.member_file(model.name, "model.onnx")
-        )
-        if runtime != TENSORRT:
+        if runtime not in ENGINES:
+            raise ReleaseError(f"{ENGINE_VARIABLE}={runtime}: known are {', '.join(ENGINES)}")
+        if runtime in (TENSORRT, RTX):
+            path = _plan_path(model, release, runtime)
+        else:
+            path = release.member_file(model.name, "model.onnx")
             release.verify([path])
         self.engine = open_engine(path, gpu=runtime == ONNXRUNTIME_GPU)
         self._chunk = CHUNK if runtime == ONNXRUNTIME else release.pipeline.max_batch
@@ -120,9 +118,9 @@ class EngineStep:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _plan_path(model: ModelSpec, release: Release) -> Path:
-    """Finds the plan that fits this node; opening it verifies it."""
+def _plan_path(model: ModelSpec, release: Release, flavor: str) -> Path:
+    """Finds the plan of this flavour that fits this node; opening it verifies it."""
     from ensemble.engines.plans import find_plan
     from ensemble.engines.tensorrt import this_node
 
-    return find_plan(release, model.name, this_node()).path
+    return find_plan(release, model.name, this_node(flavor)).path

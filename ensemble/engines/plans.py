@@ -1,8 +1,8 @@
-"""Finds TensorRT plans, which lie beside the release they were built from; each says which node it fits.
+"""Finds plans of both flavours of TensorRT, beside the release they were built from; each says what it fits.
 
     rN_plans/<key>/manifest.json    one engine: its key, the digests of its files; written last
     rN_plans/<key>/rN_<model>/      what Triton's native backend mounts: configs/tensorrt.pbtxt, 1/model.plan,
-                                    warmup/
+                                    warmup/ (a plan for RTX cards, which it cannot open, has no configs/)
 
 <key> is a digest of all that decides whether a plan may run: see EngineKey. Several nodes may share one
 repository: each takes the plans that fit it.
@@ -17,6 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensemble.engines.flavors import (
+    RTX,
+    TENSORRT,
+    TITLES,
+    numbers,
+    portable_refusal,
+    precision_refusal,
+    sm_refusal,
+)
 from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256
 from ensemble.release.release import Release
@@ -26,7 +35,7 @@ PLAN_FILE = "model.plan"
 TYPED_ONNX, ONNX = "model.tensorrt.onnx", "model.onnx"
 MANIFEST = "manifest.json"
 FORMAT = 1
-_PORTABLE_FROM = (8, 0)  # AMPERE_PLUS: the oldest SM that a portable plan runs on
+RECIPE = 1  # raised when builders/compile makes something else of the same facts
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Node:
     sm: str  # "9.0"
     tensorrt: str  # "10.16.1"
     cuda: str  # of the driver, "13.0"
+    flavor: str = TENSORRT
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,10 @@ class Range:
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Names all that a plan depends on; two plans with one key are interchangeable."""
+    """Names all that a plan depends on; two plans with one key are interchangeable.
+
+    One for RTX cards depends on no GPU and no driver: cuda, sm and gpu are empty.
+    """
 
     onnx_sha256: str
     tensorrt: str
@@ -62,34 +75,62 @@ class EngineKey:
     profile: tuple[Range, ...]
     sparse: bool  # 2:4 weights
     portable: bool  # other GPUs from SM 8.0 on, later TensorRT of the same major version
-    recipe: int = 1  # raised when compile.py changes what it makes of the same facts
+    recipe: int = RECIPE
+    flavor: str = TENSORRT
+    targets: tuple[
+        str, ...
+    ] = ()  # compute capabilities it was built for ("8.9"); none: the builder's default
 
     @property
     def digest(self) -> str:
         """Gives 16 hex digits, the same on every machine."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def is_shared(self) -> bool:
+        """Says whether other kinds of GPU may run it, too."""
+        return self.portable or (self.flavor == RTX and len(self.targets) != 1)
+
     def difference(self, node: Node) -> str:
         """Names the fact that keeps this plan from running on `node`; empty when it fits."""
-        if not self.portable:
-            facts = (
-                ("GPU", self.gpu, node.gpu),
-                ("SM", self.sm, node.sm),
-                ("TensorRT", self.tensorrt, node.tensorrt),
-            )
-            for name, wanted, here in facts:
-                if wanted != here:
-                    return f"the plan is for {name} {wanted}, this node has {here}"
+        if self.flavor != node.flavor:
+            return f"the plan is {TITLES[self.flavor]}'s, this node has {TITLES[node.flavor]}"
+        lacking = precision_refusal(self.precision, node.sm, self.flavor)
+        if lacking:
+            return f"the plan does not fit: {lacking}"
+        if self.flavor == RTX:
+            return sm_refusal(RTX, node.sm) or self._other_target(node) or self._other_version(node)
+        return self._outside(node) if self.portable else self._other_node(node)
+
+    def _other_node(self, node: Node) -> str:
+        """Names the first fact in which the node is not the one that built the plan."""
+        for name, wanted, here in (("GPU", self.gpu, node.gpu), ("SM", self.sm, node.sm)):
+            if wanted != here:
+                return f"the plan is for {name} {wanted}, this node has {here}"
+        return self._other_version(node)
+
+    def _other_version(self, node: Node) -> str:
+        if self.tensorrt == node.tensorrt:
             return ""
-        if _numbers(node.sm) < _PORTABLE_FROM:
-            return f"the portable plan is for SM 8.0 and later, this node has SM {node.sm}"
-        version, oldest = _numbers(node.tensorrt), _numbers(self.tensorrt)
+        return f"the plan is for {TITLES[self.flavor]} {self.tensorrt}, this node has {node.tensorrt}"
+
+    def _other_target(self, node: Node) -> str:
+        """Says why the node's GPU is none of those that the plan for RTX cards was built for."""
+        if not self.targets:
+            return portable_refusal(node.sm)
+        if node.sm in self.targets:
+            return ""
+        return f"the plan is for SM {', '.join(self.targets)}, this node has {node.sm}"
+
+    def _outside(self, node: Node) -> str:
+        """Says why a portable plan of TensorRT does not run on the node."""
+        version, oldest = numbers(node.tensorrt), numbers(self.tensorrt)
         if version[:1] != oldest[:1] or version < oldest:
             return (
                 f"the portable plan is for TensorRT {self.tensorrt} to the end of its major version, this "
                 f"node has {node.tensorrt}"
             )
-        return ""
+        return portable_refusal(node.sm)
 
 
 @dataclass(frozen=True)
@@ -151,15 +192,22 @@ def source_onnx(release: Release, model: str) -> Path:
 def find_plan(release: Release, model: str, node: Node) -> Plan:
     """Finds the plan of `model` that runs on `node` and was built from this release's ONNX model.
 
+    Of several the one for just this GPU, which is faster; then the newest recipe, then the last built.
     ReleaseError says what is in the way.
     """
     wanted = release.manifest["files"][str(source_onnx(release, model).relative_to(release.repository))][
         "sha256"
     ]
-    cure = "build plans on this node: `peregrine compile`"
-    every = [plan for plan in read_plans(release) if plan.member == f"{release.name}_{model}"]
+    flag = " --flavor rtx" if node.flavor == RTX else ""
+    cure = f"build plans on this node: `peregrine compile{flag}`"
+    title = "" if node.flavor == TENSORRT else f" of {TITLES[node.flavor]}"
+    every = [
+        plan
+        for plan in read_plans(release)
+        if plan.member == f"{release.name}_{model}" and plan.key.flavor == node.flavor
+    ]
     if not every:
-        raise ReleaseError(f"{model}: release {release.name} has no plan", cure)
+        raise ReleaseError(f"{model}: release {release.name} has no plan{title}", cure)
     current = [plan for plan in every if plan.key.onnx_sha256 == wanted]
     if not current:
         raise ReleaseError(
@@ -168,7 +216,8 @@ def find_plan(release: Release, model: str, node: Node) -> Plan:
     fitting = [plan for plan in current if not plan.key.difference(node)]
     if not fitting:
         raise ReleaseError(f"{model}: {current[-1].key.difference(node)}", cure)
-    return min(fitting, key=lambda plan: plan.key.portable)  # one for just this GPU is faster
+    places = enumerate(fitting)  # read_plans lists them oldest first
+    return max(places, key=lambda at: (not at[1].key.is_shared, at[1].key.recipe, at[0]))[1]
 
 
 def find_plans(release: Release, node: Node) -> dict[str, Plan]:
@@ -207,7 +256,8 @@ def read_plan(path: Path) -> Plan:
             Range(r["name"], *(tuple(r[part]) for part in ("least", "usual", "most")))
             for r in facts["key"]["profile"]
         )
-        key = EngineKey(**{**facts["key"], "profile": ranges})
+        targets = tuple(facts["key"].get("targets", ()))
+        key = EngineKey(**{**facts["key"], "profile": ranges, "targets": targets})
         str(facts["created"]), dict(facts["files"])
         return Plan(path.parent, facts["member"], key, facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -232,8 +282,3 @@ def ranges(model: ModelSpec, max_batch: int) -> tuple[Range, ...]:
                 "a plan needs every axis but the batch fixed",
             )
     return tuple(Range(name, (least, *dims), (usual, *dims), (most, *dims)) for name, dims in fixed.items())
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Gives a version such as "10.16.1" as numbers, which can be compared."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,12 +1,17 @@
-"""Runs a TensorRT plan as an Engine: numpy in, numpy out, or tensors that stay on the GPU (DLPack).
+"""Runs a plan of either flavour as an Engine: numpy in, numpy out, or tensors that stay on the GPU (DLPack).
 
-It uses the API that TensorRT 8.5 to 11 share: named tensors, set_input_shape, set_tensor_address,
-execute_async_v3.
+It uses the API that TensorRT 8.5 to 11 and TensorRT for RTX share: named tensors, set_input_shape,
+set_tensor_address, execute_async_v3.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
+import functools
+import importlib
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -17,6 +22,7 @@ import numpy as np
 from ensemble.arrays import Array, Tensors
 from ensemble.engines.cuda import Gpu, gpu_facts
 from ensemble.engines.dlpack import CUDA, Borrowed, DeviceTensor
+from ensemble.engines.flavors import MODULES, RTX, TENSORRT, TITLES, sm_refusal
 from ensemble.engines.plans import MANIFEST, Node, Plan, read_plan
 from ensemble.errors import ReleaseError
 
@@ -24,32 +30,66 @@ Described = tuple[str, str, tuple[int | None, ...]]
 # Not trt.nptype: that of 8.5 asks for np.bool, which numpy has not had since 1.24.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 _LIBRARIES = tuple(f"libnvinfer.so.{major}" for major in (11, 10, 8))
-NO_TENSORRT = (
-    "TensorRT is not installed here",
-    "plans are built and run in the serving image (tritonserver:26.09-py3 brings it) on a GPU node",
-)
+NOT_INSTALLED = {
+    TENSORRT: (
+        "TensorRT is not installed here",
+        "plans are built and run in the serving image (tritonserver:26.09-py3 brings it) on a GPU node",
+    ),
+    RTX: ("TensorRT for RTX is not installed here", "pip install 'peregrine-recommender[rtx]'"),
+}
+_KEPT_LINES = 200  # of what TensorRT logs
 
 
-def import_tensorrt() -> Any:
-    """Imports the `tensorrt` module; ReleaseError where it is not installed."""
-    try:
-        import tensorrt
-    except ImportError:
-        raise ReleaseError(*NO_TENSORRT) from None
-    return tensorrt
+def import_tensorrt(flavor: str = TENSORRT) -> Any:
+    """Imports a flavour's module; ReleaseError where it is not installed.
 
-
-def this_node() -> Node:
-    """Says what this machine runs plans with; ReleaseError names what is missing: the GPU or TensorRT."""
-    gpu, sm, cuda = gpu_facts()
-    return Node(gpu, sm, tensorrt_version(), cuda)
-
-
-def tensorrt_version() -> str:
-    """Gives the version, such as "10.16.1", of the library that Triton's backend loads.
-
-    Where there is none on the search path, it is the Python package's.
+    The RTX wheels load their own libraries, so that no search path need name them.
     """
+    try:
+        return importlib.import_module(MODULES[flavor])
+    except ImportError as error:
+        if getattr(error, "name", None) == MODULES[flavor]:
+            raise ReleaseError(*NOT_INSTALLED[flavor]) from None
+        raise ReleaseError(
+            f"{TITLES[flavor]} is installed, but cannot be loaded: {error}", "install it again, both wheels"
+        ) from None
+
+
+def this_node(flavor: str = TENSORRT) -> Node:
+    """Says what this machine runs plans of a flavour with.
+
+    ReleaseError names what is missing: the GPU, one that the flavour knows, or the library.
+    """
+    gpu, sm, cuda = gpu_facts()
+    if why := sm_refusal(flavor, sm):
+        raise ReleaseError(why, f"this node has {gpu}; use --flavor tensorrt, or ONNX Runtime")
+    return Node(gpu, sm, tensorrt_version(flavor), cuda, flavor)
+
+
+def tensorrt_version(flavor: str = TENSORRT) -> str:
+    """Gives the version of a flavour, such as "10.16.1": of the library that Triton's backend loads.
+
+    Where there is none on the search path, and for RTX, it is the Python package's.
+    """
+    library = _library_version() if flavor == TENSORRT else ""
+    return library or _short(import_tensorrt(flavor).__version__)
+
+
+def check_bindings(flavor: str = TENSORRT) -> Any:
+    """Imports a flavour's module; ReleaseError unless it has the version of the library that Triton loads."""
+    trt, library = import_tensorrt(flavor), _library_version() if flavor == TENSORRT else ""
+    found = _short(trt.__version__)
+    if library and library != found:
+        raise ReleaseError(
+            f"Python's tensorrt is {found}, the libnvinfer that Triton loads is {library}: plans of one do "
+            "not open in the other",
+            f"pip install tensorrt-cu13-bindings=={library}.* (of your CUDA), or the image's own",
+        )
+    return trt
+
+
+def _library_version() -> str:
+    """Gives the version of the libnvinfer on the search path; empty where there is none."""
     for name in _LIBRARIES:
         try:
             number = ctypes.CDLL(name).getInferLibVersion()
@@ -57,24 +97,38 @@ def tensorrt_version() -> str:
             continue
         base = 10_000 if number >= 100_000 else 1000  # 101601 is 10.16.1, 8503 is 8.5.3
         return f"{number // base}.{number % base // 100}.{number % 100}"
-    return ".".join(import_tensorrt().__version__.split(".")[:3])
+    return ""
 
 
+def _short(version: str) -> str:
+    return ".".join(version.split(".")[:3])
+
+
+@functools.cache
 def logger(trt: Any) -> Any:
-    """Makes a logger that keeps warnings and errors, to be told with what failed, instead of printing."""
+    """Gives the module's logger, which keeps the last warnings and errors, to be told with what failed.
+
+    One a process: TensorRT writes to the first that it was given, whichever is passed later.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+            self.count = 0  # of all lines so far
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
+                self.lines.append(message.strip())
+                self.count += 1
+
+        def since(self, count: int) -> list[str]:
+            """Gives the lines after the first `count`, as far as they are kept."""
+            return list(self.lines)[-(self.count - count) :] if self.count > count else []
 
         def last_line(self) -> str:
             """Gives the last warning or error, for the error that is raised."""
-            return self.errors[-1].strip().splitlines()[0] if self.errors else "TensorRT says no more"
+            return self.lines[-1].splitlines()[0] if self.lines else "TensorRT says no more"
 
     return Log()
 
@@ -97,14 +151,17 @@ class TensorRTEngine:
 
     def __init__(self, path: Path) -> None:
         plan = _checked(path)
-        trt = import_tensorrt()
+        trt = check_bindings(plan.key.flavor)
         self._log, self._gpu = logger(trt), Gpu()
         self._runtime = start(trt.Runtime, self._log)
         if plan.key.portable:
             # A version-compatible plan carries its own small runtime; its digest was checked
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
+        kernels = _KernelCache(trt, self._engine, plan) if plan.key.flavor == RTX and self._engine else None
+        self._context: Any = None
+        if self._engine is not None:
+            self._context = self._engine.create_execution_context(*([kernels.config] if kernels else []))
         if self._context is None:
             raise ReleaseError(
                 f"cannot open {path}: {self._log.last_line()}",
@@ -119,6 +176,10 @@ class TensorRTEngine:
         self.inputs = [self._described(name) for name in taken]
         self.outputs = [self._described(name) for name in names if name not in taken]
         self._buffers = {name: self._gpu.allocate(self._bytes(name, self.max_batch)) for name in names}
+        if kernels is not None:
+            zeros = {n: np.zeros((1, *self._dims[n]), self._dtypes[n]) for n in taken}
+            self.run(zeros)  # compiles the kernels
+            kernels.save()
 
     def run(self, feeds: Mapping[str, Any]) -> Tensors:
         """Turns arrays, or GPU tensors with __dlpack__, by name into arrays by name."""
@@ -245,10 +306,37 @@ class TensorRTEngine:
         return name, self._dtypes[name].name, self._dims[name]
 
 
+class _KernelCache:
+    """Holds how an RTX plan is run, and the kernels that this GPU's driver has compiled for it.
+
+    A plan for RTX cards is compiled for the card where it is opened; what that gave is kept in the user's
+    cache folder, so that the next start does not wait again. TensorRT itself refuses another version's or
+    GPU's.
+    """
+
+    def __init__(self, trt: Any, engine: Any, plan: Plan) -> None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._path = base / "peregrine" / "rtx" / f"{plan.key.digest}.kernels"
+        self.config = engine.create_runtime_config()
+        self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = self.config.create_runtime_cache()
+        with contextlib.suppress(OSError):
+            self._cache.deserialize(self._path.read_bytes())
+        self.config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Writes the kernels where there is room; a cache that cannot be written is none."""
+        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(bytes(self._cache.serialize()))
+            partial.rename(self._path)
+
+
 def _checked(path: Path) -> Plan:
     """Reads the plan of the manifest two folders up; ReleaseError unless it fits this node and is whole."""
     plan = read_plan(path.parents[2] / MANIFEST)
-    differs = plan.key.difference(this_node())
+    differs = plan.key.difference(this_node(plan.key.flavor))
     if differs:
         raise ReleaseError(f"{path}: {differs}", "build it on this node: `peregrine compile`")
     plan.verify()

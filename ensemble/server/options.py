@@ -5,11 +5,9 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
-from ensemble.engines import CPU, GPU, ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT
+from ensemble.engines import CPU, ENGINES, GPU
 from ensemble.errors import InvalidInput
 from ensemble.tiers.settings import TierSettings
-
-REQUIREMENTS = (TENSORRT, ONNXRUNTIME_GPU, ONNXRUNTIME)
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class ServeOptions:
     metrics_port: int | None = 8002  # of Prometheus' metrics; 0 takes a free one, None serves none
     address: str = "127.0.0.1"
     fused: bool = False  # all steps of a request in one Python process, instead of the ensemble
-    require: str | None = None  # one of REQUIREMENTS, or an error; None takes the best that is there
+    require: str | None = None  # one of ENGINES, or an error; None takes the best that is there
     index: str = CPU  # engines.CPU or GPU: where the main index is searched
     redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
     verbose: bool = False  # Triton's own log is shown
@@ -32,8 +30,8 @@ class ServeOptions:
                 raise InvalidInput(f"{name} {port}: ports are 0 to 65535")
         if self.address != "localhost":
             _check_is_address(self.address)
-        if self.require is not None and self.require not in REQUIREMENTS:
-            raise InvalidInput(f"--require {self.require}: known are {', '.join(REQUIREMENTS)}")
+        if self.require is not None and self.require not in ENGINES:
+            raise InvalidInput(f"--require {self.require}: known are {', '.join(ENGINES)}")
         if self.index not in (CPU, GPU):
             raise InvalidInput(f"--index {self.index}: is unknown; use {CPU} or {GPU}")
         if self.redis is not None:

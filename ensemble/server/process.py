@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, TENSORRT
+from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE
+from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
 from ensemble.server.installation import Installation, RunFolder, remove_regions
 from ensemble.server.options import ServeOptions

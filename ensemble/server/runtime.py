@@ -1,4 +1,5 @@
-"""Chooses what a server runs its engines on: TensorRT where this node has a GPU and fitting plans, else ONNX.
+"""Chooses what a server runs its engines on: plans of TensorRT, plans for RTX cards, ONNX Runtime on the GPU
+or CPU.
 
 Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
 links, in which a model with a plan is the plan's folder and everything else is the repository's own. Nested
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensemble.engines import ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT
+from ensemble.engines import ENGINES, ONNXRUNTIME, ONNXRUNTIME_GPU
+from ensemble.engines.flavors import MODULES, RTX, TENSORRT, TITLES
 from ensemble.engines.plans import Plan, find_plans, read_plans
 from ensemble.errors import ReleaseError
 from ensemble.release.release import Release, open_release
@@ -22,6 +24,7 @@ from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
 
 OVERLAY = "repository"  # the folder of links, in the run folder
+_TITLES = {**TITLES, ONNXRUNTIME_GPU: "ONNX Runtime on the GPU", ONNXRUNTIME: "ONNX Runtime on the CPU"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Runtime:
 
     engine: str = ONNXRUNTIME  # of the Python engine steps: ensemble.engines.ENGINE_VARIABLE
     plans: tuple[Plan, ...] = ()  # of Triton's native TensorRT backend; empty: it is not used
+
+    @property
+    def title(self) -> str:
+        """Names it for people."""
+        return f"{TITLES[TENSORRT]}, in Triton's own backend" if self.plans else _TITLES[self.engine]
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -45,38 +53,71 @@ def choose_runtime(
     options: ServeOptions,
     log: Callable[[str], None],
 ) -> Runtime:
-    """Chooses TensorRT if it can be had, else ONNX Runtime, and logs why; with `options.require`, that one or
+    """Chooses the best that can be had and logs why it is not a better one; with `options.require`, that one
+    or
     ReleaseError."""
-    require = options.require
-    if require == ONNXRUNTIME:
+    if options.require == ONNXRUNTIME:
         return Runtime()
     opened = open_release(repository, release)
-    try:
-        if require == ONNXRUNTIME_GPU:
-            return _onnxruntime_gpu()
-        return _tensorrt(opened, installation, options.fused)
-    except ReleaseError as error:
-        if require is not None:
-            raise ReleaseError(f"--require {require}: {error}") from None
-        return _without_tensorrt(opened, str(error), log)
+    choices: dict[str, Callable[[], Runtime]] = {
+        TENSORRT: lambda: _tensorrt(opened, installation, options.fused),
+        RTX: lambda: _rtx(opened),
+        ONNXRUNTIME_GPU: _onnxruntime_gpu,
+        ONNXRUNTIME: Runtime,
+    }
+    if options.require is not None:
+        try:
+            return choices[options.require]()
+        except ReleaseError as error:
+            raise ReleaseError(f"--require {options.require}: {error.fact}", error.cure) from None
+    misses = []
+    for name in ENGINES:
+        try:
+            runtime = choices[name]()
+        except ReleaseError as error:
+            text, title = str(error), _TITLES[name]
+            misses.append(text if text.startswith(title) else f"{title}: {text}")
+            continue
+        if misses and (_has_gpu() or _has_plans(opened)):  # else nobody could expect a plan
+            loud = "" if name in (TENSORRT, RTX) else "WARNING: "
+            log(f"{loud}engines run on {runtime.title}. {'. '.join(misses)}")
+        return runtime
+    raise AssertionError("ONNX Runtime on the CPU is always there")
 
 
 def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runtime:
     """Chooses Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what
     is in the way."""
-    from ensemble.engines.cuda import gpu_facts
     from ensemble.engines.tensorrt import this_node
 
-    gpu_facts()  # before TensorRT is looked for: without a GPU that is what to say
     plans = find_plans(release, this_node())
     if (installation.backends / "tensorrt").is_dir() and not fused:
         return Runtime(plans=tuple(plans.values()))
-    if importlib.util.find_spec("tensorrt"):
+    if importlib.util.find_spec(MODULES[TENSORRT]):
         return Runtime(TENSORRT)
     raise ReleaseError(
         f"this tritonserver has no TensorRT backend ({installation.backends}), and Python has no tensorrt "
         "for the engine steps"
     )
+
+
+def _rtx(release: Release) -> Runtime:
+    """Chooses the engine steps in Python, since Triton's backend does not know such plans; ReleaseError names
+    what is in the way: before all the GPU."""
+    from ensemble.engines.tensorrt import this_node
+
+    find_plans(release, this_node(RTX))
+    return Runtime(RTX)
+
+
+def _has_gpu() -> bool:
+    """Says whether this machine has a GPU."""
+    from ensemble.engines.cuda import gpu_facts
+
+    try:
+        return bool(gpu_facts())
+    except ReleaseError:
+        return False
 
 
 def _onnxruntime_gpu() -> Runtime:
@@ -91,26 +132,6 @@ def _onnxruntime_gpu() -> Runtime:
     if CUDA not in active:
         raise ReleaseError(f"ONNX Runtime has no {CUDA}, only {', '.join(active)}; install onnxruntime-gpu")
     return Runtime(ONNXRUNTIME_GPU)
-
-
-def _without_tensorrt(release: Release, why: str, log: Callable[[str], None]) -> Runtime:
-    """Chooses ONNX Runtime, on the GPU if it can; logs `why` unless nobody could expect a plan: no GPU, none
-    built."""
-    from ensemble.engines.cuda import gpu_facts
-
-    try:
-        gpu_facts()
-        has_gpu = True
-    except ReleaseError:
-        has_gpu = False
-    try:
-        runtime = _onnxruntime_gpu() if has_gpu else Runtime()
-    except ReleaseError:
-        runtime = Runtime()
-    if has_gpu or _has_plans(release):
-        where = "on the GPU" if runtime.engine == ONNXRUNTIME_GPU else "on the CPU"
-        log(f"WARNING: serving ONNX {where} instead of TensorRT: {why}")
-    return runtime
 
 
 def _has_plans(release: Release) -> bool:

@@ -1,12 +1,14 @@
-"""Runs code on a pretended GPU: a driver of this machine's own memory (needs a C compiler) and a TensorRT
-over ONNX Runtime.
+"""Runs code on a pretended GPU: a driver of this machine's own memory (needs a C compiler), and plans that
+run on ONNX Runtime.
 
-There is no way to run TensorRT without a GPU, and the code around it (buffers, streams, DLPack, keys,
-manifests) is where faults hide: so it runs here, unchanged, in a process of its own.
+NVIDIA's own parser and builder make the plans; what no CPU can have is to open them, and the code around
+that (buffers, streams, DLPack, keys, manifests) is where faults hide: so it runs here, unchanged, in a
+process of its own.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,6 +31,10 @@ def compiler() -> str:
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
     """What a process needs to find the pretended GPU."""
+    if not importlib.util.find_spec("tensorrt_rtx_bindings"):
+        pytest.skip("the wheels tensorrt-rtx-cu13-* are not installed: `make test` installs them")
+    plans = ROOT / ".pytest_cache" / "d" / "peregrine_plans"  # what NVIDIA's builder has made a plan of
+    plans.mkdir(parents=True, exist_ok=True)
     library = folder / "libcuda.so.1"
     if not library.exists():
         subprocess.run(
@@ -39,6 +45,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         **os.environ,
         "LD_LIBRARY_PATH": str(folder),
         "PYTHONPATH": path,
+        "PRETEND_PLANS": str(plans),
         "PYTHONDONTWRITEBYTECODE": "1",
         **more,
     }

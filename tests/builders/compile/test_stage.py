@@ -55,6 +55,11 @@ KEY = EngineKey(
 )
 
 
+FOR_RTX = {"flavor": "rtx", "tensorrt": "1.7.1", "cuda": "", "sm": "", "gpu": ""}
+RTX_NODE = {"flavor": "rtx", "tensorrt": "1.7.1", "sm": "8.9", "gpu": "NVIDIA RTX 4090"}
+RTX_KNOWS = "it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1 and later"
+
+
 def tools(build=lambda request: request.onnx, node: Node = NODE) -> Toolchain:
     """A plan is the ONNX model itself, run by onnxruntime."""
     return Toolchain(node, build, lambda path: OnnxEngine(path, 1))
@@ -270,7 +275,7 @@ def test_plans_of_a_release_go_with_it(repository):
 
 
 def test_the_digest_is_stable_and_every_fact_changes_it():
-    assert KEY.digest == "4ba7b8e5dd8182c0"
+    assert KEY.digest == "a2e520cd11e39a26"
     others = {
         "tensorrt": "11.3.0",
         "cuda": "13.0",
@@ -282,6 +287,8 @@ def test_the_digest_is_stable_and_every_fact_changes_it():
         "onnx_sha256": "",
         "profile": (),
         "recipe": 2,
+        "flavor": "rtx",
+        "targets": ("8.9",),
     }
     assert set(others) == {field.name for field in dataclasses.fields(EngineKey)}
     assert (
@@ -311,10 +318,64 @@ def test_the_digest_is_stable_and_every_fact_changes_it():
         ),
         ({"portable": True}, {"tensorrt": "11.3.9"}, f"{LATER} 11.3.9"),
         ({"portable": True}, {"tensorrt": "12.0.0"}, f"{LATER} 12.0.0"),
+        (
+            {"portable": True, "precision": "fp16+fp8"},
+            {"sm": "8.0"},
+            "the plan does not fit: it computes in fp8, which SM 8.0 does not have (8.9 and later do)",
+        ),
+        ({"portable": True, "precision": "fp16+fp8"}, {"sm": "8.9"}, ""),
+        ({}, {"flavor": "rtx"}, "the plan is TensorRT's, this node has TensorRT for RTX"),
+        (FOR_RTX, {}, "the plan is TensorRT for RTX's, this node has TensorRT"),
+        (FOR_RTX, RTX_NODE, ""),
+        (FOR_RTX, {**RTX_NODE, "sm": "12.1"}, ""),
+        (FOR_RTX, {**RTX_NODE, "sm": "13.0"}, ""),
+        (FOR_RTX, {**RTX_NODE, "sm": "9.0"}, f"TensorRT for RTX opens no plan on SM 9.0: {RTX_KNOWS}"),
+        (FOR_RTX, {**RTX_NODE, "sm": "10.0"}, f"TensorRT for RTX opens no plan on SM 10.0: {RTX_KNOWS}"),
+        (
+            FOR_RTX,
+            {**RTX_NODE, "sm": "7.5"},
+            "the portable plan is for SM 8.0 and later, this node has SM 7.5",
+        ),
+        ({**FOR_RTX, "targets": ("7.5",)}, {**RTX_NODE, "sm": "7.5"}, ""),
+        (
+            {**FOR_RTX, "targets": ("8.6", "12.0")},
+            RTX_NODE,
+            "the plan is for SM 8.6, 12.0, this node has 8.9",
+        ),
+        (
+            FOR_RTX,
+            {**RTX_NODE, "tensorrt": "1.8.0"},
+            "the plan is for TensorRT for RTX 1.7.1, this node has 1.8.0",
+        ),
+        (
+            {**FOR_RTX, "targets": ("7.5",), "precision": "int8"},
+            {**RTX_NODE, "sm": "7.5"},
+            "the plan does not fit: it computes in int8, which TensorRT for RTX does not have on SM 7.5 "
+            "(on 8.0 and later it has)",
+        ),
     ],
 )
 def test_the_fact_that_differs_is_named(key, node, text):
     assert dataclasses.replace(KEY, **key).difference(dataclasses.replace(NODE, **node)) == text
+
+
+def test_of_several_plans_the_newest_recipe_and_the_last_built_is_found(repository, monkeypatch):
+    release = open_served(repository, "r1")
+    compile_release(repository, "r1", tools())
+    first = find_plan(release, "ranker", NODE)
+    monkeypatch.setattr(EngineKey, "__init__", _with_recipe(EngineKey.__init__, 2))
+    compile_release(repository, "r1", tools())
+    monkeypatch.undo()
+    assert find_plan(release, "ranker", NODE).key == dataclasses.replace(first.key, recipe=2)
+    compile_release(repository, "r1", tools(), portable=True)
+    assert not find_plan(release, "ranker", NODE).key.portable, "one for just this GPU is faster"
+
+
+def _with_recipe(init, recipe):
+    def made(self, *arguments, **more):
+        init(self, *arguments, **{"recipe": recipe, **more})
+
+    return made
 
 
 def test_a_node_without_a_fitting_plan_is_told_why(repository):
@@ -451,6 +512,7 @@ def test_the_whole_command_on_a_pretended_gpu(repository, tmp_path, version, opt
         "sm": "9.0",
         "tensorrt": ".".join(version.split(".")[:3]),
         "cuda": "13.1",
+        "flavor": "tensorrt",
     }
     assert [one["relative_error"] < 1e-5 for one in answer["plans"]] == [True] * 3
     cache = repository / ".build" / "tensorrt" / f"timing-{answer['node']['tensorrt']}-sm9.0.cache"

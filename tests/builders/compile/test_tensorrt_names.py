@@ -1,8 +1,8 @@
-"""Every TensorRT name that the code uses exists in TensorRT 10.16 and 11.4: held against NVIDIA's own Python
-bindings.
+"""Every TensorRT name that the code uses exists in TensorRT 10.16, 11.4 and TensorRT for RTX: held against
+NVIDIA's own Python bindings.
 
-The bindings are a wheel without the libraries; with stubs in their place they import on any machine, and all
-names are real. They go to a cache folder, never into the environment.
+TensorRT's bindings are a wheel without the libraries; with stubs in their place they import on any machine,
+and all names are real. They go to a cache folder, never into the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shops import ROOT
 
 from ensemble.engines.tensorrt import DTYPES
 
-SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "compile" / "stage.py")
+SOURCES = (ROOT / "ensemble" / "engines" / "tensorrt.py", ROOT / "builders" / "compile" / "builder.py")
 VERSIONS = ("10.16", "11.4")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peregrine"
 SYMBOLS = (
@@ -44,18 +44,24 @@ CLASSES = {
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
     "self._runtime": "Runtime",
+    "self.config": "IRuntimeConfig",
+    "self._cache": "IRuntimeCache",
 }
 # Functions about TensorRT 8.5 alone.
 OLD_ONLY = ("_old_network_flags", "_old_onnx", "_old_settings")
+# Functions and classes about TensorRT for RTX alone.
+RTX_ONLY = ("_rtx_settings", "target_names", "_KernelCache")
 
 
-def used_names() -> set[str]:
+def used_names(leave_out: tuple[str, ...] = (*OLD_ONLY, *RTX_ONLY)) -> set[str]:
     """ "BuilderFlag.SPARSE_WEIGHTS", "IBuilderConfig.set_flag" …: attributes of `trt` and of the variables in
     CLASSES."""
     found = set()
     for path in SOURCES:
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef) and function.name not in OLD_ONLY:
+        tree = ast.parse(path.read_text())
+        tops = [node for node in tree.body if getattr(node, "name", "") not in leave_out]
+        for function in (inner for node in tops for inner in ast.walk(node)):
+            if isinstance(function, ast.FunctionDef):
                 texts = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Attribute)]
                 found |= {text.removeprefix("trt.") for text in texts if text.startswith("trt.")}
                 found |= {
@@ -115,6 +121,22 @@ def test_every_name_exists_in_the_real_bindings(version, tmp_path):
     found, *missing = done.stdout.split()
     assert found.startswith(version + ".")
     assert missing == ["BuilderFlag.NO_SUCH_FLAG"]
+
+
+def test_every_name_exists_in_tensorrt_for_rtx():
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="the wheels tensorrt-rtx-cu13-* are missing")
+
+    def is_there(name: str) -> bool:
+        owner = trt
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        return owner is not None
+
+    names = used_names(OLD_ONLY)
+    assert {"CudaGraphStrategy.WHOLE_GRAPH_CAPTURE", "IRuntimeConfig.create_runtime_cache"} <= names
+    assert [name for name in (*names, "BuilderFlag.NONE_SUCH") if not is_there(name)] == [
+        "BuilderFlag.NONE_SUCH"
+    ]
 
 
 def fetched(version: str) -> Path:

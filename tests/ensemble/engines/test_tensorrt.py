@@ -6,13 +6,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pretend
 import pytest
-from shops import private_copy
+from shops import ROOT, private_copy
 
 from ensemble.engines import dlpack, open_engine
 from ensemble.engines.cuda import NO_GPU, gpu_facts
@@ -201,7 +204,7 @@ def test_an_unknown_runtime_is_refused(tiny_release, monkeypatch):
     monkeypatch.setenv("PEREGRINE_ENGINE", "openvino")
     with pytest.raises(
         ReleaseError,
-        match=r"^PEREGRINE_ENGINE=openvino: known are onnxruntime, onnxruntime-gpu and tensorrt$",
+        match=r"^PEREGRINE_ENGINE=openvino: known are tensorrt, rtx, onnxruntime-gpu, onnxruntime$",
     ):
         EngineStep(tiny_release.model("ranker"), tiny_release)
 
@@ -266,3 +269,71 @@ def test_what_cannot_be_read_in_place_is_refused(rng):
 def test_the_structures_have_dlpacks_sizes():
     """dlpack.h on a 64-bit machine: DLTensor 48 bytes, DLManagedTensor 64."""
     assert (ctypes.sizeof(dlpack._Tensor), ctypes.sizeof(dlpack._Managed)) == (48, 64)
+
+
+# --- plans for RTX cards
+
+
+@pytest.fixture(scope="module")
+def on_card(gpu, tiny_repository, tmp_path_factory):
+    """(environment of a process on an RTX card, repository with plans for such cards)."""
+    repository = private_copy(tiny_repository, tmp_path_factory.mktemp("rtx") / "repository")
+    done = pretend.peregrine(gpu, "compile", "-r", repository, "--ahead")
+    assert done.returncode == 0, done.stderr
+    return {**gpu, "PRETEND_SM": "89", "PRETEND_GPU": "NVIDIA RTX 4090"}, repository
+
+
+RTX_PLAN = 'path = find_plan(release, "ranker", this_node("rtx")).path\n'
+
+
+def test_a_plan_for_rtx_cards_answers_as_onnxruntime_does_and_keeps_its_kernels(on_card, tmp_path):
+    env, repository = on_card
+    code = (
+        RTX_PLAN
+        + """
+engine = open_engine(path)
+assert sorted(engine.inputs) == sorted((t.name, t.dtype, t.dims) for t in ranker.inputs)
+for name, wanted in onnx.run(feeds).items():
+    np.testing.assert_allclose(engine.run(feeds)[name], wanted, rtol=1e-5, atol=1e-6)
+"""
+    )
+    for count in ("1", "2"):
+        pretended(env, repository, code, XDG_CACHE_HOME=str(tmp_path))
+        (kernels,) = (tmp_path / "peregrine" / "rtx").iterdir()
+        assert kernels.read_text() == count, "what was compiled before is read at the next start"
+    # Nowhere to write: the plan runs all the same.
+    pretended(env, repository, code, XDG_CACHE_HOME="/dev/null")
+
+
+def test_the_engine_step_opens_the_flavour_that_the_server_chose(on_card):
+    env, repository = on_card
+    code = """
+from ensemble.engines import EngineStep
+from ensemble.options import default_options
+step = EngineStep(ranker, release)
+rows = len(next(iter(feeds.values())))
+answer = step.run(default_options(rows), **feeds)["candidate_probabilities"]
+np.testing.assert_allclose(answer, onnx.run(feeds)["candidate_probabilities"], atol=1e-6)
+print(type(step.engine).__name__)
+"""
+    assert pretended(env, repository, code, PEREGRINE_ENGINE="rtx") == "TensorRTEngine"
+    refused = (
+        "import os; os.environ['PEREGRINE_ENGINE'] = 'rtx'\n"
+        "from ensemble.engines import EngineStep\nprint(refusal(EngineStep, ranker, release))"
+    )
+    answer = pretended(env, repository, refused, PRETEND_RTX="1.8.0.1")
+    assert answer.startswith(
+        "ranker: the plan is for TensorRT for RTX 1.7.1, this node has 1.8.0; build plans"
+    )
+    answer = pretended(env, repository, refused, PRETEND_SM="100")
+    assert answer.startswith("TensorRT for RTX opens no plan on SM 10.0: it knows 7.5, ")
+
+
+def test_the_rtx_wheels_find_their_own_libraries():
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the wheels tensorrt-rtx-cu13-* are not installed")
+    env = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+    code = "from ensemble.engines.tensorrt import tensorrt_version; print(tensorrt_version('rtx'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"1\.\d+\.\d+\n", done.stdout)

@@ -46,6 +46,29 @@ def chosen(
     return json.loads(done.stdout)
 
 
+NO_CUDA = (
+    "ONNX Runtime on the GPU: ONNX Runtime has no CUDAExecutionProvider, only AzureExecutionProvider, "
+    "CPUExecutionProvider; install onnxruntime-gpu"
+)
+
+
+def no_rtx(more: dict[str, str]) -> str:
+    """Why a release without a plan for RTX cards is not served by one, on a node such as `more` says."""
+    if more.get("PRETEND_SM", "90") == "90":
+        return (
+            "TensorRT for RTX opens no plan on SM 9.0: it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1 and later; "
+            f"this node has {more.get('PRETEND_GPU', 'Pretend 9')}; use --flavor tensorrt, or ONNX Runtime"
+        )
+    return (
+        "TensorRT for RTX: user_encoder: release r1 has no plan of TensorRT for RTX; build plans on this "
+        "node: `peregrine compile --flavor rtx`"
+    )
+
+
+ON_CPU = "WARNING: engines run on ONNX Runtime on the CPU. TensorRT: user_encoder: "
+BUILD = "; build plans on this node: `peregrine compile`"
+
+
 @pytest.fixture(scope="module")
 def native(tmp_path_factory) -> Path:
     """A backends folder that has Triton's TensorRT backend."""
@@ -82,10 +105,7 @@ def test_plans_that_fit_are_served_by_tritons_own_backend_where_it_has_one(gpu, 
 def test_plans_of_another_node_mean_onnx_said_loudly_or_a_refusal(gpu, compiled, native, more, fact):
     engine, plans, flags, heard = chosen(gpu, compiled, native, **more)
     assert (engine, plans, flags) == ("onnxruntime", [], [])
-    assert heard == [
-        f"WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: {fact}; build plans on this "
-        "node: `peregrine compile`"
-    ]
+    assert heard == [f"{ON_CPU}{fact}{BUILD}. {no_rtx(more)}. {NO_CUDA}"]
     (refusal,) = chosen(gpu, compiled, native, "tensorrt", **more)
     assert (
         refusal == f"--require tensorrt: user_encoder: {fact}; build plans on this node: `peregrine compile`"
@@ -99,14 +119,13 @@ def test_a_cut_plan_means_onnx_said_loudly(gpu, compiled, native, tmp_path):
     engine, plans, _, (line,) = chosen(gpu, repository, native)
     assert (engine, plans) == ("onnxruntime", [])
     assert line.startswith(
-        f"WARNING: serving ONNX on the CPU instead of TensorRT: {path} was changed or cut short"
+        f"WARNING: engines run on ONNX Runtime on the CPU. TensorRT: {path} was changed or cut short"
     )
 
 
 def test_no_plans_are_said_where_there_is_a_gpu_and_not_where_there_is_none(gpu, tiny_repository, native):
     assert chosen(gpu, tiny_repository, native)[3] == [
-        "WARNING: serving ONNX on the CPU instead of TensorRT: user_encoder: release r1 has no plan; build "
-        "plans on this node: `peregrine compile`"
+        f"{ON_CPU}release r1 has no plan{BUILD}. {no_rtx({})}. {NO_CUDA}"
     ]
     assert chosen(gpu, tiny_repository, native, PRETEND_GPUS="0") == ["onnxruntime", [], [], []]
 
@@ -120,7 +139,46 @@ def test_portable_plans_need_a_flag_of_the_backend(gpu, tiny_repository, native,
     assert (len(plans), flags) == (2, ["--backend-config=tensorrt,version-compatible=true"])
 
 
-@pytest.mark.parametrize("require", ["tensorrt", "onnxruntime-gpu", "openvino"])
+@pytest.fixture(scope="module")
+def for_rtx(gpu, tiny_repository, tmp_path_factory) -> Path:
+    """A repository whose release has plans for RTX cards, built ahead of them."""
+    repository = private_copy(tiny_repository, tmp_path_factory.mktemp("rtx") / "repository")
+    done = pretend.peregrine(
+        {**gpu, "PRETEND_GPUS": "0"}, "compile", "-r", repository, "--flavor", "rtx", "--ahead"
+    )
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
+RTX_CARD = {"PRETEND_SM": "89", "PRETEND_GPU": "NVIDIA RTX 4090"}
+
+
+def test_plans_for_rtx_cards_are_opened_by_the_engine_steps_and_it_is_said_why(gpu, for_rtx, native):
+    engine, plans, flags, (line,) = chosen(gpu, for_rtx, native, **RTX_CARD)
+    assert (engine, plans, flags) == ("rtx", [], [])
+    assert line == (f"engines run on TensorRT for RTX. TensorRT: user_encoder: release r1 has no plan{BUILD}")
+    assert chosen(gpu, for_rtx, native, "rtx", **RTX_CARD) == ["rtx", [], [], []]
+    (refusal,) = chosen(gpu, for_rtx, native, "tensorrt", **RTX_CARD)
+    assert refusal.startswith("--require tensorrt: user_encoder: release r1 has no plan; build")
+
+
+def test_plans_of_tensorrt_are_taken_before_those_for_rtx_cards(gpu, for_rtx, native, tmp_path):
+    repository = private_copy(for_rtx, tmp_path / "repository")
+    env = {**gpu, **RTX_CARD}
+    assert pretend.peregrine(env, "compile", "-r", repository, "--flavor", "tensorrt").returncode == 0
+    assert chosen(env, repository, native)[1] == ["r1_user_encoder", "r1_ranker"]
+    assert chosen(env, repository, native, "rtx") == ["rtx", [], [], []]
+
+
+def test_a_gpu_that_opens_no_rtx_plan_is_named_at_once(gpu, for_rtx, native):
+    engine, _, _, (line,) = chosen(gpu, for_rtx, native)
+    assert engine == "onnxruntime"
+    assert f"{no_rtx({})}. {NO_CUDA}" in line
+    (refusal,) = chosen(gpu, for_rtx, native, "rtx")
+    assert refusal == f"--require rtx: {no_rtx({})}"
+
+
+@pytest.mark.parametrize("require", ["tensorrt", "rtx", "onnxruntime-gpu", "openvino"])
 def test_what_is_required_and_not_there_is_one_line_and_exit_code_2(tiny_repository, require):
     if require != "openvino" and shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
