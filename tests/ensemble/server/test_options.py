@@ -17,7 +17,10 @@ from ensemble.server.options import ServeOptions
             {"address": "shop"},
             "address 'shop' is not an IP address; use 127.0.0.1, or 0.0.0.0 for every interface",
         ),
-        ({"require": "openvino"}, "--require openvino: known are tensorrt, rtx, onnxruntime-gpu, onnxruntime"),
+        (
+            {"require": "openvino"},
+            "--require openvino: known are tensorrt, rtx, onnxruntime-gpu, onnxruntime",
+        ),
         ({"index": "tpu"}, "--index tpu: is unknown; use cpu or gpu"),
         ({"redis": "host"}, "--redis: 'host' is not a Redis URL"),
         ({"start_timeout_s": 0.0}, "--start-timeout-s must be above 0, got 0.0"),
