@@ -29,6 +29,7 @@ import peregrine
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     "README.md",
+    "builders/README.md",
     "builders/compress/README.md",
     "ensemble/live/README.md",
     "ensemble/tiers/README.md",

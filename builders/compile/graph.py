@@ -68,19 +68,48 @@ def precision(model: onnx.ModelProto) -> str:
     return "+".join(sorted(_NAMES[kind] for kind in found if kind in _NAMES)) or "fp32"
 
 
-def check_constants(model: onnx.ModelProto, where: str) -> None:
-    """Raises ReleaseError for a constant that a cast broke: infinite in fp16, or NaN."""
+def check_constants(model: onnx.ModelProto, where: str) -> list[str]:
+    """Gives a line for each constant that is infinite in fp16; ReleaseError for one that is NaN.
+
+    Both may be a cast's doing, but an infinite one may also mask logits on purpose.
+    """
     readers = {name: node.name for node in model.graph.node for name in node.input}
+    notes = []
     for tensor in model.graph.initializer:
         if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
             continue
-        values = numpy_helper.to_array(tensor)
-        bad = np.isnan(values) if tensor.data_type == TensorProto.FLOAT else ~np.isfinite(values)
-        if bad.any():
+        values, place = numpy_helper.to_array(tensor), readers.get(tensor.name, "?")
+        if np.isnan(values).any():
             raise ReleaseError(
-                f"{where}: {tensor.name}, which node {readers.get(tensor.name, '?')} reads, is not finite",
-                "compress the release again",
+                f"{where}: {tensor.name}, which node {place} reads, is NaN", "build the release again"
             )
+        if tensor.data_type == TensorProto.FLOAT16 and np.isinf(values).any():
+            notes.append(f"node {place} reads {tensor.name}, which is infinite in fp16: was it so in fp32?")
+    return notes
+
+
+def drop_int8_activations(model: onnx.ModelProto) -> int:
+    """Leaves int8 to weights, in place: what reads rounded activations reads them unrounded; gives how many.
+
+    For a runtime whose int8 is of weights only, which would round activations and multiply in fp16 all the
+    same.
+    """
+    graph = model.graph
+    zeros = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8}
+    made = {node.output[0]: node for node in graph.node}
+    unrounded = {}
+    for node in graph.node:
+        coder = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if coder is not None and coder.op_type == "QuantizeLinear" and coder.input[2] in zeros:
+            unrounded[node.output[0]] = coder.input[0]
+    for node in graph.node:
+        node.input[:] = [unrounded.get(name, name) for name in node.input]
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):  # a coder is read by its decoder alone, which goes first
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.output[0] not in read:
+            graph.node.remove(node)
+            read = {name for other in graph.node for name in other.input} | {v.name for v in graph.output}
+    return len(unrounded)
 
 
 def is_sparse(model: onnx.ModelProto) -> bool:

@@ -22,7 +22,14 @@ import onnx
 
 from builders.compile.builder import Request, build_plan
 from builders.compile.files import is_whole, move_in, room_for, seal, write_plan
-from builders.compile.graph import check_constants, is_sparse, precision, read_model, use_every_input
+from builders.compile.graph import (
+    check_constants,
+    drop_int8_activations,
+    is_sparse,
+    precision,
+    read_model,
+    use_every_input,
+)
 from builders.compile.samples import real_feeds
 from builders.progress import Progress
 from ensemble import contract
@@ -192,14 +199,17 @@ def _compile_model(
     source = source_onnx(release, model.name)
     data = source.read_bytes()
     graph = read_model(data, str(source))
-    check_constants(graph, str(source))
+    notes = check_constants(graph, str(source))
     key = engine_key(data, graph, ranges(model, release.pipeline.max_batch), tools.node, portable, targets)
     _check_fits(model, key, tools.node)
     folder = plans_folder(release.repository, release.name) / key.digest
     if is_whole(folder):
         return _kept(read_plan(folder / MANIFEST), model, source, feeds, tools)
     use_every_input(graph)
-    cache, notes = timing_cache(release.repository, tools.node), _precision_notes(key)
+    if key.flavor == RTX:
+        drop_int8_activations(graph)
+    notes += _precision_notes(key)
+    cache = timing_cache(release.repository, tools.node)
     started = time.monotonic()
     plan_bytes = tools.build(
         Request(graph.SerializeToString(), key.profile, key.sparse, portable, cache, targets, notes.append)

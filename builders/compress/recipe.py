@@ -99,6 +99,8 @@ class Quantize(_Entry):
 
     onnxruntime: tuple[Literal["int8", "fp32"], ...] = ("int8", "fp32")
     tensorrt: tuple[Precision, ...] = ("int8", "fp16", "fp32")
+    # What opens TensorRT's engine. On RTX cards int8 saves bytes and no time: fp8, if listed, comes first.
+    flavor: Literal["tensorrt", "rtx"] = "tensorrt"
     budget: Budget = Budget(loss=0.0025)
     pinned: dict[str, Precision] = {}  # node of the ONNX graph -> its precision
     qat: Literal["never", "auto"] = "auto"

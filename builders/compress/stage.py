@@ -97,7 +97,10 @@ class _Work:
         self._keep(model, "onnxruntime", shrunk.model)
         self.variants += shrunk.variants
         self.notes += shrunk.notes
-        for runtime, choice in self._choices(model, shrunk, evaluation, progress).items():
+        choices = self._choices(model, shrunk, evaluation, progress)
+        if "onnxruntime" in choices and "tensorrt" not in choices:
+            self._keep(model, "tensorrt", shrunk.model)  # the CPU's form of 8 bits is no builder's
+        for runtime, choice in choices.items():
             self._keep(model, runtime, choice.model)
             self.variants += choice.variants
             self.nodes += choice.nodes

@@ -71,9 +71,10 @@ def tensorrt_config(spec: ModelSpec, release: str, max_batch: int) -> ModelConfi
     # as in member_config, and no preferred sizes: they would wait for more
     config.dynamic_batching.max_queue_delay_microseconds = 0
     config.dynamic_batching.SetInParent()
-    # so many on each GPU
+    # On GPU 0, which is the one that `compile` builds for; without it Triton takes all there are, whatever
+    # they are.
     config.instance_group.add(
-        count=spec.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, profile=["0"]
+        count=spec.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, gpus=[0], profile=["0"]
     )
     config.optimization.cuda.graphs = True
     for size in batch_sizes(max_batch):

@@ -35,7 +35,7 @@ PLAN_FILE = "model.plan"
 TYPED_ONNX, ONNX = "model.tensorrt.onnx", "model.onnx"
 MANIFEST = "manifest.json"
 FORMAT = 1
-RECIPE = 1  # raised when builders/compile makes something else of the same facts
+RECIPE = 2  # raised when builders/compile makes something else of the same facts
 
 
 @dataclass(frozen=True)

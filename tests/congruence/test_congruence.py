@@ -1,9 +1,9 @@
 """One question, one answer, whoever is asked: the twin one user at a time is the reference; every other way
 must agree.
 
-Tolerance: scores and probabilities within 1e-5 (fp32, sums in another order). Ids are equal, except where two
-scores are nearer than that: such neighbours may change places (or the last one fall out), and so may the Nth
-candidate of recall.
+Tolerance: scores and probabilities within 1e-5 (fp32, sums in another order); on a GPU 5e-3 (fp32 runs on
+TF32 there, with 10 bits). Ids are equal, except where two scores are nearer than that: such neighbours may
+change places (or the last one fall out), and so may the Nth candidate of recall.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 
 TOLERANCE = 1e-5
+# Of a GPU's engines; and how many lists may differ by recall's Nth candidate, since more of them are near
+# ties.
+GPU_TOLERANCE, GPU_SHARE, CPU_SHARE = 5e-3, 1 / 20, 1 / 200
 USERS = 1000
 # of the requests: every batch size at least once
 SIZES = (
@@ -120,9 +124,10 @@ class Reference:
         return known["candidate_rows"][0], scores
 
 
-def check(reference: Reference, requests: list[Request], answers: list[Tensors]) -> None:
-    """Every user of every request against the reference; at most 1 in 200 may differ by recall's Nth
-    candidate."""
+def check(
+    reference: Reference, requests: list[Request], answers: list[Tensors], tolerance: float = TOLERANCE
+) -> None:
+    """Every user of every request against the reference; few may differ by recall's Nth candidate."""
     place, by_nth, told = 0, 0, []
     for (users, _), answer in zip(requests, answers, strict=True):
         widest = 0
@@ -133,8 +138,8 @@ def check(reference: Reference, requests: list[Request], answers: list[Tensors])
             }
             found = {name: array[row] for name, array in answer.items()}
             widest = max(widest, len(wanted["item_ids"]))
-            problem = difference(wanted, found)
-            if problem and is_nth_candidate(reference, question, wanted, found):
+            problem = difference(wanted, found, tolerance)
+            if problem and is_nth_candidate(reference, question, wanted, found, tolerance):
                 by_nth += 1
             elif problem:
                 told.append(
@@ -143,10 +148,11 @@ def check(reference: Reference, requests: list[Request], answers: list[Tensors])
             place += 1
         assert answer["item_ids"].shape == (len(users), widest)
     assert not told, f"{len(told)} of {place} users differ, the first: {told[0]}"
-    assert by_nth <= place / 200, f"{by_nth} of {place} lists differ by the Nth candidate"
+    share = CPU_SHARE if tolerance == TOLERANCE else GPU_SHARE
+    assert by_nth <= place * share, f"{by_nth} of {place} lists differ by the Nth candidate"
 
 
-def difference(wanted: Tensors, found: Tensors) -> str:
+def difference(wanted: Tensors, found: Tensors, tolerance: float = TOLERANCE) -> str:
     """What is not the same in two answers for one user; empty when nothing is."""
     shown = int((wanted["item_ids"] != b"").sum())
     if int((found["item_ids"] != b"").sum()) != shown:
@@ -156,7 +162,7 @@ def difference(wanted: Tensors, found: Tensors) -> str:
             return f"{name} {found[name]} instead of {wanted[name]}"
     if found["scores"][shown:].any() or found["probabilities"][shown:].any():
         return "padding is not 0"
-    if not np.allclose(found["scores"][:shown], wanted["scores"][:shown], rtol=0, atol=TOLERANCE):
+    if not np.allclose(found["scores"][:shown], wanted["scores"][:shown], rtol=0, atol=tolerance):
         return f"scores differ by {np.abs(found['scores'][:shown] - wanted['scores'][:shown]).max():.1e}"
     ids, their_ids = wanted["item_ids"][:shown].tolist(), found["item_ids"][:shown].tolist()
     if sorted(ids) != sorted(their_ids) and sorted(ids[:-1]) != sorted(their_ids[:-1]):
@@ -165,14 +171,16 @@ def difference(wanted: Tensors, found: Tensors) -> str:
     for item, value, score in zip(their_ids, found["probabilities"], found["scores"], strict=False):
         if item not in values:
             continue  # the last one, with another's score: that was compared above
-        if np.abs(values[item] - value).max() > TOLERANCE:
+        if np.abs(values[item] - value).max() > tolerance:
             return f"probabilities of {item!r}: {value} instead of {values[item]}"
-        if abs(wanted["scores"][ids.index(item)] - score) > TOLERANCE:
+        if abs(wanted["scores"][ids.index(item)] - score) > tolerance:
             return f"{item!r} has place {their_ids.index(item)} instead of {ids.index(item)}"
     return ""
 
 
-def is_nth_candidate(reference: Reference, question: Question, wanted: Tensors, found: Tensors) -> bool:
+def is_nth_candidate(
+    reference: Reference, question: Question, wanted: Tensors, found: Tensors, tolerance: float
+) -> bool:
     """True when an item is there for another that recall likes as well, to within the tolerance."""
     rows, scores = reference.candidates(question)
     ids = reference.twin.release.item_ids
@@ -188,7 +196,7 @@ def is_nth_candidate(reference: Reference, question: Question, wanted: Tensors, 
     )
     tested = outside or [int(row) for row in rows if row > 0]
     return any(
-        abs(scores[row] - scores[other]) < TOLERANCE for row in tested for other in inside if row != other
+        abs(scores[row] - scores[other]) < tolerance for row in tested for other in inside if row != other
     )
 
 
@@ -215,9 +223,15 @@ def ask_twin(pipeline: LocalPipeline) -> AskAll:
     ]
 )
 def implementation(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton gpu":
-        pytest.skip("no engine runs on a GPU yet: releases hold no TensorRT plan")
     return request.param
+
+
+SUFFIXES = {"triton cpu": "", "triton cpu fused": "_fused", "triton gpu": "_gpu"}  # of the server's fixture
+
+
+@pytest.fixture
+def tolerance(implementation: str) -> float:
+    return GPU_TOLERANCE if "gpu" in implementation else TOLERANCE
 
 
 def asker_of(
@@ -226,9 +240,7 @@ def asker_of(
     if implementation == "twin":
         yield ask_twin(pipeline)
         return
-    asker = TritonAsker(
-        request.getfixturevalue(f"{server}_fused" if "fused" in implementation else server).url
-    )
+    asker = TritonAsker(request.getfixturevalue(f"{server}{SUFFIXES[implementation]}").url)
     yield asker.ask_all
     asker.close()
 
@@ -247,20 +259,30 @@ def ask_labelled(
     yield from asker_of(request, implementation, "tiny_server", twin)
 
 
-def test_a_shop_like_beauty_in_batches_of_1_to_64(beauty, ask_beauty):
+def test_a_shop_like_beauty_in_batches_of_1_to_64(beauty, ask_beauty, tolerance):
     requests = requests_of(beauty.questions, SIZES)
-    check(beauty, requests, ask_beauty(requests))
+    check(beauty, requests, ask_beauty(requests), tolerance)
 
 
-def test_a_shop_with_tasks_and_user_features(labelled, ask_labelled):
+def test_a_shop_with_tasks_and_user_features(labelled, ask_labelled, tolerance):
     requests = requests_of(labelled.questions, (1, 2, 3, 64, 30, 7, 1, 1, 1, 60, 30))
-    check(labelled, requests, ask_labelled(requests))
+    check(labelled, requests, ask_labelled(requests), tolerance)
 
 
-def test_one_user_a_request_with_options_that_all_differ(beauty, ask_beauty):
+def test_one_user_a_request_with_options_that_all_differ(beauty, ask_beauty, tolerance):
     """Sixteen in flight: Triton makes batches of requests that share nothing."""
     requests = requests_of(beauty.questions, (1,) * 400)
-    check(beauty, requests, ask_beauty(requests))
+    check(beauty, requests, ask_beauty(requests), tolerance)
+
+
+def test_nothing_here_is_skipped_but_for_what_a_machine_lacks():
+    """A skip in this file would hide one implementation everywhere; conftest's marks say what is missing."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert text.count("pytest." + "skip") == 0
+    assert all(
+        f"def tiny_server{suffix}(" in (Path(__file__).parent / "conftest.py").read_text()
+        for suffix in SUFFIXES.values()
+    )
 
 
 def test_lists_are_worth_comparing(beauty):

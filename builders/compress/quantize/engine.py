@@ -92,6 +92,7 @@ class _Task:
             self.shrunk.judge,
             ranges=ranges,
             runtime=self.runtime,
+            flavor=self.wanted.flavor,
             candidates=self.wanted.onnxruntime if on_cpu else self.wanted.tensorrt,
             min_overlap=self.recipe.gate.overlap if self.recipe.keeps_weights else 0.0,
             pinned={

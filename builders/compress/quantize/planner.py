@@ -20,9 +20,10 @@ from builders.compress.judge.judge import Judge, Judged, Loss, compare
 from builders.compress.judge.timing import time_share
 from builders.compress.quantize.calibration import Ranges, check_finite
 from builders.compress.quantize.quantize import BITS, PRECISIONS, check_precisions, choices, quantize
-from builders.compress.quantize.sensitivity import Sensitivity, fp16_misfit, sensitivities
+from builders.compress.quantize.sensitivity import Sensitivity, aligned_products, fp16_misfit, sensitivities
 from builders.progress import Progress
 from ensemble.arrays import Array
+from ensemble.engines.flavors import RTX, TENSORRT
 from ensemble.errors import InvalidInput
 
 MIN_OVERLAP = 0.95  # quantization alone has far less noise than NDCG: below it the lists are not the same
@@ -76,15 +77,17 @@ def choose_precisions(
     target_latency: float | None = None,
     min_overlap: float = MIN_OVERLAP,
     pinned: Mapping[str, str] | None = None,
+    flavor: str = TENSORRT,
     progress: Progress | None = None,
 ) -> ChosenPrecisions:
     """Chooses for one fp32 model, on one runtime, within exactly one budget.
 
     `ranges` are the model's on `feeds`, as calibrate() gives them. The budget: `max_loss` is the share of
     NDCG@10 that may be lost (0.005 = half a percent) while the lists overlap by `min_overlap`; `target_size`
-    is bytes, `target_latency` the time of 8 users, both as a share of fp32's. `candidates` are the precisions
-    to choose from, all of the runtime's by default. InvalidInput, with the best that was reached, when the
-    budget cannot be met.
+    is bytes, `target_latency` the time of 8 users, both as a share of fp32's. `candidates` are the
+    precisions to choose from, all of the runtime's by default. `flavor` says which TensorRT opens the
+    engine: on RTX cards int8 gains bytes only, and fp8 comes before it. InvalidInput, with the best that was
+    reached, when the budget cannot be met.
     """
     budget = {"max_loss": max_loss, "target_size": target_size, "target_latency": target_latency}
     given = {name: value for name, value in budget.items() if value is not None}
@@ -98,6 +101,7 @@ def choose_precisions(
             f"target_latency cannot be measured for {runtime} on this machine; give max_loss or target_size"
         )
     search = Search(model, feeds, judge, ranges, runtime, candidates, dict(pinned or {}))
+    search.weights_only = frozenset({"int8"} if (runtime, flavor) == ("tensorrt", RTX) else ())
     search.measure(progress)
     if max_loss is not None:
         low = search.within_loss(max_loss, min_overlap)
@@ -153,11 +157,16 @@ class Search:
     ) -> None:
         self.model, self.feeds, self.judge = model, feeds, judge
         self.ranges, self.runtime, self.pinned = ranges, runtime, pinned
-        self.blocks: list[Block] = graph.blocks(graph.load(model))
+        proto = graph.load(model)
+        self.blocks: list[Block] = graph.blocks(proto)
+        self.aligned = aligned_products(
+            self.blocks, {t.name: tuple(t.dims) for t in proto.graph.initializer}, ranges
+        )
         self.candidates = _checked(candidates, runtime)
         check_precisions(self.blocks, pinned, ranges, runtime)
         self.uncompressed: Judged = judge(model)
         self.notes: list[str] = []
+        self.weights_only: frozenset[str] = frozenset()  # precisions that save bytes and no operations
         self.highest = {block.name: self._highest(block) for block in self.blocks}
         self.lowest: dict[str, str] = {}
         self.rows: dict[str, Sensitivity] = {}
@@ -179,12 +188,33 @@ class Search:
             uncompressed=self.uncompressed,
             progress=progress,
         )
-        for row in rows:
-            if row.name not in self.rows or row.cost < self.rows[row.name].cost:
+        for row in map(self._with_operations_saved, rows):
+            if row.name not in self.rows or self._is_better(row, self.rows[row.name]):
                 self.rows[row.name] = row
+        if self.weights_only & set(smaller):
+            names = " and ".join(sorted(self.weights_only & set(smaller)))
+            self.notes.append(f"{names} saves bytes only: on RTX cards it is of weights; products are fp16's")
         self.lowest = {
             name: row.precision for name, row in self.rows.items() if row.precision != self.highest[name]
         }
+
+    def _with_operations_saved(self, row: Sensitivity) -> Sensitivity:
+        """Takes the operations out of a row that saves none: 8 bits of weights only, or of sides that tensor
+        cores
+        do not take."""
+        if BITS[row.precision] > 8 or self.runtime != "tensorrt":
+            return row
+        fits = row.name in self.aligned and row.precision not in self.weights_only
+        return row if fits else dataclasses.replace(row, flops_share=0.0)
+
+    def _is_better(self, row: Sensitivity, than: Sensitivity) -> bool:
+        """Says whether a row costs less than another of its block, or saves operations that are worth it."""
+
+        def rank(one: Sensitivity) -> tuple[bool, float]:
+            is_fast = one.flops_share > 0 and one.cost <= one.bytes_share + one.flops_share
+            return not (is_fast and self.weights_only), one.cost
+
+        return rank(row) < rank(than)
 
     def within_loss(self, max_loss: float, min_overlap: float) -> frozenset[str]:
         """Puts blocks down that gain more than they cost, then the worst up until the loss is allowed."""

@@ -22,6 +22,7 @@ from ensemble.engines.onnx import open_session
 from ensemble.errors import InvalidInput
 
 _ERROR_USERS = 32
+_PIECE = 16  # of 8-bit products on tensor cores
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,22 @@ def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
         shape = ranges[block.inputs[0]].shape if known else ()
         found[block.name] = 2.0 * float(np.prod(ranges[block.output].shape)) * shape[-1] if shape else 0.0
     return found
+
+
+def aligned_products(
+    blocks: list[Block], weights: Mapping[str, tuple[int, ...]], ranges: Ranges
+) -> frozenset[str]:
+    """Names the products whose sides are multiples of 16: tensor cores multiply 8 bits in such pieces only.
+
+    A side that is not is padded by the runtime, or multiplied in 16 bits with conversions around it.
+    """
+
+    def sides(block: Block) -> tuple[int, ...]:
+        if block.weight is not None:
+            return weights[block.weight]
+        return tuple(ranges[name].shape[-1] for name in (*block.inputs, block.output) if name in ranges)
+
+    return frozenset(block.name for block in blocks if all(side % _PIECE == 0 for side in sides(block)))
 
 
 def fp16_misfit(model: bytes, block: Block, ranges: Ranges, runtime: str) -> str:

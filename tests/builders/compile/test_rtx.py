@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 
+import numpy as np
 import onnx
 import pretend
 import pytest
 from pretend import compiler
 from shops import private_copy
 
-from builders.compile.graph import check_constants
+from builders.compile.graph import check_constants, drop_int8_activations
 from builders.compile.samples import real_feeds
 from builders.compile.stage import Toolchain, compile_release
 from builders.compress import graph
@@ -158,14 +159,46 @@ def test_that_int8_is_of_weights_only_on_rtx_cards_stands_in_the_report(typed):
     assert all(one.notes == () for one in tensorrt)
 
 
+def test_on_rtx_cards_activations_are_not_rounded_to_int8_and_weights_stay(typed):
+    path = typed("int8") / "r1_ranker" / "1" / TYPED_ONNX
+    model = onnx.load(path)
+    ops = [node.op_type for node in model.graph.node]
+    weights = ops.count("DequantizeLinear") - ops.count("QuantizeLinear")
+    assert drop_int8_activations(model) > 5
+    onnx.checker.check_model(model, full_check=True)
+    left = [node.op_type for node in model.graph.node]
+    assert left.count("QuantizeLinear") == 0
+    assert 0 < left.count("DequantizeLinear") <= weights + 5
+    release = open_served(path.parents[2], "r1")
+    feeds = real_feeds(release, [release.model("ranker")], users=16)["ranker"]
+    exact = OnnxEngine(release.member_file("ranker", "model.onnx")).run(feeds)["candidate_probabilities"]
+    rounded, weights_only = (
+        np.abs(OnnxEngine(data, fuse=False).run(feeds)["candidate_probabilities"] - exact).mean()
+        for data in (path.read_bytes(), model.SerializeToString())
+    )
+    assert weights_only < rounded
+    assert drop_int8_activations(model) == 0
+
+
+def test_fp8_activations_stay_on_rtx_cards(typed):
+    model = onnx.load(typed("fp8") / "r1_ranker" / "1" / TYPED_ONNX)
+    before = model.SerializeToString()
+    assert drop_int8_activations(model) == 0
+    assert model.SerializeToString() == before
+
+
 def test_a_constant_that_a_cast_broke_is_named(tiny_release):
     model = onnx.load(tiny_release.member_file("user_encoder", "model.onnx"))
-    check_constants(model, "m.onnx")
+    assert check_constants(model, "m.onnx") == []
     broken = next(
         t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2
     )
     values = onnx.numpy_helper.to_array(broken).copy()
     values[0, 0] = float("nan")
     broken.CopyFrom(onnx.numpy_helper.from_array(values, broken.name))
-    with pytest.raises(ReleaseError, match=rf"^m.onnx: {broken.name}, which node \S+ reads, is not finite"):
+    with pytest.raises(ReleaseError, match=rf"^m.onnx: {broken.name}, which node \S+ reads, is NaN"):
         check_constants(model, "m.onnx")
+    values = np.full(3, -np.inf, np.float16)
+    broken.CopyFrom(onnx.numpy_helper.from_array(values, broken.name))
+    (note,) = check_constants(model, "m.onnx")
+    assert f"reads {broken.name}, which is infinite in fp16" in note

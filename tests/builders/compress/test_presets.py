@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+from real_builder import built_ahead
 from rich.console import Console
 
 from builders.build import BuildOptions, build
@@ -17,7 +18,7 @@ from ensemble.steps.served import open_served
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted({*PRESETS} - {"none"}))
-def test_a_preset_makes_a_release_that_answers(workshop, name):
+def test_a_preset_makes_a_release_that_answers_and_that_nvidias_builder_takes(workshop, name, tmp_path):
     options = BuildOptions(
         workshop / "shop",
         workshop / "repository",
@@ -28,3 +29,4 @@ def test_a_preset_makes_a_release_that_answers(workshop, name):
     release = build(options, Console(file=io.StringIO()))[0]
     answer = LocalPipeline(open_served(workshop / "repository", release)).recommend(["u1", "nobody"])
     assert (answer["item_ids"] != b"").all()
+    assert len(built_ahead(workshop / "repository", release, tmp_path)) == 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from real_builder import built_ahead
 from rich.console import Console
 
 from builders.build import BuildOptions, build
@@ -105,7 +106,17 @@ def test_typed_onnx_for_tensorrt_lies_beside_the_engine_and_in_the_manifest(work
     opened = open_release(workshop / "repository", release)
     opened.verify()
     assert f"{release}_ranker/1/model.tensorrt.onnx" in opened.manifest["files"]
-    assert f"{release}_item_encoder/1/model.tensorrt.onnx" not in opened.manifest["files"]
+    user_encoder = f"{release}_user_encoder/1/model.tensorrt.onnx"
+    assert user_encoder not in opened.manifest["files"], "model.onnx is not quantized: plans are made of it"
+
+
+def test_nvidias_builder_takes_every_engine(workshop, release, tmp_path):
+    """The item encoder is 8 bits on the CPU, and left alone for TensorRT: so its plan is of another file."""
+    assert set(built_ahead(workshop / "repository", release, tmp_path)) == {
+        "item_encoder",
+        "user_encoder",
+        "ranker",
+    }
 
 
 def test_it_answers_like_any_release(workshop, release):

@@ -86,8 +86,8 @@ def test_tensorrt_config_equals_its_spec(spec):
         config.dynamic_batching.max_queue_delay_microseconds,
     ) == ([], 0)
     assert [(g.count, g.kind, list(g.gpus), list(g.profile)) for g in config.instance_group] == [
-        (spec.instances, 1, [], ["0"])
-    ]  # 1 = KIND_GPU, on each
+        (spec.instances, 1, [0], ["0"])
+    ]  # 1 = KIND_GPU; on the GPU that the plan was built for, whatever others there are
 
 
 @pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)

@@ -125,6 +125,30 @@ def test_same_inputs_same_precisions_and_bytes_and_it_is_data(model, feeds, judg
     assert "model" not in both[0].to_json()
 
 
+def test_on_rtx_cards_fp8_comes_first_and_int8_gains_bytes_only(model, feeds, judge):
+    every = ("int8", "fp8", "fp16", "fp32")
+    found = _chosen(model, feeds, judge, **options(flavor="rtx", candidates=every))
+    assert {found.precisions["wide"], found.precisions["out"]} == {"fp8"}
+    assert [note for note in found.notes if note.startswith("int8 saves bytes only: on RTX cards")]
+    without = _chosen(model, feeds, judge, **options(flavor="rtx"))
+    assert "fp8" not in without.precisions.values()
+    tried = [row for row in without.table if row["tried"] == "int8"]
+    assert tried
+    assert all(row["flops_share"] == 0 for row in tried), "products are made in fp16"
+    usual = _chosen(model, feeds, judge, **options(candidates=every))
+    assert max(row["flops_share"] for row in usual.table if "flops_share" in row) > 0
+    assert not [note for note in usual.notes if "RTX" in note]
+    assert "int8" in usual.precisions.values(), "TensorRT multiplies int8, and it costs less here"
+
+
+def test_products_that_tensor_cores_do_not_take_at_8_bits_save_bytes_only(model, feeds, judge):
+    """`out` and `last` have one column; what TensorRT does with it in 8 bits is slower than 16."""
+    rows = {row["name"]: row for row in _chosen(model, feeds, judge, **options()).table}
+    assert {name for name, row in rows.items() if row["flops_share"] == 0} == {"out", "last"}
+    on_cpu = _chosen(model, feeds, judge, runtime="onnxruntime", target_size=0.6)
+    assert all(row["flops_share"] > 0 for row in on_cpu.table), "a CPU takes any width"
+
+
 def test_pinned_blocks_are_left_alone(model, feeds, judge):
     found = _chosen(model, feeds, judge, **options(pinned={"wide": "fp32"}))
     assert found.precisions["wide"] == "fp32"
