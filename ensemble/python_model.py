@@ -16,6 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array, Tensors
+from ensemble.engines import REPOSITORY_VARIABLE
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
 from ensemble.local import open_step
@@ -41,7 +42,9 @@ class PythonModel:
             name: value["string_value"]
             for name, value in json.loads(args["model_config"])["parameters"].items()
         }
-        release = open_served(Path(args["model_repository"]).parent, parameters["release"])
+        mounted = Path(args["model_repository"]).parent
+        repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
+        release = open_served(repository, parameters["release"])
         self.schema = release.schema
         self.model = release.model(parameters["step"])
         self.step = open_step(self.model, release)

@@ -1,42 +1,49 @@
-"""Shows what the GPU path does on this machine, in one table and one JSON file: `make gpu-check`.
+"""Shows what the GPU path does on this machine, in rows as they come and one JSON file: `make gpu-check`.
 
-    python -m builders.bench.gpu_check --repository DIR [--release NAME] [--json FILE] [--cpu]
+    python -m builders.bench.gpu_check --repository DIR [--release NAME] [--parts A,B] [--json FILE] [--cpu]
 
-Three parts: every engine in every precision and runtime against onnxruntime; Faiss on the GPU against the
-CPU; the whole chain on Triton. What cannot run here says so in its row. Without a GPU it stops with one line
+Each part runs in a process of its own under a time limit, prints each row as it has it, and fails alone; the
+JSON is written after every row. What cannot run here says so in its row. Without a GPU it stops with one line
 and exit code 2; --cpu runs the rows that need none.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from functools import partial
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from builders.bench.gpu_engines import Case, Row, engine_rows, wall_ms
-from builders.bench.gpu_torch import torch_rows
-from builders.compile.samples import real_feeds
-from builders.compile.stage import Toolchain, engine_models, tensorrt_toolchain
+from builders.bench.gpu_rows import Row, first_line
 from ensemble.engines.cuda import gpu_facts
-from ensemble.errors import PeregrineError, ReleaseError
+from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
 from ensemble.release.release import active_release
+from ensemble.release.repository import check_name
 from ensemble.steps.served import ServedRelease, open_served
 
-FAISS_SIZES = (12_000, 1_000_000, 10_000_000)
-CPU_FAISS_SIZES = (12_000, 100_000)  # --cpu is for seeing that the rows run
-_QUERIES, _NEIGHBOURS, _DIMS = 64, 256, 128
-_CHAIN_S, _CPU_CHAIN_S = 3.0, 0.5  # of each of the twenty measurements of the chain
+# Each part: what gives its rows, and how many seconds it may take. In this order plans are there before they
+# are served.
+PARTS = {
+    "compile": ("builders.bench.gpu_chain:compile_rows", 60),
+    "engines": ("builders.bench.gpu_engines:engine_rows", 90),
+    "onnxruntime": ("builders.bench.gpu_engines:onnxruntime_rows", 30),
+    "torch": ("builders.bench.gpu_torch:torch_rows", 60),
+    "faiss": ("builders.bench.gpu_faiss:faiss_rows", 60),
+    "twin": ("builders.bench.gpu_chain:twin_rows", 40),
+    "triton": ("builders.bench.gpu_chain:triton_rows", 150),
+}
+_ROW = "ROW "  # begins each line that a part's process gives; others are its libraries'
+_NEEDS_GPU = ("compile",)
 
 
 def main() -> None:
@@ -45,34 +52,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu-check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--repository", "-r", type=Path, default=Path("model_repository"))
     parser.add_argument("--release", help="the active one if not given")
-    parser.add_argument("--json", type=Path, default=None, help="write all rows here")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}; all if not given"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="write all rows here, after each one")
     parser.add_argument("--cpu", action="store_true", help="run the rows that need no GPU")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the parts' time limits")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)  # one part, in this process
     options = parser.parse_args()
     try:
-        sys.exit(check(options))
+        sys.exit(_run_inside(options) if options.inside else check(options))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def check(options: argparse.Namespace) -> int:
-    """Runs all parts, prints the table, writes the JSON."""
-    machine = _machine(options.cpu)
-    name = options.release or active_release(options.repository)
-    if name is None:
-        raise ReleaseError(
-            f"no release is active in {options.repository}", "`make demo` builds one in demo/model_repository"
+    """Runs the parts one after another, prints the table, writes the JSON."""
+    machine, release = _machine(options.cpu), _release(options)
+    parts = options.parts.split(",")
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise InvalidInput(
+            f"--parts {options.parts}: no part {unknown[0]!r}", f"known are {', '.join(PARTS)}"
         )
-    release = open_served(options.repository.resolve(), name)
-    rows = []
-    for row in _all_rows(release, options.cpu):
-        rows.append(row)
-        print(f"{row.part} {row.what} {row.runtime} {row.precision} {row.batch or ''}", file=sys.stderr)
+    rows: list[Row] = []
+    for part in parts:
+        if options.cpu and part in _NEEDS_GPU:
+            continue
+        for row in _rows_of(part, options, release):
+            rows.append(row)
+            print(row, flush=True)
+            _write(options.json, machine, release.name, rows)
     _print(rows, machine)
-    if options.json:
-        facts = {"machine": machine, "release": name, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return int(any(row.is_wrong for row in rows))
 
 
@@ -83,192 +95,100 @@ def _machine(cpu: bool) -> str:
         if not cpu:
             raise ReleaseError(f"{error}", "--cpu runs the rows that need none") from None
         return f"{platform.machine()}, no GPU"
-    return f"{gpu} (SM {sm}, CUDA {cuda})"
+    return f"{gpu} (SM {sm}, CUDA {cuda}), {os.cpu_count()} cores"
 
 
-def _all_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
-    models = engine_models(release)
-    feeds = real_feeds(release, models, users=64)
-    tools, why_not = _tools()
-    for model in models:
-        case = Case(release, model, feeds[model.name])
-        yield from _guarded("engine", model.name, partial(engine_rows, case, tools, why_not))
-        yield from _guarded("engine", model.name, partial(torch_rows, case))
-    for size in CPU_FAISS_SIZES if cpu else FAISS_SIZES:
-        yield from _guarded("faiss", f"{size:,} vectors", partial(_faiss_rows, size))
-    yield from _guarded("chain", release.name, partial(_chain_rows, release, cpu))
+def _release(options: argparse.Namespace) -> ServedRelease:
+    name = options.release or active_release(options.repository)
+    if name is None:
+        raise ReleaseError(
+            f"no release is active in {options.repository}", "`make demo` builds one in demo/model_repository"
+        )
+    return open_served(options.repository.resolve(), check_name(name))
 
 
-def _tools() -> tuple[Toolchain | None, str]:
+def _rows_of(part: str, options: argparse.Namespace, release: ServedRelease) -> Iterator[Row]:
+    """Gives a part's rows as its process prints them, and why there are no more."""
+    limit_s = PARTS[part][1] * options.patience
+    command = [sys.executable, "-m", "builders.bench.gpu_check", "--inside", part, "--release", release.name]
+    command += ["--repository", str(release.repository), *(["--cpu"] if options.cpu else [])]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    assert process.stdout is not None
     try:
-        return tensorrt_toolchain(), ""
-    except PeregrineError as error:
-        return None, error.fact
+        for line in process.stdout:
+            if line.startswith(_ROW):
+                yield Row.from_json(line.removeprefix(_ROW))
+    finally:
+        timer.cancel()
+        code = process.wait()
+    took_s = time.monotonic() - started
+    if took_s >= limit_s:
+        yield Row(part, "stopped", "", note=f"after its {limit_s:.0f} s")
+    elif code:
+        yield Row(part, "failed", "", note=f"its process ended with code {code}; its last words are above")
+    else:
+        yield Row(part, "done", "", note=f"{took_s:.0f} s")
 
 
-def _guarded(part: str, what: str, rows: Any) -> Iterator[Row]:
-    """Gives the rows; a part that fails says why in a row of its own, and the next one runs."""
+def _run_inside(options: argparse.Namespace) -> int:
+    """Runs one part here; what libraries print goes to stderr, rows to what was stdout."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module, _, name = PARTS[options.inside][0].partition(":")
     try:
-        yield from rows()
-    except Exception as error:  # a check goes on, whatever a runtime throws
-        yield Row(
-            part,
-            what,
-            "failed",
-            note=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}",
+        rows: Callable[[ServedRelease, bool], Iterator[Row]] = getattr(importlib.import_module(module), name)
+        for row in rows(_release(options), options.cpu):
+            print(_ROW + row.to_json(), file=out, flush=True)
+    except Exception as error:  # one part's fault is a row, and the next part runs
+        print(
+            _ROW + Row(options.inside, "failed", "", note=first_line(error)).to_json(), file=out, flush=True
         )
+        if not isinstance(error, PeregrineError):
+            raise
+    return 0
 
 
-def _faiss_rows(size: int) -> Iterator[Row]:
-    """Searches random unit vectors by a flat inner product: the same neighbours, and the time of a batch."""
-    import faiss
-
-    rng = np.random.default_rng(0)
-    vectors = np.empty((size, _DIMS), np.float32)
-    for start in range(0, size, 1 << 20):
-        vectors[start : start + (1 << 20)] = rng.standard_normal(
-            (min(1 << 20, size - start), _DIMS), dtype=np.float32
-        )
-    faiss.normalize_L2(vectors)
-    queries = (
-        vectors[rng.integers(0, size, _QUERIES)]
-        + rng.standard_normal((_QUERIES, _DIMS), dtype=np.float32) * 0.05
-    )
-    cpu = faiss.IndexFlatIP(_DIMS)
-    cpu.add(vectors)
-    what = f"{size:,} vectors, {_NEIGHBOURS} neighbours"
-    wanted = cpu.search(queries, _NEIGHBOURS)[1]
-    yield Row("faiss", what, "faiss CPU", "fp32", _QUERIES, wall_ms(lambda: cpu.search(queries, _NEIGHBOURS)))
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-        yield Row(
-            "faiss", what, "faiss GPU", note="this Faiss has no GPU part, or sees none; install faiss-gpu"
-        )
+def _write(path: Path | None, machine: str, release: str, rows: list[Row]) -> None:
+    """Writes what is known by now: a machine that is taken away keeps what it has shown."""
+    if path is None:
         return
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(256 << 20)
-    gpu = faiss.index_cpu_to_gpu(resources, 0, cpu)
-    found = gpu.search(queries, _NEIGHBOURS)[1]
-    differing = 1 - float(
-        np.mean([len(np.intersect1d(a, b)) / _NEIGHBOURS for a, b in zip(found, wanted, strict=True)])
-    )
-    yield Row(
-        "faiss",
-        what,
-        "faiss GPU",
-        "fp32",
-        _QUERIES,
-        wall_ms(lambda: gpu.search(queries, _NEIGHBOURS)),
-        differing,
-        5e-3,
-    )
-
-
-def _chain_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
-    """Runs `peregrine serve` and `peregrine bench` as a user does: open loop, and the share of each step."""
-    command = [sys.executable, "-m", "peregrine"]
-    repository = ["--repository", str(release.repository)]
-    require = [] if cpu else ["--require", "tensorrt"]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "bench.json"
-        with (Path(folder) / "serve.log").open("w+") as log:
-            server = subprocess.Popen(
-                [*command, "serve", *repository, "--port", "0", "--metrics-port", "0", *require],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-            try:
-                assert server.stdout is not None
-                if not server.stdout.readline().startswith("serving release"):
-                    log.seek(0)
-                    yield Row(
-                        "chain",
-                        "recommend",
-                        "Triton",
-                        note=(log.read().strip().splitlines() or ["the server did not start"])[-1],
-                    )
-                    return
-                measured = [
-                    "bench",
-                    *repository,
-                    "--seconds",
-                    str(_CPU_CHAIN_S if cpu else _CHAIN_S),
-                    "--concurrency",
-                    "1,16,64",
-                    "--no-perf-analyzer",
-                    "--json",
-                    str(report),
-                ]
-                done = subprocess.run([*command, *measured], capture_output=True, text=True, check=False)
-            finally:
-                server.terminate()
-                server.wait(60)
-        if done.returncode:
-            yield Row(
-                "chain",
-                "recommend",
-                "Triton",
-                note=(done.stderr.strip().splitlines() or ["bench failed"])[-1],
-            )
-            return
-        yield from _chain_table(json.loads(report.read_text()))
-
-
-def _chain_table(report: dict[str, Any]) -> Iterator[Row]:
-    """Gives the open loop's p50 at each rate, the throughput, and each step's time when busiest."""
-    for row in report["open"]:
-        yield Row(
-            "chain",
-            "recommend, open loop",
-            "Triton",
-            batch=1,
-            ms=row["p50_ms"],
-            note=f"{row['rate']:.0f} requests/s; p99 {row['p99_ms']:.2f} ms",
-        )
-    best = max(report["closed"], key=lambda row: row["achieved_per_s"])
-    yield Row(
-        "chain",
-        "recommend, closed loop",
-        "Triton",
-        batch=1,
-        ms=best["p50_ms"],
-        note=f"{best['achieved_per_s']:.0f} requests/s at most",
-    )
-    for name, step in best["steps"].items():
-        phases = ", ".join(
-            f"{phase.removesuffix('_ms')} {step[phase]:.2f} ms" for phase in step if phase.endswith("_ms")
-        )
-        yield Row("chain", name, "Triton", batch=round(step["mean_batch"]), note=phases)
+    facts = {"machine": machine, "release": release, "rows": [json.loads(row.to_json()) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _print(rows: list[Row], machine: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
+    columns = (
         "part",
         "what",
         "runtime",
         "precision",
         "batch",
         "ms",
+        "users/s",
         "error",
         "may be",
         "roofline",
-        "note",
-        title=f"gpu-check on {machine}",
     )
+    table = Table(*columns, "note", title=f"gpu-check on {machine}")
     for row in rows:
         numbers = (
             _text(row.ms, ".3f"),
+            _text(row.rate, ",.0f"),
             _text(row.error, ".1e"),
             _text(row.tolerance, ".0e"),
             _text(row.roofline, ".1%"),
         )
+        facts = asdict(row)
+        start = (facts[name] for name in ("part", "what", "runtime", "precision"))
         wrong = "WRONG " if row.is_wrong else ""
-        table.add_row(
-            row.part, row.what, row.runtime, row.precision, str(row.batch or ""), *numbers, wrong + row.note
-        )
+        table.add_row(*start, str(row.batch or ""), *numbers, wrong + row.note)
     Console(width=max(150, shutil.get_terminal_size().columns)).print(table)
 
 

@@ -1,4 +1,4 @@
-"""Holds every engine in every precision and runtime against onnxruntime on the CPU: gpu-check's first part.
+"""Holds every engine in every precision and runtime against onnxruntime on the CPU: gpu-check's engine parts.
 
 All get the same real feeds.
 """
@@ -18,49 +18,36 @@ from typing import Any
 import numpy as np
 import onnx
 
+from builders.bench.gpu_roofline import Peak, measure_peak
+from builders.bench.gpu_rows import Row, first_line, guarded, wall_ms
 from builders.compile.files import write_plan
 from builders.compile.graph import precision, read_model, use_every_input
-from builders.compile.stage import TOLERANCES, Request, Toolchain, engine_key, relative_error, timing_cache
+from builders.compile.samples import real_feeds
+from builders.compile.stage import (
+    TOLERANCES,
+    Request,
+    Toolchain,
+    engine_key,
+    engine_models,
+    relative_error,
+    tensorrt_toolchain,
+    timing_cache,
+)
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate
-from builders.compress.quantize.quantize import PRECISIONS, choices, quantize
+from builders.compress.quantize.quantize import choices, quantize
 from ensemble.arrays import Tensors
-from ensemble.engines import open_engine
-from ensemble.engines.onnx import OnnxEngine
+from ensemble.engines.onnx import CUDA, OnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, ranges
 from ensemble.errors import PeregrineError
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
 
 BATCHES = (1, 8, 64, 256)
-# of one H200: bf16 matrix work and memory traffic a second, as measured on it
-PEAK_FLOPS, PEAK_BYTES = (
-    790e12,
-    4.3e12,
-)
+_KINDS = ("fp16", "fp32", "int8", "fp8")  # in the order of interest: a part may run out of time
+_FIRST = ("ranker", "user_encoder", "item_encoder")
+_FEEDS = 64  # users with a past whose feeds every runtime gets
 _REPEATS, _COPIED_BATCH = 50, 64
-Feeds = Tensors
-
-
-@dataclass(frozen=True)
-class Row:
-    """Holds one line of the check's table; `ms` and `error` are None where there is nothing to say."""
-
-    part: str  # engine, faiss, chain
-    what: str
-    runtime: str
-    precision: str = ""
-    batch: int = 0
-    ms: float | None = None
-    error: float | None = None  # relative to the largest output, or the share of neighbours that differ
-    tolerance: float | None = None
-    roofline: float | None = None  # share of what the GPU could do: 1 = at its peak
-    note: str = ""
-
-    @property
-    def is_wrong(self) -> bool:
-        """Numbers off by more than their precision may be (NaN included)."""
-        return self.error is not None and self.tolerance is not None and not self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -69,113 +56,199 @@ class Case:
 
     release: ServedRelease
     model: ModelSpec
-    feeds: Feeds
+    feeds: Tensors
 
     @property
     def path(self) -> Path:
         """Names the model that the CPU runs."""
         return self.release.member_file(self.model.name, "model.onnx")
 
-    @cached_property
-    def wanted(self) -> Feeds:
-        """Gives what onnxruntime answers on the CPU in fp32: the truth of all rows."""
-        return OnnxEngine(self.path, 1).run(self.feeds)
+    @property
+    def typed(self) -> Path | None:
+        """Names the model that TensorRT is given, where compression wrote one of its own."""
+        path = self.path.with_name(TYPED_ONNX)
+        return path if path.exists() else None
 
-    def part(self, batch: int) -> Feeds:
+    @cached_property
+    def source(self) -> bytes:
+        """Gives the ONNX that plans come from: of a compressed release its typed one, since the CPU's has
+        8-bit forms of its own."""
+        return (self.typed or self.path).read_bytes()
+
+    @cached_property
+    def wanted(self) -> Tensors:
+        """Gives what onnxruntime answers on the CPU: the truth of all rows."""
+        return OnnxEngine(self.source, 4, fuse=self.typed is None).run(self.feeds)
+
+    def part(self, batch: int) -> Tensors:
         """Feeds for `batch` users, taken again from the first when there are not so many."""
         return {
             name: np.ascontiguousarray(np.resize(array, (batch, *array.shape[1:])))
             for name, array in self.feeds.items()
         }
 
-    def error(self, found: Feeds) -> float:
+    def error(self, found: Tensors) -> float:
         """Gives the largest relative error of an answer on all the feeds."""
         return max(
             relative_error(found[tensor.name], self.wanted[tensor.name]) for tensor in self.model.outputs
         )
 
     @cached_property
-    def work(self) -> tuple[float, float, float]:
-        """Counts (FLOPs a user, bytes a user, bytes a call): matrix products; inputs and outputs; weights.
+    def work(self) -> tuple[float, float]:
+        """Counts (FLOPs a user, bytes a user): matrix products; inputs and outputs.
 
         Activations stay on the chip.
         """
-        flops = _matrix_flops(self.path.read_bytes(), self.part(1))
-        ends = sum(array.nbytes for array in (*self.feeds.values(), *self.wanted.values())) / len(
-            next(iter(self.feeds.values()))
+        flops = _matrix_flops(self.source, self.part(1))
+        ends = sum(array.nbytes for array in (*self.feeds.values(), *self.wanted.values()))
+        return flops, ends / len(next(iter(self.feeds.values())))
+
+    def roofline(self, peak: Peak | None, batch: int, ms: float, weights: int) -> float | None:
+        """Gives the share of the card's peak that a call took, with so many bytes of weights."""
+        flops, ends = self.work
+        return peak.share(flops * batch, ends * batch + weights, ms) if peak else None
+
+
+def cases(release: ServedRelease) -> list[Case]:
+    """Gives the release's engines, the ranker first, each with the feeds of real users."""
+    models = engine_models(release)
+    feeds = real_feeds(release, models, users=_FEEDS)
+    order = {name: place for place, name in enumerate(_FIRST)}
+    models.sort(key=lambda model: order.get(model.name, len(order)))
+    return [Case(release, model, feeds[model.name]) for model in models]
+
+
+def engine_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
+    """Gives the part `engines`: plans of every precision, built and run here, and onnxruntime on the CPU."""
+    yield from guarded("engines", "a small network", _rtx_rows)
+    tools, why_not = _tools()
+    try:
+        peak: Peak | None = measure_peak()
+        assert peak
+        yield Row(
+            "engines",
+            "the card",
+            "peak",
+            note=f"{peak.flops / 1e12:.0f} TFLOP/s fp16, {peak.bytes / 1e12:.2f} TB/s copied",
         )
-        return flops, ends, float(self.path.stat().st_size)
-
-    def roofline(self, batch: int, ms: float, bytes_share: float) -> float:
-        """Gives the share of the GPU's peak: the least time its work needs, over the time taken.
-
-        The work is its arithmetic or its memory, whichever takes longer.
-        """
-        flops, ends, weights = self.work
-        least_s = max(flops * batch / PEAK_FLOPS, (ends * batch + weights * bytes_share) / PEAK_BYTES)
-        return least_s / (ms / 1e3)
-
-
-def engine_rows(case: Case, tools: Toolchain | None, why_not: str) -> Iterator[Row]:
-    """Gives all rows of one engine but torch's; a runtime that is not there says so in its row."""
-    yield from _timed(case, "onnxruntime CPU", "fp32", OnnxEngine(case.path, 1).run, TOLERANCES["fp32"])
-    for name, data in variants(case):
-        yield from _typed_rows(case, name, data, tools, why_not)
-    yield from _or_why(
-        "engine",
-        case.model.name,
-        "onnxruntime GPU",
-        lambda: _timed(
-            case, "onnxruntime GPU", "fp32", open_engine(case.path, gpu=True).run, TOLERANCES["fp32"]
-        ),
-    )
+    except PeregrineError as error:
+        peak = None
+        yield Row("engines", "the card", "peak", note=str(error))
+    for case in cases(release):
+        for name, write in variants(case).items():
+            yield from guarded(
+                "engines", case.model.name, partial(_typed_rows, case, name, write, tools, why_not, peak)
+            )
+    for case in cases(release):
+        run = OnnxEngine(case.path, 1).run
+        yield from _timed(case, "engines", "onnxruntime CPU, one thread", "", run, None, None)
 
 
-def variants(case: Case) -> Iterator[tuple[str, bytes]]:
-    """Gives (name, ONNX) for fp32, fp16, fp8 and int8, and the release's own typed model where it has one.
+def onnxruntime_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
+    """Gives the part `onnxruntime`: its CUDA provider, copies included."""
+    for case in cases(release):
+        for name in {"fp16", "fp32", "release"} & set(variants(case)):
+            yield from guarded("onnxruntime", case.model.name, partial(_cuda_rows, case, name))
+
+
+def _cuda_rows(case: Case, name: str) -> Iterator[Row]:
+    """Rows of one precision; 8-bit graphs are left out: CUDA runs them node by node, as they are written."""
+    data = variants(case)[name]()
+    types = precision(read_model(data, name))
+    run = OnnxEngine(data, 1, CUDA).run
+    yield from _timed(case, "onnxruntime", "onnxruntime CUDA", types, run, _tolerance(types), None)
+
+
+def _tools() -> tuple[Toolchain | None, str]:
+    try:
+        return tensorrt_toolchain(), ""
+    except PeregrineError as error:
+        return None, error.fact
+
+
+def _tolerance(types: str) -> float:
+    return max(TOLERANCES[kind] for kind in types.split("+"))
+
+
+def variants(case: Case) -> dict[str, Callable[[], bytes]]:
+    """Gives {name: what writes the ONNX} of fp16, fp32, int8 and fp8; of a compressed release its own alone.
 
     Every block that can be has that precision, the rest fp32.
     """
-    data = case.path.read_bytes()
+    if case.typed:
+        return {"release": lambda: case.source}
+    return {kind: partial(_variant, case, kind) for kind in _KINDS}
+
+
+def _variant(case: Case, kind: str) -> bytes:
+    data = case.source
+    if kind == "fp32":
+        return data
     blocks, measured = graph.blocks(graph.load(data)), calibrate(data, case.feeds, min_users=1)
-    for kind in reversed(PRECISIONS["tensorrt"]):
-        chosen = {block.name: kind for block in blocks if kind in choices(block, "tensorrt")}
-        yield kind, data if kind == "fp32" else quantize(data, chosen, measured, "tensorrt")
-    typed = case.path.with_name(TYPED_ONNX)
-    if typed.exists():
-        yield "release", typed.read_bytes()
+    chosen = {block.name: kind for block in blocks if kind in choices(block, "tensorrt")}
+    return quantize(data, chosen, measured, "tensorrt")
 
 
-def _typed_rows(case: Case, name: str, data: bytes, tools: Toolchain | None, why_not: str) -> Iterator[Row]:
+def _rtx_rows() -> Iterator[Row]:
+    """Says whether TensorRT for RTX opens a plan here."""
+    try:
+        import tensorrt_rtx_bindings as trt
+    except ImportError:
+        yield Row("engines", "a small network", "TensorRT for RTX", note="it is not installed here")
+        return
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in ("x", "y")]
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", ends[:1], ends[1:]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, log).parse(model.SerializeToString())
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("x", (1, 8), (8, 8), (64, 8))
+    config.add_optimization_profile(profile)
+    engine = trt.Runtime(log).deserialize_cuda_engine(builder.build_serialized_network(network, config))
+    opened = "opens here" if engine is not None else "REFUSED by this card"
+    yield Row("engines", "a small network", f"TensorRT for RTX {trt.__version__}", note=f"a plan {opened}")
+
+
+def _typed_rows(
+    case: Case,
+    name: str,
+    write: Callable[[], bytes],
+    tools: Toolchain | None,
+    why_not: str,
+    peak: Peak | None,
+) -> Iterator[Row]:
+    data = write()
     types = precision(read_model(data, name))
-    tolerance = max(TOLERANCES[kind] for kind in types.split("+"))
-    if (
-        name != "fp32"
-    ):  # what TensorRT is asked to compute, computed by the CPU: the error that is not TensorRT's
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            path.write_bytes(data)
-            answer = OnnxEngine(path, 1, fuse=types == "fp32").run(case.feeds)
+    if name not in ("fp32", "release"):
+        # What TensorRT is asked to compute, computed by the CPU: the error that is not TensorRT's.
+        answer = OnnxEngine(data, 4, fuse=False).run(case.feeds)
         yield Row(
-            "engine",
+            "engines",
             case.model.name,
             "onnxruntime CPU, typed",
             types,
             len(next(iter(case.feeds.values()))),
-            None,
-            case.error(answer),
-            tolerance,
+            error=case.error(answer),
+            tolerance=_tolerance(types),
             note=name,
         )
     if tools is None:
-        yield Row("engine", case.model.name, "TensorRT", types, note=why_not)
+        yield Row("engines", case.model.name, "TensorRT", types, note=why_not)
         return
-    yield from _or_why(
-        "engine", case.model.name, "TensorRT", lambda: _plan_rows(case, name, data, tools, tolerance)
-    )
+    try:
+        yield from _plan_rows(case, name, data, tools, peak)
+    except Exception as error:  # the other precisions go on, whatever this one's builder throws
+        yield Row("engines", case.model.name, "TensorRT", types, note=f"{name}: {first_line(error)}")
 
 
-def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, tolerance: float) -> Iterator[Row]:
+def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, peak: Peak | None) -> Iterator[Row]:
     model = read_model(data, name)
     key = engine_key(data, model, ranges(case.model, max(BATCHES)), tools.node, portable=False)
     use_every_input(model)
@@ -195,21 +268,21 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, tolerance: 
         engine: Any = tools.open(
             write_plan(Path(folder) / "plan", case.release, case.model, plan, case.feeds, facts)
         )
-    error = case.error(engine.run(case.feeds))
-    share = len(data) / case.path.stat().st_size
+    for _ in range(3):  # the third run is a recorded graph
+        error = case.error(engine.run(case.feeds))
     for batch in BATCHES:
         ms = statistics.median(engine.time_ms(case.part(batch), _REPEATS))
         yield Row(
-            "engine",
+            "engines",
             case.model.name,
             "TensorRT",
             key.precision,
             batch,
             ms,
             error,
-            tolerance,
-            case.roofline(batch, ms, share),
-            built,
+            _tolerance(key.precision),
+            case.roofline(peak, batch, ms, len(data)),
+            note=built,
         )
     part = case.part(_COPIED_BATCH)
     for runtime, run in (
@@ -217,7 +290,7 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, tolerance: 
         ("TensorRT, answer stays on the GPU", engine.run_on_gpu),
     ):
         yield Row(
-            "engine",
+            "engines",
             case.model.name,
             runtime,
             key.precision,
@@ -228,40 +301,23 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, tolerance: 
 
 
 def _timed(
-    case: Case, runtime: str, types: str, run: Callable[[Feeds], Feeds], tolerance: float
+    case: Case,
+    part: str,
+    runtime: str,
+    types: str,
+    run: Callable[[Tensors], Tensors],
+    tolerance: float | None,
+    error: float | None,
 ) -> Iterator[Row]:
     """Rows of a runtime that is timed by the clock on the wall, copies included."""
-    error = case.error(run(case.feeds))
+    if tolerance is not None:
+        error = case.error(run(case.feeds))
     for batch in BATCHES:
-        part = case.part(batch)
-        yield Row(
-            "engine", case.model.name, runtime, types, batch, wall_ms(partial(run, part)), error, tolerance
-        )
+        ms = wall_ms(partial(run, case.part(batch)))
+        yield Row(part, case.model.name, runtime, types, batch, ms, error, tolerance)
 
 
-def wall_ms(call: Callable[[], Any], at_most_s: float = 1.0) -> float:
-    """Gives a call's median milliseconds, after one to warm up.
-
-    It is the median of as many calls as fit `at_most_s`, of three at least.
-    """
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < at_most_s and len(times) < _REPEATS):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e3
-
-
-def _or_why(part: str, what: str, runtime: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """Gives the rows, or one that says why there are none."""
-    try:
-        yield from rows()
-    except PeregrineError as error:
-        yield Row(part, what, runtime, note=error.fact.rpartition(": ")[2])
-
-
-def _matrix_flops(data: bytes, feeds: Feeds) -> float:
+def _matrix_flops(data: bytes, feeds: Tensors) -> float:
     """Multiplications and additions of every MatMul and Gemm on one user's feeds: their shapes are read off a
     run."""
     model = onnx.load_from_string(data)

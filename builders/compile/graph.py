@@ -189,10 +189,12 @@ def _nothing_from(name: str, rank: int) -> list[onnx.NodeProto]:
 
 
 def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Writes the model for TensorRT 8.5's parser: opset 17, with LayerNormalization and Gelu spelt out.
+    """Writes the model for TensorRT 8.5's parser: opset 17 in fp32, with what it does not know spelt out.
 
+    Its networks are weakly typed: it takes fp32 graphs with Q/DQ, and chooses fp16 and int8 by flags.
     ReleaseError names the operator that cannot be brought down: such a model wants TensorRT 10.12 or newer.
     """
+    model = _widened(model)
     model = _expanded(model, "Gelu", _gelu)  # Gelu is opset 20; the converter knows no way down
     try:
         model = version_converter.convert_version(model, OLD_OPSET)
@@ -210,8 +212,54 @@ def to_old_opset(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.extend(kept)
     model = _expanded(model, "LayerNormalization", _layer_normalization)
+    _spell_shapes(model)
     model.ir_version = 8
     return model
+
+
+def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copies the model with fp32 wherever it has fp16: weights, constants, scales, casts."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    for tensor in copy.graph.initializer:
+        _widen(tensor)
+    for node in copy.graph.node:
+        for attribute in node.attribute:
+            if (node.op_type, attribute.name) == ("Cast", "to") and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+            if attribute.HasField("t"):
+                _widen(attribute.t)
+    return copy
+
+
+def _widen(tensor: TensorProto) -> None:
+    if tensor.data_type == TensorProto.FLOAT16:
+        wide = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+
+
+def _spell_shapes(model: onnx.ModelProto) -> None:
+    """Writes Shape of some axes as Shape of all and a Slice, in place: TensorRT 8.5 reads over `start` and
+    `end`, without a word."""
+    nodes: list[onnx.NodeProto] = []
+    for place, node in enumerate(model.graph.node):
+        nodes.append(node)
+        limits = {a.name: a.i for a in node.attribute}
+        if node.op_type != "Shape" or not limits:
+            continue
+        prefix, (out,) = f"Shape_{place}", node.output
+        ends = {"start": limits.get("start", 0), "end": limits.get("end", np.iinfo(np.int64).max)}
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.array([value], np.int64), f"{prefix}_{name}")
+            for name, value in ends.items()
+        )
+        del node.attribute[:]
+        node.output[0] = f"{prefix}_all"
+        inputs = [node.output[0], f"{prefix}_start", f"{prefix}_end"]
+        nodes.append(helper.make_node("Slice", inputs, [out], f"{prefix}_Slice"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _expanded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,13 @@ Index = Annotated[
         help="Where the main index is searched: cpu, or gpu: with faiss-gpu, and an index of whole vectors."
     ),
 ]
+Instances = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes of each step (with --fused: of the whole pipeline); as the release says, two, if not "
+        "given. One for every core or two is what --fused wants on a larger machine."
+    ),
+]
 Redis = Annotated[
     str | None,
     typer.Option(
@@ -71,6 +79,7 @@ def serve(
     fused: Fused = False,
     require: Require = None,
     index: Index = "cpu",
+    instances: Instances = None,
     redis: Redis = None,
     verbose: Verbose = False,
     start_timeout_s: StartTimeout = 300.0,
@@ -87,6 +96,7 @@ def serve(
         fused=fused,
         require=require,
         index=index,
+        instances=instances,
         redis=url_from_option(redis) if redis else None,
         verbose=verbose,
         start_timeout_s=start_timeout_s,
@@ -105,11 +115,12 @@ def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
     from ensemble.live.keeper import service_process
     from ensemble.server import supervisor
 
+    def writer() -> AbstractContextManager[None]:
+        """Writes items beside the server: what it makes, instances read when they start."""
+        return service_process(repository.resolve(), _log)
+
     started = time.monotonic()
-    with (
-        service_process(repository.resolve(), _log),  # first: what it makes, instances read when they start
-        supervisor.serve(repository, options, _log) as server,
-    ):
+    with supervisor.serve(repository, options, _log, beside=writer) as server:
         print(_greeting(server, time.monotonic() - started), flush=True)
         server.wait()
 
@@ -143,8 +154,8 @@ def _greeting(server: Server, start_s: float) -> str:
         f"  engines    {server.launch.runtime.title}",
         f"  instances  {sum(map(len, stubs.values()))} Python processes: "
         + ", ".join(f"{len(pids)} {name}" for name, pids in stubs.items()),
-        "             (two a step: Triton never restarts one that dies; one thread each: instances are the "
-        "parallelism)",
+        "             (two a step or more: Triton never restarts one that dies; one thread each: they are "
+        "the parallelism)",
         f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB "
         "resident, summed)",
     ]

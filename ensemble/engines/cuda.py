@@ -109,6 +109,16 @@ class Gpu:
             c_void_p(self.stream),
         )
 
+    def copy(self, source: int, target: int, num_bytes: int) -> None:
+        """Copies from device memory to device memory, in the stream."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            c_uint64(target),
+            c_uint64(source),
+            c_size_t(num_bytes),
+            c_void_p(self.stream),
+        )
+
     def synchronize(self) -> None:
         """Waits for all that is in the stream."""
         self._call("cuStreamSynchronize", c_void_p(self.stream))

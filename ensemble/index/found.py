@@ -33,6 +33,18 @@ def cut(rows: Array, scores: Array, depth: int) -> Found:
     return rows, scores
 
 
+def cut_sorted(rows: Array, scores: Array, depth: int) -> Found:
+    """Gives what cut() gives, of scores [Q, X] that are in order: only lists with equal scores are sorted."""
+    tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+    if len(tied):
+        order = np.lexsort((rows[tied], -scores[tied]), axis=-1)
+        rows[tied] = np.take_along_axis(rows[tied], order, axis=1)
+        scores[tied] = np.take_along_axis(scores[tied], order, axis=1)
+    gap = ((0, 0), (0, max(0, depth - rows.shape[1])))
+    rows = np.pad(rows[:, :depth], gap, constant_values=-1)
+    return rows, np.pad(scores[:, :depth], gap, constant_values=-np.inf)
+
+
 def nothing_found(num_queries: int, depth: int) -> Found:
     """Gives a list of padding for each query."""
     return np.full((num_queries, depth), -1, np.int64), np.full((num_queries, depth), -np.inf, np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
-from ensemble.index.found import Found, cut, nothing_found
+from ensemble.index.found import Found, cut, cut_sorted, nothing_found
 from ensemble.index.vectors import Vectors
 
 # Share and number of rows under which a search of just these is cheaper, and exact.
@@ -117,14 +117,7 @@ class MainIndex:
                 break
             length = min(2 * length, self.num_items)
         rows, scores = np.where(positions >= 0, positions + 1, -1), np.where(positions >= 0, scores, -np.inf)
-        tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
-        if len(tied):
-            order = np.lexsort((rows[tied], -scores[tied]), axis=-1)
-            rows[tied] = np.take_along_axis(rows[tied], order, axis=1)
-            scores[tied] = np.take_along_axis(scores[tied], order, axis=1)
-        gap = ((0, 0), (0, max(0, depth - length)))
-        rows = np.pad(rows[:, :depth], gap, constant_values=-1)
-        return rows, np.pad(scores[:, :depth], gap, constant_values=-np.inf)
+        return cut_sorted(rows, scores, depth)
 
     def _refined(self, query: Array, rows: Array, depth: int) -> Found:
         """Scores approximate finds, rows [Q, R] (0: none), by exact inner product; gives the best `depth`."""

@@ -9,6 +9,8 @@ from ensemble.engines import CPU, ENGINES, GPU
 from ensemble.errors import InvalidInput
 from ensemble.tiers.settings import TierSettings
 
+MOST_INSTANCES = 128  # each is a process of every step
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -20,6 +22,7 @@ class ServeOptions:
     fused: bool = False  # all steps of a request in one Python process, instead of the ensemble
     require: str | None = None  # one of ENGINES, or an error; None takes the best that is there
     index: str = CPU  # engines.CPU or GPU: where the main index is searched
+    instances: int | None = None  # processes of each step; None: as the release says
     redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
     verbose: bool = False  # Triton's own log is shown
     start_timeout_s: float = 300.0
@@ -34,6 +37,8 @@ class ServeOptions:
             raise InvalidInput(f"--require {self.require}: known are {', '.join(ENGINES)}")
         if self.index not in (CPU, GPU):
             raise InvalidInput(f"--index {self.index}: is unknown; use {CPU} or {GPU}")
+        if self.instances is not None and not 1 <= self.instances <= MOST_INSTANCES:
+            raise InvalidInput(f"--instances {self.instances}: can be 1 to {MOST_INSTANCES}")
         if self.redis is not None:
             TierSettings(self.redis)  # refused here rather than in every step
         if not self.start_timeout_s > 0:

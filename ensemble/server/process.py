@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE
+from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
 from ensemble.server.installation import Installation, RunFolder, remove_regions
@@ -50,6 +50,11 @@ class Launch:
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     @property
+    def has_overlay(self) -> bool:
+        """Says whether Triton mounts a folder of links: for plans, or for another number of instances."""
+        return bool(self.runtime.plans) or self.options.instances is not None
+
+    @property
     def configuration(self) -> str | None:
         """Names configs/<this>.pbtxt, which models that have it use instead of config.pbtxt; None: none."""
         if self.runtime.plans:
@@ -66,7 +71,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     restricted = f"{_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}"
     return [
         str(installation.binary),
-        f"--model-repository={run.path / OVERLAY if launch.runtime.plans else launch.repository}",
+        f"--model-repository={run.path / OVERLAY if launch.has_overlay else launch.repository}",
         f"--backend-directory={run.path / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={run.region_prefix}",
         "--model-control-mode=explicit",
@@ -103,6 +108,7 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         ENGINE_VARIABLE: launch.runtime.engine,
         INDEX_VARIABLE: launch.options.index,
+        REPOSITORY_VARIABLE: str(launch.repository),
         # Images set it; python_model.py knows old stubs by it.
         "TRITON_SERVER_VERSION": str(installation.level or ""),
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),

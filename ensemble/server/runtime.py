@@ -2,8 +2,9 @@
 or CPU.
 
 Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
-links, in which a model with a plan is the plan's folder and everything else is the repository's own. Nested
-in the server's run folder, it is gone with it. Rejected: two --model-repository paths (Triton loads no model
+links, in which a model with a plan is the plan's folder and everything else is the repository's own; so it is
+too where another number of instances is asked for, which stands in copies of the configurations. Nested in
+the server's run folder, it is gone with it. Rejected: two --model-repository paths (Triton loads no model
 that is in both); a link to the plan inside the release (dangling until compiled, and then a server could not
 fall back to ONNX model by model).
 """
@@ -11,6 +12,7 @@ fall back to ONNX model by model).
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,24 +147,67 @@ def _has_plans(release: Release) -> bool:
 class Overlay:
     """Keeps the folder of links that Triton mounts; refresh() adds releases that were published since."""
 
-    def __init__(self, folder: Path, repository: Path, plans: tuple[Plan, ...]) -> None:
-        self.folder, self._repository = folder, repository
+    def __init__(
+        self, folder: Path, repository: Path, plans: tuple[Plan, ...], instances: int | None = None
+    ) -> None:
+        self.folder, self._repository, self._instances = folder, repository, instances
         self._plans = {plan.member: plan.member_folder for plan in plans}
         folder.mkdir()
         self.refresh()
 
     def refresh(self) -> None:
-        """Links every folder of the repository and drops links of removed ones. A link that is there stays:
-        Triton may be reading it."""
+        """Links every folder of the repository and drops links of removed ones. What is there stays: Triton
+        may be reading it."""
         there = {
             path.name: path
             for path in self._repository.iterdir()
             if path.is_dir() and not path.name.startswith(".")
         }
-        for link in self.folder.iterdir():
-            if link.name not in there:
-                link.unlink()
+        for name in {path.name for path in self.folder.iterdir()} - set(there):
+            self._drop(self.folder / name)
         for name, path in there.items():
-            link = self.folder / name
-            if not link.is_symlink():
-                link.symlink_to(self._plans.get(name, path), target_is_directory=True)
+            target, link = self._plans.get(name, path), self.folder / name
+            if not link.exists() and not link.is_symlink():
+                self._put(target, link)
+
+    def _put(self, target: Path, link: Path) -> None:
+        """Links a model's folder; where instances are asked for, configurations that count Python processes
+        are copies. An ensemble's stay links: the alias's is written anew at every flip."""
+        changed = self._changed_configs(target)
+        if not changed:
+            link.symlink_to(target, target_is_directory=True)
+            return
+        for path in (path for path in target.rglob("*") if not path.is_dir()):
+            place = link / path.relative_to(target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path in changed:
+                place.write_text(changed[path], encoding="utf-8")
+            else:
+                place.symlink_to(path)
+
+    def _changed_configs(self, target: Path) -> dict[Path, str]:
+        """Gives {file: its text} of the model's configurations with the number of instances asked for."""
+        if self._instances is None:
+            return {}
+        texts = {path: path.read_text(encoding="utf-8") for path in target.rglob("*.pbtxt")}
+        return {
+            path: with_instances(text, self._instances) for path, text in texts.items() if "KIND_CPU" in text
+        }
+
+    @staticmethod
+    def _drop(path: Path) -> None:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def with_instances(text: str, count: int) -> str:
+    """Gives a config.pbtxt with `count` instances in each of its groups."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    config = text_format.Parse(text, ModelConfig())
+    for group in config.instance_group:
+        group.count = count
+    return text_format.MessageToString(config)

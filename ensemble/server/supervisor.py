@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ensemble import contract
@@ -48,8 +49,11 @@ class Server:
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
         self._run = make_run_folder(installation)
-        plans = launch.runtime.plans
-        self._overlay = Overlay(self._run.path / OVERLAY, launch.repository, plans) if plans else None
+        self._overlay: Overlay | None = None
+        if launch.has_overlay:
+            self._overlay = Overlay(
+                self._run.path / OVERLAY, launch.repository, launch.runtime.plans, launch.options.instances
+            )
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -239,18 +243,24 @@ def _log_nothing(line: str) -> None:
 
 @contextlib.contextmanager
 def serve(
-    repository: Path, options: ServeOptions, log: Callable[[str], None] = _log_nothing
+    repository: Path,
+    options: ServeOptions,
+    log: Callable[[str], None] = _log_nothing,
+    beside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[Server]:
     """Serves a repository's active release while the block runs; `log` hears warnings, a line at a time.
 
-    ServerError, ReleaseError or InvalidInput says what is in the way before anything is started.
+    ServerError, ReleaseError or InvalidInput says what is in the way before anything is started. `beside`
+    runs from then on, before the steps start, until they have ended.
     """
     server = _prepared(Path(repository).resolve(), options, log)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(beside())
+        finally:  # also where that fails
+            stack.callback(server.stop)
         server.start()
         yield server
-    finally:
-        server.stop()
 
 
 def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None]) -> Server:

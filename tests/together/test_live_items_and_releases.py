@@ -38,12 +38,16 @@ def repository(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
-def test_changed_items_keep_no_release_from_being_activated(repository, fused):
+@pytest.mark.parametrize(
+    ("fused", "instances"), [(False, None), (True, None), (True, 3)], ids=["ensemble", "fused", "overlay"]
+)
+def test_changed_items_keep_no_release_from_being_activated(repository, fused, instances):
+    """With a number of instances Triton mounts a folder of links, as it does for plans."""
     releases.activate(repository, "r1")
-    options = ServeOptions(port=0, metrics_port=None, fused=fused)
+    options = ServeOptions(port=0, metrics_port=None, fused=fused, instances=instances)
     with serve(repository, options) as server, service_process(repository), Client(server.url) as client:
         wait_for_writer(repository)
+        assert instances in (None, *map(len, server.stubs().values()))
         with ItemClient(repository, wait_s=5) as items:
             before = client.recommend("u1", top_k=5)
             changed = items.delete(before.items[0].item_id)

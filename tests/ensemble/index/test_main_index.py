@@ -156,6 +156,67 @@ def test_mapped_vectors_are_close_to_the_real_ones(tmp_path, rng, precision, tol
         open_vectors(tmp_path / "vectors.npy", 100, DIM)
 
 
+class CpuDevice:
+    """Stands where a GPU's memory is: the same indexes, which get no selector either."""
+
+    def copy(self, index: faiss.Index) -> faiss.Index:
+        return index
+
+    def flat(self, embedding: int) -> faiss.Index:
+        return faiss.IndexFlatIP(embedding)
+
+    def another(self) -> CpuDevice:
+        return self
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF16,Flat"])
+@pytest.mark.parametrize("share", [None, 0.5, 0.1, 0.03, 0.01, 0.0])
+def test_a_filter_gets_full_lists_from_an_index_that_takes_none(rng, kind, share):
+    embeddings, query = clustered(rng, ITEMS), clustered(rng, 30)
+    mask = None if share is None else np.concatenate([[False], rng.random(ITEMS) < share])
+    cpu = main_index(kind, embeddings)
+    gpu = GpuIndex(cpu.index, cpu.vectors, cpu.query, CpuDevice())
+    for _ in range(2):  # the second search finds the filter's own index
+        rows, scores = gpu.search(query, 200, mask)
+        wanted = brute_force(query, embeddings, 200, mask)
+        assert ((rows > 0) == (wanted > 0)).all(), "as many as there are"
+        assert (np.sort(scores, axis=1)[:, ::-1] == scores).all()
+        if kind == "Flat":
+            assert (rows == wanted).mean() > 0.999  # sums in another order may swap near ties
+        else:
+            assert recall_share(rows, wanted - 1) > 0.85
+
+
+def test_a_large_flat_index_is_searched_in_parts_and_gives_the_whole_ones_lists(rng, monkeypatch):
+    monkeypatch.setattr("ensemble.index.gpu_index._PARTS_FROM", ITEMS)
+    embeddings, query = clustered(rng, ITEMS), clustered(rng, 30)
+    embeddings[ITEMS // 2 :] = embeddings[: ITEMS // 2]  # every item twice, in different parts
+    cpu = main_index("Flat", embeddings)
+    gpu = GpuIndex(cpu.index, cpu.vectors, cpu.query, CpuDevice())
+    assert len(gpu._parts) == 4
+    mask = np.concatenate([[False], rng.random(ITEMS) < 0.5])
+    for wanted_mask in (None, mask):
+        rows, scores = gpu.search(query, 200, wanted_mask)
+        wanted, wanted_scores = cpu.search(query, 200, wanted_mask)
+        np.testing.assert_allclose(scores, wanted_scores, atol=1e-6)
+        assert (rows == wanted).mean() > 0.98  # sums in another order may swap near ties
+
+
+def test_indexes_of_filters_are_dropped_with_their_masks(rng, monkeypatch):
+    embeddings, query = clustered(rng, ITEMS), clustered(rng, 4)
+    cpu = main_index("Flat", embeddings)
+    gpu = GpuIndex(cpu.index, cpu.vectors, cpu.query, CpuDevice())
+    for _ in range(3):  # a clustered mask: these users' items pass less often than others'
+        mask = np.concatenate([[False], embeddings[:, 0] > 0.1])
+        rows, _ = gpu.search(query, 200, mask)
+        assert (rows == brute_force(query, embeddings, 200, mask)).mean() > 0.999
+    assert len(gpu._subsets) <= 1
+    monkeypatch.setattr("ensemble.index.gpu_index._SUBSETS_BYTES", 1000)
+    other = np.concatenate([[False], embeddings[:, 1] > 0.1])
+    rows, _ = gpu.search(query, 200, other)  # no room on the GPU: the CPU searches
+    assert (rows == brute_force(query, embeddings, 200, other)).mean() > 0.999
+
+
 @pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="faiss-gpu is installed")
 def test_a_gpu_that_is_asked_for_and_absent_is_refused(rng):
     index = main_index("Flat", clustered(rng, 100))

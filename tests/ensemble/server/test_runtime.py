@@ -15,6 +15,7 @@ from shops import ROOT, private_copy
 
 from clients.client import Client
 from ensemble.engines.plans import EngineKey, Plan
+from ensemble.errors import InvalidInput
 from ensemble.server import supervisor as serving
 from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import Overlay, Runtime
@@ -253,10 +254,35 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         for one, ids in zip(found, wanted["item_ids"], strict=True):
             assert [item.encode() for item in one.item_ids] == ids[ids != b""].tolist()
     assert not mounted.exists()
-    assert {path for path in set(Path(tmp_path).rglob("*")) - before if "__pycache__" not in str(path)} <= {
+    new = {path for path in set(Path(tmp_path).rglob("*")) - before if "__pycache__" not in str(path)}
+    assert {path for path in new if ".live" not in path.parts} <= {
         repository / ".lock",
         repository / ".server.json",
     }
     assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
         "removing the links leaves what they led to"
     )
+
+
+def test_a_number_of_instances_stands_in_copies_and_everything_else_is_a_link(tiny_repository, tmp_path):
+    repository = private_copy(tiny_repository, tmp_path / "repository")
+    overlay = Overlay(tmp_path / "overlay", repository, (), instances=7)
+    step, ensemble, alias = (overlay.folder / name for name in ("r1_recall", "r1_recommend", "recommend"))
+    assert "count: 7" in (step / "config.pbtxt").read_text()
+    assert not (step / "config.pbtxt").is_symlink()
+    assert (step / "1" / "model.py").resolve() == repository / "r1_recall" / "1" / "model.py"
+    assert (ensemble / "config.pbtxt").is_symlink(), "an ensemble has no instances"
+    assert "count: 7" in (ensemble / "configs" / "fused.pbtxt").read_text()
+    assert alias.is_symlink(), "each flip writes it anew"
+    assert "count: 2" in (repository / "r1_recall" / "config.pbtxt").read_text()
+    shutil.copytree(repository / "r1_recall", repository / "r2_recall")
+    shutil.rmtree(repository / "r1_recall")
+    overlay.refresh()
+    assert not step.exists()
+    assert "count: 7" in (overlay.folder / "r2_recall" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("count", [0, -1, 129])
+def test_a_number_of_instances_that_cannot_be_is_refused(count):
+    with pytest.raises(InvalidInput, match=f"^--instances {count}: can be 1 to 128$"):
+        ServeOptions(instances=count)

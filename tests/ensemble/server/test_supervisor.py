@@ -320,10 +320,10 @@ def test_sigterm_answers_what_is_in_flight_and_exits_with_0(tmp_path):
     repository = tmp_path / "models"
     publish_toy(repository, "r1", tmp_path, broken=SLOW, activate=True)
     process = peregrine("serve", "-r", str(repository), "--port", "0", "--metrics-port", "0")
-    greeting = [process.stdout.readline() for _ in range(9)]
+    greeting = [process.stdout.readline() for _ in range(10)]
     assert greeting[0].startswith("serving release r1 of ")
-    assert greeting[6].split()[:3] == ["faster", "with", "--fused:"]
-    assert greeting[7].split() == ["try", "peregrine", "recommend", "u1", "--repository", str(repository)]
+    assert greeting[7].split()[:3] == ["faster", "with", "--fused:"]
+    assert greeting[8].split() == ["try", "peregrine", "recommend", "u1", "--repository", str(repository)]
     url = running_server(repository).url
     calls: list[tuple[float, str]] = []  # when it was sent, what became of it
 
