@@ -455,8 +455,8 @@ def test_no_stage_reads_what_a_later_one_wrote(tmp_path):
         assert ("compress" in before) == (recipe != "none")
 
 
-def test_only_activating_a_built_release_needs_the_clients():
-    """`peregrine build --activate` does what `peregrine release activate` does."""
+def test_only_activating_a_built_release_and_measuring_one_need_the_clients():
+    """`peregrine build --activate` does what `peregrine release activate` does, gpu-check what bench does."""
     users = [
         (str(path.relative_to(ROOT)), ast.unparse(node))
         for path, tree in sources("builders")
@@ -465,4 +465,6 @@ def test_only_activating_a_built_release_needs_the_clients():
         and any(name.split(".")[0] == "clients" for name in imported(node))
     ]
     line = "from clients.operations.releases import activate as activate_release"
-    assert users == [("builders/cli/build.py", line)]
+    measuring = [user for user in users if user[0] == "builders/bench/gpu_chain.py"]
+    assert all(text.startswith("from clients.bench.") for _, text in measuring)
+    assert [user for user in users if user not in measuring] == [("builders/cli/build.py", line)]

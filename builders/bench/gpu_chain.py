@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from builders.bench.gpu_rows import Row, guarded, wall_ms
-from builders.compile.stage import compile_release, tensorrt_toolchain
+from builders.compile.stage import compile_release, toolchain
 from clients.bench.loadgen import Load, users_file_of
 from clients.bench.measuring_process import MeasuringProcess
 from ensemble.arrays import Array, Tensors
-from ensemble.engines import CPU, ENGINE_VARIABLE, GPU, INDEX_VARIABLE, ONNXRUNTIME, ONNXRUNTIME_GPU, TENSORRT
+from ensemble.engines import CPU, ENGINE_VARIABLE, GPU, INDEX_VARIABLE, ONNXRUNTIME, ONNXRUNTIME_GPU
+from ensemble.engines.flavors import FLAVORS, TITLES
+from ensemble.engines.onnx import CUDA
 from ensemble.engines.plans import find_plans
 from ensemble.engines.tensorrt import this_node
 from ensemble.errors import PeregrineError, ServerError
@@ -37,10 +39,12 @@ _SHARES, _RATES = (0.5, 0.8), (5_000.0, 10_000.0)
 
 def compile_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
     """Gives the part `compile`: plans of this release for this card, as `peregrine compile` builds them."""
-    for one in compile_release(release.repository, release.name, tensorrt_toolchain()):
+    tools = toolchain()
+    title = TITLES[tools.node.flavor]
+    for one in compile_release(release.repository, release.name, tools):
         note = "was there" if one.reused else f"built in {one.duration_s:.1f} s"
         note += f", {one.size_bytes / 1e6:.2f} MB"
-        yield Row("compile", one.model, "TensorRT", one.precision, error=one.relative_error, note=note)
+        yield Row("compile", one.model, title, one.precision, error=one.relative_error, note=note)
 
 
 def twin_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
@@ -90,12 +94,13 @@ def _wishes(release: ServedRelease, num_users: int) -> list[dict[str, Any]]:
 
 def _gpu_engines(release: ServedRelease) -> Iterator[str]:
     """Names what engines can run on here, the best first."""
-    with contextlib.suppress(PeregrineError):
-        find_plans(release, this_node())
-        yield TENSORRT
+    for flavor in FLAVORS:
+        with contextlib.suppress(PeregrineError):
+            find_plans(release, this_node(flavor))
+            yield flavor
     import onnxruntime
 
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if CUDA in onnxruntime.get_available_providers():
         yield ONNXRUNTIME_GPU
 
 

@@ -30,13 +30,14 @@ from builders.compile.stage import (
     engine_key,
     engine_models,
     relative_error,
-    tensorrt_toolchain,
     timing_cache,
+    toolchain,
 )
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
 from ensemble.arrays import Tensors
+from ensemble.engines.flavors import FLAVORS, TITLES
 from ensemble.engines.onnx import CUDA, OnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, ranges
 from ensemble.errors import PeregrineError
@@ -120,8 +121,10 @@ def cases(release: ServedRelease) -> list[Case]:
 
 def engine_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
     """Gives the part `engines`: plans of every precision, built and run here, and onnxruntime on the CPU."""
-    yield from guarded("engines", "a small network", _rtx_rows)
-    tools, why_not = _tools()
+    tools = {flavor: _tools(flavor) for flavor in FLAVORS}
+    for flavor, (_, why_not) in tools.items():
+        opens = f"opens no plan here: {why_not}" if why_not else "may open plans here"
+        yield Row("engines", "the card", TITLES[flavor], note=opens)
     try:
         peak: Peak | None = measure_peak()
         assert peak
@@ -137,7 +140,7 @@ def engine_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
     for case in cases(release):
         for name, write in variants(case).items():
             yield from guarded(
-                "engines", case.model.name, partial(_typed_rows, case, name, write, tools, why_not, peak)
+                "engines", case.model.name, partial(_typed_rows, case, name, write, tools, peak)
             )
     for case in cases(release):
         run = OnnxEngine(case.path, 1).run
@@ -159,9 +162,12 @@ def _cuda_rows(case: Case, name: str) -> Iterator[Row]:
     yield from _timed(case, "onnxruntime", "onnxruntime CUDA", types, run, _tolerance(types), None)
 
 
-def _tools() -> tuple[Toolchain | None, str]:
+Tools = dict[str, tuple[Toolchain | None, str]]  # {flavour: (what builds and opens, why there is none)}
+
+
+def _tools(flavor: str) -> tuple[Toolchain | None, str]:
     try:
-        return tensorrt_toolchain(), ""
+        return toolchain(flavor), ""
     except PeregrineError as error:
         return None, error.fact
 
@@ -189,39 +195,11 @@ def _variant(case: Case, kind: str) -> bytes:
     return quantize(data, chosen, measured, "tensorrt")
 
 
-def _rtx_rows() -> Iterator[Row]:
-    """Says whether TensorRT for RTX opens a plan here."""
-    try:
-        import tensorrt_rtx_bindings as trt
-    except ImportError:
-        yield Row("engines", "a small network", "TensorRT for RTX", note="it is not installed here")
-        return
-    from onnx import TensorProto, helper
-
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in ("x", "y")]
-    model = helper.make_model(
-        helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", ends[:1], ends[1:]),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    assert trt.OnnxParser(network, log).parse(model.SerializeToString())
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    profile.set_shape("x", (1, 8), (8, 8), (64, 8))
-    config.add_optimization_profile(profile)
-    engine = trt.Runtime(log).deserialize_cuda_engine(builder.build_serialized_network(network, config))
-    opened = "opens here" if engine is not None else "REFUSED by this card"
-    yield Row("engines", "a small network", f"TensorRT for RTX {trt.__version__}", note=f"a plan {opened}")
-
-
 def _typed_rows(
     case: Case,
     name: str,
     write: Callable[[], bytes],
-    tools: Toolchain | None,
-    why_not: str,
+    tools: Tools,
     peak: Peak | None,
 ) -> Iterator[Row]:
     data = write()
@@ -239,13 +217,14 @@ def _typed_rows(
             tolerance=_tolerance(types),
             note=name,
         )
-    if tools is None:
-        yield Row("engines", case.model.name, "TensorRT", types, note=why_not)
-        return
-    try:
-        yield from _plan_rows(case, name, data, tools, peak)
-    except Exception as error:  # the other precisions go on, whatever this one's builder throws
-        yield Row("engines", case.model.name, "TensorRT", types, note=f"{name}: {first_line(error)}")
+    for flavor, (built_by, _) in tools.items():
+        if built_by is None:
+            continue  # said once, at the top
+        try:
+            yield from _plan_rows(case, name, data, built_by, peak)
+        except Exception as error:  # the other precisions go on, whatever this one's builder throws
+            note = f"{name}: {first_line(error)}"
+            yield Row("engines", case.model.name, TITLES[flavor], types, note=note)
 
 
 def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, peak: Peak | None) -> Iterator[Row]:
@@ -268,14 +247,13 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, peak: Peak 
         engine: Any = tools.open(
             write_plan(Path(folder) / "plan", case.release, case.model, plan, case.feeds, facts)
         )
-    for _ in range(3):  # the third run is a recorded graph
-        error = case.error(engine.run(case.feeds))
+    error, title = case.error(engine.run(case.feeds)), TITLES[tools.node.flavor]
     for batch in BATCHES:
         ms = statistics.median(engine.time_ms(case.part(batch), _REPEATS))
         yield Row(
             "engines",
             case.model.name,
-            "TensorRT",
+            title,
             key.precision,
             batch,
             ms,
@@ -286,8 +264,8 @@ def _plan_rows(case: Case, name: str, data: bytes, tools: Toolchain, peak: Peak 
         )
     part = case.part(_COPIED_BATCH)
     for runtime, run in (
-        ("TensorRT, copies included", engine.run),
-        ("TensorRT, answer stays on the GPU", engine.run_on_gpu),
+        (f"{title}, copies included", engine.run),
+        (f"{title}, answer stays on the GPU", engine.run_on_gpu),
     ):
         yield Row(
             "engines",
