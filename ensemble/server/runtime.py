@@ -12,12 +12,15 @@ fall back to ONNX model by model).
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensemble.engines import ENGINES, ONNXRUNTIME, ONNXRUNTIME_GPU
+from ensemble.engines import ENGINE_VARIABLE, ENGINES, ONNXRUNTIME, ONNXRUNTIME_GPU
 from ensemble.engines.flavors import MODULES, RTX, TENSORRT, TITLES
 from ensemble.engines.plans import Plan, find_plans, read_plans
 from ensemble.errors import ReleaseError
@@ -26,6 +29,18 @@ from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
 
 OVERLAY = "repository"  # the folder of links, in the run folder
+# Opens every engine of the pipeline, as the engine steps will.
+_OPEN_ALL = """
+import sys
+from pathlib import Path
+from ensemble.engines import EngineStep
+from ensemble.release.release import open_release
+release = open_release(Path(sys.argv[1]), sys.argv[2])
+for model in release.pipeline.models:
+    if model.is_engine:
+        EngineStep(model, release)
+"""
+_OPEN_TIMEOUT_S = 120.0  # a card compiles its kernels when it opens a plan for the first time
 _TITLES = {**TITLES, ONNXRUNTIME_GPU: "ONNX Runtime on the GPU", ONNXRUNTIME: "ONNX Runtime on the CPU"}
 
 
@@ -64,7 +79,7 @@ def choose_runtime(
     choices: dict[str, Callable[[], Runtime]] = {
         TENSORRT: lambda: _tensorrt(opened, installation, options.fused),
         RTX: lambda: _rtx(opened),
-        ONNXRUNTIME_GPU: _onnxruntime_gpu,
+        ONNXRUNTIME_GPU: lambda: _onnxruntime_gpu(opened),
         ONNXRUNTIME: Runtime,
     }
     if options.require is not None:
@@ -109,7 +124,33 @@ def _rtx(release: Release) -> Runtime:
     from ensemble.engines.tensorrt import this_node
 
     find_plans(release, this_node(RTX))
+    _check_opens(release, RTX)
     return Runtime(RTX)
+
+
+def _check_opens(release: Release, engine: str) -> None:
+    """Opens the release's engines once, in a process that ends; ReleaseError with its last line if they do
+    not.
+
+    What is named and fits may still not open (a driver that is too old, a library that is missing), and then
+    the next best is taken now instead of a server that does not start.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _OPEN_ALL, str(release.repository), release.name],
+            env={**os.environ, "PYTHONPATH": path, ENGINE_VARIABLE: engine},
+            capture_output=True,
+            text=True,
+            timeout=_OPEN_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ReleaseError(f"its engines did not open within {_OPEN_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        raise ReleaseError(last.removeprefix("ensemble.errors.ReleaseError: "))
 
 
 def _has_gpu() -> bool:
@@ -122,7 +163,7 @@ def _has_gpu() -> bool:
         return False
 
 
-def _onnxruntime_gpu() -> Runtime:
+def _onnxruntime_gpu(release: Release) -> Runtime:
     """Chooses ONNX Runtime on the GPU; ReleaseError names what is missing."""
     import onnxruntime
 
@@ -133,6 +174,7 @@ def _onnxruntime_gpu() -> Runtime:
     active = onnxruntime.get_available_providers()
     if CUDA not in active:
         raise ReleaseError(f"ONNX Runtime has no {CUDA}, only {', '.join(active)}; install onnxruntime-gpu")
+    _check_opens(release, ONNXRUNTIME_GPU)
     return Runtime(ONNXRUNTIME_GPU)
 
 

@@ -16,6 +16,7 @@ from shops import ROOT, private_copy
 from clients.client import Client
 from ensemble.engines.plans import EngineKey, Plan
 from ensemble.errors import InvalidInput
+from ensemble.release.files import file_sha256
 from ensemble.server import supervisor as serving
 from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import Overlay, Runtime
@@ -30,6 +31,9 @@ from ensemble.server.options import ServeOptions
 from ensemble.server.runtime import choose_runtime
 repository, installation = Path(sys.argv[1]), Installation(Path("tritonserver"), Path(sys.argv[2]), None)
 heard = []
+if len(sys.argv) > 5:  # what onnxruntime says of itself
+    import onnxruntime
+    onnxruntime.get_available_providers = lambda: sys.argv[5].split(",")
 try:
     options = ServeOptions(require=sys.argv[3] or None, fused=sys.argv[4] == "fused")
     runtime = choose_runtime(repository, "r1", installation, options, heard.append)
@@ -67,7 +71,8 @@ def no_rtx(more: dict[str, str]) -> str:
 
 
 ON_CPU = "WARNING: engines run on ONNX Runtime on the CPU. TensorRT: user_encoder: "
-BUILD = "; build plans on this node: `peregrine compile`"
+COMPILE = "`peregrine compile`"
+BUILD = f"; build plans on this node: {COMPILE}"
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +174,32 @@ def test_plans_of_tensorrt_are_taken_before_those_for_rtx_cards(gpu, for_rtx, na
     assert pretend.peregrine(env, "compile", "-r", repository, "--flavor", "tensorrt").returncode == 0
     assert chosen(env, repository, native)[1] == ["r1_user_encoder", "r1_ranker"]
     assert chosen(env, repository, native, "rtx") == ["rtx", [], [], []]
+
+
+def test_what_fits_but_does_not_open_is_passed_over(gpu, for_rtx, native, tmp_path):
+    repository = private_copy(for_rtx, tmp_path / "repository")
+    path = next(repository.glob("r1_plans/*/r1_ranker/1/model.plan"))
+    path.write_bytes(b"not a plan")
+    manifest = path.parents[2] / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["files"]["r1_ranker/1/model.plan"] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    manifest.write_text(json.dumps(facts))
+    engine, _, _, (line,) = chosen(gpu, repository, native, **RTX_CARD)
+    assert engine == "onnxruntime"
+    refused = f"cannot open {path}: magic tag does not match; build it again on this node: {COMPILE}"
+    assert f"TensorRT for RTX: {refused}" in line
+    assert chosen(gpu, repository, native, "rtx", **RTX_CARD) == [f"--require rtx: {refused}"]
+
+
+def test_onnxruntime_on_the_gpu_is_tried_and_not_only_named(gpu, tiny_repository, native):
+    """An onnxruntime-gpu whose CUDA libraries are missing lists its provider all the same."""
+    providers = "CUDAExecutionProvider,CPUExecutionProvider"
+    done = pretend.run(gpu, "-c", CHOOSE, str(tiny_repository), str(native), "", "", providers)
+    assert done.returncode == 0, done.stderr
+    engine, _, _, (line,) = json.loads(done.stdout)
+    assert engine == "onnxruntime"
+    assert "ONNX Runtime on the GPU: " in line
+    assert "CUDAExecutionProvider was asked for, active are AzureExecutionProvider, CPU" in line
 
 
 def test_a_gpu_that_opens_no_rtx_plan_is_named_at_once(gpu, for_rtx, native):
