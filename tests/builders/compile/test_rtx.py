@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,13 +15,14 @@ from shops import private_copy
 
 from builders.compile.graph import check_constants, drop_int8_activations
 from builders.compile.samples import real_feeds
-from builders.compile.stage import Toolchain, compile_release
+from builders.compile.stage import Toolchain, compile_release, toolchain
 from builders.compress import graph
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
+from ensemble.engines.flavors import version_from_text
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, Node, find_plan, read_plans
-from ensemble.errors import ReleaseError
+from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.files import file_sha256
 from ensemble.release.manifest import sealed
 from ensemble.steps.served import open_served
@@ -65,47 +67,65 @@ def test_plans_built_ahead_are_compared_by_the_first_call_on_a_card(gpu, reposit
     assert find_plan(release, "ranker", NODE).key.targets == ()
 
 
-def test_what_cannot_be_is_one_line(gpu, repository):
-    env = {**gpu, **CARD}
+def test_a_gpu_that_opens_no_such_plan_is_one_line(gpu, repository):
     assert refusal(gpu, repository, "--flavor", "rtx") == (
         "error: TensorRT for RTX opens no plan on SM 9.0: it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1 and later; "
         "this node has Pretend 9; use --flavor tensorrt, or ONNX Runtime"
     )
-    assert "--ahead: TensorRT builds on the GPU" in refusal(
-        env, repository, "--ahead", "--flavor", "tensorrt"
-    )
-    assert "--portable is TensorRT's" in refusal(env, repository, "--flavor", "rtx", "--portable")
-    assert "--for is for RTX cards" in refusal(env, repository, "--flavor", "tensorrt", "--for", "sm89")
-    assert "sm90 is no target; known: sm75" in refusal(env, repository, "--ahead", "--for", "sm90")
-    assert "--flavor onnx: known are auto, tensorrt, rtx" in refusal(env, repository, "--flavor", "onnx")
 
 
-def test_auto_takes_tensorrt_where_it_is_installed(gpu, repository):
-    done = pretend.peregrine({**gpu, **CARD}, "compile", "-r", repository, "--json")
-    assert json.loads(done.stdout)["node"]["flavor"] == "tensorrt"
+def test_what_cannot_be_is_refused_by_name(repository):
+    with pytest.raises(InvalidInput, match=r"^--ahead: TensorRT builds on the GPU"):
+        toolchain("tensorrt", ahead=True)
+    with pytest.raises(InvalidInput, match=r"^--flavor onnx: known are auto, tensorrt, rtx$"):
+        toolchain("onnx")
+    with pytest.raises(InvalidInput, match=r"^--portable is TensorRT's"):
+        compile_release(repository, "r1", tools(NODE), portable=True)
+    with pytest.raises(InvalidInput, match=r"^--for is for RTX cards"):
+        compile_release(repository, "r1", tools(Node("Pretend 9", "9.0", "11.4.0", "13.1")), targets=("8.9",))
 
 
-def test_plans_of_another_version_of_the_bindings_than_tritons_are_not_built(gpu, repository, tmp_path):
-    """Triton would refuse them at start, on the node, in production."""
-    source = tmp_path / "nvinfer.c"
-    source.write_text("int getInferLibVersion(void) { return 110300; }")
-    library = tmp_path / "libnvinfer.so.11"
-    subprocess.run([compiler(), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    path = f"{tmp_path}:{gpu['LD_LIBRARY_PATH']}"
-    assert refusal({**gpu, "LD_LIBRARY_PATH": path}, repository, "--flavor", "tensorrt") == (
+def test_auto_takes_tensorrt_where_it_is_installed(gpu):
+    code = "from builders.compile.stage import toolchain; print(toolchain().node.flavor)"
+    done = pretend.run({**gpu, **CARD}, "-c", code)
+    assert done.stdout == "tensorrt\n", done.stderr
+
+
+def test_bindings_of_another_version_than_tritons_library_build_nothing(gpu, repository, tmp_path):
+    """Triton would refuse their plans at start, on the node, in production."""
+    env = {**gpu, "LD_LIBRARY_PATH": f"{tmp_path}:{gpu['LD_LIBRARY_PATH']}"}
+    _make_nvinfer(tmp_path, 110300)
+    assert refusal(env, repository, "--flavor", "tensorrt") == (
         "error: Python's tensorrt is 11.4.0, the libnvinfer that Triton loads is 11.3.0: plans of one do not "
         "open in the other; pip install tensorrt-cu13-bindings==11.3.0.* (of your CUDA), or the image's own"
     )
-    source.write_text("int getInferLibVersion(void) { return 110400; }")
+    _make_nvinfer(tmp_path, 110400)
+    code = "from ensemble.engines.tensorrt import check_bindings; print(check_bindings().__name__)"
+    assert pretend.run(env, "-c", code).stdout == "tensorrt\n"
+
+
+def _make_nvinfer(folder: Path, number: int) -> None:
+    """Makes a libnvinfer that says this of its version."""
+    source = folder / "nvinfer.c"
+    source.write_text(f"int getInferLibVersion(void) {{ return {number}; }}")
+    library = folder / "libnvinfer.so.11"
     subprocess.run([compiler(), "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    same = pretend.peregrine({**gpu, "LD_LIBRARY_PATH": path}, "compile", "-r", repository)
-    assert same.returncode == 0, same.stderr
 
 
-def test_tensorrts_between_the_old_and_the_typed_ones_are_refused(gpu, repository):
-    for version in ("10.11.0.33", "9.3.0.1"):
-        line = refusal({**gpu, "PRETEND_TENSORRT": version}, repository, "--flavor", "tensorrt")
-        assert line == f"error: TensorRT {version} is none that plans are built with; use 10.12 or newer"
+def test_versions_are_told_apart_by_flavour(gpu, repository):
+    line = refusal({**gpu, "PRETEND_TENSORRT": "10.11.0.33"}, repository, "--flavor", "tensorrt")
+    assert line == "error: TensorRT 10.11.0.33 is none that plans are built with; use 10.12 or newer"
+    for flavor, text, old, supported in (
+        ("tensorrt", "8.5.3.1", True, True),
+        ("tensorrt", "8.4.1", True, False),
+        ("tensorrt", "9.3.0.1", False, False),
+        ("tensorrt", "10.16.1.11", False, True),
+        ("tensorrt", "11.4.0.106", False, True),
+        ("rtx", "1.7.1.116", False, True),
+        ("rtx", "8.5.0", False, True),
+    ):
+        version = version_from_text(flavor, text)
+        assert (version.is_old, version.is_supported) == (old, supported), (flavor, text)
 
 
 # --- precisions that a GPU does not have

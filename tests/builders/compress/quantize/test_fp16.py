@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_modules import RANKER, SCHEMA, SIZES, USER_ENCODER, exported, feeds_for, tensors
+from small_modules import SCHEMA, SIZES, USER_ENCODER, exported, feeds_for, tensors
 
 from builders.compile.samples import real_feeds
 from builders.compile.stage import engine_models
@@ -19,7 +19,6 @@ from builders.compress.quantize.fp16 import is_changed
 from builders.compress.quantize.quantize import PRECISIONS, choices, quantize
 from builders.encoders.models import UserEncoder
 from builders.layers import code_slices
-from builders.ranker.model import Ranker
 from ensemble.arrays import Tensors
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.errors import InvalidInput
@@ -86,25 +85,11 @@ def blank_encoder() -> bytes:
     return exported(encoder, *tensors(feeds_for(USER_ENCODER, 16)).values())
 
 
-@pytest.fixture(scope="module")
-def blank_ranker() -> bytes:
-    """An untrained ranker with a binary and a regression task."""
-    torch.manual_seed(0)
-    return exported(Ranker(SCHEMA), *tensors(feeds_for(RANKER, 16)).values())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_user_of_whom_nothing_is_known_has_a_finite_embedding(blank_encoder, kind):
     """The L2 norm of a zero vector divides by its own limit, 1e-12, which fp16 does not have."""
     feeds = feeds_for(USER_ENCODER, 16)
     engine = typed(blank_encoder, kind, calibrate(blank_encoder, feeds, min_users=1))
-    assert not_finite(engine, kind, feeds) == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_untrained_ranker_with_a_regression_task_stays_finite(blank_ranker, kind):
-    feeds = feeds_for(RANKER, 16)
-    engine = typed(blank_ranker, kind, calibrate(blank_ranker, feeds, min_users=1))
     assert not_finite(engine, kind, feeds) == []
 
 
