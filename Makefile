@@ -12,7 +12,7 @@ SECOND := ^\# Tests and checks
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check test test-long check format lock clean
+.PHONY: help install demo bench gpu-check test test-long soak check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-long: $(TOOLS) ## the soaks: the same tests for longer
 # Code 5 means that no test has the marks: so it is with PYTEST="-k NAME".
 pytest = echo "pytest -m '$(1)' $(2) $(PYTEST)"; \
   $(TEST_ENV) $(BIN)/python -m pytest -rs -m '$(1)' $(2) $(PYTEST) || { code=$$?; [ $$code = 5 ] || exit $$code; }
+
+EXAMPLES ?= 200
+soak: $(TOOLS) ## features meet in any order, on twins and on a real server, for as long as EXAMPLES=200 last
+	@PEREGRINE_SOAK=$(EXAMPLES) $(TEST_ENV) $(BIN)/python -m pytest -x -rs tests/together/test_any_order.py
 
 check: $(TOOLS) ## ruff format, ruff, mypy
 	$(BIN)/ruff format --check .

@@ -14,11 +14,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -33,15 +32,18 @@ from hypothesis.stateful import (
 )
 from shops import private_copy
 
-from clients.errors import InvalidArgument, Unavailable
+from clients.client import Client
+from clients.errors import CallError, InvalidArgument, Unavailable
 from clients.items import ItemClient, make_ready
 from clients.operations import releases
 from ensemble.live.merge_process import module_process
 from ensemble.local import LocalPipeline
 from ensemble.release.release import active_release, open_release
+from ensemble.server.options import ServeOptions
+from ensemble.server.supervisor import Server, serve
 from ensemble.steps.served import open_served
 
-EXAMPLES, STEPS = int(os.environ.get("PEREGRINE_SOAK", "5")), 20
+SOAK, STEPS = int(os.environ.get("PEREGRINE_SOAK", "0")), 20  # examples of `make soak`
 BRANDS = ("brand of its own", "another brand")  # that no release knows
 IDS = st.sampled_from([f"i{number}" for number in range(1, 9)] + [f"new-{number}" for number in range(4)])
 VALUES = st.fixed_dictionaries({}, optional={"brand": st.sampled_from(BRANDS), "price": st.just(9.5)})
@@ -73,24 +75,123 @@ class Catalogue:
         return {item_id.encode() for item_id, one in self.brands.items() if one == brand}
 
 
+class Answer(NamedTuple):
+    """Holds one list, whoever gave it."""
+
+    release: str
+    sequence: int
+    items: list[bytes]
+
+
+class Steps(Protocol):
+    """Is what answers: local twins, or a server."""
+
+    def open(self, name: str) -> None:
+        """Makes sure that the active release `name` answers."""
+
+    def restart(self, name: str) -> None:
+        """Starts what answers again, in the rough way."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+    def ask(self, user: bytes, options: dict[str, Any]) -> Answer:
+        """Asks for one user's list."""
+
+
+class Twins:
+    """Keeps a local twin of every release that was active, as a server's steps are kept."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository, self.twins = repository, dict[str, LocalPipeline]()
+        self.name = ""
+
+    def open(self, name: str) -> None:
+        make_ready(self.repository, name)
+        self.name = name
+        if name not in self.twins:
+            self.twins[name] = LocalPipeline(open_served(self.repository, name))
+            self.twins[name].release.live.follow()
+
+    def restart(self, name: str) -> None:
+        self.close()
+        self.open(name)
+
+    def close(self) -> None:
+        for twin in self.twins.values():
+            twin.release.close()
+        self.twins.clear()
+
+    def ask(self, user: bytes, options: dict[str, Any]) -> Answer:
+        answer = self.twins[self.name].recommend([user], options)
+        assert not self.twins[self.name].release.live.fault
+        items = [item for item in answer["item_ids"][0].tolist() if item]
+        return Answer(answer["release"].item().decode(), answer["sequence"].item(), items)
+
+
+class Triton:
+    """Keeps a real server."""
+
+    def __init__(self, repository: Path, fused: bool) -> None:
+        self.repository, self.options = repository, ServeOptions(port=0, metrics_port=None, fused=fused)
+        self.stack = contextlib.ExitStack()
+        self.server: Server | None = None
+
+    def open(self, name: str) -> None:
+        if self.server is None:
+            self.server = self.stack.enter_context(serve(self.repository, self.options))
+            self.client = self.stack.enter_context(Client(self.server.url))
+        until(lambda: self._answers() == name)
+
+    def restart(self, name: str) -> None:
+        """Kills tritonserver; the supervisor starts another."""
+        assert self.server is not None
+        os.kill(self.server.pid, signal.SIGKILL)
+        until(lambda: self._answers() == name)
+
+    def close(self) -> None:
+        self.stack.close()
+        self.server = None
+
+    def ask(self, user: bytes, options: dict[str, Any]) -> Answer:
+        answer = self.client.recommend(user.decode(), **options)
+        return Answer(answer.release, answer.sequence, [item.encode() for item in answer.item_ids])
+
+    def _answers(self) -> str:
+        with contextlib.suppress(CallError):
+            return self.client.recommend("").release
+        return ""
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits until it holds; AssertionError where it does not come."""
+    end = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
+
+
 class AnyOrder(RuleBasedStateMachine):
-    """Runs a writer's process and a local twin of every release that was active, as a server's steps are."""
+    """Runs a writer's process, and what answers."""
 
     template: Path
     brands: dict[str, str | None]
     scratch: Path
+    served_by: Callable[[Path], Steps]
 
     def __init__(self) -> None:
         super().__init__()
         self.repository = private_copy(self.template, self.scratch / f"{time.monotonic_ns()}" / "repository")
         self.catalogue = Catalogue(self.brands)
-        self.twins: dict[str, LocalPipeline] = {}
+        self.steps = self.served_by(self.repository)
         self.writer: subprocess.Popen[bytes] | None = None
+        self.is_started = False
 
     @initialize()
     def start(self) -> None:
         self._start_writer()
-        self._open(self._active())
+        self.steps.open(self._active())
+        self.is_started = True
 
     # --- what may happen
 
@@ -142,63 +243,50 @@ class AnyOrder(RuleBasedStateMachine):
     def activate(self, name: str) -> None:
         done = releases.activate(self.repository, name)
         assert (done.release, done.warning) == (name, "")
-        make_ready(self.repository, name)
-        self._open(name)
+        self.steps.open(name)
 
     @rule()
     def start_the_steps_again(self) -> None:
-        for twin in self.twins.values():
-            twin.release.close()
-        self.twins.clear()
-        self._open(self._active())
+        self.steps.restart(self._active())
 
     @precondition(lambda self: self.catalogue.sequence > 0)
     @rule()
     def lose_the_overlays(self) -> None:
         self._kill_writer()
-        for twin in self.twins.values():
-            twin.release.close()
-        self.twins.clear()
+        self.steps.close()
         for name in ("r1", "r2"):
             shutil.rmtree(open_release(self.repository, name).live_folder, ignore_errors=True)
         self._start_writer()
-        self._open(self._active())
+        self.steps.open(self._active())
 
     # --- what must hold
 
     @invariant()
     def the_active_release_answers_as_the_model_says(self) -> None:
-        if not self.twins:
+        if not self.is_started:
             return
-        name = self._active()
-        twin = self.twins[name]
-        self._until(lambda: twin.release.live.view.sequence == self.catalogue.sequence)
         present = {item_id.encode() for item_id in self.catalogue.brands}
         for user in (NEWCOMER, KNOWN):
-            items = self._ask(twin, user, {"top_k": 10})
+            items = self._ask(user, {"top_k": 10})
             assert len(items) == len(set(items)) == 10
             assert set(items) <= present
         for brand in BRANDS:
             wanted = self.catalogue.with_brand(brand)
-            assert set(self._ask(twin, NEWCOMER, {"top_k": 20, "allow": {"brand": [brand]}})) == wanted
-            assert not wanted & set(self._ask(twin, NEWCOMER, {"top_k": 20, "deny": {"brand": [brand]}}))
-        view = twin.release.live.view
-        assert view.num_rows - 1 - view.num_deleted == len(present)
-        assert not twin.release.live.fault
+            assert set(self._ask(NEWCOMER, {"top_k": 20, "allow": {"brand": [brand]}})) == wanted
+            assert not wanted & set(self._ask(NEWCOMER, {"top_k": 20, "deny": {"brand": [brand]}}))
+        with self._items() as items_client:
+            assert items_client.status().items == len(present)
 
     def teardown(self) -> None:
         """Compares the last answers with those of a repository that has nothing but the log."""
         try:
-            if self.twins:
+            if self.is_started:
                 users = [NEWCOMER, KNOWN, b"u2", b"u3"]
-                before = self.twins[self._active()].recommend(users, {"top_k": 20})
+                before = [self._ask(user, {"top_k": 20}) for user in users]
                 self.lose_the_overlays()
-                after = self.twins[self._active()].recommend(users, {"top_k": 20})
-                assert before["item_ids"].tolist() == after["item_ids"].tolist()
-                np.testing.assert_allclose(before["scores"], after["scores"], rtol=1e-4)
+                assert before == [self._ask(user, {"top_k": 20}) for user in users]
         finally:
-            for twin in self.twins.values():
-                twin.release.close()
+            self.steps.close()
             self._kill_writer()
             shutil.rmtree(self.repository.parent)
 
@@ -210,22 +298,15 @@ class AnyOrder(RuleBasedStateMachine):
             "item": {"item_id": item_id, **({} if operation == "delete" else values)},
         }
 
-    def _ask(self, twin: LocalPipeline, user: bytes, options: dict[str, Any]) -> list[bytes]:
-        answer = twin.recommend([user], options)
-        assert answer["release"].ravel().tolist() == [self._active().encode()]
-        assert answer["sequence"].ravel().tolist() == [self.catalogue.sequence]
-        return [item for item in answer["item_ids"][0].tolist() if item]
+    def _ask(self, user: bytes, options: dict[str, Any]) -> list[bytes]:
+        answer = self.steps.ask(user, options)
+        assert (answer.release, answer.sequence) == (self._active(), self.catalogue.sequence)
+        return answer.items
 
     def _active(self) -> str:
         name = active_release(self.repository)
         assert name is not None
         return name
-
-    def _open(self, name: str) -> None:
-        """Opens a twin as Triton's Python step opens a release: it follows the overlay."""
-        if name not in self.twins:
-            self.twins[name] = LocalPipeline(open_served(self.repository, name))
-            self.twins[name].release.live.follow()
 
     @contextlib.contextmanager
     def _items(self) -> Iterator[ItemClient]:
@@ -240,35 +321,47 @@ class AnyOrder(RuleBasedStateMachine):
                 return bool(items.status())
             return False
 
-        self._until(answers)
+        until(answers)
 
     def _kill_writer(self) -> None:
         if self.writer is not None:
             self.writer.send_signal(signal.SIGKILL)
             self.writer.communicate()
 
-    def _until(self, holds: Any) -> None:
-        until = time.monotonic() + WAIT_S
-        while not holds():
-            assert time.monotonic() < until, "it does not come"
-            time.sleep(0.01)
+
+def run_in_any_order(
+    served_by: Callable[[Path], Steps], examples: int, template: Path, shop: Path, scratch: Path
+) -> None:
+    table = pq.read_table(shop / "items.parquet", columns=["item_id", "brand"]).to_pydict()
+
+    class Machine(AnyOrder):
+        pass
+
+    Machine.template, Machine.scratch, Machine.served_by = template, scratch, staticmethod(served_by)
+    Machine.brands = dict(zip(table["item_id"], table["brand"], strict=True))
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=not SOAK,
+            phases=(Phase.generate, Phase.shrink) if SOAK else (Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 @pytest.mark.timeout(600)
-def test_any_order_of_features_gives_what_the_model_says(
-    two_releases: Path, tiny_shop: Path, tmp_path: Path
-) -> None:
-    table = pq.read_table(tiny_shop / "items.parquet", columns=["item_id", "brand"]).to_pydict()
-    AnyOrder.template, AnyOrder.scratch = two_releases, tmp_path
-    AnyOrder.brands = dict(zip(table["item_id"], table["brand"], strict=True))
-    run_state_machine_as_test(
-        AnyOrder,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            deadline=None,
-            derandomize="PEREGRINE_SOAK" not in os.environ,
-            phases=(Phase.generate, Phase.shrink) if "PEREGRINE_SOAK" in os.environ else (Phase.generate,),
-            suppress_health_check=list(HealthCheck),
-        ),
+def test_any_order_of_features_gives_what_the_model_says(two_releases, tiny_shop, tmp_path):
+    run_in_any_order(Twins, SOAK or 5, two_releases, tiny_shop, tmp_path)
+
+
+@pytest.mark.triton
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
+def test_any_order_of_features_on_a_real_server(two_releases, tiny_shop, tmp_path, fused):
+    run_in_any_order(
+        lambda repository: Triton(repository, fused), SOAK or 1, two_releases, tiny_shop, tmp_path
     )
