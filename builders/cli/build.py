@@ -100,7 +100,8 @@ def build(
     if activate:
         from clients.operations.releases import activate as activate_release
 
-        activate_release(repository, name)
+        for line in activate_release(repository, name).notes:
+            console.print(line)
     if as_json:
         print(
             json.dumps(

@@ -17,13 +17,9 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ensemble.engines.plans import PLAN_FILE, batch_sizes
-from ensemble.release.repository import ALIAS_FILE, FUSED
+from ensemble.release.repository import ALIAS_FILE, FUSED, MODEL_PY
 from ensemble.spec import Dtype, ModelSpec, PipelineSpec, TensorSpec
 
-MODEL_PY = (
-    "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
-    "from ensemble.python_model import PythonModel as TritonPythonModel  # noqa: F401\n"
-)
 _TYPES: Mapping[Dtype, str] = {
     "float32": "TYPE_FP32",
     "int64": "TYPE_INT64",

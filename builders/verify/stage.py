@@ -17,14 +17,16 @@ from builders.data.dataset import open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.progress import Progress
+from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown
 from ensemble.arrays import Array
+from ensemble.release.canary import CANARY
 
 CUTS = (5, 10, 20)
 
 
 def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
-    """Asks the staged release about held-out users and writes report.json and report.md."""
+    """Asks the staged release about held-out users and writes report.json, report.md and canary.json."""
     dataset, staged = open_dataset(inputs["data"]), inputs.get("compress") or inputs["export"]
     verifier = Verifier(dataset, staged)
     users, ranks = verifier.ranks(dataset.test, progress)
@@ -40,6 +42,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
         report["compress"] = _json(staged / "compress.json")
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.md").write_text(markdown(dataset, report))
+    (folder / CANARY).write_text(canary_of(dataset, staged).to_json())
 
 
 def _json(path: Path) -> Any:

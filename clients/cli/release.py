@@ -22,6 +22,12 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The release, such as r1.")]
+Require = Annotated[
+    str | None,
+    typer.Option(
+        help="What engines must run on, or it is refused: tensorrt, rtx, onnxruntime-gpu, onnxruntime."
+    ),
+]
 
 
 @app.command("list")
@@ -29,6 +35,7 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
     """Lists every release: its id, age, size and held-out figures, and which one is active. Half copies are
     named."""
     from clients.operations.listing import list_releases
+    from ensemble.release.activation import unfinished
 
     infos = list_releases(repository)
     if as_json:
@@ -48,6 +55,11 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
     for info in infos:
         if info.problem:
             print(f"{info.name}: {info.problem}")
+    if killed := unfinished(repository):
+        print(
+            f"an activation of {killed.release} is under way, or was killed: the next `release activate`, "
+            "`release remove` or `serve` finishes or undoes it"
+        )
 
 
 def _row(info: ReleaseInfo) -> tuple[str, ...]:
@@ -94,12 +106,21 @@ def show(name: Name, repository: RepositoryOption = REPOSITORY, as_json: JsonOpt
 
 
 @app.command()
-def activate(name: Name, repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def activate(
+    name: Name,
+    repository: RepositoryOption = REPOSITORY,
+    require: Require = None,
+    as_json: JsonOption = False,
+) -> None:
     """Makes a release the one that `recommend` answers with. A running server follows at once; no request
-    fails."""
+    fails.
+
+    It is asked for real users' lists first. One that gives nonsense, hangs or crashes is refused, and the old
+    one goes on.
+    """
     from clients.operations import releases
 
-    done = releases.activate(repository, name)
+    done = releases.activate(repository, name, require)
     if as_json:
         print(json_text(dataclasses.asdict(done), indent=1))
         return
@@ -112,8 +133,8 @@ def activate(name: Name, repository: RepositoryOption = REPOSITORY, as_json: Jso
     if done.served and not done.flip_ms:
         how = "; the server answers with it already"
     print(f"release {name} is active{was}{how}")
-    if done.warning:
-        print(f"warning: {done.warning}", file=sys.stderr)
+    for line in (*done.notes, *([f"warning: {done.warning}"] if done.warning else [])):
+        print(line, file=sys.stderr)
 
 
 @app.command()

@@ -7,29 +7,41 @@ long is left to itself in a daemon thread, and the caller gets an error.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ensemble.contract import PIPELINE
+from ensemble import contract
+from ensemble.arrays import Array
 from ensemble.errors import ServerError
 from ensemble.server.calls import drain
+from ensemble.server.process import kill_stubs
 from ensemble.server.running import RunningServer
 
-CANARY_USER = "peregrine-canary"  # nobody's id: the answer is a cold list, which no release may leave empty
+# A release that hangs is ended after this; what is served answers within milliseconds
+ASK_S, UNLOAD_S = 8.0, 20.0
+# Each of a release's instances reads its files while others do, on a machine that serves
+_LOAD_S, _LOAD_BYTES_A_S = 120.0, 5e6
+_KILLED_DRAIN_S = 2.0
+_READY, _LOADING = "READY", "LOADING"
 T = TypeVar("T")
+
+
+class NoAnswerError(ServerError):
+    """Says that a call took too long or failed inside a model: its processes may hang, or be dead."""
 
 
 class Control:
     """Loads, unloads and asks the models of a running server."""
 
-    def __init__(self, server: RunningServer, timeout_s: float = 120.0) -> None:
+    def __init__(self, server: RunningServer) -> None:
         from tritonclient.grpc import InferenceServerClient
 
-        self._server, self._timeout_s = server, timeout_s
+        self.server = server
         self._client = InferenceServerClient(server.url)
 
     def __enter__(self) -> Control:
@@ -40,50 +52,76 @@ class Control:
     ) -> None:
         self._client.close()
 
-    def load(self, model: str, config_json: str | None = None) -> None:
-        """Loads a model, with an ensemble's members; `config_json` stands in for the configuration on disk.
+    def load(self, model: str, config_json: str | None = None, size_bytes: int = 0) -> None:
+        """Loads a model of so many bytes, with an ensemble's members; `config_json` stands in for the
+        configuration on disk.
 
         Triton says OK although an ensemble may be gone afterwards, so readiness is asked for as well.
         """
         self._call(
             f"load {model}",
-            lambda: self._client.load_model(model, headers=self._server.headers, config=config_json),
+            lambda: self._client.load_model(model, headers=self.server.headers, config=config_json),
+            _LOAD_S + size_bytes / _LOAD_BYTES_A_S,
         )
         if not self.is_ready(model):
-            raise ServerError(f"load {model}: {self._server.url} says it is loaded, but it is not ready")
+            raise ServerError(f"load {model}: {self.server.url} says it is loaded, but it is not ready")
 
-    def unload_release(self, name: str) -> None:
-        """Unloads a release's ensemble, then, when the last request in it is answered, its members."""
-        drain(self._server.url, self._server.headers, f"{name}_{PIPELINE}", self._timeout_s)
-        for model in self.ready_models():
-            if model.startswith(f"{name}_"):
-                self._call(
-                    f"unload {model}", partial(self._client.unload_model, model, headers=self._server.headers)
-                )
+    def unload_release(self, name: str, drain_s: float = UNLOAD_S) -> None:
+        """Unloads a release's ensemble, then, when the last request in it is answered, its members, those too
+        that are still loading; NoAnswerError if they do not go."""
+        drain(self.server.url, self.server.headers, f"{name}_{contract.PIPELINE}", drain_s)
+        deadline = time.monotonic() + UNLOAD_S
+        while mine := {m: state for m, state in self.models().items() if m.startswith(f"{name}_")}:
+            for model in [model for model, state in mine.items() if state == _READY]:
+                unload = partial(self._client.unload_model, model, headers=self.server.headers)
+                self._call(f"unload {model}", unload)
+            if time.monotonic() > deadline:
+                raise NoAnswerError(f"unload {name}: {', '.join(mine)} still there after {UNLOAD_S:.0f} s")
+            time.sleep(0.02)
+
+    def kill_release(self, name: str) -> None:
+        """Kills the stubs of a release that nobody else asks, then unloads it.
+
+        Unloading would wait for a request that hangs. Triton (2.51) never lets go of a model whose stub died
+        at work: no process of it is left, and that is all there is to wait for.
+        """
+        kill_stubs(self.server.pid, name)
+        self.unload_release(name, drain_s=_KILLED_DRAIN_S)
 
     def is_ready(self, model: str) -> bool:
         """Tells whether the model can be asked."""
         return bool(self._call(f"ask for {model}", lambda: self._client.is_model_ready(model)))
 
-    def ready_models(self) -> list[str]:
-        """Names all models that are loaded."""
+    def models(self) -> dict[str, str]:
+        """Gives {model: READY or LOADING} of all that are loaded, or will be."""
         index = self._call(
-            "list models", lambda: self._client.get_model_repository_index(headers=self._server.headers)
+            "list models", lambda: self._client.get_model_repository_index(headers=self.server.headers)
         )
-        return sorted(model.name for model in index.models if model.state == "READY")
+        return {model.name: model.state for model in index.models if model.state in (_READY, _LOADING)}
 
-    def canary(self, model: str) -> tuple[str, int]:
-        """Asks `model` for an unknown user's list; gives the release that answered, and how many items."""
+    def ask(self, model: str, user_ids: Sequence[str], top_k: int) -> dict[str, Array]:
+        """Asks `model` for the lists of B users; gives the tensors of its answer by name, ids as S."""
         from tritonclient.grpc import InferInput
 
-        user = InferInput("user_id", [1, 1], "BYTES")
-        user.set_data_from_numpy(np.array([[CANARY_USER.encode()]], dtype=object))
-        answer = self._call(f"canary request to {model}", lambda: self._client.infer(model, [user]))
-        num_items = sum(bool(item) for item in answer.as_numpy("item_ids")[0])
-        return answer.as_numpy("release")[0, 0].decode(), num_items
+        users = InferInput("user_id", [len(user_ids), 1], "BYTES")
+        users.set_data_from_numpy(np.array([[user.encode()] for user in user_ids], dtype=object))
+        what = f"ask {model} for {len(user_ids)} users' lists"
+        try:
+            answer = self._call(
+                what, lambda: self._client.infer(model, [users], parameters={"top_k": top_k}), ASK_S
+            )
+        except ServerError as error:
+            raise NoAnswerError(str(error)) from error
+        try:
+            found = {name: answer.as_numpy(name) for name in contract.ANSWER}
+            known = {name: array for name, array in found.items() if array is not None}
+            return {n: array.astype("S") if array.dtype == object else array for n, array in known.items()}
+        except Exception as error:  # of whatever kind: bytes that do not fit the shape
+            raise ServerError(f"{what}: the answer cannot be read ({error})") from error
 
-    def _call(self, what: str, call: Callable[[], T]) -> T:
-        """Runs a call in a thread and waits for it; ServerError if it fails or takes too long."""
+    def _call(self, what: str, call: Callable[[], T], limit_s: float = UNLOAD_S) -> T:
+        """Runs a call in a thread and waits for it; ServerError if it fails, NoAnswerError if it takes too
+        long."""
         done: dict[str, Any] = {}
 
         def run() -> None:
@@ -94,14 +132,11 @@ class Control:
 
         thread = threading.Thread(target=run, name=what, daemon=True)
         thread.start()
-        thread.join(self._timeout_s)
+        thread.join(limit_s)
         if "error" in done:
             error = done["error"]
             text = str(getattr(error, "message", lambda: error)())
             raise ServerError(f"{what}: {' '.join(text.split())}") from error  # Triton's text has line ends
         if "value" not in done:
-            raise ServerError(
-                f"{what}: no answer from {self._server.url} within {self._timeout_s:.0f} s",
-                "restart `peregrine serve`",
-            )
+            raise NoAnswerError(f"{what}: no answer from {self.server.url} within {limit_s:.0f} s")
         return done["value"]

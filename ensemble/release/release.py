@@ -20,6 +20,7 @@ from ensemble.release.manifest import MANIFEST, content_id, read_manifest
 from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
 
+LIVE = ".live"  # the repository's folder of changes of items
 _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
 
 
@@ -51,7 +52,7 @@ class Release:
     @property
     def live_folder(self) -> Path:
         """Names where its overlay lies, what the catalogue's log is for it; no other release has its id."""
-        return self.repository / ".live" / f"{self.name}-{self.id}"
+        return self.repository / LIVE / f"{self.name}-{self.id}"
 
     @cached_property
     def watermark(self) -> Watermark:

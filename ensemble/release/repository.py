@@ -30,6 +30,11 @@ MIN_AGE_S = 3600.0  # what has changed since may still be arriving: a copy bring
 STAGING = ".staging-"
 FUSED = "fused"  # configs/fused.pbtxt of a release's ensemble: all steps in one process
 ALIAS_FILE = "alias.pbtxt"  # in a release's own folder: what activation makes recommend/config.pbtxt
+# All that a member's model.py ever says: what serves lies in this package, never in a release
+MODEL_PY = (
+    "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
+    "from ensemble.python_model import PythonModel as TritonPythonModel  # noqa: F401\n"
+)
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
 

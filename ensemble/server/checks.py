@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ensemble.engines import GPU
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
+from ensemble.release.activation import settle_on_disk
 from ensemble.release.release import open_release
-from ensemble.release.repository import require_active, sweep
+from ensemble.release.repository import locked, require_active, sweep
 from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
+from ensemble.server.running import running_server
 from ensemble.tiers.connection import check_installed
 
 
@@ -36,6 +38,7 @@ def check_servable(repository: Path, log: Callable[[str], None]) -> str:
         )
     if os.access(repository, os.W_OK):
         sweep(repository, log)
+        _settle(repository, log)
     name = require_active(repository)
     if not (repository / name / "manifest.json").exists():
         raise ReleaseError(
@@ -44,6 +47,13 @@ def check_servable(repository: Path, log: Callable[[str], None]) -> str:
         )
     open_release(repository, name).verify()
     return name
+
+
+def _settle(repository: Path, log: Callable[[str], None]) -> None:
+    """Ends an activation that was killed; where a server is at work already, that is not ours to do."""
+    with locked(repository):
+        if running_server(repository) is None and (said := settle_on_disk(repository)):
+            log(said)
 
 
 def check_address(options: ServeOptions, installation: Installation) -> None:

@@ -33,8 +33,7 @@ class ServeOptions:
                 raise InvalidInput(f"{name} {port}: ports are 0 to 65535")
         if self.address != "localhost":
             _check_is_address(self.address)
-        if self.require is not None and self.require not in ENGINES:
-            raise InvalidInput(f"--require {self.require}: known are {', '.join(ENGINES)}")
+        check_requirement(self.require)
         if self.index not in (CPU, GPU):
             raise InvalidInput(f"--index {self.index}: is unknown; use {CPU} or {GPU}")
         if self.instances is not None and not 1 <= self.instances <= MOST_INSTANCES:
@@ -48,6 +47,12 @@ class ServeOptions:
     def is_loopback(self) -> bool:
         """Says whether only this machine can reach the server."""
         return self.address == "localhost" or ipaddress.ip_address(self.address).is_loopback
+
+
+def check_requirement(require: str | None) -> None:
+    """Raises InvalidInput unless `require` names something that engines run on, or nothing."""
+    if require is not None and require not in ENGINES:
+        raise InvalidInput(f"--require {require}: known are {', '.join(ENGINES)}")
 
 
 def _check_is_address(address: str) -> None:

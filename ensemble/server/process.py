@@ -26,6 +26,8 @@ from ensemble.server.runtime import OVERLAY, Runtime
 from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
+# When all are answered it ends within a second or two, unless a stub died at work (it waits for ever then)
+DRAINED_EXIT_S = 6.0
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
 # PEREGRINE_REDIS may hold a password.
 _NOT_FOR_CHILDREN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")
@@ -172,13 +174,14 @@ class TritonProcess:
         """Gives its exit code, minus the signal's number where one killed it; None while it runs."""
         return self._process.poll()
 
-    def stop(self) -> int:
-        """Lets it answer the requests in flight, kills what is left of the group, and gives its exit code."""
+    def stop(self, limit_s: float) -> int:
+        """Lets it answer the requests in flight for at most `limit_s`, kills what is left of the group, and
+        gives its exit code."""
         if self.exit_code is None:
             # Not to the group: stubs that die first would fail the requests in flight.
             os.kill(self.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(EXIT_TIMEOUT_S + 10)
+                self._process.wait(limit_s)
         self._end_group()
         return self._process.wait()
 
@@ -208,12 +211,7 @@ class TritonProcess:
 
     def stubs(self) -> Iterator[Stub]:
         """Lists the group's living stub processes."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(group) == self.pid and int(folder.name) != self.pid and state != "Z":
-                    command = (folder / "cmdline").read_bytes().decode(errors="replace")
-                    yield _stub(int(folder.name), command.split("\0"))
+        return _stubs(self.pid)
 
 
 def _environments() -> set[Path]:
@@ -237,6 +235,40 @@ def _stub(pid: int, command: list[str]) -> Stub:
         return Stub(pid, "", "")
     model = Path(command[1]).parent.parent.name
     return Stub(pid, model, next((word for word in command[2:] if word.startswith(f"{model}_")), ""))
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """Lists what lives on this machine: process id, parent's id, group."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":
+                yield int(folder.name), int(parent), int(group)
+
+
+def _stubs(server: int) -> Iterator[Stub]:
+    """Lists the living stub processes in the group of a tritonserver."""
+    for pid, _, group in _processes():
+        with contextlib.suppress(OSError, IndexError):
+            if group == server != pid:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+                yield _stub(pid, command.split("\0"))
+
+
+def kill_stubs(supervisor: int, release: str) -> list[str]:
+    """Kills the stubs of a release under the tritonserver that process `supervisor` watches; gives their
+    instances.
+
+    Requests in them fail then, and their models can be unloaded.
+    """
+    killed = []
+    for server in [pid for pid, parent, group in _processes() if parent == supervisor and group == pid]:
+        for stub in list(_stubs(server)):
+            if stub.model.startswith(f"{release}_"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stub.pid, signal.SIGKILL)
+                    killed.append(stub.instance)
+    return killed
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

@@ -1,5 +1,4 @@
-"""Reads and writes <repository>/.server.json, by which the release commands find the repository's server.
-Standard library only."""
+"""Reads and writes <repository>/.server.json, by which the release commands find the repository's server."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensemble.engines import ONNXRUNTIME
 from ensemble.errors import ServerError
 from ensemble.release.files import try_flock
 
@@ -24,6 +24,14 @@ class RunningServer:
     metrics_url: str | None
     header: str
     secret: str = dataclasses.field(repr=False)
+    engine: str = ONNXRUNTIME  # what the Python engine steps run on
+    overlay: str = ""  # the folder of links that Triton mounts, if it does
+    has_plans: bool = False  # Triton's own backend runs plans
+    instances: int | None = None  # of each step, where that is not the release's affair
+    node: dict[str, str] | None = None  # engines.plans.Node, where plans run
+    takes_portable: bool = False  # plans of other GPUs and versions, which need a flag of Triton
+    require: str | None = None  # what `serve --require` asked for
+    has_redis: bool = False
 
     @property
     def headers(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ensemble.engines import ENGINE_VARIABLE, ENGINES, ONNXRUNTIME, ONNXRUNTIME_GPU
 from ensemble.engines.flavors import MODULES, RTX, TENSORRT, TITLES
-from ensemble.engines.plans import Plan, find_plans, read_plans
+from ensemble.engines.plans import Node, Plan, find_plans, read_plans
 from ensemble.errors import ReleaseError
 from ensemble.release.release import Release, open_release
 from ensemble.server.installation import Installation
@@ -50,6 +50,7 @@ class Runtime:
 
     engine: str = ONNXRUNTIME  # of the Python engine steps: ensemble.engines.ENGINE_VARIABLE
     plans: tuple[Plan, ...] = ()  # of Triton's native TensorRT backend; empty: it is not used
+    node: Node | None = None  # what this machine runs plans with, where it does
 
     @property
     def title(self) -> str:
@@ -95,7 +96,7 @@ def choose_runtime(
             text, title = str(error), _TITLES[name]
             misses.append(text if text.startswith(title) else f"{title}: {text}")
             continue
-        if misses and (_has_gpu() or _has_plans(opened)):  # else nobody could expect a plan
+        if misses and (_has_gpu() or has_plans(opened)):  # else nobody could expect a plan
             loud = "" if name in (TENSORRT, RTX) else "WARNING: "
             log(f"{loud}engines run on {runtime.title}. {'. '.join(misses)}")
         return runtime
@@ -107,11 +108,12 @@ def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runt
     is in the way."""
     from ensemble.engines.tensorrt import this_node
 
-    plans = find_plans(release, this_node())
+    node = this_node()
+    plans = find_plans(release, node)
     if (installation.backends / "tensorrt").is_dir() and not fused:
-        return Runtime(plans=tuple(plans.values()))
+        return Runtime(plans=tuple(plans.values()), node=node)
     if importlib.util.find_spec(MODULES[TENSORRT]):
-        return Runtime(TENSORRT)
+        return Runtime(TENSORRT, node=node)
     raise ReleaseError(
         f"this tritonserver has no TensorRT backend ({installation.backends}), and Python has no tensorrt "
         "for the engine steps"
@@ -123,9 +125,10 @@ def _rtx(release: Release) -> Runtime:
     what is in the way: before all the GPU."""
     from ensemble.engines.tensorrt import this_node
 
-    find_plans(release, this_node(RTX))
+    node = this_node(RTX)
+    find_plans(release, node)
     _check_opens(release, RTX)
-    return Runtime(RTX)
+    return Runtime(RTX, node=node)
 
 
 def _check_opens(release: Release, engine: str) -> None:
@@ -178,7 +181,7 @@ def _onnxruntime_gpu(release: Release) -> Runtime:
     return Runtime(ONNXRUNTIME_GPU)
 
 
-def _has_plans(release: Release) -> bool:
+def has_plans(release: Release) -> bool:
     """Says whether plans of the release have been built, readable or not."""
     try:
         return bool(read_plans(release))
@@ -206,42 +209,43 @@ class Overlay:
             if path.is_dir() and not path.name.startswith(".")
         }
         for name in {path.name for path in self.folder.iterdir()} - set(there):
-            self._drop(self.folder / name)
+            unmount(self.folder / name)
         for name, path in there.items():
             target, link = self._plans.get(name, path), self.folder / name
             if not link.exists() and not link.is_symlink():
-                self._put(target, link)
+                mount(target, link, self._instances)
 
-    def _put(self, target: Path, link: Path) -> None:
-        """Links a model's folder; where instances are asked for, configurations that count Python processes
-        are copies. An ensemble's stay links: the alias's is written anew at every flip."""
-        changed = self._changed_configs(target)
-        if not changed:
-            link.symlink_to(target, target_is_directory=True)
-            return
-        for path in (path for path in target.rglob("*") if not path.is_dir()):
-            place = link / path.relative_to(target)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path in changed:
-                place.write_text(changed[path], encoding="utf-8")
-            else:
-                place.symlink_to(path)
 
-    def _changed_configs(self, target: Path) -> dict[Path, str]:
-        """Gives {file: its text} of the model's configurations with the number of instances asked for."""
-        if self._instances is None:
-            return {}
-        texts = {path: path.read_text(encoding="utf-8") for path in target.rglob("*.pbtxt")}
-        return {
-            path: with_instances(text, self._instances) for path, text in texts.items() if "KIND_CPU" in text
-        }
-
-    @staticmethod
-    def _drop(path: Path) -> None:
-        if path.is_symlink():
-            path.unlink()
+def mount(target: Path, link: Path, instances: int | None) -> None:
+    """Links a model's folder; where instances are asked for, configurations that count Python processes are
+    copies. An ensemble's stay links: the alias's is written anew at every flip."""
+    changed = _changed_configs(target, instances)
+    if not changed:
+        link.symlink_to(target, target_is_directory=True)
+        return
+    for path in (path for path in target.rglob("*") if not path.is_dir()):
+        place = link / path.relative_to(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path in changed:
+            place.write_text(changed[path], encoding="utf-8")
         else:
-            shutil.rmtree(path)
+            place.symlink_to(path)
+
+
+def unmount(link: Path) -> None:
+    """Removes what mount() made."""
+    if link.is_symlink():
+        link.unlink()
+    else:
+        shutil.rmtree(link)
+
+
+def _changed_configs(target: Path, instances: int | None) -> dict[Path, str]:
+    """Gives {file: its text} of a model's configurations with the number of instances asked for."""
+    if instances is None:
+        return {}
+    texts = {path: path.read_text(encoding="utf-8") for path in target.rglob("*.pbtxt")}
+    return {path: with_instances(text, instances) for path, text in texts.items() if "KIND_CPU" in text}
 
 
 def with_instances(text: str, count: int) -> str:

@@ -18,12 +18,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.errors import PeregrineError, ServerError
+from ensemble.errors import PeregrineError, ReleaseError, ServerError
+from ensemble.release.release import active_release
 from ensemble.server.calls import drain, is_model_ready
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.installation import Installation, find_tritonserver, make_run_folder, sweep_run_folders
 from ensemble.server.options import ServeOptions
-from ensemble.server.process import CONTROL_HEADER, EXIT_TIMEOUT_S, Launch, TritonProcess, memory_bytes
+from ensemble.server.process import (
+    CONTROL_HEADER,
+    DRAINED_EXIT_S,
+    EXIT_TIMEOUT_S,
+    Launch,
+    TritonProcess,
+    memory_bytes,
+)
 from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import OVERLAY, Overlay, choose_runtime
 
@@ -105,11 +113,30 @@ class Server:
 
     def start(self) -> None:
         """Returns when `recommend` is ready; ServerError with the log's last lines if it never is."""
-        self._claim.write(RunningServer(os.getpid(), self.url, self.metrics_url, CONTROL_HEADER, self.secret))
+        self._claim.write(self._running())
         self._thread.start()
         self._settled.wait()
         if self._failure:
             raise self._failure
+
+    def _running(self) -> RunningServer:
+        """Gives what the release commands have to know of this server."""
+        options, runtime = self.launch.options, self.launch.runtime
+        return RunningServer(
+            os.getpid(),
+            self.url,
+            self.metrics_url,
+            CONTROL_HEADER,
+            self.secret,
+            engine=runtime.engine,
+            overlay=str(self._overlay.folder) if self._overlay else "",
+            has_plans=bool(runtime.plans),
+            instances=options.instances,
+            node=dataclasses.asdict(runtime.node) if runtime.node else None,
+            takes_portable=bool(runtime.flags),
+            require=options.require,
+            has_redis=options.redis is not None,
+        )
 
     def wait(self) -> None:
         """Returns when the server was stopped; ServerError if it kept dying."""
@@ -156,9 +183,9 @@ class Server:
         if not self._stopping.is_set():
             process.kill()
             return
-        if self._settled.is_set() and process.exit_code is None:
-            drain(self.url, self.headers, contract.PIPELINE, EXIT_TIMEOUT_S)
-        process.stop()
+        is_drained = self._settled.is_set() and process.exit_code is None
+        is_drained = is_drained and drain(self.url, self.headers, contract.PIPELINE, EXIT_TIMEOUT_S)
+        process.stop(DRAINED_EXIT_S if is_drained else EXIT_TIMEOUT_S + 10)
 
     def _run_once(self, process: TritonProcess) -> str:
         """Watches the process until it has to be replaced (returns why) or we are stopped (returns "")."""
@@ -171,8 +198,9 @@ class Server:
         while not self._stopping.wait(_WATCH_EVERY_S):
             if process.exit_code is not None:
                 return f"tritonserver died ({_exit_words(process.exit_code)})"
-            if self._overlay:
-                self._overlay.refresh()
+            with contextlib.suppress(OSError):  # a command may be at it as well; the next second tries again
+                if self._overlay:
+                    self._overlay.refresh()
             problem = self._check_stubs(process)
             if problem:
                 return problem
@@ -202,7 +230,7 @@ class Server:
         self._instances.update(now)
         for instance, model in lost.items() if process.exit_code is None else ():
             del self._instances[instance]
-            if is_model_ready(self.url, model):  # else it was unloaded on purpose
+            if self._is_served(model) and is_model_ready(self.url, model):  # else it was unloaded on purpose
                 left = sum(other == model for other in now.values())
                 if not left:
                     return f"every instance of {model} died"
@@ -211,6 +239,13 @@ class Server:
                     "restart `peregrine serve` soon"
                 )
         return ""
+
+    def _is_served(self, model: str) -> bool:
+        """Says whether a model is of the active release; one that is tried beside it may be killed."""
+        try:
+            return model.partition("_")[0] == active_release(self.launch.repository)
+        except ReleaseError:
+            return True  # the alias cannot be read: what is loaded may well be served
 
     def _may_restart(self, why: str, deaths: collections.deque[float]) -> bool:
         """Pauses and says yes; says no, and notes the failure, if it never was ready or dies too often."""

@@ -15,6 +15,7 @@ from clients import Client
 from clients.items import ItemClient
 from clients.operations import releases
 from clients.operations.control import Control
+from clients.operations.turning import Turning
 from ensemble.errors import ReleaseError, ServerError
 from ensemble.live.keeper import service_process
 from ensemble.release.names import release_names
@@ -72,7 +73,7 @@ def test_what_is_served_is_never_unloaded_and_what_is_removed_is_not_activated(r
     releases.activate(repository, "r1")
     with serve(repository, ServeOptions(port=0, metrics_port=None)) as server, Client(server.url) as client:
         with monkeypatch.context() as patch:
-            patch.setattr(releases, "_check_canary", _fails)
+            patch.setattr(Turning, "_check", _fails)
             with pytest.raises(ReleaseError, match=r"^release r1 is active, and could not be loaded again"):
                 releases.activate(repository, "r1")
         assert client.recommend("u1").release == "r1", "it goes on"
@@ -85,7 +86,7 @@ def test_what_is_served_is_never_unloaded_and_what_is_removed_is_not_activated(r
             releases.remove(repository, "r2")
         releases.remove(repository, "r1")
         with Control(running_server(repository)) as control:
-            assert not [model for model in control.ready_models() if model.startswith("r1_")]
+            assert not [model for model in control.models() if model.startswith("r1_")]
         assert release_names(repository) == ["r2"]
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from shops import ROOT
-from toy_repository import publish_toy
+from toy_repository import allow_toys, publish_toy
+from variants import answering
 
+import peregrine
 from clients.operations import releases
 from clients.operations.control import Control
 from clients.operations.listing import list_releases
-from ensemble.errors import InvalidInput, ReleaseError
+from clients.operations.turning import Turning
+from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.names import release_names
 from ensemble.release.release import active_release, open_release
 from ensemble.server.options import ServeOptions
@@ -26,7 +27,8 @@ from ensemble.server.supervisor import serve
 
 
 @pytest.fixture
-def repository(tmp_path):
+def repository(tmp_path, monkeypatch):
+    allow_toys(monkeypatch)
     publish_toy(tmp_path / "models", "r1", tmp_path, activate=True)
     publish_toy(tmp_path / "models", "r2", tmp_path)
     return tmp_path / "models"
@@ -39,7 +41,8 @@ def test_activate_without_a_server_writes_the_alias(repository):
     assert (repository / "recommend" / "1").is_dir()
 
 
-def test_first_activation_makes_the_alias(tmp_path):
+def test_first_activation_makes_the_alias(tmp_path, monkeypatch):
+    allow_toys(monkeypatch)
     publish_toy(tmp_path / "models", "r1", tmp_path)
     assert releases.activate(tmp_path / "models", "r1").previous is None
     assert active_release(tmp_path / "models") == "r1"
@@ -96,23 +99,33 @@ def test_the_list_shows_what_a_build_said(tiny_repository):
     assert info.figures["auc ctr"] == manifest["report"]["tasks"]["ctr"]["auc"]
 
 
-def test_command_line_lists_shows_activates_and_removes(repository):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "peregrine.py"), "release", *arguments, "-r", str(repository)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_command_line_lists_shows_activates_and_removes(repository, capsys, monkeypatch):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peregrine", "release", *arguments, "-r", str(repository)])
+        with pytest.raises(SystemExit) as end:
+            peregrine.main()
+        return int(end.value.code or 0), *capsys.readouterr()
 
-    assert [(r["name"], r["is_active"]) for r in json.loads(run("list", "--json").stdout)] == [
+    assert [(r["name"], r["is_active"]) for r in json.loads(run("list", "--json")[1])] == [
         ("r1", True),
         ("r2", False),
     ]
-    assert json.loads(run("show", "r2", "--json").stdout)["release"] == "r2"
-    assert run("activate", "r2").stdout == "release r2 is active (was r1); no server is running here\n"
-    refused = run("remove", "r2")
-    assert (refused.returncode, refused.stderr) == (
+    assert json.loads(run("show", "r2", "--json")[1])["release"] == "r2"
+    assert run("activate", "r2", "--require", "gpus") == (
         2,
+        "",
+        "error: --require gpus: known are tensorrt, rtx, onnxruntime-gpu, onnxruntime\n",
+    )
+    code, _, error = run("activate", "r2", "--require", "tensorrt")
+    assert (code, active_release(repository)) == (2, "r1")
+    assert error.startswith(f"error: --require tensorrt: no server is at work on {repository}, which alone")
+    assert run("activate", "r2")[1] == "release r2 is active (was r1); no server is running here\n"
+    assert run("remove", "r2") == (
+        2,
+        "",
         "error: release r2 is active; activate another one first: peregrine release activate NAME\n",
     )
-    assert run("remove", "r1").returncode == 0
+    assert run("remove", "r1")[0] == 0
     assert release_names(repository) == ["r2"]
 
 
@@ -160,9 +173,7 @@ def test_turning_there_and_back_under_load_fails_no_request(repository):
                 time.sleep(0.002)
             assert set(callers.releases[seen + 8 :]) == {name}
             with Control(running_server(repository)) as control:
-                assert all(
-                    model == "recommend" or model.startswith(f"{name}_") for model in control.ready_models()
-                )
+                assert all(model == "recommend" or model.startswith(f"{name}_") for model in control.models())
     assert callers.failures == []
 
 
@@ -173,13 +184,10 @@ def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_p
         serve(repository, ServeOptions(port=0, metrics_port=None)) as server,
         Callers(server.url, 2) as callers,
     ):
-        with pytest.raises(
-            ReleaseError, match=r"release r3 is not activated, the old one goes on: .*no such planet"
-        ):
+        with pytest.raises(ReleaseError, match=r"release r3 is not activated, r1 goes on: .*no such planet"):
             releases.activate(repository, "r3")
         assert active_release(repository) == "r1"
-        with Control(running_server(repository)) as control:
-            assert control.canary("recommend") == ("r1", 3)
+        assert answering(repository) == "r1"
         releases.remove(repository, "r3")
     assert callers.failures == []
     assert set(callers.releases) == {"r1"}
@@ -188,18 +196,15 @@ def test_a_release_that_cannot_load_leaves_the_old_one_serving(repository, tmp_p
 @pytest.mark.triton
 def test_a_flip_that_goes_wrong_is_taken_back(repository, monkeypatch):
     with serve(repository, ServeOptions(port=0, metrics_port=None)):
-        check = releases._check_canary
+        check = Turning._check
 
-        def fail_through_the_alias(control, model, name):
+        def fail_through_the_alias(self, model, name):
             if model == "recommend":
-                raise releases.ServerError("the canary died")
-            check(control, model, name)
+                raise ServerError("the canary died")
+            check(self, model, name)
 
-        monkeypatch.setattr(releases, "_check_canary", fail_through_the_alias)
-        with pytest.raises(
-            ReleaseError, match="release r2 is not activated, the old one is back: the canary died"
-        ):
+        monkeypatch.setattr(Turning, "_check", fail_through_the_alias)
+        with pytest.raises(ReleaseError, match="release r2 is not activated, r1 goes on: the canary died"):
             releases.activate(repository, "r2")
         assert active_release(repository) == "r1"
-        with Control(running_server(repository)) as control:
-            assert control.canary("recommend") == ("r1", 3)
+        assert answering(repository) == "r1"

@@ -3,22 +3,32 @@ tritonserver."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pretend
 import pytest
 from shops import ROOT, private_copy
+from variants import answering, publish_variant
 
 from clients.client import Client
-from ensemble.engines.plans import EngineKey, Plan
-from ensemble.errors import InvalidInput
+from clients.items import ItemClient
+from clients.operations import releases
+from ensemble.engines.plans import EngineKey, Node, Plan, find_plans, read_plans
+from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.live.keeper import service_process
 from ensemble.release.files import file_sha256
+from ensemble.release.release import Release, open_release
 from ensemble.server import supervisor as serving
 from ensemble.server.options import ServeOptions
+from ensemble.server.prepared import prepare_release
+from ensemble.server.running import RunningServer
 from ensemble.server.runtime import Overlay, Runtime
 
 KEY = EngineKey("ab" * 32, "11.4.0", "13.1", "9.0", "Pretend 9", "fp32", (), False, False)
@@ -265,12 +275,12 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
     tiny_repository, twin, tmp_path, monkeypatch
 ):
     """The real server on the folder of links, with --model-config-name=tensorrt; the plan's folder holds an
-    ONNX member instead."""
+    ONNX member instead. The next release has no plan at all, which is said, or refused."""
     repository = private_copy(tiny_repository, tmp_path / "repository")
     plan = Plan(tmp_path / "plans", "r1_ranker", KEY, {})
     shutil.copytree(repository / "r1_ranker", plan.member_folder)
     monkeypatch.setattr(serving, "choose_runtime", lambda *_: Runtime(plans=(plan,)))
-    before = set(Path(tmp_path).rglob("*"))
+    before = set(repository.iterdir())
     with serving.serve(repository, ServeOptions(port=0, metrics_port=None)) as server:
         command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
         assert "--model-config-name=tensorrt" in command
@@ -284,12 +294,11 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         wanted = twin.recommend(users, {"top_k": 5})
         for one, ids in zip(found, wanted["item_ids"], strict=True):
             assert [item.encode() for item in one.item_ids] == ids[ids != b""].tolist()
+        _fall_back(repository, mounted, tmp_path)
+        _change_an_item(repository, server.url)
     assert not mounted.exists()
-    new = {path for path in set(Path(tmp_path).rglob("*")) - before if "__pycache__" not in str(path)}
-    assert {path for path in new if ".live" not in path.parts} <= {
-        repository / ".lock",
-        repository / ".server.json",
-    }
+    written = {path.name for path in set(repository.iterdir()) - before if not path.name.startswith("r2")}
+    assert written <= {".live", ".lock", ".names.json", ".server.json"}
     assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
         "removing the links leaves what they led to"
     )
@@ -317,3 +326,113 @@ def test_a_number_of_instances_stands_in_copies_and_everything_else_is_a_link(ti
 def test_a_number_of_instances_that_cannot_be_is_refused(count):
     with pytest.raises(InvalidInput, match=f"^--instances {count}: can be 1 to 128$"):
         ServeOptions(instances=count)
+
+
+def _change_an_item(repository: Path, url: str) -> None:
+    """Deletes what the first user is shown first: the steps find the change beside their members."""
+    with service_process(repository), Client(url) as client, ItemClient(repository, wait_s=10) as items:
+        deadline = time.monotonic() + 30
+        while not (repository / ".live" / "writer.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first = client.recommend("u1").item_ids[0]
+        assert items.delete(first).done
+        assert first not in client.recommend("u1").item_ids
+
+
+def _fall_back(repository: Path, mounted: Path, scratch: Path) -> None:
+    """Activates a release without plans, right after it was published."""
+    publish_variant(repository, "r1", "r2", scratch)
+    with pytest.raises(ReleaseError, match=r"^--require tensorrt: (no GPU|TensorRT)"):
+        releases.activate(repository, "r2", "tensorrt")
+    assert answering(repository) == "r1"
+    done = releases.activate(repository, "r2")
+    assert answering(repository) == "r2"
+    assert len(done.notes) == 1
+    assert done.notes[0].startswith("release r2 runs on onnxruntime instead of TensorRT: ")
+    assert (mounted / "r2_ranker").readlink() == repository / "r2_ranker"
+
+
+# --- plans of a release that is activated while a server runs
+
+
+@pytest.fixture
+def two(compiled, tmp_path) -> tuple[Release, Release, RunningServer]:
+    """r1 with plans, r2 without, and a server whose own backend runs plans on the pretended GPU."""
+    repository = private_copy(compiled, tmp_path / "repository")
+    publish_variant(repository, "r1", "r2", tmp_path)
+    Overlay(tmp_path / "links", repository, ())
+    r1, r2 = open_release(repository, "r1"), open_release(repository, "r2")
+    key = read_plans(r1)[0].key
+    node = {name: getattr(key, name) for name in ("gpu", "sm", "tensorrt", "cuda")}
+    links = str(tmp_path / "links")
+    server = RunningServer(1, "", None, "", "", overlay=links, has_plans=True, node=node)
+    return r1, r2, server
+
+
+NO_PLAN = "user_encoder: release r2 has no plan; build plans on this node: `peregrine compile`"
+
+
+def test_a_release_with_plans_is_loaded_from_them(two):
+    r1, _, server = two
+    overlay = Path(server.overlay)
+    assert prepare_release(server, r1, "tensorrt") == ""
+    for plan in find_plans(r1, Node(**server.node)).values():
+        assert (overlay / plan.member).readlink() == plan.member_folder
+    assert (overlay / "r1_recall").readlink() == r1.repository / "r1_recall"
+    assert prepare_release(server, r1, None, is_loaded=True) == ""
+
+
+def test_a_release_without_plans_says_what_it_runs_on_or_is_refused(two):
+    _, r2, server = two
+    overlay = Path(server.overlay)
+    (overlay / "r2_ranker").unlink()
+    assert (
+        prepare_release(server, r2, None) == f"release r2 runs on onnxruntime instead of TensorRT: {NO_PLAN}"
+    )
+    assert (overlay / "r2_ranker").readlink() == r2.repository / "r2_ranker"
+    assert prepare_release(server, r2, "onnxruntime").endswith(NO_PLAN)
+    for asked, of_the_server in (("tensorrt", None), (None, "tensorrt")):
+        with pytest.raises(ReleaseError, match=f"^--require tensorrt: {re.escape(NO_PLAN)}$"):
+            prepare_release(dataclasses.replace(server, require=of_the_server), r2, asked)
+    steps = dataclasses.replace(server, overlay="", has_plans=False, engine="tensorrt")
+    with pytest.raises(ReleaseError, match=f"runs plans in its engine steps, and {re.escape(NO_PLAN)}$"):
+        prepare_release(steps, r2, None)
+
+
+def test_a_release_that_was_loaded_without_its_plans_says_so(two):
+    r1, _, server = two
+    said = prepare_release(server, r1, None, is_loaded=True)
+    assert said == (
+        "release r1 runs on onnxruntime instead of TensorRT: r1_user_encoder is loaded without its plan; "
+        "activate another release and this one again, or start `peregrine serve` again"
+    )
+    assert (Path(server.overlay) / "r1_ranker").readlink() == r1.repository / "r1_ranker", "it is in use"
+
+
+def test_plans_that_the_server_at_work_cannot_use_are_told(two):
+    r1, r2, server = two
+    onnx = dataclasses.replace(server, overlay="", has_plans=False, node=None)
+    assert prepare_release(onnx, r1, None) == (
+        "release r1 has plans, and the server at work runs engines on onnxruntime: start "
+        "`peregrine serve` again where they shall be used"
+    )
+    assert prepare_release(onnx, r2, None) == prepare_release(onnx, r1, "onnxruntime") == ""
+    with pytest.raises(ReleaseError, match="--require tensorrt: the server at work runs engines on onnx"):
+        prepare_release(onnx, r1, "tensorrt")
+    other = dataclasses.replace(server, node={**server.node, "gpu": "Pretend 8"})
+    assert "instead of TensorRT: user_encoder: the plan is for GPU" in prepare_release(other, r1, None)
+
+
+def test_a_release_just_published_is_mounted_with_the_servers_number_of_instances(two):
+    _, r2, server = two
+    overlay = Path(server.overlay)
+    for link in overlay.glob("r2_*"):
+        link.unlink()
+    server = dataclasses.replace(server, has_plans=False, instances=7)
+    for _ in range(2):  # what is mounted stays
+        assert prepare_release(server, r2, None) == ""
+        assert "count: 7" in (overlay / "r2_recall" / "config.pbtxt").read_text()
+        assert (overlay / "r2_ranker" / "1" / "model.onnx").resolve() == r2.member_file(
+            "ranker", "model.onnx"
+        )

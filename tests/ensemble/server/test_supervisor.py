@@ -54,7 +54,7 @@ def ask(url: str, users=("a", "b")) -> list[str]:
     tensor.set_data_from_numpy(np.array([[user.encode()] for user in users], dtype=object))
     with InferenceServerClient(url) as client:
         answer = client.infer("recommend", [tensor])
-    assert answer.as_numpy("item_ids").tolist() == [[b"item"] * 3] * len(users)
+    assert answer.as_numpy("item_ids").tolist() == [[b"item1", b"item2", b"item3"]] * len(users)
     return [name.decode() for name in answer.as_numpy("release")[:, 0]]
 
 
