@@ -35,7 +35,7 @@ from builders.progress import Progress
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import Engine, check_signature
-from ensemble.engines.cuda import gpu_facts
+from ensemble.engines.cuda import NO_GPU, gpu_facts
 from ensemble.engines.flavors import (
     FLAVORS,
     MODULES,
@@ -119,8 +119,13 @@ def toolchain(flavor: str = "auto", *, ahead: bool = False) -> Toolchain:
         return Toolchain(
             Node("", "", tensorrt_version(RTX), "", RTX), partial(build_plan, flavor=RTX), TensorRTEngine
         )
-    chosen = _flavor_here() if flavor == "auto" else flavor
-    node = this_node(chosen)
+    try:
+        chosen = _flavor_here() if flavor == "auto" else flavor
+        node = this_node(chosen)
+    except ReleaseError as error:
+        if error.fact != NO_GPU[0]:
+            raise
+        raise ReleaseError(error.fact, f"{error.cure}, those for RTX cards anywhere: --ahead") from None
     check_bindings(chosen)
     return Toolchain(node, partial(build_plan, flavor=chosen), TensorRTEngine)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_what_cannot_be_is_refused_by_name(repository):
         compile_release(repository, "r1", tools(NODE), portable=True)
     with pytest.raises(InvalidInput, match=r"^--for is for RTX cards"):
         compile_release(repository, "r1", tools(Node("Pretend 9", "9.0", "11.4.0", "13.1")), targets=("8.9",))
+
+
+@pytest.mark.parametrize("flavor", ["auto", "tensorrt", "rtx"])
+def test_without_a_gpu_the_way_to_build_all_the_same_is_named(flavor):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ReleaseError, match=r"^no GPU: .*, those for RTX cards anywhere: --ahead$"):
+        toolchain(flavor)
 
 
 def test_auto_takes_tensorrt_where_it_is_installed(gpu):
