@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PATH="$PWD/.venv/bin:$PATH"
+# The demo is for a machine of one's own. Elsewhere `peregrine serve` wants an ordinary user.
+export PEREGRINE_AS_ROOT=1
 SHOP=demo/shop
 REPOSITORY=demo/model_repository
 LOG=demo/serve.log

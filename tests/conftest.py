@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from shops import SHOPS, ReleaseCache, private_copy
 if TYPE_CHECKING:
     from ensemble.local import LocalPipeline
     from ensemble.steps.served import ServedRelease
+
+# Tests serve as whoever runs them.
+os.environ.setdefault("PEREGRINE_AS_ROOT", "1")
 
 pytest_plugins = ["redis_fixtures"]
 

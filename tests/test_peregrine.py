@@ -56,5 +56,7 @@ def test_a_missing_package_names_the_extra_that_brings_it():
 
 
 def test_ctrl_c_exits_with_130():
-    before = "import ensemble.server.supervisor as s\ndef stop(*a): raise KeyboardInterrupt\ns.serve = stop"
+    before = (
+        "import ensemble.server.supervisor as s\ndef stop(*a, **k): raise KeyboardInterrupt\ns.serve = stop"
+    )
     assert run("serve", before=before).returncode == 130

@@ -60,6 +60,15 @@ Redis = Annotated[
         envvar="PEREGRINE_REDIS",
     ),
 ]
+AsRoot = Annotated[
+    bool,
+    typer.Option(
+        "--as-root",
+        help="Serve as root, on a host of a single tenant: who can list its processes can read the secret of "
+        "Triton's control calls, and run code as the server's user.",
+        envvar="PEREGRINE_AS_ROOT",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")]
 StartTimeout = Annotated[float, typer.Option(help="How long the models may take to load.")]
 
@@ -81,14 +90,17 @@ def serve(
     index: Index = "cpu",
     instances: Instances = None,
     redis: Redis = None,
+    as_root: AsRoot = False,
     verbose: Verbose = False,
     start_timeout_s: StartTimeout = 300.0,
 ) -> None:
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and
     stops."""
+    from ensemble.server.checks import check_user
     from ensemble.server.options import ServeOptions
     from ensemble.tiers.settings import url_from_option
 
+    check_user(as_root)
     options = ServeOptions(
         port,
         metrics_port or None,

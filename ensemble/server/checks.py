@@ -19,6 +19,20 @@ from ensemble.server.running import running_server
 from ensemble.tiers.connection import check_installed
 
 
+def check_user(as_root: bool) -> None:
+    """Raises ServerError where root would serve without saying so.
+
+    Tritonserver takes the secret of its control calls by its command line alone, which every local user can
+    read, and such a call brings code to run.
+    """
+    if os.geteuid() == 0 and not as_root:
+        raise ServerError(
+            "serve does not run as root: every local user can read the server's control secret in the list "
+            "of processes, and with it run code as the server's user",
+            "use an ordinary user; or, on a host of a single tenant, --as-root (PEREGRINE_AS_ROOT=1)",
+        )
+
+
 def check_packages(options: ServeOptions) -> None:
     """Raises an error that names the package or device that the options need and this machine lacks."""
     if options.redis is not None:

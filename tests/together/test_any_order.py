@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,6 @@ from clients.client import Client
 from clients.errors import CallError, InvalidArgument, Unavailable
 from clients.items import ItemClient, make_ready
 from clients.operations import releases
-from ensemble.live.merge_process import module_process
 from ensemble.local import LocalPipeline
 from ensemble.release.release import active_release, open_release
 from ensemble.server.options import ServeOptions
@@ -49,6 +49,13 @@ IDS = st.sampled_from([f"i{number}" for number in range(1, 9)] + [f"new-{number}
 VALUES = st.fixed_dictionaries({}, optional={"brand": st.sampled_from(BRANDS), "price": st.just(9.5)})
 NEWCOMER, KNOWN = b"nobody-knows-me", b"u1"
 WAIT_S = 20.0
+# The writer, whose merges do not wait for idle time: on a busy machine they would outlast the test.
+WRITER = """
+import sys
+from ensemble.live import merge_process, service
+merge_process.IDLE_ONLY_S = 0.0
+service.main(sys.argv[1:])
+"""
 
 
 class Catalogue:
@@ -233,6 +240,13 @@ class AnyOrder(RuleBasedStateMachine):
             items.merge()
 
     @rule()
+    def merge_to_the_end(self) -> None:
+        with self._items() as items:
+            before = items.status().unmerged
+            items.merge()
+            until(lambda: not (now := items.status()).merging and (not before or now.unmerged < before))
+
+    @rule()
     def compact(self) -> None:
         with self._items() as items:
             changed = items.compact()
@@ -314,7 +328,9 @@ class AnyOrder(RuleBasedStateMachine):
             yield items
 
     def _start_writer(self) -> None:
-        self.writer = module_process("ensemble.live.service", str(self.repository), stdin=subprocess.PIPE)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WRITER, str(self.repository)]
+        self.writer = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
 
         def answers() -> bool:
             with contextlib.suppress(Unavailable), self._items() as items:

@@ -106,6 +106,13 @@ def test_missing_repository_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.triton
+@pytest.mark.skipif(os.geteuid() != 0, reason="wants to be root")
+def test_root_is_refused_until_it_says_so(tmp_path):
+    line = refused("-r", str(tmp_path), env={**os.environ, "PEREGRINE_AS_ROOT": "0"})
+    assert line.startswith("error: serve does not run as root: every local user can read")
+    assert "--as-root" in line
+
+
 def test_no_active_release_says_how_to_activate_one(tmp_path):
     publish_toy(tmp_path / "models", "r1", tmp_path)
     assert "no release is active" in (line := refused("-r", str(tmp_path / "models")))
