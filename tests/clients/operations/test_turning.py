@@ -15,12 +15,15 @@ from toy_repository import allow_toys, publish_toy
 from variants import answering
 
 from clients.operations import releases
+from clients.operations.control import Control
 from ensemble.errors import ReleaseError
 from ensemble.release import activation
 from ensemble.release.release import active_release
 from ensemble.release.repository import locked, point_alias
 from ensemble.server.checks import check_servable
 from ensemble.server.options import ServeOptions
+from ensemble.server.process import kill_stubs
+from ensemble.server.running import running_server
 from ensemble.server.supervisor import Server, serve
 
 OPTIONS = ServeOptions(port=0, metrics_port=None, fused=True)
@@ -78,6 +81,20 @@ def test_what_fails_in_the_server_is_refused_and_gone_within_20_s(repository, se
     assert not any(model.startswith(f"{name}_") for model in server.stubs())
     time.sleep(1.1)  # the supervisor has looked at its stubs since
     assert server.pid == process, "tritonserver was started again"
+
+
+@pytest.mark.triton
+def test_dead_stubs_of_a_release_that_is_not_active_restart_nothing(repository, server):
+    releases.activate(repository, "r1")
+    process = server.pid
+    with Control(running_server(repository)) as control:
+        control.load("r3_recommend")
+        time.sleep(1.5)  # the supervisor has counted its stubs
+        assert len(kill_stubs(running_server(repository).pid, "r3")) == 2
+        time.sleep(2.5)  # and missed them since
+        assert server.pid == process
+        control.unload_release("r3")
+    assert answering(repository) == "r1"
 
 
 STEPS = ("begin", "load", "ask", "point_alias", "turn", "ask again", "unload")
