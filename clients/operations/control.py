@@ -68,8 +68,14 @@ class Control:
 
     def unload_release(self, name: str, drain_s: float = UNLOAD_S) -> None:
         """Unloads a release's ensemble, then, when the last request in it is answered, its members, those too
-        that are still loading; NoAnswerError if they do not go."""
-        drain(self.server.url, self.server.headers, f"{name}_{contract.PIPELINE}", drain_s)
+        that are still loading; NoAnswerError if they do not go.
+
+        Served fused it has no members to wait for: Triton answers what is in flight, and ends its processes
+        in seconds that nobody has to wait for.
+        """
+        ensemble = f"{name}_{contract.PIPELINE}"
+        if any(model.startswith(f"{name}_") and model != ensemble for model in self.models()):
+            drain(self.server.url, self.server.headers, ensemble, drain_s)
         deadline = time.monotonic() + UNLOAD_S
         while mine := {m: state for m, state in self.models().items() if m.startswith(f"{name}_")}:
             for model in [model for model, state in mine.items() if state == _READY]:
