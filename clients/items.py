@@ -10,6 +10,8 @@
 An item has an id and values of the features that the shop's items have, by feature name or column name;
 `item_embedding`, if given, takes the place of the encoder's. What an update does not name stays. Every call
 returns once the change is durable and, within `wait_s`, once every instance that recommends has it.
+Overloaded says that too many changes wait to be merged, and that nothing was changed: send them again in a
+second or two.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from clients.errors import InvalidArgument, ServerFault, Unavailable
+from clients.errors import InvalidArgument, Overloaded, ServerFault, Unavailable
 
 _PREPARING_S = 3600.0  # a release that was never loaded here has to encode all that was ever changed
 _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
@@ -130,6 +132,8 @@ class ItemClient:
             )
         reply = json.loads(line)
         if "error" in reply:
+            if "retry_s" in reply:
+                raise Overloaded(reply["error"], retryable=True)
             raise (InvalidArgument if reply.get("invalid", True) else ServerFault)(reply["error"])
         return Changed(**reply)
 

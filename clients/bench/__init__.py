@@ -9,4 +9,5 @@ perf_analyzer.py      runs Triton's own tool
 machine.py report.py plot.py   say where it was measured, and show what
 faults.py faulty_redis.py      what faults of Redis cost (python -m clients.bench.faults)
 live.py               what changing items costs (python -m clients.bench.live)
+many_changes.py       what a million changes cost (python -m clients.bench.many_changes)
 """

@@ -7,6 +7,7 @@ import itertools
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,7 @@ File = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, the value JSON or text.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every instance has the change.")]
 _AT_ONCE = 1000  # changes that are sent together
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 0.5, 15.0, 600.0  # while a writer takes no more changes
 
 
 @app.command()
@@ -269,7 +271,7 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
         for start in range(0, max(1, len(changes)), _AT_ONCE):
             update(f"{start:,} of {len(changes):,}", start / max(1, len(changes)))
             try:
-                done = client.apply(changes[start : start + _AT_ONCE])
+                done = _patiently(client, changes[start : start + _AT_ONCE])
             except PeregrineError as error:
                 if start:
                     error.args = (
@@ -280,6 +282,21 @@ def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
             for feature, values in done.unknown_values.items():
                 unknown[feature] = list(dict.fromkeys([*unknown.get(feature, []), *values]))
     return dataclasses.replace(done, unknown_values=unknown)
+
+
+def _patiently(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
+    """Sends changes, again and again while too many others wait to be merged, ever more seldom."""
+    from clients.errors import Overloaded
+
+    pause_s, until_s = _FIRST_PAUSE_S, time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return client.apply(changes)
+        except Overloaded:
+            if time.monotonic() + pause_s > until_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _lines(file: Path) -> list[str]:

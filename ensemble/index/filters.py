@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.live.items import LiveState, LiveView
 from ensemble.live.new_values import NewValues
+from ensemble.live.segment import Segment
+from ensemble.live.state import LiveState, LiveView
 from ensemble.options import Category, Filter
 from ensemble.schema import Schema, number_names
 
@@ -23,19 +24,27 @@ class RowMask:
     """Says which rows pass one filter, as of one view."""
 
     view: LiveView
-    # [main rows] bool: rows of the main index, by the content that it holds; row 0 never passes.
-    main: Array
-    slots: Array  # [num_slots - delta_start] bool: slots of the delta
+    main: Array  # [num_base] bool: the release's rows, by its own content; row 0 never passes
+    segments: tuple[Array, ...]  # [n] bool each: the segments' slots
+    tail: Array  # [t] bool: the tail's slots
+
+    @property
+    def sealed(self) -> tuple[Array, tuple[Array, ...]]:
+        """Gives the part that no later change touches."""
+        return self.main, self.segments
 
     def passes(self, rows: Array) -> Array:
         """Says for rows [...] int64 which pass: [...] bool, false where <= 0."""
         if not self.view.num_slots:
+            rows = np.where(rows < len(self.main), rows, 0)
             return self.main[np.maximum(rows, 0)]
         state, rows = self.view.state, np.maximum(rows, 0)
-        place = state.slot_of_row[rows] - 1 - state.delta_start
+        slots = state.slot_of_row[rows]
         passing = np.where(rows < len(self.main), self.main[np.minimum(rows, len(self.main) - 1)], False)
-        in_delta = (place >= 0) & (place < len(self.slots))
-        passing[in_delta] = self.slots[place[in_delta]]
+        for mask, start in zip((*self.segments, self.tail), state.starts.tolist(), strict=True):
+            place = slots - 1 - start
+            here = (place >= 0) & (place < len(mask))
+            passing[here] = mask[place[here]]
         return passing
 
 
@@ -55,41 +64,51 @@ class ItemFilters:
         self._codes, self._numbers = codes, numbers
         self._columns = {name: column for column, name in enumerate(number_names(schema))}
         self._masks: OrderedDict[Filter, RowMask] = OrderedDict()
+        # What outlives a merge: masks of the release's own rows, and of segments
+        self._parts: OrderedDict[Filter, tuple[Array, dict[Segment, Array]]] = OrderedDict()
 
     def mask(self, wanted: Filter, view: LiveView) -> RowMask:
         """Gives the mask of a filter; the same object for the same filter and view."""
-        if self._masks and next(iter(self._masks.values())).view.state is not view.state:
-            # All at once: one mask would keep the whole index of a generation that was merged away.
-            self._masks.clear()
+        state = view.state
+        if self._masks and next(iter(self._masks.values())).view.state is not state:
+            self._forget_views(state)
         known = self._masks.get(wanted)
-        if known is None:
-            known = RowMask(
-                view,
-                self._main(wanted, view.state),
-                self._of_slots(wanted, view.state, view.state.delta_start, view.num_slots),
-            )
-        elif known.view is not view:
-            done = view.state.delta_start + len(known.slots)
-            more = [self._of_slots(wanted, view.state, done, view.num_slots)] if view.num_slots > done else []
-            known = RowMask(view, known.main, np.concatenate([known.slots, *more]))
+        if known is None or known.view is not view:
+            tail = known.tail if known is not None else np.zeros(0, bool)
+            done, end = len(tail), view.num_slots - state.tail_start
+            if end > done:
+                codes, numbers = state.slots["codes"][done:end], state.numbers[done:end]
+                more = self._passing(wanted, codes, numbers, state.new_values)
+                tail = np.concatenate([tail, more])
+            known = RowMask(view, *(self._sealed(wanted, state) if known is None else known.sealed), tail)
         self._masks[wanted] = known
         self._masks.move_to_end(wanted)
         if len(self._masks) > _REMEMBERED:
-            self._masks.popitem(last=False)
+            self._parts.pop(self._masks.popitem(last=False)[0], None)
         return known
 
-    def _main(self, wanted: Filter, state: LiveState) -> Array:
-        """Gives [main rows] bool: the release's own rows, and what the generation has merged over them."""
-        mask = np.zeros(state.main_rows, bool)
-        mask[: state.num_base] = self._passing(wanted, self._codes, self._numbers, None)
-        mask[state.slot_rows[: state.delta_start]] = self._of_slots(wanted, state, 0, state.delta_start)
-        mask[0] = False
-        return mask
+    def _forget_views(self, state: LiveState) -> None:
+        """Forgets masks of a state that was merged away, which they would keep; what they say of parts that
+        are still there stays."""
+        self._masks.clear()
+        for _, masks in self._parts.values():
+            for segment in set(masks) - set(state.segments):
+                del masks[segment]
+        while len(self._parts) > _REMEMBERED:
+            self._parts.popitem(last=False)
 
-    def _of_slots(self, wanted: Filter, state: LiveState, start: int, stop: int) -> Array:
-        """Gives [stop - start] bool: which of these slots of the log pass."""
-        codes, numbers = state.slots["codes"][start:stop], state.numbers[start:stop]
-        return self._passing(wanted, codes, numbers, state.new_values)
+    def _sealed(self, wanted: Filter, state: LiveState) -> tuple[Array, tuple[Array, ...]]:
+        """Gives which of the release's own rows pass [num_base] bool, and of each segment's slots."""
+        if wanted not in self._parts:
+            main = self._passing(wanted, self._codes, self._numbers, None)
+            main[0] = False
+            self._parts[wanted] = main, {}
+        main, masks = self._parts[wanted]
+        for segment in state.segments:
+            if segment not in masks:
+                codes, numbers = segment.part.items["codes"], segment.part.numbers
+                masks[segment] = self._passing(wanted, codes, numbers, state.new_values)
+        return main, tuple(masks[segment] for segment in state.segments)
 
     def _passing(self, wanted: Filter, codes: Array, numbers: Array, new_values: NewValues | None) -> Array:
         """Says which items pass that have these codes [n, C] and numbers [n, *]: [n] bool."""

@@ -1,13 +1,13 @@
 """Searches item embeddings for whole batches, users with the same filter together.
 
-Beside the main index, the items that were added or changed since it was built are searched exactly; both
-lists are merged.
+Beside the main index, what was added or changed since it was built is searched: segments with an index each,
+and the tail behind them exactly; the lists are merged.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,18 +17,22 @@ from ensemble.index.filters import RowMask
 from ensemble.index.found import Found, merge_found
 from ensemble.index.main_index import MainIndex, QuerySettings, open_index
 from ensemble.index.vectors import Vectors, open_vectors
-from ensemble.live.items import LiveState, LiveView, SearchedIndex
+from ensemble.live.segment import SearchedIndex, Segment
+from ensemble.live.state import LiveView
 from ensemble.release.release import Release
 
 # Half-precision or int8 vectors that a compressed index is refined with; absent where it needs none.
 VECTORS = "vectors.npy"
 
 
-def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainIndex:
-    """Opens the main index of one generation of a release, with the vectors that it is refined with."""
-    path = (state.folder if state.generation else release.path) / "index.faiss"
-    index = open_index(path, state.main_rows - 1, release.schema.sizes.embedding)
-    vectors = _main_vectors(release, state)
+def open_main(release: Release, query: QuerySettings) -> MainIndex:
+    """Opens a release's index, with the vectors that it is refined with."""
+    index = open_index(release.path / "index.faiss", len(release.items) - 1, release.schema.sizes.embedding)
+    embeddings = release.items["embedding"]
+    vectors: Vectors = lambda rows: embeddings[rows]  # noqa: E731
+    if (release.path / VECTORS).exists():
+        release.verify_data(VECTORS)
+        vectors = open_vectors(release.path / VECTORS, len(release.items), release.schema.sizes.embedding)
     if os.environ.get(INDEX_VARIABLE) == GPU:
         from ensemble.index.gpu_index import GpuIndex
 
@@ -36,28 +40,11 @@ def open_main(release: Release, query: QuerySettings, state: LiveState) -> MainI
     return MainIndex(index, vectors, query)
 
 
-def _main_vectors(release: Release, state: LiveState) -> Vectors:
-    """Gives a reader of the main index's vectors, as they were merged into it.
-
-    It holds arrays of the state and not the state, which holds the index: so a generation is freed as soon as
-    nobody uses it.
-    """
-    embeddings, base = release.items["embedding"], lambda rows: embeddings[rows]
-    num_base, slot_of_row, merged = state.num_base, state.slot_of_row, state.vectors[: state.delta_start]
-    if (release.path / VECTORS).exists():
-        release.verify_data(VECTORS)
-        base = open_vectors(release.path / VECTORS, num_base, release.schema.sizes.embedding)
-    if state.main_rows == num_base and not len(merged):
-        return base
-
-    def vectors(rows: Array) -> Array:
-        slots, out = slot_of_row[rows], base(np.where(rows < num_base, rows, 0))
-        # A row with a later slot is stale in this index: what it scores does not count.
-        own = (slots > 0) & (slots <= len(merged))
-        out[own] = merged[slots[own] - 1]
-        return out
-
-    return vectors
+def open_segment_index(release: Release, query: QuerySettings, segment: Segment) -> MainIndex:
+    """Opens a segment's index; always on the CPU, for segments come and go."""
+    index = open_index(segment.index_file, len(segment), release.schema.sizes.embedding)
+    embeddings = segment.part.items["embedding"]
+    return MainIndex(index, lambda positions: embeddings[positions - 1], query)
 
 
 def search(view: LiveView, query: Array, depth: int, masks: Sequence[RowMask | None]) -> Array:
@@ -76,38 +63,82 @@ def search(view: LiveView, query: Array, depth: int, masks: Sequence[RowMask | N
 
 
 def find(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
-    """Finds the best `depth` items of the main index and the delta together for query [Q, D] float32."""
+    """Finds the best `depth` items of the main index, the segments and the tail together for query [Q, D]
+    float32."""
     main = view.state.main
     assert main is not None, "recall attaches the index before the first search"
-    if view.num_slots == view.state.delta_start and not view.num_stale:
+    if not view.num_slots and not view.num_stale:
         return main.search(query, depth, None if mask is None else mask.main)
-    return merge_found(
-        [_without_stale(main, view, query, depth, mask), _delta(view, query, depth, mask)], depth
+    parts = [_of_main(main, view, query, depth, mask)]
+    for place, (segment, start) in enumerate(view.state.placed()):
+        passing = None if mask is None else mask.segments[place]
+        if len(segment):
+            parts.append(_of_segment(segment, start, view, query, depth, passing))
+    parts.append(_of_tail(view, query, depth, mask))
+    return merge_found(parts, depth)
+
+
+def _of_main(main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
+    """Searches the main index without what was changed or deleted since."""
+    passing = None if mask is None else mask.main
+    return _without_stale(
+        main,
+        query,
+        depth,
+        passing,
+        min(view.num_stale, max(32, depth // 4)),
+        view.is_stale,
+        lambda: view.fresh if passing is None else view.fresh & passing,
     )
 
 
-def _without_stale(
-    main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None
+def _of_segment(
+    segment: Segment, start: int, view: LiveView, query: Array, depth: int, passing: Array | None
 ) -> Found:
-    """Searches the main index without what was changed or deleted since: fetches more and drops those; where
-    that leaves too few, searches again with a mask."""
-    more = min(view.num_stale, max(32, depth // 4))
-    rows, scores = main.search(query, depth + more, None if mask is None else mask.main)
-    stale = (rows > 0) & ~view.fresh[rows]
-    rows, scores = np.where(stale, -1, rows), np.where(stale, -np.inf, scores)
+    """Searches a segment without what was changed or deleted since it was sealed; `passing` [n] bool."""
+    assert segment.index is not None
+    rows_of = segment.part.rows
+    mask = None if passing is None else np.concatenate([[False], passing])
+
+    def is_stale(positions: Array) -> Array:
+        return ~view.is_current(rows_of[positions - 1], start + positions - 1)
+
+    def current() -> Array:
+        fresh = np.concatenate([[False], ~is_stale(np.arange(1, len(segment) + 1))])
+        return fresh if mask is None else fresh & mask
+
+    more = min(len(segment), max(32, depth // 4))
+    positions, scores = _without_stale(segment.index, query, depth, mask, more, is_stale, current)
+    return np.where(positions > 0, rows_of[np.maximum(positions, 1) - 1], -1), scores
+
+
+def _without_stale(
+    index: SearchedIndex,
+    query: Array,
+    depth: int,
+    mask: Array | None,
+    more: int,
+    is_stale: Callable[[Array], Array],
+    current: Callable[[], Array],
+) -> Found:
+    """Searches an index for `more` than wanted, and drops what it has with old content; where that leaves too
+    few, searches again with a mask of what is `current`."""
+    found, scores = index.search(query, depth + more, mask)
+    here = found > 0
+    stale = np.zeros(found.shape, bool)
+    stale[here] = is_stale(found[here])
+    found, scores = np.where(stale, -1, found), np.where(stale, -np.inf, scores)
     short = np.flatnonzero(stale.sum(axis=1) > more)
     if len(short):
-        rows[short], scores[short] = main.search(
-            query[short], depth + more, view.fresh if mask is None else view.fresh & mask.main
-        )
-    return rows, scores
+        found[short], scores[short] = index.search(query[short], depth + more, current())
+    return found, scores
 
 
-def _delta(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
-    """Searches the delta's slots exactly; gives the best in any order."""
-    rows, hidden = view.state.slot_rows[view.delta], view.superseded
-    scores = query @ view.state.vectors[view.delta].T
-    scores[:, hidden if mask is None else hidden | ~mask.slots] = -np.inf
+def _of_tail(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
+    """Searches the tail's slots exactly; gives the best in any order."""
+    rows, hidden = view.state.slot_rows[view.tail], view.superseded
+    scores = query @ view.state.slots["embedding"][view.tail].T
+    scores[:, hidden if mask is None else hidden | ~mask.tail] = -np.inf
     if len(rows) > depth:
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         chosen = np.take_along_axis(scores, best, axis=1)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.index.filters import RowMask
-from ensemble.live.items import LiveView
+from ensemble.live.state import LiveView
 
 _WAITING = 64  # queries; a probe that cannot keep up samples less
 _REMEMBERED = 1000  # the last probed queries make the figures

@@ -4,16 +4,18 @@ catalogue.py  the log of a repository: every change as it was said, for all rele
 catalogue_log.py  writes it, as the only one
 overlay.py    what the log is for one release: encoded by its encoder, made again whenever it is missing
 writer.py     the one who changes items: checks, appends to the log, tells the overlays
-items.py      every instance's view: the release's rows with the overlay's over them, and a small exact delta
-              for recall
+items.py      follows an overlay in every instance
+state.py      the release's rows with the overlay's over them: segments, mapped, and the tail behind them
 rows.py       rows of items as steps read them: the overlay's content over what the feature tiers have
-merge.py      overlay -> a new main index, in its own process
+merge.py      the tail -> a segment with its index, in its own process
 service.py    the writer behind a unix socket; clients.items talks to it
 
 <repository>/.live/catalogue/log         every change
                              lock        held by the writer
-<repository>/.live/<release>-<id>/current       number of the generation that is served
-                             log-<g>       changes since generation g, encoded
-                             g<g>/         generation g, where it was merged: rows.npy, index.faiss, meta.json
+<repository>/.live/<release>-<id>/current       generation, and the names of its segments
+                             log-<g>       changes behind them, encoded: the tail
+                             g<n>/         a segment: arrays, index.faiss, meta.json
+                             values-<n>    values that the release's vocabularies lack
+                             empty.faiss   the release's index with nothing in it
                              instances/    one file an instance: the last sequence number that it has
 """

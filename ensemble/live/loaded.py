@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.errors import ReleaseError
@@ -12,7 +13,7 @@ from ensemble.live.instances import sequences
 from ensemble.release.release import Release, open_release
 
 _FOLDER = re.compile(r"(?P<name>.+)-(?P<id>[0-9a-f]{16})")
-_EVERY_S = 1.0
+_EVERY_S, _SILENT_S = 1.0, 60.0
 _EXPECTED_S = 600.0  # how long a release that is about to be loaded is waited for
 
 
@@ -23,6 +24,7 @@ class LoadedReleases:
         self.repository = repository
         self._opened: dict[str, Release] = {}  # by id
         self._expected_until_s: dict[str, float] = {}
+        self._silent_until_s: dict[str, float] = {}
         self._next_s = 0.0
 
     def is_time(self) -> bool:
@@ -31,6 +33,12 @@ class LoadedReleases:
             return False
         self._next_s = time.monotonic() + _EVERY_S
         return True
+
+    def complain(self, release: Release, line: str, log: Callable[[str], None]) -> None:
+        """Logs what is wrong with a release, at most once a minute."""
+        if time.monotonic() >= self._silent_until_s.get(release.id, 0.0):
+            self._silent_until_s[release.id] = time.monotonic() + _SILENT_S
+            log(line)
 
     def expect(self, release: Release) -> None:
         """Counts a release as loaded for some minutes: its instances are about to start."""

@@ -35,12 +35,11 @@ HEADER = np.dtype(
         ("after", "<u8"),
         ("catalogue", "S16"),
         ("watermark", "<u8"),
-        ("merged", "<u4"),
         ("values", "<u4"),
         ("crc", "<u4"),
     ]
 )
-HEADER_BYTES = 96
+HEADER_BYTES, _FIRST_HEADER_BYTES = 96, 64
 _PIECE = 4096  # records read and checked at once
 
 
@@ -91,17 +90,22 @@ class OldLog(ReleaseError):
     """Says that a log was written before there was one log for all releases."""
 
 
-def create_log(
-    path: Path, schema: Schema, generation: int, after: int, origin: Origin, *, merged: bool
-) -> None:
-    """Creates an empty log whose records come after sequence `after`, whole before it has its name.
+def refuse_old_log(path: Path) -> None:
+    """Raises OldLog for a log that has changes of before there was one log for all releases."""
+    with path.open("rb") as file:
+        if file.read(HEADER_BYTES).startswith(_FIRST_MAGIC) and path.stat().st_size > _FIRST_HEADER_BYTES:
+            raise OldLog(
+                f"{path} has items that an earlier Peregrine changed, encoded for this release alone",
+                f"move {path.parent} away, and send those changes again",
+            )
 
-    `merged` says that its generation's folder has what came before.
-    """
+
+def create_log(path: Path, schema: Schema, generation: int, after: int, origin: Origin) -> None:
+    """Creates an empty log whose records come after sequence `after`, whole before it has its name."""
     header = np.zeros(1, HEADER)
     header["magic"], header["contract"] = _MAGIC, contract.fingerprint(schema)
     header["record_bytes"] = record_dtype(schema).itemsize
-    header["generation"], header["after"], header["merged"] = generation, after, merged
+    header["generation"], header["after"] = generation, after
     header["catalogue"], header["watermark"] = origin.catalogue, origin.watermark
     header["values"] = origin.values
     header["crc"] = zlib.crc32(header.tobytes()[:-4])
@@ -123,17 +127,12 @@ class LogReader:
         weakref.finalize(self, os.close, self._descriptor)
         self.offset = HEADER_BYTES
         header = self._checked_header(contract.fingerprint(schema))
-        self.sequence, self.has_merged = int(header["after"]), bool(header["merged"])
+        self.sequence = int(header["after"])
         self.origin = Origin(header["catalogue"].decode(), int(header["watermark"]), int(header["values"]))
 
     def _checked_header(self, fingerprint: str) -> Any:
         """Gives the log's header; ReleaseError if the log is none of this release."""
         raw = os.pread(self._descriptor, HEADER_BYTES, 0)
-        if raw.startswith(_FIRST_MAGIC):
-            raise OldLog(
-                f"{self.path} has items that an earlier Peregrine changed, encoded for this release alone",
-                f"move {self.path.parent} away, and send those changes again",
-            )
         header = np.frombuffer(raw[: HEADER.itemsize].ljust(HEADER.itemsize, b"\0"), HEADER)[0]
         if header["magic"] != _MAGIC or zlib.crc32(raw[: HEADER.itemsize - 4]) != header["crc"]:
             raise ReleaseError(

@@ -1,6 +1,8 @@
-"""Merges the log into a new main index, in a process of its own, niced to idle.
+"""Seals what an overlay's log has into a segment with an index, in a process of its own, niced to idle.
 
-Serving goes on, and is turned to the new index in one step.
+Serving goes on, and is turned to the new segment in one step. Segments of about the same size are joined on
+the way (the logarithmic method of Bentley and Saxe 1980): a change is moved a few times, however many there
+are, and what it costs does not hang on the catalogue's size.
 
     python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE
 """
@@ -9,96 +11,95 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
 import numpy as np
 
-from ensemble.arrays import Array
 from ensemble.errors import PeregrineError, ReleaseError
-from ensemble.live.generations import current_generation, write_meta
-from ensemble.live.items import LiveState
-from ensemble.live.log import CHANGE, DELETE, record_dtype
-from ensemble.release.files import sync_folder
+from ensemble.live.generations import Current, read_current
+from ensemble.live.log import LogReader
+from ensemble.live.segment import Part, Segment, joined_part, part_from_records, write_meta, write_part
 from ensemble.release.release import Release, open_release
 
 _PIECE = 1 << 16  # rows added at once
+_RATIO = 2  # a segment is joined to what comes behind it unless it is more than so many times larger
 
 
 def merge(release: Release, sequence: int) -> int:
-    """Writes the generation that has all changes up to `sequence`; gives its number.
+    """Writes the segment that has all changes of the log up to `sequence`; gives its number.
 
     Nobody serves it until Overlay.turn_to.
     """
-    folder = release.live_folder
-    state = state_at(release, folder, sequence)
-    number, staged = state.generation + 1, folder / f".merging-{os.getpid()}"
-    staged.mkdir()
-    records = merged_records(state)
-    np.save(staged / "rows.npy", records)
-    faiss.write_index(merged_index(release, state), str(staged / "index.faiss"))
-    write_meta(staged, sequence)
-    for path in staged.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    staged.rename(folder / f"g{number}")
-    sync_folder(folder)
+    current = read_current(release.live_folder)
+    number = current.generation + 1
+    seal(release, number, current.segments, _tail(release, current, sequence), sequence)
     return number
 
 
-def state_at(release: Release, folder: Path, sequence: int) -> LiveState:
-    """Gives the items as of `sequence`."""
-    state = LiveState(release, folder, current_generation(folder))
-    assert state.reader is not None
-    while len(records := state.reader.read()):
-        wanted = records[records["sequence"] <= sequence]
-        state.apply(wanted)
-        if len(wanted) < len(records):
-            break
-    if state.reader.sequence < sequence:
+def seal(release: Release, number: int, segments: Sequence[str], part: Part, sequence: int) -> list[str]:
+    """Writes segment g<number> of a part, joined to those of `segments` that are not much larger; gives the
+    names of the segments that there are then."""
+    folder = release.live_folder
+    sizes = [len(Segment(folder / name)) for name in segments]
+    kept = len(segments) - _num_joined(sizes, len(part.rows))
+    staged, name = folder / f".merging-{os.getpid()}", f"g{number}"
+    staged.mkdir()
+    parts = [*(Segment(folder / one).part for one in segments[kept:]), part]
+    joined = joined_part(parts, release.schema, staged)
+    write_part(staged, joined)
+    faiss.write_index(_index_of(release, joined), str(staged / "index.faiss"))
+    write_meta(staged, sequence, segments[kept:])
+    staged.rename(folder / name)
+    return [*segments[:kept], name]
+
+
+def _num_joined(sizes: Sequence[int], num_new: int) -> int:
+    """Says how many of the last segments, of these sizes, are joined to so many new rows."""
+    total = num_new
+    for count, size in enumerate(reversed(sizes)):
+        if size > _RATIO * total:
+            return count
+        total += size
+    return len(sizes)
+
+
+def _tail(release: Release, current: Current, sequence: int) -> Part:
+    """Reads the log's changes up to `sequence`."""
+    reader = LogReader(release.live_folder / f"log-{current.generation}", release.schema)
+    pieces = [np.zeros(0, reader.dtype)]
+    while reader.sequence < sequence and len(records := reader.read()):
+        pieces.append(records[records["sequence"] <= sequence])
+    if reader.sequence < sequence:
         raise ReleaseError(
-            f"{state.reader.path} ends at sequence {state.reader.sequence}, before {sequence}: nothing was "
-            "merged"
+            f"{reader.path} ends at sequence {reader.sequence}, before {sequence}: nothing was merged"
         )
-    return state
+    return part_from_records(np.concatenate(pieces), len(release.items))
 
 
-def merged_records(state: LiveState) -> Array:
-    """Says what each changed row is now: records [n], rows ascending."""
-    rows = np.flatnonzero((state.slot_of_row > 0) | state.deleted)
-    records = np.zeros(len(rows), record_dtype(state.release.schema))
-    slots = state.slot_of_row[rows]
-    old = rows < state.num_base
-    records["row"], records["kind"] = rows, np.where(state.deleted[rows], DELETE, CHANGE)
-    records["id"][old] = state.ids.ids_from_rows(rows[old])
-    records["id"][~old] = [state.new_ids[row - state.num_base] for row in rows[~old]]
-    records["item"][slots > 0], records["numbers"][slots > 0] = (
-        state.slots[slots[slots > 0] - 1],
-        state.numbers[slots[slots > 0] - 1],
-    )
-    return records
-
-
-def merged_index(release: Release, state: LiveState) -> faiss.Index:
-    """Builds the release's index over all rows with their present content.
-
-    Its centroids and codebooks stay: only what they hold is new.
-    """
-    index = faiss.read_index(str(release.path / "index.faiss"))
-    index.reset()
-    embeddings, num_rows = release.items["embedding"], state.num_base + len(state.new_ids)
-    for start in range(1, num_rows, _PIECE):
-        rows = np.arange(start, min(start + _PIECE, num_rows))
-        vectors = np.zeros((len(rows), embeddings.shape[1]), np.float32)
-        vectors[rows < state.num_base] = embeddings[rows[rows < state.num_base]]
-        slots = state.slot_of_row[rows]
-        vectors[slots > 0] = state.slots["embedding"][slots[slots > 0] - 1]
-        index.add(vectors)
+def _index_of(release: Release, part: Part) -> faiss.Index:
+    """Builds an index of the release's kind, with its centroids and codebooks, over a part's rows."""
+    index = _empty_index(release)
+    for start in range(0, len(part.rows), _PIECE):
+        index.add(np.ascontiguousarray(part.items["embedding"][start : start + _PIECE]))
     return index
 
 
+def _empty_index(release: Release) -> faiss.Index:
+    """Gives the release's index with nothing in it; taken out of the whole one once, for that is large."""
+    path = release.live_folder / "empty.faiss"
+    if not path.exists():
+        index = faiss.read_index(str(release.path / "index.faiss"))
+        index.reset()
+        staged = path.with_name(f".empty-{os.getpid()}")
+        faiss.write_index(index, str(staged))
+        staged.rename(path)
+    return faiss.read_index(str(path))
+
+
 def main(arguments: list[str]) -> None:
-    """Merges as the command line says, and prints the generation's number."""
+    """Merges as the command line says, and prints the segment's number."""
     repository, name, sequence = arguments
     faiss.omp_set_num_threads(1)
     try:

@@ -7,10 +7,11 @@ their first change. So an overlay may be thrown away at any time, and pasts that
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,13 +24,15 @@ from ensemble.live.catalogue import DELETE as GONE
 from ensemble.live.catalogue import UPDATE, Entry
 from ensemble.live.catalogue_log import CatalogueLog
 from ensemble.live.encoding import ItemEncoding
-from ensemble.live.generations import current_generation, point_to
+from ensemble.live.generations import Current, point_to, read_current
 from ensemble.live.items import LiveItems
 from ensemble.live.log import CHANGE, DELETE, LogReader, LogWriter, OldLog, Origin, create_log, record_dtype
 from ensemble.live.new_values import NewValues, values_file
+from ensemble.live.segment import check_segment, part_from_records, replaced_by
 from ensemble.release.release import Release
 
 _PIECE = 2048  # entries encoded at once
+SEALED_AT_ONCE = 50_000  # changes of an overlay that is made again: each so many become a segment
 
 
 class Overlay:
@@ -43,6 +46,7 @@ class Overlay:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.origin = Origin(catalogue.id, watermark_in(release, catalogue))
         self._values: NewValues  # set by _use_values, whichever way the overlay is opened
+        self._current: Current  # what is served; as above
         self._encoding: ItemEncoding | None = None
         self._rows = array("q")  # by the catalogue's number of an item
         self._next_row = len(release.items)
@@ -51,43 +55,76 @@ class Overlay:
         self.catch_up()
 
     def _opened(self) -> tuple[LogWriter, LiveItems]:
-        """Opens the overlay where it is whole and of this log; else makes it again."""
+        """Opens the overlay where it is whole, of this log and not far behind it; else makes it again."""
         if not (self.folder / "current").exists():
             return self._made_again()
-        generation = current_generation_or_none(self.folder)
-        path = self.folder / f"log-{generation}"
         try:
-            if generation is None:
-                raise ReleaseError(f"{self.folder / 'current'} is damaged")
+            self._current = read_current(self.folder)
+            for name in self._current.segments:
+                check_segment(self.folder / name)
             live = LiveItems(self.release)  # reads all of it
-            reader = live.view.state.reader
-            assert reader is not None
-            if replace(reader.origin, values=0) != self.origin or reader.sequence > self.catalogue.sequence:
-                raise ReleaseError(f"{path} is of another catalogue log")
-            self._use_values(reader.origin.values)
-            if not self._values.has_all(live.view.state.slots["codes"][: live.view.num_slots]):
-                raise ReleaseError(f"{self._values.path} lacks values that {path} has")
+            reader = self._checked_reader(live)
         except OldLog:
             raise
         except ReleaseError as error:
             self.note(f"items: {error.fact}; it is made again from {self.catalogue.path}")
             return self._made_again()
-        self._sweep(generation)
-        return LogWriter(path, reader), live
+        if self.catalogue.sequence - reader.sequence > SEALED_AT_ONCE:
+            return self._made_again()  # in segments, rather than one by one into a long log
+        self._sweep()
+        return LogWriter(self._log_path, reader), live
+
+    def _checked_reader(self, live: LiveItems) -> LogReader:
+        """Gives the log that a view has read; ReleaseError unless it is this catalogue's, and has all values
+        that its rows name."""
+        reader = live.view.state.reader
+        assert reader is not None
+        if replace(reader.origin, values=0) != self.origin or reader.sequence > self.catalogue.sequence:
+            raise ReleaseError(f"{self._log_path} is of another catalogue log")
+        self._use_values(reader.origin.values)
+        state = live.view.state
+        for codes in (state.slots["codes"], *(one.part.items["codes"] for one in state.segments)):
+            if not self._values.has_all(codes):
+                raise ReleaseError(f"{self._values.path} lacks values that {self.folder} has")
+        return reader
+
+    @property
+    def _log_path(self) -> Path:
+        """Names the log that is written to."""
+        return self.folder / f"log-{self._current.generation}"
 
     def _made_again(self) -> tuple[LogWriter, LiveItems]:
-        """Makes the overlay from the log alone, beside what is there, and turns to it when it is whole."""
-        names = [re.sub("^(log-|values-|g)", "", path.name) for path in self.folder.iterdir()]
-        number = 1 + max((int(name) for name in names if name.isdigit()), default=-1)
-        path, schema = self.folder / f"log-{number}", self.release.schema
-        values_file(self.folder, number).unlink(missing_ok=True)
+        """Makes the overlay from the catalogue's log alone, beside what is there, and turns to it when it is
+        whole."""
+        numbers = (re.sub("^(log-|values-|g)", "", path.name) for path in self.folder.iterdir())
+        number = 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+        shutil.rmtree(self.folder / f".merging-{os.getpid()}", ignore_errors=True)
         self._use_values(number)
-        create_log(path, schema, number, self.origin.watermark, self.origin, merged=False)
-        log = LogWriter(path, LogReader(path, schema))
+        segments, sequence, last = self._sealed(number)
+        self._current = Current(last, tuple(segments))
+        create_log(self._log_path, self.release.schema, last, sequence, self.origin)
+        log = LogWriter(self._log_path, LogReader(self._log_path, self.release.schema))
         self._derive_into(log)
-        point_to(self.folder, number)
-        self._sweep(number)
+        point_to(self.folder, self._current)
+        self._sweep()
         return log, LiveItems(self.release)
+
+    def _sealed(self, number: int) -> tuple[list[str], int, int]:
+        """Seals what the catalogue's log has, but for its last changes, into segments from `number` on.
+
+        Gives the segments' names, how far they go, and the next number.
+        """
+        segments: list[str] = []
+        sequence, entries = self.origin.watermark, self.catalogue.since(self.origin.watermark)
+        while len(piece := list(islice(entries, SEALED_AT_ONCE))) == SEALED_AT_ONCE:
+            from ensemble.live.merge import seal  # Faiss is not for writers that never need it
+
+            records = np.concatenate(list(self._records_of(piece)))
+            sequence = piece[-1].sequence
+            part = part_from_records(records, len(self.release.items))
+            segments = seal(self.release, number, segments, part, sequence)
+            number += 1
+        return segments, sequence, number
 
     def _use_values(self, number: int) -> None:
         """Opens the file of values that the release's vocabularies lack."""
@@ -154,11 +191,16 @@ class Overlay:
 
     def _derive_into(self, log: LogWriter) -> None:
         """Encodes what the catalogue's log has behind `log`'s last record."""
-        entries = self.catalogue.since(log.sequence)
+        for records in self._records_of(self.catalogue.since(log.sequence)):
+            log.append(records)
+
+    def _records_of(self, entries: Iterable[Entry]) -> Iterator[Array]:
+        """Encodes entries of the log, some at a time: records [n]."""
+        entries = iter(entries)
         while piece := list(islice(entries, _PIECE)):
             records = self.records(piece)
             self._fill_in(piece, records)
-            log.append(records)
+            yield records
 
     def _fill_in(self, entries: Sequence[Entry], records: Array) -> None:
         """Gives records [n] their rows and sequence numbers."""
@@ -187,39 +229,36 @@ class Overlay:
                 raise ReleaseError(self.live.fault)
 
     def turn_to(self, generation: int, merged: int) -> None:
-        """Makes a finished generation, which has all changes up to `merged`, the served one.
+        """Makes a finished segment, which has all changes up to `merged`, part of what is served.
 
-        Later changes move to its log.
+        Later changes move to a new log.
         """
-        path, schema = self.folder / f"log-{generation}", self.release.schema
-        create_log(path, schema, generation, merged, self.origin, merged=True)
-        later = LogWriter(path, LogReader(path, schema))
-        reader = LogReader(self._log.path, schema)
+        segment, old = f"g{generation}", self._current
+        replaced = replaced_by(self.folder / segment)
+        kept = [name for name in old.segments if name not in replaced]
+        reader = LogReader(self._log_path, self.release.schema)
+        self._current = Current(generation, (*kept, segment), old.segments)
+        create_log(self._log_path, self.release.schema, generation, merged, self.origin)
+        later = LogWriter(self._log_path, LogReader(self._log_path, self.release.schema))
         while len(records := reader.read()):
             later.append(records[records["sequence"] > merged].copy())
-        point_to(self.folder, generation)
+        point_to(self.folder, self._current)
         self._log = later
         while self.live.view.state.generation != generation or self.live.view.sequence < later.sequence:
             self.live.refresh()
             if self.live.fault:
                 raise ReleaseError(self.live.fault)
-        self._sweep(generation)
+        self._sweep()
 
-    def _sweep(self, generation: int) -> None:
-        """Removes what no instance needs: generations before the last one, and what a killed merge left."""
-        kept = {generation, generation - 1, self.origin.values}
+    def _sweep(self) -> None:
+        """Removes what no instance needs: all but this generation and the last one, and what a killed merge
+        left."""
+        current = self._current
+        kept = {"current", "empty.faiss", "instances", f"values-{self.origin.values}"}
+        kept |= {*current.segments, *current.before, self._log_path.name, f"log-{current.generation - 1}"}
         for path in self.folder.iterdir():
-            number = re.sub("^(log-|values-|g)", "", path.name)
-            if path.name.startswith(".merging-") or (number.isdigit() and int(number) not in kept):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-
-
-def current_generation_or_none(folder: Path) -> int | None:
-    """Gives the generation that is served; None where the file that names it is damaged."""
-    try:
-        return current_generation(folder)
-    except ReleaseError:
-        return None
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def watermark_in(release: Release, catalogue: CatalogueLog) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ensemble.arrays import Array
-from ensemble.live.items import LiveView
+from ensemble.live.state import LiveView
 from ensemble.tiers.reader import RowReader, Rows
 
 

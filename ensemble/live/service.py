@@ -37,6 +37,7 @@ from ensemble.release.release import active_release, open_release
 
 WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
+MOST_WAITING, _RETRY_S = 10, 1.0  # times MERGE_AT, and no more are taken; when to try again
 _NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _MAX_LINE = 64 << 20
@@ -44,11 +45,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice
 _MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
 
 
+class Full(PeregrineError):
+    """Says that no more changes are taken until those that wait are merged."""
+
+
 class ItemService:
     """Owns the writer; all changes go through one thread."""
 
     def __init__(self, repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:
         self.repository, self.log, self.merge_at = repository, log, merge_at
+        self.most_waiting = MOST_WAITING * max(1, merge_at)
         self.folder = repository / ".live"
         self.folder.mkdir(exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -61,7 +67,7 @@ class ItemService:
         self._ready = threading.Event()
         self._loaded = LoadedReleases(repository)
         self._merging: MergeProcess | None = None
-        self._merge_pause_s, self._no_merge_before_s = 0.0, 0.0  # after failures
+        self._merge_pause_s, self._no_merge_before_s, self._merge_fault = 0.0, 0.0, ""  # after failures
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
         # 0700; a repository's path may be too long for a socket
         self._home = tempfile.TemporaryDirectory(prefix=_HOME)
@@ -152,6 +158,8 @@ class ItemService:
         try:
             changes = [change for pending in group for change in pending.request.get("changes", [])]
             writer = self._opened()
+            if changes:
+                self._refuse_when_full(writer)
             writer.apply(changes)
             for pending in group:
                 self._do(writer, pending.request)
@@ -163,6 +171,8 @@ class ItemService:
                     self._answer([pending])
                 return
             replies = [{"error": str(error), "invalid": isinstance(error, InvalidInput)}]
+            if isinstance(error, Full):
+                replies[0]["retry_s"] = _RETRY_S
         except Exception as error:  # a fault of ours must not leave callers waiting
             self.log(f"items: {error!r}")
             replies = [{"error": f"the writer failed: {error!r}", "invalid": False}] * len(group)
@@ -171,6 +181,16 @@ class ItemService:
                 pending.folders = [overlay.folder for overlay in self._writer.overlays.values()]
             pending.reply = reply
             pending.done.set()
+
+    def _refuse_when_full(self, writer: ItemWriter) -> None:
+        """Raises Full while too many changes wait to be merged: each query searches them one by one."""
+        waiting = max(_unmerged(overlay) for overlay in writer.overlays.values())
+        if waiting >= self.most_waiting:
+            why = f" (the last merge failed: {self._merge_fault})" if self._merge_fault else ""
+            raise Full(
+                f"{waiting:,} changes wait to be merged into the index, and no more are taken before{why}",
+                "send these again in a few seconds",
+            )
 
     def _do(self, writer: ItemWriter, request: dict[str, Any]) -> None:
         """Does what a request wants beside changes."""
@@ -229,6 +249,7 @@ class ItemService:
             self._merge_pause_s = min(2 * self._merge_pause_s or _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             self._no_merge_before_s = time.monotonic() + self._merge_pause_s
             reason = str(error) if isinstance(error, PeregrineError) else repr(error)
+            self._merge_fault = reason
             self.log(f"items: {reason}; it is tried again in {self._merge_pause_s:.0f} s")
 
     def _follow_loaded(self, writer: ItemWriter) -> None:
@@ -237,15 +258,22 @@ class ItemService:
             return
         wanted = self._loaded.wanted(writer.release)
         for release in wanted.values():
-            overlay = writer.follow(release)
-            if overlay.live.fault:
-                writer.renew(overlay)
-            elif overlay.sequence < writer.sequence:
-                writer.bring_up_to_date(overlay)
+            try:
+                overlay = writer.follow(release)
+                if overlay.live.fault:
+                    self._drop_merge_of(overlay)
+                    overlay = writer.renew(overlay)
+                overlay.catch_up()
+            except PeregrineError as error:
+                self._loaded.complain(release, f"items: release {release.name}: {error}", self.log)
         for release_id in set(writer.overlays) - set(wanted):
-            if self._merging is not None and self._merging.overlay.release.id == release_id:
-                self._drop_merge()
+            self._drop_merge_of(writer.overlays[release_id])
             writer.leave(release_id)
+
+    def _drop_merge_of(self, overlay: Overlay) -> None:
+        """Ends a merge of an overlay that nobody will turn to it any more."""
+        if self._merging is not None and self._merging.overlay is overlay:
+            self._drop_merge()
 
     def _due(self) -> Overlay | None:
         """Gives an overlay beside whose index so much lies that a merge should begin."""
@@ -265,7 +293,7 @@ class ItemService:
         if generation is not None:
             self._merging = None
             merging.overlay.turn_to(generation, merging.sequence)
-            self._merge_pause_s = 0.0
+            self._merge_pause_s, self._merge_fault = 0.0, ""
             self.log(
                 f"items: generation {generation} of {merging.overlay.release.name} holds all changes up to "
                 f"{merging.sequence}"
@@ -293,7 +321,7 @@ def _unknown_values(writer: ItemWriter, request: dict[str, Any]) -> dict[str, An
 
 def _unmerged(overlay: Overlay) -> int:
     """Counts the changes that lie beside an overlay's index."""
-    return overlay.live.view.num_slots - overlay.live.view.state.delta_start
+    return overlay.live.view.state.num_records
 
 
 def _wait_for_instances(

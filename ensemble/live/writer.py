@@ -64,11 +64,12 @@ class ItemWriter:
         """Makes `release` the one that changes are checked against."""
         self.overlay = self.follow(release)
 
-    def renew(self, overlay: Overlay) -> None:
+    def renew(self, overlay: Overlay) -> Overlay:
         """Opens an overlay again, which makes it anew where it is damaged."""
         again = self.overlays[overlay.release.id] = Overlay(overlay.release, self.catalogue, self.note)
         if self.overlay is overlay:
             self.overlay = again
+        return again
 
     def leave(self, release_id: str) -> None:
         """Lets an overlay be as it is; it is made up to date when the release is loaded again."""

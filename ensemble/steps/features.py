@@ -6,8 +6,8 @@ import numpy as np
 
 from ensemble.arrays import Array, Tensors, ranks_within
 from ensemble.contract import Degraded
-from ensemble.live.items import LiveView
 from ensemble.live.rows import read_items
+from ensemble.live.state import LiveView
 from ensemble.options import Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease

@@ -19,8 +19,8 @@ import numpy as np
 from ensemble.arrays import Array, Tensors
 from ensemble.contract import QUERY_TENSORS
 from ensemble.index.filters import ItemFilters, RowMask
-from ensemble.live.items import LiveView
 from ensemble.live.rows import read_items
+from ensemble.live.state import LiveView
 from ensemble.options import Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall_settings import settings_from_json

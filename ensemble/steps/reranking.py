@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from ensemble.arrays import Array, Tensors
-from ensemble.live.items import LiveView
+from ensemble.live.state import LiveView
 from ensemble.options import NO_CAP, Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease

@@ -15,10 +15,10 @@ import numpy as np
 from ensemble.arrays import Array, look_up, sum_by_row
 from ensemble.contract import SOURCES
 from ensemble.index.filters import RowMask
-from ensemble.index.item_index import open_main, search
+from ensemble.index.item_index import open_main, open_segment_index, search
 from ensemble.index.main_index import QuerySettings
 from ensemble.index.probe import BASELINE, ProbeSettings, RecallProbe, read_baseline
-from ensemble.live.items import LiveView
+from ensemble.live.state import LiveView
 from ensemble.steps.recall_settings import RecallSettings
 from ensemble.steps.served import ServedRelease
 
@@ -68,7 +68,9 @@ class Nearest:
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
         query = QuerySettings(settings.nprobe, settings.refine_factor)
-        release.live.attach(lambda state: open_main(release, query, state))
+        release.live.attach(
+            open_main(release, query), lambda segment: open_segment_index(release, query, segment)
+        )
         self.probe = RecallProbe(ProbeSettings(settings.probe_share), read_baseline(release.path / BASELINE))
 
     def offer(self, batch: Batch) -> Array:

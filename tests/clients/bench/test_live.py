@@ -14,6 +14,7 @@ from shops import ROOT, one_thread, private_copy
 from builders.bench import index as bench_index
 from builders.index.choice import IndexTarget
 from clients.bench import live as bench_live
+from clients.bench import many_changes
 
 
 @pytest.mark.timeout(180)
@@ -26,6 +27,17 @@ def test_what_is_upserted_while_answering_is_found_and_none_is_lost(tiny_reposit
     assert facts["acknowledged"] >= 100
     assert facts["recall_at_100_before"] == facts["recall_at_100_after"] == 1.0
     assert 0 < facts["p50_ms_during"] <= facts["p99_ms_during"]
+
+
+@pytest.mark.timeout(180)
+def test_many_changes_are_measured_to_the_last(tiny_repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(many_changes, "_ASKED", 20)
+    facts = many_changes.measure(private_copy(tiny_repository, tmp_path / "repository"), 12_500)
+    assert facts["changes"] == 12_500
+    assert facts["segments"] == 1, "they were merged"
+    assert facts["log_mb"] > 1
+    assert 0 < facts["recall_p50_ms_after"] <= facts["recall_p99_ms_after"]
+    assert facts["features_private_mb_after"] < facts["features_private_mb_before"] + 60
 
 
 @pytest.mark.timeout(180)

@@ -20,7 +20,7 @@ from random_release import RandomRelease, make_release, open_again, write_item_e
 from shops import ROOT
 
 from clients.cli import items as items_cli
-from clients.errors import InvalidArgument, Unavailable
+from clients.errors import InvalidArgument, Overloaded, Unavailable
 from clients.items import Changed, ItemClient, read_changes
 from ensemble.live import merge_process
 from ensemble.live import service as service_module
@@ -341,6 +341,94 @@ def test_a_writer_that_is_killed_is_replaced_and_said(tmp_path, rng):
     assert not Path(f"/proc/{second}").exists()
 
 
+def test_too_many_changes_that_wait_are_refused_and_taken_later(tmp_path, rng, monkeypatch):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    active(release)
+    service = ItemService(tmp_path, lambda line: None, merge_at=2)
+    service.most_waiting = 4
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_process, "module_process", sleeping)
+        client = started(service)
+        client.upsert(*({"item_id": f"new{n}"} for n in range(4)))
+        wait_until(lambda: service._merging is not None)
+        with pytest.raises(
+            Overloaded,
+            match=r"^4 changes wait to be merged into the index, and no more are taken before; send these",
+        ) as caught:
+            client.upsert({"item_id": "refused"})
+        assert caught.value.retryable
+        assert client.status().sequence == 4, "whoever changes nothing is answered"
+    merging = service._merging
+    merging._process.kill()  # it is begun again, after a pause
+    monkeypatch.setattr(items_cli, "_FIRST_PAUSE_S", 0.05)
+    changes = [{"op": "upsert", "item": {"item_id": "refused"}}]
+    assert items_cli._apply(client, changes).sequence == 5, "it is sent again until there is room"
+    service.stop()
+
+
+# Its merge is forked: `nobody` may not read a Python that is installed for root.
+WHOLE_LIFE = """\
+import mmap, os, sys, threading, time
+from pathlib import Path
+import onnxruntime
+from clients.items import ItemClient
+from ensemble.live import merge, merge_process
+from ensemble.live.service import ItemService
+from ensemble.release.release import open_release
+
+class Forked:
+    def __init__(self, _module, repository, name, sequence, **_):
+        self.returncode, (self.read, write) = None, os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            number = merge.merge(open_release(Path(repository), name), int(sequence))
+            os.write(write, str(number).encode())
+            os._exit(0)
+        os.close(write)
+
+    def poll(self):
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = ended[1]
+        return self.returncode
+
+    def communicate(self):
+        return os.read(self.read, 100).decode(), ""
+
+merge.faiss.omp_set_num_threads(1)
+merge_process.module_process = Forked
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+assert "CapEff:\\t0000000000000000" in Path("/proc/self/status").read_text()
+for turn in range(2):
+    service = ItemService(Path(sys.argv[1]), print)
+    threading.Thread(target=service.run, daemon=True).start()
+    while not (service.folder / "writer.json").exists():
+        time.sleep(0.02)
+    with ItemClient(sys.argv[1], wait_s=0) as client:
+        client.upsert({"item_id": f"new{turn}", "brand": "Vert"}, {"item_id": "i00003", "price": 3})
+        client.delete(f"i0001{turn}")
+        client.merge()
+        while client.status().unmerged:
+            time.sleep(0.05)
+        assert client.compact().log_lines == client.status().log_items
+        assert client.status().sequence == 3 * (turn + 1)
+    service.stop()
+print("done")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_user_without_any_right_can_write_items(rng):
+    assert run_as_nobody(rng, WHOLE_LIFE) == (
+        "items: generation 1 of r1 holds all changes up to 3\n"
+        "items: 0 lines were dropped from {log}\n"
+        "items: generation 2 of r1 holds all changes up to 6\n"
+        "items: 1 lines were dropped from {log}\ndone\n"
+    )
+
+
 # What an ordinary user may do, tried by root as well: as `nobody` from the moment that all is imported.
 ORDINARY_USER = """\
 import mmap, os, subprocess, sys, time
@@ -376,17 +464,49 @@ print("done")
 
 
 def test_an_ordinary_users_merge_is_let_run_too(rng):
+    assert run_as_nobody(rng, ORDINARY_USER) == "done\n"
+
+
+def run_as_nobody(rng: np.random.Generator, program: str) -> str:
+    """Runs a program that becomes `nobody` where it can, on its own repository; gives what it printed."""
     with tempfile.TemporaryDirectory() as folder:  # where `nobody` may go, unlike tmp_path
         repository = Path(folder) / "repository"
-        active(make_release(repository, rng))
+        release = make_release(repository, rng)
+        write_item_encoder(release)
+        active(release)
         if os.geteuid() == 0:
             for path in (Path(folder), *Path(folder).rglob("*")):
                 os.chown(path, 65534, 65534)
         done = subprocess.run(
-            [sys.executable, "-c", ORDINARY_USER, str(repository)],
+            [sys.executable, "-c", program, str(repository)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+        assert done.returncode == 0, done.stderr
+        return done.stdout.replace(str(repository / ".live" / "catalogue" / "log"), "{log}")
+
+
+def test_what_is_wrong_with_one_loaded_release_is_said_and_harms_no_other(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    add_release(tmp_path, rng, "r2")
+    log: list[str] = []
+    service = ItemService(tmp_path, log.append)
+    client = started(service)
+    client.delete("i00001")
+    manifest = json.loads((tmp_path / "r2" / "manifest.json").read_text())
+    manifest["catalogue"] = {"log": service._writer.catalogue.id, "sequence": 9}
+    (tmp_path / "r2" / "manifest.json").write_text(sealed(manifest))
+    loaded = LiveItems(open_release(tmp_path, "r2"))
+    loaded.follow()
+    wait_until(lambda: log)
+    service._loaded._next_s = 0.0
+    client.delete("i00002")
+    service._loaded._next_s = 0.0
+    client.delete("i00003")
+    time.sleep(0.5)
+    assert len(log) == 1
+    assert "r2 was built from it up to change 9; put the whole log back" in log[0]
+    loaded.close()
+    service.stop()
