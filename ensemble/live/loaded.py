@@ -4,12 +4,16 @@ date."""
 from __future__ import annotations
 
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ensemble.errors import ReleaseError
+from ensemble.live.generations import read_current
 from ensemble.live.instances import sequences
+from ensemble.live.log import OldLog
+from ensemble.release.manifest import MANIFEST
 from ensemble.release.release import Release, open_release
 
 _FOLDER = re.compile(r"(?P<name>.+)-(?P<id>[0-9a-f]{16})")
@@ -59,6 +63,18 @@ class LoadedReleases:
         self._opened = {r: release for r, release in self._opened.items() if r in wanted}
         return wanted
 
+    def sweep(self, followed: Collection[Path]) -> list[str]:
+        """Removes the overlays of releases that the repository has no more, but for `followed` ones; gives
+        their names. They would be made again if the release came back."""
+        removed = []
+        for folder in set((self.repository / ".live").iterdir()) - set(followed):
+            match = _FOLDER.fullmatch(folder.name)
+            is_orphan = match and not (self.repository / match["name"] / MANIFEST).exists()
+            if is_orphan and not sequences(folder) and not _is_old(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder.name)
+        return removed
+
     def _release(self, name: str, release_id: str) -> Release | None:
         """Opens a release; None where the repository has it no more, or another one of its name."""
         if release_id not in self._opened:
@@ -70,3 +86,14 @@ class LoadedReleases:
                 return None
             self._opened[release_id] = release
         return self._opened[release_id]
+
+
+def _is_old(folder: Path) -> bool:
+    """Says whether an earlier Peregrine wrote a folder, whose changes are nowhere else."""
+    try:
+        read_current(folder)
+    except OldLog:
+        return True
+    except ReleaseError:
+        return False
+    return False

@@ -270,6 +270,9 @@ class ItemService:
             self._drop_merge_of(writer.overlays[release_id])
             writer.leave(release_id)
 
+        for name in self._loaded.sweep([overlay.folder for overlay in writer.overlays.values()]):
+            self.log(f"items: the overlay {name} is removed, as its release was")
+
     def _drop_merge_of(self, overlay: Overlay) -> None:
         """Ends a merge of an overlay that nobody will turn to it any more."""
         if self._merging is not None and self._merging.overlay is overlay:

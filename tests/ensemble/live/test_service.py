@@ -510,3 +510,28 @@ def test_what_is_wrong_with_one_loaded_release_is_said_and_harms_no_other(tmp_pa
     assert "r2 was built from it up to change 9; put the whole log back" in log[0]
     loaded.close()
     service.stop()
+
+
+def test_the_overlay_of_a_removed_release_goes_and_no_change_with_it(tmp_path, rng):
+    active(make_release(tmp_path, rng))
+    add_release(tmp_path, rng, "r2")
+    log: list[str] = []
+    service = ItemService(tmp_path, log.append)
+    client = started(service)
+    client.delete("i00001")
+    client.prepare("r2")
+    second = open_release(tmp_path, "r2")
+    old = tmp_path / ".live" / f"r0-{second.id}"
+    old.mkdir()
+    (old / "current").write_text("0\n")
+    (old / "log-0").write_bytes(b"peregrine live 1".ljust(400, b"\0"))
+    service._loaded._expected_until_s.clear()
+    (tmp_path / "r2").rename(tmp_path / "away")
+    wait_until(lambda: log)
+    assert log == [f"items: the overlay {second.live_folder.name} is removed, as its release was"]
+    assert not second.live_folder.exists()
+    assert old.exists(), "its changes are nowhere else"
+    (tmp_path / "away").rename(tmp_path / "r2")
+    client.prepare("r2")
+    assert LiveItems(open_release(tmp_path, "r2")).view.num_deleted == 1
+    service.stop()
