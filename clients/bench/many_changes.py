@@ -58,6 +58,7 @@ def follow(repository: Path, searches: bool, orders: Any, facts: Any) -> None:
             continue
         order = orders.recv()
         if order == "end":
+            release.close()
             return
         facts.send(
             (_private_bytes(), delays[-_ASKED:] if order == "last" else delays, release.live.view.sequence)

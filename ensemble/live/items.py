@@ -102,10 +102,13 @@ class LiveItems:
     def _follow(self) -> None:
         """Is the thread: looks for news every _POLL_S."""
         while not self._stop.wait(_POLL_S):
-            self._swap_if_new()
-            self.refresh()
-            if self._instance is not None:
-                self._instance.publish(self.view.sequence)
+            try:
+                self._swap_if_new()
+                self.refresh()
+                if self._instance is not None:
+                    self._instance.publish(self.view.sequence)
+            except OSError as error:  # a disk that fails for a while must not end the thread for good
+                self.fault = str(error)
 
     def _swap_if_new(self) -> None:
         """Opens a new generation beside the served one, then turns to it: one assignment."""
