@@ -33,6 +33,7 @@ from ensemble.errors import PeregrineError
 from ensemble.live.generations import read_current
 from ensemble.live.service import MERGE_AT
 from ensemble.options import default_options
+from ensemble.release.release import Release
 from ensemble.release.repository import require_active
 from ensemble.steps.recall import Recall
 from ensemble.steps.served import open_served
@@ -123,13 +124,26 @@ def send(
     return sequence, full
 
 
+def some_features(release: Release) -> list[dict[str, Any]]:
+    """Makes values of an item's categories and numbers, no two alike: items that are the same to the encoder
+    would measure how equal scores are put in order."""
+    rng, kinds = np.random.default_rng(0), release.schema.items.features
+    made: list[dict[str, Any]] = [{} for _ in range(100_003)]
+    for feature in kinds:
+        if feature.kind == "category" and (values := release.vocabularies["items"][feature.name]):
+            for one, place in zip(made, rng.integers(0, len(values), len(made)).tolist(), strict=True):
+                one[feature.name] = values[place]
+        elif feature.kind == "number":
+            for one, number in zip(made, rng.uniform(1, 100, len(made)).tolist(), strict=True):
+                one[feature.name] = number
+    return made
+
+
 def measure(repository: Path, num_changes: int) -> dict[str, Any]:
     """Measures all of it, on a repository that may be changed."""
     release = open_served(repository, require_active(repository))
     ids = [one.decode() for one in release.item_ids.sorted_ids]
-    category = next(f.name for f in release.schema.items.features if f.kind == "category")
-    values = release.vocabularies["items"][category]
-    features = [{category: values[n % len(values)]} for n in range(997)]
+    features = some_features(release)
     writer, merges = start_writer(repository), list[float]()
     watch = threading.Thread(target=_time_merges, args=(repository, merges), daemon=True)
     followers = Follower(repository, searches=False), Follower(repository, searches=True)

@@ -77,6 +77,9 @@ class LoadedReleases:
 
     def _release(self, name: str, release_id: str) -> Release | None:
         """Opens a release; None where the repository has it no more, or another one of its name."""
+        if not (self.repository / name / MANIFEST).exists():  # removed since it was opened
+            self._opened.pop(release_id, None)
+            return None
         if release_id not in self._opened:
             try:
                 release = open_release(self.repository, name)
