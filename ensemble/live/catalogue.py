@@ -24,6 +24,7 @@ from ensemble.errors import ReleaseError
 
 UPDATE, UPSERT, REPLACE, DELETE = "update", "upsert", "replace", "delete"
 FORMAT = 1
+_DECODER = json.JSONDecoder()
 _PIECE = 1 << 20  # bytes read and checked at once
 _LONGEST = 1 << 30  # bytes of a line; more is no line
 
@@ -113,7 +114,7 @@ class CatalogueReader:
             if len(raw) < size:
                 raise ReleaseError(f"{self.path} ends within the line at offset {offset}", "put it back")
             size *= 4
-        return Entry(**json.loads(raw[9:end]))
+        return _entry_of(raw[9:end])
 
     @property
     def torn_bytes(self) -> int:
@@ -140,7 +141,7 @@ class CatalogueReader:
         if not self._fits(line, self.checksum):
             return None
         try:
-            entry = Entry(**json.loads(line[9:]))
+            entry = _entry_of(line[9:])
         except (ValueError, TypeError):
             return None
         return entry if entry.sequence > self.sequence else None
@@ -178,6 +179,11 @@ def _stored(line: bytes) -> int:
         return int(line[:8], 16)
     except ValueError:
         return 0
+
+
+def _entry_of(text: bytes) -> Entry:
+    """Parses the JSON of a line; by raw_decode, as a log may have millions of lines."""
+    return Entry(**_DECODER.raw_decode(text.decode())[0])
 
 
 def open_catalogue(repository: Path) -> CatalogueReader | None:
