@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ensemble.live.merge_process import module_process
 
-_POLL_S, _SILENT_S = 0.05, 5.0
+_POLL_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 5.0, 30.0
 _FIRST_RESTART_S, _LONGEST_RESTART_S = 0.2, 10.0  # after writers that died, twice as long each time
 
 
@@ -59,7 +59,11 @@ def _keep_alive(
         ready.set()
         if ended.is_set():
             process.terminate()
-            process.wait()
+            try:
+                process.wait(_ENDS_WITHIN_S)
+            except subprocess.TimeoutExpired:  # what it has acknowledged is durable
+                process.kill()
+                process.wait()
             return
         if process.returncode == 2:
             return  # it has said why it cannot write here: it would not be otherwise the next time

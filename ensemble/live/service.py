@@ -42,7 +42,7 @@ _NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _MAX_LINE = 64 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
-_MAX_WAIT_S, _FIRST_SIGNS_S = 60.0, 0.25
+_MAX_WAIT_S, _FIRST_SIGNS_S, _LOOKS_UP_S = 60.0, 0.25, 1.0
 
 
 class Full(PeregrineError):
@@ -84,8 +84,11 @@ class ItemService:
             self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()})
         )
         with contextlib.suppress(OSError):  # the socket is closed by stop()
+            self._socket.settimeout(_LOOKS_UP_S)  # a signal may come when accept is about to begin
             while True:
-                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
+                with contextlib.suppress(TimeoutError):
+                    connection = self._socket.accept()[0]
+                    threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def stop(self) -> None:
         """Finishes the group that is being written; a merge is begun again by the next writer."""
