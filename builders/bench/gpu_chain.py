@@ -130,9 +130,6 @@ def triton_rows(release: ServedRelease, cpu: bool) -> Iterator[Row]:
     for name, flags in ways.items():
         flags = [*flags, "--require", engine, "--index", index]
         yield from guarded("triton", name, partial(_served_rows, release, f"{name}, {engine}", flags))
-    if not cpu:
-        flags = [*ways["fused"], "--require", ONNXRUNTIME]
-        yield from guarded("triton", "fused", partial(_served_rows, release, "fused, CPU only", flags))
 
 
 def _served_rows(release: ServedRelease, what: str, flags: list[str]) -> Iterator[Row]:
