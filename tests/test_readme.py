@@ -25,6 +25,7 @@ import typer
 from ports import free_port
 
 import peregrine
+from clients import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -135,6 +136,11 @@ def url(workplace: Path) -> Iterator[str]:
             assert server.poll() is None, shown
             assert time.monotonic() < deadline, shown
             time.sleep(0.1)
+        with Client(f"127.0.0.1:{port}") as client:
+            for _ in range(
+                12
+            ):  # each process answers its first request slowly, and README's call has a budget
+                client.recommend("u1", session_items=["i3"])
         yield f"127.0.0.1:{port}"
     finally:
         server.terminate()
