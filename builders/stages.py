@@ -75,9 +75,11 @@ class Stages:
     def run(self, stage: Stage) -> Done:
         """Runs a stage unless a folder with the same key is there."""
         key = self.key(stage)
-        folder, start = self.root / f"{stage.name}-{key}", time.monotonic()
+        name, start = f"{stage.name}-{key}", time.monotonic()
+        # What always runs has a folder of its own each time: another build may read the one before.
+        folder = self.root / (f"{name}-{time.time_ns():x}" if stage.always else name)
         try:
-            skipped = not self._make(stage, folder)
+            skipped = not self._make(stage, folder, name)
         except (OSError, RuntimeError) as error:  # Faiss says it with a RuntimeError
             told = _told(error, stage.name, self.root)
             if told is None:
@@ -98,16 +100,17 @@ class Stages:
         """Gives the folders that a stage reads, by name."""
         return {name: self.given[name][1] for name in stage.reads}
 
-    def _make(self, stage: Stage, folder: Path) -> bool:
+    def _make(self, stage: Stage, folder: Path, name: str) -> bool:
         """Fills the folder, or finds it done, perhaps by a build beside this one (False)."""
         if folder.is_dir() and not stage.always:
             os.utime(folder)
             return False
         self.root.mkdir(parents=True, exist_ok=True)
-        with only_one(self.root / f".{folder.name}.lock", lambda: self._tell_waiting(stage.name)):
+        with only_one(self.root / f".{name}.lock", lambda: self._tell_waiting(stage.name)):
             if folder.is_dir() and not stage.always:
                 return False
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (folder, *self.root.glob(f"{name}*.partial")):  # by a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
             self._fill(stage, folder)
         self._drop_old(stage.name)
         return True

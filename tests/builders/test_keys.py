@@ -179,6 +179,7 @@ def test_another_version_of_a_library_is_another_key(tmp_path, monkeypatch, libr
     options = BuildOptions(tmp_path, tmp_path, preset("tiny"))
     stages = Stages(tmp_path, Console(quiet=True))
     stages.give("shop", tmp_path, None)
+    stages.give("catalogue", tmp_path, None)
     first = table(options)[0]
     before, version = stages.key(first), importlib.metadata.version
     monkeypatch.setattr(
@@ -396,6 +397,7 @@ def test_another_state_of_an_own_ranker_runs_the_ranker_and_not_the_encoders(own
         options = BuildOptions(tmp_path, tmp_path, preset("tiny"), ranker="ranker_of_mine:Mine")
         stages, found = Stages(tmp_path, Console(quiet=True)), {}
         stages.give("shop", tmp_path, None)
+        stages.give("catalogue", tmp_path, None)
         for stage in table(options):
             found[stage.name] = stages.key(stage)
             stages.given[stage.name] = found[stage.name], tmp_path
@@ -422,6 +424,7 @@ def test_a_change_of_the_ranker_runs_it_and_what_is_behind_it(sources, tmp_path)
     def run() -> list[str]:
         stages = Stages(tmp_path / "stages", Console(quiet=True), sources)
         stages.give("shop", tmp_path, None)
+        stages.give("catalogue", tmp_path, None)
         for stage in table(options):
             done = stages.run(stage_that_does_nothing(stage))
             if not done.skipped:

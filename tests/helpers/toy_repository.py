@@ -76,9 +76,11 @@ def publish_toy(
     *,
     broken: str = "",
     padding_bytes: int = 1000,
+    item_ids: tuple[bytes, ...] = (),
     activate: bool = False,
 ) -> bool:
-    """Publishes a toy; `broken` is a statement for its initialize(). False if it was there."""
+    """Publishes a toy; `broken` is a statement for its initialize(); with `item_ids`, it has a file of them.
+    False if it was there."""
     pipeline = contract.recommend(SCHEMA)
     folder = scratch / f"toy-{name}"
     members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, folder)
@@ -87,6 +89,8 @@ def publish_toy(
     (folder / name / "schema.json").write_text(SCHEMA.to_json())
     (folder / name / "padding.bin").write_bytes(b"\1" * padding_bytes)
     np.save(folder / name / "user_ids.npy", np.array([b"u1"]))
+    if item_ids:
+        np.save(folder / name / "item_ids.npy", np.array(item_ids))
     canary = Canary(3, ("u1", CANARY_USER), (ITEMS, ITEMS), ((3.0, 2.0, 1.0),) * 2)
     (folder / name / CANARY).write_text(canary.to_json())
     is_new = publish(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -291,8 +290,7 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
     from ensemble.server.options import ServeOptions
     from ensemble.server.supervisor import serve
 
-    publish_toy(tmp_path / "repository", "r1", tmp_path, activate=True)
-    np.save(tmp_path / "repository" / "r1" / "item_ids.npy", np.array([b"item"]))
+    publish_toy(tmp_path / "repository", "r1", tmp_path, item_ids=(b"item",), activate=True)
     monkeypatch.setattr(bench.Bench, "twin", lambda self, size, processes=1: twin_row(size, processes))
     monkeypatch.setattr(bench.Bench, "queued_twins", lambda self, rate: {**LATENCIES, "rate": rate})
     monkeypatch.setattr(bench, "MAX_CONCURRENCY", 4)
