@@ -107,6 +107,8 @@ class GpuIndex(MainIndex):
         return parts
 
     def _approximate(self, query: Array, depth: int, mask: Array | None, nprobe: int) -> Found:
+        if depth > _MOST:  # more than a GPU index gives: the CPU's index is still there
+            return super()._approximate(query, depth, mask, nprobe)
         wanted, share = depth, 1.0
         if mask is not None:
             passing = int(np.count_nonzero(mask[1 : self.num_items + 1]))

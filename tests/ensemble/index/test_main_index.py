@@ -187,6 +187,15 @@ def test_a_filter_gets_full_lists_from_an_index_that_takes_none(rng, kind, share
             assert recall_share(rows, wanted - 1) > 0.85
 
 
+def test_more_than_a_gpu_index_gives_is_searched_on_the_cpu(rng, monkeypatch):
+    monkeypatch.setattr("ensemble.index.gpu_index._MOST", 100)
+    embeddings, query = clustered(rng, ITEMS), clustered(rng, 5)
+    cpu = main_index("Flat", embeddings)
+    gpu = GpuIndex(cpu.index, cpu.vectors, cpu.query, CpuDevice())
+    rows, _ = gpu.search(query, 300)
+    assert (rows == brute_force(query, embeddings, 300)).mean() > 0.999
+
+
 def test_a_large_flat_index_is_searched_in_parts_and_gives_the_whole_ones_lists(rng, monkeypatch):
     monkeypatch.setattr("ensemble.index.gpu_index._PARTS_FROM", ITEMS)
     embeddings, query = clustered(rng, ITEMS), clustered(rng, 30)
