@@ -11,14 +11,15 @@ from typing import Any
 from clients.items import make_ready
 from clients.operations.control import Control
 from clients.operations.listing import check_repository
-from clients.operations.turning import Turning, alias_of
+from clients.operations.turning import Turning
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.activation import settle_on_disk
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import check_name, release_names
 from ensemble.release.release import Release, active_release, open_release
-from ensemble.release.repository import locked, point_alias
+from ensemble.release.repository import locked, put_route
 from ensemble.release.repository import remove as remove_files
+from ensemble.release.route import Share, next_route, read_route
 from ensemble.server.options import check_requirement
 from ensemble.server.prepared import prepare_release
 from ensemble.server.running import RunningServer, running_server
@@ -103,7 +104,7 @@ def _activate_on_disk(repository: Path, release: Release, require: str | None) -
         )
     settled, previous = settle_on_disk(repository), active_release(repository)
     _try_out(release, previous)
-    point_alias(repository, alias_of(repository, release.name))
+    put_route(repository, next_route(read_route(repository), [Share(release.name, 1.0)]))
     return Activation(release.name, previous, served=False, notes=_told(settled))
 
 

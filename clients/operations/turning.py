@@ -15,7 +15,8 @@ from ensemble.release import activation
 from ensemble.release.canary import ANY_ENGINE, CANARY, read_canary
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import ALIAS_FILE, point_alias
+from ensemble.release.repository import alias_of, put_route
+from ensemble.release.route import Share, next_route, read_route
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
@@ -90,7 +91,7 @@ class Turning:
         errors = []
         for name in names:
             try:
-                self._point(alias_of(self.repository, name))
+                self._point(name)
                 self._check(contract.PIPELINE, name)
                 return
             except PeregrineError as error:
@@ -113,26 +114,25 @@ class Turning:
         return sum(int(entry["bytes"]) for entry in files.values())
 
     def _flip(self, name: str) -> float:
-        """Turns the alias to the release; gives the milliseconds of the server's call.
+        """Turns route and alias to the release; gives the milliseconds of the server's call.
 
-        The file goes first: a server that starts from now on agrees with the one at work.
+        The files go first: a server that starts from now on agrees with the one at work.
         """
-        path = self.repository / contract.PIPELINE / "config.pbtxt"
-        before = path.read_text(encoding="utf-8")
-        started = time.perf_counter()
+        before, started = active_release(self.repository), time.perf_counter()
         try:
-            self._point(alias_of(self.repository, name))
+            self._point(name)
             flip_ms = (time.perf_counter() - started) * 1e3
             self._check(contract.PIPELINE, name)
         except PeregrineError:
-            self._point(before)
+            if before is not None:
+                self._point(before)
             raise
         return flip_ms
 
-    def _point(self, text: str) -> None:
-        """Turns the alias, on disk and then in the server, to what this configuration names."""
-        point_alias(self.repository, text)
-        self.control.load(contract.PIPELINE, _json_from_pbtxt(text))
+    def _point(self, name: str) -> None:
+        """Makes the release the route's only one, on disk and then in the server."""
+        put_route(self.repository, next_route(read_route(self.repository), [Share(name, 1.0)]))
+        self.control.load(contract.PIPELINE, _json_from_pbtxt(alias_of(self.repository, name)))
 
     def _check(self, model: str, name: str) -> None:
         """Asks `model` for the lists of the release's own users; ServerError unless release `name` answers
@@ -171,15 +171,6 @@ class Turning:
         except ServerError as error:
             return f"a release that is served no longer is still loaded: {error}"
         return ""
-
-
-def alias_of(repository: Path, name: str) -> str:
-    """Reads the alias's config.pbtxt that a release brings along."""
-    path = repository / name / ALIAS_FILE
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ReleaseError(f"cannot read {path}: {error.strerror}; build the release again") from error
 
 
 def _json_from_pbtxt(text: str) -> str:

@@ -1,7 +1,7 @@
 """Remembers on disk that a release is being activated, so that a killed activation is finished or undone.
 
 <repository>/.activation.json is written before the server is asked to load anything and removed when all is
-done. The alias is the truth: if it names the new release, the activation is finished, else undone.
+done. The route is the truth: if it names the new release, the activation is finished, else undone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from ensemble.errors import ReleaseError
 from ensemble.release.files import write_durably
 from ensemble.release.release import active_release
+from ensemble.release.repository import align_alias
 
 FILE = ".activation.json"
 
@@ -51,7 +52,7 @@ def end(repository: Path) -> None:
 
 
 def outcome(repository: Path, started: Started) -> str:
-    """Says what becomes of a killed activation: the alias tells."""
+    """Says what becomes of a killed activation: the route tells."""
     active = active_release(repository)
     if active == started.release:
         return f"the activation of {started.release}, which was killed, is finished"
@@ -59,10 +60,11 @@ def outcome(repository: Path, started: Started) -> str:
 
 
 def settle_on_disk(repository: Path) -> str:
-    """Ends a killed activation where no server is running: whoever starts one loads what the alias names.
+    """Ends a killed activation where no server is running: whoever starts one loads what the route names.
 
     Gives what became of it; empty if there was none. Call it under locked().
     """
+    align_alias(repository)
     started = unfinished(repository)
     if started is None:
         return ""

@@ -17,6 +17,7 @@ from ensemble.errors import ReleaseError
 from ensemble.release.files import file_sha256, unlisted_paths
 from ensemble.release.ids import IdMap, open_ids
 from ensemble.release.manifest import MANIFEST, content_id, read_manifest
+from ensemble.release.route import read_route
 from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
 
@@ -204,8 +205,22 @@ def open_release(repository: Path, name: str) -> Release:
     return release
 
 
-def active_release(repository: Path) -> str | None:
-    """Names the release that the alias points to; None before the first activation."""
+def served_releases(repository: Path, home: Path | None = None) -> tuple[str, ...]:
+    """Names every release that has a share of the route, the main one first; none before the first
+    activation."""
+    route = read_route(home or repository)
+    if route is not None:
+        return route.releases
+    active = active_release(repository, home)
+    return () if active is None else (active,)
+
+
+def active_release(repository: Path, home: Path | None = None) -> str | None:
+    """Names the main release of the route in `home`, which is the repository if not given; where no route
+    was written yet, the one that the alias points to. None before the first activation."""
+    route = read_route(home or repository)
+    if route is not None:
+        return route.main
     try:
         text = (repository / contract.PIPELINE / "config.pbtxt").read_text(encoding="utf-8")
     except FileNotFoundError:

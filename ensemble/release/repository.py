@@ -1,6 +1,7 @@
 """Keeps the repository's shape on disk: which releases exist, who may change it, what a killed process left.
 
-recommend/config.pbtxt    the alias: the active release, the only file that ever changes
+.route.json               the route: which releases are served, to which shares of users
+recommend/config.pbtxt    the alias: the route's main release, for a server that knows no route
 rN/manifest.json          release rN exists if and only if this file does
 rN_<model>/               its members, renamed in before rN/ and out after it
 .names.json               whose name is whose, also of removed releases (ensemble/release/names.py)
@@ -24,7 +25,8 @@ from ensemble.errors import ReleaseError
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.manifest import MANIFEST
 from ensemble.release.names import NAME, check_name, release_names, remember_names
-from ensemble.release.release import active_release
+from ensemble.release.release import active_release, served_releases
+from ensemble.release.route import Route, read_route, write_route
 
 MIN_AGE_S = 3600.0  # what has changed since may still be arriving: a copy brings members first
 STAGING = ".staging-"
@@ -129,14 +131,14 @@ def sweep(repository: Path, log: Callable[[str], None], min_age_s: float = MIN_A
 
 def _leftovers(repository: Path) -> Iterator[tuple[str, list[Path]]]:
     """Finds what nobody owns, with what it is: staging folders, and the parts of each release without a
-    manifest. The active release's are spared."""
+    manifest. Those of releases that are served are spared."""
     for path in sorted(repository.iterdir()):
         # A staging folder lives as .new-… for a moment only
         if path.name.startswith(".new-") or (path.name.startswith(STAGING) and not _has_owner(path)):
             yield "a build or removal that was killed left it", [path]
-    active = active_release(repository) if _alias(repository).exists() else None
+    served = served_releases(repository)
     for name, paths in half_releases(repository).items():
-        if name != active:
+        if name not in served:
             yield f"parts of a release without {name}/{MANIFEST}", paths
 
 
@@ -211,10 +213,7 @@ def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: Non
                 f"no release {name!r} in {repository}",
                 f"there are: {', '.join(release_names(repository)) or 'none'}",
             )
-        if active_release(repository) == name:
-            raise ReleaseError(
-                f"release {name} is active", "activate another one first: peregrine release activate NAME"
-            )
+        _refuse_served(repository, name)
         unload()
         remember_names(repository)
         with staging(repository) as trash:
@@ -222,11 +221,54 @@ def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: Non
                 folder.rename(trash / folder.name)
 
 
+def _refuse_served(repository: Path, name: str) -> None:
+    """Raises ReleaseError if a release has a share of the route."""
+    if active_release(repository) == name:
+        raise ReleaseError(
+            f"release {name} is active", "activate another one first: peregrine release activate NAME"
+        )
+    route = read_route(repository)
+    if route is not None and route.share(name):
+        raise ReleaseError(
+            f"release {name} is tried by {route.share(name):.3g} of the users", "peregrine release abort"
+        )
+
+
 def _folders(repository: Path, name: str) -> list[Path]:
     """Lists the folders of a release, its own first, or those parts of it that are there."""
     if (repository / name / MANIFEST).exists():
         return [repository / name, *member_folders(repository, name)]
     return half_releases(repository).get(name, [])
+
+
+def put_route(repository: Path, route: Route, home: Path | None = None) -> None:
+    """Makes `route` what is served, and the alias name its main release. Call it under locked().
+
+    The route is the truth and goes first: killed in between, align_alias() does the rest.
+    """
+    config = alias_of(repository, route.main)
+    write_route(home or repository, route)
+    point_alias(repository, config)
+
+
+def align_alias(repository: Path, home: Path | None = None) -> None:
+    """Makes the alias name the route's main release, if a killed process left it behind. Call it under
+    locked()."""
+    route = read_route(home or repository)
+    if route is None or not (repository / route.main / ALIAS_FILE).exists():
+        return
+    config = alias_of(repository, route.main)
+    if not _alias(repository).exists() or _alias(repository).read_text(encoding="utf-8") != config:
+        point_alias(repository, config)
+
+
+def alias_of(repository: Path, name: str) -> str:
+    """Reads the alias's config.pbtxt that a release brings along."""
+    path = repository / name / ALIAS_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReleaseError(f"cannot read {path}: {error.strerror}; build the release again") from error
 
 
 def point_alias(repository: Path, config: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
-from ensemble.release.release import active_release
+from ensemble.release.release import served_releases
 from ensemble.server.calls import drain, is_model_ready
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.installation import Installation, find_tritonserver, make_run_folder, sweep_run_folders
@@ -241,11 +241,11 @@ class Server:
         return ""
 
     def _is_served(self, model: str) -> bool:
-        """Says whether a model is of the active release; one that is tried beside it may be killed."""
+        """Says whether a model is of a release that is served; one that is asked beside it may be killed."""
         try:
-            return model.partition("_")[0] == active_release(self.launch.repository)
+            return model.partition("_")[0] in served_releases(self.launch.repository)
         except ReleaseError:
-            return True  # the alias cannot be read: what is loaded may well be served
+            return True  # the route cannot be read: what is loaded may well be served
 
     def _may_restart(self, why: str, deaths: collections.deque[float]) -> bool:
         """Pauses and says yes; says no, and notes the failure, if it never was ready or dies too often."""

@@ -19,7 +19,8 @@ from clients.operations.control import Control
 from ensemble.errors import ReleaseError
 from ensemble.release import activation
 from ensemble.release.release import active_release
-from ensemble.release.repository import locked, point_alias
+from ensemble.release.repository import locked, put_route
+from ensemble.release.route import Share, next_route, read_route
 from ensemble.server.checks import check_servable
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import kill_stubs
@@ -100,7 +101,7 @@ def test_dead_stubs_of_a_release_that_is_not_active_restart_nothing(repository, 
     assert answering(repository) == "r1"
 
 
-STEPS = ("begin", "load", "ask", "point_alias", "turn", "ask again", "unload")
+STEPS = ("begin", "load", "ask", "put_route", "turn", "ask again", "unload")
 KILLED = """\
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -118,7 +119,7 @@ def counted(owner, name):
     setattr(owner, name, call)
 releases.check_code = releases.ask_twin = lambda release: None
 counted(turning.activation, "begin")
-counted(turning, "point_alias")
+counted(turning, "put_route")
 for name in ("load", "ask", "unload_release"):
     counted(Control, name)
 releases.activate(Path(sys.argv[2]), sys.argv[4])
@@ -141,7 +142,7 @@ def test_an_activation_killed_after_any_step_is_ended_by_the_next_command(reposi
     """The alias on disk tells what is finished; nothing else stays loaded."""
     releases.activate(repository, "r1")
     kill_after(step, repository, "r2")
-    is_finished = STEPS.index(step) >= STEPS.index("point_alias")
+    is_finished = STEPS.index(step) >= STEPS.index("put_route")
     assert active_release(repository) == ("r2" if is_finished else "r1")
     if step in ("load", "turn"):  # any command that changes releases
         with pytest.raises(ReleaseError, match="no release 'r9'"):
@@ -160,7 +161,7 @@ def test_a_killed_activation_whose_release_fails_is_undone(repository, server):
     """It was written into the alias, and does not answer any more."""
     releases.activate(repository, "r1")
     kill_after("begin", repository, "nan")
-    point_alias(repository, (repository / "nan" / "alias.pbtxt").read_text())
+    put_route(repository, next_route(read_route(repository), [Share("nan", 1.0)]))
     assert releases.settle(repository) == "the activation of nan, which was killed, is undone: r1 is active"
     assert answering(repository) == active_release(repository) == "r1"
 
@@ -171,7 +172,7 @@ def test_a_killed_activation_is_ended_by_the_next_serve(tmp_path):
     publish_toy(tmp_path / "models", "r2", tmp_path)
     said: list[str] = []
     with serve(tmp_path / "models", OPTIONS):
-        kill_after("point_alias", tmp_path / "models", "r2")
+        kill_after("put_route", tmp_path / "models", "r2")
     with serve(tmp_path / "models", OPTIONS, said.append):
         assert answering(tmp_path / "models") == "r2"
     assert said == ["the activation of r2, which was killed, is finished"]

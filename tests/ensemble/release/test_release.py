@@ -145,7 +145,8 @@ def test_a_release_of_another_contract_is_refused(repository):
     )
 
 
-def test_the_active_release_stands_in_the_alias(repository):
+def test_without_a_route_the_active_release_stands_in_the_alias(repository):
+    (repository / ".route.json").unlink(missing_ok=True)
     assert active_release(repository) == "r1"
     alias = repository / "recommend" / "config.pbtxt"
     alias.write_text("name: 'recommend'")
