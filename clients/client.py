@@ -102,7 +102,7 @@ class Client(ClientCore):
 
     url        host:port of the server's gRPC endpoint
     budget_ms  of calls that name none; None: such a call waits until it is answered
-    headers    sent with every call, for example the control header of .server.json
+    headers    sent with every call, for example the control header of a server.json
     transport  another way to the server: clients.transport.FakeTransport in an application's tests
     """
 

@@ -86,7 +86,7 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
     if "This protocol is restricted" in text:
         return Unavailable(
             f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote "
-            "into .server.json",
+            "into server.json in its state folder",
             status,
         )
     if status == "UNAVAILABLE":

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from ensemble.local import LocalPipeline
     from ensemble.steps.served import ServedRelease
 
-# Tests serve as whoever runs them.
+# Tests serve as whoever runs them, and leave nothing in their home.
 os.environ.setdefault("PEREGRINE_AS_ROOT", "1")
+os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / f"peregrine-tests-{os.geteuid()}")
 
 pytest_plugins = ["redis_fixtures"]
 

@@ -69,18 +69,20 @@ class Bench:
 
     def __init__(self, options: BenchOptions, say: Callable[[str], None]) -> None:
         from ensemble.release.release import open_release
-        from ensemble.server.running import running_server
+        from ensemble.server.running import running_servers
 
         self.options, self.say = options, say
-        server = running_server(options.repository) if options.repository.is_dir() else None
-        if server is None:
+        servers = running_servers(options.repository) if options.repository.is_dir() else []
+        if not servers:
             raise ServerError(
                 f"no server is at work on {options.repository}",
                 f"start one: peregrine serve --repository {options.repository}",
             )
-        if options.url not in (None, server.url):
+        server = next((one for one in servers if options.url in (None, one.url)), None)
+        if server is None:
+            at = ", ".join(one.url for one in servers)
             raise InvalidInput(
-                f"--url {options.url}: {options.repository} is served at {server.url}",
+                f"--url {options.url}: {options.repository} is served at {at}",
                 "bench measures a server together with its release; name that server's repository",
             )
         self.url, self.headers = server.url, server.headers

@@ -95,12 +95,11 @@ def recommend(
 
 def find_server(repository: Path, url: str | None) -> tuple[str, dict[str, str]]:
     """Gives host:port and headers of the server that `url` names, else of the repository's own."""
-    from ensemble.server.running import running_server
+    from ensemble.server.running import running_servers
 
-    server = running_server(repository) if repository.is_dir() else None
-    if server is None or (url is not None and url != server.url):
-        return url or DEFAULT_URL, {}
-    return server.url, server.headers
+    servers = running_servers(repository) if repository.is_dir() else []
+    server = next((one for one in servers if url in (None, one.url)), None)
+    return (url or DEFAULT_URL, {}) if server is None else (server.url, server.headers)
 
 
 def _split(text: str | None) -> list[str] | None:

@@ -13,6 +13,7 @@ from clients.operations.control import Control
 from clients.operations.listing import check_repository
 from clients.operations.turning import Turning
 from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.release import foreign
 from ensemble.release.activation import settle_on_disk
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import check_name, release_names
@@ -21,9 +22,9 @@ from ensemble.release.repository import locked, put_route
 from ensemble.release.repository import remove as remove_files
 from ensemble.release.route import Share, next_route, read_route
 from ensemble.server.options import check_requirement
-from ensemble.server.prepared import prepare_release
+from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.running import RunningServer, running_server
-from ensemble.server.twin import ask_twin, check_code
+from ensemble.server.twin import ask_twin
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def activate(repository: Path, name: str, require: str | None = None) -> Activat
     show(repository, name)
     release = open_release(repository, name)
     release.verify()
-    check_code(release)
+    foreign.check_release(release)
     with _disk_errors(repository), locked(repository):
         server = running_server(repository)
         if server is None:
@@ -81,6 +82,7 @@ def remove(repository: Path, name: str) -> None:
             if server is not None:
                 with Control(server) as control:
                     control.unload_release(name)
+                mount_of(server).remove(name)
 
         remove_files(repository, name, unload)
 

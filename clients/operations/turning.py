@@ -17,6 +17,7 @@ from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.release import active_release, open_release
 from ensemble.release.repository import alias_of, put_route
 from ensemble.release.route import Share, next_route, read_route
+from ensemble.server.prepared import mount_of
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
@@ -37,6 +38,7 @@ class Turning:
 
     def __init__(self, control: Control, repository: Path) -> None:
         self.control, self.repository = control, repository
+        self.mount = mount_of(control.server)
 
     def turn(self, name: str) -> Turned:
         """Makes the server answer with release `name`; ReleaseError on any fault, and the old one goes on.
@@ -132,7 +134,9 @@ class Turning:
     def _point(self, name: str) -> None:
         """Makes the release the route's only one, on disk and then in the server."""
         put_route(self.repository, next_route(read_route(self.repository), [Share(name, 1.0)]))
-        self.control.load(contract.PIPELINE, _json_from_pbtxt(alias_of(self.repository, name)))
+        alias = alias_of(self.repository, name)
+        self.mount.point(alias)  # for a tritonserver that has to be started again
+        self.control.load(contract.PIPELINE, _json_from_pbtxt(alias))
 
     def _check(self, model: str, name: str) -> None:
         """Asks `model` for the lists of the release's own users; ServerError unless release `name` answers
@@ -157,6 +161,7 @@ class Turning:
                 self.control.kill_release(name)
             else:
                 self.control.unload_release(name)
+            self.mount.remove(name)
 
     def _unload_others(self, name: str) -> str:
         """Unloads all releases but this one, those too that an activation had loaded which was killed before
@@ -168,6 +173,7 @@ class Turning:
                 time.sleep(SETTLE_S)
             for other in others:
                 self.control.unload_release(other)
+                self.mount.remove(other)
         except ServerError as error:
             return f"a release that is served no longer is still loaded: {error}"
         return ""

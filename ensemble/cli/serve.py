@@ -60,6 +60,13 @@ Redis = Annotated[
         envvar="PEREGRINE_REDIS",
     ),
 ]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        help="The folder for what the server runs from: its own view of the repository. By default one of "
+        "this user's for each repository (~/.local/state/peregrine); a second server needs another.",
+    ),
+]
 AsRoot = Annotated[
     bool,
     typer.Option(
@@ -90,6 +97,7 @@ def serve(
     index: Index = "cpu",
     instances: Instances = None,
     redis: Redis = None,
+    state: State = None,
     as_root: AsRoot = False,
     verbose: Verbose = False,
     start_timeout_s: StartTimeout = 300.0,
@@ -110,6 +118,7 @@ def serve(
         index=index,
         instances=instances,
         redis=url_from_option(redis) if redis else None,
+        state=state.resolve() if state else None,
         verbose=verbose,
         start_timeout_s=start_timeout_s,
     )

@@ -1,4 +1,4 @@
-"""Finds this machine's tritonserver, and makes the private folder that it is run from."""
+"""Finds this machine's tritonserver, and makes what it is run from in the server's state folder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import contextlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.errors import ServerError
-from ensemble.release.files import try_flock
 
+# In a server's state folder, as long as it is at work
+BACKENDS, TIERS, MOUNT, STAGED = "backends", "tiers.json", "models", ".mounting"
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
@@ -98,29 +99,42 @@ def _libpython_folder() -> Path:
 
 @dataclass
 class RunFolder:
-    """Names a private folder of backends as this environment needs them, locked while its owner lives."""
+    """Names what a tritonserver is run from, in the state folder of a server that has claimed it: backends as
+    this environment needs them, and the models (ensemble/server/mount.py)."""
 
     path: Path
-    descriptor: int
     region_prefix: str  # of the shared memory of our stubs, in /dev/shm
 
     def remove(self) -> None:
-        """Removes the folder and the stubs' shared memory, and lets go of the lock."""
+        """Removes all of it but the claim, and the stubs' shared memory."""
         remove_regions(self.region_prefix)
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self.descriptor)
+        empty(self.path)
 
 
-def make_run_folder(installation: Installation) -> RunFolder:
-    """Makes a run folder: a copy of the Python backend, with our packages first in its sys.path, and links to
-    the other backends."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    path = Path(
-        tempfile.mkdtemp(prefix=f"peregrine-{os.getpid()}-", dir=base if os.access(base, os.W_OK) else None)
-    )
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try_flock(descriptor)
-    backends = path / "backends"
+def make_run_folder(installation: Installation, state: Path) -> RunFolder:
+    """Makes what a tritonserver is run from: a copy of the Python backend, with our packages first in its
+    sys.path, and links to the other backends; ServerError if it cannot be written."""
+    try:
+        empty(state)  # of a server that was killed
+        _copy_backends(installation, state / BACKENDS)
+        (state / MOUNT).mkdir()
+    except OSError as error:
+        raise ServerError(
+            f"cannot write into the state folder {state}: {error.strerror}",
+            "free some space, or give `peregrine serve` another --state",
+        ) from error
+    return RunFolder(state, f"{_SHM_PREFIX}{os.getpid()}_{secrets.token_hex(4)}_")
+
+
+def empty(state: Path) -> None:
+    """Removes from a state folder what lives no longer than its server does."""
+    for name in (BACKENDS, MOUNT, STAGED):
+        shutil.rmtree(state / name, ignore_errors=True)
+    (state / TIERS).unlink(missing_ok=True)
+
+
+def _copy_backends(installation: Installation, backends: Path) -> None:
+    """Copies the Python backend, and links to the others."""
     (backends / "python").mkdir(parents=True)
     for other in installation.backends.iterdir():
         if other.name != "python":
@@ -131,7 +145,6 @@ def make_run_folder(installation: Installation) -> RunFolder:
     if installation.stub:
         shutil.copy2(installation.stub, backends / "python" / installation.stub.name)
     _put_our_packages_first(backends / "python" / "triton_python_backend_utils.py")
-    return RunFolder(path, descriptor, f"{_SHM_PREFIX}{os.getpid()}_{path.name.rpartition('-')[2]}_")
 
 
 def _put_our_packages_first(utils: Path) -> None:
@@ -145,29 +158,13 @@ def _put_our_packages_first(utils: Path) -> None:
     utils.write_text(line + utils.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def sweep_run_folders() -> None:
-    """Removes run folders and shared memory whose owner was killed."""
-    for base in {tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", "")} - {""}:
-        for path in Path(base).glob("peregrine-[0-9]*-*"):
-            with contextlib.suppress(OSError):
-                _sweep_run_folder(path)
+def sweep_regions() -> None:
+    """Removes shared memory whose owner was killed."""
     for region in _SHM.glob(f"{_SHM_PREFIX}*") if _SHM.is_dir() else ():
         owner = region.name[len(_SHM_PREFIX) :].partition("_")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             with contextlib.suppress(OSError):
                 region.unlink()
-
-
-def _sweep_run_folder(path: Path) -> None:
-    """Removes a run folder unless its owner lives."""
-    if Path(f"/proc/{path.name.split('-')[1]}").exists():
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if try_flock(descriptor):  # its owner may live in another pid namespace
-            shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)
 
 
 def remove_regions(prefix: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ensemble.engines import CPU, ENGINES, GPU
 from ensemble.errors import InvalidInput
@@ -24,6 +25,7 @@ class ServeOptions:
     index: str = CPU  # engines.CPU or GPU: where the main index is searched
     instances: int | None = None  # processes of each step; None: as the release says
     redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
+    state: Path | None = None  # where it keeps what it runs from; None: a folder of this user's
     verbose: bool = False  # Triton's own log is shown
     start_timeout_s: float = 300.0
 

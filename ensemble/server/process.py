@@ -20,9 +20,9 @@ from ensemble import contract
 from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
-from ensemble.server.installation import Installation, RunFolder, remove_regions
+from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
 from ensemble.server.options import ServeOptions
-from ensemble.server.runtime import OVERLAY, Runtime
+from ensemble.server.runtime import Runtime
 from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
@@ -52,11 +52,6 @@ class Launch:
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     @property
-    def has_overlay(self) -> bool:
-        """Says whether Triton mounts a folder of links: for plans, or for another number of instances."""
-        return bool(self.runtime.plans) or self.options.instances is not None
-
-    @property
     def configuration(self) -> str | None:
         """Names configs/<this>.pbtxt, which models that have it use instead of config.pbtxt; None: none."""
         if self.runtime.plans:
@@ -73,8 +68,8 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     restricted = f"{_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}"
     return [
         str(installation.binary),
-        f"--model-repository={run.path / OVERLAY if launch.has_overlay else launch.repository}",
-        f"--backend-directory={run.path / 'backends'}",
+        f"--model-repository={run.path / MOUNT}",
+        f"--backend-directory={run.path / BACKENDS}",
         f"--backend-config=python,shm-region-prefix-name={run.region_prefix}",
         "--model-control-mode=explicit",
         f"--load-model={contract.PIPELINE}",
@@ -124,7 +119,7 @@ def _tiers(run: RunFolder, launch: Launch) -> dict[str, str]:
     variable."""
     if launch.options.redis is None:
         return {}
-    path = run.path / "tiers.json"
+    path = run.path / TIERS
     tiers.write_settings(path, tiers.TierSettings(launch.options.redis))
     return {tiers.VARIABLE: str(path)}
 

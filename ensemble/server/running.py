@@ -1,18 +1,29 @@
-"""Reads and writes <repository>/.server.json, by which the release commands find the repository's server."""
+"""Claims a server's state folder, and lists the servers at work on a repository for the release commands.
+
+<state>/server.json     how the server is reached; locked while the process lives
+<list>/<digest>         a link to it, in each list that can be written: the user's, and the repository's
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.engines import ONNXRUNTIME
 from ensemble.errors import ServerError
 from ensemble.release.files import try_flock
+from ensemble.server.state import make_private, user_lists
 
-FILE = ".server.json"
+CLAIM = "server.json"
+LIST = ".servers"  # in a repository
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,8 @@ class RunningServer:
     metrics_url: str | None
     header: str
     secret: str = dataclasses.field(repr=False)
+    state: str = ""  # its folder, with the mount
     engine: str = ONNXRUNTIME  # what the Python engine steps run on
-    overlay: str = ""  # the folder of links that Triton mounts, if it does
     has_plans: bool = False  # Triton's own backend runs plans
     instances: int | None = None  # of each step, where that is not the release's affair
     node: dict[str, str] | None = None  # engines.plans.Node, where plans run
@@ -40,11 +51,13 @@ class RunningServer:
 
 
 class Claim:
-    """Claims a repository for one server: holds the file's lock while the process lives, so that a killed one
-    leaves no claim behind."""
+    """Claims a state folder for one server: holds the file's lock while the process lives, so that a killed
+    one leaves no claim behind."""
 
-    def __init__(self, repository: Path) -> None:
-        self.path = repository / FILE
+    def __init__(self, state: Path, repository: Path) -> None:
+        make_private(state)
+        self.path, self._repository = state / CLAIM, repository
+        self._links: list[Path] = []
         self._descriptor = self._open()
 
     def _open(self) -> int:
@@ -54,39 +67,96 @@ class Claim:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
                 raise ServerError(
-                    f"cannot write {self.path}: {error.strerror}; the repository's owner must start the "
-                    "server"
+                    f"cannot write {self.path}: {error.strerror}", "give `peregrine serve` another --state"
                 ) from error
-            if not try_flock(descriptor):
+            if not _try_often(descriptor):
                 text = os.pread(descriptor, 65536, 0)
                 os.close(descriptor)
                 at = f" by process {json.loads(text)['pid']} at {json.loads(text)['url']}" if text else ""
-                raise ServerError(f"{self.path.parent} is served already{at}; stop that server first")
+                raise ServerError(
+                    f"{self._repository} is served already{at}",
+                    f"stop that server, or give this one another --state than {self.path.parent}",
+                )
             if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
                 return descriptor
             os.close(descriptor)  # its former owner removed it between our open and our lock
 
     def write(self, server: RunningServer) -> None:
-        """Writes how the server is reached."""
+        """Writes how the server is reached, and lists it."""
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(dataclasses.asdict(server)).encode(), 0)
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        for folder in user_lists(self._repository):
+            self._list(folder / name, make_private)
+        with contextlib.suppress(OSError):  # a read-only repository: our user finds us all the same
+            self._list(self._repository / LIST / name, lambda folder: folder.mkdir(exist_ok=True))
+
+    def _list(self, link: Path, make: Callable[[Path], None]) -> None:
+        """Links to the claim, in the place of a server that was killed."""
+        staged = link.with_name(f".{link.name}.{os.getpid()}")
+        while True:
+            make(link.parent)
+            with contextlib.suppress(FileNotFoundError):  # a server that ends removed the empty folder
+                staged.symlink_to(self.path)
+                staged.rename(link)
+                self._links.append(link)
+                return
 
     def drop(self) -> None:
-        """Gives the repository free."""
-        self.path.unlink(missing_ok=True)
+        """Gives the state folder free."""
+        for path in (*self._links, self.path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for folder in (*(link.parent for link in self._links), self.path.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
         os.close(self._descriptor)
 
 
+def _try_often(descriptor: int) -> bool:
+    """Takes the lock, which a command that looks for servers may hold for a moment."""
+    for _ in range(_TRIES):
+        if try_flock(descriptor):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def running_servers(repository: Path) -> list[RunningServer]:
+    """Gives the servers that serve this repository now and are ours to control; ServerError where one is
+    another user's."""
+    servers = {}
+    for link in _links(repository):
+        server = _read(link)
+        if server is not None:
+            servers[server.pid, server.url] = server
+    return list(servers.values())
+
+
 def running_server(repository: Path) -> RunningServer | None:
-    """Gives the server that serves this repository now; None if none does, or the file's owner is dead."""
+    """Gives one of the servers at work on a repository, the first that was started; None if there is none."""
+    return next(iter(running_servers(repository)), None)
+
+
+def _links(repository: Path) -> Iterator[Path]:
+    """Finds the claims that are listed, the oldest first."""
+    for folder in (*user_lists(repository), repository / LIST):
+        with contextlib.suppress(OSError):
+            yield from sorted(folder.glob("[!.]*"), key=lambda link: link.lstat().st_ctime_ns)
+
+
+def _read(link: Path) -> RunningServer | None:
+    """Reads a claim; None where its owner is dead, and the link is removed."""
     try:
-        descriptor = os.open(repository / FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+        descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError as error:
         raise ServerError(
-            f"{repository / FILE} belongs to another user: only who started the server may control it"
+            f"{link.readlink()} belongs to another user: only who started the server may control it"
         ) from error
+    except OSError:
+        with contextlib.suppress(OSError):
+            link.unlink()
+        return None
     try:
         text = os.pread(descriptor, 65536, 0)
         return None if try_flock(descriptor) or not text else RunningServer(**json.loads(text))

@@ -1,19 +1,10 @@
 """Chooses what a server runs its engines on: plans of TensorRT, plans for RTX cards, ONNX Runtime on the GPU
-or CPU.
-
-Triton reads a plan from the model's own folder, and a release never changes: so the server mounts a folder of
-links, in which a model with a plan is the plan's folder and everything else is the repository's own; so it is
-too where another number of instances is asked for, which stands in copies of the configurations. Nested in
-the server's run folder, it is gone with it. Rejected: two --model-repository paths (Triton loads no model
-that is in both); a link to the plan inside the release (dangling until compiled, and then a server could not
-fall back to ONNX model by model).
-"""
+or CPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +19,6 @@ from ensemble.release.release import Release, open_release
 from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
 
-OVERLAY = "repository"  # the folder of links, in the run folder
 # Opens every engine of the pipeline, as the engine steps will.
 _OPEN_ALL = """
 import sys
@@ -187,73 +177,3 @@ def has_plans(release: Release) -> bool:
         return bool(read_plans(release))
     except ReleaseError:
         return True  # one that cannot be read is one that somebody built
-
-
-class Overlay:
-    """Keeps the folder of links that Triton mounts; refresh() adds releases that were published since."""
-
-    def __init__(
-        self, folder: Path, repository: Path, plans: tuple[Plan, ...], instances: int | None = None
-    ) -> None:
-        self.folder, self._repository, self._instances = folder, repository, instances
-        self._plans = {plan.member: plan.member_folder for plan in plans}
-        folder.mkdir()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Links every folder of the repository and drops links of removed ones. What is there stays: Triton
-        may be reading it."""
-        there = {
-            path.name: path
-            for path in self._repository.iterdir()
-            if path.is_dir() and not path.name.startswith(".")
-        }
-        for name in {path.name for path in self.folder.iterdir()} - set(there):
-            unmount(self.folder / name)
-        for name, path in there.items():
-            target, link = self._plans.get(name, path), self.folder / name
-            if not link.exists() and not link.is_symlink():
-                mount(target, link, self._instances)
-
-
-def mount(target: Path, link: Path, instances: int | None) -> None:
-    """Links a model's folder; where instances are asked for, configurations that count Python processes are
-    copies. An ensemble's stay links: the alias's is written anew at every flip."""
-    changed = _changed_configs(target, instances)
-    if not changed:
-        link.symlink_to(target, target_is_directory=True)
-        return
-    for path in (path for path in target.rglob("*") if not path.is_dir()):
-        place = link / path.relative_to(target)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path in changed:
-            place.write_text(changed[path], encoding="utf-8")
-        else:
-            place.symlink_to(path)
-
-
-def unmount(link: Path) -> None:
-    """Removes what mount() made."""
-    if link.is_symlink():
-        link.unlink()
-    else:
-        shutil.rmtree(link)
-
-
-def _changed_configs(target: Path, instances: int | None) -> dict[Path, str]:
-    """Gives {file: its text} of a model's configurations with the number of instances asked for."""
-    if instances is None:
-        return {}
-    texts = {path: path.read_text(encoding="utf-8") for path in target.rglob("*.pbtxt")}
-    return {path: with_instances(text, instances) for path, text in texts.items() if "KIND_CPU" in text}
-
-
-def with_instances(text: str, count: int) -> str:
-    """Gives a config.pbtxt with `count` instances in each of its groups."""
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    config = text_format.Parse(text, ModelConfig())
-    for group in config.instance_group:
-        group.count = count
-    return text_format.MessageToString(config)

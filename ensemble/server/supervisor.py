@@ -19,10 +19,19 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
-from ensemble.release.release import served_releases
+from ensemble.release.release import Release, open_release, served_releases
+from ensemble.release.repository import alias_of
 from ensemble.server.calls import drain, is_model_ready
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
-from ensemble.server.installation import Installation, find_tritonserver, make_run_folder, sweep_run_folders
+from ensemble.server.installation import (
+    Installation,
+    RunFolder,
+    empty,
+    find_tritonserver,
+    make_run_folder,
+    sweep_regions,
+)
+from ensemble.server.mount import Mount
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import (
     CONTROL_HEADER,
@@ -33,7 +42,8 @@ from ensemble.server.process import (
     memory_bytes,
 )
 from ensemble.server.running import Claim, RunningServer
-from ensemble.server.runtime import OVERLAY, Overlay, choose_runtime
+from ensemble.server.runtime import Runtime, choose_runtime
+from ensemble.server.state import default_state
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
 _WATCH_EVERY_S = 1.0
@@ -46,22 +56,21 @@ class Server:
     to that thread's."""
 
     def __init__(
-        self, launch: Launch, claim: Claim, installation: Installation, log: Callable[[str], None]
+        self,
+        launch: Launch,
+        claim: Claim,
+        installation: Installation,
+        run: RunFolder,
+        log: Callable[[str], None],
     ) -> None:
         self.launch, self.log = launch, log
-        self._claim, self._installation = claim, installation
+        self._claim, self._installation, self._run = claim, installation, run
         self._stopping = threading.Event()
         self._settled = threading.Event()  # set when it is ready for the first time, or has failed
         # Not Thread.join: once a signal has interrupted it, the next join returns at once though the thread
         # lives (CPython 3.10 to 3.12).
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
-        self._run = make_run_folder(installation)
-        self._overlay: Overlay | None = None
-        if launch.has_overlay:
-            self._overlay = Overlay(
-                self._run.path / OVERLAY, launch.repository, launch.runtime.plans, launch.options.instances
-            )
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -129,7 +138,7 @@ class Server:
             CONTROL_HEADER,
             self.secret,
             engine=runtime.engine,
-            overlay=str(self._overlay.folder) if self._overlay else "",
+            state=str(self._run.path),
             has_plans=bool(runtime.plans),
             instances=options.instances,
             node=dataclasses.asdict(runtime.node) if runtime.node else None,
@@ -153,7 +162,7 @@ class Server:
             self._ended.wait()
 
     def _clear(self) -> None:
-        """Removes the run folder and gives the repository free."""
+        """Removes what it was run from and gives the state folder free."""
         self._run.remove()
         self._claim.drop()
 
@@ -198,9 +207,6 @@ class Server:
         while not self._stopping.wait(_WATCH_EVERY_S):
             if process.exit_code is not None:
                 return f"tritonserver died ({_exit_words(process.exit_code)})"
-            with contextlib.suppress(OSError):  # a command may be at it as well; the next second tries again
-                if self._overlay:
-                    self._overlay.refresh()
             problem = self._check_stubs(process)
             if problem:
                 return problem
@@ -299,17 +305,32 @@ def serve(
 
 
 def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None]) -> Server:
-    """Checks the machine and the release, chooses the runtime and free ports, and claims the repository."""
+    """Checks the machine and the release, chooses the runtime and free ports, claims the state folder and
+    mounts the release there."""
     check_packages(options)
     installation = find_tritonserver()
     check_address(options, installation)
-    runtime = choose_runtime(repository, check_servable(repository, log), installation, options, log)
+    name = check_servable(repository, log)
+    runtime = choose_runtime(repository, name, installation, options, log)
     port, metrics = check_port(options.address, options.port), options.metrics_port
     metrics = None if metrics is None else check_port(options.address, metrics)
-    sweep_run_folders()
-    claim = Claim(repository)
+    sweep_regions()
     launch = Launch(repository, dataclasses.replace(options, port=port, metrics_port=metrics), runtime)
-    return Server(launch, claim, installation, log)
+    claim = Claim(options.state or default_state(repository), repository)
+    try:
+        run = make_run_folder(installation, claim.path.parent)
+        _mount(Mount(run.path, options.instances), open_release(repository, name), runtime)
+    except BaseException:
+        empty(claim.path.parent)
+        claim.drop()
+        raise
+    return Server(launch, claim, installation, run, log)
+
+
+def _mount(mount: Mount, release: Release, runtime: Runtime) -> None:
+    """Mounts the release that is served, and points the alias at it."""
+    mount.add(release, runtime.plans)
+    mount.point(alias_of(release.repository, release.name))
 
 
 def _is_open(address: str, port: int) -> bool:

@@ -25,7 +25,6 @@ from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.canary import CANARY, SAME_ENGINE, read_canary
 from ensemble.release.release import Release
-from ensemble.release.repository import MODEL_PY
 from ensemble.steps.served import ServedRelease, open_served
 from ensemble.tiers.settings import VARIABLE as TIERS_VARIABLE
 
@@ -51,21 +50,6 @@ def limits_of(release: Release) -> Limits:
     size = sum(int(entry["bytes"]) for entry in release.manifest["files"].values())
     reading_s = size / _BYTES_A_S
     return Limits(_WALL_S + reading_s, ASK_S, _CPU_S + reading_s, _MEMORY_BYTES + _MEMORY_SHARE * size)
-
-
-def check_code(release: Release) -> None:
-    """Raises ReleaseError if a release brings code: a model.py that is not ours, or any other Python file."""
-    for path in release.manifest["files"]:
-        if path.endswith((".py", ".pyc", ".so")) and not _is_ours(release.repository / path):
-            raise ReleaseError(
-                f"release {release.name}: {path} is code that Peregrine did not write",
-                "build the release again",
-            )
-
-
-def _is_ours(path: Path) -> bool:
-    """Says whether a file is the model.py that every member has."""
-    return path.name == "model.py" and path.read_text(encoding="utf-8", errors="replace") == MODEL_PY
 
 
 def ask_twin(release: Release, limits: Limits | None = None) -> None:

@@ -232,7 +232,7 @@ def warm(release_cache, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("warm")
     source = release_cache.folder("tiny")
     shutil.copytree(
-        source / "repository", folder / "repository", ignore=shutil.ignore_patterns(".lock", ".server.json")
+        source / "repository", folder / "repository", ignore=shutil.ignore_patterns(".lock", ".servers")
     )
     shutil.copytree(source / "shop", folder / "shop")
     return folder / "shop", folder / "repository"

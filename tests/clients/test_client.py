@@ -291,7 +291,7 @@ def test_a_tensor_without_content_is_the_servers_fault(triton: FakeTriton, budge
             "This protocol is restricted, expecting header 'triton-grpc-protocol-x'",
             Unavailable,
             "server s:1 keeps this call to its operator; pass the header that `peregrine serve` wrote into "
-            ".server.json",
+            "server.json in its state folder",
         ),
     ],
 )

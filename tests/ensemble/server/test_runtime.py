@@ -1,5 +1,5 @@
-"""What a server runs its engines on. Choosing is tried on a pretended GPU; the folder of links on the real
-tritonserver."""
+"""What a server runs its engines on, and from what. Choosing is tried on a pretended GPU; the mount on the
+real tritonserver."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import pretend
 import pytest
 from shops import ROOT, private_copy
+from toy_repository import publish_toy
 from variants import answering, publish_variant
 
 from clients.client import Client
@@ -25,11 +26,13 @@ from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.live.keeper import service_process
 from ensemble.release.files import file_sha256
 from ensemble.release.release import Release, open_release
+from ensemble.release.repository import alias_of, member_folders
 from ensemble.server import supervisor as serving
+from ensemble.server.mount import Mount
 from ensemble.server.options import ServeOptions
-from ensemble.server.prepared import prepare_release
+from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.running import RunningServer
-from ensemble.server.runtime import Overlay, Runtime
+from ensemble.server.runtime import Runtime
 
 KEY = EngineKey("ab" * 32, "11.4.0", "13.1", "9.0", "Pretend 9", "fp32", (), False, False)
 CHOOSE = """
@@ -247,34 +250,60 @@ def test_what_is_required_and_not_there_is_one_line_and_exit_code_2(tiny_reposit
     )
 
 
-def test_the_folder_of_links_follows_the_repository(tmp_path):
-    repository = tmp_path / "repository"
-    for name in ("recommend", "r1", "r1_ranker", "r1_recall", ".staging-x", "r1_plans/key/r1_ranker"):
-        (repository / name).mkdir(parents=True)
-    overlay = Overlay(
-        tmp_path / "links", repository, (Plan(repository / "r1_plans" / "key", "r1_ranker", KEY, {}),)
-    )
-    links = {path.name: path.readlink() for path in overlay.folder.iterdir()}
-    assert links == {name: repository / name for name in ("recommend", "r1", "r1_recall", "r1_plans")} | {
-        "r1_ranker": repository / "r1_plans" / "key" / "r1_ranker"
+def test_a_mount_has_copies_of_what_is_small_and_links_to_what_is_large(compiled, tmp_path):
+    release = open_release(compiled, "r1")
+    before = digests(compiled)
+    mount = Mount(tmp_path)
+    for _ in range(2):  # again, over what is there
+        mount.add(release)
+        mount.point(alias_of(compiled, "r1"))
+    assert mount.has(release)
+    links = {
+        path.relative_to(mount.folder): path.readlink()
+        for path in mount.folder.rglob("*")
+        if path.is_symlink()
     }
-    (repository / "r2_ranker").mkdir()
-    (repository / "r1_recall").rmdir()
-    overlay.refresh()
-    assert {path.name for path in overlay.folder.iterdir()} == {
+    assert links == {
+        Path(f"r1_{model}/1/model.onnx"): compiled / f"r1_{model}/1/model.onnx"
+        for model in ("user_encoder", "ranker", "item_encoder")
+    }
+    for copied in ("r1_recall/1/model.py", "r1_recall/config.pbtxt", "r1_recommend/configs/fused.pbtxt"):
+        assert (mount.folder / copied).read_text() == (compiled / copied).read_text()
+    assert (mount.folder / "recommend/config.pbtxt").read_text() == (compiled / "r1/alias.pbtxt").read_text()
+    assert {path.name for path in mount.folder.iterdir()} == {
         "recommend",
-        "r1",
-        "r1_plans",
-        "r1_ranker",
-        "r2_ranker",
+        *(path.name for path in member_folders(compiled, "r1") if path.name != "r1_plans"),
     }
+    plan = read_plans(release)[0]
+    assert not mount.has_plan(plan)
+    mount.add(release, [plan])
+    assert mount.has_plan(plan)
+    assert (
+        mount.folder / plan.member / "1" / "model.plan"
+    ).readlink() == plan.member_folder / "1" / "model.plan"
+    assert (mount.folder / plan.member / "configs" / "tensorrt.pbtxt").is_file()
+    assert not (mount.folder / plan.member / "1" / "model.py").exists()
+    mount.remove("r1")
+    assert not mount.has(release)
+    assert [path.name for path in mount.folder.iterdir()] == ["recommend"]
+    assert digests(compiled) == before, "nothing is written into a release"
+
+
+def test_a_release_whose_code_is_not_ours_is_not_mounted(tmp_path):
+    publish_toy(tmp_path / "models", "r1", tmp_path)
+    with pytest.raises(ReleaseError, match=r"1/model\.py is code that Peregrine did not write"):
+        Mount(tmp_path / "state").add(open_release(tmp_path / "models", "r1"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.triton
 def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_that_backend(
     tiny_repository, twin, tmp_path, monkeypatch
 ):
-    """The real server on the folder of links, with --model-config-name=tensorrt; the plan's folder holds an
+    """The real server on its mount, with --model-config-name=tensorrt; the plan's folder holds an
     ONNX member instead. The next release has no plan at all, which is said, or refused."""
     repository = private_copy(tiny_repository, tmp_path / "repository")
     plan = Plan(tmp_path / "plans", "r1_ranker", KEY, {})
@@ -287,7 +316,7 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         mounted = Path(
             next(part for part in command if part.startswith("--model-repository=")).partition("=")[2]
         )
-        assert (mounted / "r1_ranker").readlink() == plan.member_folder
+        assert (mounted / "r1_ranker/1/model.onnx").readlink() == plan.member_folder / "1" / "model.onnx"
         users = [user.decode() for user in twin.release.user_ids.sorted_ids[:3].tolist()]
         with Client(server.url) as client:
             found = client.recommend_many(users, top_k=5)
@@ -298,28 +327,21 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         _change_an_item(repository, server.url)
     assert not mounted.exists()
     written = {path.name for path in set(repository.iterdir()) - before if not path.name.startswith("r2")}
-    assert written <= {".live", ".lock", ".names.json", ".server.json"}
+    assert written <= {".live", ".lock", ".names.json", ".servers"}
     assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
         "removing the links leaves what they led to"
     )
 
 
-def test_a_number_of_instances_stands_in_copies_and_everything_else_is_a_link(tiny_repository, tmp_path):
-    repository = private_copy(tiny_repository, tmp_path / "repository")
-    overlay = Overlay(tmp_path / "overlay", repository, (), instances=7)
-    step, ensemble, alias = (overlay.folder / name for name in ("r1_recall", "r1_recommend", "recommend"))
+def test_a_number_of_instances_stands_in_the_mounts_configurations(tiny_repository, tmp_path):
+    release = open_release(tiny_repository, "r1")
+    mount = Mount(tmp_path, instances=7)
+    mount.add(release)
+    step, ensemble = (mount.folder / name for name in ("r1_recall", "r1_recommend"))
     assert "count: 7" in (step / "config.pbtxt").read_text()
-    assert not (step / "config.pbtxt").is_symlink()
-    assert (step / "1" / "model.py").resolve() == repository / "r1_recall" / "1" / "model.py"
-    assert (ensemble / "config.pbtxt").is_symlink(), "an ensemble has no instances"
+    assert "count" not in (ensemble / "config.pbtxt").read_text(), "an ensemble has no instances"
     assert "count: 7" in (ensemble / "configs" / "fused.pbtxt").read_text()
-    assert alias.is_symlink(), "each flip writes it anew"
-    assert "count: 2" in (repository / "r1_recall" / "config.pbtxt").read_text()
-    shutil.copytree(repository / "r1_recall", repository / "r2_recall")
-    shutil.rmtree(repository / "r1_recall")
-    overlay.refresh()
-    assert not step.exists()
-    assert "count: 7" in (overlay.folder / "r2_recall" / "config.pbtxt").read_text()
+    assert "count: 2" in (tiny_repository / "r1_recall" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize("count", [0, -1, 129])
@@ -350,7 +372,7 @@ def _fall_back(repository: Path, mounted: Path, scratch: Path) -> None:
     assert answering(repository) == "r2"
     assert len(done.notes) == 1
     assert done.notes[0].startswith("release r2 runs on onnxruntime instead of TensorRT: ")
-    assert (mounted / "r2_ranker").readlink() == repository / "r2_ranker"
+    assert (mounted / "r2_ranker/1/model.onnx").readlink() == repository / "r2_ranker/1/model.onnx"
 
 
 # --- plans of a release that is activated while a server runs
@@ -361,12 +383,10 @@ def two(compiled, tmp_path) -> tuple[Release, Release, RunningServer]:
     """r1 with plans, r2 without, and a server whose own backend runs plans on the pretended GPU."""
     repository = private_copy(compiled, tmp_path / "repository")
     publish_variant(repository, "r1", "r2", tmp_path)
-    Overlay(tmp_path / "links", repository, ())
     r1, r2 = open_release(repository, "r1"), open_release(repository, "r2")
     key = read_plans(r1)[0].key
     node = {name: getattr(key, name) for name in ("gpu", "sm", "tensorrt", "cuda")}
-    links = str(tmp_path / "links")
-    server = RunningServer(1, "", None, "", "", overlay=links, has_plans=True, node=node)
+    server = RunningServer(1, "", None, "", "", str(tmp_path / "state"), has_plans=True, node=node)
     return r1, r2, server
 
 
@@ -375,44 +395,42 @@ NO_PLAN = "user_encoder: release r2 has no plan; build plans on this node: `pere
 
 def test_a_release_with_plans_is_loaded_from_them(two):
     r1, _, server = two
-    overlay = Path(server.overlay)
     assert prepare_release(server, r1, "tensorrt") == ""
-    for plan in find_plans(r1, Node(**server.node)).values():
-        assert (overlay / plan.member).readlink() == plan.member_folder
-    assert (overlay / "r1_recall").readlink() == r1.repository / "r1_recall"
+    assert all(mount_of(server).has_plan(plan) for plan in find_plans(r1, Node(**server.node)).values())
+    assert (mount_of(server).folder / "r1_recall" / "1" / "model.py").is_file()
     assert prepare_release(server, r1, None, is_loaded=True) == ""
 
 
 def test_a_release_without_plans_says_what_it_runs_on_or_is_refused(two):
     _, r2, server = two
-    overlay = Path(server.overlay)
-    (overlay / "r2_ranker").unlink()
     assert (
         prepare_release(server, r2, None) == f"release r2 runs on onnxruntime instead of TensorRT: {NO_PLAN}"
     )
-    assert (overlay / "r2_ranker").readlink() == r2.repository / "r2_ranker"
+    mounted = mount_of(server).folder / "r2_ranker" / "1" / "model.onnx"
+    assert mounted.readlink() == r2.repository / "r2_ranker" / "1" / "model.onnx"
     assert prepare_release(server, r2, "onnxruntime").endswith(NO_PLAN)
     for asked, of_the_server in (("tensorrt", None), (None, "tensorrt")):
         with pytest.raises(ReleaseError, match=f"^--require tensorrt: {re.escape(NO_PLAN)}$"):
             prepare_release(dataclasses.replace(server, require=of_the_server), r2, asked)
-    steps = dataclasses.replace(server, overlay="", has_plans=False, engine="tensorrt")
+    steps = dataclasses.replace(server, has_plans=False, engine="tensorrt")
     with pytest.raises(ReleaseError, match=f"runs plans in its engine steps, and {re.escape(NO_PLAN)}$"):
         prepare_release(steps, r2, None)
 
 
 def test_a_release_that_was_loaded_without_its_plans_says_so(two):
     r1, _, server = two
+    mount_of(server).add(r1)
     said = prepare_release(server, r1, None, is_loaded=True)
     assert said == (
         "release r1 runs on onnxruntime instead of TensorRT: r1_user_encoder is loaded without its plan; "
         "activate another release and this one again, or start `peregrine serve` again"
     )
-    assert (Path(server.overlay) / "r1_ranker").readlink() == r1.repository / "r1_ranker", "it is in use"
+    assert (mount_of(server).folder / "r1_ranker" / "1" / "model.onnx").exists(), "it is in use"
 
 
 def test_plans_that_the_server_at_work_cannot_use_are_told(two):
     r1, r2, server = two
-    onnx = dataclasses.replace(server, overlay="", has_plans=False, node=None)
+    onnx = dataclasses.replace(server, has_plans=False, node=None)
     assert prepare_release(onnx, r1, None) == (
         "release r1 has plans, and the server at work runs engines on onnxruntime: start "
         "`peregrine serve` again where they shall be used"
@@ -426,9 +444,7 @@ def test_plans_that_the_server_at_work_cannot_use_are_told(two):
 
 def test_a_release_just_published_is_mounted_with_the_servers_number_of_instances(two):
     _, r2, server = two
-    overlay = Path(server.overlay)
-    for link in overlay.glob("r2_*"):
-        link.unlink()
+    overlay = mount_of(server).folder
     server = dataclasses.replace(server, has_plans=False, instances=7)
     for _ in range(2):  # what is mounted stays
         assert prepare_release(server, r2, None) == ""

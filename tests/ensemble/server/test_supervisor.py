@@ -3,15 +3,14 @@ either way."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -21,7 +20,7 @@ import faiss
 import numpy as np
 import pytest
 from shops import ROOT
-from toy_repository import SLOW, publish_toy
+from toy_repository import SLOW, allow_toys, publish_toy
 
 from ensemble.errors import PeregrineError, ServerError
 from ensemble.server import installation as server_folder
@@ -29,8 +28,18 @@ from ensemble.server.calls import is_model_ready
 from ensemble.server.installation import FeatureLevel, Installation
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import Launch, command_line
-from ensemble.server.running import Claim, RunningServer, running_server
+from ensemble.server.running import CLAIM, LIST, Claim, RunningServer, running_server, running_servers
+from ensemble.server.state import default_state, make_private
 from ensemble.server.supervisor import serve
+
+TOYS_TOO = """\
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from ensemble.release import foreign
+foreign._is_ours = lambda text: True
+import peregrine
+peregrine.main()
+"""
 
 
 @pytest.fixture
@@ -38,6 +47,11 @@ def own_traces():
     """Lists this process's traces since the test began: servers of other tests may still run in it."""
     before = set(traces(os.getpid()))
     return lambda: set(traces(os.getpid())) - before
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch) -> None:
+    allow_toys(monkeypatch)
 
 
 @pytest.fixture
@@ -59,7 +73,7 @@ def ask(url: str, users=("a", "b")) -> list[str]:
 
 
 def peregrine(*arguments: str, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "peregrine.py"), *arguments]
+    command = [sys.executable, "-c", TOYS_TOO, str(ROOT), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -75,11 +89,11 @@ def _age_s(path: Path) -> float:
 
 
 def traces(pid: int) -> list[Path]:
-    """Lists run folders and shared memory of the supervising process `pid`."""
-    places = {tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()}
+    """Lists state folders and shared memory of the supervising process `pid`."""
+    states = Path(os.environ["XDG_STATE_HOME"]).glob(f"peregrine/*/{CLAIM}")
     return [
         *server_folder._SHM.glob(f"{server_folder._SHM_PREFIX}{pid}_*"),
-        *(path for base in places for path in Path(base).glob(f"peregrine-{pid}-*")),
+        *(path.parent for path in states if f'"pid": {pid},' in path.read_text()),
     ]
 
 
@@ -191,7 +205,7 @@ def test_feature_levels():
 
 
 def test_flags_close_what_is_not_needed(tmp_path):
-    run = server_folder.RunFolder(tmp_path, -1, "prefix")
+    run = server_folder.RunFolder(tmp_path, "prefix")
     line = command_line(
         Installation(Path("/x/tritonserver"), Path("/x"), None),
         run,
@@ -211,23 +225,54 @@ def test_flags_close_what_is_not_needed(tmp_path):
     )
 
 
-def test_server_file_is_private_and_one_per_repository(tmp_path):
-    claim = Claim(tmp_path)
+def test_server_file_is_private_and_one_per_state_folder(tmp_path):
+    state, repository = tmp_path / "state", tmp_path / "models"
+    repository.mkdir()
+    claim = Claim(state, repository)
     claim.write(RunningServer(os.getpid(), "127.0.0.1:1", None, "h", "s"))
-    assert stat.S_IMODE((tmp_path / ".server.json").stat().st_mode) == 0o600
-    assert running_server(tmp_path).headers == {"h": "s"}
+    assert stat.S_IMODE((state / CLAIM).stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert running_server(repository).headers == {"h": "s"}
     with pytest.raises(ServerError, match=rf"served already by process {os.getpid()} at 127\.0\.0\.1:1"):
-        Claim(tmp_path)
+        Claim(state, repository)
+    other = Claim(tmp_path / "other", repository)
+    other.write(RunningServer(os.getpid(), "127.0.0.1:2", None, "h", "s"))
+    assert [server.url for server in running_servers(repository)] == ["127.0.0.1:1", "127.0.0.1:2"]
+    shutil.rmtree(repository / LIST)  # nobody may write there
+    assert [server.url for server in running_servers(repository)] == ["127.0.0.1:1", "127.0.0.1:2"]
     claim.drop()
-    assert running_server(tmp_path) is None
+    other.drop()
+    assert running_server(repository) is None
+    assert [*tmp_path.iterdir()] == [repository]
 
 
 def test_a_killed_servers_claim_counts_for_nothing(tmp_path):
-    (tmp_path / ".server.json").write_text(
-        json.dumps({"pid": 1, "url": "x:1", "metrics_url": None, "header": "h", "secret": "s"})
-    )
-    assert running_server(tmp_path) is None
-    Claim(tmp_path).drop()
+    state, repository = tmp_path / "state", tmp_path / "models"
+    repository.mkdir()
+    claim = Claim(state, repository)
+    claim.write(RunningServer(1, "x:1", None, "h", "s"))
+    os.close(claim._descriptor)
+    assert running_servers(repository) == []
+    shutil.rmtree(state)
+    assert running_servers(repository) == []
+    assert [*(repository / LIST).iterdir()] == []
+    Claim(state, repository).drop()
+
+
+def test_folders_of_a_user_without_a_home_are_in_tmp_and_nobody_elses(tmp_path, monkeypatch):
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    state = default_state(tmp_path / "models")
+    assert state.parent == tmp_path / f"peregrine-{os.geteuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    state.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ServerError, match="is another user's; name another with --state"):
+        make_private(state)
+    state.parent.unlink()
+    make_private(state)
+    assert stat.S_IMODE(state.parent.stat().st_mode) == stat.S_IMODE(state.stat().st_mode) == 0o700
 
 
 # -- a real server
@@ -254,7 +299,10 @@ def test_serve_answers_and_leaves_nothing_behind(repository, own_traces):
         pids = [server.pid, *(pid for pids in server.stubs().values() for pid in pids)]
     assert not own_traces()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert not (repository / ".server.json").exists()
+    assert {path.name for path in repository.iterdir() if path.name.startswith(".")} <= {
+        ".lock",
+        ".names.json",
+    }
     written = {p.name for p in repository.glob("r1_*/1/*")}
     assert written == {"model.py", "__pycache__"}
     assert not any(p.is_dir() for p in repository.glob("r1_*/1/__pycache__")), (

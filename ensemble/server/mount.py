@@ -1,0 +1,126 @@
+"""Keeps the model repository that one tritonserver reads, in the server's state folder: <state>/models.
+
+A release may lie on a read-only disk, several servers may serve it, and each chooses plans and numbers of
+instances for itself: so configurations, code and the alias are copies here, and what is large is a link.
+Nothing is run but what is known (ensemble/release/foreign.py); a release is mounted before it is loaded.
+
+Rejected: two --model-repository paths (Triton loads no model that is in both); a link to the plan inside the
+release (dangling until compiled, and then a server could not fall back to ONNX model by model).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ensemble import contract
+from ensemble.engines.plans import Plan
+from ensemble.errors import ReleaseError
+from ensemble.release import foreign
+from ensemble.release.files import NO_BYTECODE, write_durably
+from ensemble.release.release import Release
+from ensemble.release.repository import ALIAS_FILE
+from ensemble.server.installation import MOUNT, STAGED
+
+_CONFIG = "config.pbtxt"
+
+
+class Mount:
+    """Mounts releases for one server, and points its alias at one."""
+
+    def __init__(self, state: Path, instances: int | None = None) -> None:
+        self.folder, self._staged, self._instances = state / MOUNT, state / STAGED, instances
+
+    def add(self, release: Release, plans: Sequence[Plan] = ()) -> None:
+        """Mounts a release that is not loaded, its models with a plan from the plan's folder; ReleaseError if
+        it brings code, or the folder cannot be written."""
+        planned = {plan.member: plan.member_folder for plan in plans}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            foreign.read_configuration(release.path / ALIAS_FILE, "")
+            for model in _models(release):
+                source = planned.get(model, release.repository / model)
+                self._place(
+                    model, source, _plan_files(source) if model in planned else _files(release, model)
+                )
+        except OSError as error:
+            raise ReleaseError(
+                f"release {release.name} cannot be mounted in {self.folder}: {error.strerror}",
+                "free some space, or give `peregrine serve` another --state",
+            ) from error
+
+    def _place(self, model: str, source: Path, files: Iterator[str]) -> None:
+        """Mounts one model: all of it is there, or what was there before."""
+        staged, place = self._staged / f"{os.getpid()}-{model}", self.folder / model
+        shutil.rmtree(staged, ignore_errors=True)
+        (staged / "1").mkdir(parents=True)
+        (staged / "1" / NO_BYTECODE).touch()  # a changed version folder is loaded again at the next flip
+        for relative in files:
+            path = staged / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if relative == foreign.CODE:
+                path.write_text(foreign.read_code(source / relative), encoding="utf-8")
+            elif foreign.CONFIGURATION.fullmatch(relative):
+                path.write_text(self._configuration(source / relative, model), encoding="utf-8")
+            else:
+                foreign.check_file(source / relative, model, relative)
+                path.symlink_to(source / relative)
+        shutil.rmtree(place, ignore_errors=True)
+        staged.rename(place)
+
+    def _configuration(self, file: Path, model: str) -> str:
+        """Gives a configuration as this server wants it: with its number of instances."""
+        text = foreign.read_configuration(file, model)
+        return text if self._instances is None else with_instances(text, self._instances)
+
+    def remove(self, name: str) -> None:
+        """Unmounts a release that is loaded no longer."""
+        for folder in self.folder.glob(f"{name}_*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def has(self, release: Release) -> bool:
+        """Says whether a release is mounted."""
+        return all((self.folder / model / "1").is_dir() for model in _models(release))
+
+    def has_plan(self, plan: Plan) -> bool:
+        """Says whether a model is mounted from its plan's folder."""
+        links = (path for path in (self.folder / plan.member / "1").glob("*") if path.is_symlink())
+        return any(path.readlink().is_relative_to(plan.member_folder) for path in links)
+
+    def point(self, alias: str) -> None:
+        """Makes `alias` the configuration of the model that clients call, for the next tritonserver here."""
+        folder = self.folder / contract.PIPELINE
+        (folder / "1").mkdir(parents=True, exist_ok=True)
+        write_durably(folder / _CONFIG, alias)
+
+
+def _models(release: Release) -> list[str]:
+    """Lists the folders of a release's models, as its manifest has them."""
+    return sorted({path.partition("/")[0] for path in release.manifest["files"]} - {release.name})
+
+
+def _files(release: Release, model: str) -> Iterator[str]:
+    """Lists the files of a model as its manifest has them."""
+    start = f"{model}/"
+    return (path.removeprefix(start) for path in release.manifest["files"] if path.startswith(start))
+
+
+def _plan_files(folder: Path) -> Iterator[str]:
+    """Lists the files of a plan's folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NO_BYTECODE)
+    return (str(path.relative_to(folder)) for path in files)
+
+
+def with_instances(text: str, count: int) -> str:
+    """Gives a configuration with `count` instances in each of its groups of Python processes."""
+    if "KIND_CPU" not in text:
+        return text
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    config = text_format.Parse(text, ModelConfig())
+    for group in config.instance_group:
+        group.count = count
+    return text_format.MessageToString(config)
