@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.items import make_ready
-from clients.operations.control import Control
 from clients.operations.listing import check_repository
-from clients.operations.turning import Turning
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release import foreign
 from ensemble.release.activation import settle_on_disk
@@ -21,9 +19,11 @@ from ensemble.release.release import Release, active_release, open_release
 from ensemble.release.repository import locked, put_route
 from ensemble.release.repository import remove as remove_files
 from ensemble.release.route import Share, next_route, read_route
+from ensemble.server.control import Control
 from ensemble.server.options import check_requirement
 from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.running import RunningServer, running_server
+from ensemble.server.turning import Turning
 from ensemble.server.twin import ask_twin
 
 

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from builders.publish.stage import publish
 from builders.publish.triton_config import write_members
-from clients.operations.control import Control
 from ensemble import contract
 from ensemble.release.release import open_release
 from ensemble.release.repository import ALIAS_FILE
+from ensemble.server.control import Control
 from ensemble.server.running import running_server
 
 OUTPUT = "candidate_probabilities"

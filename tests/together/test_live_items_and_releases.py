@@ -14,15 +14,15 @@ from shops import ROOT, one_thread
 from clients import Client
 from clients.items import ItemClient
 from clients.operations import releases
-from clients.operations.control import Control
-from clients.operations.turning import Turning
 from ensemble.errors import ReleaseError, ServerError
 from ensemble.live.keeper import service_process
 from ensemble.release.names import release_names
 from ensemble.release.release import active_release
+from ensemble.server.control import Control
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
+from ensemble.server.turning import Turning
 
 
 @pytest.fixture(scope="module")

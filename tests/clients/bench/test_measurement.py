@@ -285,11 +285,12 @@ def test_perf_analyzer_that_does_not_start_counts_as_none(
 @pytest.mark.timeout(180)
 def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A toy release answers zeros, so its twin is written out here."""
-    from toy_repository import publish_toy
+    from toy_repository import allow_toys, publish_toy
 
     from ensemble.server.options import ServeOptions
     from ensemble.server.supervisor import serve
 
+    allow_toys(monkeypatch)
     publish_toy(tmp_path / "repository", "r1", tmp_path, item_ids=(b"item",), activate=True)
     monkeypatch.setattr(bench.Bench, "twin", lambda self, size, processes=1: twin_row(size, processes))
     monkeypatch.setattr(bench.Bench, "queued_twins", lambda self, rate: {**LATENCIES, "rate": rate})

@@ -15,15 +15,15 @@ from variants import answering
 
 import peregrine
 from clients.operations import releases
-from clients.operations.control import Control
 from clients.operations.listing import list_releases
-from clients.operations.turning import Turning
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.names import release_names
 from ensemble.release.release import active_release, open_release
+from ensemble.server.control import Control
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
+from ensemble.server.turning import Turning
 
 
 @pytest.fixture

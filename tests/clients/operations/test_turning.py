@@ -15,13 +15,13 @@ from toy_repository import allow_toys, publish_toy
 from variants import answering
 
 from clients.operations import releases
-from clients.operations.control import Control
 from ensemble.errors import ReleaseError
 from ensemble.release import activation
 from ensemble.release.release import active_release, open_release
 from ensemble.release.repository import locked, put_route
 from ensemble.release.route import Share, next_route, read_route
 from ensemble.server.checks import check_servable
+from ensemble.server.control import Control
 from ensemble.server.options import ServeOptions
 from ensemble.server.prepared import prepare_release
 from ensemble.server.process import kill_stubs
@@ -110,8 +110,9 @@ KILLED = """\
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from clients.operations import releases, turning
-from clients.operations.control import Control
+from clients.operations import releases
+from ensemble.server import turning
+from ensemble.server.control import Control
 from ensemble.release import foreign
 done = []
 def counted(owner, name):

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.operations.control import Control, NoAnswerError
 from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
 from ensemble.release import activation
@@ -17,6 +16,7 @@ from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.release import active_release, open_release
 from ensemble.release.repository import alias_of, put_route
 from ensemble.release.route import Share, next_route, read_route
+from ensemble.server.control import Control, NoAnswerError
 from ensemble.server.prepared import mount_of
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
