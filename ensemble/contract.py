@@ -36,6 +36,8 @@ class Degraded(IntFlag):
     FEATURES_MISSING = 4  # no tier answered, the default row was used
     RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
     UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
+    # The release that is tried did not answer in time, or failed: the list is the main release's
+    CANARY_FAILED = 32
 
 
 def recommend(schema: Schema) -> PipelineSpec:

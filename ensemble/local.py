@@ -10,11 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from ensemble.arrays import Array, Tensors
-from ensemble.id_rule import encode_id
+from ensemble.id_rule import encode_id, encode_ids
 from ensemble.options import Options, parse_options, stack
-from ensemble.spec import ModelSpec
+from ensemble.schema import Schema
+from ensemble.spec import ModelSpec, TensorSpec
 from ensemble.steps.served import ServedRelease
 from ensemble.telemetry import Metric
+
+RETURNED = "K"  # the axis that is cut to each request's own top_k
 
 
 class Step(Protocol):
@@ -42,6 +45,14 @@ class FusedStep:
     def run(self, options: Options, **tensors: Array) -> Tensors:
         """Turns the pipeline's inputs by name into the answer's tensors."""
         return self.pipeline.run(options, tensors)
+
+
+def rows_of(array: Array, spec: TensorSpec, start: int, end: int, options: Options) -> Array:
+    """Gives the rows of one request of a batch, cut along K to the most that it asked for."""
+    part = array[start:end]
+    if len(spec.axes) > 1 and spec.axes[1].letter == RETURNED:
+        part = part[:, : int(options.top_k.max(initial=1))]
+    return np.ascontiguousarray(part)
 
 
 class LocalPipeline:
@@ -90,3 +101,33 @@ class LocalPipeline:
                 continue
             known.update(self.steps[model.name].run(options, **{t.name: known[t.name] for t in model.inputs}))
         return {t.name: known[t.name] for t in self.spec.outputs}
+
+
+def prepared(user_ids: Array, parameters: Mapping[str, Any], schema: Schema) -> tuple[Array, Options]:
+    """Checks ids [b, 1] object and their parameters -> ids [b, 1] S and options; InvalidArgument."""
+    ids = encode_ids("user_id", user_ids.ravel().tolist()).reshape(user_ids.shape)
+    text = json.dumps(dict(parameters)) if parameters else ""
+    return ids, parse_options(text, len(ids), schema)
+
+
+class BatchedPipeline:
+    """Answers the parts of several requests at once with a release's pipeline (ensemble/steps/router.py)."""
+
+    def __init__(self, release: ServedRelease) -> None:
+        self.release, self.pipeline = release, LocalPipeline(release)
+
+    def prepare(self, user_ids: Array, parameters: Mapping[str, Any]) -> tuple[Array, Options]:
+        """Checks ids [b, 1] object and their parameters -> ids [b, 1] S and options; InvalidArgument."""
+        return prepared(user_ids, parameters, self.release.schema)
+
+    def run(self, prepared: Sequence[tuple[Array, Options]]) -> list[Tensors]:
+        """Answers what was prepared as one batch: the tensors of each, [b, K, …]."""
+        options = [one for _, one in prepared]
+        answer = self.pipeline.run(
+            stack(options), {"user_id": np.concatenate([user_ids for user_ids, _ in prepared])}
+        )
+        ends = np.cumsum([len(one) for one in options]).tolist()
+        return [
+            {t.name: rows_of(answer[t.name], t, start, end, one) for t in self.pipeline.spec.outputs}
+            for start, end, one in zip([0, *ends[:-1]], ends, options, strict=True)
+        ]

@@ -151,15 +151,7 @@ def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
 
 @lru_cache(maxsize=4096)  # the same page asks the same question again and again
 def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
-    try:
-        given = json.loads(parameters)
-    except ValueError:  # Triton writes a double that is NaN or infinite as nothing at all
-        raise InvalidArgument(
-            f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}"
-        ) from None
-    if not isinstance(given, dict):
-        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(given)}")
-    raw = {name: value for name, value in given.items() if name not in _FOREIGN}
+    raw = read_parameters(parameters)
     unknown = sorted(set(raw) - set(OPTION_NAMES))
     if unknown:
         raise InvalidArgument(f"{unknown[0]}: unknown parameter", f"known: {', '.join(OPTION_NAMES)}")
@@ -171,22 +163,55 @@ def _parse(parameters: str, num_users: int, schema: Schema) -> Options:
 
 def _column(name: str, value: Any, num_users: int, schema: Schema) -> list[Any]:
     """Reads one parameter for each user of the request."""
-    read, is_list = _READERS[name]
+    read = _READERS[name][0]
+    value, one_each = _told_apart(name, value, num_users)
+    return [read(name, v, schema) for v in value] if one_each else [read(name, value, schema)] * num_users
+
+
+def _told_apart(name: str, value: Any, num_users: int) -> tuple[Any, bool]:
+    """Reads a parameter from JSON, and says whether it has one value for each user; InvalidArgument if it has
+    another number of them."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{name}: not JSON: {error}") from None
+    is_list = _READERS[name][1]
     one_each = isinstance(value, list) and (
         not is_list or (bool(value) and all(isinstance(v, list) for v in value))
     )
-    if not one_each:
-        return [read(name, value, schema)] * num_users
-    if len(value) != num_users:
+    if one_each and len(value) != num_users:
         raise InvalidArgument(
             f"{name}: {len(value)} values for {num_users} users", "give one value for all, or one each"
         )
-    return [read(name, v, schema) for v in value]
+    return value, one_each
+
+
+def read_parameters(parameters: str) -> dict[str, Any]:
+    """Reads one request's parameters without Triton's own, none of them checked yet; InvalidArgument if they
+    are no JSON object."""
+    try:
+        given = json.loads(parameters or "{}")
+    except ValueError:  # Triton writes a double that is NaN or infinite as nothing at all
+        raise InvalidArgument(
+            f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}"
+        ) from None
+    if not isinstance(given, dict | None):
+        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(given)}")
+    return {name: value for name, value in (given or {}).items() if name not in _FOREIGN}
+
+
+def parameters_of(raw: Mapping[str, Any], users: Sequence[int], num_users: int) -> dict[str, Any]:
+    """Cuts a request's parameters down to some of its users, given by their places: a value for all stays as
+    it is, of one for each user theirs are left, as JSON. Unknown parameters pass.
+
+    InvalidArgument if there is another number of values than of users; no value is checked.
+    """
+    cut = {}
+    for name, value in raw.items():
+        plain, one_each = _told_apart(name, value, num_users) if name in _READERS else (value, False)
+        cut[name] = json.dumps([plain[user] for user in users]) if one_each else value
+    return cut
 
 
 def _top_k(name: str, value: Any, schema: Schema) -> int:

@@ -19,13 +19,11 @@ from ensemble.arrays import Array, Tensors
 from ensemble.engines import REPOSITORY_VARIABLE
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
-from ensemble.local import open_step
+from ensemble.local import open_step, rows_of
 from ensemble.options import Options, default_options, parse_options, stack
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Publisher
-
-RETURNED = "K"  # the axis that is cut to each request's own top_k
 
 
 class PythonModel:
@@ -33,11 +31,7 @@ class PythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the release's files, verified; an error here fails the load, not a request."""
-        if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
-            raise ReleaseError(
-                f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2",
-                "install numpy 1.26",
-            )
+        check_numpy()
         parameters = {
             name: value["string_value"]
             for name, value in json.loads(args["model_config"])["parameters"].items()
@@ -104,7 +98,7 @@ class PythonModel:
         responses = []
         for start, end, request_options in zip([0, *ends[:-1]], ends, options, strict=True):
             tensors = [
-                pb_utils.Tensor(spec.name, _part(outputs[spec.name], spec, start, end, request_options))
+                pb_utils.Tensor(spec.name, rows_of(outputs[spec.name], spec, start, end, request_options))
                 for spec in self.model.outputs
             ]
             responses.append(pb_utils.InferenceResponse(tensors))
@@ -119,17 +113,18 @@ def _array(tensor: Any, spec: TensorSpec) -> Array:
     )
 
 
-def _part(array: Array, spec: TensorSpec, start: int, end: int, options: Options) -> Array:
-    """Gives the rows of one request, cut along K to the most that it asked for."""
-    part = array[start:end]
-    if len(spec.axes) > 1 and spec.axes[1].letter == RETURNED:
-        part = part[:, : int(options.top_k.max(initial=1))]
-    return np.ascontiguousarray(part)
-
-
 def _failed(error: Exception, code: int) -> Any:
     """Makes the response that says what was wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def check_numpy() -> None:
+    """Raises ReleaseError where this numpy would silently empty every output."""
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and _server_is_old():
+        raise ReleaseError(
+            f"numpy {np.__version__}: this server's stub gives empty outputs with numpy 2",
+            "install numpy 1.26",
+        )
 
 
 def _server_is_old() -> bool:

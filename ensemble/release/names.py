@@ -14,15 +14,16 @@ from ensemble.release.manifest import MANIFEST, read_manifest
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 LEDGER = ".names.json"
+ROUTER = "route"  # of models that are no release's: route_3
 _FORMAT = 1
 
 
 def check_name(name: str) -> str:
     """Gives `name` back if it can name a release; InvalidInput if it cannot."""
-    if not NAME.fullmatch(name) or name == contract.PIPELINE:
+    if not NAME.fullmatch(name) or name in (contract.PIPELINE, ROUTER):
         raise InvalidInput(
             f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not "
-            f"{contract.PIPELINE!r}, which is the alias)"
+            f"{contract.PIPELINE!r}, which is the alias, nor {ROUTER!r}, which splits its users)"
         )
     return name
 

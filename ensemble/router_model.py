@@ -1,0 +1,197 @@
+"""Is the TritonPythonModel of a route's router, the step of `recommend` while a canary is tried.
+
+In an ensemble it calls the releases' own ensembles (Triton's business logic scripting); served fused, it runs
+both pipelines in its process. What is asked of whom, and when: ensemble/steps/router.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from ensemble.arrays import Array
+from ensemble.contract import ANSWER, PIPELINE
+from ensemble.engines import REPOSITORY_VARIABLE
+from ensemble.errors import InvalidArgument
+from ensemble.local import BatchedPipeline, prepared
+from ensemble.python_model import check_numpy
+from ensemble.release.release import open_release
+from ensemble.release.route import route_from_json
+from ensemble.server.router_files import NUMBERS
+from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
+from ensemble.steps.served import open_served
+from ensemble.telemetry import Publisher
+
+_WRITE_EVERY_S = 1.0
+
+
+class _Outputs(Mapping[str, Array]):
+    """Holds an answer's tensors as Triton gave them: most are passed on, and never become arrays."""
+
+    def __init__(self, tensors: list[Any]) -> None:
+        self.tensors = {tensor.name(): tensor for tensor in tensors}
+
+    def __getitem__(self, name: str) -> Array:
+        return self.tensors[name].as_numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+class RouterModel:
+    """Answers recommend by the releases of the route that stands in its config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Opens the route, and where it is served fused both releases; an error here fails the load."""
+        check_numpy()
+        parameters = json.loads(args["model_config"])["parameters"]
+        mounted = Path(args["model_repository"]).parent
+        self.route = route_from_json(parameters["route"]["string_value"], args["model_name"])
+        is_fused = "fused" in parameters
+        repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
+        self.router = self._fused(repository) if is_fused else self._calling(repository)
+        self.loop = asyncio.new_event_loop()
+        if not is_fused:
+            threading.Thread(target=self.loop.run_forever, name="router", daemon=True).start()
+        labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
+        self.publisher = Publisher(pb_utils, self.router.metrics, labels)
+        self.numbers = mounted.parent / NUMBERS / f"{args['model_instance_name']}.json"
+        self.next_write_s = 0.0
+        gc.collect()
+        gc.freeze()  # as in PythonModel
+
+    def _calling(self, repository: Path) -> Router:
+        """Opens no more of the releases than what says which options they take.
+
+        Wrong ones are told here: the code of a call's error is lost on the way (INTERNAL, on 2.51).
+        """
+        schemas = {name: open_release(repository, name).schema for name in self.route.releases}
+
+        def check(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> None:
+            """Raises InvalidArgument for what the release's steps would refuse."""
+            prepared(user_ids, parameters, schemas[release])
+
+        return Router(self.route, _ask, check)
+
+    def _fused(self, repository: Path) -> FusedRouter:
+        """Opens both releases in this process."""
+        releases = [open_served(repository, name) for name in self.route.releases]
+        self.pipelines = [BatchedPipeline(release) for release in releases]
+        for release in releases:
+            release.live.follow()
+        return FusedRouter(self.route, self.pipelines)
+
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """Answers requests: at once where it is fused; else each when it is done, as the next ones come."""
+        self._publish()
+        asked = [_request(request) for request in requests]
+        if isinstance(self.router, FusedRouter):
+            good = [one for one in asked if isinstance(one, Request)]
+            answers = iter(self.router.answer(good))
+            return [_response(next(answers) if isinstance(one, Request) else one) for one in asked]
+        for request, one in zip(requests, asked, strict=True):
+            sender = request.get_response_sender()
+            if isinstance(one, Request):
+                asyncio.run_coroutine_threadsafe(self._send(self.router, sender, one), self.loop)
+            else:
+                sender.send(_response(one), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return None
+
+    async def _send(self, router: Router, sender: Any, request: Request) -> None:
+        """Answers one request by calls to the releases' ensembles."""
+        answer: Any
+        try:
+            answer = await router.answer(*request)
+        except Exception as error:  # every request is answered, whatever goes wrong
+            answer = error
+        sender.send(_response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _publish(self) -> None:
+        """Publishes the counts as metrics, and writes them for the guard, once a second."""
+        self.publisher.publish()
+        now = time.monotonic()
+        if now < self.next_write_s:
+            return
+        self.next_write_s = now + _WRITE_EVERY_S
+        counts = self.router.counts
+        text = json.dumps(
+            {
+                "sequence": self.route.sequence,
+                "releases": {
+                    name: one.to_json() for name, one in zip(self.route.releases, counts, strict=True)
+                },
+            }
+        )
+        staged = self.numbers.with_suffix(".staged")
+        try:
+            self.numbers.parent.mkdir(exist_ok=True)
+            staged.write_text(text, encoding="utf-8")
+            staged.replace(self.numbers)
+        except OSError:  # a full disk must not fail a request; the next second tries again
+            return
+
+    def finalize(self) -> None:
+        """Ends the threads."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        for pipeline in getattr(self, "pipelines", ()):
+            pipeline.release.close()
+
+
+def _request(request: Any) -> Request | InvalidArgument:
+    """Reads one of Triton's requests; what cannot be read is the caller's fault, and no batch-mate's."""
+    try:
+        return Request(request.inputs()[0].as_numpy(), request.parameters(), request.timeout())
+    except Exception as error:
+        return InvalidArgument(f"user_id: cannot be read: {error}")
+
+
+def _ask(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> Any:
+    """Asks a release's ensemble; CallFailed with Triton's message and code. Called in a thread.
+
+    Parameters of such a call are bool, int and str only: a double goes as its JSON, which is read as one.
+    """
+    plain = {
+        name: value if isinstance(value, bool | int | str) else json.dumps(value)
+        for name, value in parameters.items()
+    }
+    try:
+        response = pb_utils.InferenceRequest(
+            model_name=f"{release}_{PIPELINE}",
+            requested_output_names=list(ANSWER),
+            inputs=[pb_utils.Tensor("user_id", user_ids)],
+            parameters=plain,
+        ).exec()
+    except Exception as error:  # pb_utils.TritonModelException, where the model is not there
+        raise CallFailed(str(error), pb_utils.TritonError.UNAVAILABLE) from error
+    if response.has_error():
+        fault = response.error()
+        raise CallFailed(fault.message(), fault.code())
+    return _Outputs(response.output_tensors())
+
+
+def _response(answer: Any) -> Any:
+    """Makes a response of an answer's tensors, or of what went wrong. Triton's own error, passed on as it is,
+    would become INTERNAL."""
+    if isinstance(answer, _Outputs):
+        return pb_utils.InferenceResponse(list(answer.tensors.values()))
+    if isinstance(answer, InvalidArgument):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(answer, BaseException):
+        code = getattr(answer, "code", None) or pb_utils.TritonError.INTERNAL
+    else:
+        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in answer.items()]
+        return pb_utils.InferenceResponse(tensors)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code))

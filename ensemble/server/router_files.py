@@ -1,0 +1,98 @@
+"""Writes the model of a route's router, and the alias that names it, into the folder that a server mounts.
+
+Both follow from the aliases that the two releases bring along. The router is named by the route's sequence: a
+changed route is another model, which is loaded beside the one at work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ensemble.errors import ReleaseError
+from ensemble.release.files import NO_BYTECODE
+from ensemble.release.names import ROUTER
+from ensemble.release.repository import alias_of
+from ensemble.release.route import Route
+
+MODEL_PY = (
+    "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
+    "from ensemble.router_model import RouterModel as TritonPythonModel  # noqa: F401\n"
+)
+NUMBERS = "route-numbers"  # in the server's state folder: a file of counts of each instance of a router
+_INSTANCES = 2  # one that dies is not started again
+
+
+def router_of(route: Route) -> str | None:
+    """Names the model that splits users; None while the route has one release."""
+    return f"{ROUTER}_{route.sequence}" if route.canary else None
+
+
+def alias_text(repository: Path, route: Route) -> str:
+    """Gives the alias's configuration: one step, the release or the router."""
+    from google.protobuf import text_format
+
+    router, text = router_of(route), alias_of(repository, route.main)
+    if router is None:
+        return text
+    config = _parsed(text)
+    config.ensemble_scheduling.step[0].model_name = router
+    return str(text_format.MessageToString(config))
+
+
+def write_router(
+    folder: Path, repository: Path, route: Route, *, fused: bool, instances: int | None = None
+) -> None:
+    """Writes the router's model into `folder`; ReleaseError if the releases answer with other tensors."""
+    name = router_of(route)
+    if name is None:
+        return
+    text = _router_text(repository, route, name, fused=fused, instances=instances)
+    place, staged = folder / name, folder / f".{name}"
+    shutil.rmtree(staged, ignore_errors=True)
+    (staged / "1").mkdir(parents=True)
+    (staged / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
+    (staged / "1" / NO_BYTECODE).touch()
+    (staged / "config.pbtxt").write_text(text, encoding="utf-8")
+    shutil.rmtree(place, ignore_errors=True)
+    staged.rename(place)
+
+
+def _router_text(repository: Path, route: Route, name: str, *, fused: bool, instances: int | None) -> str:
+    """Configures the router: the alias's tensors, run by the Python backend, the route as a parameter."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+    aliases = [_parsed(alias_of(repository, release)) for release in route.releases]
+    _check_same(route, aliases)
+    main = aliases[0]
+    config = ModelConfig(name=name, backend="python", input=main.input, output=main.output)
+    config.max_batch_size = min(alias.max_batch_size for alias in aliases)
+    config.parameters["route"].string_value = route.to_json()
+    if fused:
+        config.parameters["fused"].string_value = "1"
+    config.dynamic_batching.max_queue_delay_microseconds = 0
+    config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=instances or _INSTANCES, kind=ModelInstanceGroup.KIND_CPU)
+    return str(text_format.MessageToString(config))
+
+
+def _parsed(text: str) -> Any:
+    """Reads a config.pbtxt."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    return text_format.Parse(text, ModelConfig())
+
+
+def _check_same(route: Route, aliases: list[Any]) -> None:
+    """Raises ReleaseError unless releases take and give the same tensors: one answer has rows of both."""
+    main, *others = ([*alias.input, *alias.output] for alias in aliases)
+    for other in others:
+        if differing := [mine.name for mine, its in zip(main, other, strict=False) if mine != its]:
+            raise ReleaseError(
+                f"releases {' and '.join(route.releases)} cannot share the users: {', '.join(differing)} of "
+                "their answers differ in shape, as with other tasks",
+                "activate the new one instead",
+            )
