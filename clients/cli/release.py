@@ -1,4 +1,4 @@
-"""Runs `peregrine release list | show | activate | remove`."""
+"""Runs `peregrine release list | show | activate | canary | promote | abort | remove`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
 
 if TYPE_CHECKING:
+    from clients.operations.canaries import Change
     from clients.operations.listing import ReleaseInfo
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="List, show, activate or remove releases.",
+    help="List, show, try, activate or remove releases.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The release, such as r1.")]
@@ -57,15 +58,15 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
             print(f"{info.name}: {info.problem}")
     if killed := unfinished(repository):
         print(
-            f"an activation of {killed.release} is under way, or was killed: the next `release activate`, "
-            "`release remove` or `serve` finishes or undoes it"
+            f"the {killed.what} of {killed.release} is under way, or was killed: the next `activate`, "
+            "`remove` or `serve` finishes or undoes it"
         )
 
 
 def _row(info: ReleaseInfo) -> tuple[str, ...]:
     """Writes a release's line of the table."""
     figures = ", ".join(f"{name.upper()} {value:.4f}" for name, value in info.figures.items())
-    share = f"{info.share:.0%}" if info.share else ""
+    share = f"{100 * info.share:.3g}%" if info.share else ""
     size = f"{info.size_bytes / 1e6:.1f}" if info.size_bytes else ""
     return info.name, info.id, _age(info.age_s), size, share, info.preset, info.compression, figures
 
@@ -133,6 +134,60 @@ def activate(
     if done.served and not done.flip_ms:
         how = "; the server answers with it already"
     print(f"release {name} is active{was}{how}")
+    for line in (*done.notes, *([f"warning: {done.warning}"] if done.warning else [])):
+        print(line, file=sys.stderr)
+
+
+Share = Annotated[float, typer.Option(metavar="PERCENT", help="How many of a hundred users it answers.")]
+
+
+@app.command()
+def canary(
+    name: Name,
+    share: Share,
+    repository: RepositoryOption = REPOSITORY,
+    require: Require = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tries a release on a share of the users: always the same ones, also when the share grows.
+
+    What it fails the active release answers. `serve` watches it, and takes it out by itself when it is worse.
+    """
+    from clients.operations import canaries
+
+    _print_change(canaries.canary(repository, name, share / 100, require), as_json)
+
+
+@app.command()
+def promote(
+    repository: RepositoryOption = REPOSITORY, require: Require = None, as_json: JsonOption = False
+) -> None:
+    """Gives the release that is tried all users: it is the active one then."""
+    from clients.operations import canaries
+
+    _print_change(canaries.promote(repository, require), as_json)
+
+
+@app.command()
+def abort(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+    """Takes the release that is tried out again: the active one answers all users."""
+    from clients.operations import canaries
+
+    _print_change(canaries.abort(repository), as_json)
+
+
+def _print_change(done: Change, as_json: bool) -> None:
+    """Prints what became of the route."""
+    if as_json:
+        print(json_text(dataclasses.asdict(done), indent=1))
+        return
+    ways = {
+        0.0: f"has no users any more, {done.main} has all",
+        1.0: "has all users: it is active",
+    }
+    way = ways.get(done.share, f"has {done.share:.3g} of the users, {done.main} the others")
+    how = f"; the server turned in {done.flip_ms:.1f} ms" if done.served else "; no server is running here"
+    print(f"release {done.release} {way}{how}")
     for line in (*done.notes, *([f"warning: {done.warning}"] if done.warning else [])):
         print(line, file=sys.stderr)
 

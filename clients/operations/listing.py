@@ -13,6 +13,7 @@ from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import name_order, release_names
 from ensemble.release.release import Release, active_release
 from ensemble.release.repository import half_releases
+from ensemble.release.route import read_route
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ def list_releases(repository: Path) -> list[ReleaseInfo]:
     Files are looked for, not read: a changed one of the same size is found when the release is activated.
     """
     check_repository(repository)
-    active, halves = active_release(repository), half_releases(repository)
-    infos = [_info(repository, name, active) for name in release_names(repository)]
+    route, halves = _shares(repository), half_releases(repository)
+    infos = [_info(repository, name, route) for name in release_names(repository)]
     for name, paths in halves.items():
         parts = ", ".join(path.name for path in paths)
         problem = f"half a copy: {name}/{MANIFEST} is missing (there are {parts})"
-        infos.append(ReleaseInfo(name, is_active=name == active, share=_share(name, active), problem=problem))
+        infos.append(
+            ReleaseInfo(
+                name, is_active=name == next(iter(route), None), share=route.get(name, 0.0), problem=problem
+            )
+        )
     return sorted(infos, key=lambda info: name_order(info.name))
 
 
@@ -54,13 +59,13 @@ def check_repository(repository: Path) -> None:
         raise InvalidInput(f"repository {repository} does not exist; `peregrine build SHOP` makes one")
 
 
-def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
+def _info(repository: Path, name: str, route: Mapping[str, float]) -> ReleaseInfo:
     """Reads from its manifest what the list says of a release, and looks for its files."""
-    share = _share(name, active)
+    share, is_active = route.get(name, 0.0), name == next(iter(route), None)
     try:
         manifest = read_manifest(repository / name / MANIFEST)
     except ReleaseError as error:
-        return ReleaseInfo(name, is_active=name == active, share=share, problem=str(error))
+        return ReleaseInfo(name, is_active=is_active, share=share, problem=str(error))
     report, created = manifest.get("report") or {}, str(manifest.get("created", ""))
     return ReleaseInfo(
         name,
@@ -69,7 +74,7 @@ def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
         _age_s(created),
         str(manifest.get("shop", "")),
         sum(int(entry["bytes"]) for entry in manifest["files"].values()),
-        name == active,
+        is_active,
         share,
         str(manifest.get("preset", "")),
         str((report.get("compress") or {}).get("plan_name", "none")),
@@ -78,9 +83,13 @@ def _info(repository: Path, name: str, active: str | None) -> ReleaseInfo:
     )
 
 
-def _share(name: str, active: str | None) -> float:
-    """Gives the share of users that the alias sends to a release."""
-    return 1.0 if name == active else 0.0
+def _shares(repository: Path) -> dict[str, float]:
+    """Gives the share of users that each release of the route has, the main one first."""
+    route = read_route(repository)
+    if route is not None:
+        return {one.release: one.share for one in route.shares}
+    active = active_release(repository)
+    return {} if active is None else {active: 1.0}
 
 
 def _age_s(created: str) -> float | None:

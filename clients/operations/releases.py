@@ -23,7 +23,7 @@ from ensemble.server.control import Control
 from ensemble.server.options import check_requirement
 from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.running import RunningServer, running_server
-from ensemble.server.turning import Turning
+from ensemble.server.turning import Turning, current_route
 from ensemble.server.twin import ask_twin
 
 
@@ -62,7 +62,7 @@ def activate(repository: Path, name: str, require: str | None = None) -> Activat
     release = open_release(repository, name)
     release.verify()
     foreign.check_release(release)
-    with _disk_errors(repository), locked(repository):
+    with disk_errors(repository), locked(repository):
         server = running_server(repository)
         if server is None:
             return _activate_on_disk(repository, release, require)
@@ -73,7 +73,7 @@ def activate(repository: Path, name: str, require: str | None = None) -> Activat
 def remove(repository: Path, name: str) -> None:
     """Removes a release that is not active, or the parts of one, from the server and from disk."""
     check_repository(repository)
-    with _disk_errors(repository):
+    with disk_errors(repository):
         settle(repository)
 
         def unload() -> None:
@@ -105,9 +105,9 @@ def _activate_on_disk(repository: Path, release: Release, require: str | None) -
             "`peregrine serve`"
         )
     settled, previous = settle_on_disk(repository), active_release(repository)
-    _try_out(release, previous)
+    try_out(release, previous)
     put_route(repository, next_route(read_route(repository), [Share(release.name, 1.0)]))
-    return Activation(release.name, previous, served=False, notes=_told(settled))
+    return Activation(release.name, previous, served=False, notes=told(settled))
 
 
 def _activate_in(
@@ -115,20 +115,21 @@ def _activate_in(
 ) -> Activation:
     """Turns the server at work; the release that it answers with already is only asked."""
     settled, name = turning.settle(), release.name
-    previous = active_release(turning.repository)
-    note = prepare_release(server, release, require, is_loaded=name == previous)
-    if name == previous and turning.answers(name):
-        return Activation(name, previous, served=True, notes=_told(settled, note))
+    route = current_route(turning.repository)
+    previous = route.main if route else None
+    note = prepare_release(server, release, require, is_loaded=route is not None and name in route.releases)
+    if route is not None and route.releases == (name,) and turning.answers(route):
+        return Activation(name, previous, served=True, notes=told(settled, note))
     if name != previous:
-        _try_out(release, previous)
+        try_out(release, previous)
     make_ready(turning.repository, name)
     turned = turning.turn(name)
     return Activation(
-        name, previous, True, turned.load_ms, turned.flip_ms, turned.warning, _told(settled, note)
+        name, previous, True, turned.load_ms, turned.flip_ms, turned.warning, told(settled, note)
     )
 
 
-def _try_out(release: Release, previous: str | None) -> None:
+def try_out(release: Release, previous: str | None) -> None:
     """Asks the release in a process of its own; ReleaseError that says which release goes on."""
     try:
         ask_twin(release)
@@ -137,13 +138,13 @@ def _try_out(release: Release, previous: str | None) -> None:
         raise ReleaseError(f"release {release.name} is not activated{goes_on}: {error}") from error
 
 
-def _told(*notes: str) -> tuple[str, ...]:
+def told(*notes: str) -> tuple[str, ...]:
     """Gives the notes that say something."""
     return tuple(filter(None, notes))
 
 
 @contextlib.contextmanager
-def _disk_errors(repository: Path) -> Iterator[None]:
+def disk_errors(repository: Path) -> Iterator[None]:
     """Turns a full or read-only disk into one line."""
     try:
         yield

@@ -27,7 +27,7 @@ ASK_S, UNLOAD_S = 8.0, 20.0
 # Each of a release's instances reads its files while others do, on a machine that serves
 _LOAD_S, _LOAD_BYTES_A_S = 120.0, 5e6
 _KILLED_DRAIN_S = 2.0
-_READY, _LOADING = "READY", "LOADING"
+READY, _LOADING = "READY", "LOADING"
 T = TypeVar("T")
 
 
@@ -78,12 +78,27 @@ class Control:
             drain(self.server.url, self.server.headers, ensemble, drain_s)
         deadline = time.monotonic() + UNLOAD_S
         while mine := {m: state for m, state in self.models().items() if m.startswith(f"{name}_")}:
-            for model in [model for model, state in mine.items() if state == _READY]:
+            for model in [model for model, state in mine.items() if state == READY]:
                 unload = partial(self._client.unload_model, model, headers=self.server.headers)
                 self._call(f"unload {model}", unload)
             if time.monotonic() > deadline:
                 raise NoAnswerError(f"unload {name}: {', '.join(mine)} still there after {UNLOAD_S:.0f} s")
             time.sleep(0.02)
+
+    def unload_model(self, model: str, limit_s: float = UNLOAD_S) -> None:
+        """Unloads one model, and returns when its last request is answered; NoAnswerError if it does not
+        go."""
+        deadline = time.monotonic() + limit_s
+        unload = partial(self._client.unload_model, model, headers=self.server.headers)
+        self._call(f"unload {model}", unload)
+        while self._state(model) not in ("", "UNAVAILABLE"):
+            if time.monotonic() > deadline:
+                raise NoAnswerError(f"unload {model}: still there after {limit_s:.0f} s")
+            time.sleep(0.02)
+
+    def _state(self, model: str) -> str:
+        """Gives a model's state as Triton's index has it; empty if it is not there."""
+        return self._index().get(model, "")
 
     def kill_release(self, name: str) -> None:
         """Kills the stubs of a release that nobody else asks, then unloads it.
@@ -100,10 +115,14 @@ class Control:
 
     def models(self) -> dict[str, str]:
         """Gives {model: READY or LOADING} of all that are loaded, or will be."""
+        return {model: state for model, state in self._index().items() if state in (READY, _LOADING)}
+
+    def _index(self) -> dict[str, str]:
+        """Gives the state of every model that Triton knows."""
         index = self._call(
             "list models", lambda: self._client.get_model_repository_index(headers=self.server.headers)
         )
-        return {model.name: model.state for model in index.models if model.state in (_READY, _LOADING)}
+        return {model.name: model.state for model in index.models}
 
     def ask(self, model: str, user_ids: Sequence[str], top_k: int) -> dict[str, Array]:
         """Asks `model` for the lists of B users; gives the tensors of its answer by name, ids as S."""

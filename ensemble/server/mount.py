@@ -31,7 +31,7 @@ class Mount:
     """Mounts releases for one server, and points its alias at one."""
 
     def __init__(self, state: Path, instances: int | None = None) -> None:
-        self.folder, self._staged, self._instances = state / MOUNT, state / STAGED, instances
+        self.folder, self._staged, self.instances = state / MOUNT, state / STAGED, instances
 
     def add(self, release: Release, plans: Sequence[Plan] = ()) -> None:
         """Mounts a release that is not loaded, its models with a plan from the plan's folder; ReleaseError if
@@ -73,7 +73,7 @@ class Mount:
     def _configuration(self, file: Path, model: str) -> str:
         """Gives a configuration as this server wants it: with its number of instances."""
         text = foreign.read_configuration(file, model)
-        return text if self._instances is None else with_instances(text, self._instances)
+        return text if self.instances is None else with_instances(text, self.instances)
 
     def remove(self, name: str) -> None:
         """Unmounts a release that is loaded no longer."""

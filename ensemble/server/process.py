@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ensemble import contract
 from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
 from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
 from ensemble.server.options import ServeOptions
+from ensemble.server.router_files import models_to_load
 from ensemble.server.runtime import Runtime
 from ensemble.tiers import settings as tiers
 
@@ -65,6 +65,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     if options.metrics_port is not None:
         metrics = [f"--metrics-address={options.address}", f"--metrics-port={options.metrics_port}"]
     chosen = [f"--model-config-name={launch.configuration}"] if launch.configuration else []
+    models = models_to_load(run.path / MOUNT, fused=launch.configuration == FUSED)
     restricted = f"{_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}"
     return [
         str(installation.binary),
@@ -72,7 +73,7 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
         f"--backend-directory={run.path / BACKENDS}",
         f"--backend-config=python,shm-region-prefix-name={run.region_prefix}",
         "--model-control-mode=explicit",
-        f"--load-model={contract.PIPELINE}",
+        *(f"--load-model={model}" for model in models),
         "--disable-auto-complete-config",
         "--strict-readiness=false",
         "--allow-http=false",

@@ -7,14 +7,16 @@ changed route is another model, which is loaded beside the one at work.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ensemble import contract
 from ensemble.errors import ReleaseError
 from ensemble.release.files import NO_BYTECODE
 from ensemble.release.names import ROUTER
 from ensemble.release.repository import alias_of
-from ensemble.release.route import Route
+from ensemble.release.route import Route, Share, route_from_json
 
 MODEL_PY = (
     "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
@@ -22,6 +24,11 @@ MODEL_PY = (
 )
 NUMBERS = "route-numbers"  # in the server's state folder: a file of counts of each instance of a router
 _INSTANCES = 2  # one that dies is not started again
+
+
+def only(name: str) -> Route:
+    """Makes the route of one release, for where none was written yet, or to hold answers against."""
+    return Route((Share(name, 1.0),), "", 1)
 
 
 def router_of(route: Route) -> str | None:
@@ -64,8 +71,8 @@ def _router_text(repository: Path, route: Route, name: str, *, fused: bool, inst
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
+    check_same(repository, route.releases)
     aliases = [_parsed(alias_of(repository, release)) for release in route.releases]
-    _check_same(route, aliases)
     main = aliases[0]
     config = ModelConfig(name=name, backend="python", input=main.input, output=main.output)
     config.max_batch_size = min(alias.max_batch_size for alias in aliases)
@@ -86,13 +93,27 @@ def _parsed(text: str) -> Any:
     return text_format.Parse(text, ModelConfig())
 
 
-def _check_same(route: Route, aliases: list[Any]) -> None:
+def check_same(repository: Path, names: Sequence[str]) -> None:
     """Raises ReleaseError unless releases take and give the same tensors: one answer has rows of both."""
+    aliases = [_parsed(alias_of(repository, name)) for name in names]
     main, *others = ([*alias.input, *alias.output] for alias in aliases)
     for other in others:
         if differing := [mine.name for mine, its in zip(main, other, strict=False) if mine != its]:
             raise ReleaseError(
-                f"releases {' and '.join(route.releases)} cannot share the users: {', '.join(differing)} of "
-                "their answers differ in shape, as with other tasks",
+                f"releases {' and '.join(names)} cannot share the users: {', '.join(differing)} of their "
+                "answers differ in shape, as with other tasks",
                 "activate the new one instead",
             )
+
+
+def models_to_load(mounted: Path, *, fused: bool) -> list[str]:
+    """Lists what a tritonserver has to load from its mount: the alias, and, where that is a route's, the
+    releases that the router asks, or, fused, the one that it could return to."""
+    alias = _parsed((mounted / contract.PIPELINE / "config.pbtxt").read_text(encoding="utf-8"))
+    step = alias.ensemble_scheduling.step[0].model_name
+    if not step.startswith(f"{ROUTER}_"):
+        return [contract.PIPELINE]
+    router = _parsed((mounted / step / "config.pbtxt").read_text(encoding="utf-8"))
+    route = route_from_json(router.parameters["route"].string_value, step)
+    asked = [route.main] if fused else route.releases
+    return [*(f"{name}_{contract.PIPELINE}" for name in asked), contract.PIPELINE]

@@ -43,6 +43,7 @@ class RunningServer:
     takes_portable: bool = False  # plans of other GPUs and versions, which need a flag of Triton
     require: str | None = None  # what `serve --require` asked for
     has_redis: bool = False
+    is_fused: bool = False  # all steps of a release in one process
 
     @property
     def headers(self) -> dict[str, str]:

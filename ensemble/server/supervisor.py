@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
-from ensemble.release.release import Release, open_release, served_releases
-from ensemble.release.repository import alias_of
+from ensemble.release.release import open_release, served_releases
+from ensemble.release.repository import FUSED
 from ensemble.server.calls import drain, is_model_ready
+from ensemble.server.canary_watch import CanaryWatch
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.installation import (
     Installation,
@@ -32,6 +33,7 @@ from ensemble.server.installation import (
     sweep_regions,
 )
 from ensemble.server.mount import Mount
+from ensemble.server.mounted_route import mount_route
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import (
     CONTROL_HEADER,
@@ -42,7 +44,7 @@ from ensemble.server.process import (
     memory_bytes,
 )
 from ensemble.server.running import Claim, RunningServer
-from ensemble.server.runtime import Runtime, choose_runtime
+from ensemble.server.runtime import choose_runtime
 from ensemble.server.state import default_state
 
 MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
@@ -71,6 +73,7 @@ class Server:
         # lives (CPython 3.10 to 3.12).
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
+        self._watch = CanaryWatch(launch.repository, run.path, self._running, log)
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -125,6 +128,7 @@ class Server:
         self._claim.write(self._running())
         self._thread.start()
         self._settled.wait()
+        self._watch.start(self._stopping)
         if self._failure:
             raise self._failure
 
@@ -145,6 +149,7 @@ class Server:
             takes_portable=bool(runtime.flags),
             require=options.require,
             has_redis=options.redis is not None,
+            is_fused=self.launch.configuration == FUSED,
         )
 
     def wait(self) -> None:
@@ -171,12 +176,16 @@ class Server:
         deaths: collections.deque[float] = collections.deque(maxlen=MAX_DEATHS)
         try:
             while not self._stopping.is_set():
+                self._mount_route()
                 self._process = TritonProcess(self._installation, self._run, self.launch, self._forward)
                 try:
                     end = self._run_once(self._process)
                 finally:
                     self._end(self._process)
-                if self._stopping.is_set() or not self._may_restart(end, deaths):
+                if self._stopping.is_set():
+                    return
+                is_without = self._watch.take_out_on_disk(f"tritonserver ended: {end}")
+                if not is_without and not self._may_restart(end, deaths):
                     return
         except PeregrineError as error:
             self._failure = error
@@ -186,6 +195,18 @@ class Server:
             self._clear()
             self._settled.set()
             self._ended.set()
+
+    def _mount_route(self) -> None:
+        """Mounts what the route says now; a canary that cannot be is taken out."""
+        repository, runtime = self.launch.repository, self.launch.runtime
+        mount = Mount(self._run.path, self.launch.options.instances)
+        is_fused = self.launch.configuration == FUSED
+        try:
+            mount_route(mount, repository, runtime, is_fused=is_fused)
+        except PeregrineError as error:
+            if not self._watch.take_out_on_disk(f"it cannot be mounted: {error}"):
+                raise
+            mount_route(mount, repository, runtime, is_fused=is_fused)
 
     def _end(self, process: TritonProcess) -> None:
         """Ends a process: with an answer for all that is in flight if we are stopped, else at once."""
@@ -236,7 +257,11 @@ class Server:
         self._instances.update(now)
         for instance, model in lost.items() if process.exit_code is None else ():
             del self._instances[instance]
-            if self._is_served(model) and is_model_ready(self.url, model):  # else it was unloaded on purpose
+            if not is_model_ready(self.url, model):
+                continue  # it was unloaded on purpose
+            if self._watch.is_tried(model):
+                self._watch.note_death(instance)
+            elif self._is_served(model):
                 left = sum(other == model for other in now.values())
                 if not left:
                     return f"every instance of {model} died"
@@ -319,18 +344,12 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     claim = Claim(options.state or default_state(repository), repository)
     try:
         run = make_run_folder(installation, claim.path.parent)
-        _mount(Mount(run.path, options.instances), open_release(repository, name), runtime)
+        Mount(run.path, options.instances).add(open_release(repository, name), runtime.plans)
     except BaseException:
         empty(claim.path.parent)
         claim.drop()
         raise
     return Server(launch, claim, installation, run, log)
-
-
-def _mount(mount: Mount, release: Release, runtime: Runtime) -> None:
-    """Mounts the release that is served, and points the alias at it."""
-    mount.add(release, runtime.plans)
-    mount.point(alias_of(release.repository, release.name))
 
 
 def _is_open(address: str, port: int) -> bool:

@@ -101,5 +101,5 @@ def wait_for_writer(repository: Path) -> None:
         time.sleep(0.05)
 
 
-def _fails(*_: object) -> None:
+def _fails(*_: object, **__: object) -> None:
     raise ServerError("the server is busy")

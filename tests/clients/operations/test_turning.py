@@ -139,7 +139,8 @@ def kill_after(step: str, repository: Path, name: str) -> None:
         [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert activation.unfinished(repository) == activation.Started(name, "r1")
+    started = activation.unfinished(repository)
+    assert (started.what, started.release, started.previous) == (activation.ACTIVATION, name, "r1")
 
 
 @pytest.mark.triton
@@ -182,7 +183,8 @@ def test_a_killed_activation_is_ended_by_the_next_serve(tmp_path):
     with serve(tmp_path / "models", OPTIONS, said.append):
         assert answering(tmp_path / "models") == "r2"
     assert said == ["the activation of r2, which was killed, is finished"]
-    activation.begin(tmp_path / "models", activation.Started("r1", "r2"))
+    started = activation.Started(activation.ACTIVATION, (Share("r1", 1.0),), (Share("r2", 1.0),))
+    activation.begin(tmp_path / "models", started)
     said.clear()
     assert check_servable(tmp_path / "models", said.append) == "r2"
     assert said == ["the activation of r1, which was killed, is undone: r2 is active"]

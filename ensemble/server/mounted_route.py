@@ -1,0 +1,38 @@
+"""Mounts all that a route needs before a tritonserver starts: its releases, what splits users, the alias."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ensemble.engines.plans import Plan, find_plans
+from ensemble.errors import ReleaseError
+from ensemble.release.release import Release, open_release
+from ensemble.release.repository import require_active
+from ensemble.release.route import read_route
+from ensemble.server.mount import Mount
+from ensemble.server.router_files import alias_text, only, write_router
+from ensemble.server.runtime import Runtime
+
+
+def mount_route(mount: Mount, repository: Path, runtime: Runtime, *, is_fused: bool) -> None:
+    """Mounts the releases of the route that are not, its router, and points the alias; ReleaseError says
+    what cannot be."""
+    route = read_route(repository) or only(require_active(repository))
+    for name in route.releases:
+        release = open_release(repository, name)
+        if not mount.has(release):
+            release.verify()
+            mount.add(release, _plans(release, runtime))
+    write_router(mount.folder, repository, route, fused=is_fused, instances=mount.instances)
+    mount.point(alias_text(repository, route))
+
+
+def _plans(release: Release, runtime: Runtime) -> tuple[Plan, ...]:
+    """Finds a release's plans where the server runs plans in Triton's own backend; without fitting ones it
+    runs on what the engine steps run on."""
+    if not runtime.plans or runtime.node is None:
+        return ()
+    try:
+        return tuple(find_plans(release, runtime.node).values())
+    except ReleaseError:
+        return ()
