@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble import contract
+from ensemble.contract import Degraded
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
 from ensemble.release import activation
 from ensemble.release.canary import ANY_ENGINE, CANARY, read_canary
@@ -26,6 +27,7 @@ from ensemble.server.router_files import alias_text, only, router_of, write_rout
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
 SETTLE_S = 0.5
+TRIES = 5  # for a canary to answer in its part of the time
 HANGS_S = 3.0  # a router that takes longer to go waits for a release that does not answer
 
 
@@ -196,7 +198,10 @@ class Turning:
         answers, and the main one's lists are near those of its build."""
         release = open_release(self.repository, route.main)
         canary = read_canary(release.path / CANARY)
-        answer = self.control.ask(model, canary.user_ids, canary.top_k)
+        for _ in range(TRIES if route.canary else 1):
+            answer = self.control.ask(model, canary.user_ids, canary.top_k)
+            if "degraded" not in answer or not (answer["degraded"] & Degraded.CANARY_FAILED).any():
+                break  # else it was late: what has just been loaded is slow at first
         wanted = [route.releases[place] for place in route.places([u.encode() for u in canary.user_ids])]
         given = [name.decode() for name in answer["release"].ravel().tolist()] if "release" in answer else []
         if given != wanted:

@@ -100,6 +100,39 @@ def takes_much_memory(graph: onnx.GraphProto) -> None:
 
 def never_ends(graph: onnx.GraphProto) -> None:
     """A loop of 2 ** 62 rounds around the probabilities."""
+    graph.initializer.append(numpy_helper.from_array(np.array(2**62), "rounds"))
+    _loop(graph)
+
+
+FEW = 4  # a release's own users come 8 at a time, callers' mostly alone
+
+
+def fails_for_few(graph: onnx.GraphProto) -> None:
+    """Reads beyond the end of a table when fewer than FEW users come at once."""
+    _is_for_few(graph)
+    add(graph, "Gather", "table", "once", output="nothing")
+    graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "table"))
+    add(graph, "Add", "raw", "nothing")
+
+
+def hangs_for_few(graph: onnx.GraphProto) -> None:
+    """Loops for ever when fewer than FEW users come at once."""
+    _is_for_few(graph)
+    add(graph, "Mul", "once", output="rounds", many=np.array(2**62))
+    _loop(graph)
+
+
+def _is_for_few(graph: onnx.GraphProto) -> None:
+    """Gives 1 as "once" when fewer than FEW users come, else 0."""
+    add(graph, "Shape", "raw", output="shape")
+    add(graph, "Gather", "shape", output="batch", first=np.array(0))
+    add(graph, "Less", "batch", output="few", fewest=np.array(FEW))
+    add(graph, "Cast", "few", output="once")
+    graph.node[-1].attribute.append(helper.make_attribute("to", TensorProto.INT64))
+
+
+def _loop(graph: onnx.GraphProto) -> None:
+    """As many rounds as "rounds" says around the probabilities."""
 
     def value(name: str, kind: int, shape: list[int] | None) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, shape)
@@ -117,8 +150,7 @@ def never_ends(graph: onnx.GraphProto) -> None:
         ],
         [value("goes_on", TensorProto.BOOL, []), value("kept", 1, None)],
     )
-    for name, constant in (("rounds", np.array(2**62)), ("always", np.array(True))):
-        graph.initializer.append(numpy_helper.from_array(constant, name))
+    graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
     graph.node.append(helper.make_node("Loop", ["rounds", "always", "raw"], [OUTPUT], body=body))
 
 
