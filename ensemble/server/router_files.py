@@ -109,8 +109,10 @@ def check_same(repository: Path, names: Sequence[str]) -> None:
 def models_to_load(mounted: Path, *, fused: bool) -> list[str]:
     """Lists what a tritonserver has to load from its mount: the alias, and, where that is a route's, the
     releases that the router asks, or, fused, the one that it could return to."""
-    alias = _parsed((mounted / contract.PIPELINE / "config.pbtxt").read_text(encoding="utf-8"))
-    step = alias.ensemble_scheduling.step[0].model_name
+    path = mounted / contract.PIPELINE / "config.pbtxt"
+    if not path.exists():  # nothing is mounted: Triton will say so
+        return [contract.PIPELINE]
+    step = _parsed(path.read_text(encoding="utf-8")).ensemble_scheduling.step[0].model_name
     if not step.startswith(f"{ROUTER}_"):
         return [contract.PIPELINE]
     router = _parsed((mounted / step / "config.pbtxt").read_text(encoding="utf-8"))
