@@ -11,12 +11,13 @@ import numpy as np
 
 from ensemble.arrays import Array, Tensors
 from ensemble.id_rule import encode_id, encode_ids
-from ensemble.options import Options, parse_options, stack
+from ensemble.options import Options, default_options, parse_options, stack
 from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, TensorSpec
 from ensemble.steps.served import ServedRelease
 from ensemble.telemetry import Metric
 
+_DTYPES = {"bytes": "S1"}  # ids, as python_model gives them to steps
 RETURNED = "K"  # the axis that is cut to each request's own top_k
 
 
@@ -35,12 +36,27 @@ def open_step(model: ModelSpec, release: ServedRelease) -> Step:
     return step
 
 
+def warm(model: ModelSpec, step: Step) -> None:
+    """Runs a step for users that nobody is, once a batch size that it names in `warm_sizes` (one user, if it
+    names none): the first request then finds its code imported, its files mapped and its graphs captured."""
+    for size in getattr(step, "warm_sizes", (1,)):
+        tensors = {
+            tensor.name: np.zeros(
+                (size, *(dim or 1 for dim in tensor.dims)), _DTYPES.get(tensor.dtype, tensor.dtype)
+            )
+            for tensor in model.inputs
+        }
+        step.run(default_options(size), **tensors)
+
+
 class FusedStep:
     """Runs all of recommend as one step: all its models in one process, on the same arrays."""
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         self.pipeline = LocalPipeline(release)
         self.metrics = self.pipeline.step_metrics  # the release's own are published beside them
+        sizes = {size for one in self.pipeline.steps.values() for size in getattr(one, "warm_sizes", (1,))}
+        self.warm_sizes = tuple(sorted(sizes))
 
     def run(self, options: Options, **tensors: Array) -> Tensors:
         """Turns the pipeline's inputs by name into the answer's tensors."""

@@ -19,7 +19,7 @@ from ensemble.arrays import Array, Tensors
 from ensemble.engines import REPOSITORY_VARIABLE
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
-from ensemble.local import open_step, rows_of
+from ensemble.local import open_step, rows_of, warm
 from ensemble.options import Options, default_options, parse_options, stack
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
@@ -42,6 +42,7 @@ class PythonModel:
         self.schema = release.schema
         self.model = release.model(parameters["step"])
         self.step = open_step(self.model, release)
+        warm(self.model, self.step)
         self.release = release
         if not self.model.is_engine:
             release.live.follow()

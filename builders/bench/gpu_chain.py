@@ -17,7 +17,7 @@ import numpy as np
 from builders.bench.gpu_rows import Row, guarded, wall_ms
 from builders.compile.stage import compile_release, toolchain
 from clients.bench.loadgen import Load, users_file_of
-from clients.bench.measuring_process import MeasuringProcess
+from clients.bench.measuring_process import measure_at_once
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import CPU, ENGINE_VARIABLE, GPU, INDEX_VARIABLE, ONNXRUNTIME, ONNXRUNTIME_GPU
 from ensemble.engines.flavors import FLAVORS, TITLES
@@ -33,7 +33,7 @@ _USERS, _BATCH = 512, 64
 # Places of a list that may hold another item than the CPU's: near ties fall otherwise in another precision.
 _MOST_MOVED = 0.05
 _CLIENTS, _SECONDS = 6, 2.0
-_IN_FLIGHT = (1, 60, 240)  # of all clients together
+_IN_FLIGHT = (1, 240)  # of all clients together
 _SHARES, _RATES = (0.5, 0.8), (5_000.0, 10_000.0)
 
 
@@ -157,13 +157,8 @@ def _measure(release: ServedRelease, server: RunningServer, **load: Any) -> dict
     """Asks from several processes at once; p50 is their mean, p99 that of the worst."""
     clients = 1 if load.get("concurrency") == 1 else _CLIENTS
     common = {"url": server.url, "users_file": users_file_of(release.path), "seconds": _SECONDS}
-    each = [
-        MeasuringProcess("clients.bench.loadgen", Load(**{**common, **load, "seed": seed}).to_spec())
-        for seed in range(clients)
-    ]
-    for process in each:
-        process.go()
-    figures = [process.result() for process in each]
+    specs = [Load(**{**common, **load, "seed": seed}).to_spec() for seed in range(clients)]
+    figures = measure_at_once("clients.bench.loadgen", specs)
     return {
         "achieved_per_s": sum(one["achieved_per_s"] for one in figures),
         "failed": sum(one["failed"] for one in figures),

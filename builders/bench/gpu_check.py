@@ -34,13 +34,13 @@ from ensemble.steps.served import ServedRelease, open_served
 # Each part: what gives its rows, and how many seconds it may take: five minutes in all. In this order plans
 # are there before they are served.
 PARTS = {
-    "compile": ("builders.bench.gpu_chain:compile_rows", 40),
-    "engines": ("builders.bench.gpu_engines:engine_rows", 60),
+    "compile": ("builders.bench.gpu_chain:compile_rows", 30),
+    "engines": ("builders.bench.gpu_engines:engine_rows", 55),
     "onnxruntime": ("builders.bench.gpu_engines:onnxruntime_rows", 20),
-    "torch": ("builders.bench.gpu_torch:torch_rows", 40),
-    "faiss": ("builders.bench.gpu_faiss:faiss_rows", 40),
+    "torch": ("builders.bench.gpu_torch:torch_rows", 35),
+    "faiss": ("builders.bench.gpu_faiss:faiss_rows", 55),
     "twin": ("builders.bench.gpu_chain:twin_rows", 20),
-    "triton": ("builders.bench.gpu_chain:triton_rows", 80),
+    "triton": ("builders.bench.gpu_chain:triton_rows", 85),
 }
 _ROW = "ROW "  # begins each line that a part's process gives; others are its libraries'
 _NEEDS_GPU = ("compile",)

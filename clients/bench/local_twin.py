@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clients.bench.loadgen import latency_summary, users_file_of, zipf_users
-from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
+from clients.bench.measuring_process import Measure, measure_at_once, serve_measurement
 from ensemble.arrays import Array
 
 _DISTINCT = 4000  # users that are drawn beforehand and asked for in turn
@@ -93,10 +93,7 @@ def _measure(
 def measure_together(load: TwinLoad, processes: int) -> dict[str, Any]:
     """Measures so many twins at once: their throughputs add up; the rest is averaged."""
     specs = [{**asdict(load), "seed": load.seed + number} for number in range(processes)]
-    twins = [MeasuringProcess("clients.bench.local_twin", spec) for spec in specs]
-    for twin in twins:
-        twin.go()
-    rows = [twin.result() for twin in twins]
+    rows = measure_at_once("clients.bench.local_twin", specs)
     averaged = [key for key in rows[0] if key.endswith("_ms") and key != "steps_ms"]
     return {
         **{key: _mean(row[key] for row in rows) for key in averaged},

@@ -115,6 +115,7 @@ class Bench:
         """Measures the server under one load: what the load generator saw, and what the server did."""
         load = self._load(**changes)
         process = MeasuringProcess("clients.bench.loadgen", load.to_spec())
+        process.ready()
         before = self.probe.snapshot()
         process.go()
         row = process.result()

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,17 @@ class MeasuringProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
+        self._module = module
         self._send(json.dumps(spec))
+
+    def ready(self) -> None:
+        """Waits until the child is prepared; PeregrineError if it cannot be."""
         if (line := self._read()) != "ready":
             reason = json.loads(line)["error"] if line.startswith("{") else "it ended; see the lines above"
-            raise PeregrineError(f"{module} could not start: {reason}")
+            raise PeregrineError(f"{self._module} could not start: {reason}")
 
     def go(self) -> None:
-        """Lets the measurement begin."""
+        """Lets the measurement begin; the child is prepared."""
         self._send("go")
 
     def result(self) -> dict[str, Any]:
@@ -79,6 +83,14 @@ def serve_measurement(prepare: Callable[[dict[str, Any]], Measure]) -> None:
 
 def measure_in_process(module: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Runs one measurement, start to end."""
-    process = MeasuringProcess(module, spec)
-    process.go()
-    return process.result()
+    return measure_at_once(module, [spec])[0]
+
+
+def measure_at_once(module: str, specs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs several measurements at the same time, one process each; they begin when all are prepared."""
+    processes = [MeasuringProcess(module, spec) for spec in specs]
+    for process in processes:
+        process.ready()
+    for process in processes:
+        process.go()
+    return [process.result() for process in processes]

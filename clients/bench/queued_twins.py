@@ -21,7 +21,7 @@ import numpy as np
 
 from clients.bench.loadgen import latency_summary, poisson_times
 from clients.bench.local_twin import TwinLoad, open_twin
-from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
+from clients.bench.measuring_process import Measure, measure_at_once, serve_measurement
 from ensemble.arrays import Array
 
 _STATE = struct.Struct("dq")  # time of the start (0: nobody has come yet), number of the next arrival
@@ -95,10 +95,7 @@ def measure_queued(load: TwinLoad, rate: float, processes: int) -> dict[str, Any
         file.write(bytes(_STATE.size))
         file.flush()
         spec = {"load": asdict(load), "rate": rate, "queue": file.name}
-        twins = [MeasuringProcess("clients.bench.queued_twins", spec) for _ in range(processes)]
-        for twin in twins:
-            twin.go()
-        results = [twin.result() for twin in twins]
+        results = measure_at_once("clients.bench.queued_twins", [spec] * processes)
     latencies = np.concatenate([result["latencies_ms"] for result in results])
     batches = sum(result["batches"] for result in results)
     return {

@@ -51,9 +51,10 @@ def open_engine(path: Path, threads: int = 1, *, gpu: bool = False) -> Engine:
     `gpu` asks for ONNX Runtime's CUDA provider, or an error.
     """
     if path.suffix == ".onnx":
-        from ensemble.engines.onnx import CPU, CUDA, OnnxEngine
+        from ensemble.engines.onnx import OnnxEngine
+        from ensemble.engines.onnx_cuda import open_cuda
 
-        return OnnxEngine(path, threads, CUDA if gpu else CPU)
+        return open_cuda(path, threads) if gpu else OnnxEngine(path, threads)
     if path.suffix == ".plan":
         from ensemble.engines.tensorrt import TensorRTEngine
 
@@ -107,6 +108,9 @@ class EngineStep:
             release.verify([path])
         self.engine = open_engine(path, gpu=runtime == ONNXRUNTIME_GPU)
         self._chunk = CHUNK if runtime == ONNXRUNTIME else release.pipeline.max_batch
+        # On the GPU a batch of each size is captured when it is first run, which takes .1 s.
+        if runtime == ONNXRUNTIME_GPU:
+            self.warm_sizes = tuple(1 << power for power in range((self._chunk - 1).bit_length() + 1))
         check_signature(self.engine, model, path)
 
     def run(self, options: Options, **tensors: Array) -> Tensors:

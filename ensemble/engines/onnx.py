@@ -5,6 +5,7 @@ An engine has one thread: parallelism comes from instances, and idle threads mus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -12,6 +13,9 @@ import onnxruntime as ort
 from ensemble.arrays import Tensors
 from ensemble.errors import InvalidInput, ReleaseError
 
+Described = tuple[
+    str, str, tuple[int | None, ...]
+]  # a tensor's name, numpy dtype name, sizes after the batch
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32",
@@ -29,8 +33,7 @@ class OnnxEngine:
     ) -> None:
         """Opens `model`, a file or its bytes; errors and `fuse` as in open_session."""
         self._session = open_session(model, threads, provider, fuse=fuse)
-        self.inputs = [_described(node) for node in self._session.get_inputs()]
-        self.outputs = [_described(node) for node in self._session.get_outputs()]
+        self.inputs, self.outputs = described(self._session)
         self._input_names = frozenset(name for name, _, _ in self.inputs)
         self._output_names = [name for name, _, _ in self.outputs]
 
@@ -40,8 +43,20 @@ class OnnxEngine:
         return dict(zip(self._output_names, self._session.run(self._output_names, wanted), strict=True))
 
 
+def described(session: ort.InferenceSession) -> tuple[list[Described], list[Described]]:
+    """Lists a session's inputs and outputs as Engine wants them."""
+    return [_described(node) for node in session.get_inputs()], [
+        _described(node) for node in session.get_outputs()
+    ]
+
+
 def open_session(
-    model: Path | bytes, threads: int = 1, provider: str = CPU, *, fuse: bool = True
+    model: Path | bytes,
+    threads: int = 1,
+    provider: str = CPU,
+    *,
+    fuse: bool = True,
+    provider_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Opens `model`, a file or its bytes; a file is read first, so that external data is never followed.
 
@@ -54,7 +69,7 @@ def open_session(
     options = _session_options(threads, provider, fuse)
     try:
         data = model.read_bytes() if isinstance(model, Path) else model
-        session = ort.InferenceSession(data, options, providers=[provider])
+        session = ort.InferenceSession(data, options, providers=[(provider, dict(provider_options or {}))])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         raise error_type(f"onnxruntime cannot open {name}: {str(error).splitlines()[0]}") from None
     _check_provider(name, provider, session.get_providers())  # One that does not start is dropped in silence.
@@ -85,7 +100,7 @@ def _check_provider(name: str, provider: str, active: list[str]) -> None:
         )
 
 
-def _described(node: ort.NodeArg) -> tuple[str, str, tuple[int | None, ...]]:
+def _described(node: ort.NodeArg) -> Described:
     """Gives a tensor's name, numpy dtype name, and sizes without the batch; None where a size varies."""
     dims = tuple(d if isinstance(d, int) else None for d in node.shape[1:])
     return node.name, _DTYPES.get(node.type, node.type), dims

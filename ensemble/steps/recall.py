@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ensemble.arrays import Array, Tensors
+from ensemble.arrays import Array, Tensors, first_kept, without_repeats
 from ensemble.contract import QUERY_TENSORS
 from ensemble.index.filters import ItemFilters, RowMask
 from ensemble.live.rows import read_items
@@ -28,7 +28,6 @@ from ensemble.steps.served import ServedRelease
 from ensemble.steps.sources import STRIDE, Batch, Nearest, open_sources
 from ensemble.telemetry import Metric
 
-_NOWHERE = np.iinfo(np.int64).max  # the place in line of what is not eligible
 _LATER = 1 << 40  # more than any rank: the place in line of what is beyond its source's quota
 
 Kind = TypeVar("Kind")
@@ -38,6 +37,11 @@ def fused(rows: Array, scores: Array, weights: tuple[float, ...]) -> Array:
     """Gives the score that sorts candidates: rows [B, N] int64, source scores [B, N, S] -> [B, N] float32,
     -inf where padded."""
     return np.where(rows > 0, scores @ np.array(weights, np.float32), -np.inf)
+
+
+def _is_full(rows: Array, wanted: int) -> bool:
+    """Says whether rows [B, X], padded at the end, have `wanted` for every user."""
+    return rows.shape[1] >= wanted and bool((rows[:, wanted - 1] > 0).all())
 
 
 class Recall:
@@ -69,7 +73,7 @@ class Recall:
         depth = min(self.sizes.candidates + int(num_excluded.max(initial=0)), view.num_rows - 1)
         masks = [None if u.filter is None else self.filters.mask(u.filter, view) for u in options.users]
         batch = Batch(query, seen_rows, view, masks, depth)
-        return self._scored(batch, self._merge(*self._offers(batch, excluded)))
+        return self._scored(batch, self._merge(self._offers(batch, excluded)))
 
     def metrics(self) -> list[Metric]:
         """Lists the live items' numbers and the probe's."""
@@ -110,41 +114,43 @@ class Recall:
 
     # --- one list
 
-    def _offers(self, batch: Batch, excluded: Array) -> tuple[Array, Array]:
-        """Gives all sources' rows side by side [B, X], -1 where ineligible, and their places in line [B, X]
-        int64, the smallest first."""
-        parts = [source.offer(batch) for source in self.sources]
-        rows = self._eligible(np.concatenate(parts, axis=1), excluded, batch.masks, batch.view)
-        return rows, self._places(rows, [part.shape[1] for part in parts])
-
-    def _places(self, rows: Array, widths: list[int]) -> Array:
-        """Gives places in line [B, X]: offers within their source's quota first, then the rest; -1 rows last.
+    def _offers(self, batch: Batch, excluded: Array) -> Array:
+        """Gives all sources' eligible offers [B, X], padded with -1, in line: those within their source's
+        quota first, then the rest.
 
         A source's offers are counted after filtering, so that a quota is filled by items that can be shown.
+        Beyond its first N none of a source is needed, and where another has N for everybody, nobody fills up.
         """
-        places, start = np.empty(rows.shape, np.int64), 0
-        for s, (source, quota, width) in enumerate(zip(self.sources, self.quotas, widths, strict=True)):
-            piece = slice(start, start + width)
-            rank = np.cumsum(rows[:, piece] > 0, axis=1) - 1
-            later = _LATER * (2 if source.fills_up else 1)
-            places[:, piece] = rank * len(widths) + s + (rank >= quota) * later
-            start += width
-        return np.where(rows > 0, places, _NOWHERE)
-
-    def _merge(self, rows: Array, places: Array) -> Array:
-        """Gives the distinct rows [B, N] that are first in line, in any order, padded with -1, of rows [B, X]
-        and their places [B, X]."""
-        by_row = np.lexsort((places, rows), axis=-1)
-        rows, places = np.take_along_axis(rows, by_row, axis=1), np.take_along_axis(places, by_row, axis=1)
-        places[:, 1:][rows[:, 1:] == rows[:, :-1]] = _NOWHERE  # the same item, later in line
+        parts = [source.offer(batch) for source in self.sources]
+        rows = self._eligible(np.concatenate(parts, axis=1), excluded, batch.masks, batch.view)
+        pieces = np.split(rows, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
         wanted = self.sizes.candidates
-        if rows.shape[1] < wanted:
-            gap = ((0, 0), (0, wanted - rows.shape[1]))
-            rows = np.pad(rows, gap, constant_values=-1)
-            places = np.pad(places, gap, constant_values=_NOWHERE)
-        first = np.argpartition(places, wanted - 1, axis=1)[:, :wanted]
-        kept = np.take_along_axis(places, first, axis=1) < _NOWHERE
-        return np.where(kept, np.take_along_axis(rows, first, axis=1), -1)
+        own = [
+            None if source.fills_up else first_kept(piece, wanted)
+            for source, piece in zip(self.sources, pieces, strict=True)
+        ]
+        is_full = any(part is not None and _is_full(part, wanted) for part in own)
+        parts = [
+            first_kept(piece, min(quota, wanted) if is_full else wanted) if part is None else part
+            for part, piece, quota in zip(own, pieces, self.quotas, strict=True)
+        ]
+        return np.concatenate(parts, axis=1)[:, self._line([part.shape[1] for part in parts])]
+
+    def _line(self, widths: list[int]) -> Array:
+        """Gives the order [X] in which the columns of offers are in line: sources by turns within their
+        quotas, then beyond them, and last of all what only fills up."""
+        places = []
+        for s, (source, quota, width) in enumerate(zip(self.sources, self.quotas, widths, strict=True)):
+            rank, later = np.arange(width), _LATER * (2 if source.fills_up else 1)
+            places.append(rank * len(widths) + s + (rank >= quota) * later)
+        return np.argsort(np.concatenate(places))
+
+    def _merge(self, rows: Array) -> Array:
+        """Gives the first N distinct rows [B, N] of rows [B, X] in line, padded with -1."""
+        wanted = self.sizes.candidates
+        merged = first_kept(without_repeats(rows), wanted)
+        gap = ((0, 0), (0, wanted - merged.shape[1]))
+        return np.pad(merged, gap, constant_values=-1) if gap[1][1] else merged
 
     def _scored(self, batch: Batch, rows: Array) -> Tensors:
         """Gives all candidate_* tensors of rows [B, N] in any order: by fused score, ties by row, padding

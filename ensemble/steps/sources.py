@@ -97,21 +97,25 @@ class Transitions:
 
     def offer(self, batch: Batch) -> Array:
         """Gives rows [B, P]."""
-        return self._followers(batch)[0]
+        return _best_first(*self._by_row(batch))[0]
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
         """Gives log(1 + score) of what followed [B, N]; 0 where nothing of the past leads there."""
-        return np.log1p(look_up(rows, *self._followers(batch), STRIDE))
-
-    def _followers(self, batch: Batch) -> tuple[Array, Array]:
-        """Gives followers(batch.seen_rows), computed once a batch."""
-        if self.name not in batch.lists:
-            batch.lists[self.name] = self.followers(batch.seen_rows)
-        return batch.lists[self.name]
+        return np.log1p(look_up(rows, *self._by_row(batch), STRIDE))
 
     def followers(self, seen_rows: Array) -> tuple[Array, Array]:
         """Gives what followed the last of seen_rows [B, W]: rows [B, P] best first, distinct, padded with -1;
         scores [B, P], where the k-th newest item counts 1 / k."""
+        return _best_first(*self._summed(seen_rows))
+
+    def _by_row(self, batch: Batch) -> tuple[Array, Array]:
+        """Gives the batch's followers in order of rows, computed once a batch."""
+        if self.name not in batch.lists:
+            batch.lists[self.name] = self._summed(batch.seen_rows)
+        return batch.lists[self.name]
+
+    def _summed(self, seen_rows: Array) -> tuple[Array, Array]:
+        """Gives rows and scores [B, P] as sum_by_row does."""
         last = seen_rows[:, : -self._num_last - 1 : -1]  # newest first
         # Nothing has followed a new item yet.
         lists = self._lists[np.where(last < len(self._lists), np.maximum(last, 0), 0)]
@@ -120,9 +124,13 @@ class Transitions:
         rows = lists["rows"].astype(np.int64).reshape(len(seen_rows), -1)
         scores = (lists["scores"] * weight).reshape(len(seen_rows), -1)
         rows = np.where(scores > 0, rows, -1)
-        rows, scores = sum_by_row(rows, np.where(rows > 0, scores, 0))
-        best = np.lexsort((rows, -scores), axis=-1)
-        return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+        return sum_by_row(rows, np.where(rows > 0, scores, 0))
+
+
+def _best_first(rows: Array, scores: Array) -> tuple[Array, Array]:
+    """Sorts rows and scores [B, P] by score, the greatest first, ties by row; `rows` ascend already."""
+    best = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
 
 class Popular:

@@ -62,8 +62,8 @@ def test_several_interests_offer_in_turns(tmp_path, rng):
 
 def test_what_followed_is_looked_up_once_a_batch(tmp_path, rng, monkeypatch):
     recall = open_recall(make_release(tmp_path, rng))
-    calls, followers = [], Transitions.followers
-    monkeypatch.setattr(Transitions, "followers", lambda *a: calls.append(a) or followers(*a))
+    calls, summed = [], Transitions._summed
+    monkeypatch.setattr(Transitions, "_summed", lambda *a: calls.append(a) or summed(*a))
     seen = rng.integers(1, 120, (6, 12))
     recall.run(
         default_options(6),
