@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from builders.folders import Inputs, only_one
 from builders.keys import SOURCES, code_digest, library_versions
 from builders.progress import Progress
 from ensemble.errors import ReleaseError
+from ensemble.progress import bar
 
 _KEPT = 3  # finished folders kept of each stage
 
@@ -132,22 +132,8 @@ class Stages:
     def _show(self, stage: Stage, partial: Path) -> None:
         """Runs the stage behind a progress bar."""
         reset_peak()
-        columns = (
-            bars.SpinnerColumn(),
-            bars.TextColumn("{task.fields[stage]:<11}"),
-            bars.BarColumn(bar_width=30),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("{task.description}"),
-        )
-        with bars.Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as bar:
-            task = bar.add_task("", total=1.0, stage=stage.name)
-
-            def progress(share: float, text: str) -> None:
-                bar.update(task, completed=share, description=text)
-
-            stage.run(self.folders(stage), stage.options, partial, progress)
+        with bar(stage.name, self.console) as update:
+            stage.run(self.folders(stage), stage.options, partial, lambda share, text: update(text, share))
 
     def _drop_old(self, name: str) -> None:
         finished = [path for path in self.root.glob(f"{name}-*") if not path.name.endswith(".partial")]
