@@ -3,11 +3,13 @@
 Items are those of the shop's files with the changes that were made while older releases were served: what the
 repository's catalogue log (ensemble.live.catalogue) says when the build begins.
 
-    data -> encoders -> index -> ranker -> export -> compress -> verify -> repository
+    data -> encoders -> index -> ranker -> export -> compress -> verify -> (the same once more, on all
+    that is known: the refit) -> repository
 
 The ranker learns from what recall offers, so the index comes before it; engines are exported when all
 training is done, and compressed, where a recipe says so, on the very release that was exported. Each stage
-lies in its own folder: `builders/NAME/stage.py` has what is run here.
+lies in its own folder: `builders/NAME/stage.py` has what is run here. `verify` measures the model that has
+not seen the held-out rows; what is published has gone on from it with them (builders/README.md).
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ import builders.export.stage as export
 import builders.index.stage as index
 import builders.publish.stage as publish
 import builders.ranker.stage as ranker
+import builders.verify.refit as refit_verify
 import builders.verify.stage as verify
 from builders.compress.recipe import NO_RECIPE, Recipe
 from builders.compress.source import Source, open_source
-from builders.data.dataset import open_schema
+from builders.data.dataset import open_dataset, open_schema
+from builders.data.refit import holds_out
 from builders.keys import FileDigests, own_key, shop_digest
 from builders.own_model import open_own
 from builders.presets import Preset
 from builders.shop.catalogue import write_changes
-from builders.stages import Stage, Stages, stages_folder
+from builders.stages import REFIT, Stage, Stages, stages_folder
+from ensemble.errors import InvalidInput
 from ensemble.release.release import UNREAD, Watermark
 from ensemble.release.repository import sweep
 
@@ -54,30 +59,65 @@ class BuildOptions:
     index_bytes: int | None = None  # memory of the main index; None: the default for the catalogue's size
     rehash: bool = False  # reads all files of the shop again, even those that look unchanged
     watermark: Watermark = UNREAD  # how far the build reads the catalogue's log
+    refit: bool | None = None  # None: as the preset says
 
 
 def table(options: BuildOptions) -> list[Stage]:
-    """Lists the stages of a build in their order: what each runs, with what, and which others it reads."""
-    preset, seed = options.preset, options.seed
-    own_encoder, own_ranker = own_key(options.user_encoder), own_key(options.ranker)
-    training = encoders.Options(preset.encoders, own_encoder, seed)
-    ranking = ranker.Options(preset.ranker, own_ranker, seed)
-    smaller = compress.Options(options.recipe, options.recipe_name)
-    release = publish.Options(
-        str(options.repository.resolve()), options.release, preset.name, seed, options.watermark
-    )
+    """Lists the stages of a build in their order: what each runs, with what, and which others it reads.
+
+    The first half ends with the verified model, the second, the refit, does the same from there.
+    """
+    first, second = _training(options)
     final = "export" if options.recipe.is_empty else "compress"
+    again = f"{REFIT}{final}"
     stages = [
-        Stage("data", data.run, preset.sizes, ("shop", "catalogue")),
-        Stage("encoders", encoders.run, training, ("data",)),
-        Stage("index", index.run, index.Options(seed, options.index_bytes), ("data", "encoders")),
-        Stage("ranker", ranker.run, ranking, ("data", "encoders", "index")),
-        Stage("export", export.run, None, ("data", "encoders", "index", "ranker")),
-        Stage("compress", compress.run, smaller, ("data", "encoders", "ranker", "export")),
+        Stage("data", data.run, options.preset.sizes, ("shop", "catalogue")),
+        *first,
         Stage("verify", verify.run, None, ("data", "index", "ranker", final)),
-        Stage("repository", publish.run, release, (final, "verify"), always=True),
+        Stage("refit_data", data.refit, None, (), ("data",)),
+        *second,
+        Stage(
+            "refit_verify",
+            refit_verify.run,
+            None,
+            ("refit_data", "refit_encoders", "refit_index", "refit_ranker", again),
+            ("data", final, "verify"),
+        ),
     ]
-    return [stage for stage in stages if stage.name != "compress" or final == "compress"]
+    return [stage for stage in stages if final == "compress" or not stage.name.endswith("compress")]
+
+
+def _training(options: BuildOptions) -> tuple[list[Stage], list[Stage]]:
+    """Lists the stages between `data` and `verify`, and the same of the refit."""
+    preset, seed = options.preset, options.seed
+    training = encoders.Options(preset.encoders, own_key(options.user_encoder), seed)
+    ranking = ranker.Options(preset.ranker, own_key(options.ranker), seed)
+    smaller = compress.Options(options.recipe, options.recipe_name)
+    indexing = index.Options(seed, options.index_bytes)
+    exported = ("encoders", "ranker", "export")
+    first = [
+        Stage("encoders", encoders.run, training, ("data",), ("encoders",)),
+        Stage("index", index.run, indexing, ("data", "encoders"), ("index",)),
+        Stage("ranker", ranker.run, ranking, ("data", "encoders", "index"), ("ranker",)),
+        Stage("export", export.run, None, ("data", "encoders", "index", "ranker"), exported),
+        Stage("compress", compress.run, smaller, ("data", *exported)),
+    ]
+    second = [
+        replace(stage, name=REFIT + stage.name, reads=tuple(REFIT + name for name in stage.reads))
+        for stage in first
+    ]
+    return [replace(stage, verified=()) for stage in first], second
+
+
+def publication(options: BuildOptions, *, is_refit: bool, why_not: str = "") -> Stage:
+    """Gives the last stage: the refitted release's, or the verified one's."""
+    final, before = "export" if options.recipe.is_empty else "compress", REFIT if is_refit else ""
+    where, watermark = str(options.repository.resolve()), options.watermark
+    release = publish.Options(
+        where, options.release, options.preset.name, options.seed, watermark, is_refit, why_not
+    )
+    reads = (before + name for name in (final, "verify", "encoders", "ranker"))
+    return Stage("repository", publish.run, release, tuple(reads), always=True)
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
@@ -106,7 +146,10 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
     digests.save()
     mark, file, digest = write_changes(options.repository, root)
     stages.give("catalogue", file, digest)
-    for stage in table(replace(options, watermark=mark)):
+    options = replace(options, watermark=mark)
+    for stage in table(options):
+        if stage.name.startswith(REFIT):
+            break
         done = stages.run(stage)
         if stage.name == "data":
             if line := (done.folder / data.CHANGES).read_text():
@@ -114,5 +157,24 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
             for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
                 open_own(own_key(source), open_schema(done.folder), model)
         if stage.name == upto:
-            break
+            return stages
+    why_not = _refit(options, stages)
+    if why_not:
+        console.print(f"the verified model is published, not a refit of it: {why_not}")
+    stages.run(publication(options, is_refit=not why_not, why_not=why_not))
     return stages
+
+
+def _refit(options: BuildOptions, stages: Stages) -> str:
+    """Runs the stages of the refit; says why there is none to publish, or nothing."""
+    if not (options.preset.refit if options.refit is None else options.refit):
+        return "--no-refit" if options.refit is False else f"preset {options.preset.name} has none"
+    if not holds_out(open_dataset(stages.given["data"][1])):
+        return "nothing was held out, it has learned from all there is"
+    try:
+        for stage in table(options):
+            if stage.name.startswith(REFIT):
+                stages.run(stage)
+    except InvalidInput as error:  # what the checks of the stages say; a full disk is no such thing
+        return str(error)
+    return ""

@@ -15,6 +15,7 @@ import numpy as np
 
 from builders import bootstrap
 from ensemble.arrays import Array
+from ensemble.bootstrap import Statistic
 
 MISSED = np.inf  # the rank of a target that is not in its list
 
@@ -99,7 +100,7 @@ def recall_at(ranks: Array, num_candidates: int) -> float:
     return hit_rate(ranks, num_candidates)
 
 
-def _over_all(kind: Callable[..., bootstrap.Statistic], labels: Array, values: Array) -> float:
+def _over_all(kind: Callable[..., Statistic], labels: Array, values: Array) -> float:
     """Gives a resampled statistic of all rows at once, each counted once; NaN where there are none."""
     labels, values = _defined(labels, values)
     if not len(labels):

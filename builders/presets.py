@@ -20,6 +20,7 @@ class Preset:
     ranker: RankerTraining
     # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
     threads: int | None = None
+    refit: bool = True  # what is published has learned from the held-out rows too
 
 
 PRESETS = {
@@ -42,6 +43,7 @@ PRESETS = {
         Sizes(),
         EncoderConfig(learning_rate=3e-3, epochs=1),
         replace(BASE_TRAINING, epochs=1, list_epochs=1),
+        refit=False,
     ),
 }
 

@@ -32,17 +32,23 @@ from builders.progress import Progress
 from ensemble.errors import ReleaseError
 from ensemble.progress import bar
 
+REFIT = "refit_"  # begins the names of a refit's stages
 _KEPT = 3  # finished folders kept of each stage
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Says what one stage runs, with what options (JSON-able, or a dataclass), and which others it reads."""
+    """Says what one stage runs, with what options (JSON-able, or a dataclass), and which others it reads.
+
+    A stage `refit_X` does once more what stage X did: who reads it knows it as X, and may read the first one
+    beside it, as `verified_X`.
+    """
 
     name: str
     run: Callable[[Inputs, Any, Path, Progress], None]
     options: Any = None
     reads: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()  # stages that a refit reads beside its own
     always: bool = False  # runs even if a folder with its key is there
 
 
@@ -93,12 +99,13 @@ class Stages:
     def key(self, stage: Stage) -> str:
         """Gives the 16 hex digits that name a stage's folder."""
         code = code_digest(stage.run.__module__.rpartition(".")[0], self.sources)
-        reads = [self.given[name][0] for name in stage.reads]
+        reads = [self.given[name][0] for name in (*stage.reads, *stage.verified)]
         return _digest([stage.name, _plain(stage.options), reads, code, library_versions()])
 
     def folders(self, stage: Stage) -> Inputs:
         """Gives the folders that a stage reads, by name."""
-        return {name: self.given[name][1] for name in stage.reads}
+        own = {name.removeprefix(REFIT): self.given[name][1] for name in stage.reads}
+        return own | {f"verified_{name}": self.given[name][1] for name in stage.verified}
 
     def _make(self, stage: Stage, folder: Path, name: str) -> bool:
         """Fills the folder, or finds it done, perhaps by a build beside this one (False)."""
@@ -125,7 +132,7 @@ class Stages:
             partial.mkdir()
             self._show(stage, partial)
             partial.rename(folder)
-        except (OSError, RuntimeError):
+        except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 

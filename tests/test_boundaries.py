@@ -444,7 +444,7 @@ def test_no_stage_imports_a_later_stage():
 
 def test_no_stage_reads_what_a_later_one_wrote(tmp_path):
     """As the table of build.py says, with and without compression."""
-    from builders.build import BuildOptions, table
+    from builders.build import BuildOptions, publication, table
     from builders.compress.recipe import read_recipe
     from builders.presets import preset
 
@@ -452,9 +452,11 @@ def test_no_stage_reads_what_a_later_one_wrote(tmp_path):
         before = {"shop", "catalogue"}
         options = BuildOptions(tmp_path, tmp_path, preset("tiny"), recipe=read_recipe(recipe))
         for stage in table(options):
-            assert set(stage.reads) <= before, stage.name
+            assert {*stage.reads, *stage.verified} <= before, stage.name
             before.add(stage.name)
-        assert ("compress" in before) == (recipe != "none")
+        for is_refit in (False, True):
+            assert {*publication(options, is_refit=is_refit).reads} <= before
+        assert ("compress" in before) == ("refit_compress" in before) == (recipe != "none")
 
 
 def test_only_activating_a_built_release_and_measuring_one_need_the_clients():

@@ -49,6 +49,16 @@ Rehash = Annotated[
     ),
 ]
 
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--refit/--no-refit",
+        show_default=False,
+        help="Once the held-out rows have judged the models, learn from them too, and publish that: the "
+        "default, but for `quick`.",
+    ),
+]
+
 
 def build(
     shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
@@ -64,9 +74,10 @@ def build(
     compress: Compress = "none",
     index_memory_mb: IndexMemory = None,
     rehash: Rehash = False,
+    refit: Refit = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Builds a release: data, encoders, index, ranker, export, compress, verify, repository.
+    """Builds a release: data, encoders, index, ranker, export, compress, verify, a refit on all, repository.
 
     Stages whose inputs, options and code are unchanged are skipped, so a killed build goes on where it was:
 
@@ -95,12 +106,14 @@ def build(
         recipe_name=compress,
         index_bytes=index_memory_mb and index_memory_mb * 1_000_000,
         rehash=rehash,
+        refit=refit,
     )
     name, stages = build(options, console)
     if activate:
         from clients.operations.releases import activate as activate_release
 
-        for line in activate_release(repository, name).notes:
+        done = activate_release(repository, name)
+        for line in filter(None, (done.worth, *done.notes)):
             console.print(line)
     if as_json:
         print(

@@ -45,6 +45,11 @@ class Impressions:
     # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
     truth: Array | None = None
 
+    def behind(self, place: int) -> Impressions:
+        """Gives the impressions from a place on."""
+        arrays = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return Impressions(**{name: array[place:] for name, array in arrays if array is not None})
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -70,6 +75,16 @@ class Dataset:
     test_impressions: Impressions | None
     item_numbers: Array  # [I + 1, n] float32, number features as the shop wrote them, NaN where missing
     item_encoding: list[dict[str, Any]]  # builders.data.packing.Packed.encoding
+    # [U + 1] int64, absolute end into Histories.item_rows of what is served as history, and refitted on
+    known_ends: Array
+    split: dict[str, Any]  # shop.toml's, as JSON-able data
+
+    @property
+    def refit_impressions(self) -> tuple[Impressions, ...]:
+        """Gives the impressions that a refit learns from, training's first; a published test is none of
+        them."""
+        parts = (self.train_impressions, self.validation_impressions, self.test_impressions)
+        return tuple(part for part in parts[: 2 if self.split["keep_test"] else 3] if part is not None)
 
     @property
     def num_items(self) -> int:
@@ -82,12 +97,18 @@ class Dataset:
 
 def save_dataset(dataset: Dataset, folder: Path) -> None:
     """Writes one .npy an array, named by its path in the dataset; schema and vocabularies as JSON."""
-    for name, value in _leaves(dataset, ""):
-        if isinstance(value, np.ndarray):
-            np.save(folder / f"{name}.npy", value, allow_pickle=False)
+    save_arrays(dataset, folder, tuple(entry.name for entry in fields(Dataset)))
     (folder / "schema.json").write_text(dataset.schema.to_json())
     (folder / "vocabularies.json").write_text(json.dumps(dataset.vocabularies))
     (folder / "encoding.json").write_text(json.dumps(dataset.item_encoding))
+    (folder / "split.json").write_text(json.dumps(dataset.split))
+
+
+def save_arrays(dataset: Dataset, folder: Path, parts: tuple[str, ...]) -> None:
+    """Writes the arrays of some of the dataset's parts, by the names of its fields."""
+    for name, value in _leaves(dataset, ""):
+        if isinstance(value, np.ndarray) and name.partition(".")[0] in parts:
+            np.save(folder / f"{name}.npy", value, allow_pickle=False)
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -99,9 +120,12 @@ def open_dataset(folder: Path) -> Dataset:
         arrays[place] = {**arrays.get(place, {}), rest[0]: array} if rest else array
     for place, kind in _PARTS.items():
         arrays[place] = kind(**arrays[place]) if place in arrays else None
-    vocabularies = json.loads((folder / "vocabularies.json").read_text())
-    encoding = json.loads((folder / "encoding.json").read_text())
-    return Dataset(schema=open_schema(folder), vocabularies=vocabularies, item_encoding=encoding, **arrays)
+    vocabularies, encoding, split = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("vocabularies", "encoding", "split")
+    )
+    return Dataset(
+        schema=open_schema(folder), vocabularies=vocabularies, item_encoding=encoding, split=split, **arrays
+    )
 
 
 def open_schema(folder: Path) -> Schema:

@@ -19,6 +19,7 @@ class Splits:
     """Holds everything of a Dataset that depends on the split."""
 
     train_ends: Array  # [U + 1] int64
+    known_ends: Array  # [U + 1] int64: where what may be served, and refitted on, ends
     validation: Targets
     test: Targets
     cuts: tuple[Array, Array]  # [U + 1] int64 each: when a user's validation, and when its test, begins
@@ -40,21 +41,22 @@ def users_of(histories: Histories) -> Array:
 def split_histories(split: Split, histories: Histories, times: Array) -> Splits:
     """Splits as `split` says; quantiles of `times` [n], those of all interactions, cut a split by time."""
     if split.kind == "leave_one_out":
-        return _leave_one_out(histories)
+        return _leave_one_out(histories, split)
     return _by_time(histories, times, split)
 
 
-def _leave_one_out(histories: Histories) -> Splits:
+def _leave_one_out(histories: Histories, split: Split) -> Splits:
     """Lets each last event test and the one before validate; users with fewer than 3 events only train."""
     starts, ends = histories.offsets[:-1], histories.offsets[1:]
     held = np.flatnonzero(ends - starts >= 3)
     last = ends[held] - 1
-    train_ends = ends.copy()
+    train_ends, known_ends = ends.copy(), ends.copy()
     train_ends[held] -= 2
+    known_ends[held] -= split.keep_test
     cuts = (np.full(len(starts), NEVER), np.full(len(starts), NEVER))
     cuts[0][held], cuts[1][held] = histories.times[last - 1], histories.times[last]
     validation, test = (Targets(held, end, histories.item_rows[end]) for end in (last - 1, last))
-    return Splits(train_ends, validation, test, cuts)
+    return Splits(train_ends, known_ends, validation, test, cuts)
 
 
 def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
@@ -65,7 +67,11 @@ def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
     )
     users = users_of(histories)
     num_users = len(histories.offsets) - 1
-    train_ends = histories.offsets[:-1] + np.bincount(users[histories.times < late], minlength=num_users)
+    begins, times_of = histories.offsets[:-1], histories.times
+    train_ends, before_test = (
+        begins + np.bincount(users[times_of < cut], minlength=num_users) for cut in (late, later)
+    )
+    known_ends = before_test if split.keep_test else histories.offsets[1:].copy()
     pair = users * (int(histories.item_rows.max(initial=0)) + 1) + histories.item_rows
     new = np.zeros(len(pair), bool)
     new[np.unique(pair, return_index=True)[1]] = True
@@ -77,7 +83,7 @@ def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
         return Targets(who, rows[first], histories.item_rows[rows[first]])
 
     cuts = (np.full(num_users, late), np.full(num_users, later))
-    return Splits(train_ends, first_targets(late, later), first_targets(later, NEVER), cuts)
+    return Splits(train_ends, known_ends, first_targets(late, later), first_targets(later, NEVER), cuts)
 
 
 def history_ends(histories: Histories, users: Array, times: Array) -> Array:

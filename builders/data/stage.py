@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builders.data.dataset import Dataset, Histories, Impressions, save_dataset
+from builders.data.dataset import Dataset, Histories, Impressions, open_dataset, save_dataset
 from builders.data.packing import pack_features
+from builders.data.refit import save_refit
 from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
 from builders.folders import Inputs
 from builders.progress import Progress
@@ -34,6 +35,11 @@ def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
     )
     (folder / CHANGES).write_text(tables.applied.line())
     save_dataset(dataset_from_tables(tables, sizes=sizes, progress=lambda text: progress(0.6, text)), folder)
+
+
+def refit(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
+    """Saves the dataset of the verified model once more, with all that is known in its training part."""
+    save_refit(open_dataset(inputs["verified_data"]), inputs["verified_data"], folder)
 
 
 def load_dataset(
@@ -85,6 +91,7 @@ def dataset_from_tables(
         vocabularies={"items": item_pack.vocabularies, "users": user_pack.vocabularies},
         histories=histories,
         train_ends=splits.train_ends,
+        known_ends=splits.known_ends,
         validation=splits.validation,
         test=splits.test,
         train_impressions=parts[0],
@@ -92,6 +99,7 @@ def dataset_from_tables(
         test_impressions=parts[2],
         item_numbers=item_pack.numbers,
         item_encoding=item_pack.encoding,
+        split=shop.split.model_dump(mode="json"),
     )
 
 

@@ -1,24 +1,32 @@
-"""Stage `encoders`: turns histories up to the split into an item encoder and a user encoder."""
+"""Stage `encoders`: turns histories up to the split into an item encoder and a user encoder.
+
+A refit goes on from the verified weights, over all that is known (builders/data/refit.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from builders.data.dataset import Dataset, open_dataset, training_histories
-from builders.encoders.checkpoint import save_encoders
-from builders.encoders.encoders import EncoderConfig, Validation, fitted
+from builders.data.refit import refit_epochs
+from builders.data.spans import save_span, training_span
+from builders.encoders.checkpoint import open_encoders, save_encoders
+from builders.encoders.encoders import EncoderCheckpoint, EncoderConfig, Validation, fitted
 from builders.encoders.encoding import known_histories
 from builders.encoders.sequences import Sequences
-from builders.encoders.training import train_encoders
+from builders.encoders.training import Start, train_encoders
 from builders.folders import Inputs
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress
+from builders.weights import require_finite
 
 # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
 _RANKED_PAIRS = 300_000_000
+# Of the chosen epochs, and of the schedule: a half or all of it learned single histories by heart
+REFIT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,13 @@ class Options:
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
-    """Trains both encoders on the data stage's histories and saves their checkpoint."""
+    """Trains both encoders on the data stage's histories, from the verified weights if there are some, and
+    saves their checkpoint."""
     dataset = open_dataset(inputs["data"])
-    config = fitted(options.config, dataset.schema)
+    config, start = fitted(options.config, dataset.schema), None
+    if "verified_encoders" in inputs:
+        start = Start(open_encoders(inputs["verified_encoders"], dataset.schema), 1 - REFIT_SHARE)
+        config = replace(config, epochs=refit_epochs(chosen_epochs(start.checkpoint), REFIT_SHARE))
 
     def tell(log: dict[str, float]) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in log.items())
@@ -47,11 +59,21 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         dataset.user_values,
         config=config,
         seed=options.seed,
-        validation=_validation(dataset),
+        validation=_validation(dataset) if start is None else None,
         user_encoder=open_own(options.own, dataset.schema, "user_encoder"),
+        start=start,
         progress=tell,
     )
+    for weights in ({"ids": checkpoint.item_ids}, checkpoint.item_state, checkpoint.user_state):
+        require_finite("encoders", weights)
     save_encoders(checkpoint, folder, options.own)
+    save_span(training_span(dataset), folder)
+
+
+def chosen_epochs(checkpoint: EncoderCheckpoint) -> int:
+    """Gives the epoch whose weights were kept: the best on the validation targets, or the last."""
+    judged = [entry for entry in checkpoint.log if "ndcg_at_10" in entry] or checkpoint.log[-1:]
+    return int(max(judged, key=lambda entry: entry.get("ndcg_at_10", 0.0))["epoch"])
 
 
 def _validation(dataset: Dataset) -> Validation | None:

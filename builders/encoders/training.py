@@ -10,9 +10,12 @@ Axes: U users, I items, D embedding, P positions that have a next item, N candid
 places.
 """
 
+from __future__ import annotations
+
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,7 @@ class _Trainer:
         config: EncoderConfig,
         seed: int,
         own: nn.Module | None,
+        start: Start | None = None,
     ):
         for name, codes, size in (
             ("item", features[0], config.num_item_codes),
@@ -64,10 +68,14 @@ class _Trainer:
         # only that new items are bad. They keep row 0's id row, as an item has that is added live.
         self.taken = 1 + np.flatnonzero(self.share[1:])
         self.table = torch.zeros(num_rows, config.dim)
-        self.table[self.taken] = torch.randn(len(self.taken), config.dim) * 0.02
+        if start is None:
+            self.table[self.taken] = torch.randn(len(self.taken), config.dim) * 0.02
         self.items = new_item_encoder(config, features[1].shape[1])
         self.own = own
         self.users: Any = own or new_user_encoder(config, features[3].shape[1])
+        self.begin = 0.0 if start is None else start.begin
+        if start is not None:
+            self._take_weights(start.checkpoint)
         self.dense = torch.optim.Adam(
             [*self.items.parameters(), *self.users.parameters()], lr=config.learning_rate
         )
@@ -75,14 +83,25 @@ class _Trainer:
         # item rows [n] and embeddings [n, D] that hard items come from
         self.snapshot: tuple[Array, Tensor] | None = None
 
+    def _take_weights(self, checkpoint: EncoderCheckpoint) -> None:
+        """Takes all weights of a trained model; items without a row of their own start at row 0's, as they
+        were served until now."""
+        self.table[:] = torch.from_numpy(checkpoint.item_ids)
+        self.items.load_state_dict(checkpoint.item_state)
+        self.users.load_state_dict(checkpoint.user_state)
+
+    @property
+    def done(self) -> float:
+        """Gives the share of the schedule that has passed."""
+        return self.begin + (1 - self.begin) * self.steps / self.total_steps
+
     def learning_rate(self) -> float:
         """Gives the rate now: a linear warm-up, then a half cosine down to 0."""
-        done = self.steps / self.total_steps
         return (
             self.config.learning_rate
             * min(1.0, (self.steps + 1) / self.config.warmup_steps)
             * 0.5
-            * (1 + np.cos(np.pi * done))
+            * (1 + np.cos(np.pi * self.done))
         )
 
     def epoch(self) -> float:
@@ -164,11 +183,7 @@ class _Trainer:
     def mine(self, users: Tensor, rows: Array) -> Array:
         """Mines the snapshot's best items for 64 positions, less `rows`: [n] int64 ascending, ever more."""
         begin = self.config.hard_from
-        wanted = (
-            int(self.config.num_hard * (self.steps / self.total_steps - begin) / (1 - begin))
-            if begin < 1
-            else 0
-        )
+        wanted = int(self.config.num_hard * (self.done - begin) / (1 - begin)) if begin < 1 else 0
         if wanted <= 0 or self.snapshot is None:
             return np.zeros(0, np.int64)
         pool, embeddings = self.snapshot
@@ -193,6 +208,14 @@ class _Trainer:
         return EncoderCheckpoint(self.config, self.table.numpy().copy(), items, users, log, self.own)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Says where training goes on: from these weights, at this share of the schedule."""
+
+    checkpoint: EncoderCheckpoint
+    begin: float
+
+
 def train_encoders(
     sequences: Sequences,
     item_codes: Array,
@@ -204,23 +227,28 @@ def train_encoders(
     seed: int = 0,
     validation: Validation | None = None,
     user_encoder: nn.Module | None = None,
+    start: Start | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> EncoderCheckpoint:
     """Trains both encoders and keeps the epoch of the best validation NDCG@10 (without validation: the last).
 
     sequences hold training events only; the codes [I + 1, C] int32 and values [I + 1, R] float32 are features
     by item row (row 0 unknown), those of users by the rows of `sequences`; `user_encoder` is the user's own
-    in place of ours. Same seed, threads and machine: same checkpoint.
+    in place of ours; with `start`, training goes on from there for config.epochs. Same seed, threads and
+    machine: same checkpoint.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trainer = _Trainer(
-            sequences, (item_codes, item_values, user_codes, user_values), config, seed, user_encoder
+            sequences, (item_codes, item_values, user_codes, user_values), config, seed, user_encoder, start
         )
+        if start is not None:
+            pool = trainer.taken, trainer.rng
+            trainer.snapshot = _mining_pool(start.checkpoint, item_codes, item_values, *pool)
         log: list[dict[str, float]] = []
-        best, best_score, waited, start = None, -1.0, 0, time.monotonic()
+        best, best_score, waited, began = None, -1.0, 0, time.monotonic()
         for epoch in range(1, config.epochs + 1):
-            log.append({"epoch": epoch, "loss": trainer.epoch(), "seconds": time.monotonic() - start})
+            log.append({"epoch": epoch, "loss": trainer.epoch(), "seconds": time.monotonic() - began})
             current = trainer.checkpoint(log)
             trainer.snapshot = _mining_pool(current, item_codes, item_values, trainer.taken, trainer.rng)
             if validation is not None and (epoch % config.evaluate_every == 0 or epoch == config.epochs):

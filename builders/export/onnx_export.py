@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import nn
 
+from builders.export.reweight import reweighted
 from ensemble.arrays import Array
 from ensemble.engines import check_signature, open_engine
 from ensemble.errors import InvalidInput
@@ -70,6 +71,26 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def reweight_model(
+    module: nn.Module,
+    verified: nn.Module,
+    exported: Path,
+    model: ModelSpec,
+    path: Path,
+    feeds: dict[str, Array],
+) -> float:
+    """Does export_model() for `module`, which differs in its weights from `verified`, whose ONNX model is
+    `exported` already."""
+    before, after = (
+        {name: t.detach().numpy() for name, t in of.state_dict().items()} for of in (verified, module)
+    )
+    data = reweighted(exported.read_bytes(), before, after)
+    if data is None:
+        return export_model(module, model, path, feeds)
+    path.write_bytes(data)
+    return check_export(module.eval(), model, path, feeds)
 
 
 def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, Array]) -> float:

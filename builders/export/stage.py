@@ -9,7 +9,7 @@ import numpy as np
 
 from builders.data.dataset import Dataset, open_dataset
 from builders.export.feeds import engine_feeds
-from builders.export.onnx_export import export_model
+from builders.export.onnx_export import export_model, reweight_model
 from builders.export.trained import Trained, open_trained
 from builders.folders import Inputs, link
 from builders.index.snapshot import write_items, write_users
@@ -28,24 +28,37 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
         link(index / name, folder / name)
     recall, item_embeddings = open_recall(inputs, dataset)
     feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
-    errors = _export_engines(dataset, trained, feeds, folder, progress)
+    errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
     progress(0.75, "rows of items and users")
     _write_rows(dataset, trained, item_embeddings, folder)
     (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
 
 
 def _export_engines(
-    dataset: Dataset, trained: Trained, feeds: dict[str, Array], folder: Path, progress: Progress
+    dataset: Dataset,
+    trained: Trained,
+    feeds: dict[str, Array],
+    folder: Path,
+    progress: Progress,
+    inputs: Inputs,
 ) -> dict[str, float]:
     """Writes engines/MODEL/model.onnx of each; returns the largest relative error against torch by model."""
+    verified = open_trained(inputs, "verified_") if "verified_export" in inputs else None
     schema, pipeline = dataset.schema, contract.recommend(dataset.schema)
     models = (contract.item_encoder(schema), pipeline.model("user_encoder"), pipeline.model("ranker"))
     errors = {}
     for step, model in enumerate(models):
         progress(step / 4, f"{model.name} -> ONNX")
-        path = folder / "engines" / model.name / "model.onnx"
+        file = Path("engines") / model.name / "model.onnx"
+        path, module = folder / file, trained.modules[model.name]
         path.parent.mkdir(parents=True)
-        errors[model.name] = export_model(trained.modules[model.name], model, path, feeds)
+        if verified is None:
+            errors[model.name] = export_model(module, model, path, feeds)
+        else:
+            exported = inputs["verified_export"] / file
+            errors[model.name] = reweight_model(
+                module, verified.modules[model.name], exported, model, path, feeds
+            )
     return errors
 
 

@@ -24,10 +24,11 @@ class Trained:
     ranker: RankerCheckpoint
 
 
-def open_trained(inputs: Inputs) -> Trained:
-    """Opens the checkpoints of the finished stages `encoders` and `ranker`."""
+def open_trained(inputs: Inputs, which: str = "") -> Trained:
+    """Opens the checkpoints of the finished stages `encoders` and `ranker`; `which` is before their names."""
     schema = open_schema(inputs["data"])
-    encoders, ranker = open_encoders(inputs["encoders"], schema), open_ranker(inputs["ranker"], schema)
+    encoders = open_encoders(inputs[f"{which}encoders"], schema)
+    ranker = open_ranker(inputs[f"{which}ranker"], schema)
     modules = {
         "item_encoder": ItemRows(encoders.item_encoder(), ranker.item_head, schema.sizes.embedding),
         "user_encoder": encoders.user_encoder(),

@@ -69,27 +69,36 @@ class Verifier:
             "user_embeddings"
         ]
 
-    def ranks(self, targets: Targets, progress: Any = None) -> tuple[Array, dict[str, Array]]:
-        """Ranks (a sample of) the targets, two batches at once: user rows [Q], {way: ranks [Q]}."""
-        chosen = self._sample(len(targets.user_rows))
-        pieces = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    def ranks(
+        self, targets: Targets, progress: Any = None, *, chain_only: bool = False
+    ) -> tuple[Array, dict[str, Array]]:
+        """Ranks (a sample of) the targets, two batches at once: user rows [Q], {way: ranks [Q]}.
+
+        chain_only leaves out all ways but those of what is served.
+        """
+        targets = self.sampled(targets)
+        places = np.arange(len(targets.user_rows))
+        pieces = [places[start : start + BATCH] for start in range(0, len(places), BATCH)]
         with ThreadPoolExecutor(2) as pool:
             found = []
-            for done, ranks in enumerate(pool.map(lambda piece: self._ranks(targets, piece), pieces)):
+            for done, ranks in enumerate(
+                pool.map(lambda piece: self._ranks(targets, piece, chain_only), pieces)
+            ):
                 found.append(ranks)
                 if progress:
                     progress((done + 1) / len(pieces), "held-out users")
         names = found[0] if found else {}
-        return targets.user_rows[chosen], {
-            name: np.concatenate([one[name] for one in found]) for name in names
-        }
+        return targets.user_rows, {name: np.concatenate([one[name] for one in found]) for name in names}
 
-    def _sample(self, count: int) -> Array:
+    def sampled(self, targets: Targets) -> Targets:
+        """Gives the targets that are ranked: of a large catalogue the same sample each time, else all."""
+        count = len(targets.user_rows)
         if self.dataset.num_items < EVERY_USER_BELOW or count <= SAMPLE:
-            return np.arange(count)
-        return np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])
+            return targets
+        chosen = np.sort(np.random.default_rng(0).permutation(count)[:SAMPLE])
+        return Targets(targets.user_rows[chosen], targets.history_ends[chosen], targets.item_rows[chosen])
 
-    def _ranks(self, targets: Targets, piece: Array) -> dict[str, Array]:
+    def _ranks(self, targets: Targets, piece: Array, chain_only: bool) -> dict[str, Array]:
         user_rows, target = targets.user_rows[piece], targets.item_rows[piece]
         options = default_options(len(piece))
         tensors = self.user_tensors(user_rows, targets.history_ends[piece])
@@ -103,12 +112,16 @@ class Verifier:
             -np.inf,
         )
         order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
-        scores = np.matmul(self.embeddings, query.transpose(0, 2, 1)).max(axis=2)
-        return {
+        ranks = {
             "chain": metrics.ranks_from_lists(
                 np.take_along_axis(found["candidate_rows"], order, axis=1), target
             ),
             "recall": metrics.ranks_from_lists(found["candidate_rows"], target),
+        }
+        if chain_only:
+            return ranks
+        scores = np.matmul(self.embeddings, query.transpose(0, 2, 1)).max(axis=2)
+        return ranks | {
             "user_encoder": self._rank_of(scores, tensors["seen_rows"], target),
             "popularity": self._rank_of(
                 np.tile(self.popularity, (len(piece), 1)), tensors["seen_rows"], target

@@ -85,12 +85,14 @@ def write_recall(
     folder: Path,
     seed: int = 0,
     budget_bytes: int | None = None,
+    source_weights: tuple[float, ...] | None = None,
 ) -> list[dict[str, Any]]:
     """Writes into `folder` all that Recall opens beside the data stage's files, which are linked there
     before.
 
     user_embeddings [Q, M, D] are those of dataset.validation, in its order. Only the training part of the
-    histories is learned from. Returns the index's table of tried settings.
+    histories is learned from. `source_weights` are those of a verified model; None: they are fitted. Returns
+    the index's table of tried settings.
     """
     faiss.omp_set_num_threads(faiss.omp_get_max_threads())
     tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
@@ -101,9 +103,12 @@ def write_recall(
     np.save(folder / "popular.npy", np.log1p(counts).astype(np.float32))
     write_items(dataset, item_embeddings, None, folder)
     settings = _settings(tuned.query, dataset.schema.sizes.candidates)
+    if source_weights is not None:
+        settings = dataclasses.replace(settings, source_weights=source_weights)
     (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
-    fitted = _with_fitted_weights(dataset, user_embeddings, folder, settings)
-    (folder / "recall.json").write_text(fitted.to_json())
+    if source_weights is None:
+        fitted = _with_fitted_weights(dataset, user_embeddings, folder, settings)
+        (folder / "recall.json").write_text(fitted.to_json())
     return tuned.tried
 
 

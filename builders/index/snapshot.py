@@ -31,13 +31,14 @@ def write_items(dataset: Dataset, embeddings: Array, features: Array | None, fol
 
 
 def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
-    """Writes the users' packed rows with all that is known, held-out events too; features [U + 1, U']."""
+    """Writes the users' packed rows with all that is known, held-out events too, but not a published test;
+    features [U + 1, U']."""
     histories = dataset.histories
     out = _mapped(folder / "users.npy", user_dtype(dataset.schema), dataset.num_users + 1)
     for start in range(0, len(out), _PIECE):
         user_rows = np.arange(start, min(start + _PIECE, len(out)))
         out["seen"][user_rows] = history_windows(
-            histories, user_rows, histories.offsets[user_rows + 1], dataset.schema.sizes.seen
+            histories, user_rows, np.asarray(dataset.known_ends[user_rows]), dataset.schema.sizes.seen
         )
         for field, table in (
             ("codes", dataset.user_codes),

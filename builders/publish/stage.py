@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.data.dataset import open_schema
+from builders.data.spans import read_span
 from builders.folders import Inputs, link
 from builders.progress import Progress
 from builders.publish.triton_config import write_members
@@ -40,6 +41,8 @@ class Options:
     preset: str
     seed: int
     watermark: Watermark = UNREAD  # how far the build has read the catalogue's log
+    is_refit: bool = False  # its models have learned from the held-out rows too
+    why_not: str = ""  # why the refit is not published
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
@@ -64,7 +67,11 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         "seed": options.seed,
         "contract": contract.fingerprint(schema),
         "report": json.loads((inputs["verify"] / "report.json").read_text()),
+        "trained": {name: read_span(inputs[name]).to_json() for name in ("encoders", "ranker")},
+        "refit": options.is_refit,
     }
+    if options.why_not:
+        manifest["why_no_refit"] = options.why_not
     if options.watermark.log:
         manifest["catalogue"] = options.watermark._asdict()
     if not publish(repository, name, members, own, manifest):

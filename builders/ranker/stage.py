@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from builders.data.dataset import open_dataset
+from builders.data.dataset import Dataset, open_dataset
+from builders.data.spans import Span, read_span, save_span, span_of
 from builders.folders import Inputs
 from builders.index.stage import open_recall
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress
-from builders.ranker.checkpoint import save_ranker
+from builders.ranker.checkpoint import open_ranker, save_ranker
+from builders.ranker.refit import refit_ranker
 from builders.ranker.trainer import RankerTraining
 from builders.ranker.training import train_ranker
 
@@ -25,18 +27,42 @@ class Options:
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
-    """Trains the ranker on what recall offers and saves its checkpoint."""
+    """Trains the ranker on what recall offers, from the verified weights if there are some, and saves its
+    checkpoint."""
     dataset = open_dataset(inputs["data"])
     recall, item_embeddings = open_recall(inputs, dataset)
-    trained = train_ranker(
-        dataset,
-        item_embeddings,
-        scores=recall.scores if dataset.train_impressions is None else recall.popular_scores,
-        candidates=recall.candidates,
-        source_weights=recall.recall.settings.source_weights,
-        config=options.training,
-        ranker=open_own(options.own, dataset.schema, "ranker"),
-        seed=options.seed,
-        progress=progress,
-    )
+    scores = recall.scores if dataset.train_impressions is None else recall.popular_scores
+    verified, span = inputs.get("verified_ranker"), _span(dataset)
+    if verified is not None:
+        trained = refit_ranker(
+            dataset,
+            item_embeddings,
+            open_ranker(verified, dataset.schema),
+            read_span(verified).events,
+            scores=scores,
+            config=options.training,
+            seed=options.seed,
+            progress=progress,
+        )
+        span = span if trained.report["refit_epochs"] else read_span(verified)
+    else:
+        trained = train_ranker(
+            dataset,
+            item_embeddings,
+            scores=scores,
+            candidates=recall.candidates,
+            source_weights=recall.recall.settings.source_weights,
+            config=options.training,
+            ranker=open_own(options.own, dataset.schema, "ranker"),
+            seed=options.seed,
+            progress=progress,
+        )
     save_ranker(trained, folder, options.training.model, options.own)
+    save_span(span, folder)
+
+
+def _span(dataset: Dataset) -> Span:
+    """Gives the span of what the ranker learns from: impressions, or the validation targets."""
+    if dataset.train_impressions is not None:
+        return span_of(dataset.train_impressions.times)
+    return span_of(dataset.histories.times[dataset.validation.history_ends])

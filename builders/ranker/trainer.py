@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class RankerTraining:
     """Says how the ranker is trained; rates are shares of rows, `batch` counts candidates."""
 
     model: RankerConfig = field(default_factory=RankerConfig)
-    epochs: int = 5  # at most; learning rates fall linearly to 0 over them
+    epochs: float = 5  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
     batch: int = 2048
     learning_rate: float = 6e-3
@@ -206,8 +206,8 @@ class RankerTrainer:
                 out[part] = self.model.logits(*self.tensors(lists.take(part))[0]).numpy()
         return out
 
-    def epoch(self, lists: Lists, loss_function: Loss, epoch: int) -> None:
-        """Passes once over the lists in random order; `epoch` counts from 0."""
+    def epoch(self, lists: Lists, loss_function: Loss, epoch: float) -> None:
+        """Passes once over the lists in random order; `epoch` is the place in the schedule, from 0."""
         self.trained.train()
         order = self.rng.permutation(len(lists))
         num_batches = max(1, round(lists.item_rows.size / self.config.batch))
@@ -235,9 +235,13 @@ class RankerTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
 
-    def fit(self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]) -> int:
-        """Trains over draw() until judge() (less is better) stalls; keeps the best state, counts epochs."""
+    def fit(
+        self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]
+    ) -> tuple[int, int]:
+        """Trains over draw() until judge() (less is better) stalls; keeps the best state. Gives how many
+        epochs it trained, and the one that was kept."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
+        kept = 0
         self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
             self.epoch(draw(), loss_function, epoch)
@@ -245,10 +249,31 @@ class RankerTrainer:
             figure, epoch, waited = judge(), epoch + 1, waited + 1
             self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
             if figure < best:
-                best, best_state, waited = figure, copy.deepcopy(self.trained.state_dict()), 0
+                best, best_state, waited, kept = figure, copy.deepcopy(self.trained.state_dict()), 0, epoch
             self.mean.exchange()
         self.trained.load_state_dict(best_state)
-        return epoch
+        return epoch, kept
+
+    def start_from(self, head: ItemFeatures, item_rows: Array, user_rows: Array) -> None:
+        """Takes over the trained head and rows [I + 1, F], [U + 1, U'] of the model that it was given."""
+        self.head.load_state_dict(head.state_dict())
+        for table, rows, read in (
+            (self.item_rows, item_rows, self.read_items),
+            (self.user_rows, user_rows, self.read_users),
+        ):
+            table.weight.data.copy_(torch.from_numpy(rows))
+            read |= table.weight.data.ne(0).any(1)
+        self.mean = RunningMean(self.mean.weights)
+
+    def go_on(self, lists: Lists, loss_function: Loss, epochs: int, share: float) -> None:
+        """Trains for so many more epochs, which are the last `share` of a schedule; nobody judges."""
+        total = epochs / share
+        self.config = replace(self.config, epochs=total)
+        for epoch in range(epochs):
+            self.progress(epoch / epochs, f"ranker: refit, epoch {epoch + 1}")
+            self.epoch(lists, loss_function, total - epochs + epoch)
+        if epochs:
+            self.mean.exchange()
 
 
 class RunningMean:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from builders import metrics
-from builders.bootstrap import paired_difference
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.progress import Progress
@@ -33,6 +32,7 @@ from builders.ranker.model import (
 )
 from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining
 from ensemble.arrays import Array
+from ensemble.bootstrap import paired_difference
 from ensemble.contract import SOURCES
 from ensemble.schema import Task
 
@@ -117,10 +117,15 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
         logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
         return float(loss(torch.from_numpy(logits), target))
 
-    epochs = trainer.fit(lambda: scaled, loss, judge)
+    epochs, kept = trainer.fit(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
-    report: dict[str, Any] = {"epochs": epochs, "validation": _figures(trainer, logits, validation.labels)}
+    report: dict[str, Any] = {
+        "epochs": epochs,
+        "kept_epoch": kept,
+        "label_scales": {"mean": mean.tolist(), "spread": spread.tolist()},
+        "validation": _figures(trainer, logits, validation.labels),
+    }
     if dataset.test_impressions is not None:
         report["test"] = _figures(
             trainer,
@@ -172,10 +177,10 @@ def _fit_lists(
     _start_at_recall(trainer, learn, source_weights)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    epochs = 0
+    epochs = kept = 0
     if len(recalled) >= _FEW_TARGETS:
         pool = with_uniform(recalled, dataset.num_items, c.uniform_negatives, scores, trainer.rng)
-        epochs = trainer.fit(
+        epochs, kept = trainer.fit(
             lambda: _sampled(pool, c, trainer.rng),
             list_loss,
             lambda: -float(metrics.gains(_ranks(trainer, judged), 10).mean()),
@@ -190,6 +195,7 @@ def _fit_lists(
     _calibrate(trainer, logits.reshape(-1, 1), judged.labels.reshape(-1, 1))
     report = {
         "epochs": epochs,
+        "kept_epoch": kept,
         "deep_path": deep,
         "gain_on_held_out_users": str(gain),
         "validation": _list_figures(trainer, judged),

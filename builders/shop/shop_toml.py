@@ -2,6 +2,7 @@
 
 name = "beauty"
 split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
+                                     # keep_test = true: a published test set, never trained on nor served
 [interactions]                       # one row per shown item, or one row per event
 file = "interactions.parquet"        # parquet or CSV
 user = "user_id"
@@ -129,6 +130,8 @@ class Split(_Entry):
     kind: Literal["leave_one_out", "time"]
     validation: float = Field(default=0.1, gt=0, lt=0.5)
     test: float = Field(default=0.1, gt=0, lt=0.5)
+    # a published test set: no refit learns from it, and the history that is served has none of it
+    keep_test: bool = False
 
 
 class Shop(_Entry):

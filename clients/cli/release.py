@@ -30,6 +30,11 @@ Require = Annotated[
     ),
 ]
 
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Activate it though it is worse than the active one on held-out users."),
+]
+
 
 @app.command("list")
 def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
@@ -49,7 +54,8 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
     if not infos:
         print(f"no release in {repository}; `peregrine build SHOP` makes one")
         return
-    table = folded_table("release", "id", "age", "MB", "share", "preset", "compression", "held-out figures")
+    columns = ("release", "id", "age", "trained up to", "MB", "share", "preset", "compression")
+    table = folded_table(*columns, "held-out figures")
     for info in infos:
         table.add_row(*_row(info))
     Console().print(table)
@@ -68,7 +74,8 @@ def _row(info: ReleaseInfo) -> tuple[str, ...]:
     figures = ", ".join(f"{name.upper()} {value:.4f}" for name, value in info.figures.items())
     share = f"{100 * info.share:.3g}%" if info.share else ""
     size = f"{info.size_bytes / 1e6:.1f}" if info.size_bytes else ""
-    return info.name, info.id, _age(info.age_s), size, share, info.preset, info.compression, figures
+    facts = info.name, info.id, _age(info.age_s), info.trained_up_to, size, share
+    return *facts, info.preset, info.compression, figures
 
 
 def _age(seconds: float | None) -> str:
@@ -98,6 +105,8 @@ def show(name: Name, repository: RepositoryOption = REPOSITORY, as_json: JsonOpt
     for key, value in manifest.items():
         if isinstance(value, str | int | float):
             table.add_row(key, str(value))
+    for model, span in manifest.get("trained", {}).items():
+        table.add_row(f"{model} trained on", f"{span['events']:,} events up to {span['trained_up_to']}")
     files = manifest.get("files", {})
     table.add_row("files", f"{len(files)}, {sum(entry['bytes'] for entry in files.values()) / 1e6:.1f} MB")
     console.print(table)
@@ -111,17 +120,18 @@ def activate(
     name: Name,
     repository: RepositoryOption = REPOSITORY,
     require: Require = None,
+    force: Force = False,
     as_json: JsonOption = False,
 ) -> None:
     """Makes a release the one that `recommend` answers with. A running server follows at once; no request
     fails.
 
-    It is asked for real users' lists first. One that gives nonsense, hangs or crashes is refused, and the old
-    one goes on.
+    It is asked for real users' lists first. One that gives nonsense, hangs or crashes is refused, as is one
+    that was worth less than the active one to held-out users whom neither had seen, and the old one goes on.
     """
     from clients.operations import releases
 
-    done = releases.activate(repository, name, require)
+    done = releases.activate(repository, name, require, force=force)
     if as_json:
         print(json_text(dataclasses.asdict(done), indent=1))
         return
@@ -134,8 +144,9 @@ def activate(
     if done.served and not done.flip_ms:
         how = "; the server answers with it already"
     print(f"release {name} is active{was}{how}")
-    for line in (*done.notes, *([f"warning: {done.warning}"] if done.warning else [])):
-        print(line, file=sys.stderr)
+    for line in (done.worth, *done.notes, f"warning: {done.warning}" if done.warning else ""):
+        if line:
+            print(line, file=sys.stderr)
 
 
 Share = Annotated[float, typer.Option(metavar="PERCENT", help="How many of a hundred users it answers.")]

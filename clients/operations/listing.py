@@ -28,6 +28,7 @@ class ReleaseInfo:
     size_bytes: int = 0
     is_active: bool = False
     share: float = 0.0  # of users that `recommend` answers with it
+    trained_up_to: str = ""  # the newest event that its encoders learned from
     preset: str = ""
     compression: str = ""  # the recipe
     figures: dict[str, float] = field(default_factory=dict)  # of the build's report, on held-out users
@@ -76,6 +77,7 @@ def _info(repository: Path, name: str, route: Mapping[str, float]) -> ReleaseInf
         sum(int(entry["bytes"]) for entry in manifest["files"].values()),
         is_active,
         share,
+        str((manifest.get("trained") or {}).get("encoders", {}).get("trained_up_to", "")),
         str(manifest.get("preset", "")),
         str((report.get("compress") or {}).get("plan_name", "none")),
         _figures(report),

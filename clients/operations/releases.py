@@ -10,6 +10,7 @@ from typing import Any
 
 from clients.items import make_ready
 from clients.operations.listing import check_repository
+from clients.operations.worse import refuse_worse
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release import foreign
 from ensemble.release.activation import settle_on_disk
@@ -37,6 +38,7 @@ class Activation:
     load_ms: float = 0.0  # loading and asking the release's models, beside the old ones
     flip_ms: float = 0.0  # the call that turns the alias
     warning: str = ""  # what went wrong after the alias had turned; the release is served all the same
+    worth: str = ""  # how it does beside the one that was active, or why that cannot be told
     notes: tuple[str, ...] = ()  # what to know: what it runs on instead of TensorRT, what was finished before
 
 
@@ -50,11 +52,12 @@ def show(repository: Path, name: str) -> dict[str, Any]:
         raise ReleaseError(f"no release {name!r} in {repository}; there are: {there}") from None
 
 
-def activate(repository: Path, name: str, require: str | None = None) -> Activation:
+def activate(repository: Path, name: str, require: str | None = None, *, force: bool = False) -> Activation:
     """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and
     in the server.
 
     It is asked for real users' lists before: in a process of its own, in the server, and through the alias.
+    One that was worth less than the active one to users whom neither had seen is refused, unless `force`.
     `require` names what the server must run its engines on (ensemble.engines.ENGINES).
     """
     check_requirement(require)
@@ -65,9 +68,9 @@ def activate(repository: Path, name: str, require: str | None = None) -> Activat
     with disk_errors(repository), locked(repository):
         server = running_server(repository)
         if server is None:
-            return _activate_on_disk(repository, release, require)
+            return _activate_on_disk(repository, release, require, force)
         with Control(server) as control:
-            return _activate_in(Turning(control, repository), server, release, require)
+            return _activate_in(Turning(control, repository), server, release, require, force)
 
 
 def remove(repository: Path, name: str) -> None:
@@ -97,7 +100,7 @@ def settle(repository: Path) -> str:
             return Turning(control, repository).settle()
 
 
-def _activate_on_disk(repository: Path, release: Release, require: str | None) -> Activation:
+def _activate_on_disk(repository: Path, release: Release, require: str | None, force: bool) -> Activation:
     """Turns the alias where no server is running."""
     if require is not None:
         raise InvalidInput(
@@ -105,18 +108,20 @@ def _activate_on_disk(repository: Path, release: Release, require: str | None) -
             "`peregrine serve`"
         )
     settled, previous = settle_on_disk(repository), active_release(repository)
+    worth = refuse_worse(release, previous, force=force)
     try_out(release, previous)
     put_route(repository, next_route(read_route(repository), [Share(release.name, 1.0)]))
-    return Activation(release.name, previous, served=False, notes=told(settled))
+    return Activation(release.name, previous, served=False, worth=worth, notes=told(settled))
 
 
 def _activate_in(
-    turning: Turning, server: RunningServer, release: Release, require: str | None
+    turning: Turning, server: RunningServer, release: Release, require: str | None, force: bool
 ) -> Activation:
     """Turns the server at work; the release that it answers with already is only asked."""
     settled, name = turning.settle(), release.name
     route = current_route(turning.repository)
     previous = route.main if route else None
+    worth = refuse_worse(release, previous, force=force)
     note = prepare_release(server, release, require, is_loaded=route is not None and name in route.releases)
     if route is not None and route.releases == (name,) and turning.answers(route):
         return Activation(name, previous, served=True, notes=told(settled, note))
@@ -124,9 +129,8 @@ def _activate_in(
         try_out(release, previous)
     make_ready(turning.repository, name)
     turned = turning.turn(name)
-    return Activation(
-        name, previous, True, turned.load_ms, turned.flip_ms, turned.warning, told(settled, note)
-    )
+    times, notes = (turned.load_ms, turned.flip_ms), told(settled, note)
+    return Activation(name, previous, True, *times, turned.warning, worth, notes)
 
 
 def try_out(release: Release, previous: str | None) -> None:

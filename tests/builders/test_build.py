@@ -238,7 +238,8 @@ def warm(release_cache, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder / "shop", folder / "repository"
 
 
-ALL = ["data", "encoders", "index", "ranker", "export", "verify"]
+FIRST = ["data", "encoders", "index", "ranker", "export", "verify"]
+ALL = [*FIRST, *(f"refit_{name}" for name in FIRST)]
 
 
 def test_unchanged_stages_are_skipped_and_the_release_is_the_same(warm):

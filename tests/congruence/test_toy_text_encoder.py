@@ -92,7 +92,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "ensemble" / "text_encoder.py").write_text(TEXT_ENCODER)
     write_light_models(root)
     python(root, SHOP, str(root / "shop"))
-    options = ("--preset", "tiny", "--activate", "--repository", str(root / "repository"), *OPTIONS)
+    options = (
+        "--preset",
+        "tiny",
+        "--no-refit",
+        "--activate",
+        "--repository",
+        str(root / "repository"),
+        *OPTIONS,
+    )
     python(root, BUILD, "build", str(root / "shop"), *options)
     return root
 

@@ -33,7 +33,17 @@ def test_a_build_starts_from_what_was_changed(tiny_repository: Path, tiny_shop: 
     writer.apply(
         [change("delete", gone), change("add", "fresh", **PLAIN), change("update", changed, price=77)]
     )
-    command = [sys.executable, "-m", "peregrine", "build", str(tiny_shop), "--preset", "tiny", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "peregrine",
+        "build",
+        str(tiny_shop),
+        "--preset",
+        "tiny",
+        "--json",
+        "--no-refit",
+    ]
     command += ["--repository", str(repository), "--release", "r2"]
     done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Says what users lost by compression, how sure that is, and whether the release may be served.
 
-Each figure has a limit and a paired bootstrap (builders/bootstrap.py). FAIL: the whole 95% interval of the
+Each figure has a limit and a paired bootstrap (ensemble/bootstrap.py). FAIL: the whole 95% interval of the
 loss lies beyond the limit. WARN: the loss itself does, but chance could be why. A release without a FAIL
 passes.
 """
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builders import bootstrap
-from builders.bootstrap import Spread
+from builders import bootstrap as figures
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import TOP_K, Measured, TaskOutcome, Timing
 from builders.compress.recipe import Gate
 from builders.compress.results import NodePrecision
+from ensemble import bootstrap
 from ensemble.arrays import Array
+from ensemble.bootstrap import Spread
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _ranking_rows(
     ]
     named.append((f"recall@{reference.num_candidates}", reference.recalled, candidate.recalled))
     sums = [[bootstrap.user_sums(group, values, users) for values in pair] for _, *pair in named]
-    statistics = [bootstrap.relative_loss(*pair) for pair in sums]
+    statistics = [figures.relative_loss(*pair) for pair in sums]
     if keeps_weights:
         changed = bootstrap.user_sums(group, 1 - overlaps(reference.lists, candidate.lists), users)
         statistics.append(bootstrap.ratio(changed, bootstrap.user_rows(group, users)))
@@ -211,9 +212,9 @@ def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int)
     users, group = bootstrap.groups(before.users)
 
     if before.kind == "binary":
-        kinds = [("AUC", bootstrap.auc, -1.0, limits.auc), ("ECE", bootstrap.ece, 1.0, limits.ece)]
+        kinds = [("AUC", figures.auc, -1.0, limits.auc), ("ECE", figures.ece, 1.0, limits.ece)]
     else:
-        kinds = [("RMSE", bootstrap.rmse, 1.0, limits.ranking)]
+        kinds = [("RMSE", figures.rmse, 1.0, limits.ranking)]
     relative = before.kind != "binary"
     statistics = [
         kind(of.labels, of.values, group, users) for _, kind, _, _ in kinds for of in (before, after)
@@ -250,7 +251,7 @@ def _slice_rows(reference: Measured, candidate: Measured, limits: Gate, seed: in
     names = [name for name, mask in reference.slices.items() if mask.any()]
     masks = [reference.slices[name] for name in names]
     statistics = [
-        bootstrap.relative_loss(
+        figures.relative_loss(
             *(bootstrap.user_sums(group, of.gains * mask, users) for of in (reference, candidate))
         )
         for mask in masks

@@ -25,6 +25,7 @@ def test_a_preset_makes_a_release_that_answers_and_that_nvidias_builder_takes(wo
         preset("tiny"),
         recipe=read_recipe(name),
         recipe_name=name,
+        refit=False,
     )
     release = build(options, Console(file=io.StringIO()))[0]
     answer = LocalPipeline(open_served(workshop / "repository", release)).recommend(["u1", "nobody"])

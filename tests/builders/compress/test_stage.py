@@ -62,6 +62,7 @@ def compressed(workshop: Path, text: str) -> str:
         preset("tiny"),
         recipe=read_recipe(path),
         recipe_name=path.name,
+        refit=False,
     )
     return build(options, Console(quiet=True))[0]
 

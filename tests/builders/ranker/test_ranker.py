@@ -125,6 +125,8 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
         *parts,
         np.full((NUM_ITEMS + 1, 1), np.nan, np.float32),
         [],
+        offsets[1:],
+        {"kind": "time", "keep_test": False},
     )
 
 

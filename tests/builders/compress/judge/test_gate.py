@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from builders import bootstrap, metrics
+from builders import bootstrap as figures
+from builders import metrics
 from builders.compress.judge.gate import holm, verdict
 from builders.compress.judge.judge import overlaps
 from builders.compress.judge.measure import Measured, TaskOutcome, Timing
 from builders.compress.recipe import Gate
+from ensemble import bootstrap
 from ensemble.errors import InvalidInput
 
 USERS = 4000
@@ -149,7 +151,7 @@ def test_the_interval_of_a_relative_loss_covers_the_truth():
     for _ in range(300):
         chosen = rng.integers(0, len(taste), 800)
         [spread] = bootstrap.spreads(
-            [bootstrap.relative_loss(*(g[chosen] for g in gains))],
+            [figures.relative_loss(*(g[chosen] for g in gains))],
             800,
             samples=300,
             seed=int(rng.integers(1 << 30)),
@@ -163,7 +165,7 @@ def test_each_resamples_auc_equals_brute_force_with_ties(rng):
     group = np.repeat(np.arange(users), each)
     labels, values = (rng.random(users * each) < 0.3).astype(float), rng.integers(0, 7, users * each) / 7
     weights = rng.multinomial(users, [1 / users] * users, 20).astype(np.float32)
-    found = bootstrap.auc(labels, values, group, users)(weights)
+    found = figures.auc(labels, values, group, users)(weights)
     for weight, value in zip(weights, found, strict=True):
         rows = np.repeat(np.arange(len(group)), weight[group].astype(int))
         assert value == pytest.approx(metrics.auc(labels[rows], values[rows]), abs=1e-9)

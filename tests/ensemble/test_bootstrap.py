@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from builders.bootstrap import paired_difference
+from ensemble.bootstrap import paired_difference
 
 
 def test_paired_bootstrap_sees_a_difference_and_resamples_users():
