@@ -12,7 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +105,12 @@ class RouterModel:
             return [_response(next(answers) if isinstance(one, Request) else one) for one in asked]
         for request, one in zip(requests, asked, strict=True):
             sender = request.get_response_sender()
-            if isinstance(one, Request):
-                asyncio.run_coroutine_threadsafe(self._send(self.router, sender, one), self.loop)
-            else:
-                sender.send(_response(one), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            done = partial(_send, sender)
+            if not isinstance(one, Request):
+                done(one)
+            elif not self.router.start_main(one, done):
+                asyncio.run_coroutine_threadsafe(_answered(self.router, one, done), self.loop)
         return None
-
-    async def _send(self, router: Router, sender: Any, request: Request) -> None:
-        """Answers one request by calls to the releases' ensembles."""
-        answer: Any
-        try:
-            answer = await router.answer(*request)
-        except Exception as error:  # every request is answered, whatever goes wrong
-            answer = error
-        sender.send(_response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _publish(self) -> None:
         """Publishes the counts as metrics, and writes them for the guard, once a second."""
@@ -180,6 +173,21 @@ def _ask(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> Any:
         fault = response.error()
         raise CallFailed(fault.message(), fault.code())
     return _Outputs(response.output_tensors())
+
+
+async def _answered(router: Router, request: Request, done: Callable[[Any], None]) -> None:
+    """Answers one request by calls to both releases' ensembles."""
+    answer: Any
+    try:
+        answer = await router.answer(*request)
+    except Exception as error:  # every request is answered, whatever goes wrong
+        answer = error
+    done(answer)
+
+
+def _send(sender: Any, answer: Any) -> None:
+    """Sends a request's only response."""
+    sender.send(_response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _response(answer: Any) -> Any:

@@ -37,7 +37,8 @@ class Started:
     def release(self) -> str:
         """Names the release that it is about: the one that comes, or that is tried."""
         if self.what == ABORT:
-            return next((one.release for one in self.before if one not in self.after), self.after[0].release)
+            main = self.after[0].release
+            return next((one.release for one in self.before if one.release != main), main)
         return self.after[-1].release
 
     @property

@@ -262,3 +262,30 @@ def test_counts_know_empty_and_flat_lists_and_bins():
     assert (counts.seconds[0], counts.seconds[-1], counts.empty) == (1, 1, 2), "one item is no flat list"
     assert counts.scores.sum() == 5
     assert json.loads(json.dumps(counts.to_json()))["lists"] == 5
+
+
+def test_requests_of_the_main_releases_users_take_one_thread(releases):
+    router, answers = Router(ROUTE, releases.ask, releases.check), list[object]()
+    done = threading.Semaphore(0)
+
+    def note(answer: object) -> None:
+        answers.append(answer)
+        done.release()
+
+    mine, mixed = USERS[PLACES == 0], USERS
+    assert not router.start_main(Request(mixed, "{}"), note)
+    releases.asked.clear()
+    requests = [Request(mine, "{}"), Request(mine, '{"top_k": -1}'), Request(mine, "[")]
+    for request in requests:
+        assert router.start_main(request, note)
+        assert done.acquire(timeout=5)
+    answer, refused, unread = answers
+    assert set(answer["release"][:, 0]) == {b"r1"}
+    assert isinstance(refused, InvalidArgument)
+    assert isinstance(unread, InvalidArgument)
+    releases.fails["r1"] = CallFailed("no planet", 14)
+    router.start_main(requests[0], note)
+    assert done.acquire(timeout=5)
+    assert answers[-1] is releases.fails["r1"]
+    (main, canary) = router.counts
+    assert (main.requests, main.refused, main.failed, canary.requests) == (4, 2, 1, 0)
