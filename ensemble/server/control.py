@@ -124,6 +124,14 @@ class Control:
         )
         return {model.name: model.state for model in index.models}
 
+    def step_of(self, ensemble: str) -> str:
+        """Names the first step of an ensemble that is loaded."""
+        config = self._call(
+            f"ask for the configuration of {ensemble}",
+            lambda: self._client.get_model_config(ensemble, headers=self.server.headers),
+        ).config
+        return str(config.ensemble_scheduling.step[0].model_name)
+
     def ask(self, model: str, user_ids: Sequence[str], top_k: int) -> dict[str, Array]:
         """Asks `model` for the lists of B users; gives the tensors of its answer by name, ids as S."""
         from tritonclient.grpc import InferInput

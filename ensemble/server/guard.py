@@ -22,7 +22,7 @@ from ensemble.server.sequential import Hits, is_worse
 from ensemble.steps.routing import edge_s
 
 _OCTAVE = 4  # bins of Counts.seconds in a doubling
-_COUNTS = ("requests", "failed", "refused", "lists", "degraded", "empty")
+_COUNTS = ("requests", "failed", "late", "refused", "lists", "degraded", "empty")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Numbers(NamedTuple):
 
     requests: int
     failed: int
+    late: int  # and answered all the same: only the main release's are waited for
     refused: int
     lists: int
     degraded: int
@@ -100,12 +101,14 @@ class Guard:
             )
         )
         both = {
-            name: tuple(Hits(getattr(one, name), getattr(one, of)) for one in (canary, main))
-            for name, of in (
-                ("failed", "requests"),
-                ("refused", "requests"),
-                ("degraded", "lists"),
-                ("empty", "lists"),
+            name: tuple(
+                Hits(sum(getattr(one, what) for what in hits), getattr(one, of)) for one in (canary, main)
+            )
+            for name, hits, of in (
+                ("failed", ("failed", "late"), "requests"),
+                ("refused", ("refused",), "requests"),
+                ("degraded", ("degraded",), "lists"),
+                ("empty", ("empty",), "lists"),
             )
         }
         return {name: (two[0], two[1]) for name, two in {**both, "slow": slow, "strange": strange}.items()}

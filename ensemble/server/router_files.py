@@ -36,6 +36,11 @@ def router_of(route: Route) -> str | None:
     return f"{ROUTER}_{route.sequence}" if route.canary else None
 
 
+def step_of(route: Route) -> str:
+    """Names the model that the alias's only step is."""
+    return router_of(route) or f"{route.main}_{contract.PIPELINE}"
+
+
 def alias_text(repository: Path, route: Route) -> str:
     """Gives the alias's configuration: one step, the release or the router."""
     from google.protobuf import text_format

@@ -22,7 +22,7 @@ from ensemble.release.repository import put_route
 from ensemble.release.route import Route, Share, next_route, read_route
 from ensemble.server.control import READY, Control, NoAnswerError
 from ensemble.server.prepared import mount_of
-from ensemble.server.router_files import alias_text, only, router_of, write_router
+from ensemble.server.router_files import alias_text, only, router_of, step_of, write_router
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
@@ -100,8 +100,11 @@ class Turning:
         return f"{said}; {warning}" if warning else said
 
     def answers(self, route: Route) -> bool:
-        """Says whether the server answers by the route already."""
+        """Says whether the server answers by the route already: a few users may be the same releases' by
+        another route, so that the alias is looked at, too."""
         try:
+            if self.control.step_of(contract.PIPELINE) != step_of(route):
+                return False
             self._check(contract.PIPELINE, route)
         except (ServerError, ReleaseError):
             return False

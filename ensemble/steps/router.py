@@ -84,7 +84,7 @@ class Router:
                 return
             done(answer)
             with self._lock:
-                counts.answer(time.perf_counter() - started, answer)
+                counts.answer(time.perf_counter() - started, answer, wait_s(request.budget_us))
 
         self._pools[0].submit(run)
         return True
@@ -120,12 +120,12 @@ class Router:
                 counts.refusal()
             raise
         if part.place == 0:
-            return await self._asked(0, user_ids, raw, counts)
+            return await self._asked(0, user_ids, raw, counts, wait_s(budget_us))
         with contextlib.suppress(CallFailed):
             return await self._asked(1, user_ids, raw, counts, wait_s(budget_us))
         self._check(self.route.main, user_ids, raw)
         # What the main release does in the canary's place is none of its own counts
-        return flagged(await self._asked(0, user_ids, raw, Counts()))
+        return flagged(await self._asked(0, user_ids, raw, Counts(), wait_s(budget_us)))
 
     async def _asked(
         self,
@@ -133,18 +133,18 @@ class Router:
         user_ids: Array,
         raw: Mapping[str, Any],
         counts: Counts,
-        limit_s: float | None = None,
+        limit_s: float,
     ) -> Tensors:
-        """Asks a release, and counts what it does; CallFailed if it fails, or does not answer in time."""
+        """Asks a release, and counts what it does; CallFailed if it fails, or the canary is late."""
         started = time.perf_counter()
         try:
-            answer = await self._call(place, user_ids, raw, limit_s)
+            answer = await self._call(place, user_ids, raw, limit_s if place else None)
         except CallFailed:
             with self._lock:
                 counts.failure()
             raise
         with self._lock:
-            counts.answer(time.perf_counter() - started, answer)
+            counts.answer(time.perf_counter() - started, answer, limit_s)
         return answer
 
     async def _call(
@@ -202,6 +202,7 @@ class _Job(NamedTuple):
     user_ids: Array
     parameters: Mapping[str, Any]
     prepared: Any
+    limit_s: float  # for the canary
 
 
 class FusedRouter:
@@ -223,14 +224,14 @@ class FusedRouter:
         aside = self._start_aside([job.prepared for job in tried])
         answers = self._run_main(main, errors)
         if tried:
-            limit_s = min(wait_s(requests[job.request].budget_us) for job in tried)
+            limit_s = min(job.limit_s for job in tried)
             answers += self._of_canary(tried, aside, started, limit_s, errors)
         return [errors[i] if i in errors else _request_answer(i, answers) for i in range(len(requests))]
 
     def _jobs(self, requests: Sequence[Request], errors: dict[int, PeregrineError]) -> list[_Job]:
         """Cuts requests into parts; notes the error of those that are wrong, and leaves them out."""
         jobs = list[_Job]()
-        for i, (user_ids, parameters, _) in enumerate(requests):
+        for i, (user_ids, parameters, budget_us) in enumerate(requests):
             place, mine = 0, list[_Job]()
             try:
                 raw = read_parameters(parameters)
@@ -239,7 +240,8 @@ class FusedRouter:
                     place, users = part.place, part.users.tolist()
                     asked = raw if len(parts) == 1 else parameters_of(raw, users, len(user_ids))
                     ids = user_ids[part.users]
-                    mine.append(_Job(i, part, ids, asked, self._pipelines[place].prepare(ids, asked)))
+                    prepared = self._pipelines[place].prepare(ids, asked)
+                    mine.append(_Job(i, part, ids, asked, prepared, wait_s(budget_us)))
             except InvalidArgument as error:
                 self.counts[place].refusal()
                 errors[i] = error
@@ -276,8 +278,8 @@ class FusedRouter:
                 counts.failure()
                 errors[job.request] = CallFailed(str(error))
             return []
-        for answer in answers:
-            counts.answer(time.perf_counter() - started, answer)
+        for job, answer in zip(jobs, answers, strict=True):
+            counts.answer(time.perf_counter() - started, answer, job.limit_s)
         return list(zip(jobs, answers, strict=True))
 
     def _of_canary(
@@ -301,8 +303,8 @@ class FusedRouter:
                 (job, flagged(answer))
                 for job, answer in self._run_main(self._for_main(jobs, errors), errors, is_standing_in=True)
             ]
-        for answer in answers:
-            counts.answer(time.perf_counter() - started, answer)
+        for job, answer in zip(jobs, answers, strict=True):
+            counts.answer(time.perf_counter() - started, answer, job.limit_s)
         return list(zip(jobs, answers, strict=True))
 
     def _for_main(self, jobs: list[_Job], errors: dict[int, PeregrineError]) -> list[_Job]:
@@ -334,5 +336,5 @@ def metrics_of(route: Route, counts: Sequence[Counts]) -> list[Metric]:
     return [
         Metric(f"peregrine_route_{what}", (label,), float(getattr(one, what)))
         for label, one in named
-        for what in ("requests", "failed", "refused", "lists", "degraded", "empty")
+        for what in ("requests", "failed", "late", "refused", "lists", "degraded", "empty")
     ]

@@ -72,15 +72,19 @@ class Counts:
     TIME_BINS, SCORE_BINS = 60, 121
 
     def __init__(self) -> None:
-        self.requests = self.failed = self.refused = 0
+        self.requests = self.failed = self.late = self.refused = 0
         self.lists = self.degraded = self.empty = 0
         self.seconds = np.zeros(self.TIME_BINS, np.int64)
         self.scores = np.zeros(self.SCORE_BINS, np.int64)
 
-    def answer(self, seconds: float, answer: Tensors) -> None:
-        """Counts an answer: its scores [b, K], probabilities [b, K, T] and degraded [b, 1]."""
+    def answer(self, seconds: float, answer: Tensors, limit_s: float) -> None:
+        """Counts an answer: its scores [b, K], probabilities [b, K, T] and degraded [b, 1].
+
+        It is late where a canary would not have been waited for: only so are the two compared fairly.
+        """
         scores = answer["scores"]
         self.requests += 1
+        self.late += seconds > limit_s
         self.seconds[min(max(0, math.ceil(4 * math.log2(max(seconds, 1e-3) * 1e3))), self.TIME_BINS - 1)] += 1
         self.lists += len(scores)
         self.degraded += int(np.count_nonzero(answer["degraded"]))

@@ -18,6 +18,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 import peregrine
 from clients.operations import canaries, releases
 from clients.operations.listing import list_releases
+from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release import activation
 from ensemble.release.repository import put_route
@@ -30,7 +31,7 @@ from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
 from ensemble.server.turning import current_route
 
-OPTIONS = ServeOptions(port=0, metrics_port=None)
+OPTIONS = ServeOptions(port=0, metrics_port=None, instances=1)
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +137,9 @@ def test_the_command_line(repository, capsys, monkeypatch):
 
 # Steps of a command that change something, in their order
 STEPS = {
-    "canary": ("begin", "load", "ask", "put_route", "load alias"),
-    "abort": ("begin", "put_route", "load alias"),
-    "promote": ("begin", "load", "put_route", "load alias"),
+    "canary": ("ask", "put_route", "load alias"),
+    "abort": ("put_route",),
+    "promote": ("load", "put_route"),
 }
 KILLED = """\
 import os, signal, sys
@@ -209,8 +210,14 @@ def restore(repository: Path, wanted: dict[str, float]) -> None:
 def answering(repository: Path) -> set[str]:
     """The releases that answer many users; what else is loaded is the route's router."""
     with Control(running_server(repository)) as control:
-        answers = [control.ask("recommend", [f"u{n}" for n in range(8 * m, 8 * m + 8)], 3) for m in range(5)]
-        found = {name.decode() for one in answers for name in one["release"].ravel().tolist()}
+        found = set()
+        for start in range(0, 40, 8):
+            users, answer = [f"u{number}" for number in range(start, start + 8)], None
+            while (
+                answer is None or (answer["degraded"] & Degraded.CANARY_FAILED).any()
+            ):  # late: a busy machine
+                answer = control.ask("recommend", users, 3)
+            found |= {name.decode() for name in answer["release"].ravel().tolist()}
         route = current_route(repository)
         router = {"route"} if route.canary else set()
         loaded = {model.partition("_")[0] for model in control.models()}

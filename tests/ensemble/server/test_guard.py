@@ -39,7 +39,7 @@ def grow(
             scores[rng.random(2) < empty] = 0
             flags = (rng.random((2, 1)) < degraded).astype(np.int64)
             answer = {"scores": scores, "probabilities": scores[..., None], "degraded": flags}
-            counts.answer(seconds * rng.lognormal(0, 0.4), answer)
+            counts.answer(seconds * rng.lognormal(0, 0.4), answer, 0.5)
 
 
 def numbers(counts: Counts) -> Numbers:
@@ -97,6 +97,16 @@ def test_below_the_minimum_nothing_is_said(rng):
     assert guard.verdict(numbers(main), numbers(tried)) == ""
     grow(tried, rng, failed=1.0, requests=1)
     assert "100.0% of 50 requests failed or were late" in guard.verdict(numbers(main), numbers(tried))
+
+
+def test_a_machine_that_is_slow_for_both_takes_nobody_out(rng):
+    """Half of the main release's answers come later than the canary is waited for; half of its own fail."""
+    guard, main, tried = Guard(ROUTE), Counts(), Counts()
+    for _ in range(30):
+        grow(main, rng, seconds=0.5)
+        grow(tried, rng, failed=0.5, seconds=0.3)
+        assert guard.verdict(numbers(copied(main)), numbers(copied(tried))) == ""
+    assert 0.3 < main.late / main.requests < 0.7
 
 
 def test_a_server_that_began_anew_is_judged_anew(rng):

@@ -253,14 +253,15 @@ def test_counts_know_empty_and_flat_lists_and_bins():
     answer["scores"][1] = 0.5
     answer["scores"][2] = answer["probabilities"][2] = 0
     answer["degraded"][1] = 2
-    counts.answer(0.0101, answer)
+    counts.answer(0.0101, answer, 0.01)
     assert (counts.requests, counts.lists, counts.degraded, counts.empty) == (1, 3, 1, 2)
     (at,) = np.flatnonzero(counts.seconds)
     assert routing.edge_s(at - 1) < 0.0101 <= routing.edge_s(at)
-    counts.answer(0.0, answer_of("r1", USERS[:1], 1))
-    counts.answer(1e9, answer_of("r1", USERS[:1], 1))
+    counts.answer(0.0, answer_of("r1", USERS[:1], 1), 0.5)
+    counts.answer(1e9, answer_of("r1", USERS[:1], 1), 0.5)
     assert (counts.seconds[0], counts.seconds[-1], counts.empty) == (1, 1, 2), "one item is no flat list"
     assert counts.scores.sum() == 5
+    assert counts.late == 2
     assert json.loads(json.dumps(counts.to_json()))["lists"] == 5
 
 
