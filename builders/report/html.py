@@ -86,6 +86,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_ranking(report, found),
         *_tasks(report),
         *_recall(report),
+        *_trained(manifest),
     ]
     parts += ["<h2>Compression</h2>"]
     if report.get("compress"):
@@ -122,6 +123,27 @@ def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
             f"{difference['mean']:+.5f}, 95% interval [{difference['low']:+.5f}, {difference['high']:+.5f}]"
         )
         parts.append(f"<p>Chain minus recall, NDCG@10: {interval} (paired bootstrap over users).</p>")
+    return parts
+
+
+def _trained(manifest: Mapping[str, Any]) -> list[str]:
+    """Says what the served models have learned from, and what their refit changed."""
+    spans = manifest.get("trained", {})
+    if not spans:
+        return []
+    rows = [[name, f"{span['events']:,}", _text(span["trained_up_to"])] for name, span in spans.items()]
+    parts = ["<h2>What is served has learned from</h2>", _table(["", "events", "up to"], rows)]
+    if reason := manifest.get("why_no_refit"):
+        return [*parts, f"<p>The verified model is served, not a refit of it: {_text(reason)}.</p>"]
+    new = manifest["report"].get("refit", {}).get("new_items", {})
+    if new.get("items"):
+        head = ["", "of them shown", "of all places"]
+        rows = [
+            [name, f"{new[key]['shown']:.1%}", f"{new[key]['places']:.2%}"]
+            for key, name in (("before", "verified model"), ("after", "refitted, served"))
+        ]
+        parts.append(f"<p>{new['items']:,} new items, in the lists of {new['users']:,} users:</p>")
+        parts.append(_table(head, rows))
     return parts
 
 

@@ -27,6 +27,7 @@ from builders.export.reweight import reweighted
 from builders.export.trained import open_trained
 from builders.index.stage import _require_recall
 from builders.presets import preset
+from builders.report.html import page
 from builders.weights import require_finite
 from clients.operations.listing import list_releases
 from ensemble.engines import open_engine
@@ -77,6 +78,11 @@ def test_the_published_models_have_learned_from_the_newest_event(tiny_repository
     [info] = list_releases(tiny_repository)
     assert info.trained_up_to == encoders["trained_up_to"]
     assert encoders["trained_up_to"] in (tiny_repository / "r1" / "report.md").read_text()
+    trained, held_out = (set(training_histories(one)[1].tolist()) for one in (verified, known))
+    assert manifest["report"]["refit"]["new_items"]["items"] == len(held_out - trained) > 0
+    served = page(manifest, {})
+    assert encoders["trained_up_to"] in served
+    assert "refitted, served" in served
 
 
 def test_calibration_and_the_weights_of_the_blend_are_the_verified_ones(stages):
