@@ -45,6 +45,21 @@ Index = Annotated[
         help="Where the main index is searched: cpu, or gpu: with faiss-gpu, and an index of whole vectors."
     ),
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N…",
+        help="Which GPUs to use, as nvidia-smi numbers them; the instances of each step take them by turns. "
+        "The first alone if not given.",
+    ),
+]
+Shards = Annotated[
+    int,
+    typer.Option(
+        help="Parts that an index of whole vectors is cut into, for one that no card holds: on the GPUs by "
+        "turns, searched at once, the same lists."
+    ),
+]
 Instances = Annotated[
     int | None,
     typer.Option(
@@ -95,6 +110,8 @@ def serve(
     fused: Fused = False,
     require: Require = None,
     index: Index = "cpu",
+    gpus: Gpus = None,
+    shards: Shards = 1,
     instances: Instances = None,
     redis: Redis = None,
     state: State = None,
@@ -104,6 +121,7 @@ def serve(
 ) -> None:
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and
     stops."""
+    from ensemble.engines.cards import cards_from_text
     from ensemble.server.checks import check_user
     from ensemble.server.options import ServeOptions
     from ensemble.tiers.settings import url_from_option
@@ -116,6 +134,8 @@ def serve(
         fused=fused,
         require=require,
         index=index,
+        shards=shards,
+        gpus=cards_from_text(gpus) if gpus else None,
         instances=instances,
         redis=url_from_option(redis) if redis else None,
         state=state.resolve() if state else None,

@@ -27,6 +27,7 @@ ENGINES = (TENSORRT, RTX, ONNXRUNTIME_GPU, ONNXRUNTIME)  # best first
 # The same for where recall searches its main index.
 INDEX_VARIABLE = "PEREGRINE_INDEX"
 CPU, GPU = "cpu", "gpu"
+SHARDS_VARIABLE = "PEREGRINE_INDEX_SHARDS"  # in how many parts; one if it is not set
 # The repository that steps read: the server may mount a folder of links, in which there are no live items.
 REPOSITORY_VARIABLE = "PEREGRINE_REPOSITORY"
 

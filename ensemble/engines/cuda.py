@@ -8,6 +8,8 @@ primary context is the one that TensorRT, PyTorch and Faiss use, so pointers are
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint64, c_void_p
 from typing import Any
 
@@ -15,6 +17,10 @@ from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_COUNT = (
+    "import ctypes; cuda, n = ctypes.CDLL('libcuda.so.1'), ctypes.c_int(0); "
+    "print(0 if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(n)) else n.value)"
+)
 NO_GPU = (
     "no GPU: the NVIDIA driver (libcuda.so.1) is not on this machine",
     "plans are built and run in the serving image on a GPU node",
@@ -35,22 +41,35 @@ def _driver() -> Any:
     return library
 
 
-def gpu_facts() -> tuple[str, str, str]:
-    """Gives name, SM and the driver's CUDA version of GPU 0, such as ("NVIDIA H200", "9.0", "13.0").
+def num_gpus() -> int:
+    """Counts the GPUs that this process sees, without keeping any; ReleaseError where there is none.
+
+    CUDA reads its variable once a process, so a process of its own counts them.
+    """
+    counted = subprocess.run(
+        [sys.executable, "-S", "-c", _COUNT], capture_output=True, text=True, timeout=60, check=False
+    )
+    if counted.returncode or not counted.stdout.strip().isdigit() or int(counted.stdout) < 1:
+        raise ReleaseError(*NO_GPU)
+    return int(counted.stdout)
+
+
+def gpu_facts(number: int = 0) -> tuple[str, str, str]:
+    """Gives name, SM and the driver's CUDA version of a GPU, such as ("NVIDIA H200", "9.0", "13.0").
 
     Raises ReleaseError without a GPU.
     """
     library, name = _driver(), ctypes.create_string_buffer(256)
     major, minor, version = c_int(), c_int(), c_int()
     device = c_int()
-    failed = library.cuDeviceGet(byref(device), 0) or library.cuDeviceGetName(name, 256, device)
+    failed = library.cuDeviceGet(byref(device), number) or library.cuDeviceGetName(name, 256, device)
     failed = (
         failed
         or library.cuDeviceGetAttribute(byref(major), _MAJOR, device)
         or library.cuDeviceGetAttribute(byref(minor), _MINOR, device)
     )
     if failed or library.cuDriverGetVersion(byref(version)):
-        raise ReleaseError("the NVIDIA driver does not describe GPU 0", "`nvidia-smi` may say why")
+        raise ReleaseError(f"the NVIDIA driver does not describe GPU {number}", "`nvidia-smi` may say why")
     return (
         name.value.decode(),
         f"{major.value}.{minor.value}",

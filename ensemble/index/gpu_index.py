@@ -48,6 +48,12 @@ def check_gpu() -> None:
         )
 
 
+def num_gpus() -> int:
+    """Counts the GPUs that this process sees; InvalidInput if Faiss can search on none."""
+    check_gpu()
+    return int(faiss.get_num_gpus())
+
+
 class Device:
     """Puts indexes on one GPU, with one instance's resources; `half` keeps whole vectors as fp16."""
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import faiss
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.engines import GPU, INDEX_VARIABLE
+from ensemble.engines import GPU, INDEX_VARIABLE, SHARDS_VARIABLE
 from ensemble.index.filters import RowMask
 from ensemble.index.found import Found, merge_found
 from ensemble.index.main_index import MainIndex, QuerySettings, open_index
+from ensemble.index.sharded import ShardedIndex
 from ensemble.index.vectors import Vectors, open_vectors
 from ensemble.live.segment import SearchedIndex, Segment
 from ensemble.live.state import LiveView
@@ -25,18 +28,27 @@ from ensemble.release.release import Release
 VECTORS = "vectors.npy"
 
 
-def open_main(release: Release, query: QuerySettings) -> MainIndex:
-    """Opens a release's index, with the vectors that it is refined with."""
+def open_main(release: Release, query: QuerySettings) -> SearchedIndex:
+    """Opens a release's index, whole or in shards, with the vectors that it is refined with."""
     index = open_index(release.path / "index.faiss", len(release.items) - 1, release.schema.sizes.embedding)
     embeddings = release.items["embedding"]
     vectors: Vectors = lambda rows: embeddings[rows]  # noqa: E731
     if (release.path / VECTORS).exists():
         release.verify_data(VECTORS)
         vectors = open_vectors(release.path / VECTORS, len(release.items), release.schema.sizes.embedding)
-    if os.environ.get(INDEX_VARIABLE) == GPU:
-        from ensemble.index.gpu_index import GpuIndex
+    shards = int(os.environ.get(SHARDS_VARIABLE, "1"))
+    if shards > 1:
+        return ShardedIndex(index, vectors, shards, partial(_opened, query))
+    return _opened(query, index, vectors)
 
-        return GpuIndex(index, vectors, query)
+
+def _opened(query: QuerySettings, index: faiss.Index, vectors: Vectors, shard: int = 0) -> MainIndex:
+    """Opens an index, or one shard of it, where the server wants it searched: shards take the GPUs by
+    turns."""
+    if os.environ.get(INDEX_VARIABLE) == GPU:
+        from ensemble.index.gpu_index import Device, GpuIndex, num_gpus
+
+        return GpuIndex(index, vectors, query, Device(shard % num_gpus()))
     return MainIndex(index, vectors, query)
 
 

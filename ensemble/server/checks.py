@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.engines import GPU
+from ensemble.engines.cards import show_cards
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.activation import settle_on_disk
 from ensemble.release.release import open_release
@@ -34,9 +35,12 @@ def check_user(as_root: bool) -> None:
 
 
 def check_packages(options: ServeOptions) -> None:
-    """Raises an error that names the package or device that the options need and this machine lacks."""
+    """Raises an error that names the package or device that the options need and this machine lacks; from
+    here on this process sees the GPUs that it is to use."""
     if options.redis is not None:
         check_installed()
+    if options.gpus is not None:
+        show_cards(options.gpus)
     if options.index == GPU:
         from ensemble.index.gpu_index import check_gpu
 

@@ -30,8 +30,11 @@ _CONFIG = "config.pbtxt"
 class Mount:
     """Mounts releases for one server, and points its alias at one."""
 
-    def __init__(self, state: Path, instances: int | None = None) -> None:
-        self.folder, self._staged, self.instances = state / MOUNT, state / STAGED, instances
+    def __init__(self, state: Path, instances: int | None = None, num_gpus: int = 1) -> None:
+        """Mounts in `state`; `instances` Python processes of each step, None as the release says; engines of
+        Triton's own backend on each of the first `num_gpus` GPUs."""
+        self.folder, self._staged = state / MOUNT, state / STAGED
+        self.instances, self._num_gpus = instances, num_gpus
 
     def add(self, release: Release, plans: Sequence[Plan] = ()) -> None:
         """Mounts a release that is not loaded, its models with a plan from the plan's folder; ReleaseError if
@@ -71,9 +74,8 @@ class Mount:
         staged.rename(place)
 
     def _configuration(self, file: Path, model: str) -> str:
-        """Gives a configuration as this server wants it: with its number of instances."""
-        text = foreign.read_configuration(file, model)
-        return text if self.instances is None else with_instances(text, self.instances)
+        """Gives a configuration as this server wants it: with its number of instances, on its GPUs."""
+        return with_instances(foreign.read_configuration(file, model), self.instances, self._num_gpus)
 
     def remove(self, name: str) -> None:
         """Unmounts a release that is loaded no longer."""
@@ -113,14 +115,18 @@ def _plan_files(folder: Path) -> Iterator[str]:
     return (str(path.relative_to(folder)) for path in files)
 
 
-def with_instances(text: str, count: int) -> str:
-    """Gives a configuration with `count` instances in each of its groups of Python processes."""
-    if "KIND_CPU" not in text:
+def with_instances(text: str, count: int | None, num_gpus: int) -> str:
+    """Gives a configuration with `count` instances in each of its groups of Python processes, if that is
+    asked for, and with its groups of engines on each of `num_gpus` GPUs."""
+    if not (count and "KIND_CPU" in text) and not (num_gpus > 1 and "KIND_GPU" in text):
         return text
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     config = text_format.Parse(text, ModelConfig())
     for group in config.instance_group:
-        group.count = count
+        if group.kind == group.KIND_GPU:
+            group.gpus[:] = range(num_gpus)
+        elif count:
+            group.count = count
     return text_format.MessageToString(config)

@@ -11,6 +11,7 @@ from ensemble.errors import InvalidInput
 from ensemble.tiers.settings import TierSettings
 
 MOST_INSTANCES = 128  # each is a process of every step
+MOST_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ServeOptions:
     fused: bool = False  # all steps of a request in one Python process, instead of the ensemble
     require: str | None = None  # one of ENGINES, or an error; None takes the best that is there
     index: str = CPU  # engines.CPU or GPU: where the main index is searched
+    shards: int = 1  # parts of the main index, on as many GPUs by turns
+    gpus: tuple[int, ...] | None = None  # which ones, as CUDA numbers them; None: whatever it shows
     instances: int | None = None  # processes of each step; None: as the release says
     redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
     state: Path | None = None  # where it keeps what it runs from; None: a folder of this user's
@@ -38,12 +41,19 @@ class ServeOptions:
         check_requirement(self.require)
         if self.index not in (CPU, GPU):
             raise InvalidInput(f"--index {self.index}: is unknown; use {CPU} or {GPU}")
+        if not 1 <= self.shards <= MOST_SHARDS:
+            raise InvalidInput(f"--shards {self.shards}: can be 1 to {MOST_SHARDS}")
         if self.instances is not None and not 1 <= self.instances <= MOST_INSTANCES:
             raise InvalidInput(f"--instances {self.instances}: can be 1 to {MOST_INSTANCES}")
         if self.redis is not None:
             TierSettings(self.redis)  # refused here rather than in every step
         if not self.start_timeout_s > 0:
             raise InvalidInput(f"--start-timeout-s must be above 0, got {self.start_timeout_s}")
+
+    @property
+    def num_gpus(self) -> int:
+        """Counts the GPUs that engines are on, where there are any."""
+        return len(self.gpus) if self.gpus else 1
 
     @property
     def is_loopback(self) -> bool:

@@ -19,7 +19,7 @@ from ensemble.server.runtime import has_plans
 
 def mount_of(server: RunningServer) -> Mount:
     """Gives the mount of a running server."""
-    return Mount(Path(server.state), server.instances)
+    return Mount(Path(server.state), server.instances, server.num_gpus)
 
 
 def prepare_release(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE
+from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE, SHARDS_VARIABLE
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
 from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
@@ -106,6 +106,7 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         ENGINE_VARIABLE: launch.runtime.engine,
         INDEX_VARIABLE: launch.options.index,
+        SHARDS_VARIABLE: str(launch.options.shards),
         REPOSITORY_VARIABLE: str(launch.repository),
         # Images set it; python_model.py knows old stubs by it.
         "TRITON_SERVER_VERSION": str(installation.level or ""),

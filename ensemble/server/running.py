@@ -39,6 +39,7 @@ class RunningServer:
     engine: str = ONNXRUNTIME  # what the Python engine steps run on
     has_plans: bool = False  # Triton's own backend runs plans
     instances: int | None = None  # of each step, where that is not the release's affair
+    num_gpus: int = 1  # that its engines are on
     node: dict[str, str] | None = None  # engines.plans.Node, where plans run
     takes_portable: bool = False  # plans of other GPUs and versions, which need a flag of Triton
     require: str | None = None  # what `serve --require` asked for

@@ -68,7 +68,7 @@ def choose_runtime(
         return Runtime()
     opened = open_release(repository, release)
     choices: dict[str, Callable[[], Runtime]] = {
-        TENSORRT: lambda: _tensorrt(opened, installation, options.fused),
+        TENSORRT: lambda: _tensorrt(opened, installation, options),
         RTX: lambda: _rtx(opened),
         ONNXRUNTIME_GPU: lambda: _onnxruntime_gpu(opened),
         ONNXRUNTIME: Runtime,
@@ -93,14 +93,15 @@ def choose_runtime(
     raise AssertionError("ONNX Runtime on the CPU is always there")
 
 
-def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runtime:
+def _tensorrt(release: Release, installation: Installation, options: ServeOptions) -> Runtime:
     """Chooses Triton's own backend where it has one, else the engine steps in Python; ReleaseError names what
     is in the way."""
     from ensemble.engines.tensorrt import this_node
 
     node = this_node()
     plans = find_plans(release, node)
-    if (installation.backends / "tensorrt").is_dir() and not fused:
+    if (installation.backends / "tensorrt").is_dir() and not options.fused:
+        _check_one_kind(options.num_gpus)
         return Runtime(plans=tuple(plans.values()), node=node)
     if importlib.util.find_spec(MODULES[TENSORRT]):
         return Runtime(TENSORRT, node=node)
@@ -108,6 +109,20 @@ def _tensorrt(release: Release, installation: Installation, fused: bool) -> Runt
         f"this tritonserver has no TensorRT backend ({installation.backends}), and Python has no tensorrt "
         "for the engine steps"
     )
+
+
+def _check_one_kind(num_gpus: int) -> None:
+    """Raises ReleaseError unless all GPUs are of one kind: Triton's backend takes one plan for all."""
+    from ensemble.engines.cuda import gpu_facts
+
+    first = gpu_facts()
+    for number in range(1, num_gpus):
+        if gpu_facts(number) != first:
+            raise ReleaseError(
+                f"GPU {number} is another card ({gpu_facts(number)[0]}) than GPU 0 ({first[0]}), and "
+                "Triton's backend runs one plan on all",
+                "start one server for each kind of card",
+            )
 
 
 def _rtx(release: Release) -> Runtime:

@@ -145,6 +145,7 @@ class Server:
             state=str(self._run.path),
             has_plans=bool(runtime.plans),
             instances=options.instances,
+            num_gpus=options.num_gpus,
             node=dataclasses.asdict(runtime.node) if runtime.node else None,
             takes_portable=bool(runtime.flags),
             require=options.require,
@@ -199,7 +200,7 @@ class Server:
     def _mount_route(self) -> None:
         """Mounts what the route says now; a canary that cannot be is taken out."""
         repository, runtime = self.launch.repository, self.launch.runtime
-        mount = Mount(self._run.path, self.launch.options.instances)
+        mount = Mount(self._run.path, self.launch.options.instances, self.launch.options.num_gpus)
         is_fused = self.launch.configuration == FUSED
         try:
             mount_route(mount, repository, runtime, is_fused=is_fused)
@@ -344,7 +345,9 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     claim = Claim(options.state or default_state(repository), repository)
     try:
         run = make_run_folder(installation, claim.path.parent)
-        Mount(run.path, options.instances).add(open_release(repository, name), runtime.plans)
+        Mount(run.path, options.instances, options.num_gpus).add(
+            open_release(repository, name), runtime.plans
+        )
     except BaseException:
         empty(claim.path.parent)
         claim.drop()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pretend
 import pytest
+from google.protobuf import text_format
 from shops import ROOT, private_copy
 from toy_repository import publish_toy
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from variants import answering, publish_variant
 
 from clients.client import Client
@@ -28,7 +30,7 @@ from ensemble.release.files import file_sha256
 from ensemble.release.release import Release, open_release
 from ensemble.release.repository import alias_of, member_folders
 from ensemble.server import supervisor as serving
-from ensemble.server.mount import Mount
+from ensemble.server.mount import Mount, with_instances
 from ensemble.server.options import ServeOptions
 from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.running import RunningServer
@@ -342,6 +344,14 @@ def test_a_number_of_instances_stands_in_the_mounts_configurations(tiny_reposito
     assert "count" not in (ensemble / "config.pbtxt").read_text(), "an ensemble has no instances"
     assert "count: 7" in (ensemble / "configs" / "fused.pbtxt").read_text()
     assert "count: 2" in (tiny_repository / "r1_recall" / "config.pbtxt").read_text()
+
+
+def test_engines_of_tritons_own_backend_are_on_every_gpu():
+    one = text_format.Parse("instance_group { kind: KIND_GPU count: 2 gpus: 0 }", ModelConfig())
+    text = text_format.MessageToString(one)
+    assert with_instances(text, None, 1) == text
+    group = text_format.Parse(with_instances(text, 7, 3), ModelConfig()).instance_group[0]
+    assert (list(group.gpus), group.count) == ([0, 1, 2], 2)
 
 
 @pytest.mark.parametrize("count", [0, -1, 129])

@@ -10,8 +10,15 @@ static long allocated = 0;
 #define NEEDS_CONTEXT if (!current) return 201
 
 int cuInit(unsigned flags) { return 0; }
-int cuDeviceGetCount(int *n) { const char *v = getenv("PRETEND_GPUS"); *n = v ? atoi(v) : 1; return 0; }
-int cuDeviceGet(int *device, int i) { *device = i; return i; }
+int cuDeviceGetCount(int *n) {
+    const char *v = getenv("PRETEND_GPUS"), *shown = getenv("CUDA_VISIBLE_DEVICES");
+    int all = v ? atoi(v) : 1;
+    *n = all;
+    if (shown) { *n = *shown != 0; for (; *shown; shown++) *n += *shown == ','; }
+    if (*n > all) *n = all;
+    return 0;
+}
+int cuDeviceGet(int *device, int i) { int n; cuDeviceGetCount(&n); *device = i; return i >= n; }
 int cuDeviceGetName(char *name, int size, int device) { const char *v = getenv("PRETEND_GPU"); snprintf(name, size, "%s", v ? v : "Pretend 9"); return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   const char *v = getenv("PRETEND_SM"); int sm = v ? atoi(v) : 90;
