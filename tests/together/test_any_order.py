@@ -1,8 +1,10 @@
 """Everything that changes a repository, in any order, against a plain model of what every answer must be.
 
-The catalogue is changed, merged and compacted, releases are activated, the writer is killed at any moment,
-overlays are lost, and steps start again. After each step the active release answers, and nothing else than
-what the model says may be in its lists. `make soak` goes on for long.
+The catalogue is changed, merged and compacted; releases are activated, tried on a share of the users,
+promoted, taken out, removed and brought back under their names; the writer is killed at any moment, overlays
+are lost, and steps start again. After each step the release that the route names for a user answers, and
+nothing else than what the model says may be in its lists; a second reader sees the same. `make soak` goes on
+for long.
 """
 
 from __future__ import annotations
@@ -36,18 +38,24 @@ from shops import private_copy
 from clients.client import Client
 from clients.errors import CallError, InvalidArgument, Unavailable
 from clients.items import ItemClient, make_ready
-from clients.operations import releases
+from clients.operations import canaries, releases
+from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.local import LocalPipeline
+from ensemble.release.manifest import MANIFEST
 from ensemble.release.release import active_release, open_release
+from ensemble.release.route import Route
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
+from ensemble.server.turning import current_route
 from ensemble.steps.served import open_served
 
 SOAK, STEPS = int(os.environ.get("PEREGRINE_SOAK", "0")), 20  # examples of `make soak`
 BRANDS = ("brand of its own", "another brand")  # that no release knows
 IDS = st.sampled_from([f"i{number}" for number in range(1, 9)] + [f"new-{number}" for number in range(4)])
 VALUES = st.fixed_dictionaries({}, optional={"brand": st.sampled_from(BRANDS), "price": st.just(9.5)})
-NEWCOMER, KNOWN = b"nobody-knows-me", b"u1"
+NEWCOMER = b"nobody-knows-me"
+USERS = (NEWCOMER, b"u1", b"u2", b"u3")
+NAMES = ("r1", "r2")
 WAIT_S = 20.0
 # The writer, whose merges do not wait for idle time: on a busy machine they would outlast the test.
 WRITER = """
@@ -93,10 +101,10 @@ class Answer(NamedTuple):
 class Steps(Protocol):
     """Is what answers: local twins, or a server."""
 
-    def open(self, name: str) -> None:
-        """Makes sure that the active release `name` answers."""
+    def open(self) -> None:
+        """Makes sure that the releases of the route answer."""
 
-    def restart(self, name: str) -> None:
+    def restart(self) -> None:
         """Starts what answers again, in the rough way."""
 
     def close(self) -> None:
@@ -107,22 +115,21 @@ class Steps(Protocol):
 
 
 class Twins:
-    """Keeps a local twin of every release that was active, as a server's steps are kept."""
+    """Keeps a local twin of every release that was in the route, as a server's steps are kept."""
 
     def __init__(self, repository: Path) -> None:
         self.repository, self.twins = repository, dict[str, LocalPipeline]()
-        self.name = ""
 
-    def open(self, name: str) -> None:
-        make_ready(self.repository, name)
-        self.name = name
-        if name not in self.twins:
-            self.twins[name] = LocalPipeline(open_served(self.repository, name))
-            self.twins[name].release.live.follow()
+    def open(self) -> None:
+        for name in the_route(self.repository).releases:
+            make_ready(self.repository, name)
+            if name not in self.twins:
+                self.twins[name] = LocalPipeline(open_served(self.repository, name))
+                self.twins[name].release.live.follow()
 
-    def restart(self, name: str) -> None:
+    def restart(self) -> None:
         self.close()
-        self.open(name)
+        self.open()
 
     def close(self) -> None:
         for twin in self.twins.values():
@@ -130,8 +137,9 @@ class Twins:
         self.twins.clear()
 
     def ask(self, user: bytes, options: dict[str, Any]) -> Answer:
-        answer = self.twins[self.name].recommend([user], options)
-        assert not self.twins[self.name].release.live.fault
+        twin = self.twins[whose(self.repository, user)]
+        answer = twin.recommend([user], options)
+        assert not twin.release.live.fault
         items = [item for item in answer["item_ids"][0].tolist() if item]
         return Answer(answer["release"].item().decode(), answer["sequence"].item(), items)
 
@@ -144,17 +152,17 @@ class Triton:
         self.stack = contextlib.ExitStack()
         self.server: Server | None = None
 
-    def open(self, name: str) -> None:
+    def open(self) -> None:
         if self.server is None:
             self.server = self.stack.enter_context(serve(self.repository, self.options))
             self.client = self.stack.enter_context(Client(self.server.url))
-        until(lambda: self._answers() == name)
+        until(self._follows_the_route)
 
-    def restart(self, name: str) -> None:
+    def restart(self) -> None:
         """Kills tritonserver; the supervisor starts another."""
         assert self.server is not None
         os.kill(self.server.pid, signal.SIGKILL)
-        until(lambda: self._answers() == name)
+        until(self._follows_the_route)
 
     def close(self) -> None:
         self.stack.close()
@@ -164,10 +172,23 @@ class Triton:
         answer = self.client.recommend(user.decode(), **options)
         return Answer(answer.release, answer.sequence, [item.encode() for item in answer.item_ids])
 
-    def _answers(self) -> str:
+    def _follows_the_route(self) -> bool:
         with contextlib.suppress(CallError):
-            return self.client.recommend("").release
-        return ""
+            return all(self.ask(user, {}).release == whose(self.repository, user) for user in USERS)
+        return False
+
+
+def the_route(repository: Path) -> Route:
+    """Gives the route; there is always one."""
+    route = current_route(repository)
+    assert route is not None
+    return route
+
+
+def whose(repository: Path, user: bytes) -> str:
+    """Names the release that answers a user."""
+    route = the_route(repository)
+    return route.releases[int(route.places([user])[0])]
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -197,7 +218,7 @@ class AnyOrder(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self._start_writer()
-        self.steps.open(self._active())
+        self.steps.open()
         self.is_started = True
 
     # --- what may happen
@@ -253,25 +274,80 @@ class AnyOrder(RuleBasedStateMachine):
         assert changed.log_lines == changed.log_items
         assert changed.sequence == self.catalogue.sequence
 
-    @rule(name=st.sampled_from(["r1", "r2"]))
+    @rule(name=st.sampled_from(NAMES))
     def activate(self, name: str) -> None:
+        if not self._is_published(name):
+            return
         done = releases.activate(self.repository, name)
         assert (done.release, done.warning) == (name, "")
-        self.steps.open(name)
+        assert self._releases() == (name,)
+        self.steps.open()
+
+    @precondition(lambda self: self._is_published(self._other()))
+    @rule(share=st.sampled_from([0.2, 0.5, 0.9]))
+    def try_the_other(self, share: float) -> None:
+        main, other = self._active(), self._other()
+        before = {user: whose(self.repository, user) for user in USERS}
+        is_larger = share >= the_route(self.repository).share(other) > 0
+        canaries.canary(self.repository, other, share)
+        assert self._releases() == (main, other)
+        self.steps.open()
+        if is_larger:  # a larger share keeps its users
+            after = {user: whose(self.repository, user) for user in USERS}
+            assert all(after[user] == other for user in USERS if before[user] == other)
+
+    @rule()
+    def promote(self) -> None:
+        self._end_the_trial(canaries.promote, keeps_main=False)
+
+    @rule()
+    def take_out(self) -> None:
+        self._end_the_trial(canaries.abort, keeps_main=True)
+
+    @precondition(lambda self: self._is_published(self._other()))
+    @rule()
+    def remove_the_other(self) -> None:
+        """Its name is kept for it; while it is tried it stays."""
+        other = self._other()
+        if other in self._releases():
+            with pytest.raises(PeregrineError):
+                releases.remove(self.repository, other)
+            return
+        releases.remove(self.repository, other)
+        with pytest.raises(PeregrineError):
+            releases.activate(self.repository, other)
+
+    @precondition(lambda self: not self._is_published(self._other()))
+    @rule()
+    def bring_the_other_back(self) -> None:
+        """A copy comes as a person would make it: members first."""
+        other = self._other()
+        for folder in sorted(self.template.glob(f"{other}*"), key=lambda path: path.name == other):
+            shutil.copytree(folder, self.repository / folder.name)
+
+    @rule()
+    def a_second_reader_agrees(self) -> None:
+        second = Twins(self.repository)
+        try:
+            second.open()
+            for user in USERS:
+                assert second.ask(user, {"top_k": 10}).items == self._ask(user, {"top_k": 10})
+        finally:
+            second.close()
 
     @rule()
     def start_the_steps_again(self) -> None:
-        self.steps.restart(self._active())
+        self.steps.restart()
 
     @precondition(lambda self: self.catalogue.sequence > 0)
     @rule()
     def lose_the_overlays(self) -> None:
         self._kill_writer()
         self.steps.close()
-        for name in ("r1", "r2"):
+        for name in filter(self._is_published, NAMES):
             shutil.rmtree(open_release(self.repository, name).live_folder, ignore_errors=True)
         self._start_writer()
-        self.steps.open(self._active())
+        self.steps.open()
 
     # --- what must hold
 
@@ -280,7 +356,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not self.is_started:
             return
         present = {item_id.encode() for item_id in self.catalogue.brands}
-        for user in (NEWCOMER, KNOWN):
+        for user in USERS[:2]:
             items = self._ask(user, {"top_k": 10})
             assert len(items) == len(set(items)) == 10
             assert set(items) <= present
@@ -295,10 +371,9 @@ class AnyOrder(RuleBasedStateMachine):
         """Compares the last answers with those of a repository that has nothing but the log."""
         try:
             if self.is_started:
-                users = [NEWCOMER, KNOWN, b"u2", b"u3"]
-                before = [self._ask(user, {"top_k": 20}) for user in users]
+                before = [self._ask(user, {"top_k": 20}) for user in USERS]
                 self.lose_the_overlays()
-                assert before == [self._ask(user, {"top_k": 20}) for user in users]
+                assert before == [self._ask(user, {"top_k": 20}) for user in USERS]
         finally:
             self.steps.close()
             self._kill_writer()
@@ -314,8 +389,27 @@ class AnyOrder(RuleBasedStateMachine):
 
     def _ask(self, user: bytes, options: dict[str, Any]) -> list[bytes]:
         answer = self.steps.ask(user, options)
-        assert (answer.release, answer.sequence) == (self._active(), self.catalogue.sequence)
+        assert (answer.release, answer.sequence) == (whose(self.repository, user), self.catalogue.sequence)
         return answer.items
+
+    def _end_the_trial(self, end: Callable[[Path], Any], *, keeps_main: bool) -> None:
+        if len(self._releases()) == 1:
+            with pytest.raises(InvalidInput):
+                end(self.repository)
+            return
+        main, other = self._releases()
+        end(self.repository)
+        assert self._releases() == ((main if keeps_main else other),)
+        self.steps.open()
+
+    def _releases(self) -> tuple[str, ...]:
+        return the_route(self.repository).releases
+
+    def _other(self) -> str:
+        return next(name for name in NAMES if name != self._active())
+
+    def _is_published(self, name: str) -> bool:
+        return (self.repository / name / MANIFEST).exists()
 
     def _active(self) -> str:
         name = active_release(self.repository)
