@@ -73,17 +73,24 @@ class EventWriter:
     """Writes events of one shop. Needs a Redis user who may write; not to be shared between threads."""
 
     def __init__(
-        self, url: str, shop: str, *, only: Sequence[str] | None = None, repository: Path | None = None
+        self,
+        url: str,
+        shop: str,
+        *,
+        only: Sequence[str] | None = None,
+        repository: Path | None = None,
+        home: Path | None = None,
     ) -> None:
         """Connects to Redis; ServerError if it does not answer.
 
         only        names of the events that enter a past (interactions.history of shop.toml); None: all do
         repository  where items are looked up that were added live (`peregrine items add`); without it, events
                     that name them change nothing and come back as unknown
+        home        the folder of their log; the repository if not given
         """
         if isinstance(only, str):  # a sequence of letters
             raise InvalidArgument(f"only: must be a list of names of events, got {only!r}")
-        self._client, self._repository = connect_now(url), repository
+        self._client, self._repository, self._home = connect_now(url), repository, home
         self._shop, self._only = shop, None if only is None else frozenset(only)
         self._targets: dict[bytes, _Target] = {}
 
@@ -222,7 +229,9 @@ class EventWriter:
         for name, version in pointers.items():
             text = None if version in self._targets else self._client.get(rows.meta_key(version))
             if text is not None:  # else its rows have expired
-                self._targets[version] = _target(version, json.loads(text), self._repository, name.decode())
+                meta = json.loads(text)
+                live = _live_items(self._repository, name.decode(), meta["digest"], self._home)
+                self._targets[version] = _target(version, meta, live)
         self._targets = {
             version: self._targets[version] for version in pointers.values() if version in self._targets
         }
@@ -253,20 +262,22 @@ class EventWriter:
         return item_rows
 
 
-def _target(version: bytes, meta: Mapping[str, Any], repository: Path | None, release: str) -> _Target:
+def _target(version: bytes, meta: Mapping[str, Any], live: LiveItems | None) -> _Target:
     """Reads from a loaded version's `meta` what is needed to write its rows."""
     schema = schema_from_json(json.dumps(meta["schema"]))
     users, items = (rows.RowFormat(table, schema, meta["digest"], meta["num_items"]) for table in rows.TABLES)
-    return _Target(version, meta["ttl_s"], users, items, _live_items(repository, release, meta["digest"]), {})
+    return _Target(version, meta["ttl_s"], users, items, live, {})
 
 
-def _live_items(repository: Path | None, name: str, digest: int) -> LiveItems | None:
+def _live_items(
+    repository: Path | None, name: str, digest: int, home: Path | None = None
+) -> LiveItems | None:
     """Opens the live items of a release; None unless the repository has the very release that was loaded, and
     this Peregrine reads it."""
     if repository is None or name not in release_names(repository):
         return None
     try:
-        release = open_release(repository, name)
+        release = open_release(repository, name, home)
     except ReleaseError:  # an old one whose rows have not expired yet: the other releases get the events
         return None
     from ensemble.live.items import LiveItems

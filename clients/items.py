@@ -52,23 +52,23 @@ class Changed:
 
 
 class ItemClient:
-    """Keeps one connection to a repository's writer; not to be shared between threads."""
+    """Keeps one connection to the writer of a repository, or of the home that several servers share; not to
+    be shared between threads."""
 
-    def __init__(self, repository: Path | str, wait_s: float = 2.0) -> None:
-        self.repository, self.wait_s = Path(repository), wait_s
+    def __init__(self, home: Path | str, wait_s: float = 2.0) -> None:
+        self.home, self.wait_s = Path(home), wait_s
         self._socket = self._connected()
         self._stream = self._socket.makefile("rwb")
 
     def _connected(self) -> socket.socket:
-        """Connects to the writer that the repository names; Unavailable if there is none."""
+        """Connects to the writer that the home names; Unavailable if there is none."""
         try:
-            path = json.loads((self.repository / ".live" / "writer.json").read_text())["socket"]
+            path = json.loads((self.home / ".live" / "writer.json").read_text())["socket"]
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(path)
         except (OSError, ValueError, KeyError):
             raise Unavailable(
-                f"nobody writes the items of {self.repository}; start `peregrine serve`, or `peregrine "
-                "items serve`"
+                f"nobody writes the items of {self.home}; start `peregrine serve`, or `peregrine items serve`"
             ) from None
         connection.settimeout(_GRACE_S)
         return connection
@@ -123,12 +123,12 @@ class ItemClient:
             raise InvalidArgument(f"items: {error}") from None
         except OSError as error:
             raise Unavailable(
-                f"the writer of {self.repository} does not answer: {error}; what it did not answer may be "
+                f"the writer of {self.home} does not answer: {error}; what it did not answer may be "
                 "done or not"
             ) from None
         if not line:
             raise Unavailable(
-                f"the writer of {self.repository} went away; what it did not answer may be done or not"
+                f"the writer of {self.home} went away; what it did not answer may be done or not"
             )
         reply = json.loads(line)
         if "error" in reply:
@@ -152,19 +152,20 @@ class ItemClient:
         self.close()
 
 
-def make_ready(repository: Path, release: str) -> None:
+def make_ready(repository: Path, release: str, home: Path | None = None) -> None:
     """Makes a release ready to be loaded with every change that the catalogue's log has: by the writer at
     work, or here where there is none."""
-    if not (repository / ".live" / "catalogue" / "log").exists():
+    home = home or repository
+    if not (home / ".live" / "catalogue" / "log").exists():
         return
     try:
-        with ItemClient(repository, wait_s=0.0) as client:
+        with ItemClient(home, wait_s=0.0) as client:
             client.prepare(release)
     except Unavailable:
         from ensemble.live.writer import ItemWriter
         from ensemble.release.release import open_release
 
-        ItemWriter(open_release(repository, release)).close()
+        ItemWriter(open_release(repository, release, home)).close()
 
 
 def read_changes(lines: Iterable[str], operation: str, name: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array, Tensors
-from ensemble.engines import REPOSITORY_VARIABLE, SHARDS_VARIABLE
+from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE, SHARDS_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
@@ -40,7 +40,8 @@ class PythonModel:
         }
         mounted = Path(args["model_repository"]).parent
         repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
-        release = open_served(repository, parameters["release"])
+        home = Path(os.environ.get(HOME_VARIABLE, repository))
+        release = open_served(repository, parameters["release"], home)
         self.schema = release.schema
         self.model = release.model(parameters["step"])
         self.step = open_step(self.model, release)

@@ -22,7 +22,7 @@ import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array
 from ensemble.contract import ANSWER, PIPELINE
-from ensemble.engines import REPOSITORY_VARIABLE
+from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.errors import InvalidArgument
 from ensemble.local import BatchedPipeline, prepared
 from ensemble.python_model import check_numpy
@@ -63,7 +63,8 @@ class RouterModel:
         self.route = route_from_json(parameters["route"]["string_value"], args["model_name"])
         is_fused = "fused" in parameters
         repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
-        self.router = self._fused(repository) if is_fused else self._calling(repository)
+        home = Path(os.environ.get(HOME_VARIABLE, repository))
+        self.router = self._fused(repository, home) if is_fused else self._calling(repository)
         self.loop = asyncio.new_event_loop()
         if not is_fused:
             threading.Thread(target=self.loop.run_forever, name="router", daemon=True).start()
@@ -87,9 +88,9 @@ class RouterModel:
 
         return Router(self.route, _ask, check)
 
-    def _fused(self, repository: Path) -> FusedRouter:
+    def _fused(self, repository: Path, home: Path) -> FusedRouter:
         """Opens both releases in this process."""
-        releases = [open_served(repository, name) for name in self.route.releases]
+        releases = [open_served(repository, name, home) for name in self.route.releases]
         self.pipelines = [BatchedPipeline(release) for release in releases]
         for release in releases:
             release.live.follow()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clients.json_text import json_text
-from ensemble.cli.options import REPOSITORY, JsonOption, RedisOption
+from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RedisOption
 
 if TYPE_CHECKING:
     from clients.event_checks import Event, ItemUpdate
@@ -58,6 +58,7 @@ def tail(
     redis: RedisOption,
     shop: Shop = None,
     repository: Repository = REPOSITORY,
+    catalogue: CatalogueOption = None,
     only: Only = None,
     follow: Follow = False,
     as_json: JsonOption = False,
@@ -71,7 +72,9 @@ def tail(
     url = TierSettings(url_from_option(redis)).url
     names = None if only is None else [name for name in only.split(",") if name]
     with (
-        EventWriter(url, shop or _shop(repository), only=names, repository=repository) as writer,
+        EventWriter(
+            url, shop or _shop(repository, catalogue), only=names, repository=repository, home=catalogue
+        ) as writer,
         _opened(file) as descriptor,
     ):
         events = Tail(writer)
@@ -231,13 +234,13 @@ def _opened(file: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _shop(repository: Path) -> str:
+def _shop(repository: Path, home: Path | None) -> str:
     """Gives the name of the active release's shop; ReleaseError where no release is active."""
     from ensemble.cli.options import active_or_named
     from ensemble.errors import ReleaseError
     from ensemble.release.release import open_release
 
     try:
-        return open_release(repository, active_or_named(repository)).schema.shop
+        return open_release(repository, active_or_named(repository, home=home)).schema.shop
     except ReleaseError as error:
         raise ReleaseError(f"--shop is not given, and {error.fact}", "name the shop with --shop") from None

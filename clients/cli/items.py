@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clients.json_text import json_text
-from ensemble.cli.options import REPOSITORY, JsonOption, ReleaseOption, RepositoryOption, active_or_named
+from ensemble.cli.options import (
+    REPOSITORY,
+    CatalogueOption,
+    JsonOption,
+    ReleaseOption,
+    RepositoryOption,
+    active_or_named,
+)
 
 if TYPE_CHECKING:
     from clients.items import Changed, ItemClient
@@ -48,11 +55,12 @@ def add(
     file: File = None,
     set_: Set = None,
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Adds new items: peregrine items add lipstick-9 --set brand=Rouge --set price=12.5"""
-    _change("add", item, file, set_, repository, wait_s, as_json)
+    _change("add", item, file, set_, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -61,11 +69,12 @@ def update(
     file: File = None,
     set_: Set = None,
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Gives new values to items that are there; what is not named stays."""
-    _change("update", item, file, set_, repository, wait_s, as_json)
+    _change("update", item, file, set_, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -74,11 +83,12 @@ def upsert(
     file: File = None,
     set_: Set = None,
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Adds items that are not there, updates those that are."""
-    _change("upsert", item, file, set_, repository, wait_s, as_json)
+    _change("upsert", item, file, set_, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -86,11 +96,12 @@ def delete(
     item: Item = None,
     file: File = None,
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Removes items: from now on they are not recommended."""
-    _change("delete", item, file, None, repository, wait_s, as_json)
+    _change("delete", item, file, None, catalogue or repository, wait_s, as_json)
 
 
 @app.command("list")
@@ -101,11 +112,12 @@ def list_(
         bool, typer.Option("--changed", help="Only items that were changed, deleted ones too.")
     ] = False,
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     release: ReleaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lists items in order of their ids: where they are from, and the number of their last change."""
-    shown = _shown(repository, release)
+    shown = _shown(repository, catalogue, release)
     page = (shown[item_id] for item_id in shown.ids(after, changed=changed))
     items = list(itertools.islice((one for one in page if one and (one.is_here or changed)), limit))
     if as_json:
@@ -128,13 +140,14 @@ def list_(
 def show(
     item: Annotated[str, typer.Argument(metavar="ID", help="The item's id.")],
     repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
     release: ReleaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Shows an item as it was written, and which values are from the shop's files and which from the log."""
     from clients.errors import InvalidArgument
 
-    one = _shown(repository, release)[item]
+    one = _shown(repository, catalogue, release)[item]
     if one is None:
         raise InvalidArgument(
             f"item {item!r} is in no file that the release was built from, and was never changed; "
@@ -159,11 +172,15 @@ def show(
 
 
 @app.command()
-def status(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def status(
+    repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Says how far the writer, the loaded releases and every instance are, and how long the log is."""
     from clients.items import ItemClient
 
-    with ItemClient(repository, 0.0) as client:
+    with ItemClient(catalogue or repository, 0.0) as client:
         now = client.status()
     _print(now, as_json)
     if not as_json:
@@ -176,20 +193,25 @@ def status(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = Fals
 
 
 @app.command()
-def compact(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def compact(
+    repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Drops from the log all lines but each item's last; no change is lost, and releases notice nothing."""
     from clients.errors import Unavailable
     from clients.items import ItemClient
     from ensemble.live.catalogue_log import CatalogueLog
 
+    home = catalogue or repository
     try:
-        with ItemClient(repository, 0.0) as client:
+        with ItemClient(home, 0.0) as client:
             before, after = client.status(), client.compact()
         dropped, lines, size = before.log_lines - after.log_lines, after.log_lines, after.log_bytes
     except Unavailable:  # nobody writes: we may
-        if not (repository / ".live" / "catalogue" / "log").exists():
+        if not (home / ".live" / "catalogue" / "log").exists():
             raise
-        log = CatalogueLog(repository, lambda line: print(line, file=sys.stderr))
+        log = CatalogueLog(home, lambda line: print(line, file=sys.stderr))
         dropped, lines, size = log.compact(), log.num_lines, log.num_bytes
         log.close()
     if as_json:
@@ -199,28 +221,33 @@ def compact(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = Fal
 
 
 @app.command()
-def merge(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def merge(
+    repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Begins merging all changes into a new main index."""
     from clients.items import ItemClient
 
-    with ItemClient(repository, 0.0) as client:
+    with ItemClient(catalogue or repository, 0.0) as client:
         _print(client.merge(), as_json)
 
 
 @app.command()
-def serve(repository: RepositoryOption = REPOSITORY) -> None:
+def serve(repository: RepositoryOption = REPOSITORY, catalogue: CatalogueOption = None) -> None:
     """Runs the writer alone, where Triton runs without `peregrine serve`."""
     from ensemble.live.service import serve_until_ended
 
-    serve_until_ended(repository.resolve(), lambda line: print(line, file=sys.stderr, flush=True))
+    home = (catalogue or repository).resolve()
+    serve_until_ended(repository.resolve(), lambda line: print(line, file=sys.stderr, flush=True), home=home)
 
 
-def _shown(repository: Path, release: str | None) -> ShownItems:
+def _shown(repository: Path, home: Path | None, release: str | None) -> ShownItems:
     """Opens the items of a release, the active one where none is named, as people wrote them."""
     from ensemble.live.shown import ShownItems
     from ensemble.release.release import open_release
 
-    return ShownItems(open_release(repository, active_or_named(repository, release)))
+    return ShownItems(open_release(repository, active_or_named(repository, release, home), home))
 
 
 def _change(
@@ -228,7 +255,7 @@ def _change(
     item: str | None,
     file: Path | None,
     pairs: list[str] | None,
-    repository: Path,
+    home: Path,
     wait_s: float,
     as_json: bool,
 ) -> None:
@@ -242,7 +269,7 @@ def _change(
         changes = [{"op": kind, "item": {**dict(_pair(pair) for pair in pairs or []), "item_id": item}}]
     else:
         changes = read_changes(_lines(file), kind, str(file))
-    with ItemClient(repository, wait_s) as client:
+    with ItemClient(home, wait_s) as client:
         done = _apply(client, changes)
     _print(done, as_json, len(changes))
     if not as_json:

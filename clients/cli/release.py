@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clients.json_text import json_text
-from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
+from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RepositoryOption
 
 if TYPE_CHECKING:
     from clients.operations.canaries import Change
@@ -37,13 +37,17 @@ Force = Annotated[
 
 
 @app.command("list")
-def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def list_(
+    repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Lists every release: its id, age, size and held-out figures, and which one is active. Half copies are
     named."""
     from clients.operations.listing import list_releases
     from ensemble.release.activation import unfinished
 
-    infos = list_releases(repository)
+    infos = list_releases(repository, catalogue)
     if as_json:
         print(json_text([dataclasses.asdict(info) for info in infos], indent=1))
         return
@@ -62,7 +66,7 @@ def list_(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False
     for info in infos:
         if info.problem:
             print(f"{info.name}: {info.problem}")
-    if killed := unfinished(repository):
+    if killed := unfinished(catalogue or repository):
         print(
             f"the {killed.what} of {killed.release} is under way, or was killed: the next `activate`, "
             "`remove` or `serve` finishes or undoes it"
@@ -121,6 +125,7 @@ def activate(
     repository: RepositoryOption = REPOSITORY,
     require: Require = None,
     force: Force = False,
+    catalogue: CatalogueOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Makes a release the one that `recommend` answers with. A running server follows at once; no request
@@ -131,7 +136,7 @@ def activate(
     """
     from clients.operations import releases
 
-    done = releases.activate(repository, name, require, force=force)
+    done = releases.activate(repository, name, require, catalogue, force=force)
     if as_json:
         print(json_text(dataclasses.asdict(done), indent=1))
         return
@@ -158,6 +163,7 @@ def canary(
     share: Share,
     repository: RepositoryOption = REPOSITORY,
     require: Require = None,
+    catalogue: CatalogueOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tries a release on a share of the users: always the same ones, also when the share grows.
@@ -166,25 +172,32 @@ def canary(
     """
     from clients.operations import canaries
 
-    _print_change(canaries.canary(repository, name, share / 100, require), as_json)
+    _print_change(canaries.canary(repository, name, share / 100, require, catalogue), as_json)
 
 
 @app.command()
 def promote(
-    repository: RepositoryOption = REPOSITORY, require: Require = None, as_json: JsonOption = False
+    repository: RepositoryOption = REPOSITORY,
+    require: Require = None,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Gives the release that is tried all users: it is the active one then."""
     from clients.operations import canaries
 
-    _print_change(canaries.promote(repository, require), as_json)
+    _print_change(canaries.promote(repository, require, catalogue), as_json)
 
 
 @app.command()
-def abort(repository: RepositoryOption = REPOSITORY, as_json: JsonOption = False) -> None:
+def abort(
+    repository: RepositoryOption = REPOSITORY,
+    catalogue: CatalogueOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Takes the release that is tried out again: the active one answers all users."""
     from clients.operations import canaries
 
-    _print_change(canaries.abort(repository), as_json)
+    _print_change(canaries.abort(repository, catalogue), as_json)
 
 
 def _print_change(done: Change, as_json: bool) -> None:
@@ -204,9 +217,9 @@ def _print_change(done: Change, as_json: bool) -> None:
 
 
 @app.command()
-def remove(name: Name, repository: RepositoryOption = REPOSITORY) -> None:
+def remove(name: Name, repository: RepositoryOption = REPOSITORY, catalogue: CatalogueOption = None) -> None:
     """Deletes a release that is not active, or what is there of half a copy. Its name is not given again."""
     from clients.operations import releases
 
-    releases.remove(repository, name)
+    releases.remove(repository, name, catalogue)
     print(f"release {name} is removed")

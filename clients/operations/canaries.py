@@ -12,16 +12,12 @@ from clients.operations.listing import check_repository
 from clients.operations.releases import disk_errors, show, told, try_out
 from ensemble.errors import InvalidInput
 from ensemble.release import activation, foreign
-from ensemble.release.activation import settle_on_disk
 from ensemble.release.release import Release, open_release
-from ensemble.release.repository import locked, put_route, require_active
-from ensemble.release.route import Route, Share, next_route
-from ensemble.server.control import Control
+from ensemble.release.repository import locked, require_active
+from ensemble.release.route import Route, Share
+from ensemble.server.group import Group, Turned, group
 from ensemble.server.options import check_requirement
-from ensemble.server.prepared import prepare_release
 from ensemble.server.router_files import check_same
-from ensemble.server.running import running_server
-from ensemble.server.turning import Turned, Turning, current_route
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,9 @@ class Change:
     notes: tuple[str, ...] = ()
 
 
-def canary(repository: Path, name: str, share: float, require: str | None = None) -> Change:
+def canary(
+    repository: Path, name: str, share: float, require: str | None = None, home: Path | None = None
+) -> Change:
     """Gives release `name` a share of the users, above 0 and below 1, or another one than it has; the active
     release keeps the others.
 
@@ -53,8 +51,8 @@ def canary(repository: Path, name: str, share: float, require: str | None = None
     release = open_release(repository, name)
     release.verify()
     foreign.check_release(release)
-    with _at_work(repository) as (turning, settled):
-        route = _route(repository)
+    with _at_work(repository, home) as (servers, settled):
+        route = _route(servers)
         if name == route.main:
             raise InvalidInput(f"release {name} is active: it has the users already")
         if route.canary is not None and name != route.canary.release:
@@ -62,85 +60,73 @@ def canary(repository: Path, name: str, share: float, require: str | None = None
                 f"release {route.canary.release} is tried already: promote or abort it before another one"
             )
         check_same(repository, (route.main, name))
-        note = _prepared(repository, turning, release, require)
+        notes = _prepared(servers, release, require)
         shares = [Share(route.main, 1.0 - share), Share(name, share)]
-        turned = _turned(repository, turning, shares, activation.CANARY)
-        return _change(name, shares, turned, settled, note)
+        turned = servers.change(shares, activation.CANARY)
+        return _change(name, shares, servers, turned, settled, *notes)
 
 
-def promote(repository: Path, require: str | None = None) -> Change:
+def promote(repository: Path, require: str | None = None, home: Path | None = None) -> Change:
     """Gives the release that is tried all users."""
     check_requirement(require)
-    with _at_work(repository) as (turning, settled):
-        name = _tried(_route(repository))
-        note = _prepared(repository, turning, open_release(repository, name), require)
+    with _at_work(repository, home) as (servers, settled):
+        name = _tried(_route(servers))
+        notes = _prepared(servers, open_release(repository, name), require)
         shares = [Share(name, 1.0)]
-        turned = _turned(repository, turning, shares, activation.PROMOTION)
-        return _change(name, shares, turned, settled, note)
+        turned = servers.change(shares, activation.PROMOTION)
+        return _change(name, shares, servers, turned, settled, *notes)
 
 
-def abort(repository: Path) -> Change:
+def abort(repository: Path, home: Path | None = None) -> Change:
     """Takes the release that is tried out: the main one answers all users."""
-    with _at_work(repository) as (turning, settled):
-        route = _route(repository)
-        name, shares = _tried(route), [Share(route.main, 1.0)]
-        turned = turning.abort() if turning else _turned(repository, None, shares, activation.ABORT)
-        return _change(name, shares, turned, settled)
+    with _at_work(repository, home) as (servers, settled):
+        route = _route(servers)
+        return _change(_tried(route), [Share(route.main, 1.0)], servers, servers.abort(), settled)
 
 
 @contextlib.contextmanager
-def _at_work(repository: Path) -> Iterator[tuple[Turning | None, str]]:
-    """Holds the lock and the server at work, if there is one, and ends what was killed: says what became of
-    it."""
+def _at_work(repository: Path, home: Path | None) -> Iterator[tuple[Group, str]]:
+    """Holds the home's lock and the servers at work, and ends what was killed: says what became of it."""
     check_repository(repository)
-    with disk_errors(repository), locked(repository):
-        server = running_server(repository)
-        if server is None:
-            yield None, settle_on_disk(repository)
-            return
-        with Control(server) as control:
-            turning = Turning(control, repository)
-            yield turning, turning.settle()
+    repository, home = repository.resolve(), (home or repository).resolve()
+    with disk_errors(home), locked(home), group(repository, home) as servers:
+        yield servers, servers.settle()
 
 
-def _prepared(repository: Path, turning: Turning | None, release: Release, require: str | None) -> str:
-    """Mounts a release in the server at work, asks it in a process of its own if it is not in the route, and
+def _prepared(servers: Group, release: Release, require: str | None) -> list[str]:
+    """Mounts a release in the servers at work, asks it in a process of its own if it is not in the route, and
     waits until it knows all items; gives what it runs on if that is less than could be."""
-    route = _route(repository)
-    if turning is None and require is not None:
-        raise InvalidInput(f"--require {require}: no server is at work on {repository}, which could tell")
-    is_new, note = release.name not in route.releases, ""
-    if turning is not None:
-        note = prepare_release(turning.control.server, release, require, is_loaded=not is_new)
-    if is_new:
+    route = _route(servers)
+    if not servers.servers and require is not None:
+        raise InvalidInput(
+            f"--require {require}: no server is at work on {servers.repository}, which could tell"
+        )
+    notes = [server.prepare(release.name, require) for server in servers.servers]
+    if release.name not in route.releases:
         try_out(release, route.main)
-    if turning is not None:
-        make_ready(repository, release.name)
-    return note
+    if servers.servers:
+        make_ready(servers.repository, release.name, servers.home)
+    return notes
 
 
-def _turned(repository: Path, turning: Turning | None, shares: Sequence[Share], what: str) -> Turned | None:
-    """Changes the route, in the server at work or on disk alone."""
-    if turning is not None:
-        return turning.change(shares, what)
-    put_route(repository, next_route(current_route(repository), shares))
-    return None
-
-
-def _change(name: str, shares: Sequence[Share], turned: Turned | None, *notes: str) -> Change:
+def _change(name: str, shares: Sequence[Share], servers: Group, done: Turned, *notes: str) -> Change:
     """Says what was done."""
-    share = next((one.share for one in shares if one.release == name), 0.0)
-    done = turned or Turned()
-    served = turned is not None
     return Change(
-        name, share, shares[0].release, served, done.load_ms, done.flip_ms, done.warning, told(*notes)
+        name,
+        next((one.share for one in shares if one.release == name), 0.0),
+        shares[0].release,
+        bool(servers.servers),
+        done.load_ms,
+        done.flip_ms,
+        done.warning,
+        told(*notes, servers.note),
     )
 
 
-def _route(repository: Path) -> Route:
+def _route(servers: Group) -> Route:
     """Gives the route; ReleaseError where nothing is active."""
-    require_active(repository)
-    route = current_route(repository)
+    require_active(servers.repository, servers.home)
+    route = servers.route
     assert route is not None
     return route
 

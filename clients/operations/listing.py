@@ -35,13 +35,13 @@ class ReleaseInfo:
     problem: str = ""  # why it cannot be served; empty: all its files are there, and no others
 
 
-def list_releases(repository: Path) -> list[ReleaseInfo]:
+def list_releases(repository: Path, home: Path | None = None) -> list[ReleaseInfo]:
     """Lists every release of the repository, oldest name first, and those of which only parts are there.
 
     Files are looked for, not read: a changed one of the same size is found when the release is activated.
     """
     check_repository(repository)
-    route, halves = _shares(repository), half_releases(repository)
+    route, halves = _shares(repository, home), half_releases(repository)
     infos = [_info(repository, name, route) for name in release_names(repository)]
     for name, paths in halves.items():
         parts = ", ".join(path.name for path in paths)
@@ -85,12 +85,12 @@ def _info(repository: Path, name: str, route: Mapping[str, float]) -> ReleaseInf
     )
 
 
-def _shares(repository: Path) -> dict[str, float]:
+def _shares(repository: Path, home: Path | None) -> dict[str, float]:
     """Gives the share of users that each release of the route has, the main one first."""
-    route = read_route(repository)
+    route = read_route(home or repository)
     if route is not None:
         return {one.release: one.share for one in route.shares}
-    active = active_release(repository)
+    active = active_release(repository, home)
     return {} if active is None else {active: 1.0}
 
 

@@ -13,18 +13,17 @@ from clients.operations.listing import check_repository
 from clients.operations.worse import refuse_worse
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release import foreign
-from ensemble.release.activation import settle_on_disk
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import check_name, release_names
-from ensemble.release.release import Release, active_release, open_release
-from ensemble.release.repository import locked, put_route
+from ensemble.release.release import Release, open_release
+from ensemble.release.repository import locked
 from ensemble.release.repository import remove as remove_files
-from ensemble.release.route import Share, next_route, read_route
+from ensemble.release.route import Share, next_route
 from ensemble.server.control import Control
+from ensemble.server.group import TURN_WAIT_S, Group, group
 from ensemble.server.options import check_requirement
-from ensemble.server.prepared import mount_of, prepare_release
-from ensemble.server.running import RunningServer, running_server
-from ensemble.server.turning import Turning, current_route
+from ensemble.server.prepared import mount_of
+from ensemble.server.running import running_servers
 from ensemble.server.twin import ask_twin
 
 
@@ -52,84 +51,93 @@ def show(repository: Path, name: str) -> dict[str, Any]:
         raise ReleaseError(f"no release {name!r} in {repository}; there are: {there}") from None
 
 
-def activate(repository: Path, name: str, require: str | None = None, *, force: bool = False) -> Activation:
+def activate(
+    repository: Path,
+    name: str,
+    require: str | None = None,
+    home: Path | None = None,
+    *,
+    force: bool = False,
+) -> Activation:
     """Makes release `name` the one that `recommend` answers with; on any fault the old one stays, on disk and
-    in the server.
+    in every server.
 
-    It is asked for real users' lists before: in a process of its own, in the server, and through the alias.
+    It is asked for real users' lists before: in a process of its own, in the servers, and through the alias.
     One that was worth less than the active one to users whom neither had seen is refused, unless `force`.
-    `require` names what the server must run its engines on (ensemble.engines.ENGINES).
+    `require` names what the servers must run engines on (ensemble.engines.ENGINES); the route lies in `home`,
+    which is the repository if not given.
     """
     check_requirement(require)
     show(repository, name)
-    release = open_release(repository, name)
+    repository, home = repository.resolve(), (home or repository).resolve()
+    release = open_release(repository, name, home)
     release.verify()
     foreign.check_release(release)
-    with disk_errors(repository), locked(repository):
-        server = running_server(repository)
-        if server is None:
-            return _activate_on_disk(repository, release, require, force)
-        with Control(server) as control:
-            return _activate_in(Turning(control, repository), server, release, require, force)
+    with disk_errors(home), locked(home), group(repository, home) as servers:
+        if servers.servers:
+            return _activate_in(servers, release, require, force)
+        return _activate_on_disk(servers, release, require, force)
 
 
-def remove(repository: Path, name: str) -> None:
-    """Removes a release that is not active, or the parts of one, from the server and from disk."""
+def remove(repository: Path, name: str, home: Path | None = None) -> None:
+    """Removes a release that is not active, or what there is of half a copy; ReleaseError if it is served, by
+    servers of another home too."""
     check_repository(repository)
+    repository, home = repository.resolve(), (home or repository).resolve()
     with disk_errors(repository):
-        settle(repository)
+        settle(repository, home)
 
         def unload() -> None:
-            """Takes the release out of the server at work, if there is one."""
-            server = running_server(repository)
-            if server is not None:
-                with Control(server) as control:
+            """Takes the release out of the servers at work, if there are any."""
+            for server in running_servers(repository):
+                mount = mount_of(server)
+                if name in mount.route().releases:
+                    raise ReleaseError(
+                        f"release {name} is served at {server.url}, whose route is that of {server.home}",
+                        "activate another one there",
+                    )
+                with mount.turning(TURN_WAIT_S), Control(server) as control:
                     control.unload_release(name)
-                mount_of(server).remove(name)
+                    mount.remove(name)
 
-        remove_files(repository, name, unload)
+        remove_files(repository, name, unload, home)
 
 
-def settle(repository: Path) -> str:
+def settle(repository: Path, home: Path | None = None) -> str:
     """Finishes or undoes an activation that was killed; says which, or nothing if there was none."""
-    with locked(repository):
-        server = running_server(repository)
-        if server is None:
-            return settle_on_disk(repository)
-        with Control(server) as control:
-            return Turning(control, repository).settle()
+    home = home or repository
+    with locked(home), group(repository, home) as servers:
+        return servers.settle()
 
 
-def _activate_on_disk(repository: Path, release: Release, require: str | None, force: bool) -> Activation:
-    """Turns the alias where no server is running."""
+def _activate_on_disk(servers: Group, release: Release, require: str | None, force: bool) -> Activation:
+    """Turns the route where no server can be reached."""
     if require is not None:
         raise InvalidInput(
-            f"--require {require}: no server is at work on {repository}, which alone could tell; give it to "
-            "`peregrine serve`"
+            f"--require {require}: no server is at work on {servers.repository}, which alone could tell; "
+            "give it to `peregrine serve`"
         )
-    settled, previous = settle_on_disk(repository), active_release(repository)
-    worth = refuse_worse(release, previous, force=force)
-    try_out(release, previous)
-    put_route(repository, next_route(read_route(repository), [Share(release.name, 1.0)]))
-    return Activation(release.name, previous, served=False, worth=worth, notes=told(settled))
-
-
-def _activate_in(
-    turning: Turning, server: RunningServer, release: Release, require: str | None, force: bool
-) -> Activation:
-    """Turns the server at work; the release that it answers with already is only asked."""
-    settled, name = turning.settle(), release.name
-    route = current_route(turning.repository)
+    settled, route = servers.settle(), servers.route
     previous = route.main if route else None
     worth = refuse_worse(release, previous, force=force)
-    note = prepare_release(server, release, require, is_loaded=route is not None and name in route.releases)
-    if route is not None and route.releases == (name,) and turning.answers(route):
-        return Activation(name, previous, served=True, notes=told(settled, note))
+    try_out(release, previous)
+    servers.write(next_route(route, [Share(release.name, 1.0)]))
+    return Activation(release.name, previous, served=False, worth=worth, notes=told(settled, servers.note))
+
+
+def _activate_in(servers: Group, release: Release, require: str | None, force: bool) -> Activation:
+    """Turns the servers at work; the release that they answer with already is only asked."""
+    settled, name, route = servers.settle(), release.name, servers.route
+    previous = route.main if route else None
+    worth = refuse_worse(release, previous, force=force)
+    notes = told(settled, *(server.prepare(name, require) for server in servers.servers), servers.note)
+    if route is not None and route.releases == (name,) and servers.answers(route):
+        return Activation(name, previous, served=True, notes=notes)
     if name != previous:
         try_out(release, previous)
-    make_ready(turning.repository, name)
-    turned = turning.turn(name)
-    times, notes = (turned.load_ms, turned.flip_ms), told(settled, note)
+    make_ready(servers.repository, name, servers.home)
+    turned = servers.turn(name)
+    times = turned.load_ms, turned.flip_ms
     return Activation(name, previous, True, *times, turned.warning, worth, notes)
 
 
@@ -143,8 +151,8 @@ def try_out(release: Release, previous: str | None) -> None:
 
 
 def told(*notes: str) -> tuple[str, ...]:
-    """Gives the notes that say something."""
-    return tuple(filter(None, notes))
+    """Gives the notes that say something, each once."""
+    return tuple(dict.fromkeys(filter(None, notes)))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,15 @@ import typer
 REPOSITORY = Path("model_repository")  # the default of every --repository
 
 RepositoryOption = Annotated[Path, typer.Option("--repository", "-r", help="The model repository.")]
+CatalogueOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--catalogue",
+        help="The folder of route and catalogue log, which several servers may share; the repository if not "
+        "given.",
+        envvar="PEREGRINE_CATALOGUE",
+    ),
+]
 ReleaseOption = Annotated[
     str | None, typer.Option("--release", help="The release; the active one if not given.")
 ]
@@ -27,8 +36,8 @@ RedisOption = Annotated[
 ]
 
 
-def active_or_named(repository: Path, name: str | None = None) -> str:
+def active_or_named(repository: Path, name: str | None = None, home: Path | None = None) -> str:
     """Gives `name`, or the active release's name for None; ReleaseError with the cure if none is active."""
     from ensemble.release.repository import require_active
 
-    return name or require_active(repository)
+    return name or require_active(repository, home)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ensemble.cli.options import REPOSITORY, RepositoryOption
+from ensemble.cli.options import REPOSITORY, CatalogueOption, RepositoryOption
 
 if TYPE_CHECKING:
     from ensemble.server.options import ServeOptions
@@ -82,11 +82,18 @@ State = Annotated[
         "this user's for each repository (~/.local/state/peregrine); a second server needs another.",
     ),
 ]
+RouteRelease = Annotated[
+    str | None,
+    typer.Option(
+        "--route",
+        help="The release to serve where no route is written and none can be: on a read-only --catalogue.",
+    ),
+]
 AsRoot = Annotated[
     bool,
     typer.Option(
         "--as-root",
-        help="Serve as root, on a host of a single tenant: who can list its processes can read the secret of "
+        help="Serve as root, on single-tenant hosts only: who can list its processes can read the secret of "
         "Triton's control calls, and run code as the server's user.",
         envvar="PEREGRINE_AS_ROOT",
     ),
@@ -115,6 +122,8 @@ def serve(
     instances: Instances = None,
     redis: Redis = None,
     state: State = None,
+    catalogue: CatalogueOption = None,
+    route: RouteRelease = None,
     as_root: AsRoot = False,
     verbose: Verbose = False,
     start_timeout_s: StartTimeout = 300.0,
@@ -122,6 +131,7 @@ def serve(
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and
     stops."""
     from ensemble.engines.cards import cards_from_text
+    from ensemble.release.names import check_name
     from ensemble.server.checks import check_user
     from ensemble.server.options import ServeOptions
     from ensemble.tiers.settings import url_from_option
@@ -139,6 +149,8 @@ def serve(
         instances=instances,
         redis=url_from_option(redis) if redis else None,
         state=state.resolve() if state else None,
+        catalogue=catalogue.resolve() if catalogue else None,
+        route=check_name(route) if route else None,
         verbose=verbose,
         start_timeout_s=start_timeout_s,
     )
@@ -158,7 +170,7 @@ def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
 
     def writer() -> AbstractContextManager[None]:
         """Writes items beside the server: what it makes, instances read when they start."""
-        return service_process(repository.resolve(), _log)
+        return service_process(repository.resolve(), _log, options.catalogue)
 
     started = time.monotonic()
     with supervisor.serve(repository, options, _log, beside=writer) as server:
@@ -181,11 +193,10 @@ def _log(line: str) -> None:
 
 def _greeting(server: Server, start_s: float) -> str:
     """Tells the endpoints, what is served by how many processes in how much memory, and a call to paste."""
-    from ensemble.release.release import active_release
     from ensemble.tiers.settings import hidden
 
     repository, redis = server.launch.repository, server.launch.options.redis
-    release, stubs = active_release(repository), server.stubs()
+    release, stubs = server.release, server.stubs()
     resident, proportional = server.memory_bytes()
     shown = "" if repository == REPOSITORY.resolve() else f" --repository {repository}"
     lines = [

@@ -28,8 +28,9 @@ ENGINES = (TENSORRT, RTX, ONNXRUNTIME_GPU, ONNXRUNTIME)  # best first
 INDEX_VARIABLE = "PEREGRINE_INDEX"
 CPU, GPU = "cpu", "gpu"
 SHARDS_VARIABLE = "PEREGRINE_INDEX_SHARDS"  # in how many parts; one if it is not set
-# The repository that steps read: the server may mount a folder of links, in which there are no live items.
-REPOSITORY_VARIABLE = "PEREGRINE_REPOSITORY"
+# The repository that steps read: what Triton reads is the server's mount, with nothing but models; and the
+# home, where changes of items lie.
+REPOSITORY_VARIABLE, HOME_VARIABLE = "PEREGRINE_REPOSITORY", "PEREGRINE_CATALOGUE"
 
 
 class Engine(Protocol):

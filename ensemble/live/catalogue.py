@@ -47,9 +47,9 @@ class Entry:
     embeddings: dict[str, list[float]] = field(default_factory=dict)
 
 
-def log_folder(repository: Path) -> Path:
-    """Names the folder of a repository's catalogue log."""
-    return repository / ".live" / "catalogue"
+def log_folder(home: Path) -> Path:
+    """Names the folder of the catalogue's log."""
+    return home / ".live" / "catalogue"
 
 
 def line_of(facts: dict[str, Any], previous: int) -> tuple[bytes, int]:
@@ -186,17 +186,18 @@ def _entry_of(text: bytes) -> Entry:
     return Entry(**_DECODER.raw_decode(text.decode())[0])
 
 
-def open_catalogue(repository: Path) -> CatalogueReader | None:
-    """Opens a repository's log for reading; None where nothing was changed yet."""
-    path = log_folder(repository) / "log"
+def open_catalogue(home: Path) -> CatalogueReader | None:
+    """Opens the log of a repository, or of the home of several servers, for reading; None where nothing was
+    changed yet."""
+    path = log_folder(home) / "log"
     return CatalogueReader(path) if path.exists() else None
 
 
-def last_sequence(repository: Path) -> int:
+def last_sequence(home: Path) -> int:
     """Gives the number of the last change, by a look at the log's end; 0 where nothing was changed, or where
     that cannot be read."""
     try:
-        with (log_folder(repository) / "log").open("rb") as file:
+        with (log_folder(home) / "log").open("rb") as file:
             size, length = file.seek(0, os.SEEK_END), 1 << 16
             while True:
                 file.seek(max(0, size - length))

@@ -24,8 +24,8 @@ class CatalogueLog:
     lies in an array by that.
     """
 
-    def __init__(self, repository: Path, note: Callable[[str], None] = lambda line: None) -> None:
-        self.repository, self.note, self.folder = repository, note, log_folder(repository)
+    def __init__(self, home: Path, note: Callable[[str], None] = lambda line: None) -> None:
+        self.note, self.folder = note, log_folder(home)
         self.path = self.folder / "log"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ class CatalogueLog:
         self._descriptor = -1
         if not try_flock(self._lock):
             os.close(self._lock)
-            raise ReleaseError(f"another process writes the items of {repository}", "use it, or stop it")
+            raise ReleaseError(f"another process writes the items of {home}", "use it, or stop it")
         try:
             if not self.path.exists():
                 _create(self.path)

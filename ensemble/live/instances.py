@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from ensemble.release.files import try_flock
 
 _SEQUENCE = struct.Struct("<Q")
+_FIRST_SIGNS_S = 0.25
 
 
 class InstanceFile:
@@ -72,3 +75,17 @@ def sequences(folder: Path) -> dict[str, int]:
         finally:
             os.close(descriptor)
     return numbers
+
+
+def wait_for_instances(opened_at: float, folders: list[Path], sequence: int, wait_s: float) -> dict[str, Any]:
+    """Waits until every living instance has the change, or the time is over."""
+    deadline = time.monotonic() + wait_s
+    if wait_s > 0:
+        # Instances look for a first log every so often, and only then say that they are there.
+        time.sleep(max(0.0, min(opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
+    while True:
+        numbers = {name: has for folder in folders for name, has in sequences(folder).items()}
+        done = all(has >= sequence for has in numbers.values())
+        if done or time.monotonic() >= deadline:
+            return {"done": done, "instances": numbers}
+        time.sleep(0.005)

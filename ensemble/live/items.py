@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from ensemble.errors import PeregrineError
@@ -147,14 +148,11 @@ class LiveItems:
 
     def _what_is_missing(self) -> str:
         """Says what the catalogue's log has and no overlay here; empty where all is well."""
-        if (
-            self._seen is not None
-            or last_sequence(self.release.repository) <= self.release.watermark.sequence
-        ):
+        if self._seen is not None or last_sequence(self.release.home) <= self.release.watermark.sequence:
             return ""
         return (
             f"release {self.release.name} is served without the changes of items that are in "
-            f"{self.release.repository}; start the writer, `peregrine serve` or `peregrine items serve`"
+            f"{self.release.home}; start the writer, `peregrine serve` or `peregrine items serve`"
         )
 
     def _mark(self) -> tuple[int, int] | None:
@@ -164,6 +162,21 @@ class LiveItems:
         except FileNotFoundError:
             return None
         return current.st_ino, current.st_mtime_ns
+
+
+def wait_for_changes(release: Release, wait_s: float) -> str:
+    """Waits until a release's overlay has every change that the catalogue's log has by now; says what is
+    missing when the time is over, and nothing if nothing is."""
+    wanted, deadline = last_sequence(release.home), time.monotonic() + wait_s
+    if wanted <= release.watermark.sequence:
+        return ""
+    live = LiveItems(release)
+    while (view := live.refresh(1 << 30)).sequence < wanted:
+        if time.monotonic() >= deadline:
+            has = f"release {release.name} has the changes of items up to {view.sequence} of {wanted} only"
+            return live.fault or f"{has}; start the writer, `peregrine serve` or `peregrine items serve`"
+        time.sleep(_POLL_S)
+    return ""
 
 
 def _caught_up(view: LiveView) -> LiveView:

@@ -13,70 +13,104 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ensemble.live.merge_process import module_process
+from ensemble.release.files import try_flock
 
-_POLL_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 5.0, 30.0
+AT_WORK = 3  # exit code of a writer where another one writes already
+_POLL_S, _LOOKS_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 0.5, 5.0, 30.0
 _FIRST_RESTART_S, _LONGEST_RESTART_S = 0.2, 10.0  # after writers that died, twice as long each time
 
 
 @contextlib.contextmanager
-def service_process(repository: Path, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def service_process(
+    repository: Path, log: Callable[[str], None] = lambda line: None, home: Path | None = None
+) -> Iterator[None]:
     """Runs the writer's process while the block runs, which begins when the overlay of the active release has
     all that the catalogue's log has.
 
-    A repository that cannot be written to, or has a writer, gets none.
+    Changes lie in `home`, which is the repository if not given. Where it cannot be written to there is no
+    writer from here; where somebody writes already, this one waits to take over.
     """
-    if not os.access(repository, os.W_OK):
-        log(f"items: {repository} cannot be written to, so items cannot be changed from here")
+    home = home or repository
+    if not os.access(home, os.W_OK):
+        log(f"items: {home} cannot be written to, so items cannot be changed from here")
         yield
         return
-    ended, ready = threading.Event(), threading.Event()
-    keeper = threading.Thread(target=_keep_alive, args=(repository, log, ended, ready), name="items-keeper")
+    keeper = _Keeper(repository, home, log)
     keeper.start()
     try:
-        if not ready.wait(_SILENT_S):
+        if not keeper.ready.wait(_SILENT_S):
             log("items: the catalogue's log is being read")
-        ready.wait()
+        keeper.ready.wait()
         yield
     finally:
-        ended.set()
+        keeper.ended.set()
         keeper.join()
 
 
-def _keep_alive(
-    repository: Path, log: Callable[[str], None], ended: threading.Event, ready: threading.Event
-) -> None:
+class _Keeper(threading.Thread):
     """Runs the writer's process until `ended`; one that dies is replaced, sooner if it had lived for long.
 
     `ready` is set when the first one answers, or has ended.
     """
-    pause_s = _FIRST_RESTART_S
-    while not ended.is_set():
-        started_s = time.monotonic()
-        process = module_process("ensemble.live.service", str(repository), stdin=subprocess.PIPE)
-        while process.poll() is None and not ended.wait(_POLL_S):
-            if not ready.is_set() and _writer_pid(repository) == process.pid:
-                ready.set()
-        ready.set()
-        if ended.is_set():
-            process.terminate()
-            try:
-                process.wait(_ENDS_WITHIN_S)
-            except subprocess.TimeoutExpired:  # what it has acknowledged is durable
-                process.kill()
-                process.wait()
-            return
-        if process.returncode == 2:
-            return  # it has said why it cannot write here: it would not be otherwise the next time
-        lived_long = time.monotonic() - started_s > _LONGEST_RESTART_S
-        pause_s = _FIRST_RESTART_S if lived_long else min(2 * pause_s, _LONGEST_RESTART_S)
-        log(f"items: the writer died ({_ending(process.returncode)}); a new one starts in {pause_s:.1f} s")
-        ended.wait(pause_s)
+
+    def __init__(self, repository: Path, home: Path, log: Callable[[str], None]) -> None:
+        super().__init__(name="items-keeper")
+        self._repository, self._home, self._log = repository, home, log
+        self.ended, self.ready = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        """Is the thread."""
+        pause_s = _FIRST_RESTART_S
+        while not self.ended.is_set():
+            started_s = time.monotonic()
+            code = self._run_once()
+            self.ready.set()
+            if code is None or code == 2:
+                return  # it has said why it cannot write here: it would not be otherwise the next time
+            if code == AT_WORK:
+                self._wait_for_the_other()
+                continue
+            lived_long = time.monotonic() - started_s > _LONGEST_RESTART_S
+            pause_s = _FIRST_RESTART_S if lived_long else min(2 * pause_s, _LONGEST_RESTART_S)
+            self._log(f"items: the writer died ({_ending(code)}); a new one starts in {pause_s:.1f} s")
+            self.ended.wait(pause_s)
+
+    def _run_once(self) -> int | None:
+        """Runs a writer; gives its exit code, None where it was ended by us."""
+        arguments = (str(self._repository), str(self._home))
+        process = module_process("ensemble.live.service", *arguments, stdin=subprocess.PIPE)
+        while process.poll() is None and not self.ended.wait(_POLL_S):
+            if not self.ready.is_set() and _writer_pid(self._home) == process.pid:
+                self.ready.set()
+        if not self.ended.is_set():
+            return process.returncode
+        process.terminate()
+        try:
+            process.wait(_ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:  # what it has acknowledged is durable
+            process.kill()
+            process.wait()
+        return None
+
+    def _wait_for_the_other(self) -> None:
+        """Waits until nobody writes."""
+        self._log(
+            f"items: another process writes the items of {self._home}; this one takes over when it ends"
+        )
+        while not self.ended.wait(_LOOKS_S):
+            with contextlib.suppress(OSError):
+                lock = os.open(self._home / ".live" / "lock", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    if try_flock(lock):
+                        return
+                finally:
+                    os.close(lock)
 
 
-def _writer_pid(repository: Path) -> int:
+def _writer_pid(home: Path) -> int:
     """Gives the process id of the writer that answers; 0 while there is none."""
     try:
-        return int(json.loads((repository / ".live" / "writer.json").read_text())["pid"])
+        return int(json.loads((home / ".live" / "writer.json").read_text())["pid"])
     except (OSError, ValueError, KeyError):
         return 0
 

@@ -24,8 +24,8 @@ _EXPECTED_S = 600.0  # how long a release that is about to be loaded is waited f
 class LoadedReleases:
     """Looks into the overlays' folders, where living instances say how far they are."""
 
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
+    def __init__(self, repository: Path, home: Path) -> None:
+        self.repository, self._home = repository, home
         self._opened: dict[str, Release] = {}  # by id
         self._expected_until_s: dict[str, float] = {}
         self._silent_until_s: dict[str, float] = {}
@@ -54,7 +54,7 @@ class LoadedReleases:
         now_s = time.monotonic()
         self._expected_until_s = {r: until for r, until in self._expected_until_s.items() if until > now_s}
         wanted = {active.id: active}
-        for folder in (self.repository / ".live").iterdir():
+        for folder in (self._home / ".live").iterdir():
             match = _FOLDER.fullmatch(folder.name)
             if match and (match["id"] in self._expected_until_s or sequences(folder)):
                 release = self._release(match["name"], match["id"])
@@ -67,7 +67,7 @@ class LoadedReleases:
         """Removes the overlays of releases that the repository has no more, but for `followed` ones; gives
         their names. They would be made again if the release came back."""
         removed = []
-        for folder in set((self.repository / ".live").iterdir()) - set(followed):
+        for folder in set((self._home / ".live").iterdir()) - set(followed):
             match = _FOLDER.fullmatch(folder.name)
             is_orphan = match and not (self.repository / match["name"] / MANIFEST).exists()
             if is_orphan and not sequences(folder) and not _is_old(folder):
@@ -82,7 +82,7 @@ class LoadedReleases:
             return None
         if release_id not in self._opened:
             try:
-                release = open_release(self.repository, name)
+                release = open_release(self.repository, name, self._home)
             except ReleaseError:
                 return None
             if release.id != release_id:

@@ -4,7 +4,7 @@ Serving goes on, and is turned to the new segment in one step. Segments of about
 the way (the logarithmic method of Bentley and Saxe 1980): a change is moved a few times, however many there
 are, and what it costs does not hang on the catalogue's size.
 
-    python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE
+    python -m ensemble.live.merge REPOSITORY RELEASE SEQUENCE [HOME]
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ def _empty_index(release: Release) -> faiss.Index:
 
 def main(arguments: list[str]) -> None:
     """Merges as the command line says, and prints the segment's number."""
-    repository, name, sequence = arguments
+    repository, name, sequence, *home = arguments
     faiss.omp_set_num_threads(1)
     try:
-        print(merge(open_release(Path(repository), name), int(sequence)))
+        release = open_release(Path(repository), name, Path(home[0]) if home else None)
+        print(merge(release, int(sequence)))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

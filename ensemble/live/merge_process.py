@@ -47,7 +47,7 @@ class MergeProcess:
     def _start(self) -> subprocess.Popen[str]:
         """Starts merging."""
         release = self.overlay.release
-        arguments = (str(release.repository), release.name, str(self.sequence))
+        arguments = (str(release.repository), release.name, str(self.sequence), str(release.home))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return module_process("ensemble.live.merge", *arguments, **pipes)
 

@@ -1,7 +1,7 @@
-"""Runs the writer as a process: one a repository, behind a unix socket, beside tritonserver in `peregrine
+"""Runs the writer as a process: one a home, behind a unix socket, beside tritonserver in `peregrine
 serve`.
 
-    python -m ensemble.live.service REPOSITORY
+    python -m ensemble.live.service REPOSITORY [HOME]
 
 A request is one line of JSON, and so is its reply: {"op": "change", "changes": [{"op": "add", "item": {…}}],
 "wait_s": 2} | {"op": "status"} | {"op": "merge"} | {"op": "prepare", "release": "r7"} |
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
-from ensemble.live.instances import sequences
+from ensemble.live.instances import wait_for_instances
+from ensemble.live.keeper import AT_WORK
 from ensemble.live.loaded import LoadedReleases
 from ensemble.live.merge_process import MergeProcess
 from ensemble.live.overlay import Overlay
@@ -35,14 +36,18 @@ from ensemble.live.writer import ItemWriter
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.release import active_release, open_release
 
-WRITER_FILE = "writer.json"  # in <repository>/.live: where the socket is
+WRITER_FILE = "writer.json"  # in <home>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
 MOST_WAITING, _RETRY_S = 10, 1.0  # times MERGE_AT, and no more are taken; when to try again
 _NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _MAX_LINE = 64 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
-_MAX_WAIT_S, _FIRST_SIGNS_S, _LOOKS_UP_S = 60.0, 0.25, 1.0
+_MAX_WAIT_S, _LOOKS_UP_S = 60.0, 1.0
+
+
+class AtWork(ReleaseError):
+    """Says that another process writes already."""
 
 
 class Full(PeregrineError):
@@ -52,20 +57,27 @@ class Full(PeregrineError):
 class ItemService:
     """Owns the writer; all changes go through one thread."""
 
-    def __init__(self, repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        log: Callable[[str], None],
+        merge_at: int = MERGE_AT,
+        home: Path | None = None,
+    ) -> None:
         self.repository, self.log, self.merge_at = repository, log, merge_at
+        self.home = home or repository
         self.most_waiting = MOST_WAITING * max(1, merge_at)
-        self.folder = repository / ".live"
+        self.folder = self.home / ".live"
         self.folder.mkdir(exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not try_flock(self._lock):
             os.close(self._lock)
-            raise ReleaseError(f"another process writes the live items of {repository}", "use it, or stop it")
+            raise AtWork(f"another process writes the live items of {self.home}", "use it, or stop it")
         self._pending: queue.Queue[Pending | None] = queue.Queue()
         self._writer: ItemWriter | None = None
         self._opened_at = 0.0
         self._ready = threading.Event()
-        self._loaded = LoadedReleases(repository)
+        self._loaded = LoadedReleases(repository, self.home)
         self._merging: MergeProcess | None = None
         self._merge_pause_s, self._no_merge_before_s, self._merge_fault = 0.0, 0.0, ""  # after failures
         _remove_socket_of_the_killed(self.folder / WRITER_FILE)
@@ -132,7 +144,7 @@ class ItemService:
             return pending.reply
         return {
             **pending.reply,
-            **_wait_for_instances(self._opened_at, pending.folders, pending.reply["sequence"], wait_s),
+            **wait_for_instances(self._opened_at, pending.folders, pending.reply["sequence"], wait_s),
         }
 
     # --- the writing thread
@@ -200,7 +212,7 @@ class ItemService:
         if request["op"] == "merge":
             self._start_merge(writer.overlay)
         elif request["op"] == "prepare":
-            release = open_release(self.repository, str(request.get("release")))
+            release = open_release(self.repository, str(request.get("release")), self.home)
             writer.follow(release).catch_up()
             self._loaded.expect(release)
         elif request["op"] == "compact":
@@ -225,16 +237,16 @@ class ItemService:
 
     def _opened(self) -> ItemWriter:
         """Gives the writer, which checks changes against the release that is active now."""
-        name = active_release(self.repository)
+        name = active_release(self.repository, self.home)
         if name is None:
             raise ReleaseError(
                 f"{self.repository} has no active release", "`peregrine release activate NAME` makes one"
             )
         if self._writer is None:
-            self._writer = ItemWriter(open_release(self.repository, name), self.log)
+            self._writer = ItemWriter(open_release(self.repository, name, self.home), self.log)
             self._opened_at = time.monotonic()
         elif self._writer.release.name != name:
-            self._writer.check_against(open_release(self.repository, name))
+            self._writer.check_against(open_release(self.repository, name, self.home))
         return self._writer
 
     def _care(self) -> None:
@@ -330,22 +342,6 @@ def _unmerged(overlay: Overlay) -> int:
     return overlay.live.view.state.num_records
 
 
-def _wait_for_instances(
-    opened_at: float, folders: list[Path], sequence: int, wait_s: float
-) -> dict[str, Any]:
-    """Waits until every living instance has the change, or the time is over."""
-    deadline = time.monotonic() + wait_s
-    if wait_s > 0:
-        # Instances look for a first log every so often, and only then say that they are there.
-        time.sleep(max(0.0, min(opened_at + _FIRST_SIGNS_S, deadline) - time.monotonic()))
-    while True:
-        numbers = {name: has for folder in folders for name, has in sequences(folder).items()}
-        done = all(has >= sequence for has in numbers.values())
-        if done or time.monotonic() >= deadline:
-            return {"done": done, "instances": numbers}
-        time.sleep(0.005)
-
-
 def _remove_socket_of_the_killed(writer_file: Path) -> None:
     """Removes the socket of a writer that was killed.
 
@@ -358,9 +354,11 @@ def _remove_socket_of_the_killed(writer_file: Path) -> None:
             shutil.rmtree(home)
 
 
-def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT) -> None:
+def serve_until_ended(
+    repository: Path, log: Callable[[str], None], merge_at: int = MERGE_AT, home: Path | None = None
+) -> None:
     """Serves until SIGTERM or Ctrl-C."""
-    service = ItemService(repository, log, merge_at)
+    service = ItemService(repository, log, merge_at, home)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _raise_stop())
     try:
@@ -369,6 +367,11 @@ def serve_until_ended(repository: Path, log: Callable[[str], None], merge_at: in
         pass
     finally:
         service.stop()
+
+
+def _say(line: str) -> None:
+    """Prints a line to stderr at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class _Stop(BaseException):
@@ -390,11 +393,14 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the service of the repository that the command line names."""
+    """Runs the service of the repository and the home that the command line names."""
+    repository, *home = map(Path, arguments)
     if not sys.stdin.isatty():
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        serve_until_ended(Path(arguments[0]).resolve(), lambda line: print(line, file=sys.stderr, flush=True))
+        serve_until_ended(repository.resolve(), _say, home=home[0].resolve() if home else None)
+    except AtWork:
+        sys.exit(AT_WORK)
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

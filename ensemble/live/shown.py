@@ -40,7 +40,7 @@ class ShownItems:
 
     def __init__(self, release: Release) -> None:
         self.release = release
-        reader = open_catalogue(release.repository)
+        reader = open_catalogue(release.home)
         self.entries: dict[str, Entry] = last_entries(reader) if reader is not None else {}
         is_ours = reader is not None and reader.id == release.watermark.log
         self._watermark = release.watermark.sequence if is_ours else 0

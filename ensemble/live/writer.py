@@ -23,7 +23,7 @@ MAX_GROUP = 10_000  # changes at once
 
 
 class ItemWriter:
-    """Holds the lock of a repository's catalogue log while it is open.
+    """Holds the lock of a catalogue's log while it is open.
 
     Changes are checked against one release, which callers think of; other releases that are loaded take of
     them what they can.
@@ -31,7 +31,7 @@ class ItemWriter:
 
     def __init__(self, release: Release, note: Callable[[str], None] = lambda line: None) -> None:
         self.note = note
-        self.catalogue = CatalogueLog(release.repository, note)
+        self.catalogue = CatalogueLog(release.home, note)
         self.overlays: dict[str, Overlay] = {}  # by release id
         try:
             self.overlay = self.follow(release)

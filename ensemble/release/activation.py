@@ -1,6 +1,6 @@
 """Remembers on disk that the route is being changed, so that a killed activation is finished or undone.
 
-<repository>/.activation.json is written before the server is asked to load anything and removed when all is
+<home>/.activation.json is written before the server is asked to load anything and removed when all is
 done. The route is the truth: if it is the new one, the activation is finished, else undone. So it is for the
 other changes: a canary, its promotion, its abort.
 """
@@ -58,14 +58,14 @@ class Started:
         return f"release {self.release} is not activated, {self.previous} goes on"
 
 
-def begin(repository: Path, started: Started) -> None:
+def begin(home: Path, started: Started) -> None:
     """Writes down that a change begins. Call it under locked()."""
-    write_durably(repository / FILE, json.dumps(dataclasses.asdict(started)) + "\n")
+    write_durably(home / FILE, json.dumps(dataclasses.asdict(started)) + "\n")
 
 
-def unfinished(repository: Path) -> Started | None:
+def unfinished(home: Path) -> Started | None:
     """Gives the change that has begun and not ended; under locked() it is one that was killed."""
-    path = repository / FILE
+    path = home / FILE
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         after, before = (tuple(Share(**one) for one in entries[key]) for key in ("after", "before"))
@@ -79,27 +79,30 @@ def unfinished(repository: Path) -> Started | None:
         ) from error
 
 
-def end(repository: Path) -> None:
+def end(home: Path) -> None:
     """Writes down that the activation has ended, well or not."""
-    (repository / FILE).unlink(missing_ok=True)
+    (home / FILE).unlink(missing_ok=True)
 
 
-def outcome(repository: Path, started: Started) -> str:
+def outcome(repository: Path, started: Started, home: Path | None = None) -> str:
     """Says what becomes of a killed change: the route tells."""
-    route, what = read_route(repository), f"the {started.what} of {started.release}, which was killed,"
+    route, what = (
+        read_route(home or repository),
+        f"the {started.what} of {started.release}, which was killed,",
+    )
     if route is not None and route.shares == started.after:
         return f"{what} is finished"
-    return f"{what} is undone: {active_release(repository) or 'none'} is active"
+    return f"{what} is undone: {active_release(repository, home) or 'none'} is active"
 
 
-def settle_on_disk(repository: Path) -> str:
+def settle_on_disk(repository: Path, home: Path | None = None) -> str:
     """Ends a killed activation where no server is running: whoever starts one loads what the route names.
 
     Gives what became of it; empty if there was none. Call it under locked().
     """
-    align_alias(repository)
-    started = unfinished(repository)
+    align_alias(repository, home)
+    started = unfinished(home or repository)
     if started is None:
         return ""
-    end(repository)
-    return outcome(repository, started)
+    end(home or repository)
+    return outcome(repository, started, home)

@@ -44,6 +44,15 @@ def try_flock(descriptor: int) -> bool:
     return True
 
 
+def is_locked(descriptor: int) -> bool:
+    """Says whether somebody holds the exclusive lock of an open file; who asks at the same time is nobody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
 def file_sha256(path: Path) -> str:
     """Gives the hex digest of a file, read in large pieces."""
     with path.open("rb") as file:

@@ -21,7 +21,7 @@ from ensemble.release.route import read_route
 from ensemble.schema import Schema, schema_from_json
 from ensemble.spec import ModelSpec, PipelineSpec
 
-LIVE = ".live"  # the repository's folder of changes of items
+LIVE = ".live"  # the folder of changes of items, in the home
 _ACTIVE = re.compile(r'model_name:\s*"([a-z0-9][a-z0-9-]*)_' + contract.PIPELINE + '"')
 
 
@@ -41,9 +41,11 @@ class Release:
     Arrays are memory-mapped, so all processes of a machine share one copy in page cache.
     """
 
-    def __init__(self, repository: Path, name: str, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, repository: Path, name: str, manifest: dict[str, Any], home: Path | None = None
+    ) -> None:
         self.repository, self.name, self.manifest = repository, name, manifest
-        self.path = repository / name
+        self.path, self.home = repository / name, home or repository
 
     @cached_property
     def id(self) -> str:
@@ -53,7 +55,7 @@ class Release:
     @property
     def live_folder(self) -> Path:
         """Names where its overlay lies, what the catalogue's log is for it; no other release has its id."""
-        return self.repository / LIVE / f"{self.name}-{self.id}"
+        return self.home / LIVE / f"{self.name}-{self.id}"
 
     @cached_property
     def watermark(self) -> Watermark:
@@ -183,14 +185,15 @@ class Release:
             raise ReleaseError(f"cannot open {self.path / name}: {error}") from error
 
 
-def open_release(repository: Path, name: str) -> Release:
+def open_release(repository: Path, name: str, home: Path | None = None) -> Release:
     """Opens release `name`; ReleaseError if it is absent, half there, or made for another contract.
 
-    Only schema.json is held against its digest here: see Release.verify.
+    Its items' changes lie in `home`, which is the repository if not given. Only schema.json is held against
+    its digest here: see Release.verify.
     """
     path = repository / name / MANIFEST
     try:
-        release = Release(repository, name, read_manifest(path))
+        release = Release(repository, name, read_manifest(path), home)
     except FileNotFoundError:
         raise ReleaseError(
             f"no release {name!r} in {repository}: {path} does not exist",

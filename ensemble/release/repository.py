@@ -41,9 +41,9 @@ _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
 
 
-def require_active(repository: Path) -> str:
+def require_active(repository: Path, home: Path | None = None) -> str:
     """Gives the active release's name; ReleaseError that lists what could be activated where none is."""
-    name = active_release(repository)
+    name = active_release(repository, home)
     if name is not None:
         return name
     names = ", ".join(release_names(repository))
@@ -52,6 +52,8 @@ def require_active(repository: Path) -> str:
         if names
         else "`peregrine build SHOP --activate`"
     )
+    if home is not None and not os.access(home, os.W_OK):
+        cure += f", or `peregrine serve --route NAME`, as {home} cannot be written to"
     raise ReleaseError(f"no release is active in {repository}", cure)
 
 
@@ -62,7 +64,7 @@ def member_folders(repository: Path, name: str) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
-    """Holds the repository's lock; ReleaseError names the holder if it is not free within `wait_s`.
+    """Holds a repository's lock, or a home's; ReleaseError names the holder if it is not free in `wait_s`.
 
     It is a flock, because the kernel drops it when its holder dies: a killed build never leaves the
     repository locked.
@@ -79,6 +81,13 @@ def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def both_locked(repository: Path, home: Path) -> Iterator[None]:
+    """Holds the locks of a home and its repository, which may be one folder."""
+    with locked(home), contextlib.nullcontext() if home == repository else locked(repository):
+        yield
 
 
 def _wait_for(lock: int, repository: Path, wait_s: float) -> None:
@@ -113,12 +122,14 @@ def staging(repository: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def sweep(repository: Path, log: Callable[[str], None], min_age_s: float = MIN_AGE_S) -> list[str]:
+def sweep(
+    repository: Path, log: Callable[[str], None], min_age_s: float = MIN_AGE_S, home: Path | None = None
+) -> list[str]:
     """Removes what killed builds and removals left, once nothing in it has changed for `min_age_s`, and
     tells `log` what it removes; gives the names."""
     removed = []
     with locked(repository):
-        for why, paths in _leftovers(repository):
+        for why, paths in _leftovers(repository, home):
             if _age_s(paths) < min_age_s:
                 continue
             names = [path.name for path in paths]
@@ -129,14 +140,14 @@ def sweep(repository: Path, log: Callable[[str], None], min_age_s: float = MIN_A
     return removed
 
 
-def _leftovers(repository: Path) -> Iterator[tuple[str, list[Path]]]:
+def _leftovers(repository: Path, home: Path | None) -> Iterator[tuple[str, list[Path]]]:
     """Finds what nobody owns, with what it is: staging folders, and the parts of each release without a
     manifest. Those of releases that are served are spared."""
     for path in sorted(repository.iterdir()):
         # A staging folder lives as .new-… for a moment only
         if path.name.startswith(".new-") or (path.name.startswith(STAGING) and not _has_owner(path)):
             yield "a build or removal that was killed left it", [path]
-    served = served_releases(repository)
+    served = served_releases(repository, home)
     for name, paths in half_releases(repository).items():
         if name not in served:
             yield f"parts of a release without {name}/{MANIFEST}", paths
@@ -199,21 +210,23 @@ def _alias(repository: Path) -> Path:
     return repository / contract.PIPELINE / "config.pbtxt"
 
 
-def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: None) -> None:
+def remove(
+    repository: Path, name: str, unload: Callable[[], None] = lambda: None, home: Path | None = None
+) -> None:
     """Removes a release that is not active, or the parts of one; `unload` takes it out of a server, and
     nobody can activate it meanwhile. Its name stays given.
 
     Its manifest goes first: killed in the middle, the rest are leftovers for sweep().
     """
     check_name(name)
-    with locked(repository):
+    with both_locked(repository, home or repository):
         folders = _folders(repository, name)
         if not folders:
             raise ReleaseError(
                 f"no release {name!r} in {repository}",
                 f"there are: {', '.join(release_names(repository)) or 'none'}",
             )
-        _refuse_served(repository, name)
+        _refuse_served(repository, name, home)
         unload()
         remember_names(repository)
         with staging(repository) as trash:
@@ -221,13 +234,13 @@ def remove(repository: Path, name: str, unload: Callable[[], None] = lambda: Non
                 folder.rename(trash / folder.name)
 
 
-def _refuse_served(repository: Path, name: str) -> None:
+def _refuse_served(repository: Path, name: str, home: Path | None) -> None:
     """Raises ReleaseError if a release has a share of the route."""
-    if active_release(repository) == name:
+    if active_release(repository, home) == name:
         raise ReleaseError(
             f"release {name} is active", "activate another one first: peregrine release activate NAME"
         )
-    route = read_route(repository)
+    route = read_route(home or repository)
     if route is not None and route.share(name):
         raise ReleaseError(
             f"release {name} is tried by {route.share(name):.3g} of the users", "peregrine release abort"
@@ -248,7 +261,7 @@ def put_route(repository: Path, route: Route, home: Path | None = None) -> None:
     """
     config = alias_of(repository, route.main)
     write_route(home or repository, route)
-    point_alias(repository, config)
+    _copy_alias(repository, config, home)
 
 
 def align_alias(repository: Path, home: Path | None = None) -> None:
@@ -259,6 +272,12 @@ def align_alias(repository: Path, home: Path | None = None) -> None:
         return
     config = alias_of(repository, route.main)
     if not _alias(repository).exists() or _alias(repository).read_text(encoding="utf-8") != config:
+        _copy_alias(repository, config, home)
+
+
+def _copy_alias(repository: Path, config: str, home: Path | None) -> None:
+    """Writes the alias where the repository can be written; a home elsewhere has the truth without it."""
+    if home in (None, repository) or os.access(repository, os.W_OK):
         point_alias(repository, config)
 
 

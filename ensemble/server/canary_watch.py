@@ -11,11 +11,9 @@ from pathlib import Path
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.repository import locked, put_route
 from ensemble.release.route import Route, Share, next_route, read_route
-from ensemble.server.control import Control
+from ensemble.server.group import group
 from ensemble.server.guard import Guard, Limits, read_numbers
 from ensemble.server.router_files import router_of
-from ensemble.server.running import RunningServer
-from ensemble.server.turning import Turning
 
 EVERY_S, SHORT_EVERY_S = 1.0, 60.0
 
@@ -26,12 +24,12 @@ class CanaryWatch:
     def __init__(
         self,
         repository: Path,
+        home: Path,
         state: Path,
-        server: Callable[[], RunningServer],
         log: Callable[[str], None],
         limits: Limits | None = None,
     ) -> None:
-        self._repository, self._state, self._server, self._log = repository, state, server, log
+        self._repository, self._home, self._state, self._log = repository, home, state, log
         self._limits = limits
         self._guard: Guard | None = None
         self._dead = ""  # what died, since the canary began
@@ -55,7 +53,7 @@ class CanaryWatch:
 
     def look(self) -> None:
         """Judges the canary once, if there is one, and takes it out if it is worse."""
-        route = read_route(self._repository)
+        route = read_route(self._home)
         if route is None or route.canary is None:
             self._guard, self._dead = None, ""
             return
@@ -87,17 +85,17 @@ class CanaryWatch:
 
     def _take_out(self, route: Route, why: str) -> None:
         """Gives all users to the main release, unless somebody has changed the route meanwhile."""
-        with locked(self._repository), Control(self._server()) as control:
-            if read_route(self._repository) != route:
+        with locked(self._home), group(self._repository, self._home) as servers:
+            if read_route(self._home) != route:
                 return
-            turned = Turning(control, self._repository).abort(_by(why))
+            turned = servers.abort(_by(why))
         warning = f"; {turned.warning}" if turned.warning else ""
         self._log(f"canary {_words(route)} is taken out, {route.main} answers all users: {why}{warning}")
 
     def is_tried(self, model: str) -> bool:
         """Says whether a model is the canary's, or the route's router: the main release does without."""
         try:
-            route = read_route(self._repository)
+            route = read_route(self._home)
         except ReleaseError:
             return False
         if route is None or route.canary is None:
@@ -111,10 +109,10 @@ class CanaryWatch:
     def take_out_on_disk(self, why: str) -> bool:
         """Gives all users to the main release where tritonserver is down; says whether there was a canary."""
         try:
-            if (route := read_route(self._repository)) is None or route.canary is None:
+            if (route := read_route(self._home)) is None or route.canary is None:
                 return False
-            with locked(self._repository):
-                put_route(self._repository, next_route(route, [Share(route.main, 1.0)], _by(why)))
+            with locked(self._home):
+                put_route(self._repository, next_route(route, [Share(route.main, 1.0)], _by(why)), self._home)
         except (PeregrineError, OSError) as error:
             self._log(f"WARNING: the canary cannot be taken out: {error}")
             return False

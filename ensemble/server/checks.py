@@ -14,9 +14,10 @@ from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.activation import settle_on_disk
 from ensemble.release.release import open_release
 from ensemble.release.repository import locked, require_active, sweep
+from ensemble.release.route import read_route
 from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
-from ensemble.server.running import running_server
+from ensemble.server.running import running_servers
 from ensemble.tiers.connection import check_installed
 
 
@@ -30,7 +31,7 @@ def check_user(as_root: bool) -> None:
         raise ServerError(
             "serve does not run as root: every local user can read the server's control secret in the list "
             "of processes, and with it run code as the server's user",
-            "use an ordinary user; or, on a host of a single tenant, --as-root (PEREGRINE_AS_ROOT=1)",
+            "use an ordinary user; or, on single-tenant hosts only, --as-root (PEREGRINE_AS_ROOT=1)",
         )
 
 
@@ -47,17 +48,26 @@ def check_packages(options: ServeOptions) -> None:
         check_gpu()
 
 
-def check_servable(repository: Path, log: Callable[[str], None]) -> str:
+def check_servable(
+    repository: Path, log: Callable[[str], None], home: Path | None = None, named: str | None = None
+) -> str:
     """Gives the active release's name after comparing every file with the manifest; ReleaseError says the
-    cure. `log` hears what old leftovers are removed."""
+    cure. `log` hears what old leftovers are removed.
+
+    The route lies in `home`, which is the repository if not given; where there is none, `named` is served.
+    """
+    home = home or repository
     if not repository.is_dir():
         raise InvalidInput(
             f"repository {repository} does not exist; `peregrine build SHOP --activate` makes one"
         )
+    if not home.is_dir():
+        raise InvalidInput(f"--catalogue {home} does not exist", "make the folder, or leave --catalogue out")
     if os.access(repository, os.W_OK):
-        sweep(repository, log)
-        _settle(repository, log)
-    name = require_active(repository)
+        sweep(repository, log, home=home)
+    if os.access(home, os.W_OK):
+        _settle(repository, home, log)
+    name = _name_to_serve(repository, home, named)
     if not (repository / name / "manifest.json").exists():
         raise ReleaseError(
             f"release {name} is incomplete: {repository / name / 'manifest.json'} is missing; activate "
@@ -67,10 +77,23 @@ def check_servable(repository: Path, log: Callable[[str], None]) -> str:
     return name
 
 
-def _settle(repository: Path, log: Callable[[str], None]) -> None:
+def _name_to_serve(repository: Path, home: Path, named: str | None) -> str:
+    """Gives the release that the route names, or the one that was named where no route is written."""
+    if named is None:
+        return require_active(repository, home)
+    route = read_route(home)
+    if route is not None and route.main != named:
+        raise InvalidInput(
+            f"--route {named}: {home} has a route, which servers follow: release {route.main} is active",
+            f"leave --route out, or peregrine release activate {named}",
+        )
+    return named
+
+
+def _settle(repository: Path, home: Path, log: Callable[[str], None]) -> None:
     """Ends an activation that was killed; where a server is at work already, that is not ours to do."""
-    with locked(repository):
-        if running_server(repository) is None and (said := settle_on_disk(repository)):
+    with locked(home):
+        if not running_servers(repository, home) and (said := settle_on_disk(repository, home)):
             log(said)
 
 

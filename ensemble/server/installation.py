@@ -16,7 +16,8 @@ from pathlib import Path
 from ensemble.errors import ServerError
 
 # In a server's state folder, as long as it is at work
-BACKENDS, TIERS, MOUNT, STAGED = "backends", "tiers.json", "models", ".mounting"
+BACKENDS, MOUNT, STAGED = "backends", "models", ".mounting"
+TIERS, ROUTE, TURNING = "tiers.json", "route.json", "turning.lock"
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
@@ -130,7 +131,8 @@ def empty(state: Path) -> None:
     """Removes from a state folder what lives no longer than its server does."""
     for name in (BACKENDS, MOUNT, STAGED):
         shutil.rmtree(state / name, ignore_errors=True)
-    (state / TIERS).unlink(missing_ok=True)
+    for name in (TIERS, ROUTE, TURNING):
+        (state / name).unlink(missing_ok=True)
 
 
 def _copy_backends(installation: Installation, backends: Path) -> None:

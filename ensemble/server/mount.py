@@ -10,21 +10,28 @@ release (dangling until compiled, and then a server could not fall back to ONNX 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ensemble import contract
 from ensemble.engines.plans import Plan
-from ensemble.errors import ReleaseError
+from ensemble.errors import ReleaseError, ServerError
 from ensemble.release import foreign
-from ensemble.release.files import NO_BYTECODE, write_durably
+from ensemble.release.files import NO_BYTECODE, try_flock, write_durably
 from ensemble.release.release import Release
 from ensemble.release.repository import ALIAS_FILE
-from ensemble.server.installation import MOUNT, STAGED
+from ensemble.release.route import Route, route_from_json
+from ensemble.server.installation import MOUNT, ROUTE, STAGED, TURNING
 
 _CONFIG = "config.pbtxt"
+
+
+class Busy(ServerError):
+    """Says that somebody else is turning the server."""
 
 
 class Mount:
@@ -35,6 +42,7 @@ class Mount:
         Triton's own backend on each of the first `num_gpus` GPUs."""
         self.folder, self._staged = state / MOUNT, state / STAGED
         self.instances, self._num_gpus = instances, num_gpus
+        self._route, self._lock = state / ROUTE, state / TURNING
 
     def add(self, release: Release, plans: Sequence[Plan] = ()) -> None:
         """Mounts a release that is not loaded, its models with a plan from the plan's folder; ReleaseError if
@@ -91,11 +99,32 @@ class Mount:
         links = (path for path in (self.folder / plan.member / "1").glob("*") if path.is_symlink())
         return any(path.readlink().is_relative_to(plan.member_folder) for path in links)
 
-    def point(self, alias: str) -> None:
-        """Makes `alias` the configuration of the model that clients call, for the next tritonserver here."""
+    def point(self, route: Route, alias: str) -> None:
+        """Notes the route that this server serves; `alias` is the configuration of the model that clients
+        call, for a tritonserver that has to be started again."""
         folder = self.folder / contract.PIPELINE
         (folder / "1").mkdir(parents=True, exist_ok=True)
         write_durably(folder / _CONFIG, alias)
+        write_durably(self._route, route.to_json())
+
+    def route(self) -> Route:
+        """Gives the route that this server serves."""
+        return route_from_json(self._route.read_text(encoding="utf-8"), str(self._route))
+
+    @contextlib.contextmanager
+    def turning(self, wait_s: float) -> Iterator[None]:
+        """Is for one who changes what the server serves, a command or the server itself; Busy if it is not
+        free within `wait_s`."""
+        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + wait_s
+        try:
+            while not try_flock(lock):
+                if time.monotonic() >= deadline:
+                    raise Busy(f"the server of {self._lock.parent} is turning", "try again in a minute")
+                time.sleep(0.02)
+            yield
+        finally:
+            os.close(lock)
 
 
 def _models(release: Release) -> list[str]:

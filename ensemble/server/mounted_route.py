@@ -7,24 +7,22 @@ from pathlib import Path
 from ensemble.engines.plans import Plan, find_plans
 from ensemble.errors import ReleaseError
 from ensemble.release.release import Release, open_release
-from ensemble.release.repository import require_active
-from ensemble.release.route import read_route
+from ensemble.release.route import Route
 from ensemble.server.mount import Mount
-from ensemble.server.router_files import alias_text, only, write_router
+from ensemble.server.router_files import alias_text, write_router
 from ensemble.server.runtime import Runtime
 
 
-def mount_route(mount: Mount, repository: Path, runtime: Runtime, *, is_fused: bool) -> None:
-    """Mounts the releases of the route that are not, its router, and points the alias; ReleaseError says
-    what cannot be."""
-    route = read_route(repository) or only(require_active(repository))
+def mount_route(mount: Mount, repository: Path, route: Route, runtime: Runtime, *, is_fused: bool) -> None:
+    """Mounts the releases of a route that are not, its router, and points the alias; ReleaseError says what
+    cannot be."""
     for name in route.releases:
         release = open_release(repository, name)
         if not mount.has(release):
             release.verify()
             mount.add(release, _plans(release, runtime))
     write_router(mount.folder, repository, route, fused=is_fused, instances=mount.instances)
-    mount.point(alias_text(repository, route))
+    mount.point(route, alias_text(repository, route))
 
 
 def _plans(release: Release, runtime: Runtime) -> tuple[Plan, ...]:

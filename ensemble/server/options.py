@@ -29,6 +29,8 @@ class ServeOptions:
     instances: int | None = None  # processes of each step; None: as the release says
     redis: str | None = field(default=None, repr=False)  # URL of feature rows; it may hold a password
     state: Path | None = None  # where it keeps what it runs from; None: a folder of this user's
+    catalogue: Path | None = None  # where route and catalogue log lie; None: in the repository
+    route: str | None = None  # the release to serve where there is no route
     verbose: bool = False  # Triton's own log is shown
     start_timeout_s: float = 300.0
 

@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE, REPOSITORY_VARIABLE, SHARDS_VARIABLE
+from ensemble.engines import (
+    ENGINE_VARIABLE,
+    HOME_VARIABLE,
+    INDEX_VARIABLE,
+    REPOSITORY_VARIABLE,
+    SHARDS_VARIABLE,
+)
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
 from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
@@ -50,6 +56,11 @@ class Launch:
     options: ServeOptions
     runtime: Runtime = field(default_factory=Runtime)
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    @property
+    def home(self) -> Path:
+        """Names the folder of route and catalogue log."""
+        return self.options.catalogue or self.repository
 
     @property
     def configuration(self) -> str | None:
@@ -108,6 +119,7 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         INDEX_VARIABLE: launch.options.index,
         SHARDS_VARIABLE: str(launch.options.shards),
         REPOSITORY_VARIABLE: str(launch.repository),
+        HOME_VARIABLE: str(launch.home),
         # Images set it; python_model.py knows old stubs by it.
         "TRITON_SERVER_VERSION": str(installation.level or ""),
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),

@@ -1,7 +1,7 @@
 """Claims a server's state folder, and lists the servers at work on a repository for the release commands.
 
 <state>/server.json     how the server is reached; locked while the process lives
-<list>/<digest>         a link to it, in each list that can be written: the user's, and the repository's
+<list>/<digest>         a link to it, in each list that can be written: the user's, and the home's
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from ensemble.engines import ONNXRUNTIME
 from ensemble.errors import ServerError
-from ensemble.release.files import try_flock
+from ensemble.release.files import is_locked, try_flock
 from ensemble.server.state import make_private, user_lists
 
 CLAIM = "server.json"
-LIST = ".servers"  # in a repository
+LIST = ".servers"  # in a home: the folder of route and catalogue log
 _TRIES = 10
 
 
@@ -36,6 +36,7 @@ class RunningServer:
     header: str
     secret: str = dataclasses.field(repr=False)
     state: str = ""  # its folder, with the mount
+    home: str = ""  # the folder of route and catalogue log
     engine: str = ONNXRUNTIME  # what the Python engine steps run on
     has_plans: bool = False  # Triton's own backend runs plans
     instances: int | None = None  # of each step, where that is not the release's affair
@@ -56,9 +57,9 @@ class Claim:
     """Claims a state folder for one server: holds the file's lock while the process lives, so that a killed
     one leaves no claim behind."""
 
-    def __init__(self, state: Path, repository: Path) -> None:
+    def __init__(self, state: Path, repository: Path, home: Path | None = None) -> None:
         make_private(state)
-        self.path, self._repository = state / CLAIM, repository
+        self.path, self._repository, self._home = state / CLAIM, repository, home or repository
         self._links: list[Path] = []
         self._descriptor = self._open()
 
@@ -90,8 +91,8 @@ class Claim:
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
         for folder in user_lists(self._repository):
             self._list(folder / name, make_private)
-        with contextlib.suppress(OSError):  # a read-only repository: our user finds us all the same
-            self._list(self._repository / LIST / name, lambda folder: folder.mkdir(exist_ok=True))
+        with contextlib.suppress(OSError):  # a read-only home: our user finds us all the same
+            self._list(self._home / LIST / name, lambda folder: folder.mkdir(exist_ok=True))
 
     def _list(self, link: Path, make: Callable[[Path], None]) -> None:
         """Links to the claim, in the place of a server that was killed."""
@@ -124,13 +125,14 @@ def _try_often(descriptor: int) -> bool:
     return False
 
 
-def running_servers(repository: Path) -> list[RunningServer]:
-    """Gives the servers that serve this repository now and are ours to control; ServerError where one is
-    another user's."""
+def running_servers(repository: Path, home: Path | None = None) -> list[RunningServer]:
+    """Gives the servers that serve this repository now and are ours to control, the first that was started
+    first; where a home is given, only those that follow it."""
+    home = home.resolve() if home else None
     servers = {}
-    for link in _links(repository):
+    for link in _links(repository, home):
         server = _read(link)
-        if server is not None:
+        if server is not None and home in (None, Path(server.home)):
             servers[server.pid, server.url] = server
     return list(servers.values())
 
@@ -140,27 +142,50 @@ def running_server(repository: Path) -> RunningServer | None:
     return next(iter(running_servers(repository)), None)
 
 
-def _links(repository: Path) -> Iterator[Path]:
-    """Finds the claims that are listed, the oldest first."""
-    for folder in (*user_lists(repository), repository / LIST):
-        with contextlib.suppress(OSError):
-            yield from sorted(folder.glob("[!.]*"), key=lambda link: link.lstat().st_ctime_ns)
+def num_of_others(home: Path) -> int:
+    """Counts the servers that are listed in a home and are other users': we cannot control those."""
+    count = 0
+    for link in _listed(home / LIST):
+        try:
+            link.stat()
+            count += not os.access(link, os.R_OK)
+        except PermissionError:
+            count += 1
+        except OSError:
+            continue
+    return count
+
+
+def _links(repository: Path, home: Path | None) -> Iterator[Path]:
+    """Finds the claims that are listed, those of a list in their order of age."""
+    for folder in (*user_lists(repository), (home or repository) / LIST):
+        yield from _listed(folder)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Lists the links in a folder, the oldest first; none where it cannot be read."""
+    try:
+        return sorted(folder.glob("[!.]*"), key=lambda link: link.lstat().st_ctime_ns)
+    except OSError:
+        return []
 
 
 def _read(link: Path) -> RunningServer | None:
-    """Reads a claim; None where its owner is dead, and the link is removed."""
+    """Reads a claim; None where it is another user's, or its owner is dead: then the link is removed."""
     try:
         descriptor = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError as error:
-        raise ServerError(
-            f"{link.readlink()} belongs to another user: only who started the server may control it"
-        ) from error
+    except PermissionError:
+        return None
     except OSError:
         with contextlib.suppress(OSError):
             link.unlink()
         return None
     try:
+        if not is_locked(descriptor):
+            with contextlib.suppress(OSError):
+                link.unlink()
+            return None
         text = os.pread(descriptor, 65536, 0)
-        return None if try_flock(descriptor) or not text else RunningServer(**json.loads(text))
+        return RunningServer(**json.loads(text)) if text else None
     finally:
         os.close(descriptor)

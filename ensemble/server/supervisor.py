@@ -19,11 +19,14 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
-from ensemble.release.release import open_release, served_releases
-from ensemble.release.repository import FUSED
+from ensemble.live.items import wait_for_changes
+from ensemble.release.release import open_release
+from ensemble.release.repository import FUSED, alias_of
+from ensemble.release.route import Route
 from ensemble.server.calls import drain, is_model_ready
 from ensemble.server.canary_watch import CanaryWatch
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
+from ensemble.server.following import Follower, route_in
 from ensemble.server.installation import (
     Installation,
     RunFolder,
@@ -43,6 +46,7 @@ from ensemble.server.process import (
     TritonProcess,
     memory_bytes,
 )
+from ensemble.server.router_files import only
 from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import choose_runtime
 from ensemble.server.state import default_state
@@ -67,15 +71,17 @@ class Server:
     ) -> None:
         self.launch, self.log = launch, log
         self._claim, self._installation, self._run = claim, installation, run
+        self._mount = Mount(run.path, launch.options.instances, launch.options.num_gpus)
         self._stopping = threading.Event()
         self._settled = threading.Event()  # set when it is ready for the first time, or has failed
         # Not Thread.join: once a signal has interrupted it, the next join returns at once though the thread
         # lives (CPython 3.10 to 3.12).
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
-        self._watch = CanaryWatch(launch.repository, run.path, self._running, log)
+        self._watch = CanaryWatch(launch.repository, launch.home, run.path, log)
         self._process: TritonProcess | None = None
         self._instances: dict[str, str] = {}  # instance -> model
+        self._is_ready = threading.Event()  # while it answers
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
 
     @property
@@ -109,6 +115,11 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def release(self) -> str:
+        """Names the main release that it serves."""
+        return self._mount.route().main
+
     def stubs(self) -> dict[str, list[int]]:
         """Gives the process ids of the Python stubs by model."""
         pids: dict[str, list[int]] = collections.defaultdict(list)
@@ -125,8 +136,12 @@ class Server:
 
     def start(self) -> None:
         """Returns when `recommend` is ready; ServerError with the log's last lines if it never is."""
-        self._claim.write(self._running())
+        running = self._running()
+        self._claim.write(running)
         self._thread.start()
+        follower = Follower(running, self.launch.repository, self.launch.options.route, self.log)
+        arguments = (self._stopping, self._is_ready.is_set)
+        threading.Thread(target=follower.run, args=arguments, name="route-follower", daemon=True).start()
         self._settled.wait()
         self._watch.start(self._stopping)
         if self._failure:
@@ -143,6 +158,7 @@ class Server:
             self.secret,
             engine=runtime.engine,
             state=str(self._run.path),
+            home=str(self.launch.home),
             has_plans=bool(runtime.plans),
             instances=options.instances,
             num_gpus=options.num_gpus,
@@ -182,6 +198,7 @@ class Server:
                 try:
                     end = self._run_once(self._process)
                 finally:
+                    self._is_ready.clear()
                     self._end(self._process)
                 if self._stopping.is_set():
                     return
@@ -198,16 +215,33 @@ class Server:
             self._ended.set()
 
     def _mount_route(self) -> None:
-        """Mounts what the route says now; a canary that cannot be is taken out."""
-        repository, runtime = self.launch.repository, self.launch.runtime
-        mount = Mount(self._run.path, self.launch.options.instances, self.launch.options.num_gpus)
-        is_fused = self.launch.configuration == FUSED
+        """Mounts what is to be served now; a canary that cannot be is taken out."""
+        route = self._route_to_mount()
         try:
-            mount_route(mount, repository, runtime, is_fused=is_fused)
+            self._mount_all(route)
         except PeregrineError as error:
-            if not self._watch.take_out_on_disk(f"it cannot be mounted: {error}"):
+            if route.canary is None:
                 raise
-            mount_route(mount, repository, runtime, is_fused=is_fused)
+            self._watch.take_out_on_disk(f"it cannot be mounted: {error}")
+            self._mount_all(only(route.main))
+
+    def _route_to_mount(self) -> Route:
+        """Gives the home's route; after a death what was served, unless the home's needs nothing new: the
+        follower turns to what does, and what has been served is sure to load."""
+        launch, served = self.launch, self._mount.route()
+        try:
+            route = route_in(launch.repository, launch.home, launch.options.route) or served
+        except ReleaseError:
+            if not self._settled.is_set():
+                raise
+            return served
+        is_new = self._settled.is_set() and not set(route.releases) <= set(served.releases)
+        return served if is_new else route
+
+    def _mount_all(self, route: Route) -> None:
+        """Mounts a route's releases, its router and the alias."""
+        is_fused = self.launch.configuration == FUSED
+        mount_route(self._mount, self.launch.repository, route, self.launch.runtime, is_fused=is_fused)
 
     def _end(self, process: TritonProcess) -> None:
         """Ends a process: with an answer for all that is in flight if we are stopped, else at once."""
@@ -225,6 +259,7 @@ class Server:
         if problem:
             return problem
         process.note_environments()
+        self._is_ready.set()
         self._settled.set()
         while not self._stopping.wait(_WATCH_EVERY_S):
             if process.exit_code is not None:
@@ -275,8 +310,8 @@ class Server:
     def _is_served(self, model: str) -> bool:
         """Says whether a model is of a release that is served; one that is asked beside it may be killed."""
         try:
-            return model.partition("_")[0] in served_releases(self.launch.repository)
-        except ReleaseError:
+            return model.partition("_")[0] in self._mount.route().releases
+        except (ReleaseError, OSError):
             return True  # the route cannot be read: what is loaded may well be served
 
     def _may_restart(self, why: str, deaths: collections.deque[float]) -> bool:
@@ -326,6 +361,9 @@ def serve(
             stack.enter_context(beside())
         finally:  # also where that fails
             stack.callback(server.stop)
+        release = open_release(server.launch.repository, server.release, server.launch.home)
+        if missing := wait_for_changes(release, 0.0):
+            log(f"WARNING: {missing}")
         server.start()
         yield server
 
@@ -336,18 +374,19 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     check_packages(options)
     installation = find_tritonserver()
     check_address(options, installation)
-    name = check_servable(repository, log)
+    home = options.catalogue or repository
+    name = check_servable(repository, log, home, options.route)
     runtime = choose_runtime(repository, name, installation, options, log)
     port, metrics = check_port(options.address, options.port), options.metrics_port
     metrics = None if metrics is None else check_port(options.address, metrics)
     sweep_regions()
     launch = Launch(repository, dataclasses.replace(options, port=port, metrics_port=metrics), runtime)
-    claim = Claim(options.state or default_state(repository), repository)
+    claim = Claim(options.state or default_state(repository), repository, home)
     try:
         run = make_run_folder(installation, claim.path.parent)
-        Mount(run.path, options.instances, options.num_gpus).add(
-            open_release(repository, name), runtime.plans
-        )
+        mount = Mount(run.path, options.instances, options.num_gpus)
+        mount.add(open_release(repository, name), runtime.plans)
+        mount.point(only(name), alias_of(repository, name))  # what else the route has is mounted at the start
     except BaseException:
         empty(claim.path.parent)
         claim.drop()

@@ -1,27 +1,26 @@
-"""Turns a running server from one release to another: loads it beside, asks it, turns the alias, unloads the
-old one; finishes or undoes what a killed command left."""
+"""Turns one server to a route: loads its releases beside what serves, asks them, turns the alias, unloads
+what is served no longer.
+
+Commands do it to every server (group.py), and each server to itself (following.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble import contract
 from ensemble.contract import Degraded
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
-from ensemble.release import activation
 from ensemble.release.canary import ANY_ENGINE, CANARY, read_canary
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import ROUTER
-from ensemble.release.release import active_release, open_release
-from ensemble.release.repository import put_route
-from ensemble.release.route import Route, Share, next_route, read_route
+from ensemble.release.release import open_release
+from ensemble.release.route import Route
 from ensemble.server.control import READY, Control, NoAnswerError
-from ensemble.server.prepared import mount_of
+from ensemble.server.prepared import mount_of, prepare_release
 from ensemble.server.router_files import alias_text, only, router_of, step_of, write_router
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
@@ -31,73 +30,38 @@ TRIES = 5  # for a canary to answer in its part of the time
 HANGS_S = 3.0  # a router that takes longer to go waits for a release that does not answer
 
 
-@dataclass(frozen=True)
-class Turned:
-    """Says what a turn took, and what went wrong after the alias had turned."""
-
-    load_ms: float = 0.0
-    flip_ms: float = 0.0
-    warning: str = ""
-
-
 class Turning:
-    """Turns the server at work on a repository. Use it under locked()."""
+    """Turns one server. Use it under its mount's lock (Mount.turning)."""
 
     def __init__(self, control: Control, repository: Path) -> None:
         self.control, self.repository = control, repository
         self.mount = mount_of(control.server)
 
-    def turn(self, name: str) -> Turned:
-        """Makes the server answer with release `name`; ReleaseError on any fault, and the old one goes on."""
-        return self.change([Share(name, 1.0)], activation.ACTIVATION)
+    @property
+    def route(self) -> Route:
+        """Gives the route that the server serves."""
+        return self.mount.route()
 
-    def abort(self, by: str = "") -> Turned:
-        """Gives all users to the route's main release, which is loaded: nothing is asked before."""
-        route = current_route(self.repository)
-        shares = [Share(route.main, 1.0)] if route else []
-        return self.change(shares, activation.ABORT, by, is_asked=False)
+    def prepare(self, name: str, require: str | None = None) -> str:
+        """Mounts a release, unless it is served; gives what it will run on if that is less than the server
+        could. ReleaseError if it cannot run here, or not on what is required."""
+        release, is_loaded = open_release(self.repository, name), name in self.route.releases
+        return prepare_release(self.control.server, release, require, is_loaded=is_loaded)
 
-    def change(self, shares: Sequence[Share], what: str, by: str = "", *, is_asked: bool = True) -> Turned:
-        """Makes the server answer by these shares of releases; ReleaseError on any fault, and what was served
-        goes on.
+    def follow(self, route: Route) -> str:
+        """Turns the server to a route that is written down already; gives what went wrong afterwards.
 
-        What is begun is written down first, so that a killed change can be finished or undone.
+        ReleaseError or ServerError if it cannot, and what it serves goes on.
         """
-        before = current_route(self.repository)
-        route = next_route(before, shares, by)
-        started = activation.Started(what, route.shares, before.shares if before else ())
-        activation.begin(self.repository, started)
         try:
-            load_ms = self._load_beside(route, is_asked=is_asked)
-            flip_ms = self._flip(route, before, is_asked=is_asked)
+            for name in set(route.releases) - set(self.route.releases):
+                self.prepare(name)
+            self.load_beside(route)
+            self.flip(route)
         except PeregrineError as error:
-            for name in set(route.releases) - set(before.releases if before else ()):
-                self._withdraw(name, error)  # what is served is never unloaded
-            with contextlib.suppress(ServerError):
-                self._unload_routers(current_route(self.repository))
-            activation.end(self.repository)
-            raise ReleaseError(f"{started.refusal}: {error}") from error
-        warning = self._unload_others(route)
-        activation.end(self.repository)
-        return Turned(load_ms, flip_ms, warning)
-
-    def settle(self) -> str:
-        """Finishes or undoes a change that was killed; says which, or nothing if there was none.
-
-        The server is made to agree with the route on disk; if it cannot, with the other of the two.
-        """
-        started = activation.unfinished(self.repository)
-        if started is None:
-            return ""
-        route = current_route(self.repository)
-        if route is not None and not self.answers(route):
-            other = started.before if route.shares == started.after else started.after
-            self._return_to([route.shares, *([other] if other else [])])
-        route = current_route(self.repository)
-        warning = self._unload_others(route) if route else ""
-        said = activation.outcome(self.repository, started)
-        activation.end(self.repository)
-        return f"{said}; {warning}" if warning else said
+            self.withdraw(route, error)
+            raise
+        return self.unload_others(route)
 
     def answers(self, route: Route) -> bool:
         """Says whether the server answers by the route already: a few users may be the same releases' by
@@ -110,26 +74,17 @@ class Turning:
             return False
         return True
 
-    def _return_to(self, choices: list[tuple[Share, ...]]) -> None:
-        """Turns route and alias to the first of these that answers; ReleaseError if none does."""
-        errors = []
-        for shares in choices:
-            route = next_route(current_route(self.repository), shares)
-            try:
-                for name in route.releases:
-                    self._load(name)
-                self._load_router(route)
-                self._point(route)
-                self._check(contract.PIPELINE, route)
-                return
-            except PeregrineError as error:
-                errors.append(f"{', '.join(route.releases)}: {error}")
-        raise ReleaseError(
-            f"an activation was killed, and neither release answers: {'; '.join(errors)}",
-            "restart `peregrine serve`",
-        )
+    def return_to(self, route: Route) -> None:
+        """Turns the alias to a route of which some may be loaded and some not, whatever is served."""
+        for name in route.releases:
+            if not self.mount.has(open_release(self.repository, name)):
+                self.prepare(name)
+            self._load(name)
+        self._load_router(route)
+        self._point(route)
+        self._check(contract.PIPELINE, route)
 
-    def _load_beside(self, route: Route, *, is_asked: bool) -> float:
+    def load_beside(self, route: Route, *, is_asked: bool = True) -> float:
         """Loads the route's releases beside what serves, and what splits users between them, and asks them;
         gives the milliseconds that took."""
         started = time.perf_counter()
@@ -170,30 +125,29 @@ class Turning:
         files = read_manifest(self.repository / name / MANIFEST)["files"]
         return sum(int(entry["bytes"]) for entry in files.values())
 
-    def _flip(self, route: Route, before: Route | None, *, is_asked: bool) -> float:
-        """Turns route and alias; gives the milliseconds of the server's call.
-
-        The files go first: a server that starts from now on agrees with the one at work.
-        """
-        started = time.perf_counter()
+    def flip(self, route: Route, *, is_asked: bool = True) -> float:
+        """Turns the alias to a route whose releases are loaded, or back to what it was; gives the
+        milliseconds of the server's call."""
+        before, started = self.route, time.perf_counter()
         try:
             self._point(route)
             flip_ms = (time.perf_counter() - started) * 1e3
             if is_asked:
                 self._check(contract.PIPELINE, route)
         except PeregrineError:
-            if before is not None:
-                back = next_route(route, before.shares)
-                self._load_router(back)
-                self._point(back)
+            self.turn_back(before)
             raise
         return flip_ms
 
+    def turn_back(self, route: Route) -> None:
+        """Turns the alias to a route that was served a moment ago."""
+        self._load_router(route)
+        self._point(route)
+
     def _point(self, route: Route) -> None:
-        """Makes this the route, on disk and then in the server."""
-        put_route(self.repository, route)
+        """Turns the alias, in the mount and then in the server."""
         alias = alias_text(self.repository, route)
-        self.mount.point(alias)  # for a tritonserver that has to be started again
+        self.mount.point(route, alias)  # for a tritonserver that has to be started again
         self.control.load(contract.PIPELINE, _json_from_pbtxt(alias))
 
     def _check(self, model: str, route: Route) -> None:
@@ -217,17 +171,20 @@ class Turning:
         if fault := canary.fault(answer, ANY_ENGINE if is_as_built and route.canary is None else None):
             raise ServerError(f"{model}: {fault}")
 
-    def _withdraw(self, name: str, error: PeregrineError) -> None:
-        """Unloads a release that failed with `error`; what goes wrong is not raised, as the first error is
-        the one to tell."""
+    def withdraw(self, route: Route, error: PeregrineError) -> None:
+        """Unloads what of a route that failed with `error` is not served; what goes wrong is not raised, as
+        the first error is the one to tell."""
+        for name in set(route.releases) - set(self.route.releases):
+            with contextlib.suppress(ServerError):
+                if isinstance(error, NoAnswerError):
+                    self.control.kill_release(name)
+                else:
+                    self.control.unload_release(name)
+                self.mount.remove(name)
         with contextlib.suppress(ServerError):
-            if isinstance(error, NoAnswerError):
-                self.control.kill_release(name)
-            else:
-                self.control.unload_release(name)
-            self.mount.remove(name)
+            self._unload_routers(self.route)
 
-    def _unload_others(self, route: Route) -> str:
+    def unload_others(self, route: Route) -> str:
         """Unloads all that the route does not need, those releases too that a change had loaded which was
         killed before its flip; gives what went wrong, which takes nothing back: the alias has turned."""
         try:
@@ -253,25 +210,17 @@ class Turning:
         """Names the routers that are loaded."""
         return {model for model in self.control.models() if model.startswith(f"{ROUTER}_")}
 
-    def _unload_routers(self, route: Route | None) -> None:
+    def _unload_routers(self, route: Route) -> None:
         """Unloads the routers of other routes, before the releases that they ask. One that does not go waits
         for a release that hangs: which is none of this route's, and is ended."""
-        for router in self._routers() - {router_of(route) if route else None}:
+        for router in self._routers() - {router_of(route)}:
             try:
                 self.control.unload_model(str(router), HANGS_S)
             except NoAnswerError:
-                for name in self._loaded_releases() - set(route.releases if route else ()):
+                for name in self._loaded_releases() - set(route.releases):
                     self.control.kill_release(name)
                 self.control.unload_model(str(router))
             shutil.rmtree(self.mount.folder / str(router), ignore_errors=True)
-
-
-def current_route(repository: Path) -> Route | None:
-    """Reads the route; where none was written yet, it is the active release's alone."""
-    route = read_route(repository)
-    if route is None and (active := active_release(repository)) is not None:
-        return only(active)
-    return route
 
 
 def _json_from_pbtxt(text: str) -> str:

@@ -41,6 +41,9 @@ class ServedRelease(Release):
         return name in self.__dict__
 
 
-def open_served(repository: Path, name: str) -> ServedRelease:
-    """Opens release `name` for its steps; ReleaseError if it is absent, half there or of another contract."""
-    return ServedRelease(repository, name, open_release(repository, name).manifest)
+def open_served(repository: Path, name: str, home: Path | None = None) -> ServedRelease:
+    """Opens release `name` for its steps; ReleaseError if it is absent, half there or of another contract.
+
+    `home` is where its items' changes lie: the repository if not given.
+    """
+    return ServedRelease(repository, name, open_release(repository, name).manifest, home)

@@ -44,9 +44,9 @@ from ensemble.local import LocalPipeline
 from ensemble.release.manifest import MANIFEST
 from ensemble.release.release import active_release, open_release
 from ensemble.release.route import Route
+from ensemble.server.following import route_in
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
-from ensemble.server.turning import current_route
 from ensemble.steps.served import open_served
 
 SOAK, STEPS = int(os.environ.get("PEREGRINE_SOAK", "0")), 20  # examples of `make soak`
@@ -180,7 +180,7 @@ class Triton:
 
 def the_route(repository: Path) -> Route:
     """Gives the route; there is always one."""
-    route = current_route(repository)
+    route = route_in(repository, repository)
     assert route is not None
     return route
 

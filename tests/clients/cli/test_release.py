@@ -22,7 +22,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose one release has a manifest with NaN, and a report with a wide table."""
     info = ReleaseInfo(NAME, "0123456789abcdef", size_bytes=12_345_678, share=1.0, problem="half a copy")
     manifest = {"release": NAME, "ndcg": float("nan"), "files": {}, "numbers": [1.0, float("-inf")]}
-    monkeypatch.setattr(listing, "list_releases", lambda repository: [info])
+    monkeypatch.setattr(listing, "list_releases", lambda *_: [info])
     monkeypatch.setattr(releases, "show", lambda repository, name: manifest)
     monkeypatch.setenv("COLUMNS", "60")
     rows = [f"| {METHOD} | 0.1234 | 0.5678 | {METHOD} |"]

@@ -25,11 +25,11 @@ from ensemble.release.repository import put_route
 from ensemble.release.route import Share, next_route, read_route
 from ensemble.server.checks import check_servable
 from ensemble.server.control import Control
+from ensemble.server.following import route_in
 from ensemble.server.options import ServeOptions
 from ensemble.server.router_files import check_same
 from ensemble.server.running import running_server
 from ensemble.server.supervisor import serve
-from ensemble.server.turning import current_route
 
 OPTIONS = ServeOptions(port=0, metrics_port=None, instances=1)
 
@@ -48,7 +48,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def shares(repository: Path) -> dict[str, float]:
-    return {one.release: one.share for one in current_route(repository).shares}
+    return {one.release: one.share for one in route_in(repository, repository).shares}
 
 
 def test_a_canary_on_disk_is_begun_grown_promoted_and_aborted(repository):
@@ -146,7 +146,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from clients.operations import canaries, releases
-from ensemble.server import turning
+from ensemble.server import group
 from ensemble.server.control import Control
 repository, command, step = Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 def killing(owner, name, when=lambda *arguments: True):
@@ -163,7 +163,7 @@ if step == "load alias":
 elif step == "load":
     killing(Control, "load", lambda self, model, *_: model != "recommend")
 else:
-    killing({"begin": turning.activation, "ask": Control, "put_route": turning}[step], step)
+    killing({"begin": group.activation, "ask": Control, "put_route": group}[step], step)
 canaries.canary(repository, "r2", 0.3) if command == "canary" else getattr(canaries, command)(repository)
 """
 
@@ -218,7 +218,7 @@ def answering(repository: Path) -> set[str]:
             ):  # late: a busy machine
                 answer = control.ask("recommend", users, 3)
             found |= {name.decode() for name in answer["release"].ravel().tolist()}
-        route = current_route(repository)
+        route = route_in(repository, repository)
         router = {"route"} if route.canary else set()
         loaded = {model.partition("_")[0] for model in control.models()}
         assert loaded == {"recommend", *route.releases, *router}

@@ -111,7 +111,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from clients.operations import releases
-from ensemble.server import turning
+from ensemble.server import group
 from ensemble.server.control import Control
 from ensemble.release import foreign
 done = []
@@ -124,8 +124,8 @@ def counted(owner, name):
         return result
     setattr(owner, name, call)
 foreign._is_ours = releases.ask_twin = lambda what: True
-counted(turning.activation, "begin")
-counted(turning, "put_route")
+counted(group.activation, "begin")
+counted(group, "put_route")
 for name in ("load", "ask", "unload_release"):
     counted(Control, name)
 releases.activate(Path(sys.argv[2]), sys.argv[4])

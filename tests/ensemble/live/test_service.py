@@ -378,7 +378,7 @@ from ensemble.live.service import ItemService
 from ensemble.release.release import open_release
 
 class Forked:
-    def __init__(self, _module, repository, name, sequence, **_):
+    def __init__(self, _module, repository, name, sequence, _home, **_):
         self.returncode, (self.read, write) = None, os.pipe()
         self.pid = os.fork()
         if not self.pid:

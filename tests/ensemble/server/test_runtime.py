@@ -33,6 +33,7 @@ from ensemble.server import supervisor as serving
 from ensemble.server.mount import Mount, with_instances
 from ensemble.server.options import ServeOptions
 from ensemble.server.prepared import mount_of, prepare_release
+from ensemble.server.router_files import only
 from ensemble.server.running import RunningServer
 from ensemble.server.runtime import Runtime
 
@@ -258,7 +259,7 @@ def test_a_mount_has_copies_of_what_is_small_and_links_to_what_is_large(compiled
     mount = Mount(tmp_path)
     for _ in range(2):  # again, over what is there
         mount.add(release)
-        mount.point(alias_of(compiled, "r1"))
+        mount.point(only("r1"), alias_of(compiled, "r1"))
     assert mount.has(release)
     links = {
         path.relative_to(mount.folder): path.readlink()
@@ -329,7 +330,7 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         _change_an_item(repository, server.url)
     assert not mounted.exists()
     written = {path.name for path in set(repository.iterdir()) - before if not path.name.startswith("r2")}
-    assert written <= {".live", ".lock", ".names.json", ".servers"}
+    assert written <= {".live", ".lock", ".names.json", ".route.json", ".servers"}
     assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
         "removing the links leaves what they led to"
     )
