@@ -130,7 +130,15 @@ class BatchedPipeline:
     """Answers the parts of several requests at once with a release's pipeline (ensemble/steps/router.py)."""
 
     def __init__(self, release: ServedRelease) -> None:
-        self.release, self.pipeline = release, LocalPipeline(release)
+        model = release.pipeline.fused
+        step = FusedStep(model, release)
+        warm(model, step)
+        self.release, self.pipeline = release, step.pipeline
+
+    def metrics(self) -> list[Metric]:
+        """Lists the numbers of tiers and steps, each with the release's name."""
+        label = ("release", self.release.name)
+        return [one._replace(labels=(*one.labels, label)) for one in self.pipeline.metrics()]
 
     def prepare(self, user_ids: Array, parameters: Mapping[str, Any]) -> tuple[Array, Options]:
         """Checks ids [b, 1] object and their parameters -> ids [b, 1] S and options; InvalidArgument."""

@@ -31,7 +31,7 @@ from ensemble.release.route import route_from_json
 from ensemble.server.router_files import NUMBERS
 from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
 from ensemble.steps.served import open_served
-from ensemble.telemetry import Publisher
+from ensemble.telemetry import Metric, Publisher
 
 _WRITE_EVERY_S = 1.0
 
@@ -61,7 +61,7 @@ class RouterModel:
         parameters = json.loads(args["model_config"])["parameters"]
         mounted = Path(args["model_repository"]).parent
         self.route = route_from_json(parameters["route"]["string_value"], args["model_name"])
-        is_fused = "fused" in parameters
+        is_fused, self.pipelines = "fused" in parameters, list[BatchedPipeline]()
         repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
         home = Path(os.environ.get(HOME_VARIABLE, repository))
         self.router = self._fused(repository, home) if is_fused else self._calling(repository)
@@ -69,7 +69,7 @@ class RouterModel:
         if not is_fused:
             threading.Thread(target=self.loop.run_forever, name="router", daemon=True).start()
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
-        self.publisher = Publisher(pb_utils, self.router.metrics, labels)
+        self.publisher = Publisher(pb_utils, self._metrics, labels)
         self.numbers = mounted.parent / NUMBERS / f"{args['model_instance_name']}.json"
         self.next_write_s = 0.0
         gc.collect()
@@ -95,6 +95,11 @@ class RouterModel:
         for release in releases:
             release.live.follow()
         return FusedRouter(self.route, self.pipelines)
+
+    def _metrics(self) -> list[Metric]:
+        """Lists what each release did, and, fused, the numbers of its steps."""
+        steps = (one for pipeline in self.pipelines for one in pipeline.metrics())
+        return [*self.router.metrics(), *steps]
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """Answers requests: at once where it is fused; else each when it is done, as the next ones come."""
@@ -140,7 +145,7 @@ class RouterModel:
     def finalize(self) -> None:
         """Ends the threads."""
         self.loop.call_soon_threadsafe(self.loop.stop)
-        for pipeline in getattr(self, "pipelines", ()):
+        for pipeline in self.pipelines:
             pipeline.release.close()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -215,6 +216,8 @@ class FusedRouter:
         self.route, self._pipelines = route, pipelines
         self.counts = [Counts() for _ in route.releases]
         self._aside: Future[list[Tensors]] | None = None
+        self._worker: threading.Thread | None = None
+        self._work_to_do = queue.SimpleQueue[tuple[Future[list[Tensors]], list[Any]]]()
 
     def answer(self, requests: Sequence[Request]) -> list[Tensors | PeregrineError]:
         """Answers each request, or says why not: InvalidArgument, or CallFailed if the main release fails."""
@@ -254,15 +257,20 @@ class FusedRouter:
         if not prepared or (self._aside is not None and not self._aside.done()):
             return None
         future = self._aside = Future[list[Tensors]]()
+        if self._worker is None:  # always the same thread: engines on a GPU keep what they captured by thread
+            self._worker = threading.Thread(target=self._work, name="canary", daemon=True)
+            self._worker.start()
+        self._work_to_do.put((future, prepared))
+        return future
 
-        def run() -> None:
+    def _work(self) -> None:
+        """Runs the canary's pipeline whenever there is something for it."""
+        while True:
+            future, prepared = self._work_to_do.get()
             try:
                 future.set_result(self._pipelines[1].run(prepared))
             except BaseException as error:
                 future.set_exception(error)
-
-        threading.Thread(target=run, name="canary", daemon=True).start()
-        return future
 
     def _run_main(
         self, jobs: list[_Job], errors: dict[int, PeregrineError], *, is_standing_in: bool = False
