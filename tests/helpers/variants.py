@@ -123,11 +123,18 @@ def hangs_for_few(graph: onnx.GraphProto) -> None:
 
 
 def _is_for_few(graph: onnx.GraphProto) -> None:
-    """Gives 1 as "once" when fewer than FEW users come, else 0."""
+    """Gives 1 as "once" when fewer than FEW users come of whom one has a history, as nobody has whom a step
+    is warmed with; else 0."""
     add(graph, "Shape", "raw", output="shape")
     add(graph, "Gather", "shape", output="batch", first=np.array(0))
     add(graph, "Less", "batch", output="few", fewest=np.array(FEW))
-    add(graph, "Cast", "few", output="once")
+    add(graph, "Cast", "history_mask", output="marks")
+    graph.node[-1].attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+    add(graph, "ReduceMax", "marks", output="largest")
+    graph.node[-1].attribute.append(helper.make_attribute("keepdims", 0))
+    add(graph, "Greater", "largest", output="real", unmarked=np.float32(0))
+    add(graph, "And", "few", "real", output="both")
+    add(graph, "Cast", "both", output="once")
     graph.node[-1].attribute.append(helper.make_attribute("to", TensorProto.INT64))
 
 
