@@ -159,6 +159,7 @@ class Turning:
             answer = self.control.ask(model, canary.user_ids, canary.top_k)
             if "degraded" not in answer or not (answer["degraded"] & Degraded.CANARY_FAILED).any():
                 break  # else it was late: what has just been loaded is slow at first
+            time.sleep(SETTLE_S)
         wanted = [route.releases[place] for place in route.places([u.encode() for u in canary.user_ids])]
         given = [name.decode() for name in answer["release"].ravel().tolist()] if "release" in answer else []
         if given != wanted:
