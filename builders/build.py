@@ -59,6 +59,7 @@ class BuildOptions:
     index_bytes: int | None = None  # memory of the main index; None: the default for the catalogue's size
     rehash: bool = False  # reads all files of the shop again, even those that look unchanged
     watermark: Watermark = UNREAD  # how far the build reads the catalogue's log
+    home: Path | None = None  # of the catalogue's log; None: the repository
     refit: bool | None = None  # None: as the preset says
 
 
@@ -144,7 +145,7 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
     digests, stages = FileDigests(root / "digests.json", rehash=options.rehash), Stages(root, console)
     stages.give("shop", options.shop, shop_digest(options.shop, digests))
     digests.save()
-    mark, file, digest = write_changes(options.repository, root)
+    mark, file, digest = write_changes(options.home or options.repository, root)
     stages.give("catalogue", file, digest)
     options = replace(options, watermark=mark)
     for stage in table(options):

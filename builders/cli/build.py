@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ensemble.cli.options import REPOSITORY
+from ensemble.cli.options import REPOSITORY, CatalogueOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,7 @@ def build(
     index_memory_mb: IndexMemory = None,
     rehash: Rehash = False,
     refit: Refit = None,
+    catalogue: CatalogueOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Builds a release: data, encoders, index, ranker, export, compress, verify, a refit on all, repository.
@@ -107,12 +108,13 @@ def build(
         index_bytes=index_memory_mb and index_memory_mb * 1_000_000,
         rehash=rehash,
         refit=refit,
+        home=catalogue,
     )
     name, stages = build(options, console)
     if activate:
         from clients.operations.releases import activate as activate_release
 
-        done = activate_release(repository, name)
+        done = activate_release(repository, name, home=catalogue)
         for line in filter(None, (done.worth, *done.notes)):
             console.print(line)
     if as_json:

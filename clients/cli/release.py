@@ -179,13 +179,14 @@ def canary(
 def promote(
     repository: RepositoryOption = REPOSITORY,
     require: Require = None,
+    force: Force = False,
     catalogue: CatalogueOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Gives the release that is tried all users: it is the active one then."""
     from clients.operations import canaries
 
-    _print_change(canaries.promote(repository, require, catalogue), as_json)
+    _print_change(canaries.promote(repository, require, catalogue, force=force), as_json)
 
 
 @app.command()

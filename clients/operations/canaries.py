@@ -10,6 +10,7 @@ from pathlib import Path
 from clients.items import make_ready
 from clients.operations.listing import check_repository
 from clients.operations.releases import disk_errors, show, told, try_out
+from clients.operations.worse import refuse_worse
 from ensemble.errors import InvalidInput
 from ensemble.release import activation, foreign
 from ensemble.release.release import Release, open_release
@@ -66,15 +67,21 @@ def canary(
         return _change(name, shares, servers, turned, settled, *notes)
 
 
-def promote(repository: Path, require: str | None = None, home: Path | None = None) -> Change:
-    """Gives the release that is tried all users."""
+def promote(
+    repository: Path, require: str | None = None, home: Path | None = None, *, force: bool = False
+) -> Change:
+    """Gives the release that is tried all users; one that was worth less than the main one to held-out users
+    is refused, unless `force`, as activation does."""
     check_requirement(require)
     with _at_work(repository, home) as (servers, settled):
-        name = _tried(_route(servers))
-        notes = _prepared(servers, open_release(repository, name), require)
+        route = _route(servers)
+        name = _tried(route)
+        release = open_release(repository, name)
+        worth = refuse_worse(release, route.main, force=force)
+        notes = _prepared(servers, release, require)
         shares = [Share(name, 1.0)]
         turned = servers.change(shares, activation.PROMOTION)
-        return _change(name, shares, servers, turned, settled, *notes)
+        return _change(name, shares, servers, turned, settled, worth, *notes)
 
 
 def abort(repository: Path, home: Path | None = None) -> Change:

@@ -8,12 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from builders.build import BuildOptions, build
 from builders.data.stage import dataset_from_tables
+from builders.presets import preset
 from builders.shop.catalogue import read_changes, write_changes
 from builders.shop.read import read_shop
+from builders.stages import Stage, Stages
 from ensemble.live.catalogue import DELETE, REPLACE, UPDATE, UPSERT, Entry
 from ensemble.live.catalogue_log import CatalogueLog
+
+
+class StopBuild(Exception):
+    """Ends a build before its first stage."""
+
 
 TOML = """\
 name = "small"
@@ -134,3 +143,25 @@ def test_a_build_reads_the_log_as_it_was_when_it_began(tmp_path):
     log.append([Entry(0, 0, UPSERT, "a", {"price": 1})])
     mark, _, again = write_changes(tmp_path, tmp_path / "stages")
     assert (mark.sequence, again) == (4, digest), "the same items need no other stages"
+
+
+def test_a_build_reads_the_log_of_the_home_that_it_is_given(tmp_path, monkeypatch):
+    home, repository = tmp_path / "home", tmp_path / "repository"
+    home.mkdir()
+    CatalogueLog(home).append([Entry(0, 0, UPSERT, "new", {"maker": "Vert"})])
+    seen = []
+
+    def run(self: Stages, stage: Stage) -> None:
+        seen.append(self.given["catalogue"])
+        raise StopBuild
+
+    monkeypatch.setattr(Stages, "run", run)
+    (tmp_path / "shop").mkdir()
+    for where in (home, None):
+        options = BuildOptions(
+            shop_of(tmp_path / "shop", "items.csv"), repository, preset("tiny"), home=where
+        )
+        with pytest.raises(StopBuild):
+            build(options, Console(quiet=True))
+    assert "new" in read_changes(seen[0][1])
+    assert not read_changes(seen[1][1]), "the repository's own, which has none"

@@ -17,7 +17,7 @@ from toy_repository import allow_toys, publish_toy
 import builders.publish.stage as publish_stage
 import builders.verify.stage as verify
 import peregrine
-from clients.operations import releases
+from clients.operations import canaries, releases
 from clients.operations.worse import comparison
 from ensemble.errors import ReleaseError
 from ensemble.release.held_out import HELD_OUT, held_out_rows
@@ -125,6 +125,16 @@ def test_a_release_whose_active_one_is_broken_is_not_held_against_it(better_and_
     assert releases.activate(better_and_worse, "r2").worth.startswith(
         "cannot tell whether r2 is worse than r1: cannot read "
     )
+
+
+def test_a_worse_release_may_be_tried_but_gets_all_users_by_force_alone(better_and_worse):
+    canaries.canary(better_and_worse, "r2", 0.5)
+    with pytest.raises(ReleaseError, match="it is worse"):
+        canaries.promote(better_and_worse)
+    assert active_release(better_and_worse) == "r1"
+    done = canaries.promote(better_and_worse, force=True)
+    assert any("forced, and worse" in note for note in done.notes)
+    assert active_release(better_and_worse) == "r2"
 
 
 def publish_upside_down(root: Path, repository: Path, work: Path) -> str:
