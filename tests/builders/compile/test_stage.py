@@ -267,6 +267,7 @@ def test_weights_in_a_file_outside_are_refused():
 def test_plans_of_a_release_go_with_it(repository):
     compile_release(repository, "r1", tools())
     (repository / "recommend" / "config.pbtxt").unlink()
+    (repository / ".route.json").unlink()
     remove(repository, "r1")
     assert not plans_folder(repository, "r1").exists()
 

@@ -15,6 +15,7 @@ from ensemble.contract import Degraded
 STALE, MISSING = Degraded.FEATURES_STALE, Degraded.FEATURES_MISSING
 
 
+@pytest.mark.long  # tests/ensemble/tiers/test_faults.py has each fault; this has them all under load
 @pytest.mark.redis
 @pytest.mark.triton
 @pytest.mark.timeout(300)
