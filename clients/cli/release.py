@@ -12,6 +12,8 @@ from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RepositoryOption
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from clients.operations.canaries import Change
     from clients.operations.listing import ReleaseInfo
 
@@ -51,18 +53,10 @@ def list_(
     if as_json:
         print(json_text([dataclasses.asdict(info) for info in infos], indent=1))
         return
-    from rich.console import Console
-
-    from clients.cli.tables import folded_table
-
     if not infos:
         print(f"no release in {repository}; `peregrine build SHOP` makes one")
         return
-    columns = ("release", "id", "age", "trained up to", "MB", "share", "preset", "compression")
-    table = folded_table(*columns, "held-out figures")
-    for info in infos:
-        table.add_row(*_row(info))
-    Console().print(table)
+    _print_table(infos)
     for info in infos:
         if info.problem:
             print(f"{info.name}: {info.problem}")
@@ -73,13 +67,28 @@ def list_(
         )
 
 
+def _print_table(infos: Sequence[ReleaseInfo]) -> None:
+    """Prints a line a release, and more where it has several held-out figures: 80 columns hold them."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("release", "id", "age", "trained to", "MB", "share", "preset", "held-out figures"):
+        table.add_column(column, overflow="fold")
+    for info in infos:
+        table.add_row(*_row(info))
+    Console().print(table)
+
+
 def _row(info: ReleaseInfo) -> tuple[str, ...]:
     """Writes a release's line of the table."""
-    figures = ", ".join(f"{name.upper()} {value:.4f}" for name, value in info.figures.items())
+    figures = "\n".join(f"{name.upper()} {value:.3f}" for name, value in info.figures.items())
     share = f"{100 * info.share:.3g}%" if info.share else ""
     size = f"{info.size_bytes / 1e6:.1f}" if info.size_bytes else ""
-    facts = info.name, info.id, _age(info.age_s), info.trained_up_to, size, share
-    return *facts, info.preset, info.compression, figures
+    is_plain = info.compression in ("", "none")
+    built = info.preset if is_plain else f"{info.preset}, {info.compression}"
+    return info.name, info.id[:8], _age(info.age_s), info.trained_up_to[:10], size, share, built, figures
 
 
 def _age(seconds: float | None) -> str:

@@ -36,17 +36,14 @@ def run(repository: Path, *arguments: str) -> str:
     return CliRunner().invoke(app, [*arguments, "-r", str(repository)], catch_exceptions=False).output
 
 
-def column(text: str, place: int, divider: str) -> str:
-    """The cells of one column, one after another."""
-    cells = [line.split(divider) for line in text.splitlines()]
-    return "".join(parts[place].strip() for parts in cells if len(parts) > place)
-
-
-def test_the_list_folds_long_names(repository: Path) -> None:
+def test_the_list_folds_long_names_and_fits_a_terminal(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     text = run(repository, "list")
     assert "…" not in text
-    assert NAME in column(text, 1, "│")
-    assert "0123456789abcdef" in column(text, 2, "│")
+    assert NAME in "".join(line.split()[0] for line in text.splitlines() if line.strip())
+    assert "01234567" in text
     assert text.endswith(f"{NAME}: half a copy\n")
 
 
