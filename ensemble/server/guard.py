@@ -22,6 +22,8 @@ from ensemble.server.sequential import Hits, is_worse
 from ensemble.steps.routing import edge_s
 
 _OCTAVE = 4  # bins of Counts.seconds in a doubling
+# More of the main release's own requests are slow: the load is another than when slow was said to be slow.
+_OTHER_LOAD, _LEAST = 0.05, 20  # share of its requests since the last look, of so many at least
 _COUNTS = ("requests", "failed", "late", "refused", "lists", "degraded", "empty")
 
 
@@ -56,11 +58,19 @@ class Numbers(NamedTuple):
 class _Usual(NamedTuple):
     """Is what the main release's first requests were like; later ones are compared with it."""
 
-    slow_bin: int  # the last bin that is not slow
     low_bin: int  # of scores, the first and the last that are not strange
     high_bin: int
     main: Numbers  # up to there
     canary: Numbers
+
+
+class _Times(NamedTuple):
+    """Says what is slow at the present load, and what was counted before."""
+
+    slow_bin: int  # the last bin that is not slow
+    main: Array  # [TIME_BINS] int64
+    canary: Array  # [TIME_BINS] int64
+    loads: int  # how many loads there were
 
 
 class Guard:
@@ -69,36 +79,52 @@ class Guard:
     def __init__(self, route: Route, limits: Limits | None = None) -> None:
         self.route, self.limits = route, limits or Limits()
         self._usual: _Usual | None = None
+        self._times: _Times | None = None
+        self._last = np.zeros(0, np.int64)  # the main release's seconds at the last look
 
     def verdict(self, main: Numbers, canary: Numbers) -> str:
         """Says why the canary is worse; empty as long as nobody can tell."""
         if self.is_short(main, canary):
             return ""
         if self._usual is None or main.requests < self._usual.main.requests:  # or the server began anew
-            self._usual = _usual(main, canary)
-        shares = self._shares(main, canary)
+            self._usual, self._times = _usual(main, canary), _times(main.seconds, main, canary, 1)
+            self._last = main.seconds
+        assert self._times is not None
+        self._times = self._of_this_load(self._times, main, canary)
+        shares = self._shares(main, canary, self._times)
         alpha = self.limits.alpha / len(shares)
+        # The test of times begins anew with each load: the levels of all of them add up to alpha.
+        loads = self._times.loads
+        alphas = {"slow": alpha / (loads * (loads + 1))}
         for name, (tried, other) in shares.items():
-            if is_worse(tried, other, getattr(self.limits, name), alpha):
-                return _sentence(name, tried, other, getattr(self.limits, name), self._usual)
+            if is_worse(tried, other, getattr(self.limits, name), alphas.get(name, alpha)):
+                return _sentence(name, tried, other, getattr(self.limits, name), self._times)
         return ""
+
+    def _of_this_load(self, times: _Times, main: Numbers, canary: Numbers) -> _Times:
+        """Says anew what is slow if the main release has become slow itself: at another load the two differ
+        by more than at rest, whoever is the better one."""
+        recent, self._last = main.seconds - self._last, main.seconds
+        slow = _outside(recent, 0, times.slow_bin)
+        if slow.trials < _LEAST or slow.share <= _OTHER_LOAD:
+            return times
+        return _times(recent, main, canary, times.loads + 1)
 
     def is_short(self, main: Numbers, canary: Numbers) -> bool:
         """Says whether there is not enough traffic to say anything."""
         return min(main.requests, canary.requests) < self.limits.minimum
 
-    def _shares(self, main: Numbers, canary: Numbers) -> dict[str, tuple[Hits, Hits]]:
+    def _shares(self, main: Numbers, canary: Numbers, times: _Times) -> dict[str, tuple[Hits, Hits]]:
         """Gives each criterion's hits, the canary's first."""
-        assert self._usual is not None
-        slow, strange = (
-            tuple(
-                _outside(getattr(now, what) - getattr(then, what), low, high)
-                for now, then in ((canary, self._usual.canary), (main, self._usual.main))
-            )
-            for what, low, high in (
-                ("seconds", 0, self._usual.slow_bin),
-                ("scores", self._usual.low_bin, self._usual.high_bin),
-            )
+        usual = self._usual
+        assert usual is not None
+        slow = tuple(
+            _outside(seconds, 0, times.slow_bin)
+            for seconds in (canary.seconds - times.canary, main.seconds - times.main)
+        )
+        strange = tuple(
+            _outside(now.scores - then.scores, usual.low_bin, usual.high_bin)
+            for now, then in ((canary, usual.canary), (main, usual.main))
         )
         both = {
             name: tuple(
@@ -115,11 +141,16 @@ class Guard:
 
 
 def _usual(main: Numbers, canary: Numbers) -> _Usual:
-    """Takes as usual what the main release's requests were like so far: times up to twice the 99th
-    percentile, best scores from the .5th to the 99.5th, a bin wider at each end."""
-    slow_bin = _quantile_bin(main.seconds, 0.99) + _OCTAVE
+    """Takes as usual what the main release's lists were like so far: best scores from the .5th percentile
+    to the 99.5th, a bin wider at each end."""
     low, high = _quantile_bin(main.scores, 0.005) - 1, _quantile_bin(main.scores, 0.995) + 1
-    return _Usual(slow_bin, low, high, main, canary)
+    return _Usual(low, high, main, canary)
+
+
+def _times(seconds: Array, main: Numbers, canary: Numbers, loads: int) -> _Times:
+    """Calls slow what took more than twice the 99th percentile of the main release's `seconds`
+    [TIME_BINS]."""
+    return _Times(_quantile_bin(seconds, 0.99) + _OCTAVE, main.seconds, canary.seconds, loads)
 
 
 def _quantile_bin(bins: Array, share: float) -> int:
@@ -142,9 +173,9 @@ _WORDS = {
 }
 
 
-def _sentence(name: str, tried: Hits, main: Hits, limit: float, usual: _Usual) -> str:
+def _sentence(name: str, tried: Hits, main: Hits, limit: float, times: _Times) -> str:
     """Says what was seen of one criterion."""
-    words = _WORDS.get(name) or f"requests took longer than {edge_s(usual.slow_bin) * 1e3:.0f} ms"
+    words = _WORDS.get(name) or f"requests took longer than {edge_s(times.slow_bin) * 1e3:.0f} ms"
     return (
         f"{tried.share:.1%} of {tried.trials} {words}; the main release: {main.share:.1%} of {main.trials}, "
         f"and {limit:.0%} more are let pass"

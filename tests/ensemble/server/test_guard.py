@@ -109,6 +109,21 @@ def test_a_machine_that_is_slow_for_both_takes_nobody_out(rng):
     assert 0.3 < main.late / main.requests < 0.7
 
 
+@pytest.mark.parametrize(("tried_s", "is_worse"), [(0.07, False), (0.3, True)])
+def test_what_is_slow_is_said_anew_at_another_load(rng, tried_s, is_worse):
+    """At rest both take 10 ms; then the main release takes 40, and three of four canary's requests would have
+    been slow."""
+    guard, main, tried = Guard(ROUTE), Counts(), Counts()
+    said = ""
+    for look in range(60):
+        is_busy = look >= 20
+        grow(main, rng, requests=4 * EACH, seconds=0.04 if is_busy else 0.01)
+        grow(tried, rng, seconds=tried_s if is_busy else 0.01)
+        said = said or guard.verdict(numbers(copied(main)), numbers(copied(tried)))
+    assert bool(said) == is_worse, said
+    assert not is_worse or "requests took longer than" in said
+
+
 def test_a_server_that_began_anew_is_judged_anew(rng):
     guard, main, tried = Guard(ROUTE), Counts(), Counts()
     for counts in (main, tried):
