@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 Update = Callable[[str, float], None]  # what is being done, and the share of it all that is done (0..1)
 _QUIET_S = 2.0  # work that takes no longer says nothing
 _APART_S, _AT_LEAST_EVERY_S = 1.0, 30.0  # between two lines; between two of the same words
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array, Tensors
-from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE, SHARDS_VARIABLE
+from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
@@ -33,7 +33,7 @@ class PythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the release's files, verified; an error here fails the load, not a request."""
         check_numpy()
-        take_card(args["model_instance_name"], int(os.environ.get(SHARDS_VARIABLE, "1")))
+        take_card(args["model_instance_name"])
         parameters = {
             name: value["string_value"]
             for name, value in json.loads(args["model_config"])["parameters"].items()

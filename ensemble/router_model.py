@@ -23,6 +23,7 @@ import triton_python_backend_utils as pb_utils
 from ensemble.arrays import Array
 from ensemble.contract import ANSWER, PIPELINE
 from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
+from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument
 from ensemble.local import BatchedPipeline, prepared
 from ensemble.python_model import check_numpy
@@ -58,6 +59,7 @@ class RouterModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the route, and where it is served fused both releases; an error here fails the load."""
         check_numpy()
+        take_card(args["model_instance_name"])
         parameters = json.loads(args["model_config"])["parameters"]
         mounted = Path(args["model_repository"]).parent
         self.route = route_from_json(parameters["route"]["string_value"], args["model_name"])

@@ -39,6 +39,7 @@ from builders.compress.quantize.quantize import choices, quantize
 from ensemble.arrays import Tensors
 from ensemble.engines.flavors import FLAVORS, TITLES
 from ensemble.engines.onnx import CUDA, OnnxEngine
+from ensemble.engines.onnx_cuda import CudaOnnxEngine
 from ensemble.engines.plans import TYPED_ONNX, ranges
 from ensemble.errors import PeregrineError
 from ensemble.spec import ModelSpec
@@ -158,8 +159,9 @@ def _cuda_rows(case: Case, name: str) -> Iterator[Row]:
     """Rows of one precision; 8-bit graphs are left out: CUDA runs them node by node, as they are written."""
     data = variants(case)[name]()
     types = precision(read_model(data, name))
-    run = OnnxEngine(data, 1, CUDA).run
-    yield from _timed(case, "onnxruntime", "onnxruntime CUDA", types, run, _tolerance(types), None)
+    for title, engine in (("node by node", OnnxEngine(data, 1, CUDA)), ("as a graph", CudaOnnxEngine(data))):
+        runtime = f"onnxruntime CUDA, {title}"
+        yield from _timed(case, "onnxruntime", runtime, types, engine.run, _tolerance(types), None)
 
 
 Tools = dict[str, tuple[Toolchain | None, str]]  # {flavour: (what builds and opens, why there is none)}

@@ -22,6 +22,7 @@ from clients.bench.machine import machine
 from clients.json_text import json_text
 from clients.operations import canaries
 from ensemble.errors import PeregrineError, ReleaseError
+from ensemble.progress import say
 from ensemble.release.release import served_releases
 from ensemble.release.repository import require_active
 from ensemble.server.options import ServeOptions
@@ -39,7 +40,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 def _of_way(repository: Path, given: argparse.Namespace, *, fused: bool) -> dict[str, Any]:
     """Measures one way of serving, without a canary and with it in turn."""
     figures: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
-    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused), _log) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused), say) as server:
         for _ in range(given.rounds):
             figures["without"].append(_figures(server, repository, given))
             canaries.canary(repository, given.canary, given.share / 100)
@@ -67,11 +68,6 @@ def _figures(server: Server, repository: Path, given: argparse.Namespace) -> dic
         "p99_ms": many["p99_ms"],
         "failed": float(lone["failed"] + many["failed"]),
     }
-
-
-def _log(line: str) -> None:
-    """Prints a line of the server's to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from clients.json_text import json_text
 from clients.operations import canaries, releases
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
+from ensemble.progress import say
 from ensemble.release.repository import require_active
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
@@ -90,7 +91,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 def _of_way(repository: Path, given: argparse.Namespace, *, fused: bool) -> dict[str, Any]:
     """Turns there and back for given.seconds under load."""
     main = require_active(repository)
-    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused), _log) as server:
+    with serve(repository, ServeOptions(port=0, metrics_port=None, fused=fused), say) as server:
         users, lists = _lists_of_both(repository, server, main, given.other)
         spec = {"url": server.url, "users": users, "lists": lists}
         asking = MeasuringProcess(
@@ -107,10 +108,9 @@ def _lists_of_both(
     repository: Path, server: Server, main: str, other: str
 ) -> tuple[list[str], dict[str, list[list[str]]]]:
     """Asks each release alone for the lists of some users; the first is active again afterwards."""
-    lists: dict[str, list[list[str]]] = {}
+    users, lists = [f"u{number}" for number in range(_USERS)], dict[str, list[list[str]]]()
     for name in (other, main):
         releases.activate(repository, name, force=True)
-        users = [f"u{number}" for number in range(_USERS)]
         with Client(server.url) as client:
             lists[name] = [list(client.recommend(user, top_k=_TOP_K).item_ids) for user in users]
     return users, lists
@@ -159,11 +159,6 @@ def _figures(calls: Array, changes: list[Change]) -> Iterator[tuple[str, dict[st
                 "p99_ms": float(np.percentile(part[:, 1], 99)),
             },
         )
-
-
-def _log(line: str) -> None:
-    """Prints a line of the server's to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

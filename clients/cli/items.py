@@ -237,9 +237,10 @@ def merge(
 def serve(repository: RepositoryOption = REPOSITORY, catalogue: CatalogueOption = None) -> None:
     """Runs the writer alone, where Triton runs without `peregrine serve`."""
     from ensemble.live.service import serve_until_ended
+    from ensemble.progress import say
 
     home = (catalogue or repository).resolve()
-    serve_until_ended(repository.resolve(), lambda line: print(line, file=sys.stderr, flush=True), home=home)
+    serve_until_ended(repository.resolve(), say, home=home)
 
 
 def _shown(repository: Path, home: Path | None, release: str | None) -> ShownItems:

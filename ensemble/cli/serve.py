@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ensemble.cli.options import REPOSITORY, CatalogueOption, RepositoryOption
+from ensemble.progress import say
 
 if TYPE_CHECKING:
     from ensemble.server.options import ServeOptions
@@ -159,7 +160,7 @@ def serve(
     try:
         _serve_until_signal(repository, options)
     except _Signal as stop:
-        _log("stopped")
+        say("stopped")
         sys.exit(0 if stop.number == signal.SIGTERM else 130)
 
 
@@ -170,10 +171,10 @@ def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
 
     def writer() -> AbstractContextManager[None]:
         """Writes items beside the server: what it makes, instances read when they start."""
-        return service_process(repository.resolve(), _log, options.catalogue)
+        return service_process(repository.resolve(), say, options.catalogue)
 
     started = time.monotonic()
-    with supervisor.serve(repository, options, _log, beside=writer) as server:
+    with supervisor.serve(repository, options, say, beside=writer) as server:
         print(_greeting(server, time.monotonic() - started), flush=True)
         server.wait()
 
@@ -184,11 +185,6 @@ def _raise_once(number: int, frame: FrameType | None) -> None:
     for other in (signal.SIGTERM, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     raise _Signal(number)
-
-
-def _log(line: str) -> None:
-    """Prints a line to stderr at once."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _greeting(server: Server, start_s: float) -> str:

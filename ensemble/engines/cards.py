@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 
+from ensemble.engines import SHARDS_VARIABLE
 from ensemble.engines.cuda import num_gpus
 from ensemble.errors import InvalidInput, ReleaseError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-CARDS_VARIABLE = "PEREGRINE_CARDS"  # how many the server uses; absent: whatever CUDA shows
+SHOWN_VARIABLE = "PEREGRINE_GPUS"  # the cards that the server was told to use; absent: what CUDA shows
 
 
 def cards_from_text(text: str) -> tuple[int, ...]:
@@ -30,7 +31,12 @@ def cards_from_text(text: str) -> tuple[int, ...]:
 def show_cards(cards: tuple[int, ...]) -> None:
     """Lets this process, and those that it starts, see these GPUs alone, in this order; InvalidInput if one
     is not there, or the driver is not. Cards are counted among those that CUDA's variable shows already."""
-    if CARDS_VARIABLE in os.environ:  # they are shown already
+    if SHOWN_VARIABLE in os.environ:  # a server of this process has said it, and CUDA reads it once
+        if os.environ[SHOWN_VARIABLE] != _text(cards):
+            raise InvalidInput(
+                f"--gpus {_text(cards)}: this process uses {os.environ[SHOWN_VARIABLE]}",
+                "start the server in a process of its own",
+            )
         return
     shown = visible(cards, os.environ.get(VISIBLE))
     try:
@@ -39,7 +45,11 @@ def show_cards(cards: tuple[int, ...]) -> None:
         raise InvalidInput(f"--gpus: {error.fact}", "leave it out to serve on the CPU") from None
     if missing := [card for card in cards if card >= count]:
         raise InvalidInput(f"--gpus: there is no GPU {missing[0]}", f"this machine has {count}, from 0 on")
-    os.environ[VISIBLE], os.environ[CARDS_VARIABLE] = shown, str(len(cards))
+    os.environ[VISIBLE], os.environ[SHOWN_VARIABLE] = shown, _text(cards)
+
+
+def _text(cards: tuple[int, ...]) -> str:
+    return ",".join(map(str, cards))
 
 
 def visible(cards: tuple[int, ...], already: str | None) -> str:
@@ -49,14 +59,15 @@ def visible(cards: tuple[int, ...], already: str | None) -> str:
     return ",".join(str(card) if there is None or card >= len(there) else there[card] for card in cards)
 
 
-def take_card(instance: str, shards: int) -> None:
+def take_card(instance: str) -> None:
     """Lets this process, which is the instance named `…_0_3`, see its own card first: alone, or with the
     others behind it where the index is in shards. Before CUDA is started."""
-    count = int(os.environ.get(CARDS_VARIABLE, "1"))
+    count = len(os.environ.get(SHOWN_VARIABLE, "0").split(","))
     if count == 1:
         return
     cards = os.environ[VISIBLE].split(",")
     match = re.search(r"_(\d+)$", instance)
     own = int(match.group(1)) % count if match else 0
     rotated = [*cards[own:], *cards[:own]]
-    os.environ[VISIBLE] = ",".join(rotated if shards > 1 else rotated[:1])
+    is_cut = int(os.environ.get(SHARDS_VARIABLE, "1")) > 1
+    os.environ[VISIBLE] = ",".join(rotated if is_cut else rotated[:1])

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from ensemble.arrays import Tensors
 from ensemble.engines.onnx import CPU, CUDA, OnnxEngine, described, open_session
 from ensemble.errors import PeregrineError
+from ensemble.progress import say
 
 _DEVICES = {CUDA: "cuda", CPU: "cpu"}
 
@@ -82,5 +83,7 @@ def open_cuda(model: Path, threads: int = 1) -> CudaOnnxEngine | OnnxEngine:
     """Opens a model on the GPU: with captured runs where it can be captured, else node by node."""
     try:
         return CudaOnnxEngine(model, threads)
-    except PeregrineError:  # a node that CUDA does not have: it runs on the CPU, and nothing is captured
-        return OnnxEngine(model, threads, CUDA)
+    except PeregrineError as error:  # a node that CUDA does not have runs on the CPU: nothing is captured
+        engine = OnnxEngine(model, threads, CUDA)
+        say(f"WARNING: {model} runs on the GPU node by node, not as a graph: {error}")
+        return engine

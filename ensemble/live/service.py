@@ -33,6 +33,7 @@ from ensemble.live.merge_process import MergeProcess
 from ensemble.live.overlay import Overlay
 from ensemble.live.requests import OPS, Pending, groups
 from ensemble.live.writer import ItemWriter
+from ensemble.progress import say
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.release import active_release, open_release
 
@@ -369,11 +370,6 @@ def serve_until_ended(
         service.stop()
 
 
-def _say(line: str) -> None:
-    """Prints a line to stderr at once."""
-    print(line, file=sys.stderr, flush=True)
-
-
 class _Stop(BaseException):
     """Ends the main thread at SIGTERM or SIGINT."""
 
@@ -398,7 +394,7 @@ def main(arguments: list[str]) -> None:
     if not sys.stdin.isatty():
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        serve_until_ended(repository.resolve(), _say, home=home[0].resolve() if home else None)
+        serve_until_ended(repository.resolve(), say, home=home[0].resolve() if home else None)
     except AtWork:
         sys.exit(AT_WORK)
     except PeregrineError as error:

@@ -6,6 +6,7 @@ They have no deadline that the server would notice: old ones crash on cancelled 
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,16 @@ def _stub(url: str) -> Iterator[tuple[Any, Any]]:
 
     with grpc.insecure_channel(url) as channel:
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel), service_pb2
+
+
+def is_open(url: str) -> bool:
+    """Says whether a server takes connections at host:port."""
+    host, _, port = url.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_model_ready(url: str, model: str) -> bool:

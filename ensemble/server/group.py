@@ -4,7 +4,6 @@ the first turns; finishes or undoes what a killed command left."""
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release import activation
 from ensemble.release.repository import align_alias, put_route
 from ensemble.release.route import FILE, Route, Share, next_route
+from ensemble.server.calls import is_open
 from ensemble.server.control import Control
 from ensemble.server.following import route_in
 from ensemble.server.prepared import mount_of
@@ -156,20 +156,10 @@ def group(repository: Path, home: Path) -> Iterator[Group]:
     servers, unreached = [], num_of_others(home)
     with contextlib.ExitStack() as stack:
         for server in running_servers(repository, home):
-            if not _is_open(server.url):  # tritonserver is being started: it follows afterwards
+            if not is_open(server.url):  # tritonserver is being started: it follows afterwards
                 unreached += 1
                 continue
             stack.enter_context(mount_of(server).turning(TURN_WAIT_S))
             servers.append(Turning(stack.enter_context(Control(server)), repository))
         note = f"servers that cannot be reached from here, and follow by themselves: {unreached}"
         yield Group(repository, home, servers, note if unreached else "")
-
-
-def _is_open(url: str) -> bool:
-    """Says whether a server takes connections."""
-    host, _, port = url.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
-    except OSError:
-        return False
-    return True

@@ -70,7 +70,7 @@ def choose_runtime(
     choices: dict[str, Callable[[], Runtime]] = {
         TENSORRT: lambda: _tensorrt(opened, installation, options),
         RTX: lambda: _rtx(opened),
-        ONNXRUNTIME_GPU: lambda: _onnxruntime_gpu(opened),
+        ONNXRUNTIME_GPU: lambda: _onnxruntime_gpu(opened, log),
         ONNXRUNTIME: Runtime,
     }
     if options.require is not None:
@@ -136,12 +136,12 @@ def _rtx(release: Release) -> Runtime:
     return Runtime(RTX, node=node)
 
 
-def _check_opens(release: Release, engine: str) -> None:
+def _check_opens(release: Release, engine: str) -> list[str]:
     """Opens the release's engines once, in a process that ends; ReleaseError with its last line if they do
     not.
 
     What is named and fits may still not open (a driver that is too old, a library that is missing), and then
-    the next best is taken now instead of a server that does not start.
+    the next best is taken now instead of a server that does not start. Gives the lines that warn.
     """
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -159,6 +159,7 @@ def _check_opens(release: Release, engine: str) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
         raise ReleaseError(last.removeprefix("ensemble.errors.ReleaseError: "))
+    return [line for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
 
 
 def _has_gpu() -> bool:
@@ -171,7 +172,7 @@ def _has_gpu() -> bool:
         return False
 
 
-def _onnxruntime_gpu(release: Release) -> Runtime:
+def _onnxruntime_gpu(release: Release, log: Callable[[str], None]) -> Runtime:
     """Chooses ONNX Runtime on the GPU; ReleaseError names what is missing."""
     import onnxruntime
 
@@ -182,7 +183,8 @@ def _onnxruntime_gpu(release: Release) -> Runtime:
     active = onnxruntime.get_available_providers()
     if CUDA not in active:
         raise ReleaseError(f"ONNX Runtime has no {CUDA}, only {', '.join(active)}; install onnxruntime-gpu")
-    _check_opens(release, ONNXRUNTIME_GPU)
+    for line in _check_opens(release, ONNXRUNTIME_GPU):
+        log(line)
     return Runtime(ONNXRUNTIME_GPU)
 
 

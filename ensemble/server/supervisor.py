@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from ensemble.live.items import wait_for_changes
 from ensemble.release.release import open_release
 from ensemble.release.repository import FUSED, alias_of
 from ensemble.release.route import Route
-from ensemble.server.calls import drain, is_model_ready
+from ensemble.server.calls import drain, is_model_ready, is_open
 from ensemble.server.canary_watch import CanaryWatch
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.following import Follower, route_in
@@ -277,7 +276,7 @@ class Server:
             if process.exit_code is not None:
                 return f"tritonserver did not start ({_exit_words(process.exit_code)}):\n{process.log_tail()}"
             # Never the server's own readiness: it says yes whatever became of the models.
-            if _is_open(options.address, options.port) and is_model_ready(self.url, contract.PIPELINE):
+            if is_open(self.url) and is_model_ready(self.url, contract.PIPELINE):
                 return ""
             time.sleep(0.05)
         if self._stopping.is_set():
@@ -392,15 +391,6 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
         claim.drop()
         raise
     return Server(launch, claim, installation, run, log)
-
-
-def _is_open(address: str, port: int) -> bool:
-    """Says whether a connection to the port is taken."""
-    try:
-        socket.create_connection((address, port), 1.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def _host(address: str) -> str:

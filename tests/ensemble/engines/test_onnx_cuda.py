@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ensemble.engines import onnx_cuda
 from ensemble.engines.onnx import CPU, OnnxEngine
 from ensemble.engines.onnx_cuda import CudaOnnxEngine, open_cuda
 from ensemble.errors import ReleaseError
@@ -62,6 +63,17 @@ def test_another_number_of_candidates_has_tensors_of_its_own(path, rng):
     for candidates in (6, 2, 6):
         given = feeds(rng, 4, candidates)
         np.testing.assert_allclose(engine.run(given)["scores"], plain.run(given)["scores"], rtol=1e-6)
+
+
+def test_what_cannot_be_captured_runs_node_by_node_and_is_named(path, rng, monkeypatch, capsys):
+    def refuse(model, threads):
+        raise ReleaseError("a node runs on the CPU")
+
+    monkeypatch.setattr(onnx_cuda, "CudaOnnxEngine", refuse)
+    monkeypatch.setattr(onnx_cuda, "OnnxEngine", lambda model, threads, provider: OnnxEngine(model))
+    assert open_cuda(path).run(feeds(rng, 2))["scores"].shape == (2, 6)
+    said = capsys.readouterr().err
+    assert said == f"WARNING: {path} runs on the GPU node by node, not as a graph: a node runs on the CPU\n"
 
 
 def test_without_cuda_it_says_so(path):
