@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 # An empty file of this name stands beside each model.py, so that Python can put no bytecode there.
 NO_BYTECODE = "__pycache__"
+_PARTIAL = re.compile(r"\..+\.\d+")  # what write_durably names its temporary file
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -24,6 +26,11 @@ def write_durably(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """Lists what killed calls of write_durably left in a folder."""
+    return sorted(path for path in folder.iterdir() if _PARTIAL.fullmatch(path.name) and path.is_file())
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import ReleaseError
-from ensemble.release.files import try_flock, write_durably
+from ensemble.release.files import partial_files, try_flock, write_durably
 from ensemble.release.manifest import MANIFEST
 from ensemble.release.names import NAME, check_name, release_names, remember_names
 from ensemble.release.release import active_release, served_releases
@@ -135,18 +135,21 @@ def sweep(
             names = [path.name for path in paths]
             log(f"removing {', '.join(names)} from {repository}: {why}")
             for path in paths:
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             removed += names
     return removed
 
 
 def _leftovers(repository: Path, home: Path | None) -> Iterator[tuple[str, list[Path]]]:
-    """Finds what nobody owns, with what it is: staging folders, and the parts of each release without a
-    manifest. Those of releases that are served are spared."""
+    """Finds what nobody owns, with what it is: staging folders, files that were being written, and the parts
+    of each release without a manifest. Those of releases that are served are spared."""
     for path in sorted(repository.iterdir()):
         # A staging folder lives as .new-… for a moment only
         if path.name.startswith(".new-") or (path.name.startswith(STAGING) and not _has_owner(path)):
             yield "a build or removal that was killed left it", [path]
+    for folder in dict.fromkeys((repository, home or repository)):
+        for path in partial_files(folder):
+            yield "a command that was killed while it wrote left it", [path]
     served = served_releases(repository, home)
     for name, paths in half_releases(repository).items():
         if name not in served:

@@ -133,6 +133,20 @@ def test_sweep_removes_old_leftovers_and_nothing_else_and_says_so(tmp_path):
     assert sweep(repository, told.append, min_age_s=0) == []
 
 
+def test_sweep_removes_files_that_killed_commands_were_writing(tmp_path):
+    repository, home = tmp_path / "models", tmp_path / "home"
+    publish_toy(repository, "r1", tmp_path, activate=True)
+    home.mkdir()
+    left = [repository / "..names.json.10131", repository / ".recommend.77", home / "..route.json.5"]
+    for path in left:
+        path.write_text("{")
+    before = {path.name for path in repository.iterdir()}
+    assert sweep(repository, print, home=home) == [], "it may be written just now"
+    assert sweep(repository, print, min_age_s=0, home=home) == [path.name for path in (*left[:2], left[2])]
+    assert {path.name for path in repository.iterdir()} == before - {path.name for path in left}
+    assert not left[2].exists()
+
+
 def test_a_copy_that_lasts_for_hours_is_as_young_as_its_newest_file(tmp_path):
     repository = tmp_path / "models"
     publish_toy(repository, "r1", tmp_path)
