@@ -44,6 +44,7 @@ Add what you have:
 
 \b
 With one row per event, [interactions] gets event = "<column>" and, if showing is one, impression = "view".
+position = "<column>" is where an item stood in its list (1 = first), if that was logged.
 history = "ctr" | ["click", "buy"] | "all" make a history. All keys: builders/shop/shop_toml.py.
 """,
 )

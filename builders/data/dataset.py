@@ -42,6 +42,7 @@ class Impressions:
     # [E] int64, absolute end into Histories.item_rows: positives strictly before this impression
     history_ends: Array
     labels: Array  # [E, T] float32
+    positions: Array  # [E] int64, the place where the item was shown, 1 = first; 0 = unknown
     # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
     truth: Array | None = None
 

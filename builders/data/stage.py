@@ -130,7 +130,13 @@ def _impressions(tables: ShopTables, exposures: Exposures, histories: Histories)
     users, times = tables.user_rows[rows], tables.interactions.times[rows]
     ends = history_ends(histories, users, times)
     return Impressions(
-        users, tables.item_rows[rows], times, ends, exposures.labels, None if truth is None else truth[rows]
+        users,
+        tables.item_rows[rows],
+        times,
+        ends,
+        exposures.labels,
+        exposures.positions,
+        None if truth is None else truth[rows],
     )
 
 

@@ -14,6 +14,7 @@ from builders.shop.tables import (
     first_true,
     ids_from_column,
     numbers_from_column,
+    positions_from_column,
     read_table,
     texts_from_column,
     times_from_column,
@@ -34,6 +35,7 @@ class Interactions:
     labels: Array  # [n, T] float32, of the row alone; NaN where it says nothing about the task
     event_names: list[str]
     events: Array | None  # [n] int64 into event_names, -1 where empty; None: the shop has no event column
+    positions: Array  # [n] int64, where the item was shown, 1 = first; 0 = unknown
     truth: Array | None  # [n, T] float32
 
     def __len__(self) -> int:
@@ -54,6 +56,7 @@ class Interactions:
             self.labels[keep],
             self.event_names,
             events,
+            self.positions[keep],
             truth,
         )
 
@@ -70,7 +73,7 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
     columns = read_table(
         folder,
         entry.file,
-        [entry.user, entry.item, entry.time, *([entry.event] if entry.event else []), *labels],
+        [entry.user, entry.item, entry.time, *filter(None, [entry.event, entry.position]), *labels],
     )
     if not len(columns[entry.user].values):
         raise InvalidInput(f"{entry.file} has no rows; a shop needs interactions to learn from")
@@ -93,9 +96,11 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
     _check_event_names(shop, names)
     per_task = [_row_labels(task, columns, names, events, len(times)) for task in shop.tasks]
     stacked = np.stack(per_task, axis=1) if per_task else np.zeros((len(times), 0), np.float32)
-    return Interactions(
-        user_ids, item_ids, users, items, times, stacked, names, events, _read_truth(folder, shop, len(times))
+    positions = (
+        positions_from_column(columns[entry.position]) if entry.position else np.zeros(len(times), np.int64)
     )
+    truth = _read_truth(folder, shop, len(times))
+    return Interactions(user_ids, item_ids, users, items, times, stacked, names, events, positions, truth)
 
 
 def _check_event_names(shop: Shop, names: list[str]) -> None:
@@ -168,6 +173,7 @@ class Exposures:
 
     rows: Array  # [E] int64 into the interactions: the row that is the exposure
     labels: Array  # [E, T] float32, NaN where a task is not defined
+    positions: Array  # [E] int64, the place where the exposure's row shows the item, 1 = first; 0 = unknown
 
 
 def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Exposures:
@@ -188,7 +194,7 @@ def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Expos
         if task.given:
             labels[labels[:, place[task.given]] != 1, at] = np.nan
     _refuse_labels_nobody_has(shop, labels)
-    return Exposures(rows, labels)
+    return Exposures(rows, labels, interactions.positions[rows])
 
 
 def _grouped(shop: Shop, interactions: Interactions) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.id_rule import MAX_ID_BYTES, id_fault
 
+MAX_POSITION = 1_000_000  # a larger number is an id or a time, not a place in a list
 CLOCK_SKEW_S = 86_400  # local times may run up to a day ahead of UTC
 
 
@@ -157,6 +158,23 @@ def numbers_from_column(column: Column) -> Array:
     if bad >= 0:
         raise column.error(bad, "is no finite number; leave the cell empty (null) where a value is missing")
     return numbers
+
+
+def positions_from_column(column: Column) -> Array:
+    """Reads places in a shown list [n] int64, 1 = first; 0 where the cell is empty.
+
+    A 0 in the file is refused: it may be a first place counted from 0, or an unknown one.
+    """
+    numbers = numbers_from_column(column)
+    places = np.where(np.isnan(numbers), 1.0, numbers)
+    wrong = first_true((places < 1) | (places > MAX_POSITION) | (places != np.floor(places)))
+    if wrong >= 0:
+        raise column.error(
+            wrong,
+            f"is no position: the first place is 1, the last {MAX_POSITION:,}; leave the cell empty (null) "
+            "where it is unknown",
+        )
+    return np.where(np.isnan(numbers), 0.0, numbers).astype(np.int64)
 
 
 def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -98,9 +98,8 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
         labels[clicked, 1] = (rng.random(num) < buy)[clicked]
         labels[clicked, 2] = (dwell + rng.normal(0, 0.5, num))[clicked]
         ends = offsets[user] + rng.integers(0, 3, num)
-        return Impressions(
-            user, item, np.arange(num), ends, labels, np.stack([click, buy, dwell], 1).astype(np.float32)
-        )
+        truth = np.stack([click, buy, dwell], 1).astype(np.float32)
+        return Impressions(user, item, np.arange(num), ends, labels, np.zeros(num, np.int64), truth)
 
     parts = (
         [impressions(num_impressions), impressions(4000), impressions(4000)]

@@ -279,6 +279,21 @@ def test_an_event_that_no_row_has_is_named(shop: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("cell", ["0", "-1", "1.5", "1700000000"])
+def test_a_position_that_is_none_is_named(shop: Path, cell: str) -> None:
+    ends = (",place", ",1", ",2", ",", ",1", f",{cell}")
+    rows = (row + end + "\n" for row, end in zip(INTERACTIONS.splitlines(), ends, strict=True))
+    (shop / "interactions.csv").write_text("".join(rows))
+    (shop / "shop.toml").write_text(
+        SHOP.replace('"interactions.csv"', '"interactions.csv"\nposition = "place"')
+    )
+    assert (
+        error_of(shop)
+        == f"interactions.csv: column 'place', row 5: '{cell}' is no position: the first place is 1, "
+        "the last 1,000,000; leave the cell empty (null) where it is unknown"
+    )
+
+
 def test_interactions_of_absent_items_are_dropped_and_counted(shop: Path) -> None:
     (shop / "interactions.csv").write_text(INTERACTIONS + "u1,gone,60,1\nu2,lost,70,1\n")
     dataset = load_dataset(shop, now_s=NOW_S)
