@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builders.bench.real_shops.made import QUANTILE, Made, read, share_behind
-from builders.shop.shop_toml import Interactions
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
@@ -21,7 +20,8 @@ file = "interactions.parquet"
 event = "event"
 impression = "shown"
 history = ["touch", "click"]
-{position}
+position = "position"
+
 [items]
 file = "items.parquet"
 id = "item_id"
@@ -73,17 +73,14 @@ def trivago(source: Path) -> Made:
             "event": pa.array(events),
             "time": times[rows],
             "clicked": pa.array(np.concatenate([clicked, padding]).astype(np.int8), mask=unsaid),
-            "position": np.concatenate([position, padding]),
+            "position": pa.array(np.concatenate([position, padding]), mask=unsaid),
             "price": pa.array(np.concatenate([price, padding]), mask=unsaid),
             "session": log["session_id"].take(pa.array(rows)),
             **{column: log[column].take(pa.array(rows)) for column in ("platform", "city", "device")},
         }
     ).take(pa.array(np.argsort(times[rows], kind="stable")))
     cut = int(np.ceil(np.quantile(times[clicks], QUANTILE)))
-    has_key = "position" in Interactions.model_fields
-    toml = TRIVAGO_TOML.format(
-        test=share_behind(times[rows], cut), position='position = "position"\n' if has_key else ""
-    )
+    toml = TRIVAGO_TOML.format(test=share_behind(times[rows], cut))
     return Made(toml, table, {"items": _hotels(table), "users": _travellers(table)})
 
 
