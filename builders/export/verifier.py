@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ from ensemble.steps.sources import Popular, Transitions
 BATCH = 64
 EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
 SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Holds what the chain answers a batch of users, and what it made it of."""
+
+    tensors: Tensors  # the features step's
+    query: Array  # [B, M, D] float32, the users' embeddings
+    recalled: Array  # [B, N] int64, the candidates in recall's order, padded with -1
+    shown: Array  # [B, N] int64, the same candidates in the order in which they are shown
 
 
 class Verifier:
@@ -99,9 +110,26 @@ class Verifier:
         return Targets(targets.user_rows[chosen], targets.history_ends[chosen], targets.item_rows[chosen])
 
     def _ranks(self, targets: Targets, piece: Array, chain_only: bool) -> dict[str, Array]:
-        user_rows, target = targets.user_rows[piece], targets.item_rows[piece]
-        options = default_options(len(piece))
-        tensors = self.user_tensors(user_rows, targets.history_ends[piece])
+        target = targets.item_rows[piece]
+        answer = self.answer(targets.user_rows[piece], targets.history_ends[piece])
+        ranks = {
+            "chain": metrics.ranks_from_lists(answer.shown, target),
+            "recall": metrics.ranks_from_lists(answer.recalled, target),
+        }
+        if chain_only:
+            return ranks
+        seen = answer.tensors["seen_rows"]
+        scores = np.matmul(self.embeddings, answer.query.transpose(0, 2, 1)).max(axis=2)
+        return ranks | {
+            "user_encoder": self._rank_of(scores, seen, target),
+            "popularity": self._rank_of(np.tile(self.popularity, (len(piece), 1)), seen, target),
+            "transition_knn": self._knn_ranks(seen, target),
+        }
+
+    def answer(self, user_rows: Array, history_ends: Array) -> Answer:
+        """Asks the chain about users [B] as they were at history_ends [B]."""
+        options = default_options(len(user_rows))
+        tensors = self.user_tensors(user_rows, history_ends)
         query = self._encode(tensors)
         queries = self.offline.queries(user_rows, {**tensors, "user_embeddings": query})
         found = self.recall.run(options, seen_rows=tensors["seen_rows"], **queries)
@@ -112,32 +140,19 @@ class Verifier:
             -np.inf,
         )
         order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
-        ranks = {
-            "chain": metrics.ranks_from_lists(
-                np.take_along_axis(found["candidate_rows"], order, axis=1), target
-            ),
-            "recall": metrics.ranks_from_lists(found["candidate_rows"], target),
-        }
-        if chain_only:
-            return ranks
-        scores = np.matmul(self.embeddings, query.transpose(0, 2, 1)).max(axis=2)
-        return ranks | {
-            "user_encoder": self._rank_of(scores, tensors["seen_rows"], target),
-            "popularity": self._rank_of(
-                np.tile(self.popularity, (len(piece), 1)), tensors["seen_rows"], target
-            ),
-            "transition_knn": self._knn_ranks(tensors["seen_rows"], target),
-        }
+        shown = np.take_along_axis(found["candidate_rows"], order, axis=1)
+        return Answer(tensors, query, found["candidate_rows"], shown)
 
     def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
-        """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half."""
+        """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half.
+
+        A target that the user has had before is missed, as it is by the chain, which shows nothing twice.
+        """
         scores = scores.astype(np.float32, copy=True)
         lines, columns = np.nonzero(seen_rows > 0)
-        own = scores[np.arange(len(target)), target]
         scores[lines, seen_rows[lines, columns]] = -np.inf
         scores[:, 0] = -np.inf
-        scores[np.arange(len(target)), target] = own  # an item bought again is still the answer
-        return metrics.ranks_from_scores(scores, target)
+        return metrics.ranks_from_scores(scores, np.where(had_before(seen_rows, target), -1, target))
 
     def _knn_ranks(self, seen_rows: Array, target: Array) -> Array:
         """Ranks by transition score alone; items without one are tied behind, by half."""
@@ -146,6 +161,12 @@ class Verifier:
         lines, columns = np.nonzero(rows > 0)
         dense[lines, rows[lines, columns]] = scores[lines, columns]
         return self._rank_of(dense, seen_rows, target)
+
+    def repeats(self, targets: Targets) -> float:
+        """Gives the share of (a sample of) the targets that no way may show: the user has had them before."""
+        of = self.sampled(targets)
+        seen = history_windows(self.dataset.histories, of.user_rows, of.history_ends, self.sizes.seen)
+        return float(had_before(seen, of.item_rows).mean()) if len(of.user_rows) else 0.0
 
     def task_metrics(self, impressions: Impressions) -> dict[str, dict[str, float]]:
         """Measures the ranker on held-out impressions, each task where defined: {task: {figure: value}}."""
@@ -189,3 +210,8 @@ class Verifier:
             ]
             parts.append(out.reshape(-1, out.shape[2]))
         return np.concatenate(parts)[places]
+
+
+def had_before(seen_rows: Array, target: Array) -> Array:
+    """Says whose target [Q] is among the items that the user has had, seen_rows [Q, W]: [Q] bool."""
+    return (seen_rows == target[:, None]).any(axis=1)

@@ -31,6 +31,12 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         "Full ranking over the catalogue; what a user has seen is left out; ties count half.",
         "",
     ]
+    if ranking.get("repeats"):
+        lines += [
+            f"{ranking['repeats']:.1%} of them are items that the user has had before. No way shows these, "
+            "so they are missed in all.",
+            "",
+        ]
     lines += _table(
         ["", *next(iter(ranking["ways"].values()), {})],
         [[WAYS[name], *(f"{v:.4f}" for v in of.values())] for name, of in ranking["ways"].items()],

@@ -37,6 +37,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     targets = verifier.sampled(dataset.test)
     users, ranks = verifier.ranks(targets, progress)
     report: dict[str, Any] = {"ranking": ranking_report(users, ranks, dataset.schema.sizes.candidates)}
+    report["ranking"]["repeats"] = verifier.repeats(dataset.test)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         report["tasks"] = verifier.task_metrics(dataset.test_impressions)

@@ -34,7 +34,7 @@ from builders.compress.judge.measure import (
 from builders.compress.judge.timing import time_pair
 from builders.compress.session import open_onnx
 from builders.data.dataset import Dataset, Targets
-from builders.export.verifier import BATCH, EVERY_USER_BELOW, Verifier
+from builders.export.verifier import BATCH, EVERY_USER_BELOW, Verifier, had_before
 from builders.index.staged import StagedRelease
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
@@ -321,18 +321,14 @@ def _encoded(encoder: Any, held: _Held) -> Array:
 def _search(items: Array, user_embeddings: Array, held: _Held, piece: slice) -> tuple[Array, Array]:
     """Searches items [D, R]: gives gains [B] of the true next items, and the best K rows [B, K] of `held`."""
     seen, true = held.tensors["seen_rows"][piece], held.true[piece]
-    users = np.arange(len(true))
     scores = np.nan_to_num((user_embeddings[piece] @ items).max(axis=1), nan=-np.inf)
-    own = scores[users, true]
     lines, columns = np.nonzero(seen > 0)
     scores[lines, seen[lines, columns]] = -np.inf
     scores[:, 0] = -np.inf
-    scores[users, true] = own  # an item bought again is still the answer
     best = np.argpartition(-scores, min(TOP_K, scores.shape[1] - 1), axis=1)[:, :TOP_K]
     order = np.lexsort((best, -np.take_along_axis(scores, best, axis=1)), axis=-1)
-    return metrics.gains(metrics.ranks_from_scores(scores, true), TOP_K), np.take_along_axis(
-        best, order, axis=1
-    )
+    ranks = metrics.ranks_from_scores(scores, np.where(had_before(seen, true), -1, true))
+    return metrics.gains(ranks, TOP_K), np.take_along_axis(best, order, axis=1)
 
 
 def _judged(parts: list[tuple[Array, Array]], held: _Held) -> Judged:

@@ -10,13 +10,13 @@ from onnx import numpy_helper
 
 from builders import metrics
 from builders.compress import graph
-from builders.compress.judge.evaluation import Evaluation
+from builders.compress.judge.evaluation import Evaluation, _encoded
 from builders.compress.judge.gate import verdict
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.quantize import choices, quantize
 from builders.compress.recipe import Gate
 from builders.compress.session import open_onnx
-from builders.data.dataset import open_dataset
+from builders.data.dataset import Targets, open_dataset
 from builders.export.verifier import Verifier
 from ensemble.errors import InvalidInput
 
@@ -107,6 +107,24 @@ def test_the_user_encoders_judge_gives_the_verifiers_full_ranking(evaluation):
     judged = evaluation.judge("user_encoder", users=200)(_engine(evaluation, "user_encoder"))
     _, ranks = Verifier(evaluation.dataset, evaluation.folder).ranks(evaluation._sample(200))
     np.testing.assert_allclose(judged.gains, metrics.gains(ranks["user_encoder"], 10), atol=1e-12)
+
+
+def test_an_item_that_the_user_has_had_is_missed_in_every_way(evaluation):
+    """The chain shows nothing twice by default; a way that may answer with it would win where people buy
+    again."""
+    dataset = evaluation.dataset
+    again = dataset.histories.item_rows[dataset.test.history_ends - 1]
+    repeats = Targets(dataset.test.user_rows[:100], dataset.test.history_ends[:100], again[:100])
+    verifier = Verifier(dataset, evaluation.folder)
+    _, ranks = verifier.ranks(repeats)
+    assert len(ranks) == 5
+    for way, of in ranks.items():
+        assert np.isinf(of).all(), way
+    assert verifier.repeats(repeats) == 1
+    assert verifier.repeats(dataset.test) < 1
+    held = evaluation._ask(repeats)
+    judged = evaluation._searched(_encoded(verifier.user_encoder, held), held)
+    assert not judged.gains.any()
 
 
 def test_the_item_encoders_feeds_give_the_rows_that_are_served(evaluation):
