@@ -73,6 +73,14 @@ def generate(
             "--images/--no-images", help="Render a small picture of each item; default: up to 2,000 items."
         ),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="All that decides stands in features: no effects of single users and items, no positions, "
+            "no seasons, nothing new or gone.",
+        ),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Make a beauty shop whose truth is known: clicks, purchases and dwell are drawn from planted
@@ -94,6 +102,7 @@ def generate(
                 events=events,
                 seed=seed,
                 images=images,
+                plain=plain,
                 force=force,
                 progress=update,
             )

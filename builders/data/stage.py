@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from builders.data.refit import save_refit
 from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
 from builders.folders import Inputs
 from builders.progress import Progress
+from builders.shop import truth
 from builders.shop.catalogue import read_changes
 from builders.shop.interactions import Exposures, exposures_from_interactions
 from builders.shop.read import Rows, ShopTables, read_shop
@@ -34,6 +36,8 @@ def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
         inputs["shop"], progress=lambda text: progress(0.3, text), changes=read_changes(inputs["catalogue"])
     )
     (folder / CHANGES).write_text(tables.applied.line())
+    if planted := tables.shop.interactions.planted:
+        shutil.copyfile(inputs["shop"] / planted, folder / truth.FILE)
     save_dataset(dataset_from_tables(tables, sizes=sizes, progress=lambda text: progress(0.6, text)), folder)
 
 

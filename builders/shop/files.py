@@ -16,7 +16,7 @@ def shop_files(folder: Path) -> list[Path]:
     shop's folder count if there is such a column.
     """
     shop = open_shop(folder)
-    named = [folder / SHOP_FILE, folder / shop.interactions.file]
+    named = [folder / SHOP_FILE, folder / shop.interactions.file, folder / (shop.interactions.planted or "")]
     named += [folder / entry.file for entry in (shop.items, shop.users) if entry is not None]
     return sorted({*filter(Path.is_file, named), *(_below(folder) if _has_images(shop) else ())})
 

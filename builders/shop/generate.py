@@ -1,4 +1,7 @@
-"""Writes the shop that builders/shop/planted.py draws; its truth.parquet is for tests only."""
+"""Writes a generated shop: the plain kind of builders/shop/planted.py, or the truer one of visits.py.
+
+truth.parquet (of the rows) and truth.npz (of any user, item and time) are for tests and reports only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builders.folders import new_folder
+from builders.shop.effects import Effects
 from builders.shop.images import render_images
+from builders.shop.knowable import knowable_effects
 from builders.shop.planted import (
     ADJECTIVES,
     CATEGORIES,
@@ -25,9 +30,12 @@ from builders.shop.planted import (
     draw_catalogue,
     draw_people,
     draw_tastes,
+    plain_effects,
     simulate_log,
 )
 from builders.shop.shop_toml import SHOP_FILE
+from builders.shop.truth import FILE, TASKS, Truth, events_from_log, save_truth
+from builders.shop.visits import draw_effects, simulate_visits
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
@@ -42,10 +50,15 @@ def generate_shop(
     events: int = 300_000,
     seed: int = 0,
     images: bool | None = None,
+    plain: bool = False,
     force: bool = False,
     progress: Callable[[str, float], None] = lambda step, share: None,
 ) -> None:
-    """Writes a shop to `out`; `images` None renders them for at most MAX_DEFAULT_IMAGES items."""
+    """Writes a shop to `out`; `images` None renders them for at most MAX_DEFAULT_IMAGES items.
+
+    plain: all that decides stands in features and in what was clicked last, items stay, and one is shown at a
+    time. Else single users and items have effects of their own, and so on: builders/shop/visits.py.
+    """
     for name, value, least in (("users", users, 10), ("items", items, 24), ("events", events, 100)):
         if value < least:
             raise InvalidInput(f"--{name} {value}: at least {least}")
@@ -57,15 +70,21 @@ def generate_shop(
             draw_people(rng, users, events),
             draw_tastes(rng),
         )
-        log = simulate_log(rng, catalogue, people, tastes, progress)
+        if plain:
+            effects = plain_effects(catalogue, people, tastes)
+            log = simulate_log(rng, catalogue, people, effects, progress)
+        else:
+            effects = draw_effects(rng, catalogue, people, tastes)
+            log = simulate_visits(rng, catalogue, people, effects, progress)
         progress("writing", 0.0)
         _write_interactions(folder, log, users, items)
+        save_truth(_truth(effects, log), folder / FILE)
         with_images = items <= MAX_DEFAULT_IMAGES if images is None else images
         _write_items(rng, folder, catalogue, with_images)
         _write_users(folder, people)
-        (folder / SHOP_FILE).write_text(
-            SHOP_TOML + (IMAGE_FEATURE if with_images else "") + TASKS_TOML, "utf-8"
-        )
+        text = SHOP_TOML.format(position="" if plain else POSITION_TOML)
+        text += (IMAGE_FEATURE if with_images else "") + TASKS_TOML
+        (folder / SHOP_FILE).write_text(text, "utf-8")
         if with_images:
             render_images(
                 folder,
@@ -77,6 +96,17 @@ def generate_shop(
             )
 
 
+def _truth(effects: Effects, log: Log) -> Truth:
+    """Puts together what truth.npz holds."""
+    users, items = len(effects.style), len(effects.category)
+    logs = (
+        events_from_log(log.users[happened], log.items[happened], log.times[happened], users)
+        for happened in (log.clicked, log.bought)
+    )
+    user_ids, item_ids = (np.array(_names(*of), "S") for of in (("u", users), ("i", items)))
+    return Truth(user_ids, item_ids, effects, knowable_effects(effects, log), *logs)
+
+
 def _write_interactions(folder: Path, log: Log, users: int, items: int) -> None:
     columns = {
         "user_id": _text(_names("u", users), log.users),
@@ -86,10 +116,10 @@ def _write_interactions(folder: Path, log: Log, users: int, items: int) -> None:
         "bought": pa.array(log.bought.astype(np.int8)),
         "dwell_s": pa.array(log.dwell_s.astype(np.float32), from_pandas=True),
     }
+    if log.positions is not None:
+        columns["position"] = pa.array(log.positions.astype(np.int16))
     pq.write_table(pa.table(columns), folder / "interactions.parquet")
-    truth = {
-        name: pa.array(log.truth[:, at].astype(np.float32)) for at, name in enumerate(("ctr", "cvr", "dwell"))
-    }
+    truth = {name: pa.array(log.truth[:, at].astype(np.float32)) for at, name in enumerate(TASKS)}
     pq.write_table(pa.table(truth), folder / "truth.parquet")
 
 
@@ -147,15 +177,16 @@ user = "user_id"
 item = "item_id"
 time = "time"  # Unix seconds
 history = "ctr"  # clicks form a user's history
-truth = "truth.parquet"  # the planted probabilities: for tests, never read by a build
-
+truth = "truth.parquet"  # the planted probabilities of the rows: for tests, never learned from
+planted = "truth.npz"  # those of any user, item and time: what a list is worth, never learned from
+{position}
 [users]
 file = "users.parquet"
 id = "user_id"
 features = [
-  {name = "style", kind = "category"},
-  {name = "skin_type", kind = "category"},
-  {name = "age", kind = "number"},
+  {{name = "style", kind = "category"}},
+  {{name = "skin_type", kind = "category"}},
+  {{name = "age", kind = "number"}},
 ]
 
 [items]
@@ -189,6 +220,7 @@ name = "words"
 column = "title"
 kind = "text"
 """
+POSITION_TOML = 'position = "position"  # the place where an item was shown, 1 = first\n'
 IMAGE_FEATURE = """
 [[items.features]]
 name = "image"

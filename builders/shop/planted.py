@@ -1,9 +1,10 @@
-"""Plants a generated shop's truth: what is for sale, who visits, what each will do, and the log of it.
+"""Draws what a generated shop sells, who visits and what they like, and the log of a plain shop.
 
 What a user will like depends on the user's style and skin type, on age (how much a price hurts), on a
 favourite shade that only the history tells, and on the category of the item clicked last: after lipstick,
-remover. All of it can be learned from features and history, so a good ranker comes close to the oracle;
-popularity, which knows no user, stays behind.
+remover. All of it can be learned from features and history, so in a plain shop a good ranker comes close to
+the oracle; popularity, which knows no user, stays behind. builders/shop/visits.py draws what real shops have
+beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from builders.shop.effects import Effects, Moment, sigmoid
 from ensemble.arrays import Array
 
 CATEGORIES = (
@@ -152,13 +154,56 @@ class Log:
     bought: Array
     dwell_s: Array  # NaN without a click
     truth: Array
+    positions: Array | None = None  # 1 = first; None in a plain shop, which shows one item at a time
+
+
+def plain_effects(catalogue: Catalogue, people: People, tastes: Tastes) -> Effects:
+    """Puts together what decides in a plain shop: nothing of single users or items, and no time."""
+    users, items = len(people.style), len(catalogue.category)
+    return Effects(
+        base=np.array(-1.9),
+        style=people.style,
+        skin=people.skin,
+        price_pain=people.price_pain,
+        shade_taste=shade_taste(people),
+        user_click=np.zeros(users),
+        user_buy=np.zeros(users),
+        user_taste=np.zeros((users, 0)),
+        category=catalogue.category,
+        texture=catalogue.texture,
+        shade=catalogue.shade,
+        dearness=catalogue.dearness,
+        click_quality=catalogue.click_quality,
+        buy_quality=catalogue.buy_quality,
+        item_click=np.zeros(items),
+        item_buy=np.zeros(items),
+        item_taste=np.zeros((items, 0)),
+        launched=np.zeros(items, np.int64),
+        gone=np.full(items, np.iinfo(np.int64).max),
+        style_category=tastes.style_category,
+        skin_texture=tastes.skin_texture,
+        next_category=tastes.next_category,
+        season=np.zeros((len(CATEGORIES), 2)),
+        examined=np.ones(1),
+    )
+
+
+def shade_taste(people: People) -> Array:
+    """Gives the logit that each shade adds for each user: [U, shades]."""
+    return 0.4 * (people.shade[:, None] == np.arange(len(SHADES)))
+
+
+def dwell_seconds(rng: np.random.Generator, clicked: Array, mean_log: Array) -> Array:
+    """Draws how long each row [n] was looked at, in seconds; NaN without a click."""
+    drawn = np.expm1(np.maximum(mean_log + rng.normal(0, 0.6, len(mean_log)), 0.0))
+    return np.round(np.where(clicked, drawn, np.nan), 2)
 
 
 def simulate_log(
     rng: np.random.Generator,
     catalogue: Catalogue,
     people: People,
-    tastes: Tastes,
+    effects: Effects,
     progress: Callable[[str, float], None],
 ) -> Log:
     """Draws everybody's k-th exposure at once, k = 0, 1, …: only the category clicked last is carried on."""
@@ -170,67 +215,42 @@ def simulate_log(
     users, items = np.empty(total, np.int64), np.empty(total, np.int64)
     clicked, click_truth = np.empty(total, bool), np.empty(total)
     last = np.zeros(len(counts), np.int64)  # 1 + category clicked last, 0 = none yet
-    policy = _Policy(catalogue, tastes)
+    policy = _Policy(catalogue, effects)
     for k in range(steps):
         row, who = slice(starts[k], starts[k + 1]), busiest[: active[k]]
         shown = policy.draw(rng, people.style[who], last[who])
-        probability = _sigmoid(_click_logit(catalogue, people, tastes, who, shown, last[who]))
+        probability = sigmoid(effects.click_logit(who, shown[:, None], _timeless(last[who]))[:, 0])
         hit = rng.random(len(who)) < probability
         last[who] = np.where(hit, 1 + catalogue.category[shown], last[who])
         users[row], items[row], clicked[row], click_truth[row] = who, shown, hit, probability
         if k % 50 == 0:
             progress("interactions", starts[k] / total)
     order = np.argsort(users, kind="stable")  # rows came step by step: each user's stay in order
-    return _in_time(
-        rng,
-        people,
-        _outcome(
-            rng, catalogue, people, tastes, users[order], items[order], clicked[order], click_truth[order]
-        ),
-    )
+    columns = (users[order], items[order], clicked[order], click_truth[order])
+    return _in_time(rng, people, _outcome(rng, effects, *columns))
 
 
-def _click_logit(
-    catalogue: Catalogue, people: People, tastes: Tastes, who: Array, shown: Array, last: Array
-) -> Array:
-    """Gives the planted probability of a click."""
-    category = catalogue.category[shown]
-    return (
-        -1.9
-        + tastes.style_category[people.style[who], category]
-        + tastes.skin_texture[people.skin[who], catalogue.texture[shown]]
-        + tastes.next_category[last, category]
-        + 0.4 * (people.shade[who] == catalogue.shade[shown])
-        + catalogue.click_quality[shown]
-        - 0.4 * people.price_pain[who] * catalogue.dearness[shown]
-    )
+def _timeless(last: Array) -> Moment:
+    """Gives moments [Q] of a plain shop, where only the category clicked last counts."""
+    none = np.zeros((len(last), 0), np.int64)
+    return Moment(last, np.zeros(len(last), np.int64), none, none)
 
 
 def _outcome(
     rng: np.random.Generator,
-    catalogue: Catalogue,
-    people: People,
-    tastes: Tastes,
+    effects: Effects,
     users: Array,
     items: Array,
     clicked: Array,
     click_truth: Array,
 ) -> Log:
     """Draws purchase and dwell after each click; times are still to come."""
-    style = tastes.style_category[people.style[users], catalogue.category[items]]
-    buy = _sigmoid(
-        -1.0
-        + catalogue.buy_quality[items]
-        + 0.7 * style
-        - 1.2 * people.price_pain[users] * catalogue.dearness[items]
-    )
-    mean_log_dwell = 3.0 + 0.4 * style + 0.5 * catalogue.buy_quality[items]
+    buy = sigmoid(effects.buy_logit(users, items[:, None], _timeless(np.zeros_like(users)))[:, 0])
+    mean_log_dwell = effects.mean_log_dwell(users, items[:, None])[:, 0]
     bought = clicked & (rng.random(len(users)) < buy)
-    dwell = np.where(
-        clicked, np.expm1(np.maximum(mean_log_dwell + rng.normal(0, 0.6, len(users)), 0.0)), np.nan
-    )
+    dwell = dwell_seconds(rng, clicked, mean_log_dwell)
     truth = np.stack([click_truth, buy, mean_log_dwell], axis=1)
-    return Log(users, items, np.zeros(0, np.int64), clicked, bought, np.round(dwell, 2), truth)
+    return Log(users, items, np.zeros(0, np.int64), clicked, bought, dwell, truth)
 
 
 def _in_time(rng: np.random.Generator, people: People, log: Log) -> Log:
@@ -256,12 +276,12 @@ def _in_time(rng: np.random.Generator, people: People, log: Log) -> Log:
 class _Policy:
     """Chooses what is shown: in part popular, in part to the user's taste, in part anything."""
 
-    def __init__(self, catalogue: Catalogue, tastes: Tastes) -> None:
+    def __init__(self, catalogue: Catalogue, effects: Effects) -> None:
         self.popular = np.cumsum(catalogue.popularity)
         self.by_category = np.argsort(catalogue.category, kind="stable")
         self.within = np.concatenate([[0.0], np.cumsum(catalogue.popularity[self.by_category])])
         self.bounds = np.searchsorted(catalogue.category[self.by_category], np.arange(len(CATEGORIES) + 1))
-        weights = np.exp(tastes.style_category[:, None, :] + tastes.next_category[None, :, :])
+        weights = np.exp(effects.style_category[:, None, :] + effects.next_category[None, :, :])
         weights *= np.diff(self.bounds) > 0  # a tiny shop may have an empty category
         # [styles, last, categories]
         self.category = np.cumsum(weights / weights.sum(-1, keepdims=True), axis=-1)
@@ -284,7 +304,3 @@ class _Policy:
 def _zipf(num: int, exponent: float) -> Array:
     weights = 1.0 / np.arange(1, num + 1) ** exponent
     return weights / weights.sum()
-
-
-def _sigmoid(logit: Array) -> Array:
-    return 1.0 / (1.0 + np.exp(-logit))

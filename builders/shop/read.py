@@ -12,6 +12,7 @@ from builders.shop.changes import Applied, changed_columns, changed_ids
 from builders.shop.interactions import Interactions, read_interactions
 from builders.shop.shop_toml import Entities, Shop, open_shop
 from builders.shop.tables import Column, first_true, ids_from_column, read_table
+from builders.shop.truth import open_truth
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.live.catalogue import Entry
@@ -57,6 +58,8 @@ def read_shop(
     users = _read_entities(folder, shop.users, {}, applied)
     progress("reading interactions")
     interactions = read_interactions(folder, shop, now_s)
+    if shop.interactions.planted:
+        open_truth(folder / shop.interactions.planted)  # what `verify` will read must be whole
     if items is None:
         ids = changed_ids(interactions.item_ids, changes or {}, applied)
         items = Rows(ids, np.zeros(0, np.int64), {})

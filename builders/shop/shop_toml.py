@@ -84,6 +84,8 @@ class Interactions(_Entry):
     history: str | list[str] = ""
     # generated shops: true values, aligned with the rows; read by tests, never by the build
     truth: str | None = None
+    # generated shops: truth.npz (builders/shop/truth.py), by which `verify` says what the lists are worth
+    planted: str | None = None
 
 
 class Entities(_Entry):

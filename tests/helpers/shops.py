@@ -77,10 +77,10 @@ def _history(rng: np.random.Generator, kind: np.ndarray, weights: np.ndarray) ->
 
 
 def write_labelled_shop(folder: Path) -> None:
-    """The generated shop: three tasks, users with features, a clock, the planted truth."""
+    """The plain generated shop: three tasks, users with features, a clock, the planted truth."""
     from builders.shop.generate import generate_shop
 
-    generate_shop(folder, users=600, items=300, events=20_000, seed=0, images=False)
+    generate_shop(folder, users=600, items=300, events=20_000, seed=0, images=False, plain=True)
 
 
 SHOPS: dict[str, Callable[[Path], None]] = {"tiny": write_labelled_shop, "sequences": write_sequences_shop}

@@ -10,12 +10,14 @@ from builders.metrics import auc
 MARGIN = 0.05
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_popularity_stays_below_the_oracle(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "plain"), [(0, True), (1, True), (1, False), (2, False)])
+def test_popularity_stays_below_the_oracle(tmp_path, seed, plain):
     from builders.data.stage import load_dataset
     from builders.shop.generate import generate_shop
 
-    generate_shop(tmp_path / "shop", users=2000, items=600, events=80_000, seed=seed, images=False)
+    generate_shop(
+        tmp_path / "shop", users=2000, items=600, events=80_000, seed=seed, images=False, plain=plain
+    )
     dataset = load_dataset(tmp_path / "shop")
     train, test = dataset.train_impressions, dataset.test_impressions
     for task, name in enumerate(("ctr", "cvr")):
@@ -35,12 +37,13 @@ def test_popularity_stays_below_the_oracle(tmp_path, seed):
         assert 0.02 < np.nanmean(labels) < 0.6
 
 
-def test_the_truth_is_what_labels_are_drawn_from(tmp_path):
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_truth_is_what_labels_are_drawn_from(tmp_path, plain):
     """Binned by true probability, the observed rates agree: the oracle is one."""
     from builders.data.stage import load_dataset
     from builders.shop.generate import generate_shop
 
-    generate_shop(tmp_path / "shop", users=2000, items=600, events=80_000, seed=3, images=False)
+    generate_shop(tmp_path / "shop", users=2000, items=600, events=80_000, seed=3, images=False, plain=plain)
     impressions = load_dataset(tmp_path / "shop").train_impressions
     for task in (0, 1):
         known = ~np.isnan(impressions.labels[:, task])

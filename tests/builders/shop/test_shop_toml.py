@@ -279,6 +279,18 @@ def test_an_event_that_no_row_has_is_named(shop: Path) -> None:
     )
 
 
+def test_a_planted_truth_that_is_none_is_named(shop: Path) -> None:
+    (shop / "shop.toml").write_text(
+        SHOP.replace('"interactions.csv"', '"interactions.csv"\nplanted = "truth.npz"')
+    )
+    for content in (None, b"", b"PK\x03\x04 and then nothing", b"text"):
+        if content is not None:
+            (shop / "truth.npz").write_bytes(content)
+        message = error_of(shop)
+        assert message.startswith("SHOP/truth.npz cannot be read as a planted truth (")
+        assert message.endswith("); generate the shop again")
+
+
 @pytest.mark.parametrize("cell", ["0", "-1", "1.5", "1700000000"])
 def test_a_position_that_is_none_is_named(shop: Path, cell: str) -> None:
     ends = (",place", ",1", ",2", ",", ",1", f",{cell}")
