@@ -16,9 +16,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page to write; RELEASE.html if not given.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also write every figure as PNG into this folder.")] = None,
 ) -> None:
-    """Writes a release's report as one HTML page with its figures inside: ranking, recall, compression, gate,
-    latency."""
+    """Writes a release's report as one HTML page with its figures inside: worth, ranking, recall,
+    compression, gate, latency. Says in a sentence what the release's lists are worth."""
     from builders.report.html import page, release_figures, write_figures
+    from builders.verify.markdown import headline
     from ensemble.errors import InvalidInput, ReleaseError
     from ensemble.release.release import active_release, open_release
 
@@ -39,4 +40,6 @@ def report(
         pictures = write_figures(found, png) if png else []
     except OSError as error:
         raise InvalidInput(f"cannot write {error.filename or target}: {error.strerror}") from None
+    if text := headline(manifest["report"]):
+        print(text)
     print(f"{target}" + (f" and {len(pictures)} PNG in {png}" if png else ""))

@@ -61,11 +61,23 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[A
     return figure, list(axes[0])
 
 
+def worth(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Figure:
+    """Draws what an item shown is worth in each way, best on top."""
+    values = {way: of["worth"] for way, of in ways.items()}
+    return _bars(values, names, "worth of an item shown to a held-out user")
+
+
 def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Figure:
     """Draws NDCG@10 of each way of ranking, best on top."""
-    order = sorted(ways, key=lambda way: ways[way]["ndcg@10"])
+    values = {way: of["ndcg@10"] for way, of in ways.items()}
+    return _bars(values, names, "NDCG@10, full ranking of held-out next items")
+
+
+def _bars(value_of: Mapping[str, float], names: Mapping[str, str], label: str) -> Figure:
+    """Draws a bar for each way, the greatest on top, the chain's in colour."""
+    order = sorted(value_of, key=lambda way: value_of[way])
     figure, [axes] = _axes(7, 0.6 + 0.34 * len(order))
-    values = [ways[way]["ndcg@10"] for way in order]
+    values = [value_of[way] for way in order]
     axes.barh(
         range(len(order)), values, color=[BLUE if way == "chain" else PALE for way in order], height=0.62
     )
@@ -75,7 +87,7 @@ def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlim(0, max([*values, 1e-6]) * 1.12)
-    axes.set_xlabel("NDCG@10, full ranking of held-out next items")
+    axes.set_xlabel(label)
     return figure
 
 

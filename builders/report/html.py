@@ -12,7 +12,7 @@ from typing import Any
 from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
 from builders.report import figures
-from builders.verify.markdown import WAYS
+from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
 
 Figures = dict[str, bytes]  # name without suffix -> PNG
 _STYLE = """
@@ -26,6 +26,7 @@ th,td{padding:.22rem .8rem .22rem 0;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
 .FAIL{color:#D55E00;font-weight:700}.WARN{color:#9a6a00;font-weight:700}.reported{color:#767676}
+.headline{font-size:1.15rem;max-width:52rem;border-left:4px solid #0072B2;padding-left:.8rem}
 img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}
 .tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
@@ -36,6 +37,8 @@ img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
 def release_figures(report: Mapping[str, Any]) -> Figures:
     """Draws every figure that the report has the numbers for."""
     found: Figures = {}
+    if worth := (report.get("worth") or {}).get("ways"):
+        found["worth"] = figures.png(partial(figures.worth, worth, WORTH_WAYS))
     ways = report.get("ranking", {}).get("ways", {})
     if ways:
         found["ranking"] = figures.png(partial(figures.ranking, ways, WAYS))
@@ -83,6 +86,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="facts">{_text(facts)}</p>',
+        *_worth(report, found),
         *_ranking(report, found),
         *_tasks(report),
         *_recall(report),
@@ -106,6 +110,17 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
     )
 
 
+def _worth(report: Mapping[str, Any], found: Figures) -> list[str]:
+    """Opens the page: what the lists are worth, in a sentence, and how that was measured."""
+    worth, text = report.get("worth") or {}, headline(report)
+    parts = [f'<p class="headline">{_text(text)}</p>'] if text else []
+    if not worth.get("ways"):
+        return parts
+    table = _table(*worth_table(worth))
+    note = f"<p>{_text(worth_note(worth))}</p>"
+    return [*parts, "<h2>What the lists are worth</h2>", *_image(found, "worth"), note, table]
+
+
 def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
     ranking = report.get("ranking", {})
     ways = ranking.get("ways", {})
@@ -114,6 +129,7 @@ def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
     rows = [[WAYS.get(name, name), *(f"{value:.4f}" for value in of.values())] for name, of in ways.items()]
     parts = [
         f"<h2>Ranking of {ranking['users']:,} held-out next items</h2>",
+        f"<p>{_text(NEXT_ITEMS)}</p>",
         *_image(found, "ranking"),
         _table(["", *next(iter(ways.values()))], rows),
     ]

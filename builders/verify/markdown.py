@@ -1,7 +1,8 @@
-"""Writes a release's report.md: what `verify` measured, for people."""
+"""Writes a release's report.md: what `verify` measured, for people. What lists are worth comes first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from builders.data.dataset import Dataset
@@ -13,24 +14,109 @@ WAYS = {
     "transition_knn": "item-transition kNN",
     "popularity": "popularity",
 }
+WORTH_WAYS = {
+    "chain": "this release (what is served)",
+    "recall": "recall's own order",
+    "popularity": "the most popular items",
+    "random": "any items",
+    "logged": "what the shop itself put first",
+    "knowable": "the best that could be known",
+    "best": "the best possible",
+}
+NEXT_ITEMS = (
+    "What a user took next, looked for among all items: hr@k is the share of users who find it among the "
+    "first k, ndcg@k counts higher places more, recall@N says whether it was among the candidates at all. A "
+    "good list may well lack it, as users would have liked other items too: these figures compare ways, not "
+    "shops."
+)
 
 
 def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     """Writes the report as a page of Markdown."""
-    ranking = found["ranking"]
-    lines = [
-        f"# {dataset.schema.shop}",
+    lines = [f"# {dataset.schema.shop}", "", *_worth(found), *_next_items(found["ranking"])]
+    lines += [
+        *_tasks(found.get("tasks")),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",
-        "",
     ]
-    lines += [
-        f"## Ranking of {ranking['users']:,} held-out next items",
-        "",
-        "Full ranking over the catalogue; what a user has seen is left out; ties count half.",
-        "",
-    ]
+    return "\n".join(lines) + "\n"
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """Says in a sentence what a release's lists are worth; empty for a report without a word on it."""
+    worth, ranking = report.get("worth") or {}, report.get("ranking") or {}
+    if worth.get("kind") == "truth":
+        best = worth["ways"]["chain"]["worth"] / worth["ways"]["best"]["worth"]
+        return (
+            f"A list of {worth['places']} that this release shows is worth {_times(worth, 'popularity')} a "
+            f"list of the most popular items, {_times(worth, 'recall')} what recall alone would show, and "
+            f"{best:.0%} of the best possible list."
+        )
+    if worth.get("kind") == "replay":
+        logged = (
+            f", {_times(worth, 'logged')} what the shop had put first" if "logged" in worth["ways"] else ""
+        )
+        return (
+            f"Of items shown together at {worth['rows']:,} moments, those that this release puts first were "
+            f"worth {_times(worth, 'popularity')} the most popular ones, {_times(worth, 'recall')} recall's "
+            f"first{logged}."
+        )
+    if not worth or not ranking.get("users"):
+        return ""
+    hits = {way: f"{100 * of['hr@10']:.1f}" for way, of in ranking["ways"].items()}
+    return (
+        f"Of 100 held-out users, {hits['chain']} find the item that they took next among the ten that this "
+        f"release shows, {hits['popularity']} among the ten most popular ones; what lists are worth cannot "
+        f"be told: {worth['why']}."
+    )
+
+
+def worth_note(worth: Mapping[str, Any]) -> str:
+    """Says how a worth was measured, and how sure it is."""
+    weights = " + ".join(f"{weight:g} {task}" for task, weight in worth["weights"].items())
+    differences = "; ".join(
+        f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] against {WORTH_WAYS[way]}"
+        for way in ("popularity", "recall", "logged")
+        if (found := worth["chain_minus"].get(way))
+    )
+    how = (
+        "by the planted truth of this generated shop; nothing is shown that the user has had"
+        if worth["kind"] == "truth"
+        else "by what became of the item. What the shop put first was looked at more, which favours its order"
+    )
+    return (
+        f"The worth of an item shown to a user is {weights}, {how}. Differences of this release, with 95% "
+        f"intervals (paired bootstrap over {worth['users']:,} held-out users): {differences}."
+    )
+
+
+def worth_table(worth: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Gives head and rows of the table of ways, the best first."""
+    ways = sorted(worth["ways"].items(), key=lambda way: -way[1]["worth"])
+    rows = [[WORTH_WAYS.get(name, name), *(f"{value:.4f}" for value in of.values())] for name, of in ways]
+    return ["", *worth["ways"]["chain"]], rows
+
+
+def _times(worth: Mapping[str, Any], way: str) -> str:
+    """Writes how many times as much the chain is worth: "1.28 times (1.25 to 1.31)"."""
+    found = worth["chain_times"][way]
+    return f"{found['value']:.2f} times ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def _worth(found: dict[str, Any]) -> list[str]:
+    """Writes the page's opening."""
+    lines = [f"**{text}**", ""] if (text := headline(found)) else []
+    worth = found.get("worth", {})
+    if worth.get("ways"):
+        lines += ["## What the lists are worth", "", worth_note(worth), "", *_table(*worth_table(worth)), ""]
+    return lines
+
+
+def _next_items(ranking: dict[str, Any]) -> list[str]:
+    """Writes the part on held-out next items."""
+    lines = [f"## Ranking of {ranking['users']:,} held-out next items", "", NEXT_ITEMS, ""]
+    lines += ["Full ranking over the catalogue; what a user has seen is left out; ties count half.", ""]
     if ranking.get("repeats"):
         lines += [
             f"{ranking['repeats']:.1%} of them are items that the user has had before. No way shows these, "
@@ -39,7 +125,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         ]
     lines += _table(
         ["", *next(iter(ranking["ways"].values()), {})],
-        [[WAYS[name], *(f"{v:.4f}" for v in of.values())] for name, of in ranking["ways"].items()],
+        [[WAYS.get(name, name), *(f"{v:.4f}" for v in of.values())] for name, of in ranking["ways"].items()],
     )
     if "chain_minus_recall_ndcg@10" in ranking:
         d = ranking["chain_minus_recall_ndcg@10"]
@@ -48,24 +134,20 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
             f"Chain minus recall, NDCG@10: {d['mean']:+.5f}, 95% interval [{d['low']:+.5f}, "
             f"{d['high']:+.5f}] (paired bootstrap over users).",
         ]
-    if "tasks" in found:
-        columns = sorted({column for of in found["tasks"].values() for column in of})
-        lines += [
-            "",
-            "## Tasks on held-out impressions",
-            "",
-            *_table(
-                ["task", *columns],
-                [[task, *(_number(of.get(c)) for c in columns)] for task, of in found["tasks"].items()],
-            ),
-        ]
-    else:
-        lines += [
+    return lines
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, float]] | None) -> list[str]:
+    """Writes the part on the ranker's tasks."""
+    if tasks is None:
+        return [
             "",
             "This shop has no labels: the ranker's probability is calibrated only relative to recall's "
             "candidates plus uniform negatives.",
         ]
-    return "\n".join(lines) + "\n"
+    names = sorted({name for of in tasks.values() for name in of})  # a line each: 80 columns hold that
+    rows = [[name, *(_number(of.get(name)) for of in tasks.values())] for name in names]
+    return ["", "## Tasks on held-out impressions", "", *_table(["", *tasks], rows)]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -21,10 +21,11 @@ from builders.folders import Inputs
 from builders.progress import Progress
 from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown
+from builders.verify.worth import Worth, knowable_figures, worth_of
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.release.canary import CANARY
-from ensemble.release.held_out import FIGURE, HELD_OUT, held_out_rows
+from ensemble.release.held_out import FIGURE, HELD_OUT, WORTH, held_out_rows
 
 CUTS = (5, 10, 20)
 
@@ -35,17 +36,23 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     dataset, staged = open_dataset(inputs["data"]), inputs.get("compress") or inputs["export"]
     verifier = Verifier(dataset, staged)
     targets = verifier.sampled(dataset.test)
+    worth = worth_of(verifier, inputs["data"])
+    report: dict[str, Any] = {"worth": _worth_report(worth, dataset)}
     users, ranks = verifier.ranks(targets, progress)
-    report: dict[str, Any] = {"ranking": ranking_report(users, ranks, dataset.schema.sizes.candidates)}
+    report["ranking"] = ranking_report(users, ranks, dataset.schema.sizes.candidates)
     report["ranking"]["repeats"] = verifier.repeats(dataset.test)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         report["tasks"] = verifier.task_metrics(dataset.test_impressions)
+        for task, value in knowable_figures(dataset, inputs["data"], metrics.auc).items():
+            report["tasks"][task]["knowable_auc"] = value
     report["ranker"] = read_json(inputs["ranker"] / "report.json")
     report |= served_facts(inputs, staged, verifier)
     gains = metrics.gains(ranks["chain"], 10) if len(users) else np.zeros(0)
-    report["held_out"] = {"figure": FIGURE, "rows": len(users), "split": dataset.split["kind"]}
-    np.save(folder / HELD_OUT, _rows(dataset, targets, gains), allow_pickle=False)
+    rows = _rows(dataset, targets, gains, worth)
+    figure = FIGURE if isinstance(worth, str) else WORTH
+    report["held_out"] = {"figure": figure, "rows": len(rows), "split": dataset.split["kind"]}
+    np.save(folder / HELD_OUT, rows, allow_pickle=False)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     (folder / "report.md").write_text(markdown(dataset, report))
     (folder / CANARY).write_text(canary_of(dataset, staged).to_json())
@@ -61,13 +68,28 @@ def served_facts(inputs: Inputs, staged: Path, verifier: Verifier) -> dict[str, 
     return facts | ({"compress": read_json(staged / "compress.json")} if "compress" in inputs else {})
 
 
-def _rows(dataset: Dataset, targets: Targets, gains: Array) -> Array:
-    """Puts names to held-out targets [Q] and what their users' lists were worth [Q]."""
-    if not len(targets.user_rows):
-        return held_out_rows(dataset.user_ids[:0], dataset.item_ids[:0], np.zeros(0, np.int64), gains)
-    times = dataset.histories.times[targets.history_ends]
-    users, items = dataset.user_ids[targets.user_rows - 1], dataset.item_ids[targets.item_rows - 1]
-    return held_out_rows(users, items, times, gains)
+def _worth_report(worth: Worth | str, dataset: Dataset) -> dict[str, Any]:
+    """Gives the report's first part; where no worth could be measured, why next items stand for it."""
+    if isinstance(worth, str):
+        return {"kind": "next_items", "why": worth}
+    return worth.report(dataset.schema.tasks)
+
+
+def _rows(dataset: Dataset, targets: Targets, gains: Array, worth: Worth | str) -> Array:
+    """Puts names to held-out targets [Q], the gains [Q] of their users' lists, and what was worth what."""
+    times = dataset.histories.times[targets.history_ends] if len(targets.user_rows) else np.zeros(0, np.int64)
+    columns = [targets.user_rows, targets.item_rows, times, gains, np.full(len(gains), np.nan)]
+    if isinstance(worth, Worth):
+        value = worth.values["chain"][:, 0]
+        if worth.kind == "truth":  # of some of the targets, which have a row a user
+            asked = np.isin(targets.user_rows, worth.users)
+            columns[4][asked] = value[np.isin(worth.users, targets.user_rows)]
+        else:
+            more = worth.users, worth.items, worth.times, np.full(len(value), np.nan), value
+            columns = [np.concatenate(pair) for pair in zip(columns, more, strict=True)]
+    users, items, times, gains, values = columns
+    names = np.concatenate([np.zeros(1, dataset.item_ids.dtype), dataset.item_ids])
+    return held_out_rows(dataset.user_ids[users - 1], names[items], times, gains, values)
 
 
 def read_json(path: Path) -> Any:

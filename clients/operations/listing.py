@@ -104,11 +104,13 @@ def _age_s(created: str) -> float | None:
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """Picks a report's headline figures: the chain's, and each binary task's AUC."""
+    """Picks a report's headline figures: what lists are worth, the chain's, and each binary task's AUC."""
+    worth = report.get("worth", {}).get("ways", {}).get("chain", {})
+    first = {"worth": float(worth["worth"])} if "worth" in worth else {}
     chain = report.get("ranking", {}).get("ways", {}).get("chain", {})
     figures = {name: float(chain[name]) for name in ("ndcg@10", "hr@10") if name in chain}
     tasks = report.get("tasks", {}).items()
-    return figures | {f"auc {task}": float(found["auc"]) for task, found in tasks if "auc" in found}
+    return first | figures | {f"auc {task}": float(found["auc"]) for task, found in tasks if "auc" in found}
 
 
 def _problem(release: Release) -> str:

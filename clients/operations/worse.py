@@ -22,7 +22,7 @@ def comparison(new: Release, active: Release) -> Comparison:
         one, other = fact_of(new), fact_of(active)
         if one != other and first is not None and second is not None:
             return Comparison(0, why_not=f"they {what}, {one!r} and {other!r}")
-    return compare(first, second)
+    return compare(first, second, same_worth=_measure(new) == _measure(active))
 
 
 def refuse_worse(new: Release, previous: str | None, *, force: bool = False) -> str:
@@ -55,6 +55,11 @@ def _report(release: Release) -> Mapping[str, Any]:
 def _split(release: Release) -> str:
     """Names how the release's build held users out."""
     return str((_report(release).get("held_out") or {}).get("split", ""))
+
+
+def _measure(release: Release) -> str:
+    """Says how the release's build measured what lists are worth; empty where it did not."""
+    return str((_report(release).get("worth") or {}).get("measure", ""))
 
 
 def _shop(release: Release) -> str:

@@ -1,8 +1,10 @@
 """Keeps what a release's verified model was worth to each held-out user, and compares two releases by it.
 
-A row is one held-out next item: whose, which, when, and the gain of the verified model's list. A row that is
-in both releases' files tested both models, so neither had seen it: rows of one test period that lie before
-the other model's are in one file only.
+A row is one held-out next item: whose, which, when, the gain of the verified model's list and, where that was
+measured, the list's worth (builders/verify/worth.py); or, with no item and no gain, a moment at which several
+items were shown, with the worth of the one that the model put first. A row that is in both releases' files
+tested both models, so neither had seen it: rows of one test period that lie before the other model's are in
+one file only. Worth is compared where both releases have it of enough users, else the gain, NDCG@10.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ensemble.errors import ReleaseError
 
 HELD_OUT = "held_out.npy"
 FIGURE = "ndcg@10"  # what `gain` is a user's share of
+WORTH = "worth"
+_COLUMNS = ("user", "item", "time", "gain")
 FEWEST_USERS = 30  # fewer resample too few values: a bootstrap's interval is then too narrow
 
 
@@ -35,31 +39,43 @@ class Comparison:
     low: float | None = None  # the 95% interval of the difference
     high: float | None = None
     why_not: str = ""
+    figure: str = FIGURE
 
     @property
     def is_worse(self) -> bool:
         """Says whether the whole interval is below 0."""
         return self.high is not None and self.high < 0
 
+    @property
+    def _words(self) -> str:
+        """Names the figure in a line."""
+        return "the worth of an item shown" if self.figure == WORTH else self.figure.upper()
+
     def to_json(self) -> dict[str, Any]:
         """Gives it as JSON-able data."""
-        return {"figure": FIGURE, **asdict(self), "is_worse": self.is_worse}
+        return {**asdict(self), "is_worse": self.is_worse}
 
     def line(self, new: str, other: str) -> str:
         """Says it in a line, with the names of both releases."""
         if self.why_not:
             return f"cannot tell whether {new} is worse than {other}: {self.why_not}"
         return (
-            f"{new} against {other} on {self.users:,} users that neither had seen: {FIGURE.upper()} "
+            f"{new} against {other} on {self.users:,} users that neither had seen: {self._words} "
             f"{self.difference:+.4f} of {self.before:.4f}, 95% interval [{self.low:+.4f}, {self.high:+.4f}]"
         )
 
 
-def held_out_rows(user_ids: Array, item_ids: Array, times: Array, gains: Array) -> Array:
-    """Packs held-out rows: ids [Q] S, times [Q] int64 (seconds or positions), gains [Q] -> [Q] records."""
-    kinds = [("user", user_ids.dtype), ("item", item_ids.dtype), ("time", np.int64), ("gain", np.float32)]
-    rows = np.empty(len(user_ids), kinds)
-    for (name, _), column in zip(kinds, (user_ids, item_ids, times, gains), strict=True):
+def held_out_rows(
+    user_ids: Array, item_ids: Array, times: Array, gains: Array, worth: Array | None = None
+) -> Array:
+    """Packs held-out rows -> [Q] records.
+
+    ids [Q] S, times [Q] int64 (seconds or positions), gains and worth [Q], NaN where not measured.
+    """
+    worth = np.full(len(user_ids), np.nan) if worth is None else worth
+    kinds = [("user", user_ids.dtype), ("item", item_ids.dtype), ("time", np.int64)]
+    rows = np.empty(len(user_ids), [*kinds, ("gain", np.float32), (WORTH, np.float32)])
+    for name, column in zip(rows.dtype.names or (), (user_ids, item_ids, times, gains, worth), strict=True):
         rows[name] = column
     return rows
 
@@ -68,7 +84,7 @@ def read_held_out(path: Path) -> Array | None:
     """Reads held_out.npy [Q]; None if the release has none, ReleaseError if it cannot be read."""
     try:
         rows = np.load(path, allow_pickle=False)
-        if rows.dtype.names != ("user", "item", "time", "gain"):
+        if rows.dtype.names not in (_COLUMNS, (*_COLUMNS, WORTH)):  # older releases have no worth
             raise ValueError(f"its columns are {rows.dtype.names}")
         return rows
     except FileNotFoundError:
@@ -77,14 +93,28 @@ def read_held_out(path: Path) -> Array | None:
         raise ReleaseError(f"cannot read {path}: {error}", "build the release again") from error
 
 
-def compare(other: Array | None, new: Array | None) -> Comparison:
-    """Compares the gains of two releases' held-out rows, where both have the same row."""
+def compare(other: Array | None, new: Array | None, *, same_worth: bool = True) -> Comparison:
+    """Compares two releases by the rows that both have: by worth if there are enough of it, else by gain.
+
+    same_worth: whether both measured worth in the same way.
+    """
     for which, rows in (("the active one", other), ("the new one", new)):
         if rows is None or not len(rows):
             return Comparison(0, why_not=f"{which} has no results of held-out users")
     assert other is not None
     assert new is not None
-    (first, second), users = _shared(other, new), 0
+    both = [rows.dtype.names is not None and WORTH in rows.dtype.names for rows in (other, new)]
+    if same_worth and all(both):
+        found = _compare(other, new, WORTH, WORTH)
+        if not found.why_not:
+            return found
+    return _compare(other, new, "gain", FIGURE)
+
+
+def _compare(other: Array, new: Array, column: str, figure: str) -> Comparison:
+    """Compares by one column, on the rows where both have a number in it."""
+    known = (rows[np.isfinite(rows[column])] for rows in (other, new))
+    (first, second), users = _shared(*known), 0
     if len(first):
         owners = np.unique(first["user"], return_inverse=True)[1]
         users = int(owners.max()) + 1
@@ -94,8 +124,9 @@ def compare(other: Array | None, new: Array | None) -> Comparison:
             why_not=f"{users or 'no'} users have a held-out item in both that neither model had seen; "
             f"{FEWEST_USERS} are needed",
         )
-    found = paired_difference(first["gain"], second["gain"], owners)
-    return Comparison(users, float(first["gain"].mean()), found.mean, found.low, found.high)
+    found = paired_difference(first[column], second[column], owners)
+    mean = float(first[column].mean())
+    return Comparison(users, mean, found.mean, found.low, found.high, figure=figure)
 
 
 def _shared(first: Array, second: Array) -> tuple[Array, Array]:

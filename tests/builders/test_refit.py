@@ -126,7 +126,9 @@ def test_what_each_held_out_user_s_list_was_worth_is_in_the_release(tiny_reposit
     assert rows["item"].tolist() == dataset.item_ids[targets.item_rows - 1].tolist()
     assert (rows["time"] == dataset.histories.times[targets.history_ends]).all()
     assert rows["gain"].mean() == pytest.approx(report["ranking"]["ways"]["chain"]["ndcg@10"], rel=1e-5)
-    assert report["held_out"] == {"figure": "ndcg@10", "rows": len(rows), "split": "time"}
+    worth = report["worth"]["ways"]["chain"]["worth"]
+    assert rows["worth"].mean() == pytest.approx(worth, rel=1e-5)
+    assert report["held_out"] == {"figure": "worth", "rows": len(rows), "split": "time"}
 
 
 # --- what is not

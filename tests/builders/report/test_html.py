@@ -116,11 +116,14 @@ def compressed(manifest):
 def test_a_release_without_compression_says_so_and_shows_its_ranking(manifest):
     found = release_figures(manifest["report"])
     text = page(manifest, found)
-    assert list(found) == ["ranking"]
+    assert list(found) == ["worth", "ranking"]
     assert "not compressed" in text
     chain = manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
     assert f"<td>{chain:.4f}</td>" in text
     assert all(task in text for task in manifest["report"]["tasks"])
+    opening = text[text.index("</h1>") : text.index("<h2>")]
+    assert "A list of 10 that this release shows is worth " in opening
+    assert f"<td>{manifest['report']['worth']['ways']['best']['worth']:.4f}</td>" in text
 
 
 def test_the_page_is_whole_and_links_to_nothing(compressed):
@@ -135,6 +138,7 @@ def test_the_page_is_whole_and_links_to_nothing(compressed):
 def test_a_compressed_release_shows_gate_pareto_precisions_and_latency(compressed):
     found = release_figures(compressed["report"])
     assert list(found) == [
+        "worth",
         "ranking",
         "pareto_ranker_onnxruntime",
         "precision_ranker_onnxruntime",
@@ -243,7 +247,9 @@ def test_the_command_writes_the_active_release(tiny_repository, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "png" / "ranking.png").read_bytes().startswith(PNG)
-    assert done.stdout == f"{tmp_path}/page.html and 1 PNG in {tmp_path}/png\n"
+    sentence, files = done.stdout.splitlines()
+    assert sentence.startswith("A list of 10 that this release shows is worth ")
+    assert files == f"{tmp_path}/page.html and 2 PNG in {tmp_path}/png"
 
 
 def test_what_is_not_there_is_one_line(tiny_repository, tmp_path):

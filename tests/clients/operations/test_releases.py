@@ -95,6 +95,8 @@ def test_the_list_shows_what_a_build_said(tiny_repository):
     (info,) = list_releases(tiny_repository)
     manifest = releases.show(tiny_repository, "r1")
     assert (info.id, info.preset, info.compression) == (manifest["id"], "tiny", "none")
+    assert next(iter(info.figures)) == "worth"
+    assert info.figures["worth"] == manifest["report"]["worth"]["ways"]["chain"]["worth"]
     assert info.figures["ndcg@10"] == manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
     assert info.figures["auc ctr"] == manifest["report"]["tasks"]["ctr"]["auc"]
 

@@ -163,13 +163,13 @@ def test_a_built_release_that_ranks_upside_down_is_refused(release_cache, tiny_r
     root = release_cache.folder("tiny") / "repository" / ".build" / "shop"
     name = publish_upside_down(root, repository, tmp_path)
     before, after = (
-        open_release(repository, one).manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
+        open_release(repository, one).manifest["report"]["worth"]["ways"]["chain"]["worth"]
         for one in ("r1", name)
     )
     with pytest.raises(ReleaseError, match=rf"release {name} is not activated, r1 goes on: it is worse; "):
         releases.activate(repository, name)
     assert active_release(repository) == "r1"
     found = releases.activate(repository, name, force=True).worth
-    assert f"NDCG@10 {after - before:+.4f} of {before:.4f}" in found
+    assert f"the worth of an item shown {after - before:+.4f} of {before:.4f}" in found
     assert active_release(repository) == name
     assert releases.activate(repository, "r1").worth.startswith(f"r1 against {name} on 283 users")
