@@ -10,6 +10,7 @@ are, and what it costs does not hang on the catalogue's size.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +52,18 @@ def seal(release: Release, number: int, segments: Sequence[str], part: Part, seq
     write_part(staged, joined)
     faiss.write_index(_index_of(release, joined), str(staged / "index.faiss"))
     write_meta(staged, sequence, segments[kept:])
-    staged.rename(folder / name)
+    _put_in_place(staged, folder / name)
     return [*segments[:kept], name]
+
+
+def _put_in_place(staged: Path, segment: Path) -> None:
+    """Gives a finished segment its name.
+
+    What has it already is served by nobody: a merge whose writer was killed goes on, and may end after the
+    next writer has swept.
+    """
+    shutil.rmtree(segment, ignore_errors=True)
+    staged.rename(segment)
 
 
 def _num_joined(sizes: Sequence[int], num_new: int) -> int:

@@ -58,6 +58,18 @@ def test_what_is_found_is_what_is_there_through_many_merges(tmp_path, rng, index
     np.testing.assert_array_equal(before.rows_from_ids(names), rows[alive])
 
 
+def test_a_segment_that_a_killed_writers_merge_has_left_is_in_nobodys_way(tmp_path, rng):
+    """The merge goes on when its writer is killed, and may end after the next writer has swept."""
+    release = make_release(tmp_path, rng)
+    writer = ItemWriter(release)
+    writer.apply([{"op": "delete", "item": {"item_id": "i00001"}}])
+    merge(open_again(release), writer.sequence)  # g1, and nobody turns to it
+    writer.apply([{"op": "delete", "item": {"item_id": "i00002"}}])
+    merged(writer)
+    (segment,) = writer.live.view.state.segments
+    assert len(segment.part.gone) == 2
+
+
 def test_a_change_is_moved_a_few_times_however_many_there_are():
     sizes: list[int] = []
     moved = 0
