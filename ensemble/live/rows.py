@@ -36,7 +36,7 @@ class LiveRows:
 
 def read_items(reader: RowReader, view: LiveView, rows: Array) -> Rows | LiveRows:
     """Reads the items at rows [...] int64; -1 or 0 where padded."""
-    if not view.num_slots:
+    if view.is_as_built:
         return reader.read_items(rows)
     own, slots = view.split(rows)
     return LiveRows(reader.read_items(own), view, slots)

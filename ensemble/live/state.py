@@ -175,15 +175,26 @@ class LiveView:
     def gather(self, rows: Array, field: str) -> Array:
         """Gathers a field of the items at rows [...] int64 -> [..., width], contiguous; 0 where a row is
         negative."""
-        if not self.num_slots:
+        if self.is_as_built:
             return gather(rows, self.state.items, field)
         own, slots = self.split(rows)
         return self.put_slots(gather(own, self.state.items, field), slots, field)
 
+    @property
+    def is_as_built(self) -> bool:
+        """Says whether every row is the release's own, with its own content."""
+        return not self.num_slots and self.num_rows == self.state.num_base
+
     def split(self, rows: Array) -> tuple[Array, Array]:
-        """Gives rows [...] int64 with 0 where a change has the content, and there its slot + 1, else 0."""
+        """Gives rows [...] int64 with -1 where a change has the content, and there its slot + 1, else 0.
+
+        A deleted item's content is the release's own, or row 0's: that of its last slot would be there until
+        the next merge, and a history that names the item would change with it.
+        """
         slots = np.where(rows > 0, self.state.slot_of_row[np.maximum(rows, 0)], 0)
-        return np.where((slots > 0) | (rows >= self.state.num_base), 0, rows), slots
+        if self.num_deleted:
+            slots = np.where(self.state.deleted[np.maximum(rows, 0)], 0, slots)
+        return np.where(slots > 0, -1, np.where(rows >= self.state.num_base, 0, rows)), slots
 
     def put_slots(self, out: Array, slots: Array, field: str) -> Array:
         """Writes the slots' content over `out` [..., width] where split() gave one, in place."""

@@ -74,22 +74,29 @@ class RowReader:
             redis.attach(row_format.table, self.memory)
 
     def read_items(self, rows: Array) -> Rows:
-        """Reads the items at rows [...] int64; -1 or 0 where padded."""
+        """Reads the items at rows [...] int64; -1 where padded, 0 for one that nobody knows."""
         if self.redis is None:
             return Rows(self.table, rows)
-        flat, index = rows.ravel(), np.arange(rows.size)
-        in_order = len(flat) <= _DISTINCT_ABOVE and bool((flat > 0).all())
-        if not in_order:
-            flat, index = np.unique(flat, return_inverse=True)
-            first = int(np.searchsorted(flat, 1))  # what is padding or unknown is nobody's row
-            flat, index = flat[first:], np.maximum(index - first, -1)
-            if not len(flat):
-                return Rows(self.table, np.full(rows.shape, -1))
+        if rows.size > _DISTINCT_ABOVE or not (rows > 0).all():
+            return self._read_distinct(rows)
+        packed, status, known = self._read(item_identities(rows.ravel()), rows.ravel())
+        places = np.arange(rows.size).reshape(rows.shape)
+        return Rows(packed, places, status.reshape(rows.shape), known.reshape(rows.shape), in_order=True)
+
+    def _read_distinct(self, rows: Array) -> Rows:
+        """Does read_items() with each row asked for once, and none for padding or what nobody knows."""
+        flat, index = np.unique(rows, return_inverse=True)
+        first = int(np.searchsorted(flat, 1))
+        flat, index = flat[first:], index.reshape(rows.shape) - first
+        unknown = rows == 0
+        if not len(flat):
+            return Rows(self.table, rows)
         packed, status, known = self._read(item_identities(flat), flat)
-        index = index.reshape(rows.shape)
-        if in_order:
-            return Rows(packed, index, status.reshape(rows.shape), known.reshape(rows.shape), in_order)
-        return Rows(packed, index, np.where(index < 0, 0, status[index]), (index >= 0) & known[index])
+        index = np.where(rows > 0, index, -1)
+        status, known = np.where(index < 0, 0, status[index]), (index >= 0) & known[index]
+        if unknown.any():
+            index[unknown], packed = len(packed), np.concatenate([packed, self.table[:1]])
+        return Rows(packed, index, status, known)
 
     def read_users(self, ids: Array, rows: Array) -> Rows:
         """Reads the users with ids [B] S, whose snapshot rows [B] int64 are 0 where it has none."""

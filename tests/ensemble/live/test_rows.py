@@ -4,6 +4,7 @@ line of rows."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from ensemble.contract import Degraded
 from ensemble.live.items import LiveItems
 from ensemble.live.rows import read_items
 from ensemble.live.writer import ItemWriter
+from ensemble.local import LocalPipeline
 from ensemble.options import default_options
 from ensemble.release.manifest import sealed
+from ensemble.release.snapshot import gather
 from ensemble.steps.features import FeatureLookup
 from ensemble.steps.served import open_served
 from ensemble.tiers.load import load_release
@@ -64,6 +67,29 @@ def test_the_log_wins_over_redis_and_redis_over_the_snapshot(server, release, op
     assert found.status_of_users().tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_who_saw_what_is_deleted_is_answered_alike_before_and_after_a_merge(
+    tiny_repository, tmp_path, is_made_again
+):
+    """An overlay that is made again has the deleted items' rows, and no content of them."""
+    repository = private_copy(tiny_repository, tmp_path / "repository")
+    writer = ItemWriter(open_served(repository, "r1"))
+    writer.apply([{"op": "update", "item": {"item_id": "i1", "price": 9.5}}])
+    writer.apply([{"op": "add", "item": {"item_id": "fresh", "price": 1.0}}])
+    writer.apply([{"op": "delete", "item": {"item_id": one}} for one in ("i1", "fresh")])
+    writer.close()
+    asked = (["u1", "u2"], {"session_items": [["i1", "fresh"], []], "top_k": 5})
+    wanted = LocalPipeline(open_served(repository, "r1")).recommend(*asked)
+    if is_made_again:
+        shutil.rmtree(writer.release.live_folder)
+        ItemWriter(open_served(repository, "r1")).close()
+    pipeline = LocalPipeline(open_served(repository, "r1"))
+    assert pipeline.release.live.view.num_slots == (0 if is_made_again else 2)
+    found = pipeline.recommend(*asked)
+    np.testing.assert_array_equal(found["item_ids"], wanted["item_ids"])
+    np.testing.assert_array_equal(found["scores"], wanted["scores"])
+
+
 def test_what_the_log_has_is_not_stale_when_redis_is_gone(own_server, release, open_readers):
     write_item_encoder(release)
     readers, live = open_readers(own_server), LiveItems(release)
@@ -73,6 +99,14 @@ def test_what_the_log_has_is_not_stale_when_redis_is_gone(own_server, release, o
     assert [bool(bits) for bits in found.status_of_users()] == [False, True]
     np.testing.assert_array_equal(found.field("embedding")[:, 0], [[9] * 8] * 2)
     np.testing.assert_array_equal(found.field("embedding")[1, 1], release.items["embedding"][CHANGED])
+
+
+@pytest.mark.parametrize("rows", [[[0, -1]], [[0, 5, -1], [7, 7, 0]]])
+def test_an_item_that_nobody_knows_is_the_same_with_redis_and_without(server, release, open_readers, rows):
+    found = open_readers(server).items.read_items(np.array(rows))
+    for field in ("embedding", "features"):
+        wanted = gather(np.array(rows), release.items, field)
+        np.testing.assert_array_equal(found.field(field), wanted)
 
 
 def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_release, monkeypatch, tmp_path):
