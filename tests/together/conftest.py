@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from shops import ROOT, one_thread
+from any_order_answers import USERS
+from shops import ROOT, one_thread, private_copy
+from variants import publish_variant
+
+from ensemble.release.release import open_release
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +25,23 @@ def two_releases(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytes
     command += ["--repository", str(repository), "--release", "r2"]
     done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return repository
+
+
+@pytest.fixture(scope="session")
+def two_variants(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with r1, active, and r2, in which some users did other things; not to be changed."""
+    folder = tmp_path_factory.mktemp("variants")
+    repository = private_copy(tiny_repository, folder / "repository")
+    release = open_release(repository, "r1")
+    rows = release.user_ids.rows_from_ids(np.array(USERS))
+
+    def have_done_less(own: Path, members: dict[str, Path]) -> None:
+        users = np.load(own / "users.npy")
+        for row in rows[rows > 0].tolist():
+            users["seen"][row] = np.roll(users["seen"][row], 5)
+            users["seen"][row, :5] = -1
+        np.save(own / "users.npy", users)
+
+    publish_variant(repository, "r1", "r2", folder / "scratch", have_done_less)
     return repository

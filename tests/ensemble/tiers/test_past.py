@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from any_order_model import merged_plainly
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble.tiers.past import merge_past
 
 events = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), max_size=25)
-
-
-def brute_force(loaded: list[int], happened: list[tuple[int, int]], width: int) -> list[int]:
-    """Every item at its latest time, those as loaded first and in their order, equal times by row; the last
-    `width`."""
-    latest: dict[int, float] = {}
-    for item, time in happened:
-        latest[item] = max(time, latest.get(item, -1))
-    old = [
-        item for place, item in enumerate(loaded) if item not in latest and item not in loaded[place + 1 :]
-    ]
-    return (old + [item for _, item in sorted((time, item) for item, time in latest.items())])[-width:]
 
 
 def merged(loaded: list[int], batches: list[list[tuple[int, int]]], width: int) -> list[int]:
@@ -38,7 +27,7 @@ def merged(loaded: list[int], batches: list[list[tuple[int, int]]], width: int) 
 
 @given(st.lists(st.integers(1, 9), max_size=6), events, st.integers(6, 8), st.randoms(use_true_random=False))
 def test_order_and_pieces_and_repetition_do_not_matter(loaded, happened, width, random):
-    wanted = brute_force(loaded, happened, width) if happened else loaded
+    wanted = merged_plainly(loaded, happened, width) if happened else loaded
     shuffled = happened + random.sample(happened, len(happened) // 2)
     random.shuffle(shuffled)
     cuts = sorted(random.sample(range(len(shuffled) + 1), min(3, len(shuffled))))
