@@ -69,12 +69,13 @@ def table(options: BuildOptions) -> list[Stage]:
     The first half ends with the verified model, the second, the refit, does the same from there.
     """
     first, second = _training(options)
+    judging = verify.Options(options.preset.boosting_rows)
     final = "export" if options.recipe.is_empty else "compress"
     again = f"{REFIT}{final}"
     stages = [
         Stage("data", data.run, options.preset.sizes, ("shop", "catalogue")),
         *first,
-        Stage("verify", verify.run, None, ("data", "index", "ranker", final)),
+        Stage("verify", verify.run, judging, ("data", "index", "ranker", final)),
         Stage("refit_data", data.refit, None, (), ("data",)),
         *second,
         Stage(

@@ -29,7 +29,17 @@ PACKAGES = ("builders", "ensemble")
 # They look at what stages wrote, or call them; no stage's result depends on them.
 BESIDE = ("builders.cli", "builders.bench", "builders.report", "builders.compare", "ensemble.cli")
 # Distributions whose version may change what a stage writes; of Faiss, whichever is installed.
-LIBRARIES = ("torch", "numpy", "faiss-cpu", "faiss-gpu", "onnx", "onnxruntime", "onnxscript", "pyarrow")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pyarrow",
+    "scikit-learn",
+)
 _YOUNG_NS = 2_000_000_000  # a file that was just written may change again within its clock's resolution
 
 

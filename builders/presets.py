@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from builders.encoders.encoders import EncoderConfig
 from builders.ranker.trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
+from builders.verify.baselines import SAMPLE_ROWS
 from ensemble.errors import InvalidInput
 from ensemble.schema import Sizes
 
@@ -20,6 +21,7 @@ class Preset:
     ranker: RankerTraining
     # of torch; None = all cores. Small tensors gain nothing from a second, and lose much on a busy machine
     threads: int | None = None
+    boosting_rows: int = SAMPLE_ROWS  # that the baseline of verify learns from, at most
     refit: bool = True  # what is published has learned from the held-out rows too
 
 
@@ -32,6 +34,7 @@ PRESETS = {
         EncoderConfig.tiny(),
         TINY_TRAINING,
         threads=1,
+        boosting_rows=10_000,
     ),
     # 3e-3 instead of EncoderConfig's 1e-3: on Beauty it is there in 12 epochs (DECISIONS.md)
     "base": Preset(

@@ -168,9 +168,11 @@ class Verifier:
         seen = history_windows(self.dataset.histories, of.user_rows, of.history_ends, self.sizes.seen)
         return float(had_before(seen, of.item_rows).mean()) if len(of.user_rows) else 0.0
 
-    def task_metrics(self, impressions: Impressions) -> dict[str, dict[str, float]]:
+    def task_metrics(
+        self, impressions: Impressions, values: Array | None = None
+    ) -> dict[str, dict[str, float]]:
         """Measures the ranker on held-out impressions, each task where defined: {task: {figure: value}}."""
-        values = self.impression_probabilities(impressions)
+        values = self.impression_probabilities(impressions) if values is None else values
         report: dict[str, dict[str, float]] = {}
         for t, task in enumerate(self.dataset.schema.tasks):
             labels, given = impressions.labels[:, t], ~np.isnan(impressions.labels[:, t])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from builders.data.dataset import Dataset
+from builders.verify.baselines import baseline_lines
 
 WAYS = {
     "chain": "the whole chain (what is served)",
@@ -36,6 +37,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     lines = [f"# {dataset.schema.shop}", "", *_worth(found), *_next_items(found["ranking"])]
     lines += [
         *_tasks(found.get("tasks")),
+        *(baseline_lines(found) if "baselines" in found else []),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",

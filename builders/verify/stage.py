@@ -1,14 +1,15 @@
 """Stage `verify`: measures what will be served on held-out users, and writes the release's report.
 
 Full ranking stands next to popularity and the item-transition kNN on the same split; tasks are measured on
-held-out impressions. What each held-out user's list was worth is kept beside the report, so that releases can
-be compared later (ensemble/release/held_out.py).
+held-out impressions, next to what simple ways make of them (baselines.py). What each held-out user's list was
+worth is kept beside the report, so that releases can be compared later (ensemble/release/held_out.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.progress import Progress
+from builders.verify.baselines import SAMPLE_ROWS, ranking_baselines, shortfalls, task_baselines
 from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown
 from builders.verify.worth import Worth, knowable_figures, worth_of
@@ -30,7 +32,14 @@ from ensemble.release.held_out import FIGURE, HELD_OUT, WORTH, held_out_rows
 CUTS = (5, 10, 20)
 
 
-def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Options:
+    """Holds how much the baselines learn from."""
+
+    boosting_rows: int = SAMPLE_ROWS  # at most
+
+
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
     """Asks the staged release about held-out users and writes report.json, report.md, canary.json and
     held_out.npy."""
     dataset, staged = open_dataset(inputs["data"]), inputs.get("compress") or inputs["export"]
@@ -43,9 +52,16 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     report["ranking"]["repeats"] = verifier.repeats(dataset.test)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
-        report["tasks"] = verifier.task_metrics(dataset.test_impressions)
+        values = verifier.impression_probabilities(dataset.test_impressions)
+        report["tasks"] = verifier.task_metrics(dataset.test_impressions, values)
         for task, value in knowable_figures(dataset, inputs["data"], metrics.auc).items():
             report["tasks"][task]["knowable_auc"] = value
+        progress(0.95, "baselines on the same rows")
+    report["baselines"] = {
+        **(task_baselines(dataset, values, options.boosting_rows) if "tasks" in report else {"tasks": {}}),
+        "ranking": ranking_baselines(users, ranks),
+    }
+    report["shortfalls"] = shortfalls(report["baselines"])
     report["ranker"] = read_json(inputs["ranker"] / "report.json")
     report |= served_facts(inputs, staged, verifier)
     gains = metrics.gains(ranks["chain"], 10) if len(users) else np.zeros(0)

@@ -150,7 +150,7 @@ def publish_upside_down(root: Path, repository: Path, work: Path) -> str:
     for folder in (verified, published):
         folder.mkdir()
     inputs = {**stages, "export": staged, "verify": verified}
-    verify.run(inputs, None, verified, lambda share, text: None)
+    verify.run(inputs, verify.Options(), verified, lambda share, text: None)
     publish_stage.run(
         inputs, publish_stage.Options(str(repository), None, "tiny", 0), published, lambda share, text: None
     )

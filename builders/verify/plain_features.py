@@ -1,0 +1,165 @@
+"""Makes plain features of impressions, for the baselines: what a table can say, and counts of the past.
+
+Everything is as it was known strictly before the impression's own time: what was shown before, which labels
+had come in by then, what the user had taken. A row's own label is in none of its features.
+
+Axes: E impressions, Q those that are asked about, T tasks, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from builders.data.dataset import Dataset, Impressions
+from builders.data.spans import FIRST_CLOCK_S
+from builders.data.splits import users_of
+from ensemble.arrays import Array
+from ensemble.schema import Table
+
+SMOOTHING = 10.0  # rows of the average that each rate begins with
+_MOST_VALUES = 254  # of a category that boosting tells apart; the rarer ones are one
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Holds features of the impressions that were asked about."""
+
+    names: tuple[str, ...]
+    values: Array  # [Q, F] float32, NaN where nothing is known
+    is_category: Array  # [F] bool
+    rates: (
+        Array  # [Q, T, 2] float64: smoothed rate (binary) or mean (regression) of the user, and of the item
+    )
+
+
+def joined(parts: tuple[Impressions | None, ...]) -> Impressions:
+    """Puts impressions one behind the other: training's, validation's, test's."""
+    there = [part for part in parts if part is not None]
+    arrays = {
+        entry.name: np.concatenate([getattr(part, entry.name) for part in there])
+        for entry in fields(Impressions)
+        if all(getattr(part, entry.name) is not None for part in there)
+    }
+    return Impressions(**arrays)
+
+
+def plain_features(dataset: Dataset, every: Impressions, asked: Array, averages: Array) -> Plain:
+    """Makes the features of every[asked]; all of `every` is their past.
+
+    asked [Q] int64, places in `every`; averages [T], each task's in training.
+    """
+    columns: dict[str, Array] = {}
+    rates = []
+    for who, keys in (("user", every.user_rows), ("item", every.item_rows)):
+        shown, came = _labels_before(every, keys, asked)
+        rates.append((came + SMOOTHING * averages) / (shown + SMOOTHING))
+        for at, task in enumerate(dataset.schema.tasks):
+            columns[f"{who}_{task.name}_rows"] = shown[:, at]
+            columns[f"{who}_{task.name}_labels"] = came[:, at]
+            columns[f"{who}_{task.name}_rate"] = rates[-1][:, at]
+    columns |= _of_history(dataset, every, asked) | _of_time(every, asked)
+    for who, table, codes, values, rows in (
+        ("user", dataset.schema.users, dataset.user_codes, dataset.user_values, every.user_rows[asked]),
+        ("item", dataset.schema.items, dataset.item_codes, dataset.item_values, every.item_rows[asked]),
+    ):
+        columns |= _of_table(who, table, codes[rows], values[rows])
+    if every.positions.any():
+        columns["position"] = np.where(every.positions[asked] > 0, every.positions[asked], np.nan)
+    names = tuple(columns)
+    is_category = np.array([name.endswith("_category") for name in names], bool)
+    matrix = np.stack([columns[name] for name in names], axis=1).astype(np.float32)
+    return Plain(names, matrix, is_category, np.stack(rates, axis=2))
+
+
+def sums_before(keys: Array, times: Array, values: Array, at_keys: Array, at_times: Array) -> Array:
+    """Adds up the values of each asked key's rows that lie strictly before each asked time.
+
+    keys, times [n] int64, values [n, V]; at_keys, at_times [Q] int64 -> [Q, V] float64.
+    """
+    count = len(keys)
+    all_keys, all_times = np.concatenate([keys, at_keys]), np.concatenate([times, at_times])
+    is_row = np.concatenate([np.ones(count, bool), np.zeros(len(at_keys), bool)])
+    order = np.lexsort((is_row, all_times, all_keys))  # at equal times, who asks comes first
+    parts = np.concatenate([values, np.zeros((len(at_keys), values.shape[1]))])[order]
+    running = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(parts, axis=0)])
+    ordered = all_keys[order]
+    first = np.searchsorted(ordered, ordered)
+    sums = np.empty((len(order), values.shape[1]))
+    sums[order] = running[:-1] - running[first]
+    return sums[count:]
+
+
+def _labels_before(every: Impressions, keys: Array, asked: Array) -> tuple[Array, Array]:
+    """Gives for each asked row how many rows of its key had been shown for each task [Q, T], and the sum of
+    the labels that had come in [Q, T]."""
+    at_keys, at_times = keys[asked], every.times[asked]
+    known = ~np.isnan(every.labels)
+    shown = sums_before(keys, every.times, known, at_keys, at_times)
+    arrived = getattr(every, "known_times", None)
+    if arrived is None:
+        return shown, sums_before(keys, every.times, np.nan_to_num(every.labels), at_keys, at_times)
+    came = [
+        sums_before(keys[rows], arrived[rows, at], every.labels[rows, at, None], at_keys, at_times)
+        for at, rows in enumerate(known.T)
+    ]
+    return shown, np.concatenate(came, axis=1)
+
+
+def _of_history(dataset: Dataset, every: Impressions, asked: Array) -> dict[str, Array]:
+    """Says what the user had taken: how much, how long ago, this item how often and how long ago; and how
+    often anybody had taken the item."""
+    histories, ends = dataset.histories, every.history_ends[asked]
+    users, items, times = every.user_rows[asked], every.item_rows[asked], every.times[asked]
+    if not len(histories.item_rows):
+        return {}
+    lengths = ends - histories.offsets[users]
+    pairs = users_of(histories) * (dataset.num_items + 1) + histories.item_rows
+    order = np.lexsort((np.arange(len(pairs)), pairs))
+    span = len(pairs) + 1
+    keys, wanted = pairs[order] * span + order, (users * (dataset.num_items + 1) + items) * span
+    low, high = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted + ends)
+    last = times_of(histories.times, order[np.maximum(high - 1, 0)], high > low)
+    newest = times_of(histories.times, np.maximum(ends - 1, 0), lengths > 0)
+    taken = sums_before(
+        histories.item_rows, histories.times, np.ones((len(pairs), 1)), every.item_rows[asked], times
+    )
+    return {
+        "history_length": lengths,
+        "since_last_event": times - newest,
+        "taken_before": high - low,
+        "since_taken": times - last,
+        "newer_than_taken": np.where(high > low, ends - 1 - order[np.maximum(high - 1, 0)], np.nan),
+        "item_taken": taken[:, 0],
+    }
+
+
+def times_of(times: Array, places: Array, is_there: Array) -> Array:
+    """Gives times at places [Q] as float64, NaN where there is none."""
+    return np.where(is_there, times[places], np.nan)
+
+
+def _of_time(every: Impressions, asked: Array) -> dict[str, Array]:
+    """Says how long ago the item was first shown to anybody; where there is a clock, hour and weekday."""
+    times = every.times[asked]
+    order = np.lexsort((every.times, every.item_rows))
+    first = order[np.searchsorted(every.item_rows[order], every.item_rows[asked])]
+    columns = {"item_age": times - every.times[first]}
+    if len(times) and every.times.min() >= FIRST_CLOCK_S:
+        columns |= {"hour": times // 3600 % 24, "weekday": times // _DAY_S % 7}
+    return columns
+
+
+def _of_table(who: str, table: Table, codes: Array, values: Array) -> dict[str, Array]:
+    """Gives what the shop's table says: numbers, and the first value of each category."""
+    columns: dict[str, Array] = {}
+    for feature in table.features:
+        if feature.kind == "number":
+            columns[f"{who}_{feature.name}"] = values[:, feature.start]
+        elif feature.kind == "category":
+            code = codes[:, feature.start]
+            known = np.minimum(code - feature.offset, _MOST_VALUES)
+            columns[f"{who}_{feature.name}_category"] = np.where(code > 0, known, np.nan)
+    return columns
