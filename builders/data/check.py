@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from builders.data.dataset import Dataset
+from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
@@ -168,7 +168,7 @@ def _tasks(report: Report, dataset: Dataset) -> None:
         known = known[~np.isnan(known)]
         what = "positive" if task.kind == "binary" else "on average"
         mean = f"{known.mean():.2%}" if task.kind == "binary" else f"{known.mean():.3f}"
-        section[task.name] = f"{task.kind}{given}, {len(known)} labels, {mean} {what}"
+        section[task.name] = f"{task.kind}{given}, {len(known)} labels, {mean} {what}{_too_young(parts, at)}"
         fewest = int(min((known == 1).sum(), (known == 0).sum())) if task.kind == "binary" else len(known)
         if fewest < FEW_LABELS:
             report.warnings.append(
@@ -181,6 +181,15 @@ def _tasks(report: Report, dataset: Dataset) -> None:
         report.sections["impressions"] = {
             name: len(part.times) for name, part in zip(names, parts, strict=True)
         }
+
+
+def _too_young(parts: list[Impressions], at: int) -> str:
+    """Says how many labels of a task were not known yet when their part of the split ended."""
+    censored = [
+        np.isnan(p.labels[:, at]) & ~np.isnan(p.settled[:, at]) for p in parts if p.settled is not None
+    ]
+    count = sum(int(of.sum()) for of in censored)
+    return f", {count} not known in time" if count else ""
 
 
 def _images(report: Report, folder: Path, tables: ShopTables) -> None:

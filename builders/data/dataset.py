@@ -45,6 +45,8 @@ class Impressions:
     positions: Array  # [E] int64, the place where the item was shown, 1 = first; 0 = unknown
     # [E, T] float32, planted probabilities of a generated shop (aligned, tests only)
     truth: Array | None = None
+    # [E, T] float32, the labels as known when all periods are over, which a refit learns from; None: the same
+    settled: Array | None = None
 
     def behind(self, place: int) -> Impressions:
         """Gives the impressions from a place on."""

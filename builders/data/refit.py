@@ -50,10 +50,11 @@ def save_refit(dataset: Dataset, verified: Path, folder: Path) -> None:
 
 
 def _joined(parts: tuple[Impressions, ...]) -> Impressions:
-    """Puts impressions one behind the other: those that training knew stand first."""
+    """Puts impressions one behind the other, those that training knew first, with the labels known by now."""
     arrays = {
         entry.name: np.concatenate([getattr(part, entry.name) for part in parts])
         for entry in fields(Impressions)
         if getattr(parts[0], entry.name) is not None
     }
-    return Impressions(**arrays)
+    settled = arrays.pop("settled", None)
+    return Impressions(**arrays if settled is None else {**arrays, "labels": settled})

@@ -114,5 +114,5 @@ def split_impressions(
 
 def _where(impressions: Impressions, keep: Array) -> Impressions:
     fields = ("user_rows", "item_rows", "times", "history_ends", "labels", "positions")
-    truth = None if impressions.truth is None else impressions.truth[keep]
-    return replace(impressions, truth=truth, **{name: getattr(impressions, name)[keep] for name in fields})
+    names = [*fields, *(name for name in ("truth", "settled") if getattr(impressions, name) is not None)]
+    return replace(impressions, **{name: getattr(impressions, name)[keep] for name in names})

@@ -13,12 +13,23 @@ import pyarrow.compute as pc
 from builders.data.dataset import Dataset, Histories, Impressions, open_dataset, save_dataset
 from builders.data.packing import pack_features
 from builders.data.refit import save_refit
-from builders.data.splits import histories_from_positives, history_ends, split_histories, split_impressions
+from builders.data.splits import (
+    NEVER,
+    histories_from_positives,
+    history_ends,
+    split_histories,
+    split_impressions,
+)
 from builders.folders import Inputs
 from builders.progress import Progress
 from builders.shop import truth
 from builders.shop.catalogue import read_changes
-from builders.shop.interactions import Exposures, exposures_from_interactions
+from builders.shop.interactions import (
+    Exposures,
+    Periods,
+    exposures_from_interactions,
+    refuse_all_censored,
+)
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop
 from builders.shop.tables import texts_from_column
@@ -76,10 +87,12 @@ def dataset_from_tables(
     splits = split_histories(shop.split, histories, tables.interactions.times)
     progress("splitting impressions")
     parts = (
-        split_impressions(_impressions(tables, exposures, histories), splits.cuts)
+        split_impressions(_impressions(tables, exposures, histories, splits.cuts), splits.cuts)
         if shop.has_labels
         else (None, None, None)
     )
+    if parts[0] is not None:
+        refuse_all_censored(shop, parts[0].labels)
     tasks = tuple(Task(t.name, t.kind, t.given, t.weight) for t in shop.tasks) or (
         Task("interact", "binary"),
     )
@@ -129,19 +142,34 @@ def _histories(tables: ShopTables, exposures: Exposures) -> Histories:
     )
 
 
-def _impressions(tables: ShopTables, exposures: Exposures, histories: Histories) -> Impressions:
+def _impressions(
+    tables: ShopTables, exposures: Exposures, histories: Histories, cuts: tuple[Array, Array]
+) -> Impressions:
+    """Makes the impressions, with labels that were known before their user's next period began."""
     rows, truth = exposures.rows, tables.interactions.truth
     users, times = tables.user_rows[rows], tables.interactions.times[rows]
     ends = history_ends(histories, users, times)
+    known = _labelled(tables, cuts)
+    settled = None
+    if tables.shop.interactions.impression:  # what a refit learns from; of a published test it knows nothing
+        begins = cuts[1] if tables.shop.split.keep_test else np.full_like(cuts[1], NEVER)
+        settled = _labelled(tables, (begins, begins)).labels
     return Impressions(
         users,
         tables.item_rows[rows],
         times,
         ends,
-        exposures.labels,
+        known.labels,
         exposures.positions,
         None if truth is None else truth[rows],
+        settled,
     )
+
+
+def _labelled(tables: ShopTables, cuts: tuple[Array, Array]) -> Exposures:
+    """Makes the exposures with labels of their own periods; cuts [U + 1] int64 are when users' two begin."""
+    periods = Periods(*(cut[tables.user_rows] for cut in cuts))
+    return exposures_from_interactions(tables.shop, tables.interactions, periods)
 
 
 def _titles(shop: Shop, items: Rows) -> Array:

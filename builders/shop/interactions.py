@@ -176,28 +176,53 @@ class Exposures:
     positions: Array  # [E] int64, the place where the exposure's row shows the item, 1 = first; 0 = unknown
 
 
-def exposures_from_interactions(shop: Shop, interactions: Interactions) -> Exposures:
+@dataclass(frozen=True)
+class Periods:
+    """Says for each row of the interactions when its user's validation and test begin: [n] int64 each."""
+
+    validation: Array
+    test: Array
+
+    def of(self, rows: Array, times: Array) -> Array:
+        """Gives the period of times [m] for the users of rows [m]: 0 training, 1 validation, 2 test."""
+        return (times >= self.validation[rows]).astype(np.int64) + (times >= self.test[rows])
+
+    def ends(self, rows: Array, times: Array, last: int) -> Array:
+        """Gives when the period of times [m] ends; the log's end (its `last` time) ends every one."""
+        begins = (self.validation[rows], self.test[rows])
+        found = np.where(times < begins[0], begins[0], np.where(times < begins[1], begins[1], last + 1))
+        return np.minimum(found, last + 1)
+
+
+def exposures_from_interactions(
+    shop: Shop, interactions: Interactions, periods: Periods | None = None
+) -> Exposures:
     """Makes one exposure of each row; with an event column, rows of one exposure are brought together.
 
     With `impression = "view"`, a view is an exposure and the user's later events on that item, up to its next
-    view, label it (events without a view before them form no exposure). Without it, rows of the same user,
-    item and time are one. A task's label is the largest that its rows give; where the task it is `given` did
-    not happen, it is NaN.
+    view, label it (events without a view before them form no exposure); those that come later than a label's
+    `within` do not. Without it, rows of the same user, item and time are one. A task's label is the largest
+    that its rows give; where the task it is `given` did not happen, it is NaN.
+
+    With `periods` a label comes from its exposure's own period only: what came later was not known then. A
+    label whose `within` is not over when its period ends is censored: NaN whatever happened until then, since
+    to keep the early ones would make them look more frequent than they are.
     """
     rows, labels = np.arange(len(interactions)), interactions.labels
     if interactions.events is not None and len(interactions):
-        rows, labels = _grouped(shop, interactions)
+        rows, labels = _grouped(shop, interactions, periods)
     order = np.argsort(interactions.times[rows], kind="stable")
     rows, labels = rows[order], labels[order].copy()
     place = {task.name: at for at, task in enumerate(shop.tasks)}
     for at, task in enumerate(shop.tasks):
         if task.given:
             labels[labels[:, place[task.given]] != 1, at] = np.nan
-    _refuse_labels_nobody_has(shop, labels)
+    if periods is None:
+        _refuse_labels_nobody_has(shop, labels)
     return Exposures(rows, labels, interactions.positions[rows])
 
 
-def _grouped(shop: Shop, interactions: Interactions) -> tuple[Array, Array]:
+def _grouped(shop: Shop, interactions: Interactions, periods: Periods | None) -> tuple[Array, Array]:
     """Gives the first row of each exposure [E] and its labels [E, T]."""
     users, items, times = interactions.users, interactions.items, interactions.times
     impression = shop.interactions.impression
@@ -208,9 +233,34 @@ def _grouped(shop: Shop, interactions: Interactions) -> tuple[Array, Array]:
     starts[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
     starts[1:] |= shows[1:] if impression else times[1:] != times[:-1]
     first = np.flatnonzero(starts)
-    labels = np.fmax.reduceat(interactions.labels[order], first, axis=0)
+    of = first[np.cumsum(starts) - 1]  # the exposure of each row
+    labels = interactions.labels[order].copy()
+    if periods is not None:
+        labels[periods.of(order, times) != periods.of(order, times)[of]] = np.nan
+    for task, within in _windows(shop):
+        labels[times - times[of] > within, task] = np.nan
+    labels = np.fmax.reduceat(labels, first, axis=0)
+    if periods is not None:
+        room = periods.ends(order[first], times[first], int(times.max())) - times[first]
+        for task, within in _windows(shop):
+            labels[within >= room, task] = np.nan
     seen = shows[first] if impression else np.ones(len(first), bool)
     return order[first[seen]], labels[seen]
+
+
+def _windows(shop: Shop) -> list[tuple[int, int]]:
+    """Lists the tasks whose label must come within a time: (place of the task, seconds)."""
+    return [(at, task.label.within) for at, task in enumerate(shop.tasks) if task.label and task.label.within]
+
+
+def refuse_all_censored(shop: Shop, labels: Array) -> None:
+    """Raises InvalidInput for a task of which no label of the training part [E, T] is known in time."""
+    for at, within in _windows(shop):
+        if len(labels) and np.isnan(labels[:, at]).all():
+            raise InvalidInput(
+                f"{shop.interactions.file}: no label of task {shop.tasks[at].name!r} is known by the end of "
+                f"training: its `within` of {within:,} seconds is as long as that; make it shorter"
+            )
 
 
 def _refuse_labels_nobody_has(shop: Shop, labels: Array) -> None:

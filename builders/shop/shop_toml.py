@@ -31,6 +31,7 @@ from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
 
 SHOP_FILE = "shop.toml"
+_UNITS_S = {"s": 1, "min": 60, "h": 3_600, "d": 86_400}
 NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 KINDS = "category, number, text, image, vector(<dim>)"
 
@@ -109,6 +110,14 @@ class Label(_Entry):
     column: str | None = None
     threshold: float | None = None  # binary: 1 at or above it
     log1p: bool = False  # regression: log(1 + x), fit for seconds and counts
+    # what comes later than this after the exposure is none of its doing: "7d", "12h", "30min", or seconds; an
+    # exposure whose time is not yet over when its period ends has no label
+    within: int | None = None
+
+    @field_validator("within", mode="before")
+    @classmethod
+    def _seconds(cls, within: Any) -> Any:
+        return _seconds_of(within)
 
     @model_validator(mode="after")
     def _one_source(self) -> Label:
@@ -169,6 +178,11 @@ class Shop(_Entry):
                     f"task {task.name!r} is given {task.given!r}, which is no binary task before it"
                 )
             before[task.name] = task.kind
+            if task.label and task.label.within and not self.interactions.impression:
+                raise ValueError(
+                    f"task {task.name!r} has a label within a time, but interactions.impression names no "
+                    "event: without it an exposure and its labels are of one moment"
+                )
         rule = self.interactions.history
         if isinstance(rule, list) and not self.interactions.event:
             raise ValueError("interactions.history lists events, but interactions.event names no column")
@@ -196,6 +210,17 @@ def open_shop(folder: Path) -> Shop:
             "write one (see `peregrine shop --help`)"
         )
     return read_toml(Shop, path, str(path))
+
+
+def _seconds_of(within: Any) -> Any:
+    """Reads a length of time: "7d", "12h", "30min", "45s" or a number of seconds; None stays."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|min|h|d)", within) if isinstance(within, str) else None
+    seconds = float(found[1]) * _UNITS_S[found[2]] if found else within
+    if within is None or (
+        isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds >= 1
+    ):
+        return None if within is None else int(seconds)
+    raise ValueError(f'{within!r} is no length of time; write "7d", "12h", "30min", or seconds, at least 1')
 
 
 def _refuse_repeats(names: list[str], what: str) -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from builders.data.dataset import Dataset
+from builders.data.refit import refit_dataset
 from builders.data.splits import history_ends
 from builders.data.stage import load_dataset
+from ensemble.errors import InvalidInput
 
 NOW_S = 1_000_000_000.0
 ITEMS = """item_id,title,brand,tags,price,look
@@ -42,7 +44,9 @@ def load(
     folder: Path, rows: str, *, split: str = "leave_one_out", interactions: str = "", tasks: str = ""
 ) -> Dataset:
     (folder / "shop.toml").write_text(
-        SHOP.replace("SPLIT", split).replace("INTERACTIONS", interactions).replace("TASKS", tasks)
+        SHOP.replace('"SPLIT"', split if split.startswith("{") else f'"{split}"')
+        .replace("INTERACTIONS", interactions)
+        .replace("TASKS", tasks)
     )
     (folder / "interactions.csv").write_text(rows)
     (folder / "items.csv").write_text(ITEMS)
@@ -223,7 +227,7 @@ def test_events_after_a_view_label_it_until_the_next_view(tmp_path: Path) -> Non
     expected = {
         (b"u", b"7", 1): [1, 1, 1.792],
         (b"u", b"7", 4): [0, nan, nan],
-        (b"u", b"8", 5): [1, 0, nan],
+        (b"u", b"8", 5): [0, nan, nan],  # validation's; its click is the test's
         (b"v", b"9", 2): [1, 0, nan],
         (b"v", b"10", 3): [0, nan, nan],  # bought without a click: not "given ctr"
     }
@@ -232,6 +236,80 @@ def test_events_after_a_view_label_it_until_the_next_view(tmp_path: Path) -> Non
     for key, labels in expected.items():
         np.testing.assert_allclose(found[key], labels, atol=1e-3, err_msg=str(key))
     assert dataset.histories.times.tolist() == [2, 6, 1, 2]  # the clicks, at their own times
+
+
+def funnel(
+    folder: Path, rows: list[tuple[str, int, int, str]], within: str = "", split: str = "time"
+) -> Dataset:
+    """Loads views and what came of them: (user, item, time, event)."""
+    text = "user_id,item_id,time,event\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+    tasks = f'[[tasks]]\nname = "buys"\nlabel = {{event = "buy"{within}}}\n'
+    return load(folder, text, split=split, interactions='event = "event"\nimpression = "view"', tasks=tasks)
+
+
+# Hundred views, one a second of 1,000 to 10,900: validation begins at 9,000, test at 9,950.
+VIEWS = [(f"u{second % 7}", 7 + second % 4, 1_000 + 100 * second, "view") for second in range(100)]
+
+
+def bought(view: int, after_s: int) -> tuple[str, int, int, str]:
+    """A purchase of what the view showed, so many seconds later."""
+    return (*VIEWS[view][:2], VIEWS[view][2] + after_s, "buy")
+
+
+def test_a_label_counts_within_its_time_alone(tmp_path: Path) -> None:
+    rows = [*VIEWS, bought(3, 60), bought(10, 61), bought(20, 5)]
+    found = _all_labels(funnel(tmp_path, rows, within=', within = "1min"'))
+    happened = {time for (_, _, time), [label] in found.items() if label == 1}
+    assert happened == {VIEWS[3][2], VIEWS[20][2]}
+    found = _all_labels(funnel(tmp_path, rows, within=", within = 61"))
+    assert VIEWS[10][2] in {time for (_, _, time), [label] in found.items() if label == 1}
+
+
+def test_no_label_comes_from_a_later_period_and_a_refit_knows_it(tmp_path: Path) -> None:
+    """What a user bought after training ended was not known then; when all is over it is."""
+    rows = [*VIEWS, bought(75, 2_500), bought(85, 1_500), bought(5, 100)]
+    dataset = funnel(tmp_path, rows)
+    found = _all_labels(dataset)
+    parts = (dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions)
+    begins = [int(part.times.min()) for part in parts if part is not None]
+    assert VIEWS[75][2] < begins[1] < VIEWS[75][2] + 2_500
+    assert begins[1] < VIEWS[85][2] < begins[2] < VIEWS[85][2] + 1_500
+    assert {time for (_, _, time), [label] in found.items() if label == 1} == {VIEWS[5][2]}
+    assert not any(np.isnan(label) for label in found.values())
+    known = refit_dataset(dataset).train_impressions
+    assert known is not None
+    assert sorted(known.times[known.labels[:, 0] == 1]) == sorted(VIEWS[view][2] for view in (5, 75, 85))
+
+
+def test_a_refit_learns_nothing_of_a_published_test(tmp_path: Path) -> None:
+    rows = [*VIEWS, bought(75, 100), bought(60, 2_600), bought(85, 1_500)]
+    dataset = funnel(tmp_path, rows, split='{kind = "time", keep_test = true}')
+    known = refit_dataset(dataset).train_impressions
+    assert known is not None
+    assert sorted(known.times[known.labels[:, 0] == 1]) == [VIEWS[60][2], VIEWS[75][2]]
+
+
+def test_a_label_whose_time_is_not_over_is_censored_whatever_happened(tmp_path: Path) -> None:
+    """Near the end of each period, the log's own too; early purchases there would look too frequent."""
+    dataset = funnel(tmp_path, [*VIEWS, bought(5, 100), bought(78, 50)], within=", within = 500")
+    train = dataset.train_impressions
+    assert train is not None
+    for part in (train, dataset.validation_impressions, dataset.test_impressions):
+        assert part is not None
+        is_known = ~np.isnan(part.labels[:, 0])
+        last = int(part.times.max())
+        assert is_known[part.times + 600 < last].all()
+        assert not is_known[part.times + 400 > last].any()
+        assert is_known.any()
+    assert train.labels[train.times == VIEWS[5][2], 0] == 1
+    known = refit_dataset(dataset).train_impressions
+    assert known is not None
+    assert known.labels[known.times == VIEWS[78][2], 0] == 1, "over by the end of the log"
+    assert np.isnan(known.labels[known.times + 500 > VIEWS[-1][2], 0]).all()
+    with pytest.raises(
+        InvalidInput, match=r"no label of task 'buys' is known by the end of training: its `within`"
+    ):
+        funnel(tmp_path, [*VIEWS, bought(5, 100)], within=', within = "1d"')
 
 
 def test_history_may_be_named_events(tmp_path: Path) -> None:

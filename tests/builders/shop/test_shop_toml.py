@@ -214,6 +214,18 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
             'name = "ctr"\ngiven = "view"',
             "task 'ctr' is given 'view', which is no binary task before it",
         ),
+        (
+            '{column = "clicked"}',
+            '{column = "clicked", within = "7d"}',
+            "task 'ctr' has a label within a time, but interactions.impression names no event: without it an "
+            "exposure and its labels are of one moment",
+        ),
+        (
+            '{column = "clicked"}',
+            '{column = "clicked", within = "a week"}',
+            'tasks.0.label.within: \'a week\' is no length of time; write "7d", "12h", "30min", or seconds, '
+            "at least 1",
+        ),
         ('split = "time"', 'split = "random"', "split.kind = 'random': should be 'leave_one_out' or 'time'"),
         ('file = "interactions.csv"', "", "interactions.file is missing"),
     ],
