@@ -32,6 +32,13 @@ NEXT_ITEMS = (
 )
 
 
+_HOW = {
+    "truth": "by the planted truth of this generated shop; nothing is shown that the user has had",
+    "places": "by what became of the item, corrected for how much its old and its new place are looked at",
+    "replay": "by what became of the item. What the shop put first was looked at more, in its favour",
+}
+
+
 def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     """Writes the report as a page of Markdown."""
     lines = [f"# {dataset.schema.shop}", "", *_worth(found), *_next_items(found["ranking"])]
@@ -54,6 +61,12 @@ def headline(report: Mapping[str, Any]) -> str:
             f"A list of {worth['places']} that this release shows is worth {_times(worth, 'popularity')} a "
             f"list of the most popular items, {_times(worth, 'recall')} what recall alone would show, and "
             f"{best:.0%} of the best possible list."
+        )
+    if worth.get("kind") == "places":
+        return (
+            f"Put into this release's order, {worth['rows']:,} lists that the shop had shown would have been "
+            f"worth {_times(worth, 'logged')} as much as they were, {_times(worth, 'popularity')} what they "
+            f"would be with the most popular items first, and {_times(worth, 'recall')} recall's order."
         )
     if worth.get("kind") == "replay":
         logged = (
@@ -82,11 +95,7 @@ def worth_note(worth: Mapping[str, Any]) -> str:
         for way in ("popularity", "recall", "logged")
         if (found := worth["chain_minus"].get(way))
     )
-    how = (
-        "by the planted truth of this generated shop; nothing is shown that the user has had"
-        if worth["kind"] == "truth"
-        else "by what became of the item. What the shop put first was looked at more, which favours its order"
-    )
+    how = _HOW[worth["kind"]]
     return (
         f"The worth of an item shown to a user is {weights}, {how}. Differences of this release, with 95% "
         f"intervals (paired bootstrap over {worth['users']:,} held-out users): {differences}."

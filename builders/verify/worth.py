@@ -2,10 +2,13 @@
 
 The worth of an item to a user is what the user does with it when it is shown, each task by its weight: clicks
 and purchases by their probability, dwell after a click, as the shop's tasks say. In a generated shop the
-planted truth tells it of any item (`by_truth`). In a real one only what was shown has labels: of the items
-shown to a user at one moment each way chooses the one that it would have put first, and gets what became of
-it (`by_replay`: replay as in Li et al., WSDM 2011, within the lists that were logged). What the shop itself
-put first was looked at more, so replay on such a log is kind to the shop's own order.
+planted truth tells it of any item (`by_truth`). In a real one only what was shown has labels (`by_log`):
+
+  - places: the logged lists are put into each way's order, and what became of an item counts as much more as
+    its new place is looked at more than its old one (the position-based model; off_policy.py);
+  - replay: where no places were logged, each way chooses of the items shown to a user at one moment the one
+    that it would have put first, and gets what became of it (Li et al., WSDM 2011). What the shop itself put
+    first was looked at more, so this is kind to the shop's own order.
 
 Axes: Q rows (held-out users, or moments), N items, T tasks, K places, E impressions, W seen items.
 """
@@ -25,6 +28,7 @@ from builders.data.spans import FIRST_CLOCK_S
 from builders.export.verifier import BATCH, Verifier
 from builders.ranker.lists import lists_from_impressions
 from builders.shop.truth import FILE, TASKS, Truth, open_truth
+from builders.verify.off_policy import FEWEST_ROWS, examination
 from ensemble.arrays import Array, first_kept
 from ensemble.bootstrap import groups, paired_difference, ratio, spreads, user_sums
 from ensemble.options import default_options
@@ -36,6 +40,8 @@ PLACES = 10  # of a list
 _ROWS = 1000  # held-out users, or moments, that are asked about
 _PAIRS = 50_000_000  # users times items whose truth is computed
 _PAIRS_AT_ONCE = 4_000_000
+_LOOKED_AT = 500_000  # training impressions that tell how much each place is looked at
+_LEAST_LOOK = 0.02  # against the first place: no row weighs more than 50
 _SESSION_S = 1800  # views of a user that are no further apart are one moment, where the log has no lists
 
 
@@ -43,10 +49,10 @@ _SESSION_S = 1800  # views of a user that are no further apart are one moment, w
 class Worth:
     """Holds what each way's choice was worth in each row; `values` are [Q, 1 + T]: worth, then each task."""
 
-    kind: str  # truth | replay
+    kind: str  # truth | replay | places
     measure: str  # what was measured: two releases' rows are compared only where it is the same
     users: Array  # [Q] int64, user rows
-    items: Array  # [Q] int64, the held-out next item; 0 in a replay, where a row is a moment
+    items: Array  # [Q] int64, the held-out next item; 0 where a row is a moment of the log
     times: Array  # [Q] int64
     values: dict[str, Array]  # by way
 
@@ -97,7 +103,7 @@ def worth_of(verifier: Verifier, data: Path) -> Worth | str:
         why = found
     if dataset.test_impressions is None:
         return why or "the shop has no labels"
-    found = by_replay(verifier, dataset.test_impressions)
+    found = by_log(verifier, dataset.test_impressions)
     return found if isinstance(found, Worth) else "; ".join(filter(None, (why, found)))
 
 
@@ -238,28 +244,78 @@ def knowable_figures(
     }
 
 
-# --- by replay
+# --- by the log
 
 
-def by_replay(verifier: Verifier, impressions: Impressions) -> Worth | str:
-    """Measures which of the items that were shown together each way would have put first."""
+def by_log(verifier: Verifier, impressions: Impressions) -> Worth | str:
+    """Measures what each way would have made of the items that were shown together."""
     tasks = verifier.dataset.schema.tasks
     whole, moments, what = _moments(impressions, tasks)
     if len(np.unique(whole.user_rows)) < FEWEST_USERS:
         return f"fewer than {FEWEST_USERS} held-out users were shown several items at one moment"
     values = blended(tasks, np.nan_to_num(whole.labels))  # a NaN: what it is given did not happen
     first = np.unique(moments, return_index=True)[1]
-    found = {}
-    for way, scores in _scores(verifier, whole).items():
+    scored, found = _scores(verifier, whole), {}
+    looks = _looks(verifier.dataset) if whole.positions.all() else None
+    times = np.minimum.reduceat(whole.times, first)
+    row = (whole.user_rows[first], np.zeros(len(first), np.int64), times)
+    if looks is not None:
+        weights = place_weights(scored, whole.positions, moments, looks)
+        if effective_rows(weights["chain"]) >= FEWEST_ROWS:
+            for way, of in weights.items():
+                found[way] = _shares(values * of[:, None], np.ones(len(moments), bool), moments, first)
+            return Worth("places", f"logged {what}, reordered: {_weights(tasks)}", *row, found)
+    for way, scores in scored.items():
         best = np.maximum.reduceat(scores, first)[moments]
         found[way] = _shares(values, scores == best, moments, first)
     found["random"] = _shares(values, np.ones(len(moments), bool), moments, first)
     if whole.positions.all():
         place = np.minimum.reduceat(whole.positions, first)[moments]
         found["logged"] = _shares(values, whole.positions == place, moments, first)
-    times = np.minimum.reduceat(whole.times, first)
-    measure = f"replay of {what}: {_weights(tasks)}"
-    return Worth("replay", measure, whole.user_rows[first], np.zeros(len(first), np.int64), times, found)
+    return Worth("replay", f"replay of {what}: {_weights(tasks)}", *row, found)
+
+
+def place_weights(
+    scored: dict[str, Array], positions: Array, moments: Array, looks: Array
+) -> dict[str, Array]:
+    """Says how much more each item would have been looked at in each way's order: [E] each, 1 as logged.
+
+    A moment's items take the moment's own places, the best score the first; equal scores share theirs.
+    scored [E] by way, positions [E] from 1, moments [E] int64 ascending, looks [P] of each place.
+    """
+    logged = looks[np.minimum(positions, len(looks)) - 1]
+    in_place = logged[np.lexsort((positions, moments))]  # of each moment, its places in their order
+    weights = {"logged": np.ones(len(positions))}
+    weights["random"] = (np.bincount(moments, logged) / np.bincount(moments))[moments] / logged
+    for way, scores in scored.items():
+        order = np.lexsort((-scores, moments))
+        starts = np.ones(len(order), bool)
+        starts[1:] = (np.diff(moments[order]) != 0) | (np.diff(scores[order]) != 0)
+        tie = np.cumsum(starts) - 1
+        look = np.empty(len(order))
+        look[order] = (np.bincount(tie, in_place) / np.bincount(tie))[tie]
+        weights[way] = look / logged
+    return weights
+
+
+def effective_rows(weights: Array) -> float:
+    """Says how many rows of equal weight would tell as much as these [E] (Kish 1965)."""
+    return float(weights.sum() ** 2 / np.maximum((weights**2).sum(), 1e-12))
+
+
+def _looks(dataset: Dataset) -> Array | None:
+    """Learns from the training part how much each place is looked at [P]; None where that cannot be told."""
+    train, tasks = dataset.train_impressions, dataset.schema.tasks
+    clicks = next((at for at, task in enumerate(tasks) if task.kind == "binary" and not task.given), None)
+    if train is None or clicks is None:
+        return None
+    known = (train.positions > 0) & ~np.isnan(train.labels[:, clicks])
+    rows = np.flatnonzero(known)
+    rows = rows[_sampled(len(rows), _LOOKED_AT)]
+    if len(rows) < FEWEST_ROWS or train.labels[rows, clicks].sum() < FEWEST_ROWS:
+        return None
+    looks = examination(train.item_rows[rows], train.positions[rows], train.labels[rows, clicks])
+    return np.maximum(looks, _LEAST_LOOK)
 
 
 def _scores(verifier: Verifier, impressions: Impressions) -> dict[str, Array]:

@@ -11,8 +11,9 @@ from builders.data.dataset import open_dataset
 from builders.export.verifier import Verifier
 from builders.shop.truth import FILE, open_truth
 from builders.verify.markdown import headline, markdown
+from builders.verify.off_policy import examination
 from builders.verify.stage import _rows
-from builders.verify.worth import PLACES, Worth, blended, by_replay, by_truth, worth_of
+from builders.verify.worth import PLACES, Worth, blended, by_log, by_truth, place_weights, worth_of
 from ensemble.schema import Task
 
 TASKS = (Task("ctr", "binary"), Task("cvr", "binary", "ctr"), Task("dwell", "regression", "ctr", 0.1))
@@ -129,7 +130,7 @@ def impressions(verifier):
 
 
 def test_replay_gives_each_way_what_became_of_its_first(verifier, impressions):
-    worth = by_replay(verifier, impressions)
+    worth = by_log(verifier, impressions)
     assert isinstance(worth, Worth)
     value = blended(TASKS, np.nan_to_num(impressions.labels))[:, 0]
     moments: dict[tuple[int, int], list[int]] = {}
@@ -151,22 +152,64 @@ def test_replay_gives_each_way_what_became_of_its_first(verifier, impressions):
     assert "what the shop had put first" in text
 
 
+def test_lists_in_another_order_are_worth_what_the_position_based_model_says(rng):
+    """Clicks drawn from appeal and place: what the log alone tells of the best order is what would come of
+    it, though the log put the best items last."""
+    moments, places, items = np.repeat(np.arange(20_000), 4), np.tile([1, 2, 3, 4], 20_000), 8
+    looks, appeal = np.array([1.0, 0.6, 0.4, 0.3]), np.linspace(0.05, 0.6, items)
+    lists = np.argsort(rng.random((20_000, items)) + 0.1 * np.arange(items), axis=1)[:, :4].ravel()
+    clicks = rng.random(len(lists)) < appeal[lists] * looks[places - 1]
+    learned = examination(lists, places, clicks)
+    np.testing.assert_allclose(learned, looks, atol=0.03)
+    scored = {"best": appeal[lists], "worst": -appeal[lists], "none": np.zeros(len(lists))}
+    weights = place_weights(scored, places, moments, learned)
+    for way, score in scored.items():
+        order = np.argsort(-score.reshape(-1, 4), axis=1, kind="stable")
+        look = np.empty(order.shape)
+        np.put_along_axis(look, order, np.broadcast_to(looks, order.shape), axis=1)
+        wanted = (appeal[lists].reshape(-1, 4) * (look if way != "none" else looks.mean())).mean()
+        assert (weights[way] * clicks).mean() == pytest.approx(wanted, rel=0.03), way
+    np.testing.assert_allclose(weights["none"], weights["random"])
+    assert (weights["logged"] == 1).all()
+    best, worst = ((weights[way] * clicks).mean() for way in ("best", "worst"))
+    assert best > 1.25 * clicks.mean() > 1.4 * worst
+
+
+def test_where_training_tells_how_much_places_are_looked_at_replay_is_corrected(verifier, impressions, rng):
+    train = verifier.dataset.train_impressions
+    looked = replace(train, positions=rng.integers(1, 4, len(train.times)))
+    asked = object.__new__(Verifier)
+    asked.__dict__.update(vars(verifier), dataset=replace(verifier.dataset, train_impressions=looked))
+    worth = by_log(asked, impressions)
+    assert worth.kind == "places"
+    plain = by_log(verifier, impressions)
+    mean = blended(TASKS, np.nan_to_num(impressions.labels))[:, 0]
+    assert len(worth.users) == len(plain.users)
+    assert worth.values["logged"][:, 0].mean() == pytest.approx(mean.mean(), rel=0.1)
+    report = worth.report(TASKS)
+    assert headline({"worth": report}).startswith(
+        f"Put into this release's order, {len(worth.users):,} lists "
+    )
+    # Here places were drawn at random: they are looked at alike, and no order gains anything.
+    assert report["chain_times"]["logged"]["value"] == pytest.approx(1, abs=0.1)
+
+
 def test_a_moment_s_items_are_scored_by_what_was_known_at_its_first(verifier, impressions):
     """A click within the moment must not tell the ranker what came of the others."""
     changed = replace(impressions, history_ends=impressions.history_ends.copy())
     later = np.flatnonzero(impressions.positions > 1)
     changed.history_ends[later] += 3
-    first, second = (by_replay(verifier, of) for of in (impressions, changed))
+    first, second = (by_log(verifier, of) for of in (impressions, changed))
     np.testing.assert_array_equal(first.values["chain"], second.values["chain"])
 
 
 def test_without_positions_there_is_no_logged_order_and_censored_rows_are_left_out(verifier, impressions):
     none = replace(impressions, positions=np.zeros_like(impressions.positions))
-    assert "logged" not in by_replay(verifier, none).values
+    assert "logged" not in by_log(verifier, none).values
     labels = impressions.labels.copy()
     labels[impressions.positions == 3, 0] = np.nan
-    worth = by_replay(verifier, replace(none, labels=labels))
-    pairs = by_replay(verifier, replace(none, labels=impressions.labels))
+    worth = by_log(verifier, replace(none, labels=labels))
+    pairs = by_log(verifier, replace(none, labels=impressions.labels))
     assert len(worth.users) == len(pairs.users)
     assert worth.values["random"][:, 0].mean() != pairs.values["random"][:, 0].mean()
 
@@ -174,9 +217,9 @@ def test_without_positions_there_is_no_logged_order_and_censored_rows_are_left_o
 def test_rows_of_one_item_make_sessions_and_too_few_users_no_worth(verifier):
     single = verifier.dataset.test_impressions
     few = replace(single, **{n: of[:20] for n, of in vars(single).items() if of is not None})
-    assert by_replay(verifier, few).startswith("fewer than 30 held-out users were shown several items")
+    assert by_log(verifier, few).startswith("fewer than 30 held-out users were shown several items")
     near = replace(single, times=single.times.min() + np.arange(len(single.times)) % 1000)
-    assert by_replay(verifier, near).measure.startswith("replay of sessions: ")
+    assert by_log(verifier, near).measure.startswith("replay of sessions: ")
 
 
 def test_a_shop_without_labels_is_said_to_have_next_items_only(verifier, tmp_path):
