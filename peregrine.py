@@ -25,6 +25,11 @@ COMMANDS = {
     "build": Command(
         "builders.cli.build", "build", "Train, export, index and verify a shop's models; publish a release."
     ),
+    "evaluate": Command(
+        "builders.cli.evaluate",
+        "evaluate",
+        "Ask a release about users at a time that its model has not seen.",
+    ),
     "compare": Command(
         "builders.cli.compare",
         "app",
@@ -54,7 +59,7 @@ COMMANDS = {
 _EXTRAS = {
     "serve": ("faiss", "onnxruntime", "typer", "rich"),
     "redis": ("redis", "hiredis"),
-    "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL"),
+    "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL", "sklearn"),
 }
 
 

@@ -119,7 +119,8 @@ def publication(options: BuildOptions, *, is_refit: bool, why_not: str = "") -> 
         where, options.release, options.preset.name, options.seed, watermark, is_refit, why_not
     )
     reads = (before + name for name in (final, "verify", "encoders", "ranker"))
-    return Stage("repository", publish.run, release, tuple(reads), always=True)
+    kept = ("data", final)  # `evaluate` asks the verified model
+    return Stage("repository", publish.run, release, tuple(reads), kept, always=True)
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:

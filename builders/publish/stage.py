@@ -70,6 +70,10 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         "trained": {name: read_span(inputs[name]).to_json() for name in ("encoders", "ranker")},
         "refit": options.is_refit,
     }
+    if "verified_data" in inputs:
+        final = "verified_compress" if "verified_compress" in inputs else "verified_export"
+        kept = {"data": inputs["verified_data"], "verified": inputs[final]}
+        manifest["stages"] = {name: os.path.relpath(path, repository) for name, path in kept.items()}
     if options.why_not:
         manifest["why_no_refit"] = options.why_not
     if options.watermark.log:
