@@ -40,13 +40,19 @@ gc.set_threshold(50_000, 20, 50)
 # The files that take longest start first, so that test processes that share the work end together.
 LONGEST = (
     "tests/test_readme.py",
+    "tests/builders/test_build.py",
+    "tests/together/test_canary.py",
     "tests/builders/compare/test_compare.py",
     "tests/builders/compress/test_stage.py",
-    "tests/builders/test_build.py",
     "tests/congruence/",
-    "tests/ensemble/server/test_supervisor.py",
-    "tests/clients/operations/test_releases.py",
+    "tests/together/",
+    "tests/clients/operations/",
+    "tests/ensemble/server/",
     "tests/clients/bench/",
+    "tests/builders/compress/",
+    "tests/builders/encoders/",
+    "tests/builders/compile/",
+    "tests/builders/",
 )
 TOGETHER = ("tests/congruence/",)  # folders whose files share servers: one process runs them
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,10 +37,15 @@ CLIENTS_OF_ENSEMBLE = {"arrays", "contract", "spec", "schema", "errors", "option
 LIBRARY = ("client", "aio", "errors", "results", "transport", "wire")  # what an application imports
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def sources(*packages: str) -> Iterator[tuple[Path, ast.Module]]:
     for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
+            yield path, parsed(path)
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -136,7 +142,7 @@ def test_each_floor_of_the_online_path_stands_on_those_below():
     "path", sorted((ROOT / "ensemble").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_ensemble_names_nothing_of_the_offline_path(path):
-    roots = {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    roots = {name.partition(".")[0] for name in imported(parsed(path))}
     assert not roots & (OFFLINE - {"tensorrt"})
     if path.name not in ("python_model.py", "router_model.py"):
         assert "triton_python_backend_utils" not in roots, "the adapters are its only users"
@@ -176,7 +182,7 @@ def test_clients_never_import_builders():
 
 @pytest.mark.parametrize("module", LIBRARY)
 def test_the_client_library_needs_numpy_and_tritonclient_only(module):
-    tree = ast.parse((ROOT / "clients" / f"{module}.py").read_text())
+    tree = parsed(ROOT / "clients" / f"{module}.py")
     for name in imported_at_import(tree):
         root, _, rest = name.partition(".")
         assert root in CLIENTS_MAY | sys.stdlib_module_names, name
@@ -251,11 +257,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 @pytest.mark.parametrize("package", [*PACKAGES, "peregrine.py"])
 def test_nothing_reads_what_could_run_code(package):
-    files = (
-        [(ROOT / package, ast.parse((ROOT / package).read_text()))]
-        if package.endswith(".py")
-        else sources(package)
-    )
+    files = [(ROOT / package, parsed(ROOT / package))] if package.endswith(".py") else sources(package)
     for path, tree in files:
         assert not {name.partition(".")[0] for name in imported(tree)} & FORBIDDEN, path
         for name, call in calls(tree):

@@ -151,6 +151,7 @@ class _Contest:
         self.teacher = StagedRelease(source.folder).member_file(model, "model.onnx").read_bytes()
         self.wanted = judge(self.teacher)
         self.parameters = 0  # of a student
+        self.first: tuple[nn.Module, bytes] | None = None  # the first student and its engine
 
     def row(self, name: str, weights: dict[str, float], seeds: Sequence[int], progress: Progress) -> LossRow:
         """Trains one student a seed, and judges each against the teacher."""
@@ -160,7 +161,8 @@ class _Contest:
             start = time.process_time()
             student = self._trained(weights, seed, within)
             spent = time.process_time() - start
-            engine = exported(self.source, self.model, student, self.evaluation)
+            engine = exported(self.source, self.model, student, self.evaluation, self.first)
+            self.first = self.first or (student, engine)
             self.parameters = graph.parameters(engine)
             loss = compare(self.wanted, self.judge(engine))
             found.append((1 - loss.relative, loss.overlap, spent, loss.error))

@@ -27,7 +27,7 @@ from builders.compress.recipe import Distil, Prune, Recipe
 from builders.compress.results import Variant
 from builders.compress.session import open_onnx
 from builders.encoders.models import UserEncoder
-from builders.export.onnx_export import export_model
+from builders.export.onnx_export import export_model, reweight_model
 from builders.index.staged import StagedRelease
 from builders.progress import Progress, part_of
 from builders.ranker.model import Ranker
@@ -90,12 +90,26 @@ def shrink(source: Source, model: str, recipe: Recipe, evaluation: Evaluation, p
     return state
 
 
-def exported(source: Source, model: str, module: nn.Module, evaluation: Evaluation) -> bytes:
-    """Exports the module as a single-file fp32 ONNX model, held against torch on real feeds."""
+def exported(
+    source: Source,
+    model: str,
+    module: nn.Module,
+    evaluation: Evaluation,
+    like: tuple[nn.Module, bytes] | None = None,
+) -> bytes:
+    """Exports the module as a single-file fp32 ONNX model, held against torch on real feeds.
+
+    `like` is a module that differs in its weights alone, and its ONNX model: that one is given the weights.
+    """
     spec = StagedRelease(source.folder).model(model)
+    feeds = evaluation.feeds(model, min(_CHECKED, evaluation.most(model)))
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_model(module, spec, path, evaluation.feeds(model, min(_CHECKED, evaluation.most(model))))
+        path, other = Path(folder) / "model.onnx", Path(folder) / "like.onnx"
+        if like is None:
+            export_model(module, spec, path, feeds)
+        else:
+            other.write_bytes(like[1])
+            reweight_model(module, like[0], other, spec, path, feeds)
         return path.read_bytes()
 
 

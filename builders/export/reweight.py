@@ -1,8 +1,8 @@
 """Puts other weights of the same module into an exported ONNX model: a second export takes far longer.
 
-The exporter keeps a weight under its own name, or transposes it (of a linear layer), or lays its numbers out
-anew (a bias by distance). Where a number of the verified weights has gone is read off its value; where that
-is not certain, the model is exported again.
+The exporter keeps a weight under its own name, or transposes it (of a linear layer), or turns it around (a
+bias by age), or lays its numbers out anew. Where a number of the verified weights has gone is read off its
+value; where that is not certain, the model is exported again.
 """
 
 from __future__ import annotations
@@ -56,11 +56,23 @@ def _places(unnamed: Mapping[str, Array], before: Array, after: Array) -> dict[s
     for name, array in unnamed.items():
         if before.ndim == 2 and _same(array, before.T):
             places[name] = after.T
+        elif _is_turned(array, before):
+            places[name] = after[..., ::-1].reshape(array.shape)
         elif array.size >= _FEWEST and is_certain:
             at = np.searchsorted(values, array).clip(max=len(values) - 1)
             if (values[at] == array).all():
                 places[name] = new[at]
     return places
+
+
+def _is_turned(array: Array, before: Array) -> bool:
+    """Says whether an array has a weight's numbers with the last axis turned around, and could not have them
+    in their own order."""
+    if array.size != before.size or array.size < _FEWEST:
+        return False
+    return np.array_equal(array.ravel(), before[..., ::-1].ravel()) and not np.array_equal(
+        before, before[..., ::-1]
+    )
 
 
 def _same(first: Array, second: Array) -> bool:

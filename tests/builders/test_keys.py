@@ -42,16 +42,31 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path / "sources"
 
 
-def changed(sources: Path, file: str, text: str = "\n# another state\n") -> list[str]:
+def digests(sources: Path) -> dict[str, str]:
+    return {stage: code_digest(f"builders.{stage}", sources) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A copy of the sources that is always put right again, and its stages' digests: what is parsed once
+    stays known."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in ("builders", "ensemble"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder, digests(folder)
+
+
+def changed(tree: tuple[Path, dict[str, str]], file: str, text: str = "\n# another state\n") -> list[str]:
     """The stages whose code is another when `text` is appended to `file`."""
-
-    def digests() -> dict[str, str]:
-        return {stage: code_digest(f"builders.{stage}", sources) for stage in STAGES}
-
-    before = digests()
-    with (sources / file).open("a") as out:
-        out.write(text)
-    after = digests()
+    sources, before = tree
+    path = sources / file
+    kept, stat = path.read_bytes(), path.stat()
+    try:
+        path.write_bytes(kept + text.encode())
+        after = digests(sources)
+    finally:
+        path.write_bytes(kept)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return [stage for stage in STAGES if before[stage] != after[stage]]
 
 
@@ -71,8 +86,8 @@ def changed(sources: Path, file: str, text: str = "\n# another state\n") -> list
         "ensemble/server/supervisor.py",
     ],
 )
-def test_a_bench_a_command_line_or_the_server_is_no_stages_code(sources, file):
-    assert changed(sources, file) == []
+def test_a_bench_a_command_line_or_the_server_is_no_stages_code(tree, file):
+    assert changed(tree, file) == []
 
 
 @pytest.mark.parametrize(
@@ -89,13 +104,13 @@ def test_a_bench_a_command_line_or_the_server_is_no_stages_code(sources, file):
         ("ensemble/schema.py", " ".join(STAGES)),
     ],
 )
-def test_a_changed_file_is_the_code_of_the_stages_that_import_it(sources, file, stages):
-    assert changed(sources, file) == stages.split()
+def test_a_changed_file_is_the_code_of_the_stages_that_import_it(tree, file, stages):
+    assert changed(tree, file) == stages.split()
 
 
 def test_a_new_file_in_a_stages_folder_is_its_code(sources):
     (sources / "builders" / "ranker" / "novelty.py").touch()
-    assert changed(sources, "builders/ranker/novelty.py") == ["ranker"]
+    assert changed((sources, digests(sources)), "builders/ranker/novelty.py") == ["ranker"]
     before = code_digest("builders.ranker", sources)
     (sources / "builders" / "ranker" / "another.py").touch()
     assert code_digest("builders.ranker", sources) != before

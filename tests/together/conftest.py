@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from any_order_answers import USERS
-from shops import ROOT, one_thread, private_copy
+from shops import private_copy
 from variants import publish_variant
 
 from ensemble.release.release import open_release
 
 
 @pytest.fixture(scope="session")
-def two_releases(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with r1, active, and r2 of the same stages; not to be changed."""
-    repository = tmp_path_factory.mktemp("two") / "repository"
-    shutil.copytree(tiny_shop.parent / "repository", repository)  # with its stages: nothing is trained again
-    command = [sys.executable, "-m", "peregrine", "build", str(tiny_shop), "--preset", "tiny"]
-    command += ["--repository", str(repository), "--release", "r2"]
-    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def two_releases(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with r1, active, and r2 of the same files; not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    repository = private_copy(tiny_repository, folder / "repository")
+    publish_variant(repository, "r1", "r2", folder / "scratch")
     return repository
 
 

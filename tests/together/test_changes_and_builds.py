@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import light_models
 import numpy as np
 import pytest
 from shops import ROOT, one_thread, private_copy
@@ -33,19 +34,11 @@ def test_a_build_starts_from_what_was_changed(tiny_repository: Path, tiny_shop: 
     writer.apply(
         [change("delete", gone), change("add", "fresh", **PLAIN), change("update", changed, price=77)]
     )
-    command = [
-        sys.executable,
-        "-m",
-        "peregrine",
-        "build",
-        str(tiny_shop),
-        "--preset",
-        "tiny",
-        "--json",
-        "--no-refit",
-    ]
-    command += ["--repository", str(repository), "--release", "r2"]
-    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
+    light_models.write_light_models(tmp_path)
+    command = [sys.executable, "-m", "peregrine", "build", str(tiny_shop), "--preset", "tiny", "--json"]
+    command += ["--no-refit", "--repository", str(repository), "--release", "r2", *light_models.OPTIONS]
+    environment = one_thread(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "items from the log: 1 added, 1 changed, 1 deleted; up to change 3" in done.stderr
     manifest = json.loads((repository / "r2" / "manifest.json").read_text())

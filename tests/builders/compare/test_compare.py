@@ -11,7 +11,6 @@ from rich.console import Console
 
 import peregrine
 from builders.build import BuildOptions, uncompressed
-from builders.compare import losses as losses_module
 from builders.compare.losses import compare_losses, mean_and_error
 from builders.compare.precisions import compare_precisions
 from builders.presets import preset
@@ -32,22 +31,6 @@ def source(workshop):
         "finished stages are used"
     )
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exported_once():
-    """Exports a student once, however often it is trained: the same weights make the same engine."""
-    export, engines = losses_module.exported, {}
-
-    def exported(source, model, module, evaluation):
-        key = model, *(tensor.numpy().tobytes() for tensor in module.state_dict().values())
-        if key not in engines:
-            engines[key] = export(source, model, module, evaluation)
-        return engines[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses_module, "exported", exported)
-        yield
 
 
 @pytest.fixture(scope="module")
