@@ -46,7 +46,8 @@ Add what you have:
 With one row per event, [interactions] gets event = "<column>" and, if showing is one, impression = "view".
 label = {event = "buy", within = "7d"} counts what comes within a time of the showing; a label whose time is
 not over when its part of the split ends is left out.
-position = "<column>" is where an item stood in its list (1 = first), if that was logged.
+position = "<column>" is where an item stood in its list (1 = first), if that was logged;
+propensity = "<column>" is the chance with which it was shown.
 history = "ctr" | ["click", "buy"] | "all" make a history. All keys: builders/shop/shop_toml.py.
 """,
 )

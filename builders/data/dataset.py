@@ -47,6 +47,18 @@ class Impressions:
     truth: Array | None = None
     # [E, T] float32, the labels as known when all periods are over, which a refit learns from; None: the same
     settled: Array | None = None
+    # [E] float64, the chance with which the item was shown, NaN where unknown; None: the shop logs none
+    propensities: Array | None = None
+
+    def at(self, rows: Array) -> Impressions:
+        """Gives the impressions at `rows`, int64 or bool."""
+        return Impressions(
+            **{
+                entry.name: of[rows]
+                for entry in fields(self)
+                if (of := getattr(self, entry.name)) is not None
+            }
+        )
 
     def behind(self, place: int) -> Impressions:
         """Gives the impressions from a place on."""

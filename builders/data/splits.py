@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -109,10 +109,4 @@ def split_impressions(
     begin = cuts[0][impressions.user_rows], cuts[1][impressions.user_rows]
     train = impressions.times < begin[0]
     test = impressions.times >= begin[1]
-    return tuple(_where(impressions, keep) for keep in (train, ~train & ~test, test))  # type: ignore[return-value]
-
-
-def _where(impressions: Impressions, keep: Array) -> Impressions:
-    fields = ("user_rows", "item_rows", "times", "history_ends", "labels", "positions")
-    names = [*fields, *(name for name in ("truth", "settled") if getattr(impressions, name) is not None)]
-    return replace(impressions, **{name: getattr(impressions, name)[keep] for name in names})
+    return tuple(impressions.at(keep) for keep in (train, ~train & ~test, test))  # type: ignore[return-value]

@@ -163,6 +163,7 @@ def _impressions(
         exposures.positions,
         None if truth is None else truth[rows],
         settled,
+        exposures.propensities,
     )
 
 

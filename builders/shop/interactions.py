@@ -11,6 +11,7 @@ import numpy as np
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import (
     Column,
+    chances_from_column,
     first_true,
     ids_from_column,
     numbers_from_column,
@@ -37,6 +38,7 @@ class Interactions:
     events: Array | None  # [n] int64 into event_names, -1 where empty; None: the shop has no event column
     positions: Array  # [n] int64, where the item was shown, 1 = first; 0 = unknown
     truth: Array | None  # [n, T] float32
+    propensities: Array | None = None  # [n] float64, NaN where unknown; None: the shop has no column of them
 
     def __len__(self) -> int:
         return len(self.times)
@@ -58,6 +60,7 @@ class Interactions:
             events,
             self.positions[keep],
             truth,
+            None if self.propensities is None else self.propensities[keep],
         )
 
     def is_event(self, name: str) -> Array:
@@ -73,7 +76,13 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
     columns = read_table(
         folder,
         entry.file,
-        [entry.user, entry.item, entry.time, *filter(None, [entry.event, entry.position]), *labels],
+        [
+            entry.user,
+            entry.item,
+            entry.time,
+            *filter(None, [entry.event, entry.position, entry.propensity]),
+            *labels,
+        ],
     )
     if not len(columns[entry.user].values):
         raise InvalidInput(f"{entry.file} has no rows; a shop needs interactions to learn from")
@@ -100,7 +109,10 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
         positions_from_column(columns[entry.position]) if entry.position else np.zeros(len(times), np.int64)
     )
     truth = _read_truth(folder, shop, len(times))
-    return Interactions(user_ids, item_ids, users, items, times, stacked, names, events, positions, truth)
+    chances = chances_from_column(columns[entry.propensity]) if entry.propensity else None
+    return Interactions(
+        user_ids, item_ids, users, items, times, stacked, names, events, positions, truth, chances
+    )
 
 
 def _check_event_names(shop: Shop, names: list[str]) -> None:
@@ -174,6 +186,7 @@ class Exposures:
     rows: Array  # [E] int64 into the interactions: the row that is the exposure
     labels: Array  # [E, T] float32, NaN where a task is not defined
     positions: Array  # [E] int64, the place where the exposure's row shows the item, 1 = first; 0 = unknown
+    propensities: Array | None  # [E] float64, NaN where unknown
 
 
 @dataclass(frozen=True)
@@ -219,7 +232,8 @@ def exposures_from_interactions(
             labels[labels[:, place[task.given]] != 1, at] = np.nan
     if periods is None:
         _refuse_labels_nobody_has(shop, labels)
-    return Exposures(rows, labels, interactions.positions[rows])
+    chances = interactions.propensities
+    return Exposures(rows, labels, interactions.positions[rows], None if chances is None else chances[rows])
 
 
 def _grouped(shop: Shop, interactions: Interactions, periods: Periods | None) -> tuple[Array, Array]:

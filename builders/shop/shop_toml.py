@@ -81,6 +81,8 @@ class Interactions(_Entry):
     event: str | None = None  # column with event names, for shops that log one row per event
     impression: str | None = None  # the event that shows an item; later events of that user and item label it
     position: str | None = None  # column with the place where an item was shown, 1 = first; empty = unknown
+    # column with the chance with which an item was shown (its propensity), above 0 to 1; empty = unknown
+    propensity: str | None = None
     # a task's name, event names, or "all"; default: the first binary task's positives
     history: str | list[str] = ""
     # generated shops: true values, aligned with the rows; read by tests, never by the build

@@ -177,6 +177,17 @@ def positions_from_column(column: Column) -> Array:
     return np.where(np.isnan(numbers), 0.0, numbers).astype(np.int64)
 
 
+def chances_from_column(column: Column) -> Array:
+    """Reads chances [n] float64, above 0 and at most 1; NaN where the cell is empty."""
+    chances = numbers_from_column(column)
+    wrong = first_true((chances <= 0) | (chances > 1))
+    if wrong >= 0:
+        raise column.error(
+            wrong, "is no chance above 0 and at most 1; leave the cell empty (null) where it is unknown"
+        )
+    return chances
+
+
 def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Reads a CSV's true and false as 1 and 0."""
     if pa.types.is_boolean(values.type):

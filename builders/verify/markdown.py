@@ -33,6 +33,8 @@ NEXT_ITEMS = (
 
 
 _HOW = {
+    "propensities": "by what became of the items that it would have shown too, weighted by one over the "
+    "chance with which each was shown",
     "truth": "by the planted truth of this generated shop; nothing is shown that the user has had",
     "places": "by what became of the item, corrected for how much its old and its new place are looked at",
     "replay": "by what became of the item. What the shop put first was looked at more, in its favour",
@@ -61,6 +63,12 @@ def headline(report: Mapping[str, Any]) -> str:
             f"A list of {worth['places']} that this release shows is worth {_times(worth, 'popularity')} a "
             f"list of the most popular items, {_times(worth, 'recall')} what recall alone would show, and "
             f"{best:.0%} of the best possible list."
+        )
+    if worth.get("kind") == "propensities":
+        return (
+            f"By {worth['rows']:,} logged exposures, what this release would have shown is worth "
+            f"{_times(worth, 'logged')} what the shop showed, {_times(worth, 'popularity')} the most popular "
+            f"items, and {_times(worth, 'recall')} what recall alone would show."
         )
     if worth.get("kind") == "places":
         return (
@@ -99,7 +107,18 @@ def worth_note(worth: Mapping[str, Any]) -> str:
     return (
         f"The worth of an item shown to a user is {weights}, {how}. Differences of this release, with 95% "
         f"intervals (paired bootstrap over {worth['users']:,} held-out users): {differences}."
+        + _estimates(worth)
     )
+
+
+def _estimates(worth: Mapping[str, Any]) -> str:
+    """Names what other estimators say of this release, where there are any."""
+    told = [
+        f"{name.replace('_', ' ')} {of['value']:.4f} [{of['low']:.4f}, {of['high']:.4f}]"
+        for name, of in worth.get("estimates", {}).items()
+    ]
+    rows = next((of["effective_rows"] for of in worth.get("estimates", {}).values()), 0)
+    return f" Estimates of its worth: {', '.join(told)}; as sure as {rows:,.0f} rows." if told else ""
 
 
 def worth_table(worth: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -112,6 +131,8 @@ def worth_table(worth: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _times(worth: Mapping[str, Any], way: str) -> str:
     """Writes how many times as much the chain is worth: "1.28 times (1.25 to 1.31)"."""
     found = worth["chain_times"][way]
+    if None in found.values():
+        return "any number of times (it is worth nothing)"
     return f"{found['value']:.2f} times ({found['low']:.2f} to {found['high']:.2f})"
 
 

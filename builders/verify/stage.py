@@ -21,9 +21,11 @@ from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.progress import Progress
 from builders.verify.baselines import SAMPLE_ROWS, ranking_baselines, shortfalls, task_baselines
+from builders.verify.by_truth import knowable_figures
 from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown
-from builders.verify.worth import Worth, knowable_figures, worth_of
+from builders.verify.values import Worth
+from builders.verify.worth import worth_of
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.release.canary import CANARY

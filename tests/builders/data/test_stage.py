@@ -343,21 +343,26 @@ def test_a_threshold_makes_a_rating_a_label(tmp_path: Path) -> None:
 
 def test_positions_follow_their_impressions_into_each_part(tmp_path: Path) -> None:
     rows = [(f"u{place % 3}", 7 + place % 4, place, (place * 7) % 5) for place in range(1, 41)]
-    text = "user_id,item_id,time,clicked,place\n" + "".join(
-        f"{user},{item},{time},{int(time % 2)},{place or ''}\n" for user, item, time, place in reversed(rows)
+    text = "user_id,item_id,time,clicked,place,chance\n" + "".join(
+        f"{user},{item},{time},{int(time % 2)},{place or ''},{place / 4 if 0 < place < 4 else ''}\n"
+        for user, item, time, place in reversed(rows)
     )
     task = "[[tasks]]\nname = 'ctr'\nlabel = {column = 'clicked'}\n"
-    dataset = load(tmp_path, text, split="time", interactions='position = "place"', tasks=task)
+    entry = 'position = "place"\npropensity = "chance"'
+    dataset = load(tmp_path, text, split="time", interactions=entry, tasks=task)
     parts = (dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions)
     places = {time: place for _, _, time, place in rows}
     for part in parts:
         assert part is not None
         assert len(part.times)
         assert part.positions.tolist() == [places[time] for time in part.times.tolist()]
+        chances = np.where((part.positions > 0) & (part.positions < 4), part.positions / 4, np.nan)
+        np.testing.assert_array_equal(part.propensities, chances)
     unknown = load(tmp_path, text, split="time", tasks=task).train_impressions
     assert unknown is not None
     assert unknown.positions.dtype == np.int64
     assert not unknown.positions.any()
+    assert unknown.propensities is None
 
 
 def test_users_of_the_users_file_have_rows_and_features(tmp_path: Path) -> None:

@@ -318,6 +318,20 @@ def test_a_position_that_is_none_is_named(shop: Path, cell: str) -> None:
     )
 
 
+@pytest.mark.parametrize("cell", ["0", "-0.5", "1.01"])
+def test_a_propensity_that_is_no_chance_is_named(shop: Path, cell: str) -> None:
+    ends = (",chance", ",1", ",0.001", ",", f",{cell}", ",1")
+    rows = (row + end + "\n" for row, end in zip(INTERACTIONS.splitlines(), ends, strict=True))
+    (shop / "interactions.csv").write_text("".join(rows))
+    (shop / "shop.toml").write_text(
+        SHOP.replace('"interactions.csv"', '"interactions.csv"\npropensity = "chance"')
+    )
+    assert error_of(shop) == (
+        f"interactions.csv: column 'chance', row 4: '{cell}' is no chance above 0 and at most 1; leave the "
+        "cell empty (null) where it is unknown"
+    )
+
+
 def test_interactions_of_absent_items_are_dropped_and_counted(shop: Path) -> None:
     (shop / "interactions.csv").write_text(INTERACTIONS + "u1,gone,60,1\nu2,lost,70,1\n")
     dataset = load_dataset(shop, now_s=NOW_S)

@@ -7,13 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from builders.data.dataset import open_dataset
+from builders.data.dataset import Impressions, open_dataset
 from builders.export.verifier import Verifier
 from builders.shop.truth import FILE, open_truth
+from builders.verify.by_log import by_log, place_weights
+from builders.verify.by_propensities import by_propensities
+from builders.verify.by_truth import by_truth, planted
 from builders.verify.markdown import headline, markdown
 from builders.verify.off_policy import examination
 from builders.verify.stage import _rows
-from builders.verify.worth import PLACES, Worth, blended, by_log, by_truth, place_weights, worth_of
+from builders.verify.values import PLACES, Worth, blended
+from builders.verify.worth import worth_of
 from ensemble.schema import Task
 
 TASKS = (Task("ctr", "binary"), Task("cvr", "binary", "ctr"), Task("dwell", "regression", "ctr", 0.1))
@@ -248,3 +252,54 @@ def test_a_truth_that_does_not_fit_is_not_used(verifier, stages):
     strange = replace(dataset, item_ids=np.concatenate([dataset.item_ids[:-1], [b"new"]]))
     asked.__dict__.update(vars(verifier), dataset=strange)
     assert by_truth(asked, stages["data"] / FILE) == "the planted truth does not know 'new'"
+
+
+# --- by propensities
+
+
+def test_propensities_tell_what_the_chain_would_have_been_worth(verifier, stages, rng):
+    """Of a log that showed anything, with its chances, and rewards drawn from the planted truth."""
+    dataset, truth = verifier.dataset, planted(verifier.dataset, stages["data"] / FILE)
+    test = dataset.test
+    users = np.repeat(np.arange(len(test.user_rows)), 200)
+    chances = rng.dirichlet(np.ones(dataset.num_items) * 20)
+    items = rng.choice(dataset.num_items, len(users), p=chances) + 1
+    rows, ends = test.user_rows[users], test.history_ends[users]
+    times = dataset.histories.times[ends]
+    asked = truth.truth.tasks(truth.users[rows], times, truth.items[items - 1][:, None])[:, 0]
+    clicked = rng.random(len(users)) < asked[:, 0]
+    labels = np.where(clicked[:, None], asked, np.nan).astype(np.float32)
+    labels[:, 0] = clicked
+    labels[:, 1] = np.where(clicked, rng.random(len(users)) < asked[:, 1], np.nan)
+    positions = rng.integers(0, PLACES + 1, len(users))
+    log = Impressions(rows, items, times, ends, labels, positions, propensities=chances[items - 1])
+    worth = by_propensities(verifier, log)
+    assert isinstance(worth, Worth)
+    report = worth.report(TASKS)
+    answer = verifier.answer(test.user_rows, test.history_ends)
+    when = dataset.histories.times[test.history_ends]
+    value = truth.worth(test.user_rows, when)[..., 0]
+    at = np.take_along_axis(value, answer.shown[:, :PLACES] - 1, axis=1).mean(axis=0)
+    expected = (at.sum() + at[0]) / (PLACES + 1)  # an unknown place is the first
+    for name, found in report["estimates"].items():
+        assert found["low"] < expected < found["high"], name
+        assert found["effective_rows"] > 100
+    assert report["estimates"]["ips"]["value"] == pytest.approx(report["ways"]["chain"]["worth"])
+    assert report["ways"]["random"]["worth"] == pytest.approx(value.mean(), rel=0.1)
+    assert report["ways"]["chain"]["worth"] > 1.5 * report["ways"]["random"]["worth"]
+    assert headline({"worth": report}).startswith(
+        f"By {len(worth.users):,} logged exposures, what this release"
+    )
+
+
+def test_a_log_of_other_items_tells_nothing_by_propensities(verifier, impressions):
+    assert by_propensities(verifier, impressions) == ""
+    worst = np.argmin(verifier.popularity[1:]) + 1
+    rows = replace(
+        impressions,
+        item_rows=np.full_like(impressions.item_rows, worst),
+        propensities=np.full(len(impressions.times), 0.5),
+    )
+    assert "this release would have shown too few: they tell as much as" in by_propensities(verifier, rows)
+    unknown = replace(rows, propensities=np.full(len(rows.times), np.nan))
+    assert by_propensities(verifier, unknown) == "no held-out exposure has a propensity"
