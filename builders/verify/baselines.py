@@ -37,7 +37,7 @@ NAMES = {
     "popularity": "popularity",
     "transition_knn": "the item-transition kNN",
 }
-_FEWEST = 20  # rows of the rarer class that boosting wants
+_FEWEST = 20  # rows of the rarer class that boosting wants, and lists that a mean place wants
 _BOOSTING = {
     "max_iter": 150,
     "learning_rate": 0.05,
@@ -159,10 +159,10 @@ def compared(task: Task, test: Impressions, at: int, ways: dict[str, Array]) -> 
 
 
 def _reciprocal(test: Impressions, rows: Array, labels: Array, ways: dict[str, Array]) -> dict[str, Any]:
-    """Gives the mean reciprocal place of the first positive in the lists shown; {} without lists."""
+    """Gives the mean reciprocal place of the first positive in the lists shown; {} where there are few."""
     shown = test.user_rows[rows], test.times[rows], labels
     places = {way: first_places(*shown, values[rows]) for way, values in ways.items()}
-    if not len(places["model"]):
+    if len(places["model"]) < _FEWEST:
         return {}
     means = {way: float((1 / of).mean()) for way, of in places.items()}
     return {"lists": len(places["model"]), "mrr": means}

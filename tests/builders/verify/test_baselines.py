@@ -1,6 +1,6 @@
 """Baselines see the past alone, are as good as their definitions, and what is below them is said."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -100,6 +100,24 @@ def test_features_of_the_history_are_those_counted_by_hand(dataset):
         assert of["item_taken"][row] == taken.sum()
 
 
+def test_a_label_counts_when_it_has_come_in_not_when_its_row_was_shown(dataset):
+    @dataclass(frozen=True)
+    class Known(Impressions):
+        known_times: np.ndarray | None = None
+
+    every = joined((dataset.train_impressions,))
+    arrays = {entry.name: getattr(every, entry.name) for entry in fields(every)}
+    late = Known(**arrays | {"known_times": np.repeat(every.times[:, None], 3, axis=1) + 700})
+    row = 2900
+    plain = plain_features(dataset, late, np.array([row]), _AVERAGES)
+    of = dict(zip(plain.names, plain.values[0].tolist(), strict=True))
+    own, time = every.user_rows == every.user_rows[row], every.times[row]
+    clicks = every.labels[:, 0]
+    assert of["user_click_rows"] == (own & (every.times < time)).sum()
+    assert of["user_click_labels"] == clicks[own & (every.times + 700 < time)].sum()
+    assert of["user_click_labels"] < clicks[own & (every.times < time)].sum()
+
+
 def test_rates_are_those_of_the_rows_before_smoothed_towards_the_average(dataset):
     every = joined((dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions))
     row = len(every.times) - 1
@@ -133,9 +151,12 @@ def test_baselines_find_what_their_kind_can_find(dataset):
 
 
 def test_what_knows_the_truth_is_below_nothing(dataset):
-    labels = np.nan_to_num(dataset.test_impressions.labels)
-    found = {**task_baselines(dataset, labels), "ranking": {}}
+    test = dataset.test_impressions
+    lists = replace(test, times=test.times // 1000 * 1000)
+    labels = np.nan_to_num(test.labels)
+    found = {**task_baselines(replace(dataset, test_impressions=lists), labels), "ranking": {}}
     assert shortfalls(found) == []
+    assert found["tasks"]["click"]["mrr"]["two_rates"] < 1
     assert found["tasks"]["click"]["mrr"]["model"] == 1
     assert "Nothing is below a baseline." in baseline_lines({"baselines": found, "shortfalls": []})
 
