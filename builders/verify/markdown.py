@@ -20,7 +20,7 @@ WORTH_WAYS = {
     "recall": "recall's own order",
     "popularity": "the most popular items",
     "random": "any items",
-    "logged": "what the shop itself put first",
+    "logged": "what the shop itself showed",
     "knowable": "the best that could be known",
     "best": "the best possible",
 }

@@ -261,7 +261,7 @@ def test_propensities_tell_what_the_chain_would_have_been_worth(verifier, stages
     """Of a log that showed anything, with its chances, and rewards drawn from the planted truth."""
     dataset, truth = verifier.dataset, planted(verifier.dataset, stages["data"] / FILE)
     test = dataset.test
-    users = np.repeat(np.arange(len(test.user_rows)), 200)
+    users = np.repeat(np.arange(len(test.user_rows)), 150)
     chances = rng.dirichlet(np.ones(dataset.num_items) * 20)
     items = rng.choice(dataset.num_items, len(users), p=chances) + 1
     rows, ends = test.user_rows[users], test.history_ends[users]
@@ -277,6 +277,9 @@ def test_propensities_tell_what_the_chain_would_have_been_worth(verifier, stages
     assert isinstance(worth, Worth)
     report = worth.report(TASKS)
     answer = verifier.answer(test.user_rows, test.history_ends)
+    agrees = answer.shown[users, np.maximum(positions, 1) - 1] == items
+    counted = np.where(agrees, blended(TASKS, np.nan_to_num(labels))[:, 0] / chances[items - 1], 0)
+    np.testing.assert_allclose(worth.values["chain"][:, 0], counted, rtol=1e-6)
     when = dataset.histories.times[test.history_ends]
     value = truth.worth(test.user_rows, when)[..., 0]
     at = np.take_along_axis(value, answer.shown[:, :PLACES] - 1, axis=1).mean(axis=0)
