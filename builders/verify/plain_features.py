@@ -66,6 +66,7 @@ def plain_features(dataset: Dataset, every: Impressions, asked: Array, averages:
         ("item", dataset.schema.items, dataset.item_codes, dataset.item_values, every.item_rows[asked]),
     ):
         columns |= _of_table(who, table, codes[rows], values[rows])
+    columns |= _of_list(dataset, every, asked)
     if every.positions.any():
         columns["position"] = np.where(every.positions[asked] > 0, every.positions[asked], np.nan)
     names = tuple(columns)
@@ -149,6 +150,32 @@ def _of_time(every: Impressions, asked: Array) -> dict[str, Array]:
     columns = {"item_age": times - every.times[first]}
     if len(times) and every.times.min() >= FIRST_CLOCK_S:
         columns |= {"hour": times // 3600 % 24, "weekday": times // _DAY_S % 7}
+    return columns
+
+
+def _of_list(dataset: Dataset, every: Impressions, asked: Array) -> dict[str, Array]:
+    """Says how an item stands in the list that it was shown in, which is what the user saw at that time:
+    the list's length, and the place of each of the item's numbers in it, from 0 (least) to 1.
+
+    Nothing where a list has one item.
+    """
+    order = np.lexsort((every.times, every.user_rows))
+    new = np.ones(len(order), bool)
+    new[1:] = np.diff(every.user_rows[order]) | np.diff(every.times[order]) != 0
+    lists = np.empty(len(order), np.int64)
+    lists[order] = np.cumsum(new) - 1
+    lengths = np.bincount(lists)
+    if len(order) < 2 * len(lengths):
+        return {}
+    columns = {"list_length": lengths[lists[asked]]}
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for feature in dataset.schema.items.features:
+        if feature.kind == "number":
+            values = dataset.item_values[every.item_rows, feature.start]
+            place = np.empty(len(order))
+            place[np.lexsort((values, lists))] = np.arange(len(order))
+            share = (place - starts[lists]) / np.maximum(lengths[lists] - 1, 1)
+            columns[f"item_{feature.name}_place"] = share[asked]
     return columns
 
 

@@ -118,6 +118,21 @@ def test_a_label_counts_when_it_has_come_in_not_when_its_row_was_shown(dataset):
     assert of["user_click_labels"] < clicks[own & (every.times < time)].sum()
 
 
+def test_an_items_place_in_its_list_is_told_where_lists_were_shown(dataset):
+    every = replace(dataset.test_impressions, times=dataset.test_impressions.times // 5000)
+    plain = plain_features(dataset, every, np.arange(len(every.times)), _AVERAGES)
+    of = dict(zip(plain.names, plain.values.T, strict=True))
+    for row in range(0, 800, 37):
+        own = (every.user_rows == every.user_rows[row]) & (every.times == every.times[row])
+        prices = dataset.item_values[every.item_rows, 0]
+        assert of["list_length"][row] == own.sum()
+        lower, same = (prices[own] < prices[row]).sum(), (prices[own] == prices[row]).sum()
+        place = of["item_price_place"][row] * max(own.sum() - 1, 1)
+        assert lower - 1e-4 <= place <= lower + same - 1 + 1e-4
+    alone = plain_features(dataset, dataset.test_impressions, np.arange(5), _AVERAGES)
+    assert "list_length" not in alone.names
+
+
 def test_rates_are_those_of_the_rows_before_smoothed_towards_the_average(dataset):
     every = joined((dataset.train_impressions, dataset.validation_impressions, dataset.test_impressions))
     row = len(every.times) - 1
