@@ -151,7 +151,8 @@ def _impressions(
     ends = history_ends(histories, users, times)
     known = _labelled(tables, cuts)
     settled = None
-    if tables.shop.interactions.impression:  # what a refit learns from; of a published test it knows nothing
+    timed = tables.shop.interactions.impression or tables.interactions.label_times
+    if timed:  # what a refit learns from; of a published test it knows nothing
         begins = cuts[1] if tables.shop.split.keep_test else np.full_like(cuts[1], NEVER)
         settled = _labelled(tables, (begins, begins)).labels
     return Impressions(

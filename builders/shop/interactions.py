@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time as clock
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from builders.shop.tables import (
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
+NEVER = np.iinfo(np.int64).max
+
 
 @dataclass(frozen=True)
 class Interactions:
@@ -39,6 +42,8 @@ class Interactions:
     positions: Array  # [n] int64, where the item was shown, 1 = first; 0 = unknown
     truth: Array | None  # [n, T] float32
     propensities: Array | None = None  # [n] float64, NaN where unknown; None: the shop has no column of them
+    # by the place of a task: when each row's label came in, [n] int64, its own time where it has none
+    label_times: Mapping[int, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -61,6 +66,7 @@ class Interactions:
             self.positions[keep],
             truth,
             None if self.propensities is None else self.propensities[keep],
+            {task: came[keep] for task, came in self.label_times.items()},
         )
 
     def is_event(self, name: str) -> Array:
@@ -72,7 +78,7 @@ class Interactions:
 def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> Interactions:
     """Reads and checks the interactions file; InvalidInput at the first wrong cell."""
     entry = shop.interactions
-    labels = [task.label.column for task in shop.tasks if task.label and task.label.column]
+    labels = [name for task in shop.tasks if (of := task.label) for name in (of.column, of.time) if name]
     columns = read_table(
         folder,
         entry.file,
@@ -93,26 +99,53 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
             f"{entry.file}: all rows are of one user, {user_ids[0].decode()!r}; at least 2 are needed to "
             "learn what users share"
         )
-    times = times_from_column(columns[entry.time], clock.time() if now_s is None else now_s)
-    names: list[str] = []
-    events = None
-    if entry.event:
-        encoded = texts_from_column(columns[entry.event]).dictionary_encode()
-        names, events = (
-            encoded.dictionary.to_pylist(),
-            encoded.indices.fill_null(-1).to_numpy().astype(np.int64),
-        )
+    now_s = clock.time() if now_s is None else now_s
+    times = times_from_column(columns[entry.time], now_s)
+    names, events = _events(columns[entry.event]) if entry.event else ([], None)
     _check_event_names(shop, names)
     per_task = [_row_labels(task, columns, names, events, len(times)) for task in shop.tasks]
-    stacked = np.stack(per_task, axis=1) if per_task else np.zeros((len(times), 0), np.float32)
-    positions = (
-        positions_from_column(columns[entry.position]) if entry.position else np.zeros(len(times), np.int64)
-    )
-    truth = _read_truth(folder, shop, len(times))
-    chances = chances_from_column(columns[entry.propensity]) if entry.propensity else None
+    none = np.zeros(len(times), np.int64)
     return Interactions(
-        user_ids, item_ids, users, items, times, stacked, names, events, positions, truth, chances
+        user_ids,
+        item_ids,
+        users,
+        items,
+        times,
+        np.stack(per_task, axis=1) if per_task else np.zeros((len(times), 0), np.float32),
+        names,
+        events,
+        positions_from_column(columns[entry.position]) if entry.position else none,
+        _read_truth(folder, shop, len(times)),
+        chances_from_column(columns[entry.propensity]) if entry.propensity else None,
+        {
+            at: _came_in(columns[task.label.time], labels, times, now_s)
+            for at, (task, labels) in enumerate(zip(shop.tasks, per_task, strict=True))
+            if task.label and task.label.time
+        },
     )
+
+
+def _events(column: Column) -> tuple[list[str], Array]:
+    """Reads event names: those that there are, and each row's place among them [n] int64, -1 where empty."""
+    encoded = texts_from_column(column).dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _came_in(column: Column, labels: Array, times: Array, now_s: float) -> Array:
+    """Reads when labels [n] came in, [n] int64; the row's own time [n] where there is nothing to come."""
+    known = column.values.is_valid().to_numpy()
+    happened = ~np.isnan(labels) & (labels != 0)
+    wrong = first_true(happened & ~known)
+    if wrong >= 0:
+        raise column.error(wrong, "is no time, but the label has come in; when?")
+    if not known.any():
+        return times
+    filled = column.values.fill_null(column.values.drop_null()[0])
+    came = times_from_column(Column(column.file, column.name, filled), now_s)
+    wrong = first_true(happened & (came < times))
+    if wrong >= 0:
+        raise column.error(wrong, "is before the row's own time; a label comes in later")
+    return np.where(known & happened, came, times)
 
 
 def _check_event_names(shop: Shop, names: list[str]) -> None:
@@ -217,13 +250,15 @@ def exposures_from_interactions(
     `within` do not. Without it, rows of the same user, item and time are one. A task's label is the largest
     that its rows give; where the task it is `given` did not happen, it is NaN.
 
+    A label of a column with a `time` counts likewise by when it came in.
+
     With `periods` a label comes from its exposure's own period only: what came later was not known then. A
     label whose `within` is not over when its period ends is censored: NaN whatever happened until then, since
     to keep the early ones would make them look more frequent than they are.
     """
-    rows, labels = np.arange(len(interactions)), interactions.labels
+    rows, labels = np.arange(len(interactions)), _timed(shop, interactions, periods)
     if interactions.events is not None and len(interactions):
-        rows, labels = _grouped(shop, interactions, periods)
+        rows, labels = _grouped(shop, interactions, labels, periods)
     order = np.argsort(interactions.times[rows], kind="stable")
     rows, labels = rows[order], labels[order].copy()
     place = {task.name: at for at, task in enumerate(shop.tasks)}
@@ -236,8 +271,30 @@ def exposures_from_interactions(
     return Exposures(rows, labels, interactions.positions[rows], None if chances is None else chances[rows])
 
 
-def _grouped(shop: Shop, interactions: Interactions, periods: Periods | None) -> tuple[Array, Array]:
-    """Gives the first row of each exposure [E] and its labels [E, T]."""
+def _timed(shop: Shop, interactions: Interactions, periods: Periods | None) -> Array:
+    """Gives the labels of rows [n, T], those of columns with a time as they were known in time."""
+    if not interactions.label_times:
+        return interactions.labels
+    labels, times = interactions.labels.copy(), interactions.times
+    rows, windows = np.arange(len(times)), dict(_windows(shop))
+    last = max(int(of.max()) for of in (times, *interactions.label_times.values()))
+    for task, came in interactions.label_times.items():
+        within = windows.get(task, NEVER)
+        is_late = came - times > within
+        if periods is not None:
+            ends = periods.ends(rows, times, last)
+            is_late |= came >= ends
+        nothing = 0 if shop.tasks[task].kind == "binary" else np.nan
+        labels[is_late & ~np.isnan(labels[:, task]), task] = nothing
+        if periods is not None and task in windows:
+            labels[within >= ends - times, task] = np.nan
+    return labels
+
+
+def _grouped(
+    shop: Shop, interactions: Interactions, row_labels: Array, periods: Periods | None
+) -> tuple[Array, Array]:
+    """Gives the first row of each exposure [E] and its labels [E, T]; row_labels [n, T]."""
     users, items, times = interactions.users, interactions.items, interactions.times
     impression = shop.interactions.impression
     shows = interactions.is_event(impression) if impression else np.zeros(len(times), bool)
@@ -248,15 +305,16 @@ def _grouped(shop: Shop, interactions: Interactions, periods: Periods | None) ->
     starts[1:] |= shows[1:] if impression else times[1:] != times[:-1]
     first = np.flatnonzero(starts)
     of = first[np.cumsum(starts) - 1]  # the exposure of each row
-    labels = interactions.labels[order].copy()
+    labels = row_labels[order].copy()
     if periods is not None:
         labels[periods.of(order, times) != periods.of(order, times)[of]] = np.nan
-    for task, within in _windows(shop):
+    windows = [window for window in _windows(shop) if window[0] not in interactions.label_times]
+    for task, within in windows:
         labels[times - times[of] > within, task] = np.nan
     labels = np.fmax.reduceat(labels, first, axis=0)
     if periods is not None:
         room = periods.ends(order[first], times[first], int(times.max())) - times[first]
-        for task, within in _windows(shop):
+        for task, within in windows:
             labels[within >= room, task] = np.nan
     seen = shows[first] if impression else np.ones(len(first), bool)
     return order[first[seen]], labels[seen]

@@ -112,6 +112,7 @@ class Label(_Entry):
     column: str | None = None
     threshold: float | None = None  # binary: 1 at or above it
     log1p: bool = False  # regression: log(1 + x), fit for seconds and counts
+    time: str | None = None  # of a column: another one with when the label came in, empty where it has not
     # what comes later than this after the exposure is none of its doing: "7d", "12h", "30min", or seconds; an
     # exposure whose time is not yet over when its period ends has no label
     within: int | None = None
@@ -125,6 +126,8 @@ class Label(_Entry):
     def _one_source(self) -> Label:
         if (self.event is None) == (self.column is None):
             raise ValueError('a label is either {event = "…"} or {column = "…"}')
+        if self.time and not self.column:
+            raise ValueError("a label's time is of a column; an event has its own")
         return self
 
 
@@ -180,10 +183,16 @@ class Shop(_Entry):
                     f"task {task.name!r} is given {task.given!r}, which is no binary task before it"
                 )
             before[task.name] = task.kind
-            if task.label and task.label.within and not self.interactions.impression:
+            label = task.label
+            if (
+                label
+                and label.within
+                and not label.time
+                and (label.column or not self.interactions.impression)
+            ):
                 raise ValueError(
-                    f"task {task.name!r} has a label within a time, but interactions.impression names no "
-                    "event: without it an exposure and its labels are of one moment"
+                    f"task {task.name!r} has a label within a time, but nothing says when it comes in: give "
+                    "its column a time, or name the event that shows an item, interactions.impression"
                 )
         rule = self.interactions.history
         if isinstance(rule, list) and not self.interactions.event:

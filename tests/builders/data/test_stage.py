@@ -1,5 +1,6 @@
 """A shop becomes dense arrays: features, histories, splits and labels, held against plain loops."""
 
+import re
 import zlib
 from pathlib import Path
 
@@ -310,6 +311,37 @@ def test_a_label_whose_time_is_not_over_is_censored_whatever_happened(tmp_path: 
         InvalidInput, match=r"no label of task 'buys' is known by the end of training: its `within`"
     ):
         funnel(tmp_path, [*VIEWS, bought(5, 100)], within=', within = "1d"')
+
+
+def test_a_column_s_label_counts_by_when_it_came_in(tmp_path: Path) -> None:
+    """As an event does: within its time, from its own part alone, censored near a part's end; a refit knows
+    more."""
+    came = {3: 60, 10: 61, 75: 2_500, 78: 50}
+    text = "user_id,item_id,time,bought,when\n" + "".join(
+        f"{user},{item},{time},{int(view in came)},{time + came[view] if view in came else ''}\n"
+        for view, (user, item, time, _) in enumerate(VIEWS)
+    )
+
+    def positive(dataset: Dataset) -> set[int]:
+        return {time for (_, _, time), [label] in _all_labels(dataset).items() if label == 1}
+
+    task = '[[tasks]]\nname = "buys"\nlabel = {{column = "bought", time = "when"{}}}\n'
+    dataset = load(tmp_path, text, split="time", tasks=task.format(""))
+    assert positive(dataset) == {VIEWS[view][2] for view in (3, 10, 78)}
+    known = refit_dataset(dataset).train_impressions
+    assert known is not None
+    assert set(known.times[known.labels[:, 0] == 1].tolist()) == {VIEWS[view][2] for view in came}
+    dataset = load(tmp_path, text, split="time", tasks=task.format(', within = "1min"'))
+    assert positive(dataset) == {VIEWS[3][2], VIEWS[78][2]}
+    dataset = load(tmp_path, text, split="time", tasks=task.format(", within = 500"))
+    assert positive(dataset) == {VIEWS[3][2], VIEWS[10][2]}, "78 stands 200 s before training ends"
+    assert np.isnan(_all_labels(dataset)[VIEWS[78][0].encode(), str(VIEWS[78][1]).encode(), VIEWS[78][2]])
+    for old, new, fault in (
+        (str(VIEWS[3][2] + 60), "", "row 4: None is no time, but the label has come in; when?"),
+        (str(VIEWS[3][2] + 60), "900", "row 4: '900' is before the row's own time; a label comes in later"),
+    ):
+        with pytest.raises(InvalidInput, match=re.escape(f"column 'when', {fault}")):
+            load(tmp_path, text.replace(f"1,{old}\n", f"1,{new}\n", 1), split="time", tasks=task.format(""))
 
 
 def test_history_may_be_named_events(tmp_path: Path) -> None:

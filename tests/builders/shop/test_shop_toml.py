@@ -217,8 +217,13 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
         (
             '{column = "clicked"}',
             '{column = "clicked", within = "7d"}',
-            "task 'ctr' has a label within a time, but interactions.impression names no event: without it an "
-            "exposure and its labels are of one moment",
+            "task 'ctr' has a label within a time, but nothing says when it comes in: give its column a "
+            "time, or name the event that shows an item, interactions.impression",
+        ),
+        (
+            'label = {column = "clicked"}',
+            'label = {event = "click", time = "when"}',
+            "tasks.0.label: a label's time is of a column; an event has its own",
         ),
         (
             '{column = "clicked"}',
