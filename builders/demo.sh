@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo, as a newcomer would type it: a shop, a release of it, a server, three lists.
+# The demo, as a newcomer would type it: a shop, a release of it and what it is worth, a server, three lists.
 # `make demo` and `make bench` run it.
 # Run again it is quick: the shop and every stage of the build that is unchanged are kept in demo/.
 set -euo pipefail
@@ -67,6 +67,7 @@ END
 
 demo() {
   make_release
+  show peregrine report --repository $REPOSITORY --out demo/report.html
   start_server
   show peregrine recommend u1 u2 --top-k 5 --repository $REPOSITORY
   show peregrine recommend newcomer --session i1,i2 --top-k 5 --repository $REPOSITORY
