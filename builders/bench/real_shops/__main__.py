@@ -9,10 +9,9 @@ are research data: to measure with, never to ship.
 What shop.toml cannot say is said in the shop's own terms:
   - **Two kinds of exposure in one shop** (buy given view, buy given cart). `impression` names one event, so
     these shops name none: each row may be an exposure, and each task has a column that is empty in the rows
-    that are no exposure of it. The columns TASK_time say when a label came in; nothing reads them yet.
-  - **Labels of the past know nothing of the test period**: what happened at or after the cut is 0 in rows
-    before it. So the rows just before the cut have had little time to be bought, as those before the log's
-    end have: validation looks like the test.
+    that are no exposure of it, and one that says when its label came in. So a build knows no label before
+    its time, and none of a later part of the split: the rows just before a cut have had little time to be
+    bought, as those before the log's end have, and validation looks like the test.
   - **A cut at a given moment**: `test` is the share of rows behind it. The protocols cut each task's rows at
     their own 90% quantile. A shop has one cut, the earliest of them; rows between it and their own cut have
     no label. So the test rows are the protocols', and a few training rows are lost.

@@ -24,7 +24,7 @@ history = {history}
 TASK_TOML = """
 [[tasks]]
 name = "{name}"
-label = {{column = "{name}"}}
+label = {{column = "{name}", time = "{name}_time"}}
 """
 
 
@@ -49,7 +49,7 @@ def funnel(name: str, path: Path, exposures: list[Exposure], history: list[str])
         rows = np.flatnonzero((kinds == of.event) & ((times < cut) | (times >= own_cuts[of.event])))
         for task, event in of.tasks.items():
             came = _time_of(pairs[kinds == event], times[kinds == event], pairs[rows])
-            columns |= _label(task, rows, times, came, cut)
+            columns |= _label(task, rows, times, came)
     order = np.lexsort((items, users, times))
     table = pa.table(
         {
@@ -65,14 +65,13 @@ def funnel(name: str, path: Path, exposures: list[Exposure], history: list[str])
     return Made(toml + "".join(TASK_TOML.format(name=task) for of in exposures for task in of.tasks), table)
 
 
-def _label(task: str, rows: Array, times: Array, came: Array, cut: int) -> dict[str, pa.Array]:
+def _label(task: str, rows: Array, times: Array, came: Array) -> dict[str, pa.Array]:
     """Gives a task's columns over all events: label, null but in `rows` [E], and when it came in.
 
     came [E] is the time of the event that labels, NEVER where there is none. One at the exposure's own second
-    counts as later; one that came at the cut or after it is unknown to rows before it.
+    counts as later.
     """
-    shown = times[rows]
-    positive = (came >= shown) & (came < np.where(shown < cut, cut, NEVER))
+    positive = (came >= times[rows]) & (came < NEVER)
     values, empty = np.zeros(len(times), np.int8), np.ones(len(times), bool)
     values[rows], empty[rows] = positive, False
     when, unknown = np.zeros(len(times), np.int64), np.ones(len(times), bool)

@@ -27,7 +27,7 @@ def _rows(made):
     return {(row["user_id"], row["item_id"], row["event"]): row for row in made.interactions.to_pylist()}
 
 
-def test_a_label_is_a_later_event_and_rows_before_the_cut_know_nothing_of_what_follows(tmp_path):
+def test_a_label_is_a_later_event_and_training_knows_nothing_of_what_came_in_after_it(tmp_path):
     filler = [(9, 100 + n, kind, 10 * n) for kind in ("view", "cart") for n in range(1, 101)]
     rows = [
         (1, 1, "view", 20), (1, 1, "cart", 20), (1, 1, "buy", 30),  # at once, and later
@@ -42,9 +42,14 @@ def test_a_label_is_a_later_event_and_rows_before_the_cut_know_nothing_of_what_f
     assert of[1, 1, "cart"]["buy_of_cart"] == 1
     assert of[1, 1, "cart"]["cart"] is None
     assert of[1, 2, "view"]["buy"] == 0
-    assert (of[2, 1, "view"]["buy"], of[2, 1, "view"]["buy_time"]) == (0, None)
+    assert (of[2, 1, "view"]["buy"], of[2, 1, "view"]["buy_time"]) == (1, 950)
     assert [of[2, 3, "view"][task] for task in ("cart", "buy")] == [1, 1]
     assert all(of[1, 1, "buy"][task] is None for task in ("cart", "buy", "buy_of_cart"))
+    write_shop(made, tmp_path / "shop")
+    dataset = load_dataset(tmp_path / "shop")
+    train = dataset.train_impressions
+    [row] = np.flatnonzero((dataset.user_ids[train.user_rows - 1] == b"2") & (train.times == 40))
+    assert train.labels[row, 1] == 0
 
 
 def test_the_test_period_begins_at_the_cut_to_the_second(tmp_path):
