@@ -120,26 +120,31 @@ def dataset_from_tables(
     )
 
 
-def positive_rows(tables: ShopTables, exposures: Exposures) -> Array:
-    """Gives the rows of the interactions that form histories, as `history` in shop.toml says."""
+def positives(tables: ShopTables, exposures: Exposures) -> tuple[Array, Array]:
+    """Gives the rows of the interactions that form histories, as `history` in shop.toml says, and when each
+    happened: [P] int64 both."""
     shop, interactions = tables.shop, tables.interactions
     rule = shop.interactions.history
     if isinstance(rule, list):
-        return np.flatnonzero(np.any([interactions.is_event(name) for name in rule], axis=0))
+        rows = np.flatnonzero(np.any([interactions.is_event(name) for name in rule], axis=0))
+        return rows, interactions.times[rows]
     named = [t for t in shop.tasks if t.kind == "binary" and t.label and rule in ("", t.name)]
     if rule == "all" or not named:
-        return np.arange(len(interactions))
-    task = named[0]
+        return np.arange(len(interactions)), interactions.times
+    task, at = named[0], shop.tasks.index(named[0])
     if task.label and task.label.event:  # the event has its own row and time, later than the exposure's
-        return np.flatnonzero(interactions.is_event(task.label.event))
-    return exposures.rows[exposures.labels[:, shop.tasks.index(task)] == 1]
+        rows = np.flatnonzero(interactions.is_event(task.label.event))
+    elif shop.interactions.impression:  # so has the row that gives the label
+        rows = np.flatnonzero(interactions.labels[:, at] == 1)
+    else:
+        rows = exposures.rows[exposures.labels[:, at] == 1]
+    return rows, interactions.label_times.get(at, interactions.times)[rows]
 
 
 def _histories(tables: ShopTables, exposures: Exposures) -> Histories:
-    rows = positive_rows(tables, exposures)
-    return histories_from_positives(
-        tables.user_rows[rows], tables.item_rows[rows], tables.interactions.times[rows], len(tables.users.ids)
-    )
+    rows, times = positives(tables, exposures)
+    users, items = tables.user_rows[rows], tables.item_rows[rows]
+    return histories_from_positives(users, items, times, len(tables.users.ids))
 
 
 def _impressions(

@@ -331,6 +331,7 @@ def test_a_column_s_label_counts_by_when_it_came_in(tmp_path: Path) -> None:
     known = refit_dataset(dataset).train_impressions
     assert known is not None
     assert set(known.times[known.labels[:, 0] == 1].tolist()) == {VIEWS[view][2] for view in came}
+    assert sorted(dataset.histories.times) == sorted(VIEWS[view][2] + after for view, after in came.items())
     dataset = load(tmp_path, text, split="time", tasks=task.format(', within = "1min"'))
     assert positive(dataset) == {VIEWS[3][2], VIEWS[78][2]}
     dataset = load(tmp_path, text, split="time", tasks=task.format(", within = 500"))
@@ -342,6 +343,19 @@ def test_a_column_s_label_counts_by_when_it_came_in(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidInput, match=re.escape(f"column 'when', {fault}")):
             load(tmp_path, text.replace(f"1,{old}\n", f"1,{new}\n", 1), split="time", tasks=task.format(""))
+
+
+def test_a_history_has_what_happened_when_the_row_that_says_so_was_written(tmp_path: Path) -> None:
+    rows = "user_id,item_id,time,event,liked\n" + "".join(
+        f"{user},{item},{time},view,\n{user},{item},{time + 40},rate,{time % 200 // 100}\n"
+        for user, item, time, _ in VIEWS
+    )
+    task = '[[tasks]]\nname = "like"\nlabel = {column = "liked"}\n'
+    entry = 'event = "event"\nimpression = "view"'
+    dataset = load(tmp_path, rows, split="time", interactions=entry, tasks=task)
+    liked = [time for _, _, time, _ in VIEWS if time % 200 // 100]
+    assert sorted(dataset.histories.times) == [time + 40 for time in liked]
+    assert {time for (_, _, time), [label] in _all_labels(dataset).items() if label == 1} == set(liked)
 
 
 def test_history_may_be_named_events(tmp_path: Path) -> None:
