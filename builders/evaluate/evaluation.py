@@ -5,6 +5,7 @@ Axes: Q targets, R releases.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,14 @@ def _answers(kept: Kept, asked: Asked, progress: Callable[[float, str], None]) -
 def write_ranks(answers: list[Answers], path: Path) -> None:
     """Writes all releases' answers as one parquet file; InvalidInput if that cannot be."""
     table = pa.concat_tables([one.table() for one in answers], promote_options="default")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         pq.write_table(table, partial)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise InvalidInput(f"cannot write {path}: {error.strerror or error}", "name another --out") from None
 
 

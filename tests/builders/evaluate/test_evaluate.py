@@ -12,11 +12,14 @@ from shops import write_sequences_shop
 from typer.testing import CliRunner
 
 from builders import metrics
+from builders.build import BuildOptions, publication
 from builders.cli import evaluate as command
+from builders.compress.recipe import read_recipe
 from builders.data.stage import load_dataset
 from builders.evaluate.asked import asked_of, targets_at
 from builders.evaluate.evaluation import evaluate, means_of
 from builders.evaluate.kept import Kept, open_kept
+from builders.presets import preset
 from ensemble.errors import InvalidInput, ReleaseError
 
 
@@ -113,6 +116,23 @@ def test_what_cannot_be_asked_is_one_line(repository, options, told):
     done = _run("r1", "-r", repository, *options)
     assert isinstance(done.exception, InvalidInput)
     assert told in str(done.exception)
+
+
+def test_an_out_that_cannot_be_written_leaves_nothing(repository, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.parquet").mkdir()
+    for out in (tmp_path / "file" / "ranks.parquet", tmp_path / "taken.parquet"):
+        done = _run("r1", "-r", repository, "--out", out)
+        assert isinstance(done.exception, InvalidInput)
+        assert f"cannot write {out}" in str(done.exception)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken.parquet"]
+
+
+def test_of_a_compressed_build_the_compressed_engines_are_kept(tmp_path):
+    options = BuildOptions(tmp_path, tmp_path, preset("tiny"))
+    assert publication(options, is_refit=True).verified == ("data", "export")
+    compressed = replace(options, recipe=read_recipe("fast"))
+    assert publication(compressed, is_refit=True).verified == ("data", "compress")
 
 
 def test_unknown_users_alone_are_an_error(repository, tmp_path):
