@@ -95,6 +95,17 @@ def headline(report: Mapping[str, Any]) -> str:
     )
 
 
+def worth_shortfalls(worth: Mapping[str, Any]) -> list[str]:
+    """Says in a line each what the shown lists are surely worth less than: simpler ways, never the bounds."""
+    ways = worth.get("ways", {})
+    return [
+        f"what is shown is worth {ways['chain']['worth']:.4f} an item, below {WORTH_WAYS[way]}, "
+        f"{ways[way]['worth']:.4f}"
+        for way in ("recall", "popularity", "logged", "random")
+        if way in ways and worth["chain_minus"][way]["high"] < 0
+    ]
+
+
 def worth_note(worth: Mapping[str, Any]) -> str:
     """Says how a worth was measured, and how sure it is."""
     weights = " + ".join(f"{weight:g} {task}" for task, weight in worth["weights"].items())

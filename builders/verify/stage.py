@@ -23,7 +23,7 @@ from builders.progress import Progress
 from builders.verify.baselines import SAMPLE_ROWS, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
 from builders.verify.canary import canary_of
-from builders.verify.markdown import markdown
+from builders.verify.markdown import markdown, worth_shortfalls
 from builders.verify.values import Worth
 from builders.verify.worth import worth_of
 from ensemble.arrays import Array
@@ -63,7 +63,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         **(task_baselines(dataset, values, options.boosting_rows) if "tasks" in report else {"tasks": {}}),
         "ranking": ranking_baselines(users, ranks),
     }
-    report["shortfalls"] = shortfalls(report["baselines"])
+    report["shortfalls"] = [*worth_shortfalls(report["worth"]), *shortfalls(report["baselines"])]
     report["ranker"] = read_json(inputs["ranker"] / "report.json")
     report |= served_facts(inputs, staged, verifier)
     gains = metrics.gains(ranks["chain"], 10) if len(users) else np.zeros(0)

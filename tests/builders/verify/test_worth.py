@@ -13,7 +13,7 @@ from builders.shop.truth import FILE, open_truth
 from builders.verify.by_log import by_log, place_weights
 from builders.verify.by_propensities import by_propensities
 from builders.verify.by_truth import by_truth, planted
-from builders.verify.markdown import headline, markdown
+from builders.verify.markdown import headline, markdown, worth_shortfalls
 from builders.verify.off_policy import examination
 from builders.verify.stage import _rows
 from builders.verify.values import PLACES, Worth, blended
@@ -93,6 +93,18 @@ def test_the_report_says_what_is_gained_and_how_sure_that_is(worth, verifier):
         f"worth {times['value']:.2f} times ({times['low']:.2f} to {times['high']:.2f}) a list of the" in text
     )
     assert f"{ways['chain'] / ways['best']:.0%} of the best possible list" in text
+
+
+def test_a_simpler_way_that_is_surely_worth_more_is_named(worth, verifier):
+    tasks = verifier.dataset.schema.tasks
+    assert worth_shortfalls(worth.report(tasks)) == []
+    turned = {**worth.values, "recall": worth.values["chain"], "chain": worth.values["recall"]}
+    report = replace(worth, values=turned).report(tasks)
+    chain, recall = (report["ways"][way]["worth"] for way in ("chain", "recall"))
+    assert worth_shortfalls(report) == [
+        f"what is shown is worth {chain:.4f} an item, below recall's own order, {recall:.4f}"
+    ]
+    assert worth_shortfalls({"kind": "next_items", "why": "the shop has no labels"}) == []
 
 
 def test_held_out_rows_have_the_worth_of_their_users_lists(worth, verifier):
