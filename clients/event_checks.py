@@ -84,11 +84,12 @@ def _numbers(name: str, numbers: Any, width: int, limits: tuple[int, int] | None
     return np.array(numbers)
 
 
-def check_event(event: Event) -> tuple[bytes, bytes, float]:
-    """Gives an event as it is written: user id, item id, time; InvalidArgument names the field."""
+def check_event(event: Event) -> tuple[bytes, bytes, str, float]:
+    """Gives an event as it is written: user id, item id, name, time; InvalidArgument names the field."""
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
         raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
-    return encode_id("user_id", event.user_id), encode_id("item_id", event.item_id), check_time(event.time)
+    user, item = encode_id("user_id", event.user_id), encode_id("item_id", event.item_id)
+    return user, item, event.event, check_time(event.time)
 
 
 def check_time(value: Any) -> float:

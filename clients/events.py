@@ -29,7 +29,7 @@ from ensemble.errors import InvalidArgument, ReleaseError, ServerError
 from ensemble.id_rule import encode_id
 from ensemble.release.names import release_names
 from ensemble.release.release import open_release
-from ensemble.schema import schema_from_json
+from ensemble.schema import kind_of, schema_from_json
 from ensemble.tiers import records as rows
 from ensemble.tiers.connection import connect_now, reason
 from ensemble.tiers.past import merge_past
@@ -138,32 +138,33 @@ class EventWriter:
                 f"Redis: {reason(error)}; nothing is lost by sending the same events again"
             ) from None
 
-    def _record(self, events: Sequence[tuple[bytes, bytes, float]]) -> Outcome:
-        """Puts events (user id, item id, time) into their users' pasts, in every loaded release."""
+    def _record(self, events: Sequence[tuple[bytes, bytes, str, float]]) -> Outcome:
+        """Puts events (user id, item id, name, time) into their users' pasts, in every loaded release."""
         outcome, known = Outcome(), set[bytes]()
         for target in self._current_targets():
-            item_rows = self._item_rows(target, [item for _, item, _ in events])
-            by_user: dict[bytes, list[tuple[int, float]]] = {}
-            for user, item, time in events:
+            item_rows = self._item_rows(target, [item for _, item, _, _ in events])
+            by_user: dict[bytes, list[tuple[int, int, float]]] = {}
+            for user, item, name, time in events:
                 if item in item_rows:
-                    by_user.setdefault(user, []).append((item_rows[item], time))
+                    kind = kind_of(target.users.schema, name)
+                    by_user.setdefault(user, []).append((item_rows[item], kind, time))
             known |= set(item_rows)
             for user, past in by_user.items():
                 outcome += self._write_user(target, user, past)
-        unknown = tuple(dict.fromkeys(item.decode() for _, item, _ in events if item not in known))
+        unknown = tuple(dict.fromkeys(item.decode() for _, item, _, _ in events if item not in known))
         return outcome + Outcome(unknown_items=unknown)
 
-    def _write_user(self, target: _Target, user: bytes, past: Sequence[tuple[int, float]]) -> Outcome:
-        """Merges new events (item row, time) into one user's past."""
-        new_rows, new_times = (np.array(column) for column in zip(*past, strict=True))
+    def _write_user(self, target: _Target, user: bytes, past: Sequence[tuple[int, int, float]]) -> Outcome:
+        """Merges new events (item row, kind, time) into one user's past."""
+        new_rows, new_kinds, new_times = (np.array(column) for column in zip(*past, strict=True))
         identity = rows.user_identities(np.array([user]))
 
         def change(value: bytes | None) -> bytes | None:
             row, times, partial = _opened(target.users, identity, value)
-            seen, merged = merge_past(row["seen"][0], times, new_rows, new_times)
-            if np.array_equal(seen, row["seen"][0]) and np.array_equal(merged, times):
+            before = row.tobytes()
+            merged = merge_past(row[0], times, new_rows, new_kinds, new_times)
+            if row.tobytes() == before and np.array_equal(merged, times):
                 return None
-            row["seen"][0] = seen
             return target.users.pack(identity, row, clock.time(), partial).tobytes() + merged.tobytes()
 
         return self._change(

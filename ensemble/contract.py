@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from enum import IntFlag
 
+from ensemble.activity import state_width, touches_width
 from ensemble.id_rule import MAX_ID_BYTES
 from ensemble.schema import Schema
 from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
@@ -55,8 +56,8 @@ def recommend(schema: Schema) -> PipelineSpec:
     recall = ModelSpec(
         "recall",
         "ensemble.steps.recall:Recall",
-        (*(t[n] for n in QUERY_TENSORS), t["seen_rows"]),
-        tuple(t[n] for n in ("candidate_rows", "candidate_features", "candidate_scores", "candidate_status")),
+        tuple(t[n] for n in (*QUERY_TENSORS, *SEEN_TENSORS)),
+        tuple(t[n] for n in RECALL_OUTPUTS),
     )
     ranker = ModelSpec(
         "ranker", ENGINE_STEP, tuple(t[n] for n in RANKER_INPUTS), (t["candidate_probabilities"],)
@@ -64,7 +65,7 @@ def recommend(schema: Schema) -> PipelineSpec:
     reranking = ModelSpec(
         "reranking",
         "ensemble.steps.reranking:Reranking",
-        (t["candidate_rows"], t["candidate_probabilities"], t["user_status"], t["candidate_status"]),
+        tuple(t[n] for n in RERANKING_INPUTS),
         tuple(t[n] for n in ANSWER),
     )
     return PipelineSpec(
@@ -76,15 +77,24 @@ def recommend(schema: Schema) -> PipelineSpec:
     )
 
 
+SEEN_TENSORS = ("seen_rows", "seen_kinds", "seen_recencies")
 FEATURES_OUTPUTS = (
-    "seen_rows",
+    *SEEN_TENSORS,
     "history_mask",
     "history_embeddings",
     "history_features",
     "user_codes",
     "user_values",
     "user_features",
+    "user_state",
     "user_status",
+)
+RECALL_OUTPUTS = (
+    "candidate_rows",
+    "candidate_features",
+    "candidate_state",
+    "candidate_scores",
+    "candidate_status",
 )
 USER_ENCODER_INPUTS = ("history_embeddings", "history_mask", "user_codes", "user_values")
 # No embedding: encoders are trained on the clicks that label the ranker's impressions, and a pair of
@@ -95,8 +105,17 @@ RANKER_INPUTS = (
     "user_codes",
     "user_values",
     "user_features",
+    "user_state",
     "candidate_features",
+    "candidate_state",
     "candidate_scores",
+)
+RERANKING_INPUTS = (
+    "candidate_rows",
+    "candidate_probabilities",
+    "candidate_scores",
+    "user_status",
+    "candidate_status",
 )
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
@@ -129,6 +148,8 @@ def _axes(schema: Schema) -> dict[str, Axis]:
         Axis("N", "candidates", s.candidates),
         Axis("F", "item features", s.item_features),
         Axis("U", "user features", s.user_features),
+        Axis("A", "user state", state_width(schema)),
+        Axis("G", "candidate state", touches_width(schema)),
         Axis("S", "recall sources", len(SOURCES)),
         Axis("T", "tasks", len(schema.tasks)),
         Axis("K", "returned", None),
@@ -157,6 +178,18 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
         ("W",),
         "item rows of the user's past, oldest first, left-padded with -1; the session's items come last",
     ),
+    (
+        "seen_kinds",
+        "int32",
+        ("W",),
+        "each event's kind, from 1 in the order of the schema's events; 0 = padding",
+    ),
+    (
+        "seen_recencies",
+        "float32",
+        ("W",),
+        "each event's recency: 1 just now, 0 a year ago (ensemble/activity.py)",
+    ),
     ("history_mask", "bool", ("H",), "true where the history, the last H of seen_rows, holds an item"),
     (
         "history_embeddings",
@@ -179,6 +212,12 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
     ("user_codes", "int32", ("users C",), "category and text features, 0 = nothing"),
     ("user_values", "float32", ("users R",), "number and vector features, standardized"),
     ("user_features", "float32", ("U",), "the user's own learned row; 0 for an unknown user"),
+    (
+        "user_state",
+        "float32",
+        ("A",),
+        "what the user did lately, and the user's rates (ensemble/activity.py)",
+    ),
     ("user_status", "int64", ("1",), "bits of contract.Degraded"),
     (
         "user_embeddings",
@@ -198,6 +237,12 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
             "F",
         ),
         "what the ranker sees of the candidates, 0 where padded",
+    ),
+    (
+        "candidate_state",
+        "float32",
+        ("N", "G"),
+        "what the user did with each candidate lately (ensemble/activity.py); 0 for what is new to the user",
     ),
     (
         "candidate_scores",

@@ -41,9 +41,12 @@ class RequestOptions(TypedDict, total=False):
     deny: Mapping[str, Sequence[str] | Array] | None  # {category feature: [values]}: none of these
     # {number feature: [least, greatest]}, both included, None = open: {"price": [5, 20], "stock": [1, None]}
     ranges: Mapping[str, Sequence[float | None] | Array] | None
-    weights: Mapping[str, float] | None  # {task: its weight in the score}
+    # {task: its weight in the score}; "recall": the power of recall's relevance in it (steps/blend.py)
+    weights: Mapping[str, float] | None
     caps: Mapping[str, int] | None  # {category feature: how many items of one value a list may hold}
     diversity: float | None  # 0..1: how much unlikeness counts against score; default 0
+    # Unix seconds at which the request counts as made, for asking about the past again; default: now
+    time: float | None
 
 
 OPTION_NAMES = tuple(RequestOptions.__annotations__)
@@ -58,6 +61,7 @@ NOTHING_ASKED: RequestOptions = {
     "weights": {},
     "caps": {},
     "diversity": 0.0,
+    "time": None,
 }
 # Triton's own, which may travel along with ours.
 _FOREIGN = (
@@ -70,6 +74,9 @@ _FOREIGN = (
     "triton_enable_empty_final_response",
 )
 
+LATEST_S = 1 << 32  # 2106: later times do not fit into a past
+RECALL_WEIGHT = "recall"  # beside the tasks among a request's weights
+MOST_POWER = 16.0
 NO_CAP = 1 << 30  # more items than any list has
 # Longer ones (long sessions, many users) hardly come twice, and 4096 of them would fill the memory
 _REMEMBERED_BYTES = 2048
@@ -101,6 +108,7 @@ class UserOptions:
     weights: tuple[tuple[str, float], ...] = ()
     caps: tuple[tuple[str, int], ...] = ()
     diversity: float = 0.0
+    time: float | None = None
 
     @property
     def filter(self) -> Filter | None:
@@ -126,6 +134,11 @@ class Options:
     def exclude_seen(self) -> Array:
         """Says whose past items are left out: [B] bool."""
         return np.array([u.exclude_seen for u in self.users], bool)
+
+    def times(self, now: float) -> Array:
+        """Gives when each user's request counts as made: [B] float64 Unix seconds, `now` where none is
+        said."""
+        return np.array([now if u.time is None else u.time for u in self.users], np.float64)
 
     def ids(self, name: str) -> tuple[Array, Array]:
         """Gives all users' session_items or exclude_items, flat: (owners [L] int64, ids [L] S)."""
@@ -241,9 +254,24 @@ def _share(name: str, value: Any, schema: Schema) -> float:
     return float(value)
 
 
+def _time(name: str, value: Any, schema: Schema) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not 0 <= value < LATEST_S:
+        raise InvalidArgument(
+            f"{name}: must be Unix seconds, from 0 to below {LATEST_S}, got {_short(value)}"
+        )
+    return float(value)
+
+
 def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], ...]:
-    known = {task.name for task in schema.tasks}
+    known = {RECALL_WEIGHT, *(task.name for task in schema.tasks)}
     for task, weight in _object(name, value, known, "task"):
+        if task == RECALL_WEIGHT and not (_is_number(weight) and 0 <= weight <= MOST_POWER):
+            raise InvalidArgument(
+                f"{name}: the weight of {task!r} is the power of recall's relevance, 0..{MOST_POWER:g}, got "
+                f"{_short(weight)}"
+            )
         if not _is_number(weight) or abs(weight) > 1e6:
             raise InvalidArgument(
                 f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got "
@@ -338,6 +366,7 @@ _READERS: dict[str, tuple[Reader, bool]] = {
     "weights": (_weights, False),
     "caps": (_caps, False),
     "diversity": (_share, False),
+    "time": (_time, False),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ensemble.errors import ReleaseError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class Sizes:
     candidates: int = 256  # N
     item_features: int = 64  # F, what the ranker sees of an item
     user_features: int = 32  # U, what the ranker sees of a user beside the history
+    # Of the item features, the last so many columns are rates of the tasks, not learned
+    # (builders/data/rates.py)
+    item_rates: int = 0
+    user_rates: int = 0  # the last columns of user_state
     max_batch: int = 64  # users per request and per dynamic batch
     max_top_k: int = 100  # K at most
 
@@ -104,11 +108,22 @@ class Schema:
     users: Table
     tasks: tuple[Task, ...]
     sizes: Sizes = field(default_factory=Sizes)
+    # Kinds of events that a past holds: an event of the first has kind 1; kind 0 is padding
+    events: tuple[str, ...] = ("event",)
+    has_clock: bool = (
+        True  # times are Unix seconds; else they are positions, and no gap between two means anything
+    )
     version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         """Writes the schema as JSON; schema_from_json reads it."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+
+
+def kind_of(schema: Schema, event: str) -> int:
+    """Gives the kind of an event by its name, from 1; an event that the schema does not list counts as the
+    first kind, since it stands in a past all the same."""
+    return schema.events.index(event) + 1 if event in schema.events else 1
 
 
 def number_names(schema: Schema) -> tuple[str, ...]:
@@ -132,4 +147,6 @@ def schema_from_json(text: str) -> Schema:
         tables["users"],
         tuple(Task(**t) for t in raw["tasks"]),
         Sizes(**raw["sizes"]),
+        tuple(raw["events"]),
+        raw["has_clock"],
     )

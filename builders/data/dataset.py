@@ -11,6 +11,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.schema import Schema, schema_from_json
+from ensemble.steps.features import Past
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Histories:
     offsets: Array  # [U + 2] int64; user row 0 (unknown) is empty
     item_rows: Array  # [P] int64
     times: Array  # [P] int64, seconds (or positions, where the shop has no clock)
+    kinds: Array  # [P] uint8, each event's kind, from 1 in the order of the schema's events
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Impressions:
     settled: Array | None = None
     # [E] float64, the chance with which the item was shown, NaN where unknown; None: the shop logs none
     propensities: Array | None = None
+    # [E, T] int64, when each label came to be known: a purchase that an exposure led to comes later than it
+    known_times: Array | None = None
 
     def at(self, rows: Array) -> Impressions:
         """Gives the impressions at `rows`, int64 or bool."""
@@ -179,10 +183,42 @@ def training_histories(dataset: Dataset) -> tuple[Array, Array]:
     return offsets, histories.item_rows[source]
 
 
+def past_windows(histories: Histories, user_rows: Array, history_ends: Array, length: int) -> Past:
+    """Gives the last `length` events before each end [L] as a past: [L, H] each, newest last, left padded."""
+    place, inside = _window_places(histories, user_rows, history_ends, length)
+    if not len(histories.item_rows):
+        return Past(
+            np.full(place.shape, -1, np.int64),
+            np.zeros(place.shape, np.int64),
+            np.zeros(place.shape, np.int32),
+        )
+    parts = ((histories.item_rows, -1), (histories.times, 0), (histories.kinds.astype(np.int32), 0))
+    return Past(*(np.where(inside, column[place], pad) for column, pad in parts))
+
+
 def history_windows(histories: Histories, user_rows: Array, history_ends: Array, length: int) -> Array:
     """Gives the last `length` items before each end: [L, H] int64, newest last, left padded with -1."""
+    place, inside = _window_places(histories, user_rows, history_ends, length)
+    if not len(histories.item_rows):
+        return np.full(place.shape, -1, np.int64)
+    return np.where(inside, histories.item_rows[place], -1)
+
+
+def moments(histories: Histories, user_rows: Array, history_ends: Array) -> Array:
+    """Gives when users [L] are asked about whose known events end at `history_ends` [L]: the time of the next
+    event, or of the last where none follows: [L] int64; 0 for a user without events."""
+    if not len(histories.times):
+        return np.zeros(len(user_rows), np.int64)
+    begin, stop = histories.offsets[user_rows], histories.offsets[user_rows + 1]
+    place = np.clip(np.minimum(history_ends, stop - 1), 0, None)
+    return np.where(stop > begin, histories.times[place], 0)
+
+
+def _window_places(
+    histories: Histories, user_rows: Array, history_ends: Array, length: int
+) -> tuple[Array, Array]:
+    """Gives where the last `length` events before each end stand [L, H] int64, and which of them are the
+    user's [L, H] bool."""
     position = history_ends[:, None] - length + np.arange(length)
     inside = position >= histories.offsets[user_rows][:, None]
-    if not len(histories.item_rows):
-        return np.full(position.shape, -1, np.int64)
-    return np.where(inside, histories.item_rows[np.clip(position, 0, len(histories.item_rows) - 1)], -1)
+    return np.clip(position, 0, max(0, len(histories.item_rows) - 1)), inside

@@ -25,12 +25,14 @@ class Splits:
     cuts: tuple[Array, Array]  # [U + 1] int64 each: when a user's validation, and when its test, begins
 
 
-def histories_from_positives(users: Array, items: Array, times: Array, num_users: int) -> Histories:
+def histories_from_positives(
+    users: Array, items: Array, times: Array, kinds: Array, num_users: int
+) -> Histories:
     """Sorts events by user row and time into CSR; events of the same second keep the file's order."""
     order = np.lexsort((times, users))
     offsets = np.zeros(num_users + 2, np.int64)
     np.cumsum(np.bincount(users, minlength=num_users + 1), out=offsets[1:])
-    return Histories(offsets, items[order], times[order])
+    return Histories(offsets, items[order], times[order], kinds[order])
 
 
 def users_of(histories: Histories) -> Array:

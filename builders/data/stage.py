@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 
 from builders.data.dataset import Dataset, Histories, Impressions, open_dataset, save_dataset
 from builders.data.packing import pack_features
+from builders.data.rates import with_rates
 from builders.data.refit import save_refit
+from builders.data.spans import FIRST_CLOCK_S
 from builders.data.splits import (
     NEVER,
     histories_from_positives,
@@ -31,12 +33,13 @@ from builders.shop.interactions import (
     refuse_all_censored,
 )
 from builders.shop.read import Rows, ShopTables, read_shop
-from builders.shop.shop_toml import Shop
+from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import texts_from_column
 from ensemble.arrays import Array
 from ensemble.schema import Schema, Sizes, Task
 
 TITLE_BYTES = 120
+MAX_KINDS = 16  # kinds of events that are told apart where a history is of all events
 CHANGES = "changes.txt"  # what became of the catalogue's log, in one line
 
 
@@ -96,8 +99,17 @@ def dataset_from_tables(
     tasks = tuple(Task(t.name, t.kind, t.given, t.weight) for t in shop.tasks) or (
         Task("interact", "binary"),
     )
+    schema = Schema(
+        shop.name,
+        item_pack.table,
+        user_pack.table,
+        tasks,
+        sizes or Sizes(),
+        events=event_kinds(tables),
+        has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
+    )
     return Dataset(
-        schema=Schema(shop.name, item_pack.table, user_pack.table, tasks, sizes or Sizes()),
+        schema=with_rates(schema) if shop.has_labels else schema,
         item_ids=items.ids,
         user_ids=users.ids,
         item_titles=_titles(shop, items),
@@ -128,10 +140,10 @@ def positives(tables: ShopTables, exposures: Exposures) -> tuple[Array, Array]:
     if isinstance(rule, list):
         rows = np.flatnonzero(np.any([interactions.is_event(name) for name in rule], axis=0))
         return rows, interactions.times[rows]
-    named = [t for t in shop.tasks if t.kind == "binary" and t.label and rule in ("", t.name)]
-    if rule == "all" or not named:
+    task = _history_task(shop)
+    if task is None:
         return np.arange(len(interactions)), interactions.times
-    task, at = named[0], shop.tasks.index(named[0])
+    at = shop.tasks.index(task)
     if task.label and task.label.event:  # the event has its own row and time, later than the exposure's
         rows = np.flatnonzero(interactions.is_event(task.label.event))
     elif shop.interactions.impression:  # so has the row that gives the label
@@ -143,8 +155,53 @@ def positives(tables: ShopTables, exposures: Exposures) -> tuple[Array, Array]:
 
 def _histories(tables: ShopTables, exposures: Exposures) -> Histories:
     rows, times = positives(tables, exposures)
-    users, items = tables.user_rows[rows], tables.item_rows[rows]
-    return histories_from_positives(users, items, times, len(tables.users.ids))
+    users, items, kinds = tables.user_rows[rows], tables.item_rows[rows], _kinds(tables, exposures)[rows]
+    return histories_from_positives(users, items, times, kinds, len(tables.users.ids))
+
+
+def event_kinds(tables: ShopTables) -> tuple[str, ...]:
+    """Names the kinds of events that a history holds: those that shop.toml lists, those of a history of all
+    events, or the first task and those that are given it, where one row tells them all."""
+    shop, interactions = tables.shop, tables.interactions
+    rule = shop.interactions.history
+    if isinstance(rule, list):
+        return tuple(dict.fromkeys(rule))
+    first = _history_task(shop)
+    if first is None:
+        return tuple(sorted(filter(None, interactions.event_names))[:MAX_KINDS]) or ("event",)
+    if first.label and first.label.event:
+        return (first.label.event,)
+    return tuple(task.name for task in (first, *_told_with(shop, first)))
+
+
+def _history_task(shop: Shop) -> ShopTask | None:
+    """Gives the task whose positives form histories; None where all events do, or those that are listed."""
+    rule = shop.interactions.history
+    named = [t for t in shop.tasks if t.kind == "binary" and t.label and rule in ("", t.name)]
+    return None if isinstance(rule, list) or rule == "all" or not named else named[0]
+
+
+def _told_with(shop: Shop, first: ShopTask) -> list[ShopTask]:
+    """Gives the binary tasks whose label stands in the same row as that of the history's task, and came in with
+    it: what comes in later would tell the future."""
+    others = [t for t in shop.tasks if t is not first and t.kind == "binary" and t.label]
+    return [t for t in others if t.label and t.label.column and not t.label.time]
+
+
+def _kinds(tables: ShopTables, exposures: Exposures) -> Array:
+    """Gives each interaction's kind as an event of a history [n] uint8, from 1 in the order of
+    event_kinds."""
+    shop, interactions, names = tables.shop, tables.interactions, event_kinds(tables)
+    kinds = np.ones(len(interactions), np.uint8)
+    first = _history_task(shop)
+    if first is None or (first.label and first.label.event):
+        for place, name in enumerate(names if interactions.events is not None else ()):
+            kinds[interactions.is_event(name)] = 1 + place
+        return kinds
+    for task in _told_with(shop, first):
+        told = exposures.rows[exposures.labels[:, shop.tasks.index(task)] == 1]
+        kinds[told] = 1 + names.index(task.name)
+    return kinds
 
 
 def _impressions(
@@ -170,6 +227,7 @@ def _impressions(
         None if truth is None else truth[rows],
         settled,
         exposures.propensities,
+        exposures.known_times,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.data.dataset import Dataset, history_windows
+from builders.data.dataset import Dataset, history_windows, past_windows
 from builders.index.offline import OfflineRecall
 from builders.ranker.checkpoint import RankerCheckpoint
+from ensemble.activity import activity, recencies, touches
 from ensemble.arrays import Array
 
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
@@ -22,20 +23,29 @@ def engine_feeds(
     """
     user_rows = np.arange(1, 1 + min(_CHECKED, dataset.num_users))
     ends = dataset.histories.offsets[user_rows + 1]
-    windows = history_windows(dataset.histories, user_rows, ends, dataset.schema.sizes.history)
+    schema = dataset.schema
+    windows = history_windows(dataset.histories, user_rows, ends, schema.sizes.history)
     candidates, scores = recall.candidates(user_rows, ends)
-    (past, history), (known, candidates) = (
+    past = past_windows(dataset.histories, user_rows, ends, schema.sizes.seen)
+    newest = np.maximum(past.times[:, -1], 0).astype(np.float64)
+    near = recencies(schema, past.times, past.kinds, newest)
+    state = [activity(schema, near, past.kinds), trained.user_rates[user_rows]]
+    # as for users who would have again what they had: else these would be 0 throughout
+    touched = touches(schema, past.rows, near, past.kinds, np.resize(past.rows, candidates.shape))
+    (there, history), (known, candidates) = (
         ((rows > 0)[..., None].astype(np.float32), np.maximum(rows, 0)) for rows in (windows, candidates)
     )
     items = slice(1, 1 + _CHECKED)
     return {
-        "history_embeddings": item_embeddings[history] * past,
-        "history_features": trained.item_features[history] * past,
+        "history_embeddings": item_embeddings[history] * there,
+        "history_features": trained.item_features[history] * there,
         "history_mask": windows > 0,
         "user_codes": np.asarray(dataset.user_codes[user_rows]),
         "user_values": np.asarray(dataset.user_values[user_rows]),
         "user_features": trained.user_features[user_rows],
         "candidate_features": trained.item_features[candidates] * known,
+        "user_state": np.concatenate(state, axis=1),
+        "candidate_state": touched,
         "candidate_scores": scores,
         "item_codes": np.asarray(dataset.item_codes[items]),
         "item_values": np.asarray(dataset.item_values[items]),

@@ -18,6 +18,7 @@ from builders.progress import Progress
 from ensemble import contract
 from ensemble.arrays import Array
 from ensemble.release.ids import write_ids
+from ensemble.steps.blend import BLEND
 
 
 def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
@@ -26,6 +27,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     index = inputs["index"]
     for name in (*SERVED_FILES, *(name for name in OPTIONAL_FILES if (index / name).exists())):
         link(index / name, folder / name)
+    link(inputs["ranker"] / BLEND, folder / BLEND)
     recall, item_embeddings = open_recall(inputs, dataset)
     feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
     errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
@@ -65,7 +67,7 @@ def _export_engines(
 def _write_rows(dataset: Dataset, trained: Trained, item_embeddings: Array, folder: Path) -> None:
     """Writes the snapshot's rows of items and users, their ids and titles, and a new item's id row."""
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
-    write_users(dataset, trained.ranker.user_features, folder)
+    write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
     np.save(folder / "item_titles.npy", dataset.item_titles)
     np.save(folder / "new_item_id_embedding.npy", trained.item_id_embeddings[:1])

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
-from builders.data.dataset import Dataset, Impressions, Targets, history_windows
+from builders.data.dataset import Dataset, Impressions, Targets, history_windows, moments, past_windows
 from builders.index.offline import OfflineRecall
 from builders.index.staged import StagedRelease
-from builders.ranker.lists import lists_from_impressions
+from builders.ranker.lists import Lists, lists_from_impressions, states_of
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import open_engine
@@ -53,16 +53,20 @@ class Verifier:
         self.reranking = Reranking(staged.model("reranking"), staged)
         self.embeddings = np.ascontiguousarray(staged.items["embedding"])
 
-    def user_tensors(self, user_rows: Array, history_ends: Array) -> Tensors:
-        """Gives the features step's tensors, as they were at `history_ends`."""
-        seen = history_windows(self.dataset.histories, user_rows, history_ends, self.sizes.seen)
+    def user_tensors(self, user_rows: Array, history_ends: Array, times: Array | None = None) -> Tensors:
+        """Gives the features step's tensors, as they were at `history_ends`; user_state is that of `times`
+        [L], by default of each user's next event (data/dataset.py: moments)."""
+        histories = self.dataset.histories
+        past = past_windows(histories, user_rows, history_ends, self.sizes.seen)
+        times = moments(histories, user_rows, history_ends) if times is None else times
         rows = self.features.users[user_rows]
         own = {
             name: np.ascontiguousarray(rows[name.removeprefix("user_")])
             for name in ("user_codes", "user_values", "user_features")
         }
         return {
-            **self.features.history_from_seen(seen),
+            **self.features.past_tensors(past, np.asarray(times, np.float64), rows["rates"]),
+            **self.features.history_from_seen(past.rows),
             **own,
             "user_status": np.zeros((len(user_rows), 1), np.int64),
         }
@@ -132,11 +136,12 @@ class Verifier:
         tensors = self.user_tensors(user_rows, history_ends)
         query = self._encode(tensors)
         queries = self.offline.queries(user_rows, {**tensors, "user_embeddings": query})
-        found = self.recall.run(options, seen_rows=tensors["seen_rows"], **queries)
+        seen = {name: tensors[name] for name in contract.SEEN_TENSORS}
+        found = self.recall.run(options, **seen, **queries)
         ranked = self.ranker.run({name: {**tensors, **found}[name] for name in contract.RANKER_INPUTS})
         blended = np.where(
             found["candidate_rows"] > 0,
-            self.reranking.blend(options, ranked["candidate_probabilities"]),
+            self.reranking.blend(options, ranked["candidate_probabilities"], found["candidate_scores"]),
             -np.inf,
         )
         order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
@@ -196,15 +201,23 @@ class Verifier:
                     report[task.name]["oracle_rmse"] = metrics.rmse(labels, impressions.truth[:, t])
         return report
 
+    def impression_lists(self, impressions: Impressions) -> tuple[Lists, Array]:
+        """Groups impressions [E] by user and moment; gives also the place of each in the flattened lists."""
+        rates = self.features.users["rates"][impressions.user_rows]
+        states = states_of(self.dataset, impressions, rates)
+        return lists_from_impressions(impressions, self.offline.scores, states, by_moment=True)
+
     def impression_probabilities(self, impressions: Impressions) -> Array:
         """Gives the engine's candidate_probabilities [E, T] of each impression's item, at its time."""
-        lists, places = lists_from_impressions(impressions, self.offline.scores)
+        lists, places = self.impression_lists(impressions)
         parts = [np.zeros((0, len(self.dataset.schema.tasks)), np.float32)]
         for start in range(0, len(lists), BATCH):
             piece = lists.take(np.arange(start, min(start + BATCH, len(lists))))
             items = {
                 "candidate_features": gather(piece.item_rows, self.features.item_reader.table, "features"),
                 "candidate_scores": piece.scores,
+                "candidate_state": piece.candidate_state.astype(np.float32),
+                "user_state": piece.user_state[:, 0].astype(np.float32),
             }
             feeds = {**self.user_tensors(piece.user_rows, piece.history_ends), **items}
             out = self.ranker.run({name: feeds[name] for name in contract.RANKER_INPUTS})[

@@ -11,7 +11,7 @@ import numpy as np
 from builders.data.dataset import Dataset, history_windows
 from builders.index.staged import StagedRelease
 from ensemble.arrays import Array
-from ensemble.contract import QUERY_TENSORS, SOURCES
+from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS, SOURCES
 from ensemble.local import open_step
 from ensemble.options import default_options
 from ensemble.release.release import Release
@@ -33,7 +33,9 @@ class OfflineRecall:
             for model in _before_recall(staged)
             if model.name not in ("features", "user_encoder")
         ]
-        self.query_names = [spec.name for spec in staged.model("recall").inputs if spec.name != "seen_rows"]
+        self.query_names = [
+            spec.name for spec in staged.model("recall").inputs if spec.name not in SEEN_TENSORS
+        ]
 
     def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
         """Gives what recall would have offered: rows [L, N] (-1 padded, best first), scores [L, N, S]."""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from builders.data.dataset import Dataset, history_windows
+from builders.data.dataset import Dataset, past_windows
 from ensemble.arrays import Array
+from ensemble.options import LATEST_S
 from ensemble.release.snapshot import item_dtype, user_dtype
 
 _PIECE = 1 << 16  # rows
@@ -30,20 +31,22 @@ def write_items(dataset: Dataset, embeddings: Array, features: Array | None, fol
     out.flush()
 
 
-def write_users(dataset: Dataset, features: Array, folder: Path) -> None:
+def write_users(dataset: Dataset, features: Array, rates: Array, folder: Path) -> None:
     """Writes the users' packed rows with all that is known, held-out events too, but not a published test;
-    features [U + 1, U']."""
+    features [U + 1, U'], rates [U + 1, user_rates]."""
     histories = dataset.histories
     out = _mapped(folder / "users.npy", user_dtype(dataset.schema), dataset.num_users + 1)
     for start in range(0, len(out), _PIECE):
         user_rows = np.arange(start, min(start + _PIECE, len(out)))
-        out["seen"][user_rows] = history_windows(
-            histories, user_rows, np.asarray(dataset.known_ends[user_rows]), dataset.schema.sizes.seen
-        )
+        ends = np.asarray(dataset.known_ends[user_rows])
+        past = past_windows(histories, user_rows, ends, dataset.schema.sizes.seen)
+        out["seen"][user_rows], out["seen_kinds"][user_rows] = past.rows, past.kinds
+        out["seen_times"][user_rows] = np.clip(past.times, 0, LATEST_S - 1)
         for field, table in (
             ("codes", dataset.user_codes),
             ("values", dataset.user_values),
             ("features", features),
+            ("rates", rates),
         ):
             out[field][user_rows] = table[user_rows]
     out.flush()

@@ -16,8 +16,9 @@ from builders.ranker.model import CalibratedRanker, ItemFeatures, OwnRanker, Ran
 from builders.weights import read_state, save_state
 from ensemble.arrays import Array
 from ensemble.schema import Schema
+from ensemble.steps.blend import BLEND, Blend, read_blend
 
-_TABLES = ("item_id_features", "item_features", "user_features")
+_TABLES = ("item_id_features", "item_features", "user_features", "user_rates")
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,26 @@ class RankerCheckpoint:
     ranker: CalibratedRanker  # calibrated, in eval mode
     # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
     item_head: ItemFeatures
-    # [I + 1, F] float32, the id rows that the head reads; row 0 is that of a new item
+    # [I + 1, F] float32, the id rows that the head reads, with the items' rates; row 0 is that of a new item
     item_id_features: Array
     item_features: Array  # [I + 1, F] float32, the head's output for every item: the snapshot's `features`
     user_features: Array  # [U + 1, U'] float32, row 0 (unknown) is 0
+    user_rates: Array  # [U + 1, Q] float32, the last columns of user_state; row 0 (unknown) is 0
+    blend: Blend  # how tasks and recall's relevance make one score
     report: dict[str, Any]
 
 
 def save_ranker(
     checkpoint: RankerCheckpoint, folder: Path, config: RankerConfig, own: OwnModel | None = None
 ) -> None:
-    """Writes both modules' weights, their sizes, the three tables of rows and report.json."""
+    """Writes both modules' weights, their sizes, the tables of rows and report.json."""
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     write_own(own, folder)
     save_state(checkpoint.ranker.state_dict(), folder / "ranker.npz")
     save_state(checkpoint.item_head.state_dict(), folder / "item_head.npz")
     for name in _TABLES:
         np.save(folder / f"{name}.npy", getattr(checkpoint, name), allow_pickle=False)
+    (folder / BLEND).write_text(checkpoint.blend.to_json())
     (folder / "report.json").write_text(json.dumps(checkpoint.report, indent=1))
 
 
@@ -56,9 +60,8 @@ def read_ranker(
     model.load_state_dict(read_state(folder / "ranker.npz"))
     head.load_state_dict(read_state(folder / "item_head.npz"))
     tables = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _TABLES}
-    return RankerCheckpoint(
-        model.eval(), head.eval(), report=json.loads((folder / "report.json").read_text()), **tables
-    )
+    report = json.loads((folder / "report.json").read_text())
+    return RankerCheckpoint(model.eval(), head.eval(), **tables, blend=read_blend(folder), report=report)
 
 
 def open_ranker(folder: Path, schema: Schema) -> RankerCheckpoint:

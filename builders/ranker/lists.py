@@ -1,17 +1,19 @@
 """Makes the lists that the ranker learns from: one user at one time, with items shown or recalled there.
 
 Impressions that share user and history share a list, so that user-side work is done once for them. Axes: L
-lists, N items a list (padded with -1), H history, S recall sources, T tasks, E impressions.
+lists, N items a list (padded with -1), H history, S recall sources, T tasks, E impressions, A user state, G
+candidate state, P item rates. States are kept in 16 bits: they are small numbers in steps of a hundredth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from builders.data.dataset import Dataset, Impressions, Targets
+from builders.data.dataset import Dataset, Impressions, Targets, past_windows
 from builders.index.offline import CandidateFunction, ScoreFunction
+from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
 from ensemble.arrays import Array
 from ensemble.contract import SOURCES
 
@@ -27,27 +29,64 @@ class Lists:
     item_rows: Array  # [L, N] int64, -1 where padded
     scores: Array  # [L, N, S] float32
     labels: Array  # [L, N, T] float32, NaN where not defined or padded
+    user_state: Array  # [L, N or 1, A] float16
+    candidate_state: Array  # [L, N or 1, G] float16
+    # [L, N, P] float16, the items' rates as they were known then; None: as they were when training ended
+    item_rates: Array | None = None
 
     def __len__(self) -> int:
         return len(self.user_rows)
 
     def take(self, index: Array) -> Lists:
         """Gives the lists at `index`."""
-        return Lists(
-            self.user_rows[index],
-            self.history_ends[index],
-            self.item_rows[index],
-            self.scores[index],
-            self.labels[index],
+        arrays = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return Lists(**{name: array[index] for name, array in arrays if array is not None})
+
+
+@dataclass(frozen=True)
+class States:
+    """Holds what was known of impressions at their own times."""
+
+    users: Array  # [E, A] float16
+    candidates: Array  # [E, G] float16
+    item_rates: Array | None = None  # [E, P] float16; None: those that the items' features hold
+
+
+def states_of(
+    dataset: Dataset, impressions: Impressions, user_rates: Array, item_rates: Array | None = None
+) -> States:
+    """Describes the users and items of impressions [E] at their times; user_rates [E, Q], item_rates [E,
+    P]."""
+    schema, count = dataset.schema, len(impressions.times)
+    users = np.zeros((count, state_width(schema)), np.float16)
+    candidates = np.zeros((count, touches_width(schema)), np.float16)
+    users[:, activity_width(schema) :] = user_rates
+    for start in range(0, count, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        past = past_windows(
+            dataset.histories,
+            impressions.user_rows[part],
+            impressions.history_ends[part],
+            schema.sizes.seen,
         )
+        near = recencies(schema, past.times, past.kinds, np.asarray(impressions.times[part], np.float64))
+        users[part, : activity_width(schema)] = activity(schema, near, past.kinds)
+        items = np.asarray(impressions.item_rows[part])[:, None]
+        candidates[part] = touches(schema, past.rows, near, past.kinds, items)[:, 0]
+    return States(users, candidates, None if item_rates is None else item_rates.astype(np.float16))
 
 
-def lists_from_impressions(impressions: Impressions, scores: ScoreFunction) -> tuple[Lists, Array]:
-    """Groups impressions [E] into lists; gives also the place [E] of each in the flattened [L * N]."""
-    order = np.lexsort((impressions.history_ends, impressions.user_rows))
+def lists_from_impressions(
+    impressions: Impressions, scores: ScoreFunction, states: States, *, by_moment: bool = False
+) -> tuple[Lists, Array]:
+    """Groups impressions [E] into lists; gives also the place [E] of each in the flattened [L * N].
+    `by_moment` keeps impressions of different times apart, so that a list has one user_state."""
+    order = np.lexsort((impressions.times, impressions.history_ends, impressions.user_rows))
     users, ends = impressions.user_rows[order], impressions.history_ends[order]
     first = np.ones(len(order), bool)
     first[1:] = (users[1:] != users[:-1]) | (ends[1:] != ends[:-1])
+    if by_moment:
+        first[1:] |= impressions.times[order][1:] != impressions.times[order][:-1]
     starts = np.flatnonzero(first)
     within = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     width = _best_width(np.diff(np.append(starts, len(order))))
@@ -56,8 +95,12 @@ def lists_from_impressions(impressions: Impressions, scores: ScoreFunction) -> t
     num_lists = int(first.sum())
     item_rows = np.full((num_lists, width), -1, np.int64)
     item_rows[list_index, column] = impressions.item_rows[order]
-    labels = np.full((num_lists, width, impressions.labels.shape[1]), np.nan, np.float32)
-    labels[list_index, column] = impressions.labels[order]
+
+    def spread(values: Array, padding: float) -> Array:
+        out = np.full((num_lists, width, values.shape[1]), padding, values.dtype)
+        out[list_index, column] = values[order]
+        return out
+
     places = np.empty(len(order), np.int64)
     places[order] = list_index * width + column
     user_rows, history_ends = users[first], ends[first]
@@ -66,7 +109,10 @@ def lists_from_impressions(impressions: Impressions, scores: ScoreFunction) -> t
         history_ends,
         item_rows,
         score_in_chunks(scores, user_rows, history_ends, item_rows),
-        labels,
+        spread(np.asarray(impressions.labels), np.nan),
+        spread(states.users, 0),
+        spread(states.candidates, 0),
+        None if states.item_rates is None else spread(states.item_rates, 0),
     ), places
 
 
@@ -88,8 +134,11 @@ def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array
     return out
 
 
-def lists_from_targets(dataset: Dataset, targets: Targets, candidates: CandidateFunction) -> Lists:
-    """Makes lists of recall's candidates for each target; its label is 1 if it was recalled, all others 0."""
+def lists_from_targets(
+    dataset: Dataset, targets: Targets, candidates: CandidateFunction, user_rates: Array
+) -> Lists:
+    """Makes lists of recall's candidates for each target; its label is 1 if it was recalled, all others 0.
+    user_rates [U + 1, Q]. Candidates are new to their users, so their state is 0."""
     parts = []
     for start in range(0, len(targets.user_rows), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -102,7 +151,30 @@ def lists_from_targets(dataset: Dataset, targets: Targets, candidates: Candidate
         else np.zeros((0, width, len(SOURCES)), np.float32)
     )
     labels = np.where(rows > 0, (rows == targets.item_rows[:, None]).astype(np.float32), np.float32(np.nan))
-    return Lists(targets.user_rows, targets.history_ends, rows, scores.astype(np.float32), labels[:, :, None])
+    schema = dataset.schema
+    return Lists(
+        targets.user_rows,
+        targets.history_ends,
+        rows,
+        scores.astype(np.float32),
+        labels[:, :, None],
+        _states_of_targets(dataset, targets, user_rates)[:, None],
+        np.zeros((len(rows), 1, touches_width(schema)), np.float16),
+    )
+
+
+def _states_of_targets(dataset: Dataset, targets: Targets, user_rates: Array) -> Array:
+    """Gives user_state [Q, A] float16 at the moments of targets [Q]."""
+    schema = dataset.schema
+    out = np.zeros((len(targets.user_rows), state_width(schema)), np.float16)
+    out[:, activity_width(schema) :] = user_rates[targets.user_rows]
+    for start in range(0, len(out), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        ends = targets.history_ends[part]
+        past = past_windows(dataset.histories, targets.user_rows[part], ends, schema.sizes.seen)
+        near = recencies(schema, past.times, past.kinds, dataset.histories.times[ends].astype(np.float64))
+        out[part, : activity_width(schema)] = activity(schema, near, past.kinds)
+    return out
 
 
 def with_uniform(
@@ -116,10 +188,9 @@ def with_uniform(
     drawn = np.where(again, -1, drawn)
     more = score_in_chunks(scores, lists.user_rows, lists.history_ends, drawn)
     labels = np.where(drawn > 0, np.float32(0), np.float32(np.nan))[:, :, None]
-    return Lists(
-        lists.user_rows,
-        lists.history_ends,
-        np.concatenate([lists.item_rows, drawn], 1),
-        np.concatenate([lists.scores, more], 1),
-        np.concatenate([lists.labels, labels], 1),
+    return replace(
+        lists,
+        item_rows=np.concatenate([lists.item_rows, drawn], 1),
+        scores=np.concatenate([lists.scores, more], 1),
+        labels=np.concatenate([lists.labels, labels], 1),
     )

@@ -1,8 +1,9 @@
 """Defines the ranker, target attention and a mixture of experts, and the item head beside it.
 
-Axes: B batch, H history (left padded, newest last), D embedding, N candidates, F item features, U user
-features, S recall sources, T tasks, C code columns, R value columns, K attention width, E experts. Parameter
-names of `forward` are the tensor names of the contract. All that depends on the user alone is computed once
+Axes: B batch, H history (left padded, newest last), D embedding, N candidates, F item features (L learned
+ones, then P rates), U user features, A user state (its last Q are rates), G candidate state, S recall
+sources, T tasks, C code columns, R value columns, K attention width, E experts. Parameter names of `forward`
+are the tensor names of the contract. All that depends on the user alone is computed once
 per user and broadcast to the N candidates; no candidate sees another one, so padding changes nothing.
 
 Sources: DIN (Zhou et al. 2018), with scaled dot products for its activation unit; MMoE (Ma et al. KDD 2018);
@@ -17,8 +18,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from builders.data.rates import grouping
 from builders.layers import CodeEmbedding, Dropout, code_slices
+from ensemble.activity import state_width, touches_width
 from ensemble.contract import SOURCES
 from ensemble.schema import Schema, Table
 
@@ -72,18 +76,20 @@ class CalibratedRanker(nn.Module):
         user_codes: Tensor,
         user_values: Tensor,
         user_features: Tensor,
+        user_state: Tensor,
         candidate_features: Tensor,
+        candidate_state: Tensor,
         candidate_scores: Tensor,
     ) -> Tensor:
         """Gives candidate_probabilities [B, N, T] float32: calibrated ones of binary tasks, others' numbers.
 
         history_features [B, H, F], history_mask [B, H] bool, user_codes [B, C] int32, user_values [B, R],
-        user_features [B, U], candidate_features [B, N, F], candidate_scores [B, N, S]; float32 unless said.
+        user_features [B, U], user_state [B, A], candidate_features [B, N, F], candidate_state [B, N, G],
+        candidate_scores [B, N, S]; float32 unless said.
         """
-        user = (user_codes, user_values, user_features)
-        return self.probabilities(
-            self.logits(history_features, history_mask, *user, candidate_features, candidate_scores)
-        )
+        user = (user_codes, user_values, user_features, user_state)
+        candidates = (candidate_features, candidate_state, candidate_scores)
+        return self.probabilities(self.logits(history_features, history_mask, *user, *candidates))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turns logits [..., T] into probabilities (binary) or numbers (regression) [..., T]."""
@@ -91,7 +97,10 @@ class CalibratedRanker(nn.Module):
         return torch.where(self.is_binary, calibrated.sigmoid(), calibrated)
 
     def logits(self, *tensors: Tensor) -> Tensor:
-        """Gives logits [B, N, T] float32 before calibration, from the tensors of forward in its order."""
+        """Gives logits [B, N, T] float32 before calibration, from the tensors of forward in its order.
+
+        In training user_state may be [B, N, A]: impressions of one list may be of different moments.
+        """
         return self.gated_logits(*tensors[:-1], tensors[-1] * self.score_gate)
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
@@ -100,10 +109,15 @@ class CalibratedRanker(nn.Module):
 
 
 class Ranker(CalibratedRanker):
-    """Adds a wide path, linear in recall's scores, to a deep one of experts and products of both sides."""
+    """Adds a wide path, linear in recall's scores, to a deep one of experts and products of both sides, and
+    both to what the rates of item and user say by themselves: in log odds, each task's own starting point."""
 
     score_mean: Tensor
     score_scale: Tensor
+    user_state_mean: Tensor
+    user_state_scale: Tensor
+    candidate_state_mean: Tensor
+    candidate_state_scale: Tensor
     deep_gate: Tensor
 
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
@@ -111,15 +125,26 @@ class Ranker(CalibratedRanker):
         c, s, tasks = config or RankerConfig(), schema.sizes, len(schema.tasks)
         self.register_buffer("score_mean", torch.zeros(len(SOURCES)))
         self.register_buffer("score_scale", torch.ones(len(SOURCES)))
+        # what a candidate's own numbers are beside all that is learned: its state, then its rates
+        self.learned, own = s.item_features - s.item_rates, touches_width(schema) + s.item_rates
+        for name, width in (("user_state", state_width(schema)), ("candidate_state", own)):
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_scale", torch.ones(width))
         self.register_buffer("deep_gate", torch.ones(()))  # 0 where the deep path did not help held-out users
         self.user = UserSide(schema, c)
-        self.attention = TargetAttention(s.item_features, s.history, c)
+        self.attention = TargetAttention(self.learned, s.history, c)
         self.user_product = nn.Linear(self.user.width, c.products)
-        self.newest_product = nn.Linear(s.item_features, c.products)
+        self.newest_product = nn.Linear(self.learned, c.products)
         self.attended_product = nn.Linear(c.attention, c.products)
-        self.item_product = nn.Linear(s.item_features, 3 * c.products)
-        self.candidate_in = nn.Linear(s.item_features + c.attention + 3 * c.products + len(SOURCES), c.hidden)
+        self.item_product = nn.Linear(self.learned, 3 * c.products)
+        inside = self.learned + own + c.attention + 3 * c.products + len(SOURCES)
+        self.candidate_in = nn.Linear(inside, c.hidden)
         self.user_in = nn.Linear(self.user.width, c.hidden, bias=False)
+        self.state_in = nn.Linear(state_width(schema), c.hidden, bias=False)
+        self.rated = tasks if s.item_rates else 0  # tasks whose rates are known: all, or none without labels
+        self.user_rates = state_width(schema) - s.user_rates  # where they begin in user_state
+        # how far each task goes along with the rate of the item, and of the user
+        self.item_pull, self.user_pull = (nn.Parameter(torch.ones(self.rated)) for _ in range(2))
         self.experts = nn.ModuleList(_mlp((c.hidden, *c.expert), c.dropout) for _ in range(c.experts))
         self.gates = nn.ModuleList(nn.Linear(c.hidden, c.experts) for _ in range(tasks))
         self.towers = nn.ModuleList(
@@ -135,18 +160,32 @@ class Ranker(CalibratedRanker):
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
         """Gives logits [B, N, T] float32 of CalibratedRanker.forward's tensors."""
-        history, mask, user_codes, user_values, user_features, items, scores = tensors
+        history, mask, user_codes, user_values, user_features, user_state, features, touches, scores = tensors
         scores = (scores - self.score_mean) * self.score_scale
+        user_state = user_state if user_state.dim() == 3 else user_state.unsqueeze(1)  # [B, 1 or N, A]
+        items, history = features[..., : self.learned], history[..., : self.learned]
         keys, values = self.attention.sides(history)
         user = self.user(values, mask, user_codes, user_values, user_features).unsqueeze(1)  # [B, 1, width]
         attended = self.attention(items, keys, values, mask)
         newest = self.newest_product(history[:, -1:] * mask[:, -1:, None])  # [B, 1, products]
         sides = torch.broadcast_tensors(self.user_product(user), newest, self.attended_product(attended))
         products = torch.cat(sides, -1) * self.item_product(items)
-        parts = torch.cat([items, attended, products, scores.clamp(-8.0, 8.0)], -1)
-        hidden = self.dropout(torch.relu(self.candidate_in(parts) + self.user_in(user)))
+        own = torch.cat([touches, features[..., self.learned :]], -1)
+        own = (own - self.candidate_state_mean) * self.candidate_state_scale
+        parts = torch.cat([items, own, attended, products, scores.clamp(-8.0, 8.0)], -1)
+        moment = self.state_in((user_state - self.user_state_mean) * self.user_state_scale)
+        hidden = self.dropout(torch.relu(self.candidate_in(parts) + self.user_in(user) + moment))
         deep = self._mixture(hidden) + self.products_out(products)
-        return self.wide(scores) + self.deep_gate * deep
+        return self.wide(scores) + self._rates(features, user_state) + self.deep_gate * deep
+
+    def _rates(self, features: Tensor, user_state: Tensor) -> Tensor | float:
+        """Gives what the rates of item and user add to each task's logit [B, N, T]; 0 where there are
+        none."""
+        if not self.rated:
+            return 0.0
+        item = features[..., self.learned : self.learned + self.rated]
+        user = user_state[..., self.user_rates : self.user_rates + self.rated]
+        return item * self.item_pull + user * self.user_pull
 
     def _mixture(self, hidden: Tensor) -> Tensor:
         """Weighs the shared experts by each task's own gate: [B, N, hidden] -> [B, N, T]."""
@@ -227,10 +266,15 @@ class ItemFeatures(nn.Module):
     """Makes all that the ranker sees of an item: its id row, codes, values and, gated, its embedding."""
 
     embedding_scale: Tensor
+    code_rates: Tensor
 
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
         super().__init__()
-        c, width = config or RankerConfig(), schema.sizes.item_features
+        c, s = config or RankerConfig(), schema.sizes
+        self.width = width = s.item_features - s.item_rates
+        self.groups = [feature.start for feature in grouping(schema)] if s.item_rates else []
+        # [codes, T] the rates of each value of the features that group items (builders/data/rates.py)
+        self.register_buffer("code_rates", torch.zeros(schema.items.num_codes, len(schema.tasks)))
         # 1 / root mean square of the embeddings; 0 where they tell the labels
         self.register_buffer("embedding_scale", torch.ones(()))
         self.codes = _codes(schema.items, c.codes)
@@ -244,18 +288,26 @@ class ItemFeatures(nn.Module):
     def forward(
         self, item_id_features: Tensor, item_codes: Tensor, item_values: Tensor, item_embedding: Tensor
     ) -> Tensor:
-        """Gives item_features [B, F] of id rows [B, F] (row 0 of the table for a new item), codes [B, C].
+        """Gives item_features [B, F] of id rows [B, F] (row 0 of the table for a new item), codes [B, C]:
+        what is learned, then rates. An id row holds the item's own rates; those of its groups come by its
+        codes.
 
         item_values [B, R] and item_embedding [B, D], the first head's output, are float32.
         """
+        own, rates = item_id_features[:, : self.width], item_id_features[:, self.width :]
         parts = [
-            item_id_features,
+            own,
             *self.codes(item_codes),
             item_values,
             item_embedding * self.embedding_scale,
         ]
         known = torch.cat(parts, -1)
-        return item_id_features + self.direct(known) + self.layers(known)
+        learned = own + self.direct(known) + self.layers(known)
+        if not self.groups:
+            return torch.cat([learned, rates], -1)
+        tasks = self.code_rates.shape[1]
+        grouped = [functional.embedding(item_codes[:, at], self.code_rates) for at in self.groups]
+        return torch.cat([learned, rates[:, :tasks], *grouped, rates[:, -1:]], -1)
 
 
 class OwnRanker(CalibratedRanker):
@@ -267,7 +319,10 @@ class OwnRanker(CalibratedRanker):
 
     def gated_logits(self, *tensors: Tensor) -> Tensor:
         """Gives the inner module's probabilities (binary) as logits, its numbers (regression) as they are."""
-        outputs = self.inner(*tensors)
+        own = [*tensors]
+        if own[5].dim() == 3:  # user_state: in training one a candidate, all of one moment
+            own[5] = own[5][:, 0]
+        outputs = self.inner(*own)
         return torch.where(self.is_binary, torch.logit(outputs, eps=1e-6), outputs)
 
 
@@ -279,7 +334,7 @@ def num_parameters(module: nn.Module) -> int:
 def flops_per_user(ranker: Ranker, num_candidates: int) -> int:
     """Counts floating point operations (2 a multiply-add) of one user with N candidates."""
     attention, user = ranker.attention, ranker.user
-    per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in)
+    per_user = (user.layer, ranker.user_product, ranker.newest_product, ranker.user_in, ranker.state_in)
     once = sum(layer.weight.numel() for layer in per_user) + attention.position.shape[-1] * (
         attention.key.weight.numel() + attention.value.weight.numel()
     )

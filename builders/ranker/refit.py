@@ -18,9 +18,11 @@ from builders.data.dataset import Dataset, Impressions
 from builders.index.offline import ScoreFunction
 from builders.progress import Progress
 from builders.ranker.checkpoint import RankerCheckpoint
-from builders.ranker.lists import lists_from_impressions
+from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
+from builders.ranker.model import Ranker
 from builders.ranker.trainer import RankerTrainer, RankerTraining
+from builders.ranker.training import checkpoint_of
 from builders.weights import require_finite
 from ensemble.arrays import Array
 
@@ -50,31 +52,29 @@ def refit_ranker(
         epochs, impressions = 0, dataset.train_impressions
         if impressions is not None and len(impressions.times) > known and verified.report["kept_epoch"]:
             epochs = max(FEWEST_EPOCHS, verified.report["kept_epoch"])
-            _go_on(trainer, impressions.behind(known), verified, scores, epochs)
+            _go_on(trainer, impressions, known, verified, scores, epochs)
     trainer.trained.eval()
     trainer.forget_unread()
     require_finite("ranker", trainer.trained.state_dict())
-    return replace(
-        verified,
-        ranker=trainer.model,
-        item_head=trainer.head,
-        item_id_features=trainer.item_rows.weight.detach().numpy().copy(),
-        item_features=trainer.item_features(),
-        user_features=trainer.user_features(),
-        report={**verified.report, "refit_epochs": epochs},
-    )
+    return checkpoint_of(trainer, verified.blend, {**verified.report, "refit_epochs": epochs})
 
 
 def _go_on(
     trainer: RankerTrainer,
     impressions: Impressions,
+    known: int,
     verified: RankerCheckpoint,
     scores: ScoreFunction,
     epochs: int,
 ) -> None:
-    """Trains on the impressions, numbers standardized as they were in the verified training."""
+    """Trains on the impressions behind the `known` first, numbers standardized as they were in the verified
+    training."""
     scales = verified.report["label_scales"]
     mean, spread = (np.array(scales[name], np.float32) for name in ("mean", "spread"))
-    lists, _ = lists_from_impressions(impressions, scores)
+    assert trainer.rates is not None
+    new, (item_rates, user_rates) = impressions.behind(known), trainer.rates.of_rows
+    states = states_of(trainer.dataset, new, user_rates[known:], item_rates[known:])
+    apart = not isinstance(trainer.model, Ranker)
+    lists, _ = lists_from_impressions(new, scores, states, by_moment=apart)
     loss = impression_loss(trainer.dataset.schema.tasks, trainer.config.conditional)
     trainer.go_on(replace(lists, labels=(lists.labels - mean) / spread), loss, epochs, REFIT_SHARE)

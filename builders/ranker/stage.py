@@ -51,6 +51,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
             item_embeddings,
             scores=scores,
             candidates=recall.candidates,
+            recall_scores=recall.scores,
             source_weights=recall.recall.settings.source_weights,
             config=options.training,
             ranker=open_own(options.own, dataset.schema, "ranker"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders.data.dataset import Dataset, history_windows
+from builders.data.rates import rates_of
 from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
@@ -94,7 +95,14 @@ class RankerTrainer:
             progress,
         )
         self.head = ItemFeatures(dataset.schema, config.model)
-        self.item_rows = nn.Embedding(dataset.num_items + 1, s.item_features, sparse=True)
+        # rates as they are when training has ended; none without labels
+        impressions = dataset.train_impressions
+        self.rates = None if impressions is None else rates_of(dataset, impressions)
+        self.static_rates = torch.zeros(dataset.num_items + 1, s.item_rates)
+        if self.rates is not None:
+            self.static_rates = torch.from_numpy(self.rates.items)
+            self.head.code_rates.copy_(torch.from_numpy(self.rates.codes))
+        self.item_rows = nn.Embedding(dataset.num_items + 1, self.head.width, sparse=True)
         self.user_rows = nn.Embedding(dataset.num_users + 1, s.user_features, sparse=True)
         for table in (self.item_rows, self.user_rows):
             nn.init.normal_(table.weight, std=config.row_scale)
@@ -122,8 +130,15 @@ class RankerTrainer:
             weight for weight in (*self.model.parameters(), *self.head.parameters()) if weight.requires_grad
         ]
         self.mean = RunningMean(dense)
+        # biases, and how far a task goes along with its rates, are not pulled to 0
+        decays = [weight for weight in dense if weight.dim() > 1]
+        stays = [weight for weight in dense if weight.dim() <= 1]
+        groups = [
+            {"params": decays, "weight_decay": config.weight_decay},
+            {"params": stays, "weight_decay": 0.0},
+        ]
         self.optimizers = (
-            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(groups, lr=config.learning_rate),
             torch.optim.SparseAdam([self.item_rows.weight, self.user_rows.weight], lr=config.row_rate),
         )
 
@@ -147,8 +162,19 @@ class RankerTrainer:
         scores = torch.from_numpy(lists.scores)
         if training and c.score_dropout:
             scores = scores * (torch.rand(*scores.shape[:2], 1) >= c.score_dropout)
-        user = (self.user_codes[users], self.user_values[users], user_features)
-        tensors = (history * mask.unsqueeze(-1), mask, *user, candidates * (items > 0).unsqueeze(-1), scores)
+        user_state, candidate_state = (
+            torch.from_numpy(one.astype(np.float32)) for one in (lists.user_state, lists.candidate_state)
+        )
+        if lists.item_rates is not None:
+            rates = torch.from_numpy(lists.item_rates.astype(np.float32))
+            candidates = torch.cat([candidates[..., : self.head.width], rates], -1)
+        user = (self.user_codes[users], self.user_values[users], user_features, user_state)
+        tensors = (
+            *(history * mask.unsqueeze(-1), mask, *user),
+            candidates * (items > 0).unsqueeze(-1),
+            candidate_state.expand(*items.shape, -1),
+            scores,
+        )
         return tensors, square + user_features.square().mean()
 
     def _item_features(self, *rows: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -159,8 +185,9 @@ class RankerTrainer:
             self.read_items[distinct] = True
             known = distinct * (torch.rand(distinct.shape) >= self.config.id_dropout)
         id_rows = self.item_rows(known)
+        whole = torch.cat([id_rows, self.static_rates[known]], -1)
         features = self.head(
-            id_rows, self.item_codes[distinct], self.item_values[distinct], self.embeddings[distinct]
+            whole, self.item_codes[distinct], self.item_values[distinct], self.embeddings[distinct]
         )
         places = place.split([part.numel() for part in rows])
         return [
@@ -173,15 +200,27 @@ class RankerTrainer:
         for table, read in ((self.item_rows, self.read_items), (self.user_rows, self.read_users)):
             table.weight.data[~read] = 0
 
+    def item_id_features(self) -> Array:
+        """Gives every item's id row [I + 1, F] float32 as the head reads it: what was learned, and its
+        rates."""
+        return torch.cat([self.item_rows.weight.detach(), self.static_rates], -1).numpy()
+
+    def user_rates(self) -> Array:
+        """Gives the users' rates [U + 1, Q] float32 when training has ended; row 0 (unknown) is 0."""
+        if self.rates is None:
+            return np.zeros((self.dataset.num_users + 1, 0), np.float32)
+        return self.rates.users
+
     def item_features(self) -> Array:
         """Gives the head's output for every item [I + 1, F] float32; row 0 is 0."""
         self.trained.eval()
-        out = np.zeros(self.item_rows.weight.shape, np.float32)
+        id_rows = torch.from_numpy(self.item_id_features())
+        out = np.zeros(id_rows.shape, np.float32)
         with torch.no_grad():
             for start in range(0, len(out), _HEAD_CHUNK):
                 part = slice(start, start + _HEAD_CHUNK)
                 out[part] = self.head(
-                    self.item_rows.weight[part],
+                    id_rows[part],
                     self.item_codes[part],
                     self.item_values[part],
                     self.embeddings[part],
@@ -255,13 +294,16 @@ class RankerTrainer:
         return epoch, kept
 
     def start_from(self, head: ItemFeatures, item_rows: Array, user_rows: Array) -> None:
-        """Takes over the trained head and rows [I + 1, F], [U + 1, U'] of the model that it was given."""
+        """Takes over the trained head and rows [I + 1, F], [U + 1, U'] of the model that it was given; rates
+        stay those of the dataset at hand."""
+        code_rates = self.head.code_rates.clone()
         self.head.load_state_dict(head.state_dict())
+        self.head.code_rates.copy_(code_rates)
         for table, rows, read in (
-            (self.item_rows, item_rows, self.read_items),
+            (self.item_rows, item_rows[:, : self.head.width], self.read_items),
             (self.user_rows, user_rows, self.read_users),
         ):
-            table.weight.data.copy_(torch.from_numpy(rows))
+            table.weight.data.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
             read |= table.weight.data.ne(0).any(1)
         self.mean = RunningMean(self.mean.weights)
 

@@ -21,8 +21,15 @@ from builders.data.dataset import Dataset, Impressions, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.progress import Progress
 from builders.ranker import calibrate
+from builders.ranker.blend import fit_blend
 from builders.ranker.checkpoint import RankerCheckpoint
-from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, with_uniform
+from builders.ranker.lists import (
+    Lists,
+    lists_from_impressions,
+    lists_from_targets,
+    states_of,
+    with_uniform,
+)
 from builders.ranker.loss import impression_loss, list_loss
 from builders.ranker.model import (
     OwnRanker,
@@ -35,11 +42,13 @@ from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.contract import SOURCES
 from ensemble.schema import Task
+from ensemble.steps.blend import Blend
 
 # Encoders and transitions were trained on the very clicks that label the training impressions: their scores
 # all but tell the
 # label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
 HONEST_SOURCES = ("popular",)
+_ALIKE = 1e-3  # a state's deviation below which it tells nothing: it is left out
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
 # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
 # rows, they have none
@@ -52,6 +61,7 @@ def train_ranker(
     *,
     scores: ScoreFunction,
     candidates: CandidateFunction | None = None,
+    recall_scores: ScoreFunction | None = None,
     source_weights: tuple[float, ...] = (1.0, 1.0, 0.0),
     config: RankerTraining = BASE_TRAINING,
     ranker: nn.Module | None = None,
@@ -61,9 +71,10 @@ def train_ranker(
     """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation
     targets.
 
-    item_embeddings [I + 1, D] float32 are frozen; source_weights [S] are those of recall's fused score, where
-    the ranker of `interact` starts; `ranker` is a user's own module with the contract's tensors. The same
-    seed gives the same numbers.
+    item_embeddings [I + 1, D] float32 are frozen; `scores` are those that may be learned from, recall_scores
+    all that recall would say, by which the blend is fitted; source_weights [S] are those of recall's fused
+    score, where the ranker of `interact` starts; `ranker` is a user's own module with the contract's
+    tensors. The same seed gives the same numbers.
     """
     if dataset.train_impressions is None and candidates is None:
         raise ValueError(
@@ -80,8 +91,13 @@ def train_ranker(
             np.random.default_rng(seed),
             progress or (lambda done, text: None),
         )
+        blend = Blend()
         if candidates is None or dataset.train_impressions is not None:
             report = _fit_impressions(trainer, scores)
+            if candidates is not None:
+                blend, report["blend"] = fit_blend(
+                    trainer, candidates, scores, recall_scores or scores, source_weights
+                )
         else:
             report = _fit_lists(trainer, candidates, scores, source_weights)
     trainer.trained.eval()
@@ -89,9 +105,20 @@ def train_ranker(
     report["parameters"] = num_parameters(model)
     if isinstance(model, Ranker):
         report["mflops_per_user"] = flops_per_user(model, dataset.schema.sizes.candidates) / 1e6
-    id_rows = trainer.item_rows.weight.detach().numpy().copy()
+    return checkpoint_of(trainer, blend, report)
+
+
+def checkpoint_of(trainer: RankerTrainer, blend: Blend, report: dict[str, Any]) -> RankerCheckpoint:
+    """Gathers what export and snapshot need of a trainer that is done."""
     return RankerCheckpoint(
-        model, trainer.head, id_rows, trainer.item_features(), trainer.user_features(), report
+        trainer.model,
+        trainer.head,
+        trainer.item_id_features(),
+        trainer.item_features(),
+        trainer.user_features(),
+        trainer.user_rates(),
+        blend,
+        report,
     )
 
 
@@ -105,9 +132,16 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
     if train is None or validation is None:
         raise ValueError("train_impressions and validation_impressions go together")
     trainer.model.score_gate.copy_(torch.tensor([float(source in HONEST_SOURCES) for source in SOURCES]))
-    train_lists, _ = lists_from_impressions(train, scores)
-    validation_lists, places = lists_from_impressions(validation, scores)
+    rates = trainer.rates
+    assert rates is not None
+    known = states_of(dataset, train, rates.of_rows[1], rates.of_rows[0])
+    # a user's own module takes one user_state a list
+    apart = not isinstance(trainer.model, Ranker)
+    train_lists, _ = lists_from_impressions(train, scores, known, by_moment=apart)
+    held_out = states_of(dataset, validation, rates.users[validation.user_rows])
+    validation_lists, places = lists_from_impressions(validation, scores, held_out, by_moment=apart)
     _standardize_scores(trainer, train_lists)
+    _standardize_states(trainer, train_lists, rates.priors)
     mean, spread = _label_scales(tasks, train.labels)
     loss = impression_loss(tasks, trainer.config.conditional)
     scaled = replace(train_lists, labels=(train_lists.labels - mean) / spread)
@@ -137,7 +171,9 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
 
 def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
     """Gives logits [E, T] before calibration, in the order of the impressions."""
-    lists, places = lists_from_impressions(impressions, scores)
+    states = states_of(trainer.dataset, impressions, trainer.user_rates()[impressions.user_rows])
+    apart = not isinstance(trainer.model, Ranker)
+    lists, places = lists_from_impressions(impressions, scores, states, by_moment=apart)
     return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
 
 
@@ -168,7 +204,7 @@ def _fit_lists(
         average=0.0,
     )
     dataset, c = trainer.dataset, trainer.config
-    lists = lists_from_targets(dataset, dataset.validation, candidates)
+    lists = lists_from_targets(dataset, dataset.validation, candidates, trainer.user_rates())
     users = np.unique(lists.user_rows)
     held_users = trainer.rng.permutation(users)[: max(1, round(c.held_out * len(users)))]
     held = np.isin(lists.user_rows, held_users)
@@ -202,7 +238,8 @@ def _fit_lists(
     }
     if len(dataset.test.user_rows):
         test = _sampled_targets(dataset.test, c.test_lists, trainer.rng)
-        report["test"] = _list_figures(trainer, lists_from_targets(dataset, test, candidates))
+        asked = lists_from_targets(dataset, test, candidates, trainer.user_rates())
+        report["test"] = _list_figures(trainer, asked)
     return report
 
 
@@ -217,6 +254,7 @@ def _start_at_recall(trainer: RankerTrainer, lists: Lists, source_weights: tuple
     _standardize_scores(trainer, lists)
     if not isinstance(trainer.model, Ranker):
         return
+    _standardize_states(trainer, lists, np.zeros(1, np.float32))
     weights = np.asarray(source_weights, np.float32)
     slope, bias = calibrate.fit_platt((lists.scores @ weights).reshape(-1), lists.labels[..., 0].reshape(-1))
     model = trainer.model
@@ -237,12 +275,11 @@ def _sampled(lists: Lists, config: RankerTraining, rng: np.random.Generator) -> 
         np.take_along_axis(lists.item_rows, columns, 1),
         np.take_along_axis(lists.labels, columns[:, :, None], 1),
     )
-    return Lists(
-        lists.user_rows,
-        lists.history_ends,
-        rows,
-        np.take_along_axis(lists.scores, columns[:, :, None], 1),
-        labels,
+    return replace(
+        lists,
+        item_rows=rows,
+        scores=np.take_along_axis(lists.scores, columns[:, :, None], 1),
+        labels=labels,
     )
 
 
@@ -282,6 +319,27 @@ def _standardize_scores(trainer: RankerTrainer, lists: Lists) -> None:
         trainer.model.score_scale.copy_(
             torch.from_numpy(np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 1.0).astype(np.float32))
         )
+
+
+def _standardize_states(trainer: RankerTrainer, lists: Lists, priors: Array) -> None:
+    """Standardizes user and candidate state over the training lists, inside the graph, and starts each task
+    at its own rate: priors [T] are the logits of all exposures'."""
+    model = trainer.model
+    if not isinstance(model, Ranker) or not len(lists):
+        return
+    there = lists.item_rows > 0
+    own = [np.broadcast_to(lists.candidate_state, (*there.shape, lists.candidate_state.shape[2]))[there]]
+    if lists.item_rates is not None:
+        own.append(lists.item_rates[there])
+    users = np.broadcast_to(lists.user_state, (*there.shape, lists.user_state.shape[2]))[there]
+    for name, values in (("user_state", users), ("candidate_state", np.concatenate(own, axis=1))):
+        values = values.astype(np.float32)
+        spread = values.std(axis=0)
+        scale = np.where(spread > _ALIKE, 1 / np.maximum(spread, _ALIKE), 0.0).astype(np.float32)
+        model.get_buffer(f"{name}_mean").copy_(torch.from_numpy(values.mean(axis=0)))
+        model.get_buffer(f"{name}_scale").copy_(torch.from_numpy(scale))
+    with torch.no_grad():
+        model.wide.bias.copy_(torch.from_numpy(priors))
 
 
 def _calibrate(trainer: RankerTrainer, logits: Array, labels: Array) -> None:

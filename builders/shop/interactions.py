@@ -219,6 +219,7 @@ class Exposures:
     rows: Array  # [E] int64 into the interactions: the row that is the exposure
     labels: Array  # [E, T] float32, NaN where a task is not defined
     positions: Array  # [E] int64, the place where the exposure's row shows the item, 1 = first; 0 = unknown
+    known_times: Array  # [E, T] int64, when each label came in; the exposure's time where it is 0 or NaN
     propensities: Array | None  # [E] float64, NaN where unknown
 
 
@@ -257,10 +258,11 @@ def exposures_from_interactions(
     to keep the early ones would make them look more frequent than they are.
     """
     rows, labels = np.arange(len(interactions)), _timed(shop, interactions, periods)
+    known = _known_times(interactions)
     if interactions.events is not None and len(interactions):
-        rows, labels = _grouped(shop, interactions, labels, periods)
+        rows, labels, known = _grouped(shop, interactions, labels, periods)
     order = np.argsort(interactions.times[rows], kind="stable")
-    rows, labels = rows[order], labels[order].copy()
+    rows, labels, known = rows[order], labels[order].copy(), known[order]
     place = {task.name: at for at, task in enumerate(shop.tasks)}
     for at, task in enumerate(shop.tasks):
         if task.given:
@@ -268,7 +270,16 @@ def exposures_from_interactions(
     if periods is None:
         _refuse_labels_nobody_has(shop, labels)
     chances = interactions.propensities
-    return Exposures(rows, labels, interactions.positions[rows], None if chances is None else chances[rows])
+    chances = None if chances is None else chances[rows]
+    return Exposures(rows, labels, interactions.positions[rows], known, chances)
+
+
+def _known_times(interactions: Interactions) -> Array:
+    """Gives when each row's labels came in [n, T] int64: with the row, where no column says it."""
+    known = np.repeat(interactions.times[:, None], interactions.labels.shape[1], axis=1)
+    for task, came in interactions.label_times.items():
+        known[:, task] = came
+    return known
 
 
 def _timed(shop: Shop, interactions: Interactions, periods: Periods | None) -> Array:
@@ -293,8 +304,9 @@ def _timed(shop: Shop, interactions: Interactions, periods: Periods | None) -> A
 
 def _grouped(
     shop: Shop, interactions: Interactions, row_labels: Array, periods: Periods | None
-) -> tuple[Array, Array]:
-    """Gives the first row of each exposure [E] and its labels [E, T]; row_labels [n, T]."""
+) -> tuple[Array, Array, Array]:
+    """Gives the first row of each exposure [E], its labels [E, T] and when each came in [E, T]; row_labels
+    [n, T]."""
     users, items, times = interactions.users, interactions.items, interactions.times
     impression = shop.interactions.impression
     shows = interactions.is_event(impression) if impression else np.zeros(len(times), bool)
@@ -311,13 +323,18 @@ def _grouped(
     windows = [window for window in _windows(shop) if window[0] not in interactions.label_times]
     for task, within in windows:
         labels[times - times[of] > within, task] = np.nan
-    labels = np.fmax.reduceat(labels, first, axis=0)
+    told = labels
+    labels = np.fmax.reduceat(told, first, axis=0)
+    # the earliest of the rows that give the label
+    gives = told == np.repeat(labels, np.diff(np.append(first, len(order))), axis=0)
+    known = np.minimum.reduceat(np.where(gives, _known_times(interactions)[order], NEVER), first, axis=0)
+    known = np.where(labels > 0, known, times[first][:, None])
     if periods is not None:
         room = periods.ends(order[first], times[first], int(times.max())) - times[first]
         for task, within in windows:
             labels[within >= room, task] = np.nan
     seen = shows[first] if impression else np.ones(len(first), bool)
-    return order[first[seen]], labels[seen]
+    return order[first[seen]], labels[seen], known[seen]
 
 
 def _windows(shop: Shop) -> list[tuple[int, int]]:

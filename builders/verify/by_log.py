@@ -13,7 +13,6 @@ import numpy as np
 from builders.data.dataset import Dataset, Impressions
 from builders.data.spans import FIRST_CLOCK_S
 from builders.export.verifier import Verifier
-from builders.ranker.lists import lists_from_impressions
 from builders.verify.off_policy import FEWEST_ROWS, examination
 from builders.verify.values import Worth, blended, sampled, weights_text
 from ensemble.arrays import Array
@@ -101,11 +100,12 @@ def _looks(dataset: Dataset) -> Array | None:
 
 def _scores(verifier: Verifier, impressions: Impressions) -> dict[str, Array]:
     """Gives each way's score of each impression's item, at its user's moment: [E] each."""
-    lists, places = lists_from_impressions(impressions, verifier.offline.scores)
+    lists, places = verifier.impression_lists(impressions)
     recalled = fused(lists.item_rows, lists.scores, verifier.recall.settings.source_weights)
     probabilities = verifier.impression_probabilities(impressions)
+    scores = lists.scores.reshape(-1, lists.scores.shape[2])[places]
     return {
-        "chain": verifier.reranking.blend(default_options(1), probabilities[None])[0],
+        "chain": verifier.reranking.blend(default_options(1), probabilities[None], scores[None])[0],
         "recall": recalled.reshape(-1)[places],
         "popularity": verifier.popularity[impressions.item_rows],
     }

@@ -9,6 +9,7 @@ import numpy as np
 from builders.data.dataset import Dataset
 from builders.index.staged import StagedRelease
 from ensemble.local import LocalPipeline
+from ensemble.options import LATEST_S
 from ensemble.release.canary import CANARY_USER, MAX_USERS, TOP_K, Canary, canary_from_answer
 
 
@@ -18,9 +19,11 @@ def canary_of(dataset: Dataset, staged: Path) -> Canary:
     sizes = release.schema.sizes
     user_ids = [*_held_out(dataset, release, min(MAX_USERS, sizes.max_batch) - 1), CANARY_USER]
     pipeline = LocalPipeline(release)
-    top_k = min(TOP_K, sizes.max_top_k)
+    top_k, newest = min(TOP_K, sizes.max_top_k), int(dataset.histories.times.max(initial=0))
+    newest = min(newest, LATEST_S - 1)
     try:
-        return canary_from_answer(top_k, user_ids, pipeline.recommend(user_ids, {"top_k": top_k}))
+        answer = pipeline.recommend(user_ids, {"top_k": top_k, "time": newest})
+        return canary_from_answer(top_k, user_ids, answer, newest)
     finally:
         release.close()
 

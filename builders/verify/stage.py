@@ -20,6 +20,7 @@ from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.progress import Progress
+from builders.ranker.blend import blend_lines
 from builders.verify.baselines import SAMPLE_ROWS, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
 from builders.verify.canary import canary_of
@@ -63,8 +64,12 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         **(task_baselines(dataset, values, options.boosting_rows) if "tasks" in report else {"tasks": {}}),
         "ranking": ranking_baselines(users, ranks),
     }
-    report["shortfalls"] = [*worth_shortfalls(report["worth"]), *shortfalls(report["baselines"])]
     report["ranker"] = read_json(inputs["ranker"] / "report.json")
+    report["shortfalls"] = [
+        *blend_lines(report["ranker"]),
+        *worth_shortfalls(report["worth"]),
+        *shortfalls(report["baselines"]),
+    ]
     report |= served_facts(inputs, staged, verifier)
     gains = metrics.gains(ranks["chain"], 10) if len(users) else np.zeros(0)
     rows = _rows(dataset, targets, gains, worth)

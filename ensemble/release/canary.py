@@ -21,7 +21,7 @@ from ensemble.errors import ReleaseError
 CANARY = "canary.json"
 CANARY_USER = "peregrine-canary"  # nobody's id: the answer is a cold list, which no release may leave empty
 MAX_USERS, TOP_K = 16, 10
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS = ("item_ids", "scores", "probabilities")
 
 
@@ -48,6 +48,12 @@ class Canary:
     user_ids: tuple[str, ...]
     item_ids: tuple[tuple[str, ...], ...]
     scores: tuple[tuple[float, ...], ...]
+    time: int = 0  # Unix seconds at which the build asked: what a user did lately depends on it
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Gives what is asked of the users' lists, as a request's options."""
+        return {"top_k": self.top_k, "time": self.time}
 
     def to_json(self) -> str:
         """Writes the content of canary.json."""
@@ -98,15 +104,16 @@ class Canary:
         return ""
 
 
-def canary_from_answer(top_k: int, user_ids: Sequence[str], answer: Tensors) -> Canary:
-    """Keeps what a pipeline answered these users when asked for K items: item_ids [B, K] S, scores [B, K]."""
+def canary_from_answer(top_k: int, user_ids: Sequence[str], answer: Tensors, time: int = 0) -> Canary:
+    """Keeps what a pipeline answered these users when asked for K items at `time`: item_ids [B, K] S, scores
+    [B, K]."""
     lengths = (answer["item_ids"] != b"").sum(axis=1).tolist()
     lists = zip(answer["item_ids"].tolist(), answer["scores"].tolist(), lengths, strict=True)
     items, scores = [], []
     for ids, of, length in lists:
         items.append(tuple(item.decode() for item in ids[:length]))
         scores.append(tuple(of[:length]))
-    return Canary(top_k, tuple(user_ids), tuple(items), tuple(scores))
+    return Canary(top_k, tuple(user_ids), tuple(items), tuple(scores), time)
 
 
 def read_canary(path: Path) -> Canary:
@@ -116,7 +123,7 @@ def read_canary(path: Path) -> Canary:
         if facts["format"] != _FORMAT:
             raise ValueError(f"format {facts['format']} is not {_FORMAT}")
         lists = [tuple(tuple(line) for line in facts[name]) for name in ("item_ids", "scores")]
-        canary = Canary(int(facts["top_k"]), tuple(facts["user_ids"]), *lists)
+        canary = Canary(int(facts["top_k"]), tuple(facts["user_ids"]), lists[0], lists[1], int(facts["time"]))
         if not 0 < len(canary.user_ids) == len(canary.item_ids) == len(canary.scores):
             raise ValueError("it has not one list for each user")
         return canary

@@ -28,16 +28,20 @@ def item_dtype(schema: Schema) -> np.dtype:
 def user_dtype(schema: Schema) -> np.dtype:
     """Gives the dtype of one user's row.
 
-    Its fields are seen, item rows [W] oldest first and left-padded with -1; features [U], which are learned;
-    codes [C]; values [R].
+    Its fields are seen, item rows [W] oldest first and left-padded with -1, with the Unix seconds (or
+    positions) seen_times [W] and kinds seen_kinds [W] of these events, 0 where padded; features [U], which
+    are learned; codes [C]; values [R]; rates, the last columns of user_state.
     """
     sizes = schema.sizes
     return np.dtype(
         [
             ("seen", "<i4", (sizes.seen,)),
+            ("seen_times", "<u4", (sizes.seen,)),
+            ("seen_kinds", "u1", (sizes.seen,)),
             ("features", "<f4", (sizes.user_features,)),
             ("codes", "<i4", (schema.users.code_width,)),
             ("values", "<f4", (schema.users.value_width,)),
+            ("rates", "<f4", (sizes.user_rates,)),
         ]
     )
 

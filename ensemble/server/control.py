@@ -132,17 +132,16 @@ class Control:
         ).config
         return str(config.ensemble_scheduling.step[0].model_name)
 
-    def ask(self, model: str, user_ids: Sequence[str], top_k: int) -> dict[str, Array]:
-        """Asks `model` for the lists of B users; gives the tensors of its answer by name, ids as S."""
+    def ask(self, model: str, user_ids: Sequence[str], options: dict[str, int]) -> dict[str, Array]:
+        """Asks `model` for the lists of B users under a request's options; gives the tensors of its answer
+        by name, ids as S."""
         from tritonclient.grpc import InferInput
 
         users = InferInput("user_id", [len(user_ids), 1], "BYTES")
         users.set_data_from_numpy(np.array([[user.encode()] for user in user_ids], dtype=object))
         what = f"ask {model} for {len(user_ids)} users' lists"
         try:
-            answer = self._call(
-                what, lambda: self._client.infer(model, [users], parameters={"top_k": top_k}), ASK_S
-            )
+            answer = self._call(what, lambda: self._client.infer(model, [users], parameters=options), ASK_S)
         except ServerError as error:
             raise NoAnswerError(str(error)) from error
         try:

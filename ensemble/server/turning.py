@@ -156,7 +156,7 @@ class Turning:
         release = open_release(self.repository, route.main)
         canary = read_canary(release.path / CANARY)
         for _ in range(TRIES if route.canary else 1):
-            answer = self.control.ask(model, canary.user_ids, canary.top_k)
+            answer = self.control.ask(model, canary.user_ids, canary.options)
             if "degraded" not in answer or not (answer["degraded"] & Degraded.CANARY_FAILED).any():
                 break  # else it was late: what has just been loaded is slow at first
             time.sleep(SETTLE_S)

@@ -149,7 +149,7 @@ def main(repository: Path, name: str, memory_bytes: int, cpu_s: int) -> None:
     release.verify_data(CANARY)
     canary, pipeline = read_canary(release.path / CANARY), LocalPipeline(release)
     print("open", flush=True)
-    answer = pipeline.recommend(canary.user_ids, {"top_k": canary.top_k})
+    answer = pipeline.recommend(canary.user_ids, canary.options)
     print(json.dumps({"fault": canary.fault(answer, SAME_ENGINE)}), flush=True)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import numpy as np
 
+from ensemble.activity import activity, recencies
 from ensemble.arrays import Array, Tensors, ranks_within
 from ensemble.contract import Degraded
 from ensemble.live.rows import read_items
@@ -11,6 +15,26 @@ from ensemble.live.state import LiveView
 from ensemble.options import Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
+
+
+@dataclass(frozen=True)
+class Past:
+    """Holds what users did, oldest first, left-padded: item rows [B, W] int64 (-1 where padded), Unix seconds
+    or positions [B, W] int64, and kinds [B, W] int32 (contract.py); 0 where padded."""
+
+    rows: Array
+    times: Array
+    kinds: Array
+
+    def pads_first(self) -> Past:
+        """Moves the padding to the front and keeps the rest in its order."""
+        order = np.argsort(self.rows >= 0, axis=1, kind="stable")
+        return Past(*(np.take_along_axis(one, order, axis=1) for one in (self.rows, self.times, self.kinds)))
+
+    def without(self, gone: Array) -> Past:
+        """Leaves out the events where gone [B, W] bool is true."""
+        parts = ((self.rows, -1), (self.times, 0), (self.kinds, 0))
+        return Past(*(np.where(gone, pad, one) for one, pad in parts)).pads_first()
 
 
 class FeatureLookup:
@@ -22,71 +46,89 @@ class FeatureLookup:
         self.user_ids, self.users = release.user_ids, release.users
         self.live = release.live
         self.user_reader, self.item_reader = release.readers.users, release.readers.items
-        self.history = release.schema.sizes.history
+        self.schema, self.history = release.schema, release.schema.sizes.history
 
     def run(self, options: Options, *, user_id: Array) -> Tensors:
-        """Looks users up: user_id [B, 1] bytes -> seen_rows [B, W], history_* [B, H…], user_* (contract)."""
+        """Looks users up: user_id [B, 1] bytes -> seen_* [B, W], history_* [B, H…], user_* (contract)."""
         view = self.live.refresh()
         user_rows = self.user_ids.rows_from_ids(user_id[:, 0])
         users = self.user_reader.read_users(user_id[:, 0], user_rows)
         # A tier may know users that came after the release.
         known = user_rows > 0 if users.known is None else users.known
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
-        stored = _without_later(users.field("seen").astype(np.int64), view, status)
-        seen_rows = self._with_session(stored, options, status, view)
-        history = self.history_from_seen(seen_rows, view, status)
+        now = options.times(time.time())
+        stored = Past(
+            users.field("seen").astype(np.int64),
+            users.field("seen_times").astype(np.int64),
+            users.field("seen_kinds").astype(np.int32),
+        )
+        past = self._with_session(_without_later(stored, view, status), options, now, status, view)
         return {
-            **history,
+            **self.past_tensors(past, now, users.field("rates")),
+            **self.history_from_seen(past.rows, view, status),
             "user_codes": users.field("codes"),
             "user_values": users.field("values"),
             "user_features": users.field("features"),
             "user_status": status[:, None],
         }
 
+    def past_tensors(self, past: Past, now: Array, rates: Array) -> Tensors:
+        """Gives seen_* [B, W] and user_state [B, A] of pasts at `now` [B] Unix seconds; rates [B, user_rates]
+        float32 are the users' own."""
+        seen_recencies = recencies(self.schema, past.times, past.kinds, now)
+        state = activity(self.schema, seen_recencies, past.kinds)
+        return {
+            "seen_rows": past.rows,
+            "seen_kinds": past.kinds,
+            "seen_recencies": seen_recencies,
+            "user_state": np.concatenate([state, rates], axis=1),
+        }
+
     def history_from_seen(
         self, seen_rows: Array, view: LiveView | None = None, status: Array | None = None
     ) -> Tensors:
-        """Gives seen_rows [B, W] int64, and of its last H the mask [B, H], embeddings [B, H, D] and features
-        [B, H, F]; notes in `status` [B] what is stale."""
+        """Gives of the last H of seen_rows [B, W] the mask [B, H], embeddings [B, H, D] and features [B, H,
+        F]; notes in `status` [B] what is stale."""
         history = seen_rows[:, -self.history :]
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
             status |= items.status_of_users()
         return {
-            "seen_rows": seen_rows,
             "history_mask": history >= 0,
             "history_embeddings": items.field("embedding"),
             "history_features": items.field("features"),
         }
 
-    def _with_session(self, seen_rows: Array, options: Options, status: Array, view: LiveView) -> Array:
-        """Puts the session's items behind the stored past; drops unknown ones and notes them in `status`, in
-        place."""
+    def _with_session(self, past: Past, options: Options, now: Array, status: Array, view: LiveView) -> Past:
+        """Puts the session's items behind the stored past, as events of the first kind at `now` [B]; drops
+        unknown ones and notes them in `status`, in place."""
         owners, ids = options.ids("session_items")
         if not len(owners):
-            return seen_rows
+            return past
         item_rows = view.rows_from_ids(ids)
         status[owners[item_rows == 0]] |= Degraded.UNKNOWN_ITEMS
         owners, item_rows = owners[item_rows > 0], item_rows[item_rows > 0]
-        width = seen_rows.shape[1]
-        session = np.full((len(seen_rows), width), -1, np.int64)
+        num_users, width = past.rows.shape
+        session = Past(
+            np.full((num_users, width), -1, np.int64),
+            np.zeros((num_users, width), np.int64),
+            np.zeros((num_users, width), np.int32),
+        )
         # A place is counted from the end: -1 is the newest.
-        place = ranks_within(owners) - np.bincount(owners, minlength=len(seen_rows))[owners]
+        place = ranks_within(owners) - np.bincount(owners, minlength=num_users)[owners]
         kept = place >= -width
-        session[owners[kept], place[kept]] = item_rows[kept]
-        return _pads_first(np.concatenate([seen_rows, session], axis=1))[:, -width:]
+        at = owners[kept], place[kept]
+        session.rows[at], session.times[at], session.kinds[at] = item_rows[kept], now[owners[kept]], 1
+        both = ((past.rows, session.rows), (past.times, session.times), (past.kinds, session.kinds))
+        joined = Past(*(np.concatenate(pair, axis=1) for pair in both)).pads_first()
+        return Past(joined.rows[:, -width:], joined.times[:, -width:], joined.kinds[:, -width:])
 
 
-def _without_later(seen_rows: Array, view: LiveView, status: Array) -> Array:
-    """Takes from seen_rows [B, W] the items that this process does not know, and notes them in `status`: a
-    past may come from a later log than ours."""
-    later = seen_rows >= view.num_rows
+def _without_later(past: Past, view: LiveView, status: Array) -> Past:
+    """Takes from a past the items that this process does not know, and notes them in `status` [B]: it may
+    come from a later log than ours."""
+    later = past.rows >= view.num_rows
     if not later.any():
-        return seen_rows
+        return past
     status[later.any(axis=1)] |= Degraded.UNKNOWN_ITEMS
-    return _pads_first(np.where(later, -1, seen_rows))
-
-
-def _pads_first(rows: Array) -> Array:
-    """Moves the padding, -1, to the front of rows [B, W] and keeps the rest in its order."""
-    return np.take_along_axis(rows, np.argsort(rows >= 0, axis=1, kind="stable"), axis=1)
+    return past.without(later)

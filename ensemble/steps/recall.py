@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ensemble.activity import touches, touches_width
 from ensemble.arrays import Array, Tensors, first_kept, without_repeats
 from ensemble.contract import QUERY_TENSORS
 from ensemble.index.filters import ItemFilters, RowMask
@@ -50,7 +51,7 @@ class Recall:
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("index.faiss", "recall.json", "items.npy", "numbers.npy", "item_ids.npy")
         release.verify_data("transitions.npy", "popular.npy", "vocabularies.json")
-        self.sizes = release.schema.sizes
+        self.schema, self.sizes = release.schema, release.schema.sizes
         self.settings = settings_from_json((release.path / "recall.json").read_text())
         self.items, self.live = release.items, release.live
         self.sources = open_sources(release, self.settings)
@@ -63,9 +64,17 @@ class Recall:
             release.schema, release.vocabularies.get("items", {}), self.items["codes"], release.item_numbers
         )
 
-    def run(self, options: Options, *, seen_rows: Array, **queries: Array) -> Tensors:
-        """Finds candidates: seen_rows [B, W] int64 and query tensors [B, *, D] float32 -> candidate_* [B, N…]
-        (contract.py)."""
+    def run(
+        self,
+        options: Options,
+        *,
+        seen_rows: Array,
+        seen_kinds: Array | None = None,
+        seen_recencies: Array | None = None,
+        **queries: Array,
+    ) -> Tensors:
+        """Finds candidates: seen_* [B, W] and query tensors [B, *, D] float32 -> candidate_* [B, N…]
+        (contract.py). Without kinds and recencies nothing is said of what a user did with a candidate."""
         query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
         view = self.live.refresh()
         excluded = self._excluded(options, seen_rows, view)
@@ -73,7 +82,26 @@ class Recall:
         depth = min(self.sizes.candidates + int(num_excluded.max(initial=0)), view.num_rows - 1)
         masks = [None if u.filter is None else self.filters.mask(u.filter, view) for u in options.users]
         batch = Batch(query, seen_rows, view, masks, depth)
-        return self._scored(batch, self._merge(self._offers(batch, excluded)))
+        found = self._scored(batch, self._merge(self._offers(batch, excluded)))
+        state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
+        return {**found, "candidate_state": state}
+
+    def _touches(
+        self,
+        options: Options,
+        seen_rows: Array,
+        seen_recencies: Array | None,
+        seen_kinds: Array | None,
+        candidate_rows: Array,
+    ) -> Array:
+        """Gives candidate_state [B, N, G]. What a user has had is no candidate of his unless he asks for it,
+        and then all there is to say is 0."""
+        state = np.zeros((*candidate_rows.shape, touches_width(self.schema)), np.float32)
+        again = np.flatnonzero(~options.exclude_seen)
+        if len(again) and seen_recencies is not None and seen_kinds is not None:
+            past = (seen_rows[again], seen_recencies[again], seen_kinds[again])
+            state[again] = touches(self.schema, *past, candidate_rows[again])
+        return state
 
     def metrics(self) -> list[Metric]:
         """Lists the live items' numbers and the probe's."""
@@ -153,8 +181,8 @@ class Recall:
         return np.pad(merged, gap, constant_values=-1) if gap[1][1] else merged
 
     def _scored(self, batch: Batch, rows: Array) -> Tensors:
-        """Gives all candidate_* tensors of rows [B, N] in any order: by fused score, ties by row, padding
-        last."""
+        """Gives the candidate_* tensors but the state of rows [B, N] in any order: by fused score, ties by
+        row, padding last."""
         items = read_items(self.item_reader, batch.view, rows)
         scores = self._scores(batch, rows, items.field("embedding"))
         order = np.lexsort((rows, -fused(rows, scores, self.settings.source_weights)), axis=-1)

@@ -11,6 +11,7 @@ from ensemble.arrays import Array, Tensors
 from ensemble.live.state import LiveView
 from ensemble.options import NO_CAP, Options
 from ensemble.spec import ModelSpec
+from ensemble.steps.blend import BLEND, read_blend
 from ensemble.steps.served import ServedRelease
 
 
@@ -20,6 +21,9 @@ class Reranking:
 
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("item_ids.npy", "items.npy")
+        if (release.path / BLEND).exists():
+            release.verify_data(BLEND)
+        self.blended = read_blend(release.path)
         self.live = release.live
         self.tasks = release.schema.tasks
         self.columns = {task.name: t for t, task in enumerate(self.tasks)}
@@ -34,6 +38,7 @@ class Reranking:
         *,
         candidate_rows: Array,
         candidate_probabilities: Array,
+        candidate_scores: Array,
         user_status: Array,
         candidate_status: Array,
     ) -> Tensors:
@@ -42,7 +47,7 @@ class Reranking:
         probabilities = np.nan_to_num(candidate_probabilities, nan=0.0, posinf=0.0, neginf=0.0)
         scores = np.where(
             (candidate_rows > 0) & (candidate_rows < view.num_rows),
-            self.blend(options, probabilities),
+            self.blend(options, probabilities, candidate_scores),
             -np.inf,
         )
         order = np.lexsort((candidate_rows, -scores), axis=-1)
@@ -67,22 +72,30 @@ class Reranking:
             "sequence": np.full((len(rows), 1), view.sequence, np.int64),
         }
 
-    def blend(self, options: Options, probabilities: Array) -> Array:
-        """Blends probabilities [B, N, T] into scores [B, N]: the sum of weight x value, where a conditional
-        task's value is its probability times the value that it is conditional on.
+    def blend(self, options: Options, probabilities: Array, candidate_scores: Array) -> Array:
+        """Blends probabilities [B, N, T] and candidate_scores [B, N, S] into scores [B, N]: the sum of
+        weight x value, where a conditional task's value is its probability times the value that it is
+        conditional on, joined with recall's relevance (ensemble/steps/blend.py).
 
         So the buy term is P(click) P(buy | click), the probability over the entire space (ESMM, Ma et al.
-        2018, eq. 1).
+        2018, eq. 1). A request that weighs a task wants the tasks, whatever the build found best.
         """
         weights = np.tile(np.array([task.weight for task in self.tasks], np.float32), (len(options), 1))
+        powers = np.full(len(options), self.blended.power, np.float32)
+        uses_tasks = np.full(len(options), self.blended.uses_tasks)
         for user, one in enumerate(options.users):
-            for task, weight in one.weights:
-                weights[user, self.columns[task]] = weight
+            for name, weight in one.weights:
+                if name in self.columns:
+                    weights[user, self.columns[name]] = weight
+                    uses_tasks[user] = True
+                else:
+                    powers[user] = weight
         values = probabilities.copy()
         for t, given in enumerate(self.given):  # tasks are ordered: what is given comes before
             if given >= 0:
                 values[..., t] *= values[..., given]
-        return np.einsum("bnt,bt->bn", values, weights)
+        summed = np.einsum("bnt,bt->bn", values, weights)
+        return self.blended.score(summed, candidate_scores, powers, uses_tasks)
 
     def _under_rules(
         self,

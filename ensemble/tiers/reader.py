@@ -156,12 +156,15 @@ class RowReader:
         Its row in Redis had been evicted. Rare.
         """
         for n in partial[(rows[partial] > 0) & (rows[partial] < len(self.table))].tolist():
-            events = packed["seen"][n].copy()
+            events = packed[n].copy()
             packed[n] = self.table[rows[n]]
-            late = events[events > 0]
-            packed["seen"][n] = merge_past(
-                packed["seen"][n], np.full(len(events), -np.inf), late, np.arange(len(late))
-            )[0]
+            late = np.flatnonzero(events["seen"] > 0)
+            times = np.full(len(events["seen"]), -np.inf)
+            merge_past(
+                packed[n], times, events["seen"][late], events["seen_kinds"][late], np.arange(len(late))
+            )
+            own = packed[n]["seen_times"]
+            own[len(own) - len(late) :] = events["seen_times"][late]
 
     def _filled(self, packed: Array, rows: Array, held: Array, unsure: Array) -> tuple[Array, Array, Array]:
         """Puts the snapshot's rows, and the default row, where no tier above holds one.

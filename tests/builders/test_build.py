@@ -384,14 +384,15 @@ class NoModule:
 
 class GoodRanker(Base):
     def forward(
-        self, history_features, history_mask, user_codes, user_values, user_features,
-        candidate_features, candidate_scores,
+        self, history_features, history_mask, user_codes, user_values, user_features, user_state,
+        candidate_features, candidate_state, candidate_scores,
     ):
         return torch.sigmoid(self.scale * candidate_scores[..., 2:] - 3).expand(-1, -1, self.tasks)
 
 class RankerWithoutScores(Base):
     def forward(
-        self, history_features, history_mask, user_codes, user_values, user_features, candidate_features
+        self, history_features, history_mask, user_codes, user_values, user_features, user_state,
+        candidate_features, candidate_state
     ):
         return candidate_features[..., : self.tasks]
 """

@@ -113,11 +113,13 @@ BAD = [
     ({"diversity": "9" * 400}, "diversity: must be 0..1, got 999"),
     ({"diversity": "9" * 5000}, "diversity: not JSON: Exceeds the limit (4300 digits)"),
     ({"diversity": True}, "diversity: must be 0..1, got true"),
+    ({"time": -1}, "time: must be Unix seconds, from 0 to below 4294967296, got -1"),
+    ({"time": '"noon"'}, 'time: must be Unix seconds, from 0 to below 4294967296, got "noon"'),
     ({"diversity": None}, "diversity: must be 0..1, got null"),
     (
         {"num": 3},
         "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-        "ranges, weights, caps, diversity",
+        "ranges, weights, caps, diversity, time",
     ),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),

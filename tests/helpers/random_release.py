@@ -142,6 +142,8 @@ def _users(rng: np.random.Generator, schema: Schema, num_users: int, num_items: 
     for user in range(2, num_users + 1):  # the first user has no past
         past = rng.integers(1, num_items + 1, rng.integers(1, schema.sizes.seen + 1))
         users["seen"][user, -len(past) :] = past
+        users["seen_kinds"][user, -len(past) :] = 1
+        users["seen_times"][user, -len(past) :] = np.sort(rng.integers(1, 1 << 31, len(past)))
     return users
 
 

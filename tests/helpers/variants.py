@@ -164,6 +164,6 @@ def _loop(graph: onnx.GraphProto) -> None:
 def answering(repository: Path) -> str:
     """The release that the server answers with; nothing else is loaded."""
     with Control(running_server(repository)) as control:
-        (release,) = {*control.ask("recommend", ["u"], 3)["release"].ravel().tolist()}
+        (release,) = {*control.ask("recommend", ["u"], {"top_k": 3})["release"].ravel().tolist()}
         assert {model.partition("_")[0] for model in control.models()} == {"recommend", release.decode()}
     return release.decode()

@@ -230,7 +230,10 @@ class Evaluation:
         def rank(piece: slice) -> tuple[Array, Array]:
             rows = held.tensors["candidate_rows"][piece]
             ordered = in_order(
-                self.verifier.reranking, rows, in_chunks(ranker, held.feeds(contract.RANKER_INPUTS, piece))
+                self.verifier.reranking,
+                rows,
+                in_chunks(ranker, held.feeds(contract.RANKER_INPUTS, piece)),
+                held.tensors["candidate_scores"][piece],
             )
             return metrics.gains(metrics.ranks_from_lists(ordered, held.true[piece]), TOP_K), ordered[
                 :, :TOP_K

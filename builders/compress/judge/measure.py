@@ -119,6 +119,7 @@ def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, A
         verifier.reranking,
         rows,
         in_chunks(verifier.ranker.run, {name: known[name] for name in contract.RANKER_INPUTS}),
+        known["candidate_scores"],
     )
     return (
         metrics.ranks_from_lists(ordered, true),
@@ -135,9 +136,8 @@ def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) 
     tensors = verifier.user_tensors(user_rows, history_ends)
     tensors |= verifier.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})
     queries = verifier.offline.queries(user_rows, tensors)
-    return tensors | verifier.recall.run(
-        default_options(len(user_rows)), seen_rows=tensors["seen_rows"], **queries
-    )
+    seen = {name: tensors[name] for name in contract.SEEN_TENSORS}
+    return tensors | verifier.recall.run(default_options(len(user_rows)), **seen, **queries)
 
 
 def in_chunks(run: Run, feeds: Tensors) -> Array:
@@ -152,10 +152,11 @@ def in_chunks(run: Run, feeds: Tensors) -> Array:
     )
 
 
-def in_order(reranking: Reranking, rows: Array, probabilities: Array) -> Array:
-    """Sorts candidate rows [B, N] by the blended score, as reranking does without options; NaN counts 0."""
+def in_order(reranking: Reranking, rows: Array, probabilities: Array, scores: Array) -> Array:
+    """Sorts candidate rows [B, N], of candidate_scores [B, N, S], by the blended score, as reranking does
+    without options; NaN counts 0."""
     finite = np.nan_to_num(probabilities, nan=0.0, posinf=0.0, neginf=0.0)
-    blended = np.where(rows > 0, reranking.blend(default_options(len(rows)), finite), -np.inf)
+    blended = np.where(rows > 0, reranking.blend(default_options(len(rows)), finite, scores), -np.inf)
     return np.take_along_axis(rows, np.lexsort((rows, -blended), axis=-1), axis=1)
 
 

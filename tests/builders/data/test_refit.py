@@ -69,7 +69,11 @@ def test_the_served_history_ends_before_a_published_test(shops, tmp_path, name):
     for dataset, folder in ((free, tmp_path / "free"), (kept, tmp_path / "kept")):
         folder.mkdir()
         sizes = dataset.schema.sizes
-        write_users(dataset, np.zeros((dataset.num_users + 1, sizes.user_features), np.float32), folder)
+        features, rates = (
+            np.zeros((dataset.num_users + 1, width), np.float32)
+            for width in (sizes.user_features, sizes.user_rates)
+        )
+        write_users(dataset, features, rates, folder)
     free_users, users = (np.load(tmp_path / which / "users.npy") for which in ("free", "kept"))
     tested, histories = kept.test.user_rows, kept.histories
     ends = kept.test.history_ends

@@ -9,9 +9,10 @@ import torch
 
 from builders import metrics
 from builders.data.dataset import Dataset, Histories, Impressions, Targets, history_windows
+from builders.data.rates import rates_of, with_rates
 from builders.ranker import calibrate
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
-from builders.ranker.lists import lists_from_impressions
+from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
 from builders.ranker.model import (
     TINY,
@@ -25,9 +26,10 @@ from builders.ranker.model import (
 from builders.ranker.trainer import TINY_TRAINING, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
+from ensemble.activity import state_width, touches_width
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
-SIZES = Sizes(seen=20, history=8, embedding=16, candidates=12, item_features=8, user_features=8)
+UNRATED = Sizes(seen=20, history=8, embedding=16, candidates=12, item_features=8, user_features=8)
 ITEMS = Table(
     (
         Feature("brand", "category", 0, 1, 1, 7),
@@ -37,7 +39,8 @@ ITEMS = Table(
 )
 USERS = Table((Feature("style", "category", 0, 1, 1, 5),))
 TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click", 0.1))
-SCHEMA = Schema("toy", ITEMS, USERS, TASKS, SIZES)
+SCHEMA = with_rates(Schema("toy", ITEMS, USERS, TASKS, UNRATED))
+SIZES = SCHEMA.sizes
 NUM_USERS, NUM_ITEMS = 60, 40
 
 
@@ -55,7 +58,9 @@ def _feeds(num_users, rng, num_candidates=SIZES.candidates):
         "user_codes": rng.integers(0, USERS.num_codes, (num_users, 1)).astype(np.int32),
         "user_values": normal(num_users, 1),
         "user_features": normal(num_users, s.user_features),
+        "user_state": normal(num_users, state_width(SCHEMA)),
         "candidate_features": normal(num_users, num_candidates, s.item_features),
+        "candidate_state": normal(num_users, num_candidates, touches_width(SCHEMA)),
         "candidate_scores": normal(num_users, num_candidates, len(contract.SOURCES)),
     }
     return {name: torch.from_numpy(array) for name, array in feeds.items()}
@@ -83,7 +88,8 @@ def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
     lengths = rng.integers(4, 20, NUM_USERS + 1)
     lengths[0] = 0
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    histories = Histories(offsets, rng.integers(1, NUM_ITEMS + 1, offsets[-1]), np.arange(offsets[-1]))
+    items, times = rng.integers(1, NUM_ITEMS + 1, offsets[-1]), np.arange(offsets[-1])
+    histories = Histories(offsets, items, times, np.ones(offsets[-1], np.uint8))
     users, known = np.arange(1, NUM_USERS + 1), offsets[1:-1] + 2
     targets = Targets(users, known, histories.item_rows[known])
 
@@ -150,7 +156,7 @@ def test_padding_and_neighbours_do_not_change_a_candidate():
     with torch.no_grad():
         whole = ranker(**feeds)
         padded = {k: v.clone() for k, v in feeds.items()}
-        for name in ("candidate_features", "candidate_scores"):
+        for name in ("candidate_features", "candidate_state", "candidate_scores"):
             padded[name][:, 5:] = 0
         assert torch.allclose(ranker(**padded)[:, :5], whole[:, :5], atol=1e-6)
         alone = torch.cat([ranker(**{k: v[row : row + 1] for k, v in feeds.items()}) for row in range(4)])
@@ -169,12 +175,15 @@ def test_what_stands_behind_the_mask_does_not_matter_and_an_empty_history_is_fin
         assert torch.isfinite(ranker(**feeds)).all()
 
 
-def test_an_untrained_ranker_has_the_order_of_its_wide_path():
+def test_an_untrained_ranker_has_the_order_of_its_wide_path_and_the_items_rates():
     ranker, feeds = Ranker(SCHEMA, TINY).eval(), _feeds(2, np.random.default_rng(0))
     with torch.no_grad():
         ranker.wide.weight[:] = torch.tensor([1.0, 2.0, 0.0])
         logits = ranker.logits(*feeds.values())[..., 0]
     fused = feeds["candidate_scores"][..., 0] + 2 * feeds["candidate_scores"][..., 1]
+    fused = (
+        fused + feeds["candidate_features"][..., SIZES.item_features - SIZES.item_rates]
+    )  # the item's rate
     assert torch.equal(logits.argsort(1), fused.argsort(1))
 
 
@@ -224,14 +233,21 @@ def test_onnx_export_gives_what_torch_gives_for_any_batch(tmp_path):
 
 
 def test_history_windows_are_left_padded_and_end_at_the_end():
-    histories = Histories(np.array([0, 0, 3, 5]), np.array([11, 12, 13, 21, 22]), np.arange(5))
+    items, kinds = np.array([11, 12, 13, 21, 22]), np.ones(5, np.uint8)
+    histories = Histories(np.array([0, 0, 3, 5]), items, np.arange(5), kinds)
     windows = history_windows(histories, np.array([1, 1, 2, 0]), np.array([3, 1, 5, 0]), 2)
     assert windows.tolist() == [[12, 13], [-1, 11], [21, 22], [-1, -1]]
 
 
 def test_impressions_of_one_history_share_a_list_and_none_is_lost():
-    impressions = _dataset().train_impressions
-    lists, places = lists_from_impressions(impressions, zero_scores)
+    dataset = _dataset()
+    impressions = dataset.train_impressions
+    rates = rates_of(dataset, impressions)
+    states = states_of(dataset, impressions, rates.of_rows[1], rates.of_rows[0])
+    lists, places = lists_from_impressions(impressions, zero_scores, states)
+    np.testing.assert_array_equal(
+        lists.user_state.reshape(len(lists.labels) * lists.labels.shape[1], -1)[places], states.users
+    )
     assert len(np.unique(places)) == len(places)
     column = lists.item_rows.shape[1]
     assert (lists.item_rows.ravel()[places] == impressions.item_rows).all()
@@ -370,7 +386,9 @@ class _Own(torch.nn.Module):
         user_codes,
         user_values,
         user_features,
+        user_state,
         candidate_features,
+        candidate_state,
         candidate_scores,
     ):
         raw = self.layer(torch.cat([candidate_features, candidate_scores[..., :1]], -1))
@@ -391,7 +409,7 @@ def test_a_users_own_ranker_is_trained_and_calibrated_too():
 
 # --- a shop without labels
 
-INTERACT = replace(SCHEMA, tasks=(Task("interact", "binary"),))
+INTERACT = Schema("toy", ITEMS, USERS, (Task("interact", "binary"),), UNRATED)
 
 
 def _interact(informative, seed=0):

@@ -46,6 +46,7 @@ def run(
         options,
         candidate_rows=rows,
         candidate_probabilities=values,
+        candidate_scores=np.zeros((*rows.shape, 3), np.float32),
         **status([[0]] * len(rows), [[0]] * len(rows)),
     )
 
@@ -210,6 +211,7 @@ def test_the_answer_says_which_release_and_what_was_missing(release, reranking, 
         ask(release, 2),
         candidate_rows=rows,
         candidate_probabilities=values,
+        candidate_scores=np.zeros((*rows.shape, 3), np.float32),
         **status([[1], [16]], [[2], [0]]),
     )
     assert out["release"].tolist() == [[b"r1"], [b"r1"]]

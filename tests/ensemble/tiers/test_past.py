@@ -13,16 +13,35 @@ events = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), max_size=25)
 
 
 def merged(loaded: list[int], batches: list[list[tuple[int, int]]], width: int) -> list[int]:
-    seen, times = np.full(width, -1, np.int32), np.full(width, -np.inf)
+    row, times = np.zeros(1, _row(width))[0], np.full(width, -np.inf)
+    row["seen"] = -1
     if loaded:
-        seen[-len(loaded) :] = loaded
+        row["seen"][-len(loaded) :], row["seen_times"][-len(loaded) :] = loaded, 1000
+        row["seen_kinds"][-len(loaded) :] = 1
     for batch in batches:
         rows, at = (np.array([one[column] for one in batch]) for column in (0, 1))
-        seen, times = merge_past(seen, times, rows, at)
-        assert seen.dtype == np.int32
-    padding = int((seen < 0).sum())
-    assert (seen[:padding] == -1).all()
-    return seen[padding:].tolist()
+        times = merge_past(row, times, rows, np.ones(len(rows), int), at)
+    padding = int((row["seen"] < 0).sum())
+    assert (row["seen"][:padding] == -1).all()
+    assert (row["seen_kinds"] == (row["seen"] > 0)).all()
+    late = ~np.isneginf(times)
+    assert (row["seen_times"][late] == times[late]).all()
+    assert (row["seen_times"][~late] == np.where(row["seen"][~late] > 0, 1000, 0)).all()
+    return row["seen"][padding:].tolist()
+
+
+def _row(width: int) -> np.dtype:
+    return np.dtype([("seen", "<i4", width), ("seen_times", "<u4", width), ("seen_kinds", "u1", width)])
+
+
+def test_an_item_stands_once_a_kind_of_event():
+    row = np.zeros(1, _row(4))[0]
+    row["seen"] = -1
+    rows, kinds, at = np.array([7, 7, 8, 7]), np.array([1, 2, 1, 1]), np.array([10.0, 20.0, 30.0, 40.0])
+    merge_past(row, np.full(4, -np.inf), rows, kinds, at)
+    assert row["seen"].tolist() == [-1, 7, 8, 7]
+    assert row["seen_kinds"].tolist() == [0, 2, 1, 1]
+    assert row["seen_times"].tolist() == [0, 20, 30, 40]
 
 
 @given(st.lists(st.integers(1, 9), max_size=6), events, st.integers(6, 8), st.randoms(use_true_random=False))

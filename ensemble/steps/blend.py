@@ -1,0 +1,73 @@
+"""Joins what the tasks say of a candidate with how relevant recall holds it: blend.json of a release.
+
+    score = (sum of weight x task value) x relevance ^ power
+
+relevance [0, 1] is recall's fused score as the probability that the candidate is the user's next item, so
+that the product is a value over all candidates, not only over those that somebody was shown: ESMM (Ma et al.
+SIGIR 2018, eq. 1) carried one step back. `power` was chosen by held-out behaviour (builders/ranker/blend.py).
+Where ranking gained nothing there, `uses_tasks` is false, and the order is recall's own.
+
+Axes: B batch, N candidates, S recall sources, T tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ensemble.arrays import Array
+from ensemble.contract import SOURCES
+from ensemble.errors import ReleaseError
+
+BLEND = "blend.json"
+_LEAST = 1e-9  # a relevance's logarithm stays finite
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Holds the content of blend.json; as it stands here, tasks alone decide."""
+
+    uses_tasks: bool = True
+    power: float = 0.0  # of recall's relevance
+    source_weights: tuple[float, ...] = (0.0,) * len(SOURCES)  # of the fused score
+    slope: float = 1.0  # relevance = 1 / (1 + exp(-(slope x fused score + bias)))
+    bias: float = 0.0
+
+    def to_json(self) -> str:
+        """Writes the content of blend.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    def relevance(self, candidate_scores: Array) -> Array:
+        """Gives each candidate's relevance [B, N] float32 by candidate_scores [B, N, S]."""
+        logit = candidate_scores @ np.array(self.source_weights, np.float32) * self.slope + self.bias
+        return (1 / (1 + np.exp(-np.clip(logit, -80, 80)))).astype(np.float32)
+
+    def score(self, values: Array, candidate_scores: Array, powers: Array, uses_tasks: Array) -> Array:
+        """Joins values [B, N], the tasks' weighted sums, with relevance under each user's power [B], and
+        says for whom the tasks count [B] bool: [B, N] float32.
+
+        A negative value falls further behind the less relevant the candidate is.
+        """
+        if not powers.any() and uses_tasks.all():
+            return values
+        relevance = np.maximum(self.relevance(candidate_scores), _LEAST)
+        factor = relevance ** powers[:, None]
+        joined = np.where(values >= 0, values * factor, values / factor)
+        return np.where(uses_tasks[:, None], joined, relevance).astype(np.float32)
+
+
+def read_blend(folder: Path) -> Blend:
+    """Reads blend.json of a release; one that has none blends tasks alone."""
+    path = folder / BLEND
+    if not path.exists():
+        return Blend()
+    try:
+        raw = json.loads(path.read_text())
+        return Blend(**{**raw, "source_weights": tuple(raw["source_weights"])})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ReleaseError(
+            f"{BLEND} does not fit this Peregrine ({error})", "build the release again"
+        ) from None

@@ -1,0 +1,96 @@
+"""Rates of users, items and their groups: what was known before each row, and never the row's own label."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from builders.data.dataset import Impressions
+from builders.data.rates import _STRENGTHS, item_rates, rates_of, with_rates
+from ensemble.schema import Feature, Schema, Sizes, Table, Task
+
+TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click"))
+SCHEMA = with_rates(
+    Schema("toy", Table((Feature("brand", "category", 0, 1, 1, 5),)), Table(), TASKS, Sizes())
+)
+
+
+class Shop:
+    """The parts of a dataset that rates are counted from."""
+
+    num_items, num_users = 6, 5
+
+    def __init__(self, schema=SCHEMA):
+        self.schema = schema
+        self.item_codes = np.array([[0], [1], [1], [2], [2], [3], [3]], np.int32)
+
+
+def _impressions(rng, count=400):
+    users, items = rng.integers(1, 6, count), rng.integers(1, 7, count)
+    times = np.sort(rng.integers(1_700_000_000, 1_700_000_200, count))  # many at the same second
+    labels = np.full((count, 3), np.nan, np.float32)
+    labels[:, 0] = rng.random(count) < 0.3 + 0.1 * (items == 2)
+    clicked = labels[:, 0] == 1
+    labels[clicked, 1] = rng.random(clicked.sum()) < 0.5
+    labels[clicked, 2] = rng.normal(3, 1, clicked.sum())
+    known = times[:, None] + rng.integers(0, 50, (count, 3)) * (labels > 0)
+    known[:, 1:] = np.maximum(known[:, 1:], known[:, :1])
+    ends = np.zeros(count, np.int64)
+    return Impressions(users, items, times, ends, labels, ends, None, known_times=known)
+
+
+def test_a_row_knows_what_had_been_shown_and_had_happened_before_it_and_nothing_else(rng):
+    shop, shown = Shop(), _impressions(rng)
+    rates = rates_of(shop, shown)
+    prior = shown.labels[:, 0].mean()
+    for row in (0, 57, 200, 399):
+        before = (shown.item_rows == shown.item_rows[row]) & (shown.times < shown.times[row])
+        came = before & (shown.known_times[:, 0] < shown.times[row])
+        positive = float((shown.labels[came, 0] == 1).sum())
+        fits = [
+            np.log((s := (positive + m * prior) / (before.sum() + m)) / (1 - s)) - np.log(prior / (1 - prior))
+            for m in _STRENGTHS
+        ]
+        found = rates.of_rows[0][row]
+        assert np.abs(np.array(fits) - found[0]).min() < 1e-4
+        assert found[-1] == pytest.approx(np.log1p(before.sum()), rel=1e-6)
+    assert rates.priors[0] == pytest.approx(np.log(prior / (1 - prior)), rel=1e-5)
+    assert not rates.items[0].any()
+    assert not rates.users[0].any()
+
+
+@pytest.mark.parametrize("has_clock", [True, False])
+def test_a_rows_own_label_is_not_in_its_own_rates(rng, has_clock):
+    shop, shown = Shop(replace(SCHEMA, has_clock=has_clock)), _impressions(rng)
+    first = rates_of(shop, shown)
+    row = 200
+    labels = shown.labels.copy()
+    labels[row, 0] = 1 - labels[row, 0]
+    labels[row, 1:] = np.nan if labels[row, 0] == 0 else 1.0
+    # compare orders of rows: a changed label moves the prior of all alike
+    second = rates_of(shop, replace(shown, labels=labels))
+    own, other = first.of_rows[0][:, 0], second.of_rows[0][:, 0]
+    same = (shown.item_rows == shown.item_rows[row]) & (shown.times == shown.times[row])
+    if has_clock:
+        assert np.abs(own[same] - other[same]).max() < 0.1
+    else:
+        assert abs(own[row] - other[row]) < 0.1
+    assert first.items[shown.item_rows[row], 0] != second.items[shown.item_rows[row], 0]
+
+
+def test_groups_share_their_rates_and_a_new_item_of_a_group_has_them(rng):
+    shop, shown = Shop(), _impressions(rng)
+    rates = rates_of(shop, shown)
+    served = item_rates(rates, shop, np.arange(7))
+    assert (served[1, 3:6] == served[2, 3:6]).all()
+    assert (served[1, 3:6] != served[3, 3:6]).any()
+    assert not rates.items[:, 3:6].any(), "they come by the item's codes, so that new items have them too"
+
+
+def test_labels_that_tell_nothing_give_rates_of_nothing():
+    rng = np.random.default_rng(0)
+    shop, shown = Shop(), _impressions(rng, 5000)
+    labels = shown.labels.copy()
+    labels[:, 0] = rng.random(5000) < 0.3
+    rates = rates_of(shop, replace(shown, labels=labels, known_times=None))
+    assert np.abs(rates.of_rows[0][1000:, 0]).max() < 0.5
