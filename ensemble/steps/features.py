@@ -56,7 +56,7 @@ class FeatureLookup:
         # A tier may know users that came after the release.
         known = user_rows > 0 if users.known is None else users.known
         status = np.where(known, 0, Degraded.UNKNOWN_USER).astype(np.int64) | users.status_of_users()
-        now = options.times(time.time())
+        now = np.floor(options.times(time.time()))  # as the times of a past: whole seconds
         stored = Past(
             users.field("seen").astype(np.int64),
             users.field("seen_times").astype(np.int64),

@@ -103,7 +103,7 @@ BAD = [
         {"weights": '{"ctr": -1000001}'},
         "weights: the weight of 'ctr' must be a finite number, at most 1e6 in size, got -1000001",
     ),
-    ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: ctr, dwell'),
+    ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: ctr, dwell, recall'),
     ({"caps": '{"brand": 0}'}, "caps: the cap of 'brand' must be a whole number from 1, got 0"),
     ({"caps": '{"brand": 1.5}'}, "caps: the cap of 'brand' must be a whole number from 1, got 1.5"),
     ({"caps": '{"price": 1}'}, 'caps: no item category "price"; known: brand, kind'),
