@@ -182,8 +182,8 @@ def _history_task(shop: Shop) -> ShopTask | None:
 
 
 def _told_with(shop: Shop, first: ShopTask) -> list[ShopTask]:
-    """Gives the binary tasks whose label stands in the same row as that of the history's task, and came in with
-    it: what comes in later would tell the future."""
+    """Gives the binary tasks whose label stands in the same row as that of the history's task, and came in
+    with it: what comes in later would tell the future."""
     others = [t for t in shop.tasks if t is not first and t.kind == "binary" and t.label]
     return [t for t in others if t.label and t.label.column and not t.label.time]
 
