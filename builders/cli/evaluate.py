@@ -29,6 +29,12 @@ Until = Annotated[
         "given: the rows that the build held out.",
     ),
 ]
+Event = Annotated[
+    str | None,
+    typer.Option(
+        help="Ask for the next item that this befell, such as `buy`: one that was new, and was bought."
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Write every user's places to this parquet file.")]
 
 
@@ -37,6 +43,7 @@ def evaluate(
     repository: RepositoryOption = REPOSITORY,
     users: Users = None,
     until: Until = None,
+    event: Event = None,
     out: Out = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,7 +67,12 @@ def evaluate(
     )
     with bar("evaluate") as update:
         answers = ask(
-            repository, releases, until=when, user_ids=ids, progress=lambda share, text: update(text, share)
+            repository,
+            releases,
+            until=when,
+            user_ids=ids,
+            event=event,
+            progress=lambda share, text: update(text, share),
         )
     if out is not None:
         write_ranks(answers, out)

@@ -29,18 +29,23 @@ class Asked:
     note: str  # what a reader of the figures should know; may be empty
 
 
-def asked_of(kept: Kept, until: int | None, user_ids: list[bytes] | None) -> Asked:
+def asked_of(kept: Kept, until: int | None, user_ids: list[bytes] | None, event: str | None = None) -> Asked:
     """Gives the held-out rows of the build, or those at `until`, of all users or of those named.
 
+    With `event` the next item is the first one that the user met in the period and that the event befell.
     InvalidInput for rows inside the training period of the verified model.
     """
     rows, unknown = _rows_of(kept.dataset, user_ids)
     note = ""
     if until is None:
         targets, shown = kept.dataset.test, kept.dataset.test_impressions
+        if event is not None:
+            targets = next_of_event(kept, event, None)
     else:
         note = refuse_trained(kept, until)
         targets, shown = targets_at(kept.dataset, until), _shown_since(kept.dataset, until)
+        if event is not None:
+            targets = next_of_event(kept, event, until)
         refuse_trained_targets(kept, targets, until)
     if rows is not None:
         keep = np.isin(targets.user_rows, rows)
@@ -68,6 +73,37 @@ def targets_at(dataset: Dataset, until: int) -> Targets:
     rows = np.flatnonzero(new & (histories.times >= until) & is_known[users])
     who, first = np.unique(users[rows], return_index=True)
     return Targets(who, ends[who], histories.item_rows[rows[first]])
+
+
+def next_of_event(kept: Kept, event: str, until: int | None) -> Targets:
+    """Gives each user's first item that was new in the period and that `event` befell there.
+
+    The period begins at `until`, when users are asked then, or with the test, when they are asked just before
+    their first event with the item.
+    """
+    dataset, names = kept.dataset, kept.dataset.schema.events
+    since = kept.test_begins() if until is None else until
+    if event not in names or since is None or not kept.has_clock:
+        rule = (
+            "the split has no one moment from which on it could be next"
+            if event in names
+            else "there is none"
+        )
+        raise InvalidInput(
+            f"--event {event}: {rule}; the events of {kept.name}'s histories are {', '.join(names)}",
+            "name one of them, of a shop that is split by time",
+        )
+    histories = dataset.histories
+    pairs = users_of(histories) * (dataset.num_items + 1) + histories.item_rows
+    is_kind = (histories.kinds == 1 + names.index(event)) & (histories.times >= since)
+    first = np.sort(np.unique(pairs, return_index=True)[1])
+    first = first[(histories.times[first] >= since) & np.isin(pairs[first], pairs[is_kind])]
+    known = history_ends(histories, np.arange(dataset.num_users + 1), np.full(dataset.num_users + 1, since))
+    owners = pairs[first] // (dataset.num_items + 1)
+    ends = first if until is None else known[owners]
+    keep = ends > histories.offsets[owners]
+    who, place = np.unique(owners[keep], return_index=True)
+    return Targets(who, ends[keep][place], histories.item_rows[first[keep][place]])
 
 
 def refuse_trained(kept: Kept, until: int) -> str:

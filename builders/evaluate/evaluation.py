@@ -54,6 +54,7 @@ def evaluate(
     *,
     until: int | None = None,
     user_ids: list[bytes] | None = None,
+    event: str | None = None,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> list[Answers]:
     """Asks each release; InvalidInput if they are of several shops."""
@@ -62,7 +63,7 @@ def evaluate(
     if len(shops) > 1:
         told = ", ".join(f"{name} of {shop!r}" for shop, name in shops.items())
         raise InvalidInput(f"releases of several shops have no common mean: {told}", "name those of one shop")
-    asked = [asked_of(one, until, user_ids) for one in kept]
+    asked = [asked_of(one, until, user_ids, event) for one in kept]
     return [_answers(one, of, progress) for one, of in zip(kept, asked, strict=True)]
 
 

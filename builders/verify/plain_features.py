@@ -16,7 +16,7 @@ from builders.data.dataset import Dataset, Impressions
 from builders.data.spans import FIRST_CLOCK_S
 from builders.data.splits import users_of
 from ensemble.arrays import Array
-from ensemble.schema import Table
+from ensemble.schema import Table, Task
 
 SMOOTHING = 10.0  # rows of the average that each rate begins with
 _MOST_VALUES = 254  # of a category that boosting tells apart; the rarer ones are one
@@ -54,7 +54,7 @@ def plain_features(dataset: Dataset, every: Impressions, asked: Array, averages:
     columns: dict[str, Array] = {}
     rates = []
     for who, keys in (("user", every.user_rows), ("item", every.item_rows)):
-        shown, came = _labels_before(every, keys, asked)
+        shown, came = _labels_before(every, dataset.schema.tasks, keys, asked)
         rates.append((came + SMOOTHING * averages) / (shown + SMOOTHING))
         for at, task in enumerate(dataset.schema.tasks):
             columns[f"{who}_{task.name}_rows"] = shown[:, at]
@@ -93,20 +93,34 @@ def sums_before(keys: Array, times: Array, values: Array, at_keys: Array, at_tim
     return sums[count:]
 
 
-def _labels_before(every: Impressions, keys: Array, asked: Array) -> tuple[Array, Array]:
-    """Gives for each asked row how many rows of its key had been shown for each task [Q, T], and the sum of
-    the labels that had come in [Q, T]."""
+def _labels_before(
+    every: Impressions, tasks: tuple[Task, ...], keys: Array, asked: Array
+) -> tuple[Array, Array]:
+    """Gives for each asked row how many rows of its key were known to be of each task [Q, T], and the sum of
+    the labels that had come in [Q, T].
+
+    A label counts from when it came in, a row of a conditional task from when its condition did. Labels are
+    those of the whole log (`settled`): what came in later than a row's part of the split is known to rows
+    that come later still.
+    """
     at_keys, at_times = keys[asked], every.times[asked]
-    known = ~np.isnan(every.labels)
-    shown = sums_before(keys, every.times, known, at_keys, at_times)
-    arrived = getattr(every, "known_times", None)
-    if arrived is None:
-        return shown, sums_before(keys, every.times, np.nan_to_num(every.labels), at_keys, at_times)
-    came = [
-        sums_before(keys[rows], arrived[rows, at], every.labels[rows, at, None], at_keys, at_times)
-        for at, rows in enumerate(known.T)
-    ]
-    return shown, np.concatenate(came, axis=1)
+    labels = every.labels if every.settled is None else every.settled
+    place, counts = {task.name: at for at, task in enumerate(tasks)}, []
+    for at, task in enumerate(tasks):
+        rows = np.flatnonzero(~np.isnan(labels[:, at]))
+        since = came = every.times[rows]
+        if every.known_times is not None:
+            came = every.known_times[rows, at]
+            since = every.known_times[rows, place[task.given]] if task.given else since
+        ones, told = np.ones((len(rows), 1)), labels[rows, at, None]
+        counts.append(
+            [
+                sums_before(keys[rows], when, of, at_keys, at_times)
+                for when, of in ((since, ones), (came, told))
+            ]
+        )
+    shown, summed = (np.concatenate(of, axis=1) for of in zip(*counts, strict=True))
+    return shown, summed
 
 
 def _of_history(dataset: Dataset, every: Impressions, asked: Array) -> dict[str, Array]:

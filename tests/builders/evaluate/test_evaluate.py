@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -16,7 +17,7 @@ from builders.build import BuildOptions, publication
 from builders.cli import evaluate as command
 from builders.compress.recipe import read_recipe
 from builders.data.stage import load_dataset
-from builders.evaluate.asked import asked_of, targets_at
+from builders.evaluate.asked import asked_of, next_of_event, targets_at
 from builders.evaluate.evaluation import evaluate, means_of
 from builders.evaluate.kept import Kept, open_kept
 from builders.presets import preset
@@ -75,6 +76,48 @@ def test_at_a_time_each_user_is_asked_with_what_was_known_before_it(kept):
     known = targets.history_ends - histories.offsets[targets.user_rows]
     found = zip(targets.user_rows.tolist(), known.tolist(), targets.item_rows.tolist(), strict=True)
     assert {user: (count, item) for user, count, item in found} == wanted
+
+
+def _funnel(folder):
+    """A shop of views and buys whose test period begins at 90."""
+    rng = np.random.default_rng(5)
+    users, items, times = rng.integers(0, 20, 900), rng.integers(0, 60, 900), rng.integers(0, 100, 900)
+    event = np.where(rng.random(900) < 0.3, "buy", "view")
+    folder.mkdir()
+    pq.write_table(
+        pa.table({"user_id": users, "item_id": items, "time": times, "event": event}), folder / "x.parquet"
+    )
+    (folder / "shop.toml").write_text(
+        'name = "small"\nsplit = "time"\n[interactions]\nfile = "x.parquet"\nevent = "event"\n'
+        'impression = "view"\nhistory = ["view", "buy"]\n[[tasks]]\nname = "cvr"\nlabel = {event = "buy"}\n'
+    )
+    return Kept("r1", {}, load_dataset(folder), folder)
+
+
+@pytest.mark.parametrize("at_the_time", [False, True])
+def test_the_next_item_of_an_event_is_new_in_the_period_and_the_event_befell_it(tmp_path, at_the_time):
+    kept = _funnel(tmp_path / "shop")
+    histories, since = kept.dataset.histories, kept.test_begins()
+    targets = next_of_event(kept, "buy", since if at_the_time else None)
+    buy, wanted = 1 + kept.dataset.schema.events.index("buy"), {}
+    for user in range(1, kept.dataset.num_users + 1):
+        own = range(histories.offsets[user], histories.offsets[user + 1])
+        for end in own:
+            item = histories.item_rows[end]
+            again = [e for e in own if histories.item_rows[e] == item]
+            bought = any(histories.kinds[e] == buy and histories.times[e] >= since for e in again)
+            before = sum(histories.times[e] < since for e in own)
+            known = before if at_the_time else end - own[0]
+            if again[0] == end and histories.times[end] >= since and bought and known:
+                wanted[user] = (own[0] + known, item)
+                break
+    found = zip(targets.user_rows.tolist(), targets.history_ends, targets.item_rows, strict=True)
+    assert {user: (end, item) for user, end, item in found} == wanted
+    assert wanted
+    with pytest.raises(
+        InvalidInput, match="--event cart: there is none; the events of r1's histories are view, buy"
+    ):
+        asked_of(kept, None, None, "cart")
 
 
 def test_the_training_period_is_refused_and_named(repository, kept):

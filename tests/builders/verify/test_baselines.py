@@ -1,6 +1,6 @@
 """Baselines see the past alone, are as good as their definitions, and what is below them is said."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +42,8 @@ def dataset():
     counts = np.r_[0, rng.integers(0, 9, _USERS)]
     offsets = np.r_[0, np.cumsum(counts)]
     times = np.concatenate([np.sort(rng.integers(0, 20_000, n)) for n in counts])
-    histories = Histories(offsets, rng.integers(1, _ITEMS + 1, offsets[-1]), times)
+    kinds = np.ones(offsets[-1], np.uint8)
+    histories = Histories(offsets, rng.integers(1, _ITEMS + 1, offsets[-1]), times, kinds)
     parts = [_impressions(rng, count, at, histories) for count, at in ((3000, 0), (500, 5000), (800, 10_000))]
     tasks = (Task("click", "binary"), Task("buy", "binary", "click"), Task("hours", "regression", "click"))
     items = Table((Feature("odd", "category", 0, 1, 1, 3), Feature("price", "number", 0, 1)))
@@ -101,13 +102,9 @@ def test_features_of_the_history_are_those_counted_by_hand(dataset):
 
 
 def test_a_label_counts_when_it_has_come_in_not_when_its_row_was_shown(dataset):
-    @dataclass(frozen=True)
-    class Known(Impressions):
-        known_times: np.ndarray | None = None
-
     every = joined((dataset.train_impressions,))
-    arrays = {entry.name: getattr(every, entry.name) for entry in fields(every)}
-    late = Known(**arrays | {"known_times": np.repeat(every.times[:, None], 3, axis=1) + 700})
+    known = np.repeat(every.times[:, None], 3, axis=1) + np.array([700, 900, 900])
+    late = replace(every, known_times=known)
     row = 2900
     plain = plain_features(dataset, late, np.array([row]), _AVERAGES)
     of = dict(zip(plain.names, plain.values[0].tolist(), strict=True))
@@ -116,6 +113,11 @@ def test_a_label_counts_when_it_has_come_in_not_when_its_row_was_shown(dataset):
     assert of["user_click_rows"] == (own & (every.times < time)).sum()
     assert of["user_click_labels"] == clicks[own & (every.times + 700 < time)].sum()
     assert of["user_click_labels"] < clicks[own & (every.times < time)].sum()
+    # a buy's row is one where the click has happened, which is known when the click is
+    assert of["user_buy_rows"] == (own & (every.times + 700 < time) & (clicks == 1)).sum()
+    assert of["user_buy_labels"] == np.nansum(every.labels[own & (every.times + 900 < time), 1])
+    censored = replace(late, labels=np.where(every.labels == 1, 0, every.labels), settled=every.labels)
+    assert np.array_equal(plain_features(dataset, censored, np.array([row]), _AVERAGES).rates, plain.rates)
 
 
 def test_an_items_place_in_its_list_is_told_where_lists_were_shown(dataset):
