@@ -10,6 +10,7 @@ from builders.data.dataset import Histories, Impressions, Targets
 from builders.shop.shop_toml import Split
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
+from ensemble.release.route import user_hashes
 
 NEVER = np.iinfo(np.int64).max
 
@@ -40,10 +41,15 @@ def users_of(histories: Histories) -> Array:
     return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
 
 
-def split_histories(split: Split, histories: Histories, times: Array) -> Splits:
-    """Splits as `split` says; quantiles of `times` [n], those of all interactions, cut a split by time."""
+def split_histories(split: Split, histories: Histories, times: Array, user_ids: Array) -> Splits:
+    """Splits as `split` says; quantiles of `times` [n], those of all interactions, cut a split by time.
+
+    user_ids [U] S are those of the rows from 1 on.
+    """
     if split.kind == "leave_one_out":
         return _leave_one_out(histories, split)
+    if split.kind == "random":
+        return _by_user(histories, int(times.min(initial=0)), split, user_ids)
     return _by_time(histories, times, split)
 
 
@@ -59,6 +65,26 @@ def _leave_one_out(histories: Histories, split: Split) -> Splits:
     cuts[0][held], cuts[1][held] = histories.times[last - 1], histories.times[last]
     validation, test = (Targets(held, end, histories.item_rows[end]) for end in (last - 1, last))
     return Splits(train_ends, known_ends, validation, test, cuts)
+
+
+def _by_user(histories: Histories, earliest: int, split: Split, user_ids: Array) -> Splits:
+    """Draws users by a hash of their ids, who stay drawn whatever comes: nothing of theirs trains, and the
+    last event of those with two or more is a target."""
+    starts, ends = histories.offsets[:-1], histories.offsets[1:]
+    place = np.ones(len(starts))  # of row 0, who is nobody
+    place[1:] = user_hashes(user_ids.tolist(), f"split {split.seed}")
+    tests = place < split.test
+    held = place < split.test + split.validation
+    known_ends = np.where(tests & split.keep_test, starts, ends)
+    cuts = (np.where(held, earliest, NEVER), np.where(tests, earliest, NEVER))
+
+    def last_events(drawn: Array) -> Targets:
+        users = np.flatnonzero(drawn & (ends - starts >= 2))
+        return Targets(users, ends[users] - 1, histories.item_rows[ends[users] - 1])
+
+    return Splits(
+        np.where(held, starts, ends), known_ends, last_events(held & ~tests), last_events(tests), cuts
+    )
 
 
 def _by_time(histories: Histories, times: Array, split: Split) -> Splits:

@@ -87,7 +87,7 @@ def dataset_from_tables(
     progress("ordering histories")
     exposures = exposures_from_interactions(shop, tables.interactions)
     histories = _histories(tables, exposures)
-    splits = split_histories(shop.split, histories, tables.interactions.times)
+    splits = split_histories(shop.split, histories, tables.interactions.times, users.ids)
     progress("splitting impressions")
     parts = (
         split_impressions(_impressions(tables, exposures, histories, splits.cuts), splits.cuts)

@@ -33,8 +33,8 @@ class Kept:
 
     @property
     def has_clock(self) -> bool:
-        """Says whether one moment splits the shop: else each user has its own."""
-        return self.dataset.split["kind"] != "leave_one_out"
+        """Says whether one moment splits the shop: else each user has its own, or is held out whole."""
+        return bool(self.dataset.split["kind"] == "time")
 
     def test_begins(self) -> int | None:
         """Gives the time of the first event or impression that neither trained nor chose anything; None

@@ -1,7 +1,8 @@
 """Describes shop.toml, which says which columns of which files are what. This page is its reference.
 
 name = "beauty"
-split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1}
+split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1},
+                                     # or {kind = "random", seed = 0}: shares of the users, held out whole
                                      # keep_test = true: a published test set, never trained on nor served
 [interactions]                       # one row per shown item, or one row per event
 file = "interactions.parquet"        # parquet or CSV
@@ -142,11 +143,13 @@ class ShopTask(_Entry):
 
 
 class Split(_Entry):
-    """Says what tests: each user's last event (leave_one_out), or the last tenths of the clock (time)."""
+    """Says what tests: each user's last event (leave_one_out), the last tenths of the clock (time), or users
+    drawn by chance, of whom nothing trains (random)."""
 
-    kind: Literal["leave_one_out", "time"]
+    kind: Literal["leave_one_out", "time", "random"]
     validation: float = Field(default=0.1, gt=0, lt=0.5)
     test: float = Field(default=0.1, gt=0, lt=0.5)
+    seed: int = 0  # of random: another one draws other users
     # a published test set: no refit learns from it, and the history that is served has none of it
     keep_test: bool = False
 

@@ -140,10 +140,37 @@ def test_leave_one_out_holds_the_last_two_of_users_with_three(tmp_path: Path) ->
     assert [task.name for task in dataset.schema.tasks] == ["interact"]
 
 
+RANDOM = '{kind = "random", validation = 0.2, test = 0.3}'
+
+
+def test_users_drawn_by_chance_are_held_out_whole_and_stay_drawn_when_others_come(tmp_path: Path) -> None:
+    def drawn(users: range, split: str = RANDOM) -> tuple[Dataset, list[set[bytes]]]:
+        lines = [f"u{u},{item},{at}" for u in users for at, item in enumerate((7, 8, 9))]
+        dataset = load(tmp_path, "\n".join(["user_id,item_id,time", *lines, "once,7,5"]), split=split)
+        parts = (dataset.validation, dataset.test)
+        return dataset, [{bytes(dataset.user_ids[row - 1]) for row in part.user_rows} for part in parts]
+
+    dataset, (validation, test) = drawn(range(100))
+    assert not validation & test
+    assert 10 <= len(validation) <= 30
+    assert 20 <= len(test) <= 40
+    ends, starts = dataset.train_ends, dataset.histories.offsets[:-1]
+    held = [row for row in range(1, 102) if ends[row] == starts[row]]
+    assert {bytes(dataset.user_ids[row - 1]) for row in held} - {b"once"} == validation | test
+    assert dataset.test.history_ends.tolist() == (starts[dataset.test.user_rows] + 2).tolist(), (
+        "the last event"
+    )
+    assert (refit_dataset(dataset).train_ends == dataset.histories.offsets[1:]).all()
+    kept = drawn(range(100), RANDOM.replace("}", ", keep_test = true}"))[0]
+    assert (kept.known_ends[kept.test.user_rows] == kept.histories.offsets[kept.test.user_rows]).all()
+    assert validation <= drawn(range(200))[1][0]
+    assert drawn(range(100), RANDOM.replace("}", ", seed = 1}"))[1][1] != test
+
+
 CLICKS = "[[tasks]]\nname = 'ctr'\nlabel = {column = 'clicked'}\n"
 
 
-@pytest.mark.parametrize("split", ["time", "leave_one_out"])
+@pytest.mark.parametrize("split", ["time", "leave_one_out", RANDOM])
 def test_splits_and_history_ends_agree_with_plain_loops(tmp_path: Path, split: str) -> None:
     rng = np.random.default_rng(3)
     num = 400

@@ -231,7 +231,11 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
             'tasks.0.label.within: \'a week\' is no length of time; write "7d", "12h", "30min", or seconds, '
             "at least 1",
         ),
-        ('split = "time"', 'split = "random"', "split.kind = 'random': should be 'leave_one_out' or 'time'"),
+        (
+            'split = "time"',
+            'split = "weekly"',
+            "split.kind = 'weekly': should be 'leave_one_out', 'time' or 'random'",
+        ),
         ('file = "interactions.csv"', "", "interactions.file is missing"),
     ],
 )
