@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 from shops import private_copy
 from toy_repository import allow_toys, publish_toy
 
@@ -23,6 +22,7 @@ from ensemble.errors import ReleaseError
 from ensemble.release.held_out import HELD_OUT, held_out_rows
 from ensemble.release.manifest import MANIFEST, sealed
 from ensemble.release.release import active_release, open_release
+from ensemble.steps.blend import BLEND, read_blend
 
 
 def rows(gains: np.ndarray) -> np.ndarray:
@@ -138,15 +138,12 @@ def test_a_worse_release_may_be_tried_but_gets_all_users_by_force_alone(better_a
 
 
 def publish_upside_down(root: Path, repository: Path, work: Path) -> str:
-    """Verifies and publishes, by a build's stages, a release whose ranker prefers what it should not."""
+    """Verifies and publishes, by stages of a build, one whose lists begin with what is least relevant."""
     stages = {path.name.rpartition("-")[0]: path for path in root.glob("*-*") if path.is_dir()}
     staged, verified, published = (work / name for name in ("export", "verify", "repository stage"))
     shutil.copytree(stages["export"], staged)
-    engine = staged / "engines" / "ranker" / "model.onnx"
-    ranker = onnx.load(str(engine))
-    [scale] = [tensor for tensor in ranker.graph.initializer if tensor.name == "calibration_scale"]
-    scale.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scale), scale.name))
-    onnx.save(ranker, str(engine))
+    blend = read_blend(staged)  # whether it ranks by tasks was fitted: here it does not
+    (staged / BLEND).write_text(replace(blend, uses_tasks=False, slope=-abs(blend.slope)).to_json())
     for folder in (verified, published):
         folder.mkdir()
     inputs = {**stages, "export": staged, "verify": verified}
