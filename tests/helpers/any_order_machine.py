@@ -26,7 +26,7 @@ from any_order_answers import (
     until,
     whose,
 )
-from any_order_model import Catalogue, Pasts, Truth
+from any_order_model import EVENT, Catalogue, Pasts, Truth
 from any_order_writer import WriterProcess
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -54,7 +54,10 @@ BRANDS = ("brand of its own", "another brand")  # that no release knows
 IDS = st.sampled_from([f"i{number}" for number in range(1, 9)] + [f"new-{number}" for number in range(4)])
 VALUES = st.fixed_dictionaries({}, optional={"brand": st.sampled_from(BRANDS), "price": st.just(9.5)})
 NAMES = ("r1", "r2")
-LIST: dict[str, Any] = {"top_k": 10}
+LIST: dict[str, Any] = {
+    "top_k": 10,
+    "time": 1_767_225_600,
+}  # or lists would differ by when they are asked for
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -202,7 +205,7 @@ class AnyOrder(RuleBasedStateMachine):
     def users_do_things(self, events: list[tuple[bytes, str, int]]) -> None:
         """Late events and items that nobody knows come as well; where Redis has no rows all are refused."""
         lines = [
-            {"user_id": user.decode(), "item_id": item_id, "event": "click", "time": time_s}
+            {"user_id": user.decode(), "item_id": item_id, "event": EVENT, "time": time_s}
             for user, item_id, time_s in events
         ]
         with self.events.open("a") as file:

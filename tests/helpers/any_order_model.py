@@ -5,14 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.local import LocalPipeline
+from ensemble.schema import kind_of
 from ensemble.steps.served import open_served
+from ensemble.tiers.past import FIELDS
 from ensemble.tiers.reader import Rows
+
+EVENT = "click"  # what users do
+Key = TypeVar("Key", int, tuple[int, int])
 
 
 class Catalogue:
@@ -92,22 +97,31 @@ class ToldPast:
         known = rows > 0
         happened = self._happened()
         if happened:
-            seen = table["seen"][0]
-            past = merged_plainly([row for row in seen.tolist() if row > 0], happened, len(seen))
-            table["seen"][0] = [-1] * (len(seen) - len(past)) + past
+            row = table[0]
+            loaded = [one for one in zip(*(row[name].tolist() for name in FIELDS), strict=True) if one[0] > 0]
+            seconds = {(item, kind): second for item, second, kind in loaded}
+            seconds |= {key: int(time) for key, time in happened}
+            keys = [(item, kind) for item, _, kind in loaded]
+            past = merged_plainly(keys, happened, len(row["seen"]))
+            for place, (item, kind) in enumerate([(-1, 0)] * (len(row["seen"]) - len(past)) + past):
+                told = (item, seconds.get((item, kind), 0), kind)
+                for name, value in zip(FIELDS, told, strict=True):
+                    row[name][place] = value
             known = np.ones(1, bool)
         return Rows(table, np.arange(1), None, known, in_order=True)
 
-    def _happened(self) -> list[tuple[int, float]]:
-        """Gives (row, time) of the items that are known to the release as things are now."""
-        rows = self.twin.release.live.view.rows_from_ids(np.array([item.encode() for item in self.past], "S"))
-        return [(row, time) for row, time in zip(rows.tolist(), self.past.values(), strict=True) if row > 0]
+    def _happened(self) -> list[tuple[tuple[int, int], float]]:
+        """Gives ((row, kind), time) of the items that are known to the release as things are now."""
+        kind = kind_of(self.twin.release.schema, EVENT)
+        ids = np.array([item.encode() for item in self.past], "S")
+        rows = self.twin.release.live.view.rows_from_ids(ids).tolist()
+        return [((row, kind), time) for row, time in zip(rows, self.past.values(), strict=True) if row > 0]
 
 
-def merged_plainly(loaded: list[int], happened: list[tuple[int, float]], width: int) -> list[int]:
-    """Gives every item at its latest time, those as loaded first and in their order, equal times by row; the
-    last `width`."""
-    latest: dict[int, float] = {}
+def merged_plainly(loaded: list[Key], happened: list[tuple[Key, float]], width: int) -> list[Key]:
+    """Gives every item (or item and kind) at its latest time, those as loaded first and in their order, equal
+    times by row; the last `width`."""
+    latest: dict[Key, float] = {}
     for item, time in happened:
         latest[item] = max(time, latest.get(item, time))
     old = [

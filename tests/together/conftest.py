@@ -11,6 +11,7 @@ from shops import private_copy
 from variants import publish_variant
 
 from ensemble.release.release import open_release
+from ensemble.tiers.past import FIELDS
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +34,9 @@ def two_variants(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory
     def have_done_less(own: Path, members: dict[str, Path]) -> None:
         users = np.load(own / "users.npy")
         for row in rows[rows > 0].tolist():
-            users["seen"][row] = np.roll(users["seen"][row], 5)
-            users["seen"][row, :5] = -1
+            for name, padding in zip(FIELDS, (-1, 0, 0), strict=True):
+                users[name][row] = np.roll(users[name][row], 5)
+                users[name][row, :5] = padding
         np.save(own / "users.npy", users)
 
     publish_variant(repository, "r1", "r2", folder / "scratch", have_done_less)
