@@ -87,6 +87,7 @@ def test_every_step_knows_a_new_item(tmp_path, rng):
     parameters = {
         "candidate_rows": found["candidate_rows"],
         "candidate_probabilities": probabilities,
+        "candidate_scores": found["candidate_scores"],
         "user_status": np.zeros((1, 1), np.int64),
     }
     parameters["candidate_status"] = found["candidate_status"]
