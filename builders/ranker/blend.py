@@ -30,6 +30,7 @@ from ensemble.steps.blend import Blend
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _SURELY = 0.975  # share of resamples below recall's order that rules a power out
 _MOST_LISTS, _MOST_EXPOSURES = 3000, 30_000  # sampled; a thousand tell powers apart
+WHY_FEW = "too few held-out items were recalled to choose the power of recall's relevance by"
 _FEWEST = 30  # lists in which the true item was recalled, or users whose exposures differ: fewer tell nothing
 
 
@@ -64,13 +65,14 @@ def fit_blend(
         name: _asked(trainer, targets, candidates)
         for name, targets in (("next items", dataset.validation), ("next conversions", _conversions(dataset)))
     }
-    asked = {name: one for name, one in asked.items() if _num_recalled(one) >= _FEWEST}
-    if not asked:
-        why = "too few held-out items were recalled to choose by"
-        return Blend(source_weights=source_weights), {"why": why}
     first = next(iter(asked.values())).lists
     fused = first.scores @ np.array(source_weights, np.float32)
     slope, bias = calibrate.fit_platt(fused.ravel(), first.labels[..., 0].ravel())
+    asked = {name: one for name, one in asked.items() if _num_recalled(one) >= _FEWEST}
+    # the plain product of two probabilities; without any recalled item not even one of them is known
+    if not asked:
+        power = float((first.labels[..., 0] == 1).any())
+        return Blend(True, power, source_weights, slope, bias), {"why": WHY_FEW, "power": power}
     options = [Blend(True, power, source_weights, slope, bias) for power in POWERS]
     options.append(Blend(False, 1.0, source_weights, slope, bias))
     exposed = _exposed(trainer, honest, scores)
@@ -81,7 +83,10 @@ def fit_blend(
 
 def blend_lines(report: dict[str, Any]) -> list[str]:
     """Says in a line where a ranker's report has the tasks out of the order of lists; else gives none."""
-    tried = report.get("blend", {}).get("tried")
+    fitted = report.get("blend", {})
+    tried = fitted.get("tried")
+    if "why" in fitted:
+        return [f"{fitted['why']}; it is {fitted['power']:g}"]
     if not tried or tried[report["blend"]["chosen"]]["uses_tasks"]:
         return []
     return [

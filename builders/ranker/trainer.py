@@ -47,6 +47,8 @@ class RankerTraining:
     bf16: bool = True
     # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     conditional: float = 1.0
+    # (row_rate, id_dropout) that are tried for an epoch on a sample before training, beside those above
+    tried_rows: tuple[tuple[float, float], ...] = ((1e-4, 0.5), (1e-3, 0.3), (1e-2, 0.1))
     list_epochs: int = 4  # `interact`: in place of epochs
     list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
@@ -129,6 +131,12 @@ class RankerTrainer:
         dense = [
             weight for weight in (*self.model.parameters(), *self.head.parameters()) if weight.requires_grad
         ]
+        self.dense = dense
+        self.restart(config)
+
+    def restart(self, config: RankerTraining) -> None:
+        """Begins a training under `config` from the weights that are there."""
+        self.config, dense = config, self.dense
         self.mean = RunningMean(dense)
         # biases, and how far a task goes along with its rates, are not pulled to 0
         decays = [weight for weight in dense if weight.dim() > 1]

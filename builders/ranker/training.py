@@ -9,6 +9,8 @@ the other users', and falls back to recall's order if it does not beat it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +32,7 @@ from builders.ranker.lists import (
     states_of,
     with_uniform,
 )
-from builders.ranker.loss import impression_loss, list_loss
+from builders.ranker.loss import Loss, impression_loss, list_loss
 from builders.ranker.model import (
     OwnRanker,
     Ranker,
@@ -48,6 +50,7 @@ from ensemble.steps.blend import Blend
 # all but tell the
 # label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
 HONEST_SOURCES = ("popular",)
+_TRIED_LISTS = 20_000  # training lists on which settings of the rows are tried
 _ALIKE = 1e-3  # a state's deviation below which it tells nothing: it is left out
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
 # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
@@ -151,12 +154,14 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
         logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
         return float(loss(torch.from_numpy(logits), target))
 
+    rows_tried = _choose_rows(trainer, scaled, loss, judge)
     epochs, kept = trainer.fit(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
     report: dict[str, Any] = {
         "epochs": epochs,
         "kept_epoch": kept,
+        "rows_tried": rows_tried,
         "label_scales": {"mean": mean.tolist(), "spread": spread.tolist()},
         "validation": _figures(trainer, logits, validation.labels),
     }
@@ -167,6 +172,32 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
             dataset.test_impressions.labels,
         )
     return report
+
+
+def _choose_rows(
+    trainer: RankerTrainer, lists: Lists, loss: Loss, judge: Callable[[], float]
+) -> list[dict[str, float]]:
+    """Chooses how strongly rows of single users and items are learned: what a shop's data bear differs, and
+    too much learns clicks by heart. Each setting trains on the same sample, from the same weights; gives
+    what was tried, the chosen first (successive halving's first rung: Jamieson & Talwalkar 2016)."""
+    c = trainer.config
+    settings = list(dict.fromkeys([(c.row_rate, c.id_dropout), *c.tried_rows]))
+    if len(settings) == 1:
+        return []
+    start, read = copy.deepcopy(trainer.trained.state_dict()), (trainer.read_items, trainer.read_users)
+    sample = lists.take(np.sort(np.random.default_rng(0).permutation(len(lists))[:_TRIED_LISTS]))
+    tried = []
+    for row_rate, id_dropout in settings:
+        trainer.restart(replace(c, row_rate=row_rate, id_dropout=id_dropout, epochs=1))
+        trainer.epoch(sample, loss, 0.0)
+        trainer.mean.exchange()
+        tried.append({"row_rate": row_rate, "id_dropout": id_dropout, "validation": judge()})
+        trainer.trained.load_state_dict(start)
+    for was_read in read:
+        was_read.fill_(False)
+    tried.sort(key=lambda one: one["validation"])
+    trainer.restart(replace(c, row_rate=tried[0]["row_rate"], id_dropout=tried[0]["id_dropout"]))
+    return tried
 
 
 def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
