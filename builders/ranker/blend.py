@@ -81,20 +81,6 @@ def fit_blend(
     return options[best], {"chosen": best, "tried": tried}
 
 
-def blend_lines(report: dict[str, Any]) -> list[str]:
-    """Says in a line where a ranker's report has the tasks out of the order of lists; else gives none."""
-    fitted = report.get("blend", {})
-    tried = fitted.get("tried")
-    if "why" in fitted:
-        return [f"{fitted['why']}; it is {fitted['power']:g}"]
-    if not tried or tried[report["blend"]["chosen"]]["uses_tasks"]:
-        return []
-    return [
-        "ranking gained nothing on held-out next items and conversions, so lists are in recall's order; "
-        "a request that weighs a task has it ranked all the same"
-    ]
-
-
 def _utilities(tried: list[dict[str, Any]]) -> Array:
     """Gives the sum of each option's shares of the best figure of its kind; -inf for what is ruled out."""
     names = [name for name in tried[0]["figures"] if any(one["figures"][name] > 0 for one in tried)]

@@ -232,6 +232,20 @@ def shortfalls(baselines: dict[str, Any]) -> list[str]:
     return lines
 
 
+def blend_lines(report: dict[str, Any]) -> list[str]:
+    """Says in a line where a ranker's report has the tasks out of the order of lists; else gives none."""
+    fitted = report.get("blend", {})
+    tried = fitted.get("tried")
+    if "why" in fitted:
+        return [f"{fitted['why']}; it is {fitted['power']:g}"]
+    if not tried or tried[report["blend"]["chosen"]]["uses_tasks"]:
+        return []
+    return [
+        "ranking gained nothing on held-out next items and conversions, so lists are in recall's order; "
+        "a request that weighs a task has it ranked all the same"
+    ]
+
+
 def baseline_lines(report: dict[str, Any]) -> list[str]:
     """Writes the part of report.md that says what simple ways make of the same rows and users."""
     lines = ["", "## Beside simple ways, on the same rows and users", ""]

@@ -20,8 +20,7 @@ from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.progress import Progress
-from builders.ranker.blend import blend_lines
-from builders.verify.baselines import SAMPLE_ROWS, ranking_baselines, shortfalls, task_baselines
+from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
 from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown, worth_shortfalls

@@ -40,7 +40,7 @@ BAD_PARAMETERS = [
         {"weights": '{"interact": NaN}'},
         "weights: the weight of 'interact' must be a finite number, at most 1e6 in size, got NaN",
     ),
-    ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: interact'),
+    ({"weights": '{"buy": 1}'}, 'weights: no task "buy"; known: interact, recall'),
     (
         {"weights": "{"},
         "weights: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
@@ -53,7 +53,7 @@ BAD_PARAMETERS = [
     (
         {"topk": 5},
         "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-        "ranges, weights, caps, diversity",
+        "ranges, weights, caps, diversity, time",
     ),
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]

@@ -216,7 +216,7 @@ def answering(repository: Path) -> set[str]:
             while (
                 answer is None or (answer["degraded"] & Degraded.CANARY_FAILED).any()
             ):  # late: a busy machine
-                answer = control.ask("recommend", users, 3)
+                answer = control.ask("recommend", users, {"top_k": 3})
             found |= {name.decode() for name in answer["release"].ravel().tolist()}
         route = route_in(repository, repository)
         router = {"route"} if route.canary else set()

@@ -43,7 +43,11 @@ def test_the_build_wrote_down_what_the_release_answers(repository):
     ("edit", "said"),
     [
         (variants.gives_nan, "(scores are not finite|the scores of every list are constant)$"),
-        (variants.gives_constants, "the scores of every list are constant$"),
+        # where recall's relevance is a factor, constant probabilities leave recall's order
+        (
+            variants.gives_constants,
+            r"(the scores of every list are constant|lists share \d+% .* wanted 80%)$",
+        ),
         (variants.gives_the_reverse, r"lists share \d+% of their items with the build's; wanted 80%$"),
         (
             variants.gives_another_shape,

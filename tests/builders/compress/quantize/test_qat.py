@@ -27,10 +27,11 @@ def rough():
     all others."""
     module = copy.deepcopy(trained_ranker())
     with torch.no_grad():
-        for tensor in (module.candidate_in.weight, module.candidate_in.bias, module.user_in.weight):
-            tensor[:4] /= 200
+        met = (module.candidate_in, module.user_in, module.state_in)
+        for tensor in (*(layer.weight for layer in met), module.candidate_in.bias):
+            tensor[:4] /= 400
         for expert in module.experts:
-            expert[0].weight[:, :4] *= 200
+            expert[0].weight[:, :4] *= 400
     return module.eval()
 
 
@@ -88,7 +89,7 @@ def test_fine_tuning_lowers_the_error_of_the_int8_graph_on_unseen_users(
 ):
     precisions, ranges = chosen
     batches = batches_from_feeds(feeds_for(RANKER, 256, seed=3), 32)
-    tuned = qat(rough, exported, precisions, ranges, batches, runtime=runtime, steps=60, learning_rate=2e-4)
+    tuned = qat(rough, exported, precisions, ranges, batches, runtime=runtime, steps=100, learning_rate=5e-5)
     held = feeds_for(RANKER, 96, seed=8)
     with torch.no_grad():
         wanted = _logits(rough(**tensors(held)).numpy())
