@@ -63,16 +63,6 @@ class Rates:
     priors: Array  # [T] float32: logit of the rate of all; 0 for numbers, which are standardized
 
 
-def item_rates(rates: Rates, dataset: Dataset, item_rows: Array) -> Array:
-    """Gives the rates [..., P] float32 of items known when training ended: item_rows [...] int64."""
-    out = rates.items[item_rows].copy()
-    tasks = len(dataset.schema.tasks)
-    for place, feature in enumerate(grouping(dataset.schema)):
-        own = slice(tasks * (1 + place), tasks * (2 + place))
-        out[..., own] = rates.codes[dataset.item_codes[item_rows, feature.start]]
-    return out
-
-
 def rates_of(dataset: Dataset, impressions: Impressions) -> Rates:
     """Counts the rates of the impressions [E], which are those that may be trained on."""
     schema, num = dataset.schema, len(impressions.times)
@@ -129,9 +119,8 @@ class _Log:
         )
 
     def rates(self, t: int, group: Array, size: int) -> tuple[Array, Array]:
-        """Gives the rates of task t that were known of each row's group before it [E], and of each group in
-        the
-        end [size]; group [E] int64, each below `size`."""
+        """Gives the rates of task t that were known of each row's group before it [E], and of each group
+        in the end [size]; group [E] int64, each below `size`."""
         defined = np.flatnonzero(~np.isnan(self.labels[:, t]))
         given = self.tasks[t].given
         since = self.known[:, self._place(given)] if given else self.times

@@ -11,14 +11,14 @@ out; of the rest the one that keeps the largest share of what could be had, summ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from builders import metrics
-from builders.data.dataset import Dataset, Impressions, Targets
+from builders.data.dataset import Dataset, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, states_of
@@ -120,7 +120,7 @@ def _asked(trainer: RankerTrainer, targets: Targets, candidates: CandidateFuncti
         part = lists.take(piece)
         # logits come in the shape of labels, and those of targets have one column
         wide = np.zeros((*part.item_rows.shape, len(trainer.dataset.schema.tasks)), np.float32)
-        parts.append(_values(trainer, trainer.logits(Lists(**{**part.__dict__, "labels": wide}))))
+        parts.append(_values(trainer, trainer.logits(replace(part, labels=wide))))
     return _Asked(lists, np.concatenate(parts))
 
 
@@ -147,15 +147,20 @@ def _values(trainer: RankerTrainer, logits: Array) -> Array:
     return total
 
 
+def _binary(dataset: Dataset) -> list[int]:
+    """Lists the places of the binary tasks; a shop may have numbers alone."""
+    return [t for t, task in enumerate(dataset.schema.tasks) if task.kind == "binary"]
+
+
 def _conversions(dataset: Dataset) -> Targets:
     """Gives each user's first held-out exposure that led to the event of the last binary task."""
     shown = dataset.validation_impressions
     assert shown is not None
-    last = max(t for t, task in enumerate(dataset.schema.tasks) if task.kind == "binary")
-    rows = np.flatnonzero(shown.labels[:, last] == 1)  # in time order
+    binary = _binary(dataset)
+    came = shown.labels[:, binary[-1]] == 1 if binary else np.zeros(len(shown.times), bool)
+    rows = np.flatnonzero(came)  # in time order
     users, first = np.unique(shown.user_rows[rows], return_index=True)
     rows = rows[first]
-    # what recall leaves out, since the user has had it, no order could show
     return Targets(users, shown.history_ends[rows], shown.item_rows[rows])
 
 
@@ -166,11 +171,14 @@ def _exposed(
     held-out exposures came to its first task's event [E] bool; None where too few users tell anything."""
     shown = trainer.dataset.validation_impressions
     assert shown is not None
-    first = next((t for t, task in enumerate(trainer.dataset.schema.tasks) if task.kind == "binary"), 0)
+    binary = _binary(trainer.dataset)
+    if not binary:
+        return None
+    first = binary[0]
     order = np.random.default_rng(0).permutation(trainer.dataset.num_users + 1)[shown.user_rows]
     rows = np.flatnonzero(~np.isnan(shown.labels[:, first]))
     rows = np.sort(rows[np.argsort(order[rows], kind="stable")][:_MOST_EXPOSURES])  # whole users
-    some = Impressions(**{n: a[rows] for n, a in shown.__dict__.items() if a is not None})
+    some = shown.at(rows)
     if len(np.unique(some.user_rows[some.labels[:, first] == 1])) < _FEWEST:
         return None
     states = states_of(trainer.dataset, some, trainer.user_rates()[some.user_rows])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from builders.data.dataset import Dataset, Impressions, Targets, past_windows
+from builders.data.dataset import Dataset, Impressions, Targets, moments, past_windows
 from builders.index.offline import CandidateFunction, ScoreFunction
 from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
 from ensemble.arrays import Array
@@ -172,7 +172,8 @@ def _states_of_targets(dataset: Dataset, targets: Targets, user_rates: Array) ->
         part = slice(start, start + _CHUNK)
         ends = targets.history_ends[part]
         past = past_windows(dataset.histories, targets.user_rows[part], ends, schema.sizes.seen)
-        near = recencies(schema, past.times, past.kinds, dataset.histories.times[ends].astype(np.float64))
+        now = moments(dataset.histories, targets.user_rows[part], ends).astype(np.float64)
+        near = recencies(schema, past.times, past.kinds, now)
         out[part, : activity_width(schema)] = activity(schema, near, past.kinds)
     return out
 

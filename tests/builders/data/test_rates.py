@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from builders.data.dataset import Impressions
-from builders.data.rates import _STRENGTHS, item_rates, rates_of, with_rates
+from builders.data.rates import _STRENGTHS, rates_of, with_rates
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
 TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click"))
@@ -81,9 +81,10 @@ def test_a_rows_own_label_is_not_in_its_own_rates(rng, has_clock):
 def test_groups_share_their_rates_and_a_new_item_of_a_group_has_them(rng):
     shop, shown = Shop(), _impressions(rng)
     rates = rates_of(shop, shown)
-    served = item_rates(rates, shop, np.arange(7))
-    assert (served[1, 3:6] == served[2, 3:6]).all()
-    assert (served[1, 3:6] != served[3, 3:6]).any()
+    assert rates.codes[1:4].any(axis=1).all(), "each brand has its own"
+    assert (rates.codes[1] != rates.codes[2]).any()
+    brand = shown.labels[np.isin(shown.item_rows, (1, 2)), 0].mean()
+    assert (rates.codes[1, 0] > 0) == (brand > shown.labels[:, 0].mean())
     assert not rates.items[:, 3:6].any(), "they come by the item's codes, so that new items have them too"
 
 

@@ -11,6 +11,7 @@ from builders import metrics
 from builders.data.dataset import Dataset, Histories, Impressions, Targets, history_windows
 from builders.data.rates import rates_of, with_rates
 from builders.ranker import calibrate
+from builders.ranker.blend import WHY_FEW, auc_within
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
 from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
@@ -471,3 +472,82 @@ def test_item_head_reads_the_contracts_tensors():
     out = head(torch.zeros(5, SIZES.item_features), codes, values, torch.zeros(5, SIZES.embedding))
     assert out.shape == (5, SIZES.item_features)
     assert torch.isfinite(out).all()
+
+
+# --- the blend of tasks and recall
+
+BLEND_CONFIG = replace(TINY_TRAINING, epochs=1, tried_rows=())
+
+
+def _blended(dataset: Dataset, known: bool):
+    """Trains against a recall that puts the true item first (`known`), or any item."""
+    rng = np.random.default_rng(0)
+    targets = dataset.validation
+    true = dict(zip(targets.user_rows.tolist(), targets.item_rows.tolist(), strict=True))
+
+    def candidates(user_rows, history_ends):
+        rows = np.stack([rng.permutation(NUM_ITEMS)[: SIZES.candidates] + 1 for _ in user_rows])
+        for line, user in enumerate(user_rows.tolist()):
+            rest = rows[line][rows[line] != true[user]][: SIZES.candidates - 1]
+            rows[line] = np.insert(rest, 0 if known else rng.integers(len(rest) + 1), true[user])
+        scores = np.zeros((*rows.shape, len(contract.SOURCES)), np.float32)
+        scores[..., 0] = np.linspace(3, -3, SIZES.candidates)
+        return rows, scores
+
+    def scores(user_rows, history_ends, item_rows):
+        return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
+
+    return train_ranker(dataset, _embeddings(), scores=scores, candidates=candidates, config=BLEND_CONFIG)
+
+
+def test_a_recall_that_knows_the_next_item_is_never_surely_worsened():
+    checkpoint = _blended(_dataset(num_impressions=2000), known=True)
+    report = checkpoint.report["blend"]
+    assert report["tried"][0]["ruled_out"], "tasks alone throw away what recall knows"
+    assert not report["tried"][report["chosen"]]["ruled_out"]
+    assert not checkpoint.blend.uses_tasks or checkpoint.blend.power > 0
+    assert not report["tried"][-1]["ruled_out"], "recall's own order can always be kept"
+
+
+def test_a_recall_that_knows_nothing_leaves_the_order_to_the_tasks():
+    checkpoint = _blended(_dataset(num_impressions=2000), known=False)
+    assert checkpoint.blend.uses_tasks
+
+
+def test_a_conversion_behind_the_last_event_of_the_log_is_asked_about_too():
+    dataset = _dataset(num_impressions=2000)
+    shown = dataset.validation_impressions
+    last = shown.user_rows == NUM_USERS
+    ends = np.where(last, len(dataset.histories.times), shown.history_ends)
+    labels = shown.labels.copy()
+    labels[last, :2] = 1
+    dataset = replace(dataset, validation_impressions=replace(shown, history_ends=ends, labels=labels))
+    assert "blend" in _blended(dataset, known=True).report
+
+
+def test_a_shop_with_numbers_alone_has_a_blend_and_too_few_items_are_said():
+    dataset = _dataset(num_impressions=2000)
+    schema = replace(SCHEMA, tasks=(Task("dwell", "regression"),))
+
+    def alone(part):
+        return replace(part, labels=np.nan_to_num(part.labels[:, 2:]), truth=part.truth[:, 2:])
+
+    parts = ("train_impressions", "validation_impressions", "test_impressions")
+    dataset = replace(
+        dataset, schema=with_rates(schema), **{name: alone(getattr(dataset, name)) for name in parts}
+    )
+    few = Targets(*(of[:5] for of in vars(dataset.validation).values()))
+    report = _blended(replace(dataset, validation=few, test=few), known=True).report
+    assert report["blend"] == {"why": WHY_FEW, "power": 1.0}
+    assert "tried" in _blended(dataset, known=True).report["blend"]
+
+
+def test_auc_within_counts_pairs_of_one_user(rng):
+    users, scores = rng.integers(0, 5, 60), rng.permutation(60).astype(float)
+    labels = rng.random(60) < 0.4
+    right = total = 0
+    for a in np.flatnonzero(labels):
+        for b in np.flatnonzero(~labels & (users == users[a])):
+            right, total = right + (scores[a] > scores[b]), total + 1
+    assert auc_within(users, scores, labels) == right / total
+    assert auc_within(users, scores, np.zeros(60, bool)) == 0.5
