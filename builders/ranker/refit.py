@@ -20,8 +20,7 @@ from builders.progress import Progress
 from builders.ranker.checkpoint import RankerCheckpoint
 from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
-from builders.ranker.model import Ranker
-from builders.ranker.trainer import RankerTrainer, RankerTraining
+from builders.ranker.trainer import RankerTrainer, RankerTraining, with_tried_rows
 from builders.ranker.training import checkpoint_of
 from builders.weights import require_finite
 from ensemble.arrays import Array
@@ -43,6 +42,7 @@ def refit_ranker(
 ) -> RankerCheckpoint:
     """Goes on from the verified ranker, which has learned from the first `known` of the dataset's training
     impressions, over the others; without any only the items' features are made anew."""
+    config = with_tried_rows(config, verified.report.get("rows_tried", []))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         trainer = RankerTrainer(
@@ -74,7 +74,6 @@ def _go_on(
     assert trainer.rates is not None
     new, (item_rates, user_rates) = impressions.behind(known), trainer.rates.of_rows
     states = states_of(trainer.dataset, new, user_rates[known:], item_rates[known:])
-    apart = not isinstance(trainer.model, Ranker)
-    lists, _ = lists_from_impressions(new, scores, states, by_moment=apart)
+    lists, _ = lists_from_impressions(new, scores, states, by_moment=trainer.apart)
     loss = impression_loss(trainer.dataset.schema.tasks, trainer.config.conditional)
     trainer.go_on(replace(lists, labels=(lists.labels - mean) / spread), loss, epochs, REFIT_SHARE)

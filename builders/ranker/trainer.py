@@ -16,7 +16,7 @@ from builders.data.rates import rates_of
 from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
-from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, RankerConfig
+from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, Ranker, RankerConfig
 from ensemble.arrays import Array
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
@@ -56,6 +56,14 @@ class RankerTraining:
     held_out: float = 0.25  # `interact`: share of users whose validation target only stops and calibrates
     # `interact`: at most this many test targets are reported on here (verify reports on all)
     test_lists: int = 4096
+
+
+def with_tried_rows(config: RankerTraining, tried: list[dict[str, float]]) -> RankerTraining:
+    """Gives the training with the settings of rows that were found best, the first of those `tried`; as it is
+    where none were."""
+    if not tried:
+        return config
+    return replace(config, row_rate=tried[0]["row_rate"], id_dropout=tried[0]["id_dropout"])
 
 
 BASE_TRAINING = RankerTraining()
@@ -149,6 +157,11 @@ class RankerTrainer:
             torch.optim.AdamW(groups, lr=config.learning_rate),
             torch.optim.SparseAdam([self.item_rows.weight, self.user_rows.weight], lr=config.row_rate),
         )
+
+    @property
+    def apart(self) -> bool:
+        """Says whether a list must be of one moment: a user's own module takes one user_state a list."""
+        return not isinstance(self.model, Ranker)
 
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gives the ranker's tensors for some lists, and the mean square of the id rows that they read."""

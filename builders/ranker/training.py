@@ -39,7 +39,7 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
-from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining
+from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining, with_tried_rows
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.contract import SOURCES
@@ -138,11 +138,9 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
     rates = trainer.rates
     assert rates is not None
     known = states_of(dataset, train, rates.of_rows[1], rates.of_rows[0])
-    # a user's own module takes one user_state a list
-    apart = not isinstance(trainer.model, Ranker)
-    train_lists, _ = lists_from_impressions(train, scores, known, by_moment=apart)
+    train_lists, _ = lists_from_impressions(train, scores, known, by_moment=trainer.apart)
     held_out = states_of(dataset, validation, rates.users[validation.user_rows])
-    validation_lists, places = lists_from_impressions(validation, scores, held_out, by_moment=apart)
+    validation_lists, places = lists_from_impressions(validation, scores, held_out, by_moment=trainer.apart)
     _standardize_scores(trainer, train_lists)
     _standardize_states(trainer, train_lists, rates.priors)
     mean, spread = _label_scales(tasks, train.labels)
@@ -196,15 +194,14 @@ def _choose_rows(
     for was_read in read:
         was_read.fill_(False)
     tried.sort(key=lambda one: one["validation"])
-    trainer.restart(replace(c, row_rate=tried[0]["row_rate"], id_dropout=tried[0]["id_dropout"]))
+    trainer.restart(with_tried_rows(c, tried))
     return tried
 
 
 def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
     """Gives logits [E, T] before calibration, in the order of the impressions."""
     states = states_of(trainer.dataset, impressions, trainer.user_rates()[impressions.user_rows])
-    apart = not isinstance(trainer.model, Ranker)
-    lists, places = lists_from_impressions(impressions, scores, states, by_moment=apart)
+    lists, places = lists_from_impressions(impressions, scores, states, by_moment=trainer.apart)
     return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
 
 

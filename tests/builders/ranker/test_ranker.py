@@ -24,7 +24,8 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
-from builders.ranker.trainer import TINY_TRAINING, RunningMean
+from builders.ranker.refit import refit_ranker
+from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
@@ -472,6 +473,30 @@ def test_item_head_reads_the_contracts_tensors():
     out = head(torch.zeros(5, SIZES.item_features), codes, values, torch.zeros(5, SIZES.embedding))
     assert out.shape == (5, SIZES.item_features)
     assert torch.isfinite(out).all()
+
+
+# --- how strongly rows are learned
+
+
+def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_with(monkeypatch):
+    config = replace(TINY_TRAINING, row_rate=1e-4, id_dropout=0.5, epochs=1, tried_rows=((1.0, 0.0),))
+    dataset, begun = _dataset(num_impressions=2000), []
+    restart = RankerTrainer.restart
+    monkeypatch.setattr(
+        RankerTrainer,
+        "restart",
+        lambda self, config: (begun.append(config), restart(self, config))[1],
+    )
+    checkpoint = train_ranker(dataset, _embeddings(), scores=zero_scores, config=config)
+    tried = checkpoint.report["rows_tried"]
+    # few items with many clicks each: their rows may be learned
+    assert [one["row_rate"] for one in tried] == [1.0, 1e-4]
+    assert tried[0]["validation"] < tried[1]["validation"]
+    assert (begun[-1].row_rate, begun[-1].id_dropout, begun[-1].epochs) == (1.0, 0.0, 1)
+    refit_ranker(
+        dataset, _embeddings(), checkpoint, 1000, scores=zero_scores, config=config, progress=lambda *_: None
+    )
+    assert (begun[-1].row_rate, begun[-1].id_dropout) == (1.0, 0.0)
 
 
 # --- the blend of tasks and recall
