@@ -52,7 +52,7 @@ class EncoderConfig:
     hard_from: float = 0.3  # share of training before the first hard candidate
     evaluate_every: int = 2  # epochs
     patience: int = 3  # evaluations without a better NDCG@10 before training stops
-    bf16: bool = True
+    bf16: bool = True  # matrix products in bfloat16, on a CPU that has them
 
     @classmethod
     def tiny(cls, **changes: Any) -> EncoderConfig:

@@ -33,6 +33,7 @@ from builders.encoders.encoders import (
 )
 from builders.encoders.sampled_softmax import RowAdam, SampledSoftmax
 from builders.encoders.sequences import PackedRows, Sequences, pack_sequences
+from builders.layers import narrow_products, training_dtype
 from ensemble.arrays import Array
 
 
@@ -119,7 +120,7 @@ class _Trainer:
 
     def step(self, batch: PackedRows) -> float:
         """Takes one optimizer step; returns its loss."""
-        filled, kind = batch.items > 0, torch.bfloat16 if self.config.bf16 else torch.float32
+        filled, kind = batch.items > 0, training_dtype(self.config.bf16)
         own = np.union1d(batch.items[filled], batch.targets[filled])
         drawn = self.rng.choice(self.taken, self.config.num_uniform)
         rows = np.union1d(own, drawn)
@@ -150,7 +151,7 @@ class _Trainer:
         leaf = self.table[index].requires_grad_()
         hidden = torch.rand(len(rows), 1) < self.config.id_dropout
         ids = torch.where(hidden, leaf.new_zeros(()), leaf)  # row 0 of the table is and stays zero
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with narrow_products(self.config.bf16):
             return leaf, self.items(ids, self.item_codes[index], self.item_values[index])
 
     def user_states(self, batch: PackedRows, history: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class _Trainer:
         ).tril()
         filled = torch.from_numpy(batch.items > 0)
         owners, place = np.unique(batch.users[batch.items > 0], return_inverse=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+        with narrow_products(self.config.bf16):
             states = self.users.positions(history, seen)[filled]
             features = self.users.features(self.user_codes[owners], self.user_values[owners])[
                 torch.from_numpy(place)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from builders.data.dataset import Dataset, history_windows
 from builders.data.rates import rates_of
+from builders.layers import narrow_products
 from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
@@ -43,7 +44,8 @@ class RankerTraining:
     # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the
     # last weights
     average: float = 0.99
-    # matrix products of training in bfloat16; evaluation, calibration and the exported ranker are float32
+    # matrix products of training in bfloat16, on a CPU that has them; evaluation, calibration and the
+    # exported ranker are float32
     bf16: bool = True
     # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     conditional: float = 1.0
@@ -275,7 +277,7 @@ class RankerTrainer:
             self._set_rates(1 - (epoch + step / num_batches) / self.config.epochs)
             batch = lists.take(part)
             tensors, square = self.tensors(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+            with narrow_products(self.config.bf16):
                 logits = self.model.logits(*tensors)
             loss = (
                 loss_function(logits.float(), torch.from_numpy(batch.labels)) + self.config.row_decay * square
