@@ -5,6 +5,9 @@ A rate of task t is logit((s + m p) / (n + m)) - logit(p): s events among n expo
 the strength of that prior (Micci-Barreca 2001, eq. 3). m is the one of _STRENGTHS under which the rates that
 were known before each row foretell the row best. Numbers have their mean in place of the rate, in deviations.
 
+Where the shop logs positions, an exposure counts in n as much as its place is worth against all (clicks over
+expected clicks: Zhang & Jones 2007): what stood at the end and was passed over says little against an item.
+
 A row's own label is never in its own rates. With a clock they are those known strictly before the row's
 time, of exposures that had been shown and events that had happened by then (ordered target statistics:
 Prokhorenkova et al. 2018, section 3.2); without one they come from the other four fifths of the rows.
@@ -19,10 +22,12 @@ Axes: E impressions, T tasks, I items, U users.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from builders.data.dataset import Dataset, Impressions
+from builders.data.places import place_rates, places_of
 from ensemble.arrays import Array
 from ensemble.schema import Feature, Schema, Task
 
@@ -112,11 +117,15 @@ class _Log:
         self.scales = [_scale(task, self.labels[:, t]) for t, task in enumerate(tasks)]
         self.priors = np.array(
             [
-                np.log(p / (1 - p)) if task.kind == "binary" else 0.0
+                _logit(p) if task.kind == "binary" else 0.0
                 for task, (p, _) in zip(tasks, self.scales, strict=True)
             ],
             np.float32,
         )
+        # [E, T] each exposure's place: how often it leads to the event, against all
+        places = places_of(np.asarray(impressions.positions))
+        rates = place_rates(tasks, places, self.labels)[places]
+        self.worth = np.where(np.isnan(rates), 1.0, rates / [p for p, _ in self.scales])
 
     def rates(self, t: int, group: Array, size: int) -> tuple[Array, Array]:
         """Gives the rates of task t that were known of each row's group before it [E], and of each group
@@ -125,11 +134,12 @@ class _Log:
         given = self.tasks[t].given
         since = self.known[:, self._place(given)] if given else self.times
         values = self.labels[defined, t]
-        before_n = self._before(group, defined, since[defined], np.ones(len(defined)))
+        worth = self.worth[defined, t]
+        before_n = self._before(group, defined, since[defined], worth)
         before_s = self._before(group, defined, self.known[defined, t], values)
-        n = np.bincount(group[defined], minlength=size).astype(np.float64)
+        n = np.bincount(group[defined], worth, minlength=size)
         s = np.bincount(group[defined], values, minlength=size)
-        strength = self._strength(t, before_n[defined], before_s[defined], values)
+        strength = self._strength(t, before_n[defined], before_s[defined], values, worth)
         return self._rate(t, before_n, before_s, strength), self._rate(t, n, s, strength)
 
     def exposures(self, group: Array, size: int) -> tuple[Array, Array]:
@@ -144,13 +154,15 @@ class _Log:
             return _in_other_folds(group, self.folds, rows, values)
         return _sums_before(group[rows], since, values, group, self.times)
 
-    def _strength(self, t: int, n: Array, s: Array, values: Array) -> float:
-        """Chooses the strength of the prior that foretells `values` best from what was known before."""
+    def _strength(self, t: int, n: Array, s: Array, values: Array, worth: Array) -> float:
+        """Chooses the strength of the prior that foretells `values` best from what was known before, and from
+        what the places are worth."""
         losses = []
+        base = _logit(np.clip(self.scales[t][0] * worth, 1e-6, 1 - 1e-6))  # of a binary task
         for strength in _STRENGTHS:
             rate = self._rate(t, n, s, strength)
             if self.tasks[t].kind == "binary":
-                logit = rate + self.priors[t]
+                logit = rate + base
                 losses.append(float((np.logaddexp(0, logit) - values * logit).mean()))
             else:
                 mean, spread = self.scales[t]
@@ -162,13 +174,17 @@ class _Log:
         mean = (s + strength * p) / (n + strength)
         if self.tasks[t].kind == "binary":
             mean = np.clip(mean, 1e-6, 1 - 1e-6)
-            rate = np.log(mean / (1 - mean)) - self.priors[t]
+            rate = _logit(mean) - self.priors[t]
         else:
             rate = (mean - p) / spread
         return np.clip(rate, -_MOST, _MOST).astype(np.float32)
 
     def _place(self, name: str) -> int:
         return next(t for t, task in enumerate(self.tasks) if task.name == name)
+
+
+def _logit(p: Any) -> Any:
+    return np.log(p / (1 - p))
 
 
 def _scale(task: Task, labels: Array) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def figures_of(answers: Answers) -> dict[str, float]:
         f"{figure} {task}": float(value)
         for task, of in answers.report.get("tasks", {}).items()
         for figure, value in of.items()
-        if figure in ("auc", "rmse", "ece") and np.isfinite(value)
+        if figure.removesuffix("_with_position") in ("auc", "rmse", "ece") and np.isfinite(value)
     }
 
 

@@ -15,6 +15,7 @@ from builders.folders import Inputs, link
 from builders.index.snapshot import write_items, write_users
 from builders.index.stage import OPTIONAL_FILES, SERVED_FILES, open_recall
 from builders.progress import Progress
+from builders.ranker.positions import POSITIONS
 from ensemble import contract
 from ensemble.arrays import Array
 from ensemble.release.ids import write_ids
@@ -28,6 +29,8 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     for name in (*SERVED_FILES, *(name for name in OPTIONAL_FILES if (index / name).exists())):
         link(index / name, folder / name)
     link(inputs["ranker"] / BLEND, folder / BLEND)
+    if (inputs["ranker"] / POSITIONS).exists():  # for those who ask about exposures of the past
+        link(inputs["ranker"] / POSITIONS, folder / POSITIONS)
     recall, item_embeddings = open_recall(inputs, dataset)
     feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
     errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)

@@ -14,6 +14,7 @@ from builders.data.dataset import Dataset, Impressions, Targets, history_windows
 from builders.index.offline import OfflineRecall
 from builders.index.staged import StagedRelease
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
+from builders.ranker.positions import read_positions
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import open_engine
@@ -52,6 +53,7 @@ class Verifier:
         self.popularity = self.recall.source(Popular).popularity
         self.reranking = Reranking(staged.model("reranking"), staged)
         self.embeddings = np.ascontiguousarray(staged.items["embedding"])
+        self.positions = read_positions(folder)
 
     def user_tensors(self, user_rows: Array, history_ends: Array, times: Array | None = None) -> Tensors:
         """Gives the features step's tensors, as they were at `history_ends`; user_state is that of `times`
@@ -176,9 +178,11 @@ class Verifier:
     def task_metrics(
         self, impressions: Impressions, values: Array | None = None
     ) -> dict[str, dict[str, float]]:
-        """Measures the ranker on held-out impressions, each task where defined: {task: {figure: value}}."""
+        """Measures the ranker on held-out impressions, each task where defined: {task: {figure: value}}.
+        Figures are of what is served, which knows no places; where the shop logs them, of those too."""
         values = self.impression_probabilities(impressions) if values is None else values
         report: dict[str, dict[str, float]] = {}
+        placed = self.in_place(impressions, values)
         for t, task in enumerate(self.dataset.schema.tasks):
             labels, given = impressions.labels[:, t], ~np.isnan(impressions.labels[:, t])
             report[task.name] = {"rows": int(given.sum())}
@@ -188,6 +192,9 @@ class Verifier:
                     "ece": metrics.ece(labels, values[:, t]),
                     "rate": float(labels[given].mean()),
                 }
+                if placed is not None:
+                    report[task.name]["auc_with_position"] = metrics.auc(labels, placed[:, t])
+                    report[task.name]["ece_with_position"] = metrics.ece(labels, placed[:, t])
                 if impressions.truth is not None:
                     report[task.name]["oracle_auc"] = metrics.auc(labels, impressions.truth[:, t])
                     popularity = self.popularity[impressions.item_rows]
@@ -197,9 +204,18 @@ class Verifier:
                     "rmse": metrics.rmse(labels, values[:, t]),
                     "std": float(labels[given].std()),
                 }
+                if placed is not None:
+                    report[task.name]["rmse_with_position"] = metrics.rmse(labels, placed[:, t])
                 if impressions.truth is not None:
                     report[task.name]["oracle_rmse"] = metrics.rmse(labels, impressions.truth[:, t])
         return report
+
+    def in_place(self, impressions: Impressions, values: Array) -> Array | None:
+        """Gives the served values [E, T] as they are at the places where the impressions were shown; None
+        where the shop logs none."""
+        if self.positions is None or not impressions.positions.any():
+            return None
+        return self.positions.apply(self.dataset.schema.tasks, values, impressions.positions)
 
     def impression_lists(self, impressions: Impressions) -> tuple[Lists, Array]:
         """Groups impressions [E] by user and moment; gives also the place of each in the flattened lists."""

@@ -29,7 +29,8 @@ from ensemble.release.repository import locked, staging
 
 _PIECE_BYTES = 4 << 20
 _NAME, _WAS_THERE = "release-name", "was-there"  # files of the stage's folder: what it published, or found
-_REPORTED = ("export.json", "compress.json")  # the release's report.json has what they say
+# The release's report.json has what they say; places are of exposures, and a served list has none
+_LEFT_OUT = ("export.json", "compress.json", "positions.npz")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
             link(engine, members[model.name] / "1" / engine.name)
     own = folder / name
     for path in (*staged.iterdir(), *inputs["verify"].iterdir()):
-        if path.is_file() and path.name not in _REPORTED:
+        if path.is_file() and path.name not in _LEFT_OUT:
             link(path, own / path.name)
     progress(0.5, f"publishing {name}")
     manifest: dict[str, Any] = {

@@ -13,6 +13,7 @@ from torch import nn
 
 from builders.own_model import OwnModel, open_own, read_own, write_own
 from builders.ranker.model import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, RankerConfig
+from builders.ranker.positions import Positions, read_positions, save_positions
 from builders.weights import read_state, save_state
 from ensemble.arrays import Array
 from ensemble.schema import Schema
@@ -34,6 +35,7 @@ class RankerCheckpoint:
     user_features: Array  # [U + 1, U'] float32, row 0 (unknown) is 0
     user_rates: Array  # [U + 1, Q] float32, the last columns of user_state; row 0 (unknown) is 0
     blend: Blend  # how tasks and recall's relevance make one score
+    positions: Positions | None  # what the place of an exposure does; None where the shop logs none
     report: dict[str, Any]
 
 
@@ -48,6 +50,7 @@ def save_ranker(
     for name in _TABLES:
         np.save(folder / f"{name}.npy", getattr(checkpoint, name), allow_pickle=False)
     (folder / BLEND).write_text(checkpoint.blend.to_json())
+    save_positions(checkpoint.positions, folder)
     (folder / "report.json").write_text(json.dumps(checkpoint.report, indent=1))
 
 
@@ -61,7 +64,8 @@ def read_ranker(
     head.load_state_dict(read_state(folder / "item_head.npz"))
     tables = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _TABLES}
     report = json.loads((folder / "report.json").read_text())
-    return RankerCheckpoint(model.eval(), head.eval(), **tables, blend=read_blend(folder), report=report)
+    rest = {"blend": read_blend(folder), "positions": read_positions(folder), "report": report}
+    return RankerCheckpoint(model.eval(), head.eval(), **tables, **rest)
 
 
 def open_ranker(folder: Path, schema: Schema) -> RankerCheckpoint:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from builders.data.dataset import Dataset, Impressions, Targets, moments, past_windows
+from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
 from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
 from ensemble.arrays import Array
@@ -33,6 +34,7 @@ class Lists:
     candidate_state: Array  # [L, N or 1, G] float16
     # [L, N, P] float16, the items' rates as they were known then; None: as they were when training ended
     item_rates: Array | None = None
+    places: Array | None = None  # [L, N] uint8, where each was shown (positions.py); None: no list says it
 
     def __len__(self) -> int:
         return len(self.user_rows)
@@ -113,6 +115,9 @@ def lists_from_impressions(
         spread(states.users, 0),
         spread(states.candidates, 0),
         None if states.item_rates is None else spread(states.item_rates, 0),
+        spread(places_of(impressions.positions)[:, None], 0)[:, :, 0]
+        if impressions.positions.any()
+        else None,
     ), places
 
 

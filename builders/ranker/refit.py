@@ -49,6 +49,8 @@ def refit_ranker(
             dataset, item_embeddings, verified.ranker, config, np.random.default_rng(seed), progress
         )
         trainer.start_from(verified.item_head, verified.item_id_features, verified.user_features)
+        if verified.positions is not None:
+            trainer.positions.table.data.copy_(torch.from_numpy(verified.positions.learned))
         epochs, impressions = 0, dataset.train_impressions
         if impressions is not None and len(impressions.times) > known and verified.report["kept_epoch"]:
             epochs = max(FEWEST_EPOCHS, verified.report["kept_epoch"])
@@ -56,7 +58,10 @@ def refit_ranker(
     trainer.trained.eval()
     trainer.forget_unread()
     require_finite("ranker", trainer.trained.state_dict())
-    return checkpoint_of(trainer, verified.blend, {**verified.report, "refit_epochs": epochs})
+    positions = verified.positions and replace(
+        verified.positions, learned=trainer.positions.table.detach().numpy()
+    )
+    return checkpoint_of(trainer, verified.blend, positions, {**verified.report, "refit_epochs": epochs})
 
 
 def _go_on(

@@ -18,6 +18,7 @@ from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
 from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, Ranker, RankerConfig
+from builders.ranker.positions import PositionBias
 from ensemble.arrays import Array
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
@@ -41,6 +42,7 @@ class RankerTraining:
     history_dropout: float = 0.3
     # recall's scores hidden: they are a little too good on what recall was trained on
     score_dropout: float = 0.1
+    position_dropout: float = 0.2  # places hidden: what is left then is what is served
     # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the
     # last weights
     average: float = 0.99
@@ -131,7 +133,8 @@ class RankerTrainer:
             torch.from_numpy(dataset.user_codes),
             torch.from_numpy(dataset.user_values),
         )
-        self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows])
+        self.positions = PositionBias(len(dataset.schema.tasks))
+        self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows, self.positions])
         # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
         trusted = dataset.train_impressions is None
         self.head.embedding_scale.fill_(
@@ -139,7 +142,10 @@ class RankerTrainer:
         )
         self.head.direct.requires_grad_(not trusted)  # it stays 0 where the embeddings say what codes would
         dense = [
-            weight for weight in (*self.model.parameters(), *self.head.parameters()) if weight.requires_grad
+            weight
+            for part in (self.model, self.head, self.positions)
+            for weight in part.parameters()
+            if weight.requires_grad
         ]
         self.dense = dense
         self.restart(config)
@@ -257,16 +263,28 @@ class RankerTrainer:
         rows[0] = 0
         return rows
 
-    def logits(self, lists: Lists, chunk: int = 8192) -> Array:
-        """Gives logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time."""
+    def logits(self, lists: Lists, chunk: int = 8192, *, with_positions: bool = False) -> Array:
+        """Gives logits [L, N, T] float32 of all lists, in eval mode; `chunk` candidates at a time. They are
+        those that are served, which know no places, unless `with_positions`."""
         self.trained.eval()
         step = max(1, chunk // max(1, lists.item_rows.shape[1]))
         out = np.zeros(lists.labels.shape, np.float32)
         with torch.no_grad():
             for start in range(0, len(lists), step):
                 part = np.arange(start, min(start + step, len(lists)))
-                out[part] = self.model.logits(*self.tensors(lists.take(part))[0]).numpy()
+                batch = lists.take(part)
+                logits = self.model.logits(*self.tensors(batch)[0])
+                out[part] = (self.in_place(logits, batch) if with_positions else logits).numpy()
         return out
+
+    def in_place(self, logits: Tensor, lists: Lists) -> Tensor:
+        """Adds to logits [L, N, T] what the places of the lists do, some of them hidden in training."""
+        if lists.places is None:
+            return logits
+        places = torch.from_numpy(lists.places)
+        if self.trained.training and self.config.position_dropout:
+            places = places * (torch.rand(places.shape) >= self.config.position_dropout)
+        return logits + self.positions(places)
 
     def epoch(self, lists: Lists, loss_function: Loss, epoch: float) -> None:
         """Passes once over the lists in random order; `epoch` is the place in the schedule, from 0."""
@@ -280,7 +298,8 @@ class RankerTrainer:
             with narrow_products(self.config.bf16):
                 logits = self.model.logits(*tensors)
             loss = (
-                loss_function(logits.float(), torch.from_numpy(batch.labels)) + self.config.row_decay * square
+                loss_function(self.in_place(logits.float(), batch), torch.from_numpy(batch.labels))
+                + self.config.row_decay * square
             )
             self.trained.zero_grad()
             loss.backward()

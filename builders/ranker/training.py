@@ -20,6 +20,7 @@ from torch import nn
 
 from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets
+from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.progress import Progress
 from builders.ranker import calibrate
@@ -39,6 +40,7 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
+from builders.ranker.positions import Positions, fit_positions
 from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining, with_tried_rows
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
@@ -94,9 +96,9 @@ def train_ranker(
             np.random.default_rng(seed),
             progress or (lambda done, text: None),
         )
-        blend = Blend()
+        blend, positions = Blend(), None
         if candidates is None or dataset.train_impressions is not None:
-            report = _fit_impressions(trainer, scores)
+            report, positions = _fit_impressions(trainer, scores)
             if candidates is not None:
                 blend, report["blend"] = fit_blend(
                     trainer, candidates, scores, recall_scores or scores, source_weights
@@ -108,10 +110,12 @@ def train_ranker(
     report["parameters"] = num_parameters(model)
     if isinstance(model, Ranker):
         report["mflops_per_user"] = flops_per_user(model, dataset.schema.sizes.candidates) / 1e6
-    return checkpoint_of(trainer, blend, report)
+    return checkpoint_of(trainer, blend, positions, report)
 
 
-def checkpoint_of(trainer: RankerTrainer, blend: Blend, report: dict[str, Any]) -> RankerCheckpoint:
+def checkpoint_of(
+    trainer: RankerTrainer, blend: Blend, positions: Positions | None, report: dict[str, Any]
+) -> RankerCheckpoint:
     """Gathers what export and snapshot need of a trainer that is done."""
     return RankerCheckpoint(
         trainer.model,
@@ -121,6 +125,7 @@ def checkpoint_of(trainer: RankerTrainer, blend: Blend, report: dict[str, Any]) 
         trainer.user_features(),
         trainer.user_rates(),
         blend,
+        positions,
         report,
     )
 
@@ -128,8 +133,11 @@ def checkpoint_of(trainer: RankerTrainer, blend: Blend, report: dict[str, Any]) 
 # --- a shop with labels
 
 
-def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str, Any]:
-    """Trains on train_impressions, stops and calibrates on validation_impressions; returns the report."""
+def _fit_impressions(
+    trainer: RankerTrainer, scores: ScoreFunction
+) -> tuple[dict[str, Any], Positions | None]:
+    """Trains on train_impressions, stops and calibrates on validation_impressions; gives the report, and what
+    places do, where the shop logs them."""
     dataset, tasks = trainer.dataset, trainer.dataset.schema.tasks
     train, validation = dataset.train_impressions, dataset.validation_impressions
     if train is None or validation is None:
@@ -148,14 +156,18 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
     scaled = replace(train_lists, labels=(train_lists.labels - mean) / spread)
     target = torch.from_numpy((validation.labels - mean) / spread)
 
+    if train_lists.places is not None:
+        trainer.positions.start(tasks, places_of(train.positions), train.labels)
+
     def judge() -> float:
-        logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
+        logits = trainer.logits(validation_lists, with_positions=True).reshape(-1, len(tasks))[places]
         return float(loss(torch.from_numpy(logits), target))
 
     rows_tried = _choose_rows(trainer, scaled, loss, judge)
     epochs, kept = trainer.fit(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
+    positions = _fit_positions(trainer, logits, validation) if train_lists.places is not None else None
     report: dict[str, Any] = {
         "epochs": epochs,
         "kept_epoch": kept,
@@ -169,7 +181,15 @@ def _fit_impressions(trainer: RankerTrainer, scores: ScoreFunction) -> dict[str,
             _impression_logits(trainer, dataset.test_impressions, scores),
             dataset.test_impressions.labels,
         )
-    return report
+    return report, positions
+
+
+def _fit_positions(trainer: RankerTrainer, logits: Array, held_out: Impressions) -> Positions:
+    """Fits what places do to served values: logits [E, T] of the held-out exposures, without places."""
+    model, tasks = trainer.model, trainer.dataset.schema.tasks
+    served = model.calibration_scale.numpy(), model.calibration_bias.numpy()
+    learned = trainer.positions.table.detach().numpy()
+    return fit_positions(tasks, learned, served, logits, places_of(held_out.positions), held_out.labels)
 
 
 def _choose_rows(

@@ -32,6 +32,7 @@ from ensemble.schema import Task
 SAMPLE_ROWS = 200_000  # boosting learns from at most so many
 NAMES = {
     "two_rates": "two smoothed rates",
+    "unplaced": "the ranker that does not know the place",
     "boosting": "gradient boosting",
     "recall": "recall's own order",
     "popularity": "popularity",
@@ -50,8 +51,13 @@ _BOOSTING = {
 _AT_ONCE = 60_000_000  # impressions times resamples: keeps the bootstrap within seconds
 
 
-def task_baselines(dataset: Dataset, values: Array, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any]:
+def task_baselines(
+    dataset: Dataset, values: Array, placed: Array | None = None, sample_rows: int = SAMPLE_ROWS
+) -> dict[str, Any]:
     """Compares the model's values [E, T] of the test impressions with the baselines': a report as plain data.
+
+    Boosting knows the places where the shop logs them. So does the model then: `placed` [E, T] are its values
+    at them, and those that it serves stand beside.
 
     {"tasks": {task: {"rows", "figure", "ways": {way: {"value", "low", "high"}}, "gain": {baseline: {"mean",
     "low", "high"}}}}, "boosting": what it learned from}. A gain above 0 says that the model is better.
@@ -72,6 +78,8 @@ def task_baselines(dataset: Dataset, values: Array, sample_rows: int = SAMPLE_RO
     tasks = {}
     for at, task in enumerate(dataset.schema.tasks):
         ways = {"model": values[:, at], **table.ways(at, task)}
+        if placed is not None:
+            ways |= {"model": placed[:, at], "unplaced": values[:, at]}
         tasks[task.name] = compared(task, test, at, ways)
     if not has_boosting():
         return {"tasks": tasks}

@@ -56,11 +56,16 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     if dataset.test_impressions is not None:
         values = verifier.impression_probabilities(dataset.test_impressions)
         report["tasks"] = verifier.task_metrics(dataset.test_impressions, values)
+        placed = verifier.in_place(dataset.test_impressions, values)
         for task, value in knowable_figures(dataset, inputs["data"], metrics.auc).items():
             report["tasks"][task]["knowable_auc"] = value
         progress(0.95, "baselines on the same rows")
     report["baselines"] = {
-        **(task_baselines(dataset, values, options.boosting_rows) if "tasks" in report else {"tasks": {}}),
+        **(
+            task_baselines(dataset, values, placed, options.boosting_rows)
+            if "tasks" in report
+            else {"tasks": {}}
+        ),
         "ranking": ranking_baselines(users, ranks),
     }
     report["ranker"] = read_json(inputs["ranker"] / "report.json")

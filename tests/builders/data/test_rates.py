@@ -95,3 +95,18 @@ def test_labels_that_tell_nothing_give_rates_of_nothing():
     labels[:, 0] = rng.random(5000) < 0.3
     rates = rates_of(shop, replace(shown, labels=labels, known_times=None))
     assert np.abs(rates.of_rows[0][1000:, 0]).max() < 0.5
+
+
+def test_an_exposure_at_the_end_of_a_list_counts_less_against_its_item(rng):
+    count, looks = 40_000, np.array([0.0, 0.4, 0.1])
+    items = rng.integers(1, 3, count)  # item 1 is mostly shown first, item 2 last; both are as good
+    positions = np.where(rng.random(count) < 0.9, items, 3 - items)
+    labels = np.full((count, 3), np.nan, np.float32)
+    labels[:, 0] = rng.random(count) < looks[positions]
+    clicked = labels[:, 0] == 1
+    labels[clicked, 1], labels[clicked, 2] = 1, 2
+    times, none = np.arange(count), np.zeros(count, np.int64)
+    shown = Impressions(np.ones(count, np.int64), items, times, none, labels, positions)
+    found, blind = (rates_of(Shop(), one).items[1:3, 0] for one in (shown, replace(shown, positions=none)))
+    assert np.abs(found).max() < 0.1
+    assert blind[0] - blind[1] > 1

@@ -6,9 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from toy_dataset import (
+    ITEMS,
+    NUM_ITEMS,
+    NUM_USERS,
+    SCHEMA,
+    SIZES,
+    TASKS,
+    UNRATED,
+    USERS,
+    toy_dataset,
+    toy_embeddings,
+    zero_scores,
+)
 
 from builders import metrics
-from builders.data.dataset import Dataset, Histories, Impressions, Targets, history_windows
+from builders.data.dataset import Dataset, Histories, Targets, history_windows
 from builders.data.rates import rates_of, with_rates
 from builders.ranker import calibrate
 from builders.ranker.blend import WHY_FEW, auc_within
@@ -29,26 +42,7 @@ from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
-from ensemble.schema import Feature, Schema, Sizes, Table, Task
-
-UNRATED = Sizes(seen=20, history=8, embedding=16, candidates=12, item_features=8, user_features=8)
-ITEMS = Table(
-    (
-        Feature("brand", "category", 0, 1, 1, 7),
-        Feature("words", "text", 1, 3, 8, 16),
-        Feature("price", "number", 0, 1),
-    )
-)
-USERS = Table((Feature("style", "category", 0, 1, 1, 5),))
-TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click", 0.1))
-SCHEMA = with_rates(Schema("toy", ITEMS, USERS, TASKS, UNRATED))
-SIZES = SCHEMA.sizes
-NUM_USERS, NUM_ITEMS = 60, 40
-
-
-def zero_scores(user_rows, history_ends, item_rows):
-    """What a shop without recall says of any item."""
-    return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
+from ensemble.schema import Schema, Task
 
 
 def _feeds(num_users, rng, num_candidates=SIZES.candidates):
@@ -75,70 +69,6 @@ def _shaken(seed=0):
     for parameter in ranker.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return ranker
-
-
-def _dataset(schema=SCHEMA, seed=0, num_impressions=8000):
-    """Clicks that depend on the user's style and the item's brand; every number is planted."""
-    rng = np.random.default_rng(seed)
-    item_codes = np.zeros((NUM_ITEMS + 1, 4), np.int32)
-    brand = rng.integers(0, 6, NUM_ITEMS)
-    item_codes[1:, 0] = 2 + brand
-    user_codes = np.zeros((NUM_USERS + 1, 1), np.int32)
-    style = rng.integers(0, 4, NUM_USERS)
-    user_codes[1:, 0] = 2 + style
-    taste = rng.normal(0, 1.5, (4, 6))
-    lengths = rng.integers(4, 20, NUM_USERS + 1)
-    lengths[0] = 0
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items, times = rng.integers(1, NUM_ITEMS + 1, offsets[-1]), np.arange(offsets[-1])
-    histories = Histories(offsets, items, times, np.ones(offsets[-1], np.uint8))
-    users, known = np.arange(1, NUM_USERS + 1), offsets[1:-1] + 2
-    targets = Targets(users, known, histories.item_rows[known])
-
-    def impressions(num):
-        user, item = rng.integers(1, NUM_USERS + 1, num), rng.integers(1, NUM_ITEMS + 1, num)
-        click = 1 / (1 + np.exp(1 - taste[style[user - 1], brand[item - 1]]))
-        buy = 1 / (1 + np.exp(-0.5 * taste[0, brand[item - 1]]))
-        dwell = 3 + 0.5 * taste[1, brand[item - 1]]
-        clicked = rng.random(num) < click
-        labels = np.full((num, 3), np.nan, np.float32)
-        labels[:, 0] = clicked
-        labels[clicked, 1] = (rng.random(num) < buy)[clicked]
-        labels[clicked, 2] = (dwell + rng.normal(0, 0.5, num))[clicked]
-        ends = offsets[user] + rng.integers(0, 3, num)
-        truth = np.stack([click, buy, dwell], 1).astype(np.float32)
-        return Impressions(user, item, np.arange(num), ends, labels, np.zeros(num, np.int64), truth)
-
-    parts = (
-        [impressions(num_impressions), impressions(4000), impressions(4000)]
-        if schema.tasks == TASKS
-        else [None] * 3
-    )
-    ids = np.array([f"{n:04d}".encode() for n in range(max(NUM_USERS, NUM_ITEMS))])
-    return Dataset(
-        schema,
-        ids[:NUM_ITEMS],
-        ids[:NUM_USERS],
-        np.full(NUM_ITEMS + 1, b"t"),
-        item_codes,
-        np.zeros((NUM_ITEMS + 1, 1), np.float32),
-        user_codes,
-        np.zeros((NUM_USERS + 1, 1), np.float32),
-        {"items": {}, "users": {}},
-        histories,
-        offsets[1:],
-        targets,
-        targets,
-        *parts,
-        np.full((NUM_ITEMS + 1, 1), np.nan, np.float32),
-        [],
-        offsets[1:],
-        {"kind": "time", "keep_test": False},
-    )
-
-
-def _embeddings(seed=0):
-    return np.random.default_rng(seed).normal(size=(NUM_ITEMS + 1, SIZES.embedding)).astype(np.float32)
 
 
 # --- the module
@@ -242,7 +172,7 @@ def test_history_windows_are_left_padded_and_end_at_the_end():
 
 
 def test_impressions_of_one_history_share_a_list_and_none_is_lost():
-    dataset = _dataset()
+    dataset = toy_dataset()
     impressions = dataset.train_impressions
     rates = rates_of(dataset, impressions)
     states = states_of(dataset, impressions, rates.of_rows[1], rates.of_rows[0])
@@ -295,10 +225,10 @@ def test_platt_scaling_recovers_a_planted_map_and_leaves_one_class_alone():
 
 @pytest.fixture(scope="module")
 def trained():
-    dataset = _dataset()
+    dataset = toy_dataset()
     return dataset, train_ranker(
         dataset,
-        _embeddings(),
+        toy_embeddings(),
         scores=zero_scores,
         config=replace(TINY_TRAINING, epochs=10, batch=256),
         seed=0,
@@ -322,7 +252,7 @@ def test_checkpoint_holds_rows_ready_for_the_snapshot(trained, tmp_path):
     assert checkpoint.user_features.shape == (NUM_USERS + 1, SIZES.user_features)
     assert not checkpoint.item_features[0].any()
     assert not checkpoint.user_features[0].any()
-    inputs = (checkpoint.item_id_features, dataset.item_codes, dataset.item_values, _embeddings())
+    inputs = (checkpoint.item_id_features, dataset.item_codes, dataset.item_values, toy_embeddings())
     with torch.no_grad():
         again = checkpoint.item_head(*map(torch.from_numpy, inputs))
     np.testing.assert_allclose(again.numpy()[1:], checkpoint.item_features[1:], atol=1e-6)
@@ -349,9 +279,9 @@ def test_the_weights_kept_are_a_running_mean_and_the_exchange_undoes_itself():
 
 
 def test_the_running_mean_is_what_a_labelled_shop_gets_and_0_keeps_the_last_weights():
-    dataset, config = _dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
+    dataset, config = toy_dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
     first, last = (
-        train_ranker(dataset, _embeddings(), scores=zero_scores, config=replace(config, average=keep))
+        train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=replace(config, average=keep))
         for keep in (0.99, 0.0)
     )
     assert first.report["validation"] != last.report["validation"]
@@ -363,9 +293,9 @@ def test_the_straight_way_of_the_item_head_is_trained_with_labels_only(trained):
 
 
 def test_the_same_seed_trains_the_same_ranker():
-    dataset, config = _dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
+    dataset, config = toy_dataset(num_impressions=2000), replace(TINY_TRAINING, epochs=1)
     first, second, other = (
-        train_ranker(dataset, _embeddings(), scores=zero_scores, config=config, seed=seed)
+        train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=config, seed=seed)
         for seed in (1, 1, 2)
     )
     assert np.array_equal(first.item_features, second.item_features)
@@ -398,9 +328,9 @@ class _Own(torch.nn.Module):
 
 
 def test_a_users_own_ranker_is_trained_and_calibrated_too():
-    dataset = _dataset()
+    dataset = toy_dataset()
     checkpoint = train_ranker(
-        dataset, _embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0
+        dataset, toy_embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0
     )
     assert isinstance(checkpoint.ranker, OwnRanker)
     assert checkpoint.report["test"]["buy"]["auc"] > 0.55  # brands differ in how well they sell
@@ -417,7 +347,7 @@ INTERACT = Schema("toy", ITEMS, USERS, (Task("interact", "binary"),), UNRATED)
 def _interact(informative, seed=0):
     """A shop whose recall puts the target anywhere; if `informative`, the item's brand alone tells which
     candidate it is."""
-    rng, dataset = np.random.default_rng(seed), _dataset(INTERACT)
+    rng, dataset = np.random.default_rng(seed), toy_dataset(INTERACT)
     users = np.arange(NUM_USERS) % NUM_USERS + 1
     many = np.tile(users, 10)
     brand = dataset.item_codes[:, 0]
@@ -439,7 +369,7 @@ def _interact(informative, seed=0):
     config = replace(TINY_TRAINING, epochs=4, batch=256, id_dropout=0.5)
     return dataset, train_ranker(
         dataset,
-        _embeddings(),
+        toy_embeddings(),
         scores=zero_scores,
         candidates=candidates,
         source_weights=(1.0, 0.0, 0.0),
@@ -464,7 +394,7 @@ def test_interact_falls_back_to_recalls_order_where_there_is_nothing_to_learn():
 
 def test_training_without_labels_or_candidates_is_refused():
     with pytest.raises(ValueError, match="candidates"):
-        train_ranker(_dataset(INTERACT), _embeddings(), scores=zero_scores, config=TINY_TRAINING)
+        train_ranker(toy_dataset(INTERACT), toy_embeddings(), scores=zero_scores, config=TINY_TRAINING)
 
 
 def test_item_head_reads_the_contracts_tensors():
@@ -480,21 +410,27 @@ def test_item_head_reads_the_contracts_tensors():
 
 def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_with(monkeypatch):
     config = replace(TINY_TRAINING, row_rate=1e-4, id_dropout=0.5, epochs=1, tried_rows=((1.0, 0.0),))
-    dataset, begun = _dataset(num_impressions=2000), []
+    dataset, begun = toy_dataset(num_impressions=2000), []
     restart = RankerTrainer.restart
     monkeypatch.setattr(
         RankerTrainer,
         "restart",
         lambda self, config: (begun.append(config), restart(self, config))[1],
     )
-    checkpoint = train_ranker(dataset, _embeddings(), scores=zero_scores, config=config)
+    checkpoint = train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=config)
     tried = checkpoint.report["rows_tried"]
     # few items with many clicks each: their rows may be learned
     assert [one["row_rate"] for one in tried] == [1.0, 1e-4]
     assert tried[0]["validation"] < tried[1]["validation"]
     assert (begun[-1].row_rate, begun[-1].id_dropout, begun[-1].epochs) == (1.0, 0.0, 1)
     refit_ranker(
-        dataset, _embeddings(), checkpoint, 1000, scores=zero_scores, config=config, progress=lambda *_: None
+        dataset,
+        toy_embeddings(),
+        checkpoint,
+        1000,
+        scores=zero_scores,
+        config=config,
+        progress=lambda *_: None,
     )
     assert (begun[-1].row_rate, begun[-1].id_dropout) == (1.0, 0.0)
 
@@ -522,11 +458,11 @@ def _blended(dataset: Dataset, known: bool):
     def scores(user_rows, history_ends, item_rows):
         return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
 
-    return train_ranker(dataset, _embeddings(), scores=scores, candidates=candidates, config=BLEND_CONFIG)
+    return train_ranker(dataset, toy_embeddings(), scores=scores, candidates=candidates, config=BLEND_CONFIG)
 
 
 def test_a_recall_that_knows_the_next_item_is_never_surely_worsened():
-    checkpoint = _blended(_dataset(num_impressions=2000), known=True)
+    checkpoint = _blended(toy_dataset(num_impressions=2000), known=True)
     report = checkpoint.report["blend"]
     assert report["tried"][0]["ruled_out"], "tasks alone throw away what recall knows"
     assert not report["tried"][report["chosen"]]["ruled_out"]
@@ -535,12 +471,12 @@ def test_a_recall_that_knows_the_next_item_is_never_surely_worsened():
 
 
 def test_a_recall_that_knows_nothing_leaves_the_order_to_the_tasks():
-    checkpoint = _blended(_dataset(num_impressions=2000), known=False)
+    checkpoint = _blended(toy_dataset(num_impressions=2000), known=False)
     assert checkpoint.blend.uses_tasks
 
 
 def test_a_conversion_behind_the_last_event_of_the_log_is_asked_about_too():
-    dataset = _dataset(num_impressions=2000)
+    dataset = toy_dataset(num_impressions=2000)
     shown = dataset.validation_impressions
     last = shown.user_rows == NUM_USERS
     ends = np.where(last, len(dataset.histories.times), shown.history_ends)
@@ -551,7 +487,7 @@ def test_a_conversion_behind_the_last_event_of_the_log_is_asked_about_too():
 
 
 def test_a_shop_with_numbers_alone_has_a_blend_and_too_few_items_are_said():
-    dataset = _dataset(num_impressions=2000)
+    dataset = toy_dataset(num_impressions=2000)
     schema = replace(SCHEMA, tasks=(Task("dwell", "regression"),))
 
     def alone(part):

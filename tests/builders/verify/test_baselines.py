@@ -178,6 +178,15 @@ def test_what_knows_the_truth_is_below_nothing(dataset):
     assert "Nothing is below a baseline." in baseline_lines({"baselines": found, "shortfalls": []})
 
 
+def test_where_places_are_logged_the_ranker_is_asked_with_them_too(dataset):
+    labels = np.nan_to_num(dataset.test_impressions.labels)
+    coin = np.random.default_rng(2).random(labels.shape)
+    click = task_baselines(dataset, coin, labels)["tasks"]["click"]
+    assert click["ways"]["model"]["value"] == 1
+    assert click["ways"]["unplaced"]["value"] == pytest.approx(roc_auc_score(labels[:, 0], coin[:, 0]))
+    assert click["gain"]["unplaced"]["low"] > 0
+
+
 def test_boosting_learns_from_a_sample_and_says_so(dataset):
     found = task_baselines(dataset, np.zeros((800, 3)), sample_rows=1000)
     assert (found["boosting"]["rows"], found["boosting"]["of"]) == (1000, 3500)
