@@ -12,13 +12,14 @@ from builders.data.dataset import Dataset, history_windows
 from builders.index.staged import StagedRelease
 from ensemble.arrays import Array
 from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS, SOURCES
+from ensemble.index.probe import ProbeSettings
 from ensemble.local import open_step
 from ensemble.options import default_options
 from ensemble.release.release import Release
 from ensemble.release.snapshot import gather
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall import Recall
-from ensemble.steps.sources import Popular
+from ensemble.steps.sources import Nearest, Popular
 
 
 class OfflineRecall:
@@ -27,6 +28,7 @@ class OfflineRecall:
     def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
         staged = StagedRelease(folder)
         self.recall = Recall(staged.model("recall"), staged)
+        self.recall.source(Nearest).probe.settings = ProbeSettings(share=0)  # for live queries only
         self.dataset, self.encode_users = dataset, encode_users
         self.between = [
             (model, open_step(model, staged))

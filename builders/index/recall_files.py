@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def write_recall(
     histories is learned from. `source_weights` are those of a verified model; None: they are fitted. Returns
     the index's table of tried settings.
     """
-    faiss.omp_set_num_threads(faiss.omp_get_max_threads())
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))  # an index that was searched before sets one
     tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
     offsets, item_rows = training_histories(dataset)
     _write_transitions(offsets, item_rows, dataset.num_items, folder)

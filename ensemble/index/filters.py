@@ -4,6 +4,7 @@ pages ask for the same again and again."""
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,9 @@ from ensemble.live.state import LiveState, LiveView
 from ensemble.options import Category, Filter
 from ensemble.schema import Schema, number_names
 
-# Masks that are kept: 128 MB for a million items at most. A bit an item would do; a byte is faster to index.
-_REMEMBERED = 128
+# Masks that are kept, and what they may take: a bit an item would do, but a byte is faster to index.
+_REMEMBERED, _FEWEST, _BYTES = 128, 8, 1 << 28
+_PIECE = 1 << 17  # rows looked at by all new filters before the next ones are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +64,30 @@ class ItemFilters:
             for name, f in self._features.items()
         }
         self._codes, self._numbers = codes, numbers
+        self._remembered = max(_FEWEST, min(_REMEMBERED, _BYTES // max(1, len(codes))))
         self._columns = {name: column for column, name in enumerate(number_names(schema))}
         self._masks: OrderedDict[Filter, RowMask] = OrderedDict()
         # What outlives a merge: masks of the release's own rows, and of segments
         self._parts: OrderedDict[Filter, tuple[Array, dict[Segment, Array]]] = OrderedDict()
+
+    def masks(self, wanted: Sequence[Filter | None], view: LiveView) -> list[RowMask | None]:
+        """Gives each user's mask, None for None; users with the same filter get the same object."""
+        new = [one for one in dict.fromkeys(wanted) if one is not None and one not in self._parts]
+        if len(new) > 1:
+            self._scan(new)
+        return [None if one is None else self.mask(one, view) for one in wanted]
+
+    def _scan(self, wanted: list[Filter]) -> None:
+        """Computes which of the release's own rows pass each filter, reading the catalogue once for all."""
+        passing = np.empty((len(wanted), len(self._codes)), bool)
+        for start in range(0, len(self._codes), _PIECE):
+            piece = slice(start, start + _PIECE)
+            codes, numbers = np.ascontiguousarray(self._codes[piece]), self._numbers[piece]
+            for place, one in enumerate(wanted):
+                passing[place, piece] = self._passing(one, codes, numbers, None)
+        passing[:, 0] = False
+        for one, main in zip(wanted, passing, strict=True):
+            self._parts[one] = main.copy(), {}  # a copy: else the last one of them keeps all
 
     def mask(self, wanted: Filter, view: LiveView) -> RowMask:
         """Gives the mask of a filter; the same object for the same filter and view."""
@@ -83,7 +105,7 @@ class ItemFilters:
             known = RowMask(view, *(self._sealed(wanted, state) if known is None else known.sealed), tail)
         self._masks[wanted] = known
         self._masks.move_to_end(wanted)
-        if len(self._masks) > _REMEMBERED:
+        if len(self._masks) > self._remembered:
             self._parts.pop(self._masks.popitem(last=False)[0], None)
         return known
 
@@ -94,7 +116,7 @@ class ItemFilters:
         for _, masks in self._parts.values():
             for segment in set(masks) - set(state.segments):
                 del masks[segment]
-        while len(self._parts) > _REMEMBERED:
+        while len(self._parts) > self._remembered:
             self._parts.popitem(last=False)
 
     def _sealed(self, wanted: Filter, state: LiveState) -> tuple[Array, tuple[Array, ...]]:
@@ -128,10 +150,9 @@ class ItemFilters:
         is on no item."""
         name, values = category
         feature = self._features[name]
-        wanted = np.zeros(feature.size, bool)
-        wanted[[self._code_of[name][v] - feature.offset for v in values if v in self._code_of[name]]] = True
-        local = codes[:, feature.columns] - feature.offset
-        known = wanted[np.clip(local, 0, feature.size - 1)] & (local >= 0) & (local < feature.size)
+        wanted = np.zeros(feature.offset + feature.size + 1, bool)  # by code; the last: of other features
+        wanted[[self._code_of[name][v] for v in values if v in self._code_of[name]]] = True
+        known = wanted.take(codes[:, feature.columns], mode="clip")
         unknown = [value for value in values if value not in self._code_of[name]]
         if new_values is not None and unknown and (more := new_values.codes(name, unknown)):
             known |= np.isin(codes[:, feature.columns], more)

@@ -16,7 +16,7 @@ import numpy as np
 from ensemble.arrays import Array
 from ensemble.engines import GPU, INDEX_VARIABLE, SHARDS_VARIABLE
 from ensemble.index.filters import RowMask
-from ensemble.index.found import Found, merge_found
+from ensemble.index.found import Found, last_bits, merge_found
 from ensemble.index.main_index import MainIndex, QuerySettings, open_index
 from ensemble.index.sharded import ShardedIndex
 from ensemble.index.vectors import Vectors, open_vectors
@@ -59,18 +59,22 @@ def open_segment_index(release: Release, query: QuerySettings, segment: Segment)
     return MainIndex(index, lambda positions: embeddings[positions - 1], query)
 
 
-def search(view: LiveView, query: Array, depth: int, masks: Sequence[RowMask | None]) -> Array:
-    """Finds the best items of each interest vector: query [B, M, D], masks [B] -> rows [B, M, depth] int64,
-    best first, padded with -1. Users with the same mask are searched together."""
+def search(view: LiveView, query: Array, depths: Array, masks: Sequence[RowMask | None]) -> Array:
+    """Finds the best items of each interest vector: query [B, M, D], depths [B], masks [B] -> rows [B, M,
+    deepest] int64, best first, padded with -1.
+
+    Users with the same mask and depth are searched together, and how deep is each one's own matter: an
+    approximate index would find others for whoever has a batch-mate that needs more.
+    """
     num_users, interests, embedding = query.shape
-    out = np.full((num_users, interests, depth), -1, np.int64)
-    groups: dict[int, list[int]] = {}
-    for user, mask in enumerate(masks):
-        groups.setdefault(0 if mask is None else id(mask), []).append(user)
-    for users in groups.values():
+    out = np.full((num_users, interests, int(depths.max(initial=0))), -1, np.int64)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for user, (mask, depth) in enumerate(zip(masks, depths.tolist(), strict=True)):
+        groups.setdefault((0 if mask is None else id(mask), depth), []).append(user)
+    for (_, depth), users in groups.items():
         flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
         rows, _ = find(view, flat, depth, masks[users[0]])
-        out[users] = rows.reshape(len(users), interests, depth)
+        out[users, :, :depth] = rows.reshape(len(users), interests, depth)
     return out
 
 
@@ -155,7 +159,8 @@ def _of_tail(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> 
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         chosen = np.take_along_axis(scores, best, axis=1)
         least = chosen.min(axis=1, keepdims=True)
-        tied = ((scores >= least).sum(axis=1, keepdims=True) > depth) & ~np.isneginf(least)
+        as_good = scores >= least - last_bits(least)
+        tied = (as_good.sum(axis=1, keepdims=True) > depth) & ~np.isneginf(least)
         if not tied.any():  # else the order of rows decides who stays
             rows, scores = rows[best], chosen
     return np.where(np.isneginf(scores), -1, rows), scores

@@ -16,7 +16,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
-from ensemble.index.found import Found, cut, cut_sorted, nothing_found
+from ensemble.index.found import Found, cut, cut_sorted, last_bits, nothing_found
 from ensemble.index.vectors import Vectors
 
 # Share and number of rows under which a search of just these is cheaper, and exact.
@@ -104,20 +104,34 @@ class MainIndex:
     def _with_ties(self, query: Array, depth: int, parameters: Any) -> Found:
         """Searches with equal scores in order of rows, also where the list is cut.
 
-        Faiss leaves that open, and items that are the same to the encoder would come or go with the depth
-        that batch-mates need.
+        Faiss leaves that open, and items that are the same to the encoder would come or go with the depth.
         """
         length = min(depth + 1, self.num_items)
-        while True:
-            scores, positions = self.index.search(query, length, params=parameters)
-            if length == self.num_items:
-                break
-            cut_in_tie = (scores[:, depth - 1] == scores[:, -1]) & (positions[:, -1] >= 0)
-            if not cut_in_tie.any():
-                break
-            length = min(2 * length, self.num_items)
-        rows, scores = np.where(positions >= 0, positions + 1, -1), np.where(positions >= 0, scores, -np.inf)
-        return cut_sorted(rows, scores, depth)
+        scores, positions = self.index.search(query, length, params=parameters)
+        rows, kept = np.where(positions >= 0, positions + 1, -1), np.where(positions >= 0, scores, -np.inf)
+        found = cut_sorted(rows, kept, depth)
+        if length > depth:
+            least, behind = scores[:, depth - 1], scores[:, depth]
+            tied = np.flatnonzero((least - behind <= last_bits(least)) & (positions[:, depth] >= 0))
+            if len(tied):
+                found[0][tied], found[1][tied] = self._all_tied(query[tied], least[tied], depth, parameters)
+        return found
+
+    def _all_tied(self, query: Array, least: Array, depth: int, parameters: Any) -> Found:
+        """Finds the best `depth` of queries [Q, D] whose lists are cut among equal scores, `least` [Q]: only
+        these are searched again, once, for all items that are no worse."""
+        found, size = nothing_found(len(query), depth), max(1, _PIECE // self.num_items)
+        limits = least - 2 * last_bits(least)
+        order = np.argsort(limits)  # one search has one limit: queries with about the same go together
+        for start in range(0, len(query), size):
+            piece = order[start : start + size]
+            limit = float(limits[piece[0]])
+            ends, scores, positions = self.index.range_search(query[piece], limit, params=parameters)
+            for place, first, last in zip(piece.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+                here = scores[first:last] >= limits[place]
+                best = cut(positions[None, first:last][:, here] + 1, scores[None, first:last][:, here], depth)
+                found[0][place], found[1][place] = best[0][0], best[1][0]
+        return found
 
     def _refined(self, query: Array, rows: Array, depth: int) -> Found:
         """Scores approximate finds, rows [Q, R] (0: none), by exact inner product; gives the best `depth`."""

@@ -29,6 +29,7 @@ from ensemble.steps.served import ServedRelease
 from ensemble.steps.sources import STRIDE, Batch, Nearest, open_sources
 from ensemble.telemetry import Metric
 
+_EXCLUDED = np.concatenate([[0], 1 << np.arange(6, 41, 2)])  # steps of depth: 0, 64, 256, 1024, ...
 _LATER = 1 << 40  # more than any rank: the place in line of what is beyond its source's quota
 
 Kind = TypeVar("Kind")
@@ -78,13 +79,18 @@ class Recall:
         query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
         view = self.live.refresh()
         excluded = self._excluded(options, seen_rows, view)
-        num_excluded = np.bincount(excluded // STRIDE, minlength=len(query))
-        depth = min(self.sizes.candidates + int(num_excluded.max(initial=0)), view.num_rows - 1)
-        masks = [None if u.filter is None else self.filters.mask(u.filter, view) for u in options.users]
-        batch = Batch(query, seen_rows, view, masks, depth)
+        depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
+        masks = self.filters.masks([user.filter for user in options.users], view)
+        batch = Batch(query, seen_rows, view, masks, depths)
         found = self._scored(batch, self._merge(self._offers(batch, excluded)))
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
         return {**found, "candidate_state": state}
+
+    def _depths(self, num_excluded: Array, view: LiveView) -> Array:
+        """Gives how deep a source must go for each user [B] int64: N and what may be excluded, `num_excluded`
+        [B], in few steps, so that most users of a batch are searched together."""
+        steps = _EXCLUDED[np.searchsorted(_EXCLUDED, num_excluded)]
+        return np.minimum(self.sizes.candidates + steps, view.num_rows - 1)
 
     def _touches(
         self,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ensemble.arrays import Array, look_up, sum_by_row
+from ensemble.arrays import Array, look_up, sum_by_row, without_repeats
 from ensemble.contract import SOURCES
 from ensemble.index.filters import RowMask
 from ensemble.index.item_index import open_main, open_segment_index, search
@@ -33,7 +33,8 @@ class Batch:
     seen_rows: Array  # [B, W] int64, newest last, -1 where padded
     view: LiveView
     masks: Sequence[RowMask | None] = ()  # [B], which rows pass each user's filter
-    depth: int = 0  # offers a user that a source need not exceed: N and all that may be excluded
+    # [B] int64: how many offers of a source are enough for each user, N and all that may be excluded
+    depths: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     # What a source has looked up for both `offer` and `score`, by its name: rows and scores [B, *].
     lists: dict[str, tuple[Array, Array]] = field(default_factory=dict)
 
@@ -46,7 +47,7 @@ class Source(Protocol):
     fills_up: bool  # its offers beyond the quota come after everybody else's
 
     def offer(self, batch: Batch) -> Array:
-        """Gives rows [B, *] int64 best first, padded with -1; any may be ineligible."""
+        """Gives distinct rows [B, *] int64 best first, -1 where there is none; any may be ineligible."""
         ...
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
@@ -74,10 +75,12 @@ class Nearest:
         self.probe = RecallProbe(ProbeSettings(settings.probe_share), read_baseline(release.path / BASELINE))
 
     def offer(self, batch: Batch) -> Array:
-        """Gives rows [B, depth * M]: each interest's best, then each one's second, and so on."""
-        rows = search(batch.view, batch.query, batch.depth, batch.masks)
+        """Gives rows [B, deepest * M]: each interest's best, then each one's second, and so on; what two
+        interests offer stands once, or it would fill places that `popular` is then not asked to fill."""
+        rows = search(batch.view, batch.query, batch.depths, batch.masks)
         self.probe.offer(batch.view, batch.query, rows, batch.masks)
-        return rows.transpose(0, 2, 1).reshape(len(rows), rows.shape[1] * rows.shape[2])
+        in_turns = rows.transpose(0, 2, 1).reshape(len(rows), rows.shape[1] * rows.shape[2])
+        return in_turns if rows.shape[1] == 1 else without_repeats(in_turns)
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
         """Gives the greatest inner product over a user's interests [B, N]."""
@@ -146,19 +149,19 @@ class Popular:
         self.rows = rows[rows > 0]  # [I] int64, most popular first, ties by row
 
     def offer(self, batch: Batch) -> Array:
-        """Gives the most popular rows that pass each user's filter [B, depth].
+        """Gives the most popular rows that pass each user's filter [B, deepest].
 
-        Filtered before they are cut: else a rare category would find none, and what a user gets would depend
-        on how deep its batch-mates go.
+        Filtered before they are cut: else a rare category would find none.
         """
+        depth = int(batch.depths.max(initial=0))
         if all(mask is None for mask in batch.masks):
-            rows = self.rows[: batch.depth]
+            rows = self.rows[:depth]
             return np.broadcast_to(rows, (len(batch.masks), len(rows)))
-        out = np.full((len(batch.masks), batch.depth), -1, np.int64)
+        out = np.full((len(batch.masks), depth), -1, np.int64)
         passing: dict[int, Array] = {}
         for user, mask in enumerate(batch.masks):
             if id(mask) not in passing:
-                passing[id(mask)] = self._passing(mask, batch.depth)
+                passing[id(mask)] = self._passing(mask, depth)
             rows = passing[id(mask)]
             out[user, : len(rows)] = rows
         return out

@@ -58,6 +58,8 @@ SETTINGS = RecallSettings(
 class RandomRelease(ServedRelease):
     """A folder of files, without a manifest to hold them against."""
 
+    twins: np.ndarray  # [n] int64, rows of items with one embedding
+
     def verify(self, paths: Iterable[Path] | None = None) -> None:
         """Nothing was promised."""
 
@@ -76,13 +78,16 @@ def make_release(
     settings: RecallSettings = SETTINGS,
     index: str = "Flat",
     whole_numbers: bool = False,
+    twins: np.ndarray | tuple[int, ...] = (),
 ) -> RandomRelease:
     """Writes r1 under `folder`. `whole_numbers`: embeddings of small integers, so that scores are exact and
-    ties abound."""
+    ties abound. `twins`: items, from 0, that share one embedding."""
     schema = schema or schema_of()
     path = folder / "r1"
     path.mkdir(parents=True)
     items = _items(rng, schema, num_items, whole_numbers)
+    rows = 1 + np.asarray(twins, np.int64)
+    items["embedding"][rows] = items["embedding"][rows[:1]]
     np.save(path / "items.npy", items)
     np.save(path / "users.npy", _users(rng, schema, num_users, num_items))
     write_ids(path / "item_ids.npy", np.array(sorted(f"i{i:05}".encode() for i in range(num_items))))
@@ -106,7 +111,9 @@ def make_release(
         path / "new_item_id_embedding.npy",
         rng.standard_normal((1, schema.sizes.embedding + schema.sizes.item_features), dtype=np.float32),
     )
-    return RandomRelease(folder, "r1", {})
+    release = RandomRelease(folder, "r1", {})
+    release.twins = rows
+    return release
 
 
 def open_again(release: RandomRelease) -> RandomRelease:

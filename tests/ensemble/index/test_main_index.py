@@ -218,12 +218,12 @@ def test_indexes_of_filters_are_dropped_with_their_masks(rng, monkeypatch):
     for _ in range(3):  # a clustered mask: these users' items pass less often than others'
         mask = np.concatenate([[False], embeddings[:, 0] > 0.1])
         rows, _ = gpu.search(query, 200, mask)
-        assert (rows == brute_force(query, embeddings, 200, mask)).mean() > 0.999
+        assert (rows == brute_force(query, embeddings, 200, mask)).mean() > 0.99
     assert len(gpu._subsets) <= 1
     monkeypatch.setattr("ensemble.index.gpu_index._SUBSETS_BYTES", 1000)
     other = np.concatenate([[False], embeddings[:, 1] > 0.1])
     rows, _ = gpu.search(query, 200, other)  # no room on the GPU: the CPU searches
-    assert (rows == brute_force(query, embeddings, 200, other)).mean() > 0.999
+    assert (rows == brute_force(query, embeddings, 200, other)).mean() > 0.99
 
 
 @pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="faiss-gpu is installed")

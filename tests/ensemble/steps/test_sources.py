@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from random_release import SETTINGS, make_release, open_recall
 
+from ensemble.arrays import without_repeats
 from ensemble.contract import SOURCES
 from ensemble.options import default_options
 from ensemble.steps import sources
@@ -54,10 +55,14 @@ def test_several_interests_offer_in_turns(tmp_path, rng):
     release = make_release(tmp_path, rng)
     recall, query = open_recall(release), rng.standard_normal((5, 3, 8), dtype=np.float32)
     nearest = recall.source(Nearest)
-    offers = nearest.offer(Batch(query, np.full((5, 12), -1), recall.live.view, [None] * 5, depth=10))
+    offers = nearest.offer(
+        Batch(query, np.full((5, 12), -1), recall.live.view, [None] * 5, depths=np.full(5, 10))
+    )
     inner = query @ release.items["embedding"][1:].T
     best = 1 + np.argsort(-inner, axis=2)[:, :, :10]
-    np.testing.assert_array_equal(offers.reshape(5, 10, 3), best.transpose(0, 2, 1))
+    in_turns = without_repeats(best.transpose(0, 2, 1).reshape(5, 30))
+    assert (in_turns == -1).any(), "what two interests offer stands once"
+    np.testing.assert_array_equal(offers, in_turns)
 
 
 def test_what_followed_is_looked_up_once_a_batch(tmp_path, rng, monkeypatch):
