@@ -9,10 +9,19 @@ from real_builder import built_ahead
 from rich.console import Console
 
 from builders.build import BuildOptions, build
-from builders.compress.recipe import PRESETS, read_recipe
+from builders.compress.recipe import MODELS, PRESETS, read_recipe
 from builders.presets import preset
 from ensemble.local import LocalPipeline
 from ensemble.steps.served import open_served
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_asks_for_nothing_that_a_small_shop_could_not_reach(name):
+    recipe = read_recipe(name)
+    budgets = [part.quantize.budget for part in map(recipe.of, MODELS) if part.quantize is not None]
+    assert all(budget.loss is not None for budget in budgets), (
+        "a size or a time that cannot be met ends the build"
+    )
 
 
 @pytest.mark.long
