@@ -19,7 +19,7 @@ from ensemble.release.release import Release
 from ensemble.release.snapshot import gather
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall import Recall
-from ensemble.steps.sources import Nearest, Popular
+from ensemble.steps.sources import Nearest
 
 
 class OfflineRecall:
@@ -60,15 +60,6 @@ class OfflineRecall:
             found = self.recall.run(default_options(len(seen)), seen_rows=seen, **queries)
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
-
-    def popular_scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-        """Does scores() with all sources but `popular` 0: the only honest one on training impressions."""
-        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
-        popularity = self.recall.source(Popular).popularity
-        out[..., SOURCES.index(Popular.name)] = np.where(
-            item_rows > 0, popularity[np.maximum(item_rows, 0)], 0
-        )
-        return out
 
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
         """Gives every source's score [L, N, S] float32 of item_rows [L, N] (-1 padded) at [L], [L]."""

@@ -129,6 +129,12 @@ def _best_width(group_sizes: Array) -> int:
     return min(widths, key=lambda width: int(np.ceil(group_sizes / width).sum()) * (width + 4))
 
 
+def no_scores(user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
+    """Gives nothing of recall's scores [L, N, S]: all its sources have counted the very clicks that label the
+    training impressions. In a shop of few clicks an item even its plain count tells them."""
+    return np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+
+
 def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
     """Scores all lists, a few thousand at a time: [L, N, S] float32, 0 where padded."""
     out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)

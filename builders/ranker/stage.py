@@ -12,6 +12,7 @@ from builders.index.stage import open_recall
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress
 from builders.ranker.checkpoint import open_ranker, save_ranker
+from builders.ranker.lists import no_scores
 from builders.ranker.refit import refit_ranker
 from builders.ranker.trainer import RankerTraining
 from builders.ranker.training import train_ranker
@@ -31,7 +32,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     checkpoint."""
     dataset = open_dataset(inputs["data"])
     recall, item_embeddings = open_recall(inputs, dataset)
-    scores = recall.scores if dataset.train_impressions is None else recall.popular_scores
+    scores = recall.scores if dataset.train_impressions is None else no_scores
     verified, span = inputs.get("verified_ranker"), _span(dataset)
     if verified is not None:
         trained = refit_ranker(

@@ -44,14 +44,9 @@ from builders.ranker.positions import Positions, fit_positions
 from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining, with_tried_rows
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
-from ensemble.contract import SOURCES
 from ensemble.schema import Task
 from ensemble.steps.blend import Blend
 
-# Encoders and transitions were trained on the very clicks that label the training impressions: their scores
-# all but tell the
-# label there, and say much less when served. Counts of an item's clicks tell next to nothing of a single one.
-HONEST_SOURCES = ("popular",)
 # Training candidates on which settings of the rows are tried: in ten steps of a sample of 20,000, rows that
 # learn fast had hardly begun to learn single clicks by heart, and were chosen
 _TRIED = 100_000
@@ -144,7 +139,7 @@ def _fit_impressions(
     train, validation = dataset.train_impressions, dataset.validation_impressions
     if train is None or validation is None:
         raise ValueError("train_impressions and validation_impressions go together")
-    trainer.model.score_gate.copy_(torch.tensor([float(source in HONEST_SOURCES) for source in SOURCES]))
+    trainer.model.score_gate.zero_()  # recall has counted what labels the impressions: see no_scores
     rates = trainer.rates
     assert rates is not None
     known = states_of(dataset, train, rates.of_rows[1], rates.of_rows[0])

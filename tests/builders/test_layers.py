@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from builders import layers
 
 
 @pytest.mark.parametrize(
-    "has, wanted, dtype",
+    ("has", "wanted", "dtype"),
     [(True, True, torch.bfloat16), (False, True, torch.float32), (True, False, torch.float32)],
 )
 def test_a_training_is_in_bfloat16_only_where_the_cpu_has_it(monkeypatch, has, wanted, dtype):
@@ -18,5 +20,7 @@ def test_a_training_is_in_bfloat16_only_where_the_cpu_has_it(monkeypatch, has, w
 
 
 def test_what_the_cpu_has_is_read_from_it():
-    flags = next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()
+    flags = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+    ).split()
     assert layers.computes_bf16() == ("avx512_bf16" in flags or "amx_bf16" in flags)
