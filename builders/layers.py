@@ -68,3 +68,8 @@ class CodeEmbedding(nn.Module):
 def code_slices(table: Table) -> tuple[tuple[int, int], ...]:
     """Gives the (start, stop) columns of each code feature, as CodeEmbedding takes them."""
     return tuple((f.start, f.start + f.width) for f in table.features if f.is_code)
+
+
+def content_slices(table: Table) -> tuple[tuple[int, int], ...]:
+    """Gives the (start, stop) columns of values of each feature that a content encoder makes."""
+    return tuple((f.start, f.start + f.width) for f in table.features if f.kind == "embedding")

@@ -14,7 +14,7 @@ from enum import IntFlag
 
 from ensemble.activity import state_width, touches_width
 from ensemble.id_rule import MAX_ID_BYTES
-from ensemble.schema import Schema
+from ensemble.schema import EncoderSizes, Schema
 from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
 
 PIPELINE = "recommend"  # the alias that clients call
@@ -134,6 +134,30 @@ def item_encoder(schema: Schema) -> ModelSpec:
         tuple(t[n] for n in ITEM_ENCODER_INPUTS),
         tuple(t[n] for n in ITEM_ENCODER_OUTPUTS),
     )
+
+
+def content_encoder(sizes: EncoderSizes) -> ModelSpec:
+    """Describes a text_encoder or an image_encoder: it runs offline, and for items that come while they are
+    served."""
+    batch, width = Axis(BATCH, "batch", None), Axis("V", "content vector", sizes.width)
+    if sizes.model == "text_encoder":
+        axes = (batch, Axis("L", "tokens", None))
+        inputs: tuple[TensorSpec, ...] = (
+            TensorSpec("token_ids", "int64", axes, "the tokenizer's, 0 where padded"),
+            TensorSpec("token_mask", "bool", axes, "true where token_ids holds a token"),
+        )
+        output = TensorSpec("text_embedding", "float32", (batch, width), "what a text says, of length 1")
+    else:
+        sides = Axis("Y", "height", sizes.side), Axis("X", "width", sizes.side)
+        meaning = "red, green and blue from 0 to 1"
+        inputs = (TensorSpec("pixels", "float32", (batch, Axis("3", "colours", 3), *sides), meaning),)
+        output = TensorSpec("image_embedding", "float32", (batch, width), "what is seen, of length 1")
+    return ModelSpec(sizes.model, ENGINE_STEP, inputs, (output,))
+
+
+def beside(schema: Schema) -> tuple[ModelSpec, ...]:
+    """Lists the engines of a release that are no step of its pipeline: what encodes items."""
+    return (item_encoder(schema), *map(content_encoder, schema.encoders))
 
 
 def _axes(schema: Schema) -> dict[str, Axis]:
@@ -301,6 +325,6 @@ def fingerprint(schema: Schema) -> str:
     A release fits only the contract it was built for. Where a step's class lies is no part of it: moving a
     file makes no release another one.
     """
-    models = (*recommend(schema).models, item_encoder(schema))
+    models = (*recommend(schema).models, *beside(schema))
     wiring = [(m.name, m.is_engine, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in models]
     return hashlib.sha256(repr(wiring).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 2
 @dataclass(frozen=True)
 class Feature:
     """Describes a column of the items or users table, packed into codes (category, text) or values (number,
-    vector).
+    vector, embedding).
 
     Codes of all features of a table share one range: feature f owns [offset, offset + size); code 0 is
     "nothing here". `offset` itself is "seen, but not in the vocabulary"; category value v of the vocabulary
@@ -23,11 +23,14 @@ class Feature:
     """
 
     name: str
-    kind: Literal["category", "text", "number", "vector"]
+    kind: Literal["category", "text", "number", "vector", "embedding"]
     start: int  # first column it fills in codes or values
     width: int  # columns it fills
     offset: int = 0  # first code it owns (category, text)
     size: int = 0  # codes it owns (category: 1 + vocabulary; text: hash buckets)
+    # embedding: the model that encodes it, text_encoder or image_encoder; its last column is 1 where there is
+    # nothing to encode
+    encoder: str = ""
 
     @property
     def is_code(self) -> bool:
@@ -100,6 +103,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class EncoderSizes:
+    """Holds the sizes of a model that encodes items' texts or pictures."""
+
+    model: str  # text_encoder or image_encoder
+    width: int  # V, components of its vectors
+    side: int = 0  # Y and X, pixels of what an image_encoder takes
+
+
+@dataclass(frozen=True)
 class Schema:
     """Holds one shop's columns, tasks and sizes; with contract.py it determines every tensor."""
 
@@ -113,6 +125,7 @@ class Schema:
     has_clock: bool = (
         True  # times are Unix seconds; else they are positions, and no gap between two means anything
     )
+    encoders: tuple[EncoderSizes, ...] = ()  # of items' texts and pictures, by name
     version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -149,4 +162,5 @@ def schema_from_json(text: str) -> Schema:
         Sizes(**raw["sizes"]),
         tuple(raw["events"]),
         raw["has_clock"],
+        encoders=tuple(EncoderSizes(**e) for e in raw.get("encoders", ())),
     )

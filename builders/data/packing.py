@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from builders.content.contents import Content
 from builders.shop.shop_toml import FeatureColumn
 from builders.shop.tables import (
     Column,
@@ -53,9 +55,14 @@ def words_from_texts(texts: pa.LargeStringArray) -> tuple[Array, pa.LargeStringA
 
 
 def pack_features(
-    features: list[FeatureColumn], columns: dict[str, Column], rows: Array, num_rows: int
+    features: list[FeatureColumn],
+    columns: dict[str, Column],
+    rows: Array,
+    num_rows: int,
+    contents: Mapping[str, Content],
 ) -> Packed:
-    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1; images are left out."""
+    """Packs `columns`, whose i-th cell belongs to row rows[i] >= 1 of `num_rows` + 1; `contents` has what was
+    encoded of texts and images, and an image that was not is left out."""
     packed: list[Feature] = []
     codes: list[Array] = []
     values: list[Array] = []
@@ -64,12 +71,22 @@ def pack_features(
     raw: list[Array] = []
     code_start, value_start, offset = 0, 0, 1
     for feature in features:
-        if feature.kind == "image":
+        content = contents.get(feature.name)
+        if feature.kind == "image" and content is None:
             continue
         column = columns[feature.source]
         kind: Any = feature.kind.partition("(")[0]  # "vector" of "vector(64)"
         encoding.append({name: getattr(feature, name) for name in ("name", "source", "separator", "log1p")})
-        if feature.kind in ("category", "text"):
+        if content is not None:
+            block = np.zeros((num_rows + 1, content.values.shape[1]), np.float32)
+            block[0, -1] = 1  # of the unknown item nothing is known
+            block[rows] = content.values
+            packed.append(
+                Feature(feature.name, "embedding", value_start, block.shape[1], encoder=content.model)
+            )
+            values.append(block)
+            value_start += block.shape[1]
+        elif feature.kind in ("category", "text"):
             indices, size, vocabulary = _indices(feature, column)
             block = np.zeros((num_rows + 1, indices.shape[1]), np.int32)
             block[rows] = np.where(indices >= 0, indices + offset, 0)

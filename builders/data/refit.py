@@ -43,9 +43,9 @@ def refit_dataset(dataset: Dataset) -> Dataset:
 def save_refit(dataset: Dataset, verified: Path, folder: Path) -> None:
     """Writes refit_dataset(dataset) into `folder`: what has not changed is linked from the folder
     `verified`."""
-    for path in verified.iterdir():
+    for path in (path for path in verified.rglob("*") if path.is_file()):
         if path.name.partition(".")[0] not in CHANGED:
-            link(path, folder / path.name)
+            link(path, folder / path.relative_to(verified))
     save_arrays(refit_dataset(dataset), folder, CHANGED)
 
 

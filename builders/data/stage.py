@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from builders.content.contents import LINES, Contents
+from builders.content.sources import encoded_features
 from builders.data.dataset import Dataset, Histories, Impressions, open_dataset, save_dataset
 from builders.data.packing import pack_features
 from builders.data.rates import with_rates
@@ -23,7 +25,7 @@ from builders.data.splits import (
     split_impressions,
 )
 from builders.folders import Inputs
-from builders.progress import Progress
+from builders.progress import Progress, part_of
 from builders.shop import truth
 from builders.shop.catalogue import read_changes
 from builders.shop.interactions import (
@@ -52,7 +54,33 @@ def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
     (folder / CHANGES).write_text(tables.applied.line())
     if planted := tables.shop.interactions.planted:
         shutil.copyfile(inputs["shop"] / planted, folder / truth.FILE)
-    save_dataset(dataset_from_tables(tables, sizes=sizes, progress=lambda text: progress(0.6, text)), folder)
+    contents = _encoded(tables, inputs, folder, part_of(progress, 0.4, 0.6))
+    (folder / LINES).write_text("\n".join(contents.lines))
+    contents.save(folder)
+    dataset = dataset_from_tables(
+        tables, sizes=sizes, contents=contents, progress=lambda text: progress(0.6, text)
+    )
+    save_dataset(dataset, folder)
+
+
+def _encoded(tables: ShopTables, inputs: Inputs, folder: Path, progress: Progress) -> Contents:
+    """Encodes texts and pictures, or finds their vectors among those that are kept beside the stages."""
+    features = tables.shop.items.features if tables.shop.items else []
+    if not encoded_features(features):
+        return Contents()
+    import torch
+
+    from builders.content.features import CACHE, encode_contents
+
+    return encode_contents(
+        features,
+        tables.items.columns,
+        shop=inputs["shop"],
+        catalogue=inputs["catalogue"],
+        cache=folder.parent / CACHE,
+        threads=torch.get_num_threads(),
+        progress=progress,
+    )
 
 
 def refit(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
@@ -73,16 +101,26 @@ def load_dataset(
 
 
 def dataset_from_tables(
-    tables: ShopTables, *, sizes: Sizes | None = None, progress: Callable[[str], None] = lambda step: None
+    tables: ShopTables,
+    *,
+    sizes: Sizes | None = None,
+    contents: Contents | None = None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Dataset:
-    """Packs features, orders histories, splits."""
+    """Packs features, orders histories, splits. Without `contents`, what was encoded of texts and pictures,
+    words are hashed and images left out."""
+    contents = contents or Contents()
     shop, items, users = tables.shop, tables.items, tables.users
     progress("packing features")
     item_pack = pack_features(
-        shop.items.features if shop.items else [], items.columns, items.index + 1, len(items.ids)
+        shop.items.features if shop.items else [],
+        items.columns,
+        items.index + 1,
+        len(items.ids),
+        contents.by_feature,
     )
     user_pack = pack_features(
-        shop.users.features if shop.users else [], users.columns, users.index + 1, len(users.ids)
+        shop.users.features if shop.users else [], users.columns, users.index + 1, len(users.ids), {}
     )
     progress("ordering histories")
     exposures = exposures_from_interactions(shop, tables.interactions)
@@ -107,6 +145,7 @@ def dataset_from_tables(
         sizes or Sizes(),
         events=event_kinds(tables),
         has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
+        encoders=contents.sizes,
     )
     return Dataset(
         schema=with_rates(schema) if shop.has_labels else schema,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from builders.encoders.models import ItemEncoder, UserEncoder
 from builders.encoders.sequences import Sequences, windows
-from builders.layers import code_slices
+from builders.layers import code_slices, content_slices
 from builders.metrics import hit_rate, ndcg, ranks_from_scores
 from ensemble.arrays import Array
 from ensemble.schema import Schema
@@ -30,6 +30,7 @@ class EncoderConfig:
 
     num_item_codes: int = 1  # size of the items' joint code table
     item_code_slices: Slices = ()  # (start, stop) columns of each feature
+    item_content_slices: Slices = ()  # (start, stop) of values: what an encoder made of texts and pictures
     num_user_codes: int = 1
     user_code_slices: Slices = ()
     dim: int = 128
@@ -77,6 +78,7 @@ def fitted(config: EncoderConfig, schema: Schema) -> EncoderConfig:
         config,
         num_item_codes=schema.items.num_codes,
         item_code_slices=code_slices(schema.items),
+        item_content_slices=content_slices(schema.items),
         num_user_codes=schema.users.num_codes,
         user_code_slices=code_slices(schema.users),
         dim=schema.sizes.embedding,
@@ -124,7 +126,8 @@ class EncoderCheckpoint:
 def new_item_encoder(config: EncoderConfig, num_values: int) -> ItemEncoder:
     return ItemEncoder(
         dim=config.dim, num_codes=config.num_item_codes, code_slices=config.item_code_slices,
-        num_values=num_values, dropout=config.dropout, temperature=config.temperature,
+        num_values=num_values, content_slices=config.item_content_slices, dropout=config.dropout,
+        temperature=config.temperature,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class ItemEncoder(nn.Module):
         num_codes: int = 1,
         code_slices: tuple[tuple[int, int], ...] = (),
         num_values: int = 1,
+        content_slices: tuple[tuple[int, int], ...] = (),
         dropout: float = 0.0,
         temperature: float = 0.07,
     ):
@@ -42,7 +43,8 @@ class ItemEncoder(nn.Module):
         self.codes = CodeEmbedding(num_codes, code_slices, dim)
         self.values = nn.Linear(max(num_values, 1), dim, bias=False)
         nn.init.normal_(self.values.weight, std=0.02)
-        parts = 2 + len(code_slices)
+        self.contents = ContentHeads(num_values, content_slices, dim)
+        parts = 2 + len(code_slices) + len(content_slices)
         last = nn.Linear(dim, dim)
         self.mix = nn.Sequential(nn.Linear(parts * dim, dim), nn.GELU(), Dropout(dropout), last)
         nn.init.zeros_(last.weight)  # training starts from the plain sum
@@ -50,9 +52,35 @@ class ItemEncoder(nn.Module):
 
     def forward(self, item_id_embedding: Tensor, item_codes: Tensor, item_values: Tensor) -> Tensor:
         """Encodes ids [B, D], codes [B, C] int32, values [B, R] -> item_embedding [B, D] float32."""
-        parts = [item_id_embedding, self.values(item_values), *self.codes(item_codes)]
+        numbers, contents = self.contents(item_values)
+        parts = [item_id_embedding, self.values(numbers), *self.codes(item_codes), *contents]
         total = torch.stack(parts).sum(0) + self.mix(torch.cat(parts, dim=1))
         return self.length * functional.normalize(total.float(), dim=-1)
+
+
+class ContentHeads(nn.Module):
+    """Holds a trained head for each frozen content vector: of its components, and of its absence."""
+
+    number_mask: Tensor
+
+    def __init__(self, num_values: int, slices: tuple[tuple[int, int], ...], dim: int) -> None:
+        super().__init__()
+        self.slices = slices
+        self.heads = nn.ModuleList(nn.Linear(stop - start, dim, bias=False) for start, stop in slices)
+        for weight in self.heads.parameters():
+            nn.init.normal_(weight, std=0.02)
+        mask = torch.ones(max(num_values, 1))
+        for start, stop in slices:
+            mask[start:stop] = 0
+        self.register_buffer("number_mask", mask, persistent=False)
+
+    def forward(self, item_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Splits values [B, R]: the same with contents 0 [B, R], and each content's vector [B, D]."""
+        if not self.slices:
+            return item_values, []
+        heads = zip(self.heads, self.slices, strict=True)
+        contents = [head(item_values[:, start:stop]) for head, (start, stop) in heads]
+        return item_values * self.number_mask, contents
 
 
 class ItemRows(nn.Module):

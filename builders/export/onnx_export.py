@@ -116,11 +116,12 @@ def check_export(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
 
 
 def _dynamic_axes(spec: TensorSpec) -> dict[int, Any]:
-    """Gives the axes that stay open: the batch, and the candidates, as offline stages ask about few."""
+    """Gives the axes that stay open: the batch, the candidates, as offline stages ask about few, and the
+    tokens."""
     return {
         place: torch.export.Dim(axis.letter, min=1, max=65536)
         for place, axis in enumerate(spec.axes)
-        if axis.letter in ("B", "N")
+        if axis.letter in ("B", "N", "L")
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from builders.content.contents import link_encoders
 from builders.data.dataset import Dataset, open_dataset
 from builders.export.feeds import engine_feeds
 from builders.export.onnx_export import export_model, reweight_model
@@ -31,6 +32,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     link(inputs["ranker"] / BLEND, folder / BLEND)
     if (inputs["ranker"] / POSITIONS).exists():  # for those who ask about exposures of the past
         link(inputs["ranker"] / POSITIONS, folder / POSITIONS)
+    link_encoders(inputs["data"], folder)
     recall, item_embeddings = open_recall(inputs, dataset)
     feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
     errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)

@@ -52,9 +52,9 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     name = options.release or next_release_name(repository)
     (folder / _NAME).write_text(name)
     schema = open_schema(staged)
-    pipeline, item_encoder = contract.recommend(schema), contract.item_encoder(schema)
-    members = write_members(pipeline, [item_encoder], name, folder)
-    for model in (*pipeline.models, item_encoder):
+    pipeline, beside = contract.recommend(schema), contract.beside(schema)
+    members = write_members(pipeline, beside, name, folder)
+    for model in (*pipeline.models, *beside):
         for engine in sorted((staged / "engines" / model.name).glob("*.onnx")):
             link(engine, members[model.name] / "1" / engine.name)
     own = folder / name

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from ensemble.live.catalogue import Entry, facts_of, last_entries, open_catalogue
+from builders.folders import link
+from ensemble.live.catalogue import Entry, facts_of, last_entries, log_folder, open_catalogue
+from ensemble.live.pictures import is_logged, picture_path
 from ensemble.release.files import write_durably
 from ensemble.release.release import UNREAD, Watermark
 
@@ -34,6 +38,7 @@ def write_changes(repository: Path, root: Path) -> tuple[Watermark, Path, str]:
     folder = root / "catalogue"
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / f"{digest}-{FILE}", text)
+    _link_pictures(entries.values(), log_folder(repository), folder)
     for old in folder.glob(f"*-{FILE}"):
         if (
             time.time() - old.stat().st_mtime > _KEPT_S
@@ -41,6 +46,15 @@ def write_changes(repository: Path, root: Path) -> tuple[Watermark, Path, str]:
             old.unlink()
     mark = Watermark(reader.id, reader.sequence) if reader is not None else UNREAD
     return mark, folder / f"{digest}-{FILE}", digest
+
+
+def _link_pictures(entries: Iterable[Entry], log: Path, folder: Path) -> None:
+    """Links the pictures that the log's last lines name; one that is lost is missing in the build, too."""
+    for name in {value for entry in entries for value in entry.values.values() if is_logged(value)}:
+        source, target = picture_path(log, name), picture_path(folder, name)
+        if source.is_file() and not target.exists():
+            with contextlib.suppress(FileExistsError):  # a build beside this one
+                link(source, target)
 
 
 def read_changes(file: Path) -> dict[str, Entry]:

@@ -35,6 +35,7 @@ SHOP_FILE = "shop.toml"
 _UNITS_S = {"s": 1, "min": 60, "h": 3_600, "d": 86_400}
 NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 KINDS = "category, number, text, image, vector(<dim>)"
+HASHED = "hashed"  # the encoder of a text whose words are hashed into buckets
 
 
 class _Entry(BaseModel):
@@ -47,13 +48,16 @@ class FeatureColumn(_Entry):
     name: str = Field(pattern=NAME)
     kind: str  # category | number | text | image | vector(<dim>)
     column: str = ""  # default: the feature's name
-    # values kept per row: category 1 (lists 8), text 16
+    # values kept per row: category 1 (lists 8), text 16; components, where an encoder is named: 128
     width: int | None = Field(default=None, ge=1, le=256)
     separator: str | None = None  # splits one text cell into several values ("red|matte")
     buckets: int = Field(default=16384, ge=16, le=4_000_000)  # hash buckets of a text's words
     # a category's most frequent values kept; the others share one code
     vocabulary: int = Field(default=100_000, ge=1)
     log1p: bool = False  # number: log(1 + x) before it is standardized
+    # items only: text "hashed" (the default) | "minilm", image "efficientnet-lite0", or a folder with a
+    # Hugging Face checkpoint (config.json, model.safetensors); an image without one is left aside
+    encoder: str | None = Field(default=None, min_length=1)
 
     @field_validator("kind")
     @classmethod
@@ -61,6 +65,14 @@ class FeatureColumn(_Entry):
         if not re.fullmatch(r"category|number|text|image|vector\([1-9][0-9]{0,4}\)", kind):
             raise ValueError(f"{kind!r} is no kind of feature; use {KINDS}")
         return kind
+
+    @model_validator(mode="after")
+    def _encoder_fits(self) -> FeatureColumn:
+        if self.encoder is not None and self.kind not in ("text", "image"):
+            raise ValueError(f"an encoder reads a text or an image, and {self.name!r} is a {self.kind}")
+        if self.encoder == HASHED and self.kind == "image":
+            raise ValueError(f"{HASHED!r} is for texts, and {self.name!r} is an image")
+        return self
 
     @property
     def source(self) -> str:
@@ -168,6 +180,16 @@ class Shop(_Entry):
     @classmethod
     def _short_split(cls, split: Any) -> Any:
         return {"kind": split} if isinstance(split, str) else split
+
+    @model_validator(mode="after")
+    def _only_items_are_encoded(self) -> Shop:
+        for feature in self.users.features if self.users else ():
+            if feature.encoder not in (None, HASHED):
+                raise ValueError(
+                    f"users.{feature.name} names the encoder {feature.encoder!r}; only features of items are "
+                    "encoded"
+                )
+        return self
 
     @model_validator(mode="after")
     def _tasks_fit(self) -> Shop:

@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.content.encoder import EMPTY, IMAGE
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.live.catalogue import REPLACE, Entry
+from ensemble.live.catalogue import REPLACE, Entry, log_folder
+from ensemble.live.contents import LiveContents
 from ensemble.live.new_values import NewValues
+from ensemble.live.pictures import keep_picture, picture_from_value
 from ensemble.options import default_options
 from ensemble.release.release import Release
 from ensemble.release.snapshot import item_dtype
@@ -62,6 +65,7 @@ class ItemEncoding:
         for name, entry in self.how.items():
             self.of_column.setdefault(entry["source"], []).append(self.features[name])
         self.engine = EngineStep(release.model("item_encoder"), release)
+        self.contents = LiveContents(release)
         self.left_out: Counter[str] = Counter()  # why values of the log are not in this release's rows
 
     def values(self, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class ItemEncoding:
         values = {}
         for key, value in item.items():
             if key in self.columns:
-                values[self.columns[key]] = value
+                values[self.columns[key]] = self._logged(item["item_id"], self.columns[key], value)
             elif key == TITLE:
                 if not isinstance(value, str | None):
                     raise InvalidInput(f"item {item['item_id']!r}: title: must be text")
@@ -96,6 +100,7 @@ class ItemEncoding:
         rows[is_new], numbers[is_new] = np.zeros(1, self.dtype)[0], np.nan
         for i, entry in enumerate(entries):
             self._write(entry, rows[i], numbers[i], () if given is None else given[i])
+        self._write_contents(entries, rows, is_new, given)
         rows["embedding"], rows["features"] = self._moved(rows, old, np.flatnonzero(~is_new))
         for i, entry in enumerate(entries):
             self._number_new_values(entry, rows[i])
@@ -166,12 +171,50 @@ class ItemEncoding:
         """Writes an item's values into codes, values and numbers, in place."""
         for column, value in entry.values.items():
             for feature in self.of_column.get(column, ()):
+                if feature.kind == "embedding":
+                    continue  # _write_contents does them together
                 try:
                     self._write_one(feature, value, row, numbers)
                 except ValueError as error:
                     if column in given:
                         raise InvalidInput(f"item {entry.item_id!r}: {feature.name}: {error}") from None
                     self.left_out[f"{column}: {error}"] += 1
+
+    def _logged(self, item_id: str, column: str, value: Any) -> Any:
+        """Gives a value as the log has it: a picture is kept beside it, and named."""
+        if not any(feature.encoder == IMAGE for feature in self.of_column[column]):
+            return value
+        try:
+            data = picture_from_value(value)
+            if data is None:
+                return None
+            self.contents.check_picture(data)
+        except ValueError as error:
+            raise InvalidInput(f"item {item_id!r}: {column}: {error}") from None
+        return keep_picture(log_folder(self.release.home), data)
+
+    def _write_contents(
+        self,
+        entries: Sequence[Entry],
+        rows: Array,
+        is_new: Array,
+        given: Sequence[Collection[str]] | None,
+    ) -> None:
+        """Encodes texts and pictures of all entries together, in place; a new item has none at first."""
+        for feature in self.features.values():
+            if feature.kind != "embedding":
+                continue
+            rows["values"][is_new, feature.columns.stop - 1] = 1
+            column = self.how[feature.name]["source"]
+            places = [place for place, entry in enumerate(entries) if column in entry.values]
+            said = [entries[place].values[column] for place in places]
+            values, faults = self.contents.encoded(feature, said)
+            for at, (kind, text) in faults.items():
+                if given is not None and column in given[places[at]] and kind != EMPTY:
+                    raise InvalidInput(f"item {entries[places[at]].item_id!r}: {feature.name}: {text}")
+                self.left_out[f"{column}: {text}"] += kind != EMPTY
+            if places:
+                rows["values"][places, feature.columns] = values
 
     def unknown_values(self, item: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Gives the features and values of an item, of a change that was made, that no vocabulary has."""

@@ -110,7 +110,8 @@ class Release:
 
     def model(self, name: str) -> ModelSpec:
         """Gives the ModelSpec of one member."""
-        return contract.item_encoder(self.schema) if name == "item_encoder" else self.pipeline.model(name)
+        beside = {model.name: model for model in contract.beside(self.schema)}
+        return beside[name] if name in beside else self.pipeline.model(name)
 
     def member_file(self, model: str, file: str) -> Path:
         """Gives the path of a file of a member's only version."""

