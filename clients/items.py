@@ -3,12 +3,13 @@
     from clients import ItemClient
 
     with ItemClient("model_repository") as items:
-        items.add({"item_id": "lipstick-9", "brand": "Rouge", "price": 12.5})
+        items.add({"item_id": "lipstick-9", "brand": "Rouge", "price": 12.5, "image": Path("9.jpg")})
         items.update({"item_id": "lipstick-9", "price": 9.9})
         items.delete("lipstick-9")
 
 An item has an id and values of the features that the shop's items have, by feature name or column name;
-`item_embedding`, if given, takes the place of the encoder's. What an update does not name stays. Every call
+`item_embedding`, if given, takes the place of the encoder's. A picture is its bytes, or the Path of its file,
+at most 4 MB. What an update does not name stays. Every call
 returns once the change is durable and, within `wait_s`, once every instance that recommends has it.
 Overloaded says that too many changes wait to be merged, and that nothing was changed: send them again in a
 second or two.
@@ -16,6 +17,7 @@ second or two.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
@@ -28,6 +30,7 @@ from typing import Any
 from clients.errors import InvalidArgument, Overloaded, ServerFault, Unavailable
 
 _PREPARING_S = 3600.0  # a release that was never loaded here has to encode all that was ever changed
+MAX_PICTURE_BYTES = 4_000_000  # what the writer takes; checked before it is sent
 _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 
 
@@ -94,7 +97,7 @@ class ItemClient:
 
         A change is {"op": "add" | "update" | "upsert" | "delete", "item": {"item_id": …, feature: value, …}}.
         """
-        return self._ask({"op": "change", "changes": list(changes)})
+        return self._ask({"op": "change", "changes": [_sendable(change) for change in changes]})
 
     def status(self) -> Changed:
         """Asks how far the writer and every instance are."""
@@ -150,6 +153,30 @@ class ItemClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sendable(change: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Gives a change as JSON can hold it: pictures as base64."""
+    item = change.get("item")
+    if not isinstance(item, Mapping) or not any(isinstance(v, bytes | Path) for v in item.values()):
+        return change
+    sent = {key: _picture(item, key, v) if isinstance(v, bytes | Path) else v for key, v in item.items()}
+    return {**change, "item": sent}
+
+
+def _picture(item: Mapping[str, Any], key: str, value: bytes | Path) -> dict[str, str]:
+    """Reads a picture for the wire; InvalidArgument names the item and the file."""
+    where = f"item {item.get('item_id')!r}: {key}"
+    try:
+        size = value.stat().st_size if isinstance(value, Path) else len(value)
+        if size > MAX_PICTURE_BYTES:
+            raise InvalidArgument(
+                f"{where}: {size / 1e6:.1f} MB; a picture has at most {MAX_PICTURE_BYTES / 1e6:g} MB"
+            )
+        data = value.read_bytes() if isinstance(value, Path) else value
+    except OSError as error:
+        raise InvalidArgument(f"{where}: cannot read {error.filename}: {error.strerror}") from None
+    return {"base64": base64.b64encode(data).decode()}
 
 
 def make_ready(repository: Path, release: str, home: Path | None = None) -> None:

@@ -177,6 +177,27 @@ def sequences_twin(sequences_release: ServedRelease) -> LocalPipeline:
     return _twin(sequences_release)
 
 
+# --- the shop with encoders of its own
+
+
+@pytest.fixture(scope="session")
+def pictured_shop(pictured_repository: Path, release_cache: ReleaseCache) -> Path:
+    return release_cache.folder("pictured") / "shop"
+
+
+@pytest.fixture(scope="session")
+def pictured_repository(release_cache: ReleaseCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers", reason="transformers is not installed (extra encoders)")
+    return private_copy(
+        release_cache.folder("pictured") / "repository", tmp_path_factory.mktemp("pictured") / "repository"
+    )
+
+
+@pytest.fixture(scope="session")
+def pictured_release(pictured_repository: Path) -> ServedRelease:
+    return _open(pictured_repository)
+
+
 def _open(repository: Path) -> ServedRelease:
     from ensemble.release.release import active_release
     from ensemble.steps.served import open_served

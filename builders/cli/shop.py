@@ -33,6 +33,7 @@ Add what you have:
     [[items.features]]            # [users] and [[users.features]] likewise
     name = "brand"                # the column; or: name = "words", column = "title"
     kind = "category"             # category | number | text | image | vector(<dim>)
+                                  # text, image of items: encoder = "minilm" | "efficientnet-lite0" | FOLDER
     [[tasks]]                     # what the ranker learns; without one: will the user take it
     name = "ctr"
     kind = "binary"               # or "regression"
@@ -76,6 +77,14 @@ def generate(
             "--images/--no-images", help="Render a small picture of each item; default: up to 2,000 items."
         ),
     ] = None,
+    encoders: Annotated[
+        bool | None,
+        typer.Option(
+            "--encoders/--no-encoders",
+            help="Read titles and pictures with pretrained encoders; default: where they are installed, "
+            "up to 2,000 items.",
+        ),
+    ] = None,
     plain: Annotated[
         bool,
         typer.Option(
@@ -94,9 +103,12 @@ def generate(
     peregrine shop generate shops/large --items 1000000 --users 200000 --events 5000000
     """
     with _one_line_errors():
-        from builders.shop.generate import generate_shop
+        from builders.content.sources import EFFICIENTNET, MINILM, is_installed
+        from builders.shop.generate import MAX_DEFAULT_IMAGES, generate_shop
         from ensemble.progress import bar
 
+        if encoders is None:
+            encoders = items <= MAX_DEFAULT_IMAGES and is_installed(MINILM) and is_installed(EFFICIENTNET)
         with bar("generate") as update:
             generate_shop(
                 out,
@@ -105,6 +117,7 @@ def generate(
                 events=events,
                 seed=seed,
                 images=images,
+                encoders=encoders,
                 plain=plain,
                 force=force,
                 progress=update,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from builders.content.sources import sources_of
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
 from builders.shop.read import ShopTables, read_shop
@@ -59,7 +60,8 @@ def check_shop(
         dataset.user_codes,
     )
     _tasks(report, dataset)
-    progress("looking for images")
+    progress("looking for encoders and images")
+    sources_of(tables.shop.items.features if tables.shop.items else [], folder)
     _images(report, folder, tables)
     return report
 
@@ -193,7 +195,7 @@ def _too_young(parts: list[Impressions], at: int) -> str:
 
 
 def _images(report: Report, folder: Path, tables: ShopTables) -> None:
-    """Counts image files and warns of those that are missing; they are not encoded yet."""
+    """Counts image files and warns of those that are missing."""
     for what, entity, rows in (
         ("items", tables.shop.items, tables.items),
         ("users", tables.shop.users, tables.users),
@@ -204,10 +206,17 @@ def _images(report: Report, folder: Path, tables: ShopTables) -> None:
             paths = [p for p in rows.columns[entry.source].values.to_pylist() if p]
             missing = [p for p in paths if not (folder / p).is_file()]
             report.sections.setdefault("images", {})[f"{what}.{entry.name}"] = (
-                f"{len(paths) - len(missing)} files; not encoded yet, a build leaves them aside"
+                f"{len(paths) - len(missing)} files; {_reader(entry)}"
             )
             if missing:
                 report.warnings.append(
                     f"{what}: {len(missing)} files of the feature {entry.name!r} are missing, "
                     f"{missing[0]!r} first"
                 )
+
+
+def _reader(entry: FeatureColumn) -> str:
+    """Says who reads an image feature."""
+    if entry.encoder is None:
+        return 'no encoder is named, so a build leaves them aside (encoder = "efficientnet-lite0")'
+    return f"read by {entry.encoder}"

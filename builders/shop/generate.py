@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from builders.content.sources import EFFICIENTNET, MINILM
 from builders.folders import new_folder
 from builders.shop.effects import Effects
 from builders.shop.images import render_images
@@ -50,11 +51,13 @@ def generate_shop(
     events: int = 300_000,
     seed: int = 0,
     images: bool | None = None,
+    encoders: bool = False,
     plain: bool = False,
     force: bool = False,
     progress: Callable[[str, float], None] = lambda step, share: None,
 ) -> None:
-    """Writes a shop to `out`; `images` None renders them for at most MAX_DEFAULT_IMAGES items.
+    """Writes a shop to `out`; `images` None renders them for at most MAX_DEFAULT_IMAGES items. With
+    `encoders`, pretrained ones read titles and pictures.
 
     plain: all that decides stands in features and in what was clicked last, items stay, and one is shown at a
     time. Else single users and items have effects of their own, and so on: builders/shop/visits.py.
@@ -83,7 +86,10 @@ def generate_shop(
         _write_items(rng, folder, catalogue, with_images)
         _write_users(folder, people)
         text = SHOP_TOML.format(position="" if plain else POSITION_TOML)
-        text += (IMAGE_FEATURE if with_images else "") + TASKS_TOML
+        text += f'encoder = "{MINILM}"\n' if encoders else ""
+        if with_images:
+            text += IMAGE_FEATURE + (f'encoder = "{EFFICIENTNET}"\n' if encoders else "")
+        text += TASKS_TOML
         (folder / SHOP_FILE).write_text(text, "utf-8")
         if with_images:
             render_images(

@@ -44,6 +44,10 @@ File = Annotated[
     ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, the value JSON or text.")]
+Title = Annotated[str | None, typer.Option(help="The item's title.")]
+Image = Annotated[
+    Path | None, typer.Option(help="A picture, JPEG, PNG or WebP, for shops whose pictures are encoded.")
+]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every instance has the change.")]
 _AT_ONCE = 1000  # changes that are sent together
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 0.5, 15.0, 600.0  # while a writer takes no more changes
@@ -54,13 +58,16 @@ def add(
     item: Item = None,
     file: File = None,
     set_: Set = None,
+    title: Title = None,
+    image: Image = None,
     repository: RepositoryOption = REPOSITORY,
     catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Adds new items: peregrine items add lipstick-9 --set brand=Rouge --set price=12.5"""
-    _change("add", item, file, set_, catalogue or repository, wait_s, as_json)
+    """Adds new items: peregrine items add lip-9 --title "matte lipstick" --image 9.jpg --set price=12.5"""
+    said = _said(set_, title, image)
+    _change("add", item, file, said, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -68,13 +75,16 @@ def update(
     item: Item = None,
     file: File = None,
     set_: Set = None,
+    title: Title = None,
+    image: Image = None,
     repository: RepositoryOption = REPOSITORY,
     catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Gives new values to items that are there; what is not named stays."""
-    _change("update", item, file, set_, catalogue or repository, wait_s, as_json)
+    said = _said(set_, title, image)
+    _change("update", item, file, said, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -82,13 +92,16 @@ def upsert(
     item: Item = None,
     file: File = None,
     set_: Set = None,
+    title: Title = None,
+    image: Image = None,
     repository: RepositoryOption = REPOSITORY,
     catalogue: CatalogueOption = None,
     wait_s: Wait = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Adds items that are not there, updates those that are."""
-    _change("upsert", item, file, set_, catalogue or repository, wait_s, as_json)
+    said = _said(set_, title, image)
+    _change("upsert", item, file, said, catalogue or repository, wait_s, as_json)
 
 
 @app.command()
@@ -101,7 +114,7 @@ def delete(
     as_json: JsonOption = False,
 ) -> None:
     """Removes items: from now on they are not recommended."""
-    _change("delete", item, file, None, catalogue or repository, wait_s, as_json)
+    _change("delete", item, file, {}, catalogue or repository, wait_s, as_json)
 
 
 @app.command("list")
@@ -255,7 +268,7 @@ def _change(
     kind: str,
     item: str | None,
     file: Path | None,
-    pairs: list[str] | None,
+    said: dict[str, Any],
     home: Path,
     wait_s: float,
     as_json: bool,
@@ -266,8 +279,10 @@ def _change(
 
     if (item is None) == (file is None):
         raise InvalidArgument("give one item's id, or --file with JSON lines")
+    if file is not None and said:
+        raise InvalidArgument("--set, --title and --image are of one item; in --file they stand in its lines")
     if file is None:
-        changes = [{"op": kind, "item": {**dict(_pair(pair) for pair in pairs or []), "item_id": item}}]
+        changes = [{"op": kind, "item": {**said, "item_id": item}}]
     else:
         changes = read_changes(_lines(file), kind, str(file))
     with ItemClient(home, wait_s) as client:
@@ -275,6 +290,12 @@ def _change(
     _print(done, as_json, len(changes))
     if not as_json:
         _name_unknown(done)
+
+
+def _said(pairs: list[str] | None, title: str | None, image: Path | None) -> dict[str, Any]:
+    """Gives what the options say of an item."""
+    said = dict(_pair(pair) for pair in pairs or [])
+    return said | {name: value for name, value in (("title", title), ("image", image)) if value is not None}
 
 
 def _name_unknown(done: Changed) -> None:

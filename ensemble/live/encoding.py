@@ -64,6 +64,8 @@ class ItemEncoding:
         self.of_column: dict[str, list[Feature]] = {}
         for name, entry in self.how.items():
             self.of_column.setdefault(entry["source"], []).append(self.features[name])
+        pictures = [name for name, fs in self.of_column.items() if any(f.encoder == IMAGE for f in fs)]
+        self.image_column = pictures[0] if len(pictures) == 1 else "image"  # what `--image` means
         self.engine = EngineStep(release.model("item_encoder"), release)
         self.contents = LiveContents(release)
         self.left_out: Counter[str] = Counter()  # why values of the log are not in this release's rows
@@ -71,7 +73,8 @@ class ItemEncoding:
     def values(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Gives what a change says of an item by column; InvalidInput for a field that the release lacks."""
         values = {}
-        for key, value in item.items():
+        for given, value in item.items():
+            key = self.image_column if given == "image" and given not in self.columns else given
             if key in self.columns:
                 values[self.columns[key]] = self._logged(item["item_id"], self.columns[key], value)
             elif key == TITLE:
@@ -80,7 +83,7 @@ class ItemEncoding:
                 values[TITLE] = value
             elif key not in _BESIDE:
                 raise InvalidInput(
-                    f"item {item['item_id']!r}: no item feature {key!r}",
+                    f"item {item['item_id']!r}: no item feature {given!r}",
                     f"known: {', '.join(sorted(self.columns)) or 'none'}",
                 )
         return values

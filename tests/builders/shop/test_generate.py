@@ -14,12 +14,14 @@ from shops import ROOT
 from typer.testing import CliRunner
 
 from builders.cli.shop import app
+from builders.content import sources
 from builders.data.check import check_shop
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import load_dataset
 from builders.metrics import auc
 from builders.shop.generate import generate_shop
 from builders.shop.planted import LAST_EVENT_S
+from builders.shop.shop_toml import open_shop
 from builders.shop.truth import open_truth
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
@@ -262,3 +264,20 @@ def test_the_command_line_generates_and_checks(tmp_path: Path) -> None:
     few = CliRunner().invoke(app, ["generate", out + "2", "--items", "3"])
     assert (few.exit_code, few.stderr) == (2, "error: --items 3: at least 24\n")
     assert CliRunner().invoke(app, ["check", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_titles_and_pictures_are_read_by_pretrained_encoders_where_they_are_installed(
+    installed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "is_installed", lambda name: installed)
+    out = tmp_path / "shop"
+    options = ["--users", "30", "--items", "24", "--events", "300"]
+    assert CliRunner().invoke(app, ["generate", str(out), *options]).exit_code == 0
+    features = {f.name: f.encoder for f in open_shop(out).items.features}
+    assert (features["words"], features["image"]) == (
+        ("minilm", "efficientnet-lite0") if installed else (None,) * 2
+    )
+    plain = CliRunner().invoke(app, ["generate", str(out), *options, "--no-encoders", "--force"])
+    assert plain.exit_code == 0
+    assert {f.encoder for f in open_shop(out).items.features} == {None}
