@@ -1,7 +1,7 @@
 """Shows items as people wrote them: from the catalogue's log, and from what a release keeps of the files.
 
-Reads only, so it needs no writer. A release keeps categories, numbers, vectors and titles; of texts only what
-a model reads, which cannot be read back.
+Reads only, so it needs no writer. A release keeps categories, numbers, vectors and titles; of texts and
+pictures only what a model reads, which cannot be read back.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ShownItems:
         if feature.name in self._numbers:
             number = float(self.release.item_numbers[row, self._numbers[feature.name]])
             return None if np.isnan(number) else float(f"{number:.7g}")  # float32's digits
-        if feature.is_code:
+        if feature.is_code or feature.kind == "embedding":
             return None
         return self._unscaled(self.release.items["values"][row, feature.columns], feature)
 

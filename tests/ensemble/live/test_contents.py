@@ -4,6 +4,7 @@ log, and found by the next build."""
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from shops import private_copy
+from typer.testing import CliRunner
 
+from clients.cli.items import app
 from clients.client import Client
 from clients.errors import InvalidArgument
 from clients.items import ItemClient
@@ -174,3 +177,49 @@ def test_a_new_item_is_recommended_at_once_to_those_who_like_what_it_looks_like(
         finally:
             service.stop()
             thread.join()
+
+
+def test_the_command_line_adds_titles_and_pictures_and_shows_them(release, pictured_shop):
+    service = ItemService(release.home, lambda line: None)
+    thread = threading.Thread(target=service.run, daemon=True)
+    thread.start()
+    while not (release.home / ".live" / "writer.json").exists():
+        time.sleep(0.01)
+    options = ["--repository", str(release.home)]
+    try:
+        picture = str(pictured_shop / "images" / "i7.png")
+        said = ["--title", "gloss berry", "--image", picture, "--wait-s", "0"]
+        done = CliRunner().invoke(app, ["add", "new", *said, *options])
+        assert done.exit_code == 0, done.output
+        refused = CliRunner().invoke(
+            app, ["add", "n2", "--image", str(pictured_shop / "shop.toml"), *options]
+        )
+        assert "item 'n2': image: is no JPEG, PNG or WebP" in str(refused.exception)
+        both = CliRunner().invoke(app, ["add", "--file", picture, "--image", picture, *options])
+        assert "--set, --title and --image are of one item" in str(both.exception)
+    finally:
+        service.stop()
+        thread.join()
+    new, known = (
+        json.loads(CliRunner().invoke(app, ["show", i, "--json", *options]).output) for i in ("new", "i7")
+    )
+    assert (new["title"], new["values"]["image"][:7], new["from_log"]) == (
+        "gloss berry",
+        "sha256:",
+        ["title", "image"],
+    )
+    assert known["source"] == "files"
+    assert "image" not in known["values"], "a release keeps no pictures"
+
+
+def test_a_picture_that_was_lost_is_absent_and_nothing_else_is(release, pictured_shop):
+    data = (pictured_shop / "images" / "i7.png").read_bytes()
+    name = keep_picture(log_folder(_made(release)), data)
+    picture_path(log_folder(release.home), name).unlink()
+    entries = [Entry(1, 1, REPLACE, "new", {PICTURE: name, WORDS: "soft mask"})]
+    rows, _, good = ItemEncoding(release).rows(entries)
+    flags = {
+        f.name: rows["values"][0, f.columns.stop - 1] for f in release.schema.items.features if f.encoder
+    }
+    assert flags == {"words": 0, "image": 1}
+    assert good.all()
