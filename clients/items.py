@@ -30,6 +30,8 @@ from typing import Any
 from clients.errors import InvalidArgument, Overloaded, ServerFault, Unavailable
 
 _PREPARING_S = 3600.0  # a release that was never loaded here has to encode all that was ever changed
+AT_ONCE, BYTES_AT_ONCE = 1000, 16_000_000  # changes that are sent together, and what they weigh at most
+MAX_REQUEST_BYTES = 64 << 20  # a longer line the writer would not read to its end
 MAX_PICTURE_BYTES = 4_000_000  # what the writer takes; checked before it is sent
 _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 
@@ -119,7 +121,11 @@ class ItemClient:
         """Sends one JSON line to the writer and reads its reply, which may take so long beyond wait_s."""
         self._socket.settimeout(self.wait_s + takes_s)
         try:
-            self._stream.write(json.dumps({**request, "wait_s": self.wait_s}).encode() + b"\n")
+            sent = json.dumps({**request, "wait_s": self.wait_s}).encode()
+            if len(sent) >= MAX_REQUEST_BYTES:
+                size, most = len(sent) / 1e6, MAX_REQUEST_BYTES / 1e6
+                raise ValueError(f"{size:.0f} MB at once, at most {most:.0f} MB; send them in parts")
+            self._stream.write(sent + b"\n")
             self._stream.flush()
             line = self._stream.readline()
         except (TypeError, ValueError) as error:
@@ -209,3 +215,15 @@ def read_changes(lines: Iterable[str], operation: str, name: str) -> list[dict[s
             item = {"item_id": item}  # a list of ids to delete
         changes.append({"op": operation, "item": item})
     return changes
+
+
+def parts_of(changes: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Gives where each part begins and ends: so many changes, fewer where they bring pictures."""
+    sizes = [len(json.dumps(change, default=str)) for change in changes]
+    starts, held = [0], 0
+    for at, size in enumerate(sizes):
+        held += size
+        if at - starts[-1] >= AT_ONCE or (held > BYTES_AT_ONCE and at > starts[-1]):
+            starts.append(at)
+            held = size
+    return list(zip(starts, [*starts[1:], len(changes)], strict=True))

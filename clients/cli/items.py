@@ -49,7 +49,6 @@ Image = Annotated[
     Path | None, typer.Option(help="A picture, JPEG, PNG or WebP, for shops whose pictures are encoded.")
 ]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every instance has the change.")]
-_AT_ONCE = 1000  # changes that are sent together
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 0.5, 15.0, 600.0  # while a writer takes no more changes
 
 
@@ -312,15 +311,16 @@ def _name_unknown(done: Changed) -> None:
 def _apply(client: ItemClient, changes: list[dict[str, Any]]) -> Changed:
     """Sends changes in parts. Each part is made whole or not at all, and an error says how many changes came
     before it."""
+    from clients.items import parts_of
     from ensemble.errors import PeregrineError
     from ensemble.progress import bar
 
     unknown: dict[str, list[str]] = {}
     with bar("items") as update:
-        for start in range(0, max(1, len(changes)), _AT_ONCE):
+        for start, end in parts_of(changes):
             update(f"{start:,} of {len(changes):,}", start / max(1, len(changes)))
             try:
-                done = _patiently(client, changes[start : start + _AT_ONCE])
+                done = _patiently(client, changes[start:end])
             except PeregrineError as error:
                 if start:
                     error.args = (

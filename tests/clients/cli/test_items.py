@@ -14,6 +14,7 @@ from shops import ROOT, private_copy
 from typer.testing import CliRunner
 
 from clients.cli.items import app
+from clients.items import parts_of
 from ensemble.errors import PeregrineError
 from ensemble.live.catalogue import open_catalogue
 from ensemble.live.writer import ItemWriter
@@ -118,3 +119,13 @@ def test_without_a_log_or_a_writer_each_says_what_to_do(tiny_repository, tmp_pat
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), "one line, no traceback"
+
+
+def test_changes_are_sent_in_parts_that_the_writer_takes():
+    small, picture = (
+        {"op": "add", "item": {"item_id": "x"}},
+        {"op": "add", "item": {"image": "x" * 5_000_000}},
+    )
+    assert parts_of([]) == [(0, 0)]
+    assert parts_of([small] * 2001) == [(0, 1000), (1000, 2000), (2000, 2001)]
+    assert parts_of([small, *[picture] * 7]) == [(0, 4), (4, 7), (7, 8)]
