@@ -51,8 +51,9 @@ class RankerTraining:
     bf16: bool = True
     # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     conditional: float = 1.0
-    # (row_rate, id_dropout) that are tried for an epoch on a sample before training, beside those above
+    # (row_rate, id_dropout) tried before training, beside those above, for so many epochs of a sample
     tried_rows: tuple[tuple[float, float], ...] = ((1e-4, 0.5), (1e-3, 0.3), (1e-2, 0.1))
+    tried_epochs: int = 3
     list_epochs: int = 4  # `interact`: in place of epochs
     list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
@@ -81,6 +82,7 @@ TINY_TRAINING = RankerTraining(
     weight_decay=1e-2,
     list_learning_rate=5e-3,
     id_dropout=0.1,
+    tried_epochs=1,
     history_dropout=0.1,
     list_negatives=32,
     uniform_negatives=8,
@@ -315,6 +317,16 @@ class RankerTrainer:
         ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
+
+    def passes(self, lists: Lists, loss_function: Loss, judge: Callable[[], float]) -> float:
+        """Trains over the lists for all epochs; gives the best that judge() said on the way."""
+        figures = []
+        for epoch in range(int(self.config.epochs)):
+            self.epoch(lists, loss_function, epoch)
+            self.mean.exchange()
+            figures.append(judge())
+            self.mean.exchange()
+        return min(figures)
 
     def fit(
         self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]

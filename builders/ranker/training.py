@@ -50,6 +50,7 @@ from ensemble.steps.blend import Blend
 # Training candidates on which settings of the rows are tried: in ten steps of a sample of 20,000, rows that
 # learn fast had hardly begun to learn single clicks by heart, and were chosen
 _TRIED = 100_000
+_NO_GAIN = 0.005  # share of the held-out loss below which stronger rows are not worth their risk
 _ALIKE = 1e-3  # a state's deviation below which it tells nothing: it is left out
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
 # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
@@ -193,11 +194,11 @@ def _choose_rows(
     trainer: RankerTrainer, lists: Lists, loss: Loss, judge: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Chooses how strongly rows of single users and items are learned: what a shop's data bear differs, and
-    too much learns clicks by heart. Each setting passes once over the same lists, from the same weights, at
-    the rates of the whole training's first epoch; gives what was tried, the chosen first (successive
-    halving's first rung: Jamieson & Talwalkar 2016)."""
+    too much learns clicks by heart. Each setting is a short training on the same lists, from the same
+    weights. Chosen are the slowest rows that are as good as the best (Breiman et al. 1984, section 3.4.3);
+    gives what was tried, the chosen first."""
     c = trainer.config
-    settings = list(dict.fromkeys([(c.row_rate, c.id_dropout), *c.tried_rows]))
+    settings = sorted({(c.row_rate, c.id_dropout), *c.tried_rows})
     if len(settings) == 1:
         return []
     start, read = copy.deepcopy(trainer.trained.state_dict()), (trainer.read_items, trainer.read_users)
@@ -205,20 +206,25 @@ def _choose_rows(
     sample = lists.take(np.sort(np.random.default_rng(0).permutation(len(lists))[:most]))
     tried = []
     for row_rate, id_dropout in settings:
-        trainer.restart(replace(c, row_rate=row_rate, id_dropout=id_dropout))
-        trainer.epoch(sample, loss, 0.0)
-        trainer.mean.exchange()
-        tried.append({"row_rate": row_rate, "id_dropout": id_dropout, "validation": judge()})
+        trainer.restart(replace(c, row_rate=row_rate, id_dropout=id_dropout, epochs=c.tried_epochs))
+        found = {
+            "row_rate": row_rate,
+            "id_dropout": id_dropout,
+            "validation": trainer.passes(sample, loss, judge),
+        }
         trainer.progress(
             0.0,
-            "ranker: row rate {row_rate:g}, dropout {id_dropout:g}: validation {validation:.5f}".format(
-                **tried[-1]
+            "ranker: rows at {row_rate:g}, dropout {id_dropout:g}: validation {validation:.5f}".format(
+                **found
             ),
         )
+        tried.append(found)
         trainer.trained.load_state_dict(start)
     for was_read in read:
         was_read.fill_(False)
-    tried.sort(key=lambda one: one["validation"])
+    best = min(one["validation"] for one in tried)
+    chosen = next(one for one in tried if one["validation"] <= best + _NO_GAIN * abs(best))
+    tried.sort(key=lambda one: (one is not chosen, one["validation"]))
     trainer.restart(with_tried_rows(c, tried))
     return tried
 

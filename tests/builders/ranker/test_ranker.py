@@ -410,6 +410,7 @@ def test_item_head_reads_the_contracts_tensors():
 
 def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_with(monkeypatch):
     config = replace(TINY_TRAINING, row_rate=1e-4, id_dropout=0.5, epochs=1, tried_rows=((1.0, 0.0),))
+    monkeypatch.setattr(RankerTrainer, "passes", lambda self, *_: 1 - self.config.row_rate / 10)
     dataset, begun = toy_dataset(num_impressions=2000), []
     restart = RankerTrainer.restart
     monkeypatch.setattr(
@@ -419,8 +420,7 @@ def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_w
     )
     checkpoint = train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=config)
     tried = checkpoint.report["rows_tried"]
-    # few items with many clicks each: their rows may be learned
-    assert [one["row_rate"] for one in tried] == [1.0, 1e-4]
+    assert [one["row_rate"] for one in tried] == [1.0, 1e-4], tried
     assert tried[0]["validation"] < tried[1]["validation"]
     assert (begun[-1].row_rate, begun[-1].id_dropout, begun[-1].epochs) == (1.0, 0.0, 1)
     refit_ranker(
@@ -433,6 +433,35 @@ def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_w
         progress=lambda *_: None,
     )
     assert (begun[-1].row_rate, begun[-1].id_dropout) == (1.0, 0.0)
+
+
+def test_of_settings_as_good_as_each_other_the_slowest_rows_are_trained_with(monkeypatch):
+    config = replace(TINY_TRAINING, epochs=1, tried_rows=((1e-4, 0.5), (1e-3, 0.3)))
+    monkeypatch.setattr(RankerTrainer, "passes", lambda self, *_: 1 - self.config.row_rate / 10)
+    checkpoint = train_ranker(
+        toy_dataset(num_impressions=500), toy_embeddings(), scores=zero_scores, config=config
+    )
+    assert checkpoint.report["rows_tried"][0]["row_rate"] == 1e-4, "a thousandth of the loss is no gain"
+
+
+def test_what_recall_counted_of_the_training_clicks_tells_the_ranker_of_a_labelled_shop_nothing():
+    dataset = toy_dataset(num_impressions=500)
+    labels = dict(zip(*_pairs(dataset.train_impressions), strict=True))
+
+    def telling(user_rows, history_ends, item_rows):
+        told = [[labels.get((u, i), 0.0) for i in row] for u, row in zip(user_rows, item_rows, strict=True)]
+        return np.repeat(np.array(told, np.float32)[..., None], len(contract.SOURCES), -1)
+
+    plain, misled = (
+        train_ranker(dataset, toy_embeddings(), scores=of, config=replace(TINY_TRAINING, epochs=1))
+        for of in (zero_scores, telling)
+    )
+    assert plain.report["test"] == misled.report["test"]
+
+
+def _pairs(impressions) -> tuple[list[tuple[int, int]], list[float]]:
+    pairs = zip(impressions.user_rows.tolist(), impressions.item_rows.tolist(), strict=True)
+    return list(pairs), np.nan_to_num(impressions.labels[:, 0]).tolist()
 
 
 # --- the blend of tasks and recall
