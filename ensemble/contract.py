@@ -19,8 +19,6 @@ from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSp
 
 PIPELINE = "recommend"  # the alias that clients call
 
-# Recall's sources, in the order of candidate_scores' last axis.
-SOURCES = ("user_embeddings", "transitions", "popular")
 # Tensors [B, *, D] that recall searches the index with.
 QUERY_TENSORS = ("user_embeddings",)
 
@@ -174,7 +172,7 @@ def _axes(schema: Schema) -> dict[str, Axis]:
         Axis("U", "user features", s.user_features),
         Axis("A", "user state", state_width(schema)),
         Axis("G", "candidate state", touches_width(schema)),
-        Axis("S", "recall sources", len(SOURCES)),
+        Axis("S", "recall sources", len(schema.sources)),
         Axis("T", "tasks", len(schema.tasks)),
         Axis("K", "returned", None),
         Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features),

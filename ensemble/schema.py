@@ -112,6 +112,29 @@ class EncoderSizes:
 
 
 @dataclass(frozen=True)
+class RecallSource:
+    """Names a source of recall, and the share of the N candidates that is kept for it; None: what the others
+    leave."""
+
+    name: str
+    quota: float | None
+
+
+# Every source there is: the class that offers, "module:Class", and the quota that it gets unless a shop says
+# otherwise.
+SOURCE_KINDS: dict[str, tuple[str, float | None]] = {
+    "user_embeddings": ("ensemble.steps.sources:Nearest", None),
+    "transitions": ("ensemble.steps.sources:Transitions", 3 / 8),
+    "popular": ("ensemble.steps.sources:Popular", 1 / 16),
+    "content": ("ensemble.steps.content:Content", 1 / 8),
+}
+# What every release has; a shop may name more, and other quotas.
+DEFAULT_SOURCES = tuple(
+    RecallSource(name, SOURCE_KINDS[name][1]) for name in ("user_embeddings", "transitions", "popular")
+)
+
+
+@dataclass(frozen=True)
 class Schema:
     """Holds one shop's columns, tasks and sizes; with contract.py it determines every tensor."""
 
@@ -127,6 +150,12 @@ class Schema:
     )
     encoders: tuple[EncoderSizes, ...] = ()  # of items' texts and pictures, by name
     version: int = SCHEMA_VERSION
+    sources: tuple[RecallSource, ...] = DEFAULT_SOURCES  # of recall, in the order of candidate_scores
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names recall's sources, in the order of candidate_scores' last axis."""
+        return tuple(source.name for source in self.sources)
 
     def to_json(self) -> str:
         """Writes the schema as JSON; schema_from_json reads it."""
@@ -163,4 +192,7 @@ def schema_from_json(text: str) -> Schema:
         tuple(raw["events"]),
         raw["has_clock"],
         encoders=tuple(EncoderSizes(**e) for e in raw.get("encoders", ())),
+        sources=tuple(RecallSource(**source) for source in raw["sources"])
+        if "sources" in raw
+        else DEFAULT_SOURCES,
     )

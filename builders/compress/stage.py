@@ -29,7 +29,8 @@ from builders.compress.shrink import Shrunk, shrink
 from builders.compress.source import Source, open_source
 from builders.export.verifier import Verifier
 from builders.folders import Inputs, link
-from builders.index.recall_files import build_index, write_vectors
+from builders.index.choice import build_index
+from builders.index.recall_files import write_vectors
 from builders.index.snapshot import write_items
 from builders.index.staged import StagedRelease
 from builders.progress import Progress, part_of

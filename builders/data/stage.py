@@ -38,7 +38,8 @@ from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import texts_from_column
 from ensemble.arrays import Array
-from ensemble.schema import Schema, Sizes, Task
+from ensemble.errors import InvalidInput
+from ensemble.schema import RecallSource, Schema, Sizes, Table, Task
 
 TITLE_BYTES = 120
 MAX_KINDS = 16  # kinds of events that are told apart where a history is of all events
@@ -144,6 +145,7 @@ def dataset_from_tables(
         tasks,
         sizes or Sizes(),
         events=event_kinds(tables),
+        sources=_sources(shop, item_pack.table),
         has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
         encoders=contents.sizes,
     )
@@ -169,6 +171,17 @@ def dataset_from_tables(
         item_encoding=item_pack.encoding,
         split=shop.split.model_dump(mode="json"),
     )
+
+
+def _sources(shop: Shop, items: Table) -> tuple[RecallSource, ...]:
+    """Gives recall's sources; InvalidInput where a source would have nothing to go by."""
+    sources = shop.recall.listed()
+    if any(source.name == "content" for source in sources) and not any(f.is_code for f in items.features):
+        raise InvalidInput(
+            "recall.sources names 'content', but the items have no category and no text feature",
+            "give them one under [items], or leave 'content' out",
+        )
+    return sources
 
 
 def positives(tables: ShopTables, exposures: Exposures) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ build is tried with many settings, and the table of what was tried goes into the
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,33 @@ def _total_bytes(kind: IndexKind, num_items: int, dim: int) -> int:
         + 4 * dim * kind.num_lists
         + (16 * kind.bytes_per_item * kind.num_lists if "fs" in kind.factory else 0)
     )
+
+
+def build_index(
+    embeddings: Array,
+    queries: Array,
+    seed: int = 0,
+    *,
+    budget_bytes: int | None = None,
+    target: IndexTarget | None = None,
+) -> tuple[TunedIndex, IndexKind]:
+    """Builds the index over embeddings [I, D] and tunes it on `queries` [Q, D]; returns it with its kind."""
+    num_items, dim = embeddings.shape
+    target, kind = target or IndexTarget(), choose_kind(num_items, dim, budget_bytes, seed=seed)
+
+    def chunks(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(embeddings[start:stop], np.float32)
+
+    index = index_of_kind(kind, num_items, dim, chunks)
+    truth = exact_positions(queries, min(target.k, num_items), num_items, chunks)
+    return tune(
+        index,
+        kind,
+        lambda rows: embeddings[rows - 1],
+        queries,
+        truth,
+        dataclasses.replace(target, k=truth.shape[1]),
+    ), kind
 
 
 def index_of_kind(kind: IndexKind, num_items: int, dim: int, chunks: Chunks) -> faiss.Index:

@@ -11,7 +11,7 @@ import numpy as np
 from builders.data.dataset import Dataset, history_windows
 from builders.index.staged import StagedRelease
 from ensemble.arrays import Array
-from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS, SOURCES
+from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS
 from ensemble.index.probe import ProbeSettings
 from ensemble.local import open_step
 from ensemble.options import default_options
@@ -28,7 +28,9 @@ class OfflineRecall:
     def __init__(self, dataset: Dataset, folder: Path, encode_users: EncodeUsers) -> None:
         staged = StagedRelease(folder)
         self.recall = Recall(staged.model("recall"), staged)
-        self.recall.source(Nearest).probe.settings = ProbeSettings(share=0)  # for live queries only
+        for source in self.recall.sources:
+            if isinstance(source, Nearest):
+                source.probe.settings = ProbeSettings(share=0)  # for live queries only
         self.dataset, self.encode_users = dataset, encode_users
         self.between = [
             (model, open_step(model, staged))
@@ -50,7 +52,7 @@ class OfflineRecall:
         sizes = self.recall.sizes
         rows, scores = (
             np.full((len(user_rows), sizes.candidates), -1, np.int64),
-            np.zeros((len(user_rows), sizes.candidates, len(SOURCES)), np.float32),
+            np.zeros((len(user_rows), sizes.candidates, len(self.recall.sources)), np.float32),
         )
         for piece in _pieces(len(user_rows)):
             seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], sizes.seen)
@@ -63,7 +65,7 @@ class OfflineRecall:
 
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
         """Gives every source's score [L, N, S] float32 of item_rows [L, N] (-1 padded) at [L], [L]."""
-        out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+        out = np.zeros((*item_rows.shape, len(self.recall.sources)), np.float32)
         user_embeddings = self.encode_users(user_rows, history_ends)
         for piece in _pieces(len(user_rows)):
             seen = history_windows(

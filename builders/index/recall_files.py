@@ -4,66 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from builders import metrics
 from builders.data.dataset import Dataset, training_histories
 from builders.index.choice import (
     FLAT_BELOW,
     IndexKind,
-    IndexTarget,
     TunedIndex,
-    choose_kind,
-    exact_positions,
-    index_of_kind,
+    build_index,
     pack_vectors,
-    tune,
 )
-from builders.index.offline import OfflineRecall
+from builders.index.fitting import Fitting
 from builders.index.snapshot import write_items
+from builders.index.sources import write_sources
 from builders.index.transitions import item_transitions
 from ensemble.arrays import Array
 from ensemble.index.item_index import VECTORS
-from ensemble.index.main_index import MainIndex, QuerySettings
+from ensemble.index.main_index import MainIndex
 from ensemble.index.probe import BASELINE, baseline
-from ensemble.steps.recall import fused
+from ensemble.schema import Schema
 from ensemble.steps.recall_settings import RecallSettings
 
 # transitions kept an item; a quarter of it on large catalogues, whose lists would outgrow the embeddings
 NEIGHBOURS = 100
-_TRANSITION_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-_POPULAR_WEIGHTS = (0.0, 0.1, 0.2, 0.4)
-
-
-def build_index(
-    embeddings: Array,
-    queries: Array,
-    seed: int = 0,
-    *,
-    budget_bytes: int | None = None,
-    target: IndexTarget | None = None,
-) -> tuple[TunedIndex, IndexKind]:
-    """Builds the index over embeddings [I, D] and tunes it on `queries` [Q, D]; returns it with its kind."""
-    num_items, dim = embeddings.shape
-    target, kind = target or IndexTarget(), choose_kind(num_items, dim, budget_bytes, seed=seed)
-
-    def chunks(start: int, stop: int) -> Array:
-        return np.ascontiguousarray(embeddings[start:stop], np.float32)
-
-    index = index_of_kind(kind, num_items, dim, chunks)
-    truth = exact_positions(queries, min(target.k, num_items), num_items, chunks)
-    return tune(
-        index,
-        kind,
-        lambda rows: embeddings[rows - 1],
-        queries,
-        truth,
-        dataclasses.replace(target, k=truth.shape[1]),
-    ), kind
 
 
 def write_vectors(embeddings: Array, kind: IndexKind, folder: Path) -> None:
@@ -86,14 +54,13 @@ def write_recall(
     folder: Path,
     seed: int = 0,
     budget_bytes: int | None = None,
-    source_weights: tuple[float, ...] | None = None,
-) -> list[dict[str, Any]]:
+    verified: RecallSettings | None = None,
+) -> RecallFacts:
     """Writes into `folder` all that Recall opens beside the data stage's files, which are linked there
     before.
 
     user_embeddings [Q, M, D] are those of dataset.validation, in its order. Only the training part of the
-    histories is learned from. `source_weights` are those of a verified model; None: they are fitted. Returns
-    the index's table of tried settings.
+    histories is learned from. Sources are on, and weigh, as in a verified model; None: that is fitted.
     """
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))  # an index that was searched before sets one
     tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
@@ -103,14 +70,32 @@ def write_recall(
     counts[0] = 0
     np.save(folder / "popular.npy", np.log1p(counts).astype(np.float32))
     write_items(dataset, item_embeddings, None, folder)
-    settings = _settings(tuned.query, dataset.schema.sizes.candidates)
-    if source_weights is not None:
-        settings = dataclasses.replace(settings, source_weights=source_weights)
-    (folder / "recall.json").write_text(settings.to_json())  # Recall itself helps to fit its weights
-    if source_weights is None:
-        fitted = _with_fitted_weights(dataset, user_embeddings, folder, settings)
-        (folder / "recall.json").write_text(fitted.to_json())
-    return tuned.tried
+    more = write_sources(dataset, folder, seed)
+    settings = RecallSettings(**dataclasses.asdict(tuned.query), **more, quotas=_quotas(dataset.schema))
+    if verified is not None:
+        same = {name: getattr(verified, name) for name in ("source_weights", "off", "content_items")}
+        settings = dataclasses.replace(settings, **same)
+        (folder / "recall.json").write_text(settings.to_json())
+        return RecallFacts(tuned.tried, [], [])
+    fitting = Fitting(dataset, user_embeddings, folder)  # Recall itself helps to fit its weights
+    settings = fitting.settings(settings)
+    adds = fitting.left_out(settings)
+    (folder / "recall.json").write_text(settings.to_json())
+    return RecallFacts(tuned.tried, fitting.tried, adds)
+
+
+@dataclass(frozen=True)
+class RecallFacts:
+    """Holds what the report says of recall: rows of settings, of sources that were tried, of sources."""
+
+    tried: list[dict[str, Any]]
+    tried_sources: list[dict[str, Any]]
+    sources: list[dict[str, Any]]
+
+
+def _quotas(schema: Schema) -> dict[str, int]:
+    """Gives the places among the N candidates that are kept for each source with a quota."""
+    return {s.name: int(schema.sizes.candidates * s.quota) for s in schema.sources if s.quota is not None}
 
 
 def _write_index(
@@ -136,33 +121,3 @@ def _write_transitions(offsets: Array, item_rows: Array, num_items: int, folder:
     transitions = np.zeros(len(rows), [("rows", "<i4", rows.shape[1:]), ("scores", "<f4", scores.shape[1:])])
     transitions["rows"], transitions["scores"] = rows, scores
     np.save(folder / "transitions.npy", transitions)
-
-
-def _settings(query: QuerySettings, num_candidates: int) -> RecallSettings:
-    """Keeps places for the sources beside the index: 3/8 for transitions, 1/16 for popular."""
-    return RecallSettings(
-        **dataclasses.asdict(query),
-        transition_quota=num_candidates * 3 // 8,
-        popular_quota=num_candidates // 16,
-    )
-
-
-def _with_fitted_weights(
-    dataset: Dataset, user_embeddings: Array, folder: Path, settings: RecallSettings
-) -> RecallSettings:
-    """Fits source weights to the best NDCG@10 on (a sample of) the validation targets; embeddings weigh 1."""
-    targets = dataset.validation
-    chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:4000])
-    if not len(chosen):
-        return settings
-    offline = OfflineRecall(dataset, folder, lambda user_rows, history_ends: np.zeros(0))
-    rows, scores = offline.candidates_for(
-        user_embeddings[chosen], targets.user_rows[chosen], targets.history_ends[chosen]
-    )
-    is_target = rows == targets.item_rows[chosen][:, None]
-    column = np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1)
-    grid = [(1.0, transition, popular) for transition in _TRANSITION_WEIGHTS for popular in _POPULAR_WEIGHTS]
-    values = [
-        metrics.ndcg(metrics.ranks_from_scores(fused(rows, scores, weights), column), 10) for weights in grid
-    ]
-    return dataclasses.replace(settings, source_weights=grid[int(np.argmax(values))])

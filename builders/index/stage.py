@@ -21,6 +21,7 @@ from builders.folders import Inputs, link
 from builders.index.choice import IndexTarget
 from builders.index.offline import OfflineRecall
 from builders.index.recall_files import write_recall
+from builders.index.sources import FILES
 from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
@@ -36,11 +37,12 @@ _FROM_DATA = {  # this stage's name of a file -> the data stage's
     ENCODING: "encoding.json",
     "numbers.npy": "item_numbers.npy",
 }
-# what a release takes from this stage as it is; only a compressed index has vectors
+# what a release takes from this stage as it is; only a compressed index has vectors, some shops more sources
 SERVED_FILES = (
     *_FROM_DATA, "item_ids.npy", "index.faiss", "transitions.npy", "popular.npy", "recall.json", BASELINE,
 )  # fmt: skip
-OPTIONAL_FILES = (VECTORS,)
+OPTIONAL_FILES = (VECTORS, *FILES)
+SOURCES_FILE = "sources.json"  # what each source adds, and what was tried: for the report
 _LOST_RECALL = 0.01  # what a refit's index may find less
 
 
@@ -67,11 +69,14 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         link(inputs["data"] / source, folder / name)
     write_ids(folder / "item_ids.npy", dataset.item_ids)
     verified = inputs.get("verified_index")
-    weights = None if verified is None else _settings(verified).source_weights
-    tried = write_recall(
-        dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes, weights
+    settings = None if verified is None else _settings(verified)
+    facts = write_recall(
+        dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes, settings
     )
+    tried = facts.tried
     (folder / "tried.json").write_text(json.dumps(tried))
+    told = {"tried_sources": facts.tried_sources, "sources": facts.sources}
+    (folder / SOURCES_FILE).write_text(json.dumps(told))
     if verified is not None:
         _require_recall(tried, json.loads((verified / "tried.json").read_text()))
 

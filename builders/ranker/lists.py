@@ -16,7 +16,6 @@ from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
 from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
 from ensemble.arrays import Array
-from ensemble.contract import SOURCES
 
 _CHUNK = 4096  # lists scored at once
 
@@ -137,10 +136,9 @@ def no_scores(user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
 
 def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
     """Scores all lists, a few thousand at a time: [L, N, S] float32, 0 where padded."""
-    out = np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
-    for start in range(0, len(item_rows), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        out[part] = scores(user_rows[part], history_ends[part], item_rows[part])
+    starts = range(0, max(1, len(item_rows)), _CHUNK)  # of no list there is a piece, too: it has the width
+    parts = [slice(start, start + _CHUNK) for start in starts]
+    out = np.concatenate([scores(user_rows[part], history_ends[part], item_rows[part]) for part in parts])
     out[item_rows <= 0] = 0
     return out
 
@@ -159,7 +157,7 @@ def lists_from_targets(
     scores = (
         np.concatenate([scores for _, scores in parts])
         if parts
-        else np.zeros((0, width, len(SOURCES)), np.float32)
+        else np.zeros((0, width, len(dataset.schema.sources)), np.float32)
     )
     labels = np.where(rows > 0, (rows == targets.item_rows[:, None]).astype(np.float32), np.float32(np.nan))
     schema = dataset.schema

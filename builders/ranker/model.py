@@ -23,7 +23,6 @@ from torch.nn import functional
 from builders.data.rates import grouping
 from builders.layers import CodeEmbedding, Dropout, code_slices
 from ensemble.activity import state_width, touches_width
-from ensemble.contract import SOURCES
 from ensemble.schema import Schema, Table
 
 _FAR = -1e4  # a masked attention logit: finite in every precision
@@ -64,7 +63,7 @@ class CalibratedRanker(nn.Module):
     def __init__(self, schema: Schema):
         super().__init__()
         # 0 for sources whose scores training must not trust
-        self.register_buffer("score_gate", torch.ones(len(SOURCES)))
+        self.register_buffer("score_gate", torch.ones(len(schema.sources)))
         self.register_buffer("calibration_scale", torch.ones(len(schema.tasks)))
         self.register_buffer("calibration_bias", torch.zeros(len(schema.tasks)))
         self.register_buffer("is_binary", torch.tensor([task.kind == "binary" for task in schema.tasks]))
@@ -123,8 +122,8 @@ class Ranker(CalibratedRanker):
     def __init__(self, schema: Schema, config: RankerConfig | None = None):
         super().__init__(schema)
         c, s, tasks = config or RankerConfig(), schema.sizes, len(schema.tasks)
-        self.register_buffer("score_mean", torch.zeros(len(SOURCES)))
-        self.register_buffer("score_scale", torch.ones(len(SOURCES)))
+        self.register_buffer("score_mean", torch.zeros(len(schema.sources)))
+        self.register_buffer("score_scale", torch.ones(len(schema.sources)))
         # what a candidate's own numbers are beside all that is learned: its state, then its rates
         self.learned, own = s.item_features - s.item_rates, touches_width(schema) + s.item_rates
         for name, width in (("user_state", state_width(schema)), ("candidate_state", own)):
@@ -137,7 +136,7 @@ class Ranker(CalibratedRanker):
         self.newest_product = nn.Linear(self.learned, c.products)
         self.attended_product = nn.Linear(c.attention, c.products)
         self.item_product = nn.Linear(self.learned, 3 * c.products)
-        inside = self.learned + own + c.attention + 3 * c.products + len(SOURCES)
+        inside = self.learned + own + c.attention + 3 * c.products + len(schema.sources)
         self.candidate_in = nn.Linear(inside, c.hidden)
         self.user_in = nn.Linear(self.user.width, c.hidden, bias=False)
         self.state_in = nn.Linear(state_width(schema), c.hidden, bias=False)
@@ -151,7 +150,7 @@ class Ranker(CalibratedRanker):
             nn.Sequential(_mlp((c.expert[-1], c.tower)), nn.Linear(c.tower, 1)) for _ in range(tasks)
         )
         self.products_out = nn.Linear(3 * c.products, tasks, bias=False)
-        self.wide = nn.Linear(len(SOURCES), tasks)
+        self.wide = nn.Linear(len(schema.sources), tasks)
         self.dropout = Dropout(c.dropout)
         lasts = [tower.get_submodule("1") for tower in self.towers]
         for layer in (*lasts, self.products_out, self.wide):

@@ -18,6 +18,9 @@ features = [{name = "brand", kind = "category"}, {name = "price", kind = "number
 name = "ctr"
 kind = "binary"
 label = {column = "clicked"}
+[recall]                             # may be left out; "content" is kept only where it gains
+sources = ["user_embeddings", "transitions", "popular", "content"]
+quotas = {content = 0.2}             # share of the candidates that is kept for a source
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
+from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource
 
 SHOP_FILE = "shop.toml"
 _UNITS_S = {"s": 1, "min": 60, "h": 3_600, "d": 86_400}
@@ -166,6 +170,37 @@ class Split(_Entry):
     keep_test: bool = False
 
 
+class Recall(_Entry):
+    """Names the sources of recall: the usual three, and more. A build keeps of these what gains."""
+
+    sources: list[str] = [source.name for source in DEFAULT_SOURCES]
+    quotas: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _known_sources(self) -> Recall:
+        _refuse_repeats(self.sources, "recall.sources")
+        usual = [source.name for source in DEFAULT_SOURCES]
+        if self.sources[: len(usual)] != usual:
+            raise ValueError(f"recall.sources is {self.sources}; begin with {usual}, others behind")
+        for name in self.sources:
+            if name not in SOURCE_KINDS:
+                raise ValueError(f"recall source {name!r} is unknown; known: {', '.join(SOURCE_KINDS)}")
+        for name, share in self.quotas.items():
+            if name not in self.sources or SOURCE_KINDS[name][1] is None:
+                raise ValueError(f"recall.quotas names {name!r}, which is no source here that has a quota")
+            if not 0 <= share < 1:
+                raise ValueError(f"recall.quotas.{name} is {share}; give a share, 0 to 1")
+        if (total := sum(source.quota or 0 for source in self.listed())) >= 1:
+            raise ValueError(f"recall.quotas come to {total:g}; leave some for user_embeddings")
+        return self
+
+    def listed(self) -> tuple[RecallSource, ...]:
+        """Gives the sources with their quotas, as the schema holds them."""
+        return tuple(
+            RecallSource(name, self.quotas.get(name, SOURCE_KINDS[name][1])) for name in self.sources
+        )
+
+
 class Shop(_Entry):
     """Holds all of shop.toml."""
 
@@ -175,6 +210,7 @@ class Shop(_Entry):
     items: Entities | None = None  # None: the items are those that the interactions name
     users: Entities | None = None
     tasks: list[ShopTask] = []
+    recall: Recall = Field(default_factory=Recall)
 
     @field_validator("split", mode="before")
     @classmethod

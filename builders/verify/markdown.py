@@ -47,6 +47,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
     lines += [
         *_tasks(found.get("tasks")),
         *(baseline_lines(found) if "baselines" in found else []),
+        *source_lines(found.get("recall", {})),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",
@@ -178,6 +179,34 @@ def _next_items(ranking: dict[str, Any]) -> list[str]:
             f"{d['high']:+.5f}] (paired bootstrap over users).",
         ]
     return lines
+
+
+def source_lines(recall: Mapping[str, Any]) -> list[str]:
+    """Writes the part on recall's sources: what each adds, and which were tried and left out."""
+    rows = recall.get("sources") or []
+    lines = []
+    for tried in recall.get("tried_sources") or []:
+        if not tried["kept"]:
+            told = tried.get("why") or ", ".join(f"{name} {_sure(of)}" for name, of in tried["gain"].items())
+            lines += ["", f"Source {tried['source']} was tried and left out: {told}."]
+    if not rows:
+        return lines
+    names = list(rows[0]["adds"])
+    table = [
+        [of["source"], _number(of["quota"]), _number(of["weight"]), *(_sure(of["adds"][n]) for n in names)]
+        for of in rows
+    ]
+    head = ["source", "places kept", "weight", *(f"adds {name}" for name in names)]
+    why = (
+        f"What recall's own order loses without each source, on {rows[0]['users']:,} held-out users that its "
+        "weights were fitted on (95% intervals; the other sources weigh the same)."
+    )
+    return ["", "## What each source of recall adds", "", why, "", *_table(head, table), *lines]
+
+
+def _sure(of: Mapping[str, float]) -> str:
+    """Writes a difference with its interval."""
+    return f"{of['mean']:+.4f} [{of['low']:+.4f}, {of['high']:+.4f}]"
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, float]] | None) -> list[str]:

@@ -19,6 +19,7 @@ from builders import metrics
 from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
+from builders.index.stage import SOURCES_FILE
 from builders.progress import Progress
 from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
@@ -88,9 +89,10 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
 def served_facts(inputs: Inputs, staged: Path, verifier: Verifier) -> dict[str, Any]:
     """Gives what earlier stages told of what is served: of export, recall and compression."""
     settings = dataclasses.asdict(verifier.recall.settings)
+    told = read_json(inputs["index"] / SOURCES_FILE)
     facts = {
         "export": read_json(staged / "export.json"),
-        "recall": {**settings, "tried": read_json(inputs["index"] / "tried.json")},
+        "recall": {**settings, "tried": read_json(inputs["index"] / "tried.json"), **told},
     }
     return facts | ({"compress": read_json(staged / "compress.json")} if "compress" in inputs else {})
 

@@ -66,6 +66,17 @@ def search(view: LiveView, query: Array, depths: Array, masks: Sequence[RowMask 
     Users with the same mask and depth are searched together, and how deep is each one's own matter: an
     approximate index would find others for whoever has a batch-mate that needs more.
     """
+    return search_groups(partial(find, view), query, depths, masks)
+
+
+def search_groups(
+    find: Callable[[Array, int, RowMask | None], Found],
+    query: Array,
+    depths: Array,
+    masks: Sequence[RowMask | None],
+) -> Array:
+    """Does search() with anything that finds the best `depth` rows [Q, depth] for query [Q, D] under a
+    mask."""
     num_users, interests, embedding = query.shape
     out = np.full((num_users, interests, int(depths.max(initial=0))), -1, np.int64)
     groups: dict[tuple[int, int], list[int]] = {}
@@ -73,7 +84,7 @@ def search(view: LiveView, query: Array, depths: Array, masks: Sequence[RowMask 
         groups.setdefault((0 if mask is None else id(mask), depth), []).append(user)
     for (_, depth), users in groups.items():
         flat = np.ascontiguousarray(query[users].reshape(-1, embedding))
-        rows, _ = find(view, flat, depth, masks[users[0]])
+        rows, _ = find(flat, depth, masks[users[0]])
         out[users, :, :depth] = rows.reshape(len(users), interests, depth)
     return out
 
@@ -85,7 +96,7 @@ def find(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Foun
     assert main is not None, "recall attaches the index before the first search"
     if not view.num_slots and not view.num_stale:
         return main.search(query, depth, None if mask is None else mask.main)
-    parts = [_of_main(main, view, query, depth, mask)]
+    parts = [of_main(main, view, query, depth, mask)]
     for place, (segment, start) in enumerate(view.state.placed()):
         passing = None if mask is None else mask.segments[place]
         if len(segment):
@@ -94,7 +105,7 @@ def find(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Foun
     return merge_found(parts, depth)
 
 
-def _of_main(main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
+def of_main(main: SearchedIndex, view: LiveView, query: Array, depth: int, mask: RowMask | None) -> Found:
     """Searches the main index without what was changed or deleted since."""
     passing = None if mask is None else mask.main
     return _without_stale(
@@ -155,6 +166,12 @@ def _of_tail(view: LiveView, query: Array, depth: int, mask: RowMask | None) -> 
     rows, hidden = view.state.slot_rows[view.tail], view.superseded
     scores = query @ view.state.slots["embedding"][view.tail].T
     scores[:, hidden if mask is None else hidden | ~mask.tail] = -np.inf
+    return best_of(rows, scores, depth)
+
+
+def best_of(rows: Array, scores: Array, depth: int) -> Found:
+    """Gives about the best `depth` of rows [n] by scores [Q, n], -inf where one must not come; in any order,
+    with all that is as good as the last."""
     if len(rows) > depth:
         best = np.argpartition(-scores, depth - 1, axis=1)[:, :depth]
         chosen = np.take_along_axis(scores, best, axis=1)

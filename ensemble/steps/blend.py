@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.contract import SOURCES
 from ensemble.errors import ReleaseError
 
 BLEND = "blend.json"
@@ -32,7 +31,7 @@ class Blend:
 
     uses_tasks: bool = True
     power: float = 0.0  # of recall's relevance
-    source_weights: tuple[float, ...] = (0.0,) * len(SOURCES)  # of the fused score
+    source_weights: tuple[float, ...] = ()  # of the fused score; none: all candidates are as relevant
     slope: float = 1.0  # relevance = 1 / (1 + exp(-(slope x fused score + bias)))
     bias: float = 0.0
 
@@ -42,7 +41,8 @@ class Blend:
 
     def relevance(self, candidate_scores: Array) -> Array:
         """Gives each candidate's relevance [B, N] float32 by candidate_scores [B, N, S]."""
-        logit = candidate_scores @ np.array(self.source_weights, np.float32) * self.slope + self.bias
+        weights = np.array(self.source_weights or (0.0,) * candidate_scores.shape[2], np.float32)
+        logit = candidate_scores @ weights * self.slope + self.bias
         return (1 / (1 + np.exp(-np.clip(logit, -80, 80)))).astype(np.float32)
 
     def score(self, values: Array, candidate_scores: Array, powers: Array, uses_tasks: Array) -> Array:

@@ -3,6 +3,7 @@
     user_embeddings   the index: inner product with each interest vector (Flat; IVF, compressed or not)
     transitions       what followed the user's last items, item to item
     popular           the same list for everyone; fills what the others leave
+    content           (where a shop asks for it) what is like the user's last items, taken by nobody or not
 
 Each source offers its best; only eligible items count; an item offered twice counts once; quotas keep a place
 for each source. All candidates then get every source's score, and their order is the fused score (weights
@@ -26,7 +27,7 @@ from ensemble.options import Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall_settings import settings_from_json
 from ensemble.steps.served import ServedRelease
-from ensemble.steps.sources import STRIDE, Batch, Nearest, open_sources
+from ensemble.steps.sources import STRIDE, Batch, Nearest, Silent, open_sources
 from ensemble.telemetry import Metric
 
 _EXCLUDED = np.concatenate([[0], 1 << np.arange(6, 41, 2)])  # steps of depth: 0, 64, 256, 1024, ...
@@ -56,10 +57,6 @@ class Recall:
         self.settings = settings_from_json((release.path / "recall.json").read_text())
         self.items, self.live = release.items, release.live
         self.sources = open_sources(release, self.settings)
-        kept = sum(source.quota or 0 for source in self.sources)
-        self.quotas = [
-            self.sizes.candidates - kept if source.quota is None else source.quota for source in self.sources
-        ]
         self.item_reader = release.readers.items
         self.filters = ItemFilters(
             release.schema, release.vocabularies.get("items", {}), self.items["codes"], release.item_numbers
@@ -119,6 +116,14 @@ class Recall:
     def source(self, kind: type[Kind]) -> Kind:
         """Gives the source of this class."""
         return next(source for source in self.sources if isinstance(source, kind))
+
+    @property
+    def quotas(self) -> list[int]:
+        """Gives the places kept for each source [S]; one without a quota has what the others leave, one that
+        is off leaves its own."""
+        own = [0 if isinstance(s, Silent) else self.settings.quotas.get(s.name) for s in self.sources]
+        left = self.sizes.candidates - sum(quota or 0 for quota in own)
+        return [left if quota is None else quota for quota in own]
 
     # --- what must not come out
 
@@ -203,7 +208,7 @@ class Recall:
 
     def source_scores(self, query: Array, seen_rows: Array, rows: Array, embeddings: Array) -> Array:
         """Scores any items for the offline path: query [B, M, D], seen_rows [B, W], rows [B, N] and their
-        embeddings [B, N, D] -> [B, N, S] float32, S in the order of contract.SOURCES, 0 where padded."""
+        embeddings [B, N, D] -> [B, N, S] float32, S in the schema's order, 0 where padded."""
         return self._scores(Batch(query, seen_rows, self.live.view), rows, embeddings)
 
     def _scores(self, batch: Batch, rows: Array, embeddings: Array) -> Array:

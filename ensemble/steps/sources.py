@@ -1,11 +1,12 @@
-"""Offers candidates, one small class a source; contract.SOURCES has their names in order.
+"""Offers candidates, one small class a source; the schema has their names in order, and their quotas.
 
-A further source is a class here, in _KINDS, and a name in contract.SOURCES: `offer` gives rows best first,
-`score` judges the candidates of all sources.
+A further source is a file with its class and a line of schema.SOURCE_KINDS: `offer` gives rows best first,
+`score` judges the candidates of all sources. What its class opens, builders/index/sources.py has written.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,12 +14,13 @@ from typing import Protocol
 import numpy as np
 
 from ensemble.arrays import Array, look_up, sum_by_row, without_repeats
-from ensemble.contract import SOURCES
+from ensemble.errors import ReleaseError
 from ensemble.index.filters import RowMask
 from ensemble.index.item_index import open_main, open_segment_index, search
 from ensemble.index.main_index import QuerySettings
 from ensemble.index.probe import BASELINE, ProbeSettings, RecallProbe, read_baseline
 from ensemble.live.state import LiveView
+from ensemble.schema import SOURCE_KINDS
 from ensemble.steps.recall_settings import RecallSettings
 from ensemble.steps.served import ServedRelease
 
@@ -42,8 +44,7 @@ class Batch:
 class Source(Protocol):
     """Offers candidates and scores those of all sources; opened once on a release."""
 
-    name: str  # in contract.SOURCES
-    quota: int | None  # of the N candidates, places kept for it; None: all that the others leave
+    name: str  # in schema.SOURCE_KINDS
     fills_up: bool  # its offers beyond the quota come after everybody else's
 
     def offer(self, batch: Batch) -> Array:
@@ -57,15 +58,46 @@ class Source(Protocol):
 
 
 def open_sources(release: ServedRelease, settings: RecallSettings) -> list[Source]:
-    """Opens every source of contract.SOURCES, in order."""
-    return [_KINDS[name](release, settings) for name in SOURCES]
+    """Opens every source of the schema, in order."""
+    return [
+        Silent(name) if name in settings.off else _kind(name)(release, settings)
+        for name in release.schema.source_names
+    ]
+
+
+def _kind(name: str) -> Callable[[ServedRelease, RecallSettings], Source]:
+    """Finds the class of a source; ReleaseError where this Peregrine has none."""
+    if name not in SOURCE_KINDS:
+        raise ReleaseError(
+            f"recall source {name!r} is unknown to this Peregrine, which has {', '.join(SOURCE_KINDS)}",
+            "serve it with the Peregrine that built it",
+        )
+    module, _, kind = SOURCE_KINDS[name][0].partition(":")
+    found: Callable[[ServedRelease, RecallSettings], Source] = getattr(importlib.import_module(module), kind)
+    return found
+
+
+class Silent:
+    """Stands for a source that is switched off: it offers nothing, and its score is 0."""
+
+    fills_up = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def offer(self, batch: Batch) -> Array:
+        """Gives no rows [B, 0]."""
+        return np.zeros((len(batch.query), 0), np.int64)
+
+    def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
+        """Gives 0 for every row [B, N]."""
+        return np.zeros(rows.shape, np.float32)
 
 
 class Nearest:
     """Offers the items whose embeddings have the greatest inner product with any of a user's interests."""
 
     name, fills_up = "user_embeddings", False
-    quota: int | None = None
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
         query = QuerySettings(settings.nprobe, settings.refine_factor)
@@ -93,7 +125,6 @@ class Transitions:
     name, fills_up = "transitions", False
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
-        self.quota: int | None = settings.transition_quota
         self._num_last = settings.transition_items
         # [I + 1] {rows i4[L], scores f4[L]}
         self._lists = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)
@@ -142,7 +173,6 @@ class Popular:
     name, fills_up = "popular", True
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
-        self.quota: int | None = settings.popular_quota
         # [I + 1] float32, log(1 + events); row 0 is 0.
         self.popularity = np.asarray(np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False))
         rows = np.lexsort((np.arange(len(self.popularity)), -self.popularity))
@@ -181,8 +211,3 @@ class Popular:
             if len(rows) >= depth or length >= len(self.rows):
                 return rows[:depth]
             length *= 8
-
-
-_KINDS: dict[str, Callable[[ServedRelease, RecallSettings], Source]] = {
-    kind.name: kind for kind in (Nearest, Transitions, Popular)
-}

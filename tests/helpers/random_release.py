@@ -51,7 +51,7 @@ ENCODING = [
 ]
 TASKS = (Task("ctr", "binary"), Task("cvr", "binary", "ctr", 2.0), Task("dwell", "regression", "ctr", 0.1))
 SETTINGS = RecallSettings(
-    transition_items=3, transition_quota=8, popular_quota=3, source_weights=(1.0, 0.5, 0.1)
+    transition_items=3, quotas={"transitions": 8, "popular": 3}, source_weights=(1.0, 0.5, 0.1)
 )
 
 

@@ -4,8 +4,7 @@ import numpy as np
 
 from builders.data.dataset import Dataset, Histories, Impressions, Targets
 from builders.data.rates import with_rates
-from ensemble import contract
-from ensemble.schema import Feature, Schema, Sizes, Table, Task
+from ensemble.schema import DEFAULT_SOURCES, Feature, Schema, Sizes, Table, Task
 
 UNRATED = Sizes(seen=20, history=8, embedding=16, candidates=12, item_features=8, user_features=8)
 ITEMS = Table(
@@ -24,7 +23,7 @@ NUM_USERS, NUM_ITEMS = 60, 40
 
 def zero_scores(user_rows, history_ends, item_rows):
     """What a shop without recall says of any item."""
-    return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
+    return np.zeros((*item_rows.shape, len(DEFAULT_SOURCES)), np.float32)
 
 
 def toy_dataset(schema=SCHEMA, seed=0, num_impressions=8000):

@@ -42,7 +42,7 @@ from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
-from ensemble.schema import Schema, Task
+from ensemble.schema import DEFAULT_SOURCES, Schema, Task
 
 
 def _feeds(num_users, rng, num_candidates=SIZES.candidates):
@@ -57,7 +57,7 @@ def _feeds(num_users, rng, num_candidates=SIZES.candidates):
         "user_state": normal(num_users, state_width(SCHEMA)),
         "candidate_features": normal(num_users, num_candidates, s.item_features),
         "candidate_state": normal(num_users, num_candidates, touches_width(SCHEMA)),
-        "candidate_scores": normal(num_users, num_candidates, len(contract.SOURCES)),
+        "candidate_scores": normal(num_users, num_candidates, len(DEFAULT_SOURCES)),
     }
     return {name: torch.from_numpy(array) for name, array in feeds.items()}
 
@@ -480,12 +480,12 @@ def _blended(dataset: Dataset, known: bool):
         for line, user in enumerate(user_rows.tolist()):
             rest = rows[line][rows[line] != true[user]][: SIZES.candidates - 1]
             rows[line] = np.insert(rest, 0 if known else rng.integers(len(rest) + 1), true[user])
-        scores = np.zeros((*rows.shape, len(contract.SOURCES)), np.float32)
+        scores = np.zeros((*rows.shape, len(DEFAULT_SOURCES)), np.float32)
         scores[..., 0] = np.linspace(3, -3, SIZES.candidates)
         return rows, scores
 
     def scores(user_rows, history_ends, item_rows):
-        return np.zeros((*item_rows.shape, len(contract.SOURCES)), np.float32)
+        return np.zeros((*item_rows.shape, len(DEFAULT_SOURCES)), np.float32)
 
     return train_ranker(dataset, toy_embeddings(), scores=scores, candidates=candidates, config=BLEND_CONFIG)
 

@@ -101,9 +101,9 @@ def brute_force(
     )
     wanted, settings = recall.sizes.candidates, recall.settings
     quotas = (
-        wanted - settings.transition_quota - settings.popular_quota,
-        settings.transition_quota,
-        settings.popular_quota,
+        wanted - settings.quotas["transitions"] - settings.quotas["popular"],
+        settings.quotas["transitions"],
+        settings.quotas["popular"],
     )
     place: dict[int, tuple] = {}
     for source, rows in enumerate(offers):
@@ -255,9 +255,9 @@ def test_every_source_has_its_place(tmp_path, rng):
         Options((UserOptions(exclude_seen=False),) * 28), seen_rows=seen, user_embeddings=query
     )["candidate_rows"]
     offered, scores = recall.source(Transitions).followers(seen)
-    popular = recall.source(Popular).rows[: recall.settings.popular_quota]
+    popular = recall.source(Popular).rows[: recall.settings.quotas["popular"]]
     for user in range(28):
-        best = offered[user][scores[user] > 0][: recall.settings.transition_quota]
+        best = offered[user][scores[user] > 0][: recall.settings.quotas["transitions"]]
         assert set(best.tolist()) <= set(rows[user].tolist())
         assert set(popular.tolist()) <= set(rows[user].tolist())
 
@@ -277,7 +277,7 @@ def test_the_popular_of_a_rare_category_come_however_far_down_they_are(tmp_path,
     )
     assert len(passing) > 2 * recall.sizes.candidates
     for user in range(8):
-        assert set(passing[: recall.settings.popular_quota]) <= set(rows[user].tolist())
+        assert set(passing[: recall.settings.quotas["popular"]]) <= set(rows[user].tolist())
 
 
 @pytest.mark.parametrize("content", [b"", b"IxFI", b"nonsense" * 100])

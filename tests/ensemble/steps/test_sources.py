@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from random_release import SETTINGS, make_release, open_recall
+import pytest
+from random_release import SETTINGS, make_release, open_recall, schema_of
 
 from ensemble.arrays import without_repeats
-from ensemble.contract import SOURCES
+from ensemble.errors import ReleaseError
 from ensemble.options import default_options
-from ensemble.steps import sources
+from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource
 from ensemble.steps.sources import Batch, Nearest, Popular, Transitions
 
 
 class Favourites:
     """Offers row 7 to everyone, and scores it 9."""
 
-    name, quota, fills_up = "favourites", 1, False
+    name, fills_up = "favourites", False
 
     def __init__(self, release, settings):
         self.release = release
@@ -31,16 +32,17 @@ class Favourites:
 
 def test_the_sources_stand_in_the_contracts_order(tmp_path, rng):
     recall = open_recall(make_release(tmp_path, rng))
-    assert [source.name for source in recall.sources] == list(SOURCES)
+    assert [source.name for source in recall.sources] == ["user_embeddings", "transitions", "popular"]
     assert [type(source) for source in recall.sources] == [Nearest, Transitions, Popular]
     assert recall.quotas == [24 - 8 - 3, 8, 3]
 
 
 def test_a_further_source_is_one_class_and_one_name(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(sources, "SOURCES", (*SOURCES, "favourites"))
-    monkeypatch.setitem(sources._KINDS, "favourites", Favourites)
-    weights = dataclasses.replace(SETTINGS, source_weights=(1.0, 0.5, 0.1, 1.0))
-    recall = open_recall(make_release(tmp_path, rng, num_items=500, settings=weights))
+    monkeypatch.setitem(SOURCE_KINDS, "favourites", (f"{__name__}:Favourites", 0.1))
+    schema = dataclasses.replace(schema_of(), sources=(*DEFAULT_SOURCES, RecallSource("favourites", 0.1)))
+    quotas = {**SETTINGS.quotas, "favourites": 1}
+    settings = dataclasses.replace(SETTINGS, quotas=quotas, source_weights=(1.0, 0.5, 0.1, 1.0))
+    recall = open_recall(make_release(tmp_path, rng, num_items=500, schema=schema, settings=settings))
     query = rng.standard_normal((20, 1, 8), dtype=np.float32)
     answer = recall.run(default_options(20), seen_rows=np.full((20, 12), -1), user_embeddings=query)
     is_favourite = answer["candidate_rows"] == 7
@@ -48,6 +50,23 @@ def test_a_further_source_is_one_class_and_one_name(tmp_path, rng, monkeypatch):
     assert answer["candidate_scores"].shape == (20, 24, 4)
     np.testing.assert_array_equal(answer["candidate_scores"][..., 3], np.where(is_favourite, 9, 0))
     assert recall.quotas == [24 - 8 - 3 - 1, 8, 3, 1]
+
+
+def test_a_source_that_is_off_offers_and_says_nothing(tmp_path, rng):
+    """Its places go to the source that has what the others leave."""
+    settings = dataclasses.replace(SETTINGS, off=("transitions",))
+    recall = open_recall(make_release(tmp_path, rng, num_items=500, settings=settings))
+    assert recall.quotas == [24 - 3, 0, 3]
+    query, seen = rng.standard_normal((20, 1, 8), dtype=np.float32), rng.integers(1, 500, (20, 12))
+    answer = recall.run(default_options(20), seen_rows=seen, user_embeddings=query)
+    assert not answer["candidate_scores"][..., 1].any()
+    assert (answer["candidate_rows"] > 0).all()
+
+
+def test_a_source_of_a_later_peregrine_is_refused_by_name(tmp_path, rng):
+    schema = dataclasses.replace(schema_of(), sources=(*DEFAULT_SOURCES, RecallSource("dreams", 0.1)))
+    with pytest.raises(ReleaseError, match=r"^recall source 'dreams' is unknown to this Peregrine"):
+        open_recall(make_release(tmp_path, rng, schema=schema))
 
 
 def test_several_interests_offer_in_turns(tmp_path, rng):

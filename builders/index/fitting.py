@@ -1,0 +1,151 @@
+"""Fits how recall's sources weigh, and says what each adds: on held-out next items, as it will be served.
+
+A source beside the usual three is kept only where it gains. Weights are fitted on every second held-out
+user, the gain is judged on the others: the share of next items among the N candidates, or NDCG@10 in recall's
+order, must be surely better (95%, paired bootstrap over users), and neither surely worse. What is kept is
+then fitted on all.
+
+Axes: Q held-out targets, N candidates, S sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builders import metrics
+from builders.data.dataset import Dataset
+from builders.index.offline import OfflineRecall
+from ensemble.arrays import Array
+from ensemble.bootstrap import paired_difference
+from ensemble.schema import DEFAULT_SOURCES
+from ensemble.steps.recall import fused
+from ensemble.steps.recall_settings import RecallSettings
+
+_MOST, _MOST_LEFT_OUT = 4000, 2000  # held-out targets that weights are fitted on, and sources left out for
+_FEWEST = 50  # with fewer, a further source stays off
+_WEIGHTS: dict[str, tuple[float, ...]] = {
+    "user_embeddings": (1.0,),
+    "transitions": (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
+    "popular": (0.0, 0.1, 0.2, 0.4),
+    "content": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+}
+_LAST_ITEMS = 5  # whose content is asked for; else all that the snapshot holds of a past
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Holds the candidates of held-out users, and where the item that they took next stands."""
+
+    users: Array  # [Q] int64
+    rows: Array  # [Q, N] int64
+    scores: Array  # [Q, N, S]
+    column: Array  # [Q] int64, -1: not among the candidates
+
+    def take(self, chosen: slice) -> _Lists:
+        """Picks some of the users."""
+        return _Lists(*(getattr(self, f.name)[chosen] for f in dataclasses.fields(self)))
+
+    def gains(self, weights: tuple[float, ...]) -> Array:
+        """Gives each user's NDCG@10 [Q] in the order of the fused score."""
+        return metrics.gains(
+            metrics.ranks_from_scores(fused(self.rows, self.scores, weights), self.column), 10
+        )
+
+    def best(self, names: Sequence[str], off: Sequence[str]) -> tuple[float, ...]:
+        """Finds the weights of the sources `names` with the best NDCG@10; those that are `off` weigh 0."""
+        grid = list(itertools.product(*((0.0,) if name in off else _WEIGHTS[name] for name in names)))
+        return grid[int(np.argmax([float(self.gains(weights).mean()) for weights in grid]))]
+
+
+class Fitting:
+    """Asks the recall that lies in a folder under one setting after another."""
+
+    def __init__(self, dataset: Dataset, user_embeddings: Array, folder: Path) -> None:
+        """Takes user_embeddings [Q, M, D] of dataset.validation, in its order."""
+        targets = dataset.validation
+        self.dataset, self.folder = dataset, folder
+        self.names = dataset.schema.source_names
+        self.extra = self.names[len(DEFAULT_SOURCES) :]
+        self.chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:_MOST])
+        self.embeddings = user_embeddings[self.chosen]
+        self.tried: list[dict[str, Any]] = []
+
+    def settings(self, settings: RecallSettings) -> RecallSettings:
+        """Fits the weights, and switches off what does not gain."""
+        off = tuple(self.extra)
+        settings = dataclasses.replace(settings, off=off, source_weights=_plain(self.names))
+        if not len(self.chosen):
+            return settings
+        lists = self._lists(settings)
+        for name in self.extra:
+            settings, lists = self._with(name, settings, lists)
+        return dataclasses.replace(settings, source_weights=lists.best(self.names, settings.off))
+
+    def _with(self, name: str, before: RecallSettings, lists: _Lists) -> tuple[RecallSettings, _Lists]:
+        """Tries one more source; gives what is better, settings and lists."""
+        if len(self.chosen) < _FEWEST:
+            self.tried.append({"source": name, "kept": False, "why": "too few held-out users to tell"})
+            return before, lists
+        on = dataclasses.replace(before, off=tuple(other for other in before.off if other != name))
+        seen = self.dataset.schema.sizes.seen
+        ways = [dataclasses.replace(on, content_items=items) for items in (_LAST_ITEMS, seen)]
+        found = [self._lists(way) for way in ways]
+        half, other = slice(0, None, 2), slice(1, None, 2)
+        weights = [one.take(half).best(self.names, on.off) for one in found]
+        place = int(np.argmax([o.take(half).gains(w).mean() for o, w in zip(found, weights, strict=True)]))
+        judged, plain = found[place].take(other), lists.take(other)
+        base = lists.take(half).best(self.names, before.off)
+        gain = _gains(plain, base, judged, weights[place])
+        kept = any(of["low"] > 0 for of in gain.values()) and all(of["high"] >= 0 for of in gain.values())
+        self.tried.append({"source": name, "kept": kept, "users": len(judged.users), "gain": gain})
+        return (ways[place], found[place]) if kept else (before, lists)
+
+    def left_out(self, settings: RecallSettings) -> list[dict[str, Any]]:
+        """Says what each source that is on adds: what lists lose without it, the others weighing the same."""
+        if not len(self.chosen):
+            return []
+        most = slice(0, _MOST_LEFT_OUT)
+        every, rows = self._lists(settings, most), list[dict[str, Any]]()
+        for place, name in enumerate(self.names):
+            if name in settings.off:
+                continue
+            weights = tuple(0.0 if at == place else w for at, w in enumerate(settings.source_weights))
+            without = self._lists(dataclasses.replace(settings, off=(*settings.off, name)), most)
+            adds = _gains(without, weights, every, settings.source_weights)
+            facts = {"quota": settings.quotas.get(name), "weight": settings.source_weights[place]}
+            rows.append({"source": name, **facts, "users": len(every.users), "adds": adds})
+        return rows
+
+    def _lists(self, settings: RecallSettings, most: slice = slice(None)) -> _Lists:
+        """Asks recall under these settings about the chosen users."""
+        (self.folder / "recall.json").write_text(settings.to_json())
+        targets, chosen = self.dataset.validation, self.chosen[most]
+        offline = OfflineRecall(self.dataset, self.folder, lambda user_rows, history_ends: np.zeros(0))
+        users = targets.user_rows[chosen]
+        rows, scores = offline.candidates_for(self.embeddings[most], users, targets.history_ends[chosen])
+        is_target = rows == targets.item_rows[chosen][:, None]
+        return _Lists(users, rows, scores, np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1))
+
+
+def _gains(
+    first: _Lists, first_weights: tuple[float, ...], second: _Lists, weights: tuple[float, ...]
+) -> dict[str, dict[str, float]]:
+    """Says what the second lists have more than the first: share of next items found, and NDCG@10."""
+    pairs = {
+        f"recall@{second.rows.shape[1]}": (first.column >= 0, second.column >= 0),
+        "ndcg@10": (first.gains(first_weights), second.gains(weights)),
+    }
+    found = {name: paired_difference(*pair, second.users) for name, pair in pairs.items()}
+    return {name: {"mean": of.mean, "low": of.low, "high": of.high} for name, of in found.items()}
+
+
+def _plain(names: Sequence[str]) -> tuple[float, ...]:
+    """Gives the weights where nobody can be asked."""
+    return tuple({"user_embeddings": 1.0, "transitions": 1.0}.get(name, 0.0) for name in names)

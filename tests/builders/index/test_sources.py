@@ -1,0 +1,151 @@
+"""Which sources a shop's recall keeps: those that gain on held-out next items."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from shops import write_sequences_shop
+
+import builders.data.stage as data
+from builders.data.dataset import Dataset, open_dataset
+from builders.folders import link
+from builders.index.content import COMPONENTS, content_table
+from builders.index.recall_files import RecallFacts, write_recall
+from builders.index.stage import _FROM_DATA
+from builders.presets import preset
+from builders.verify.markdown import source_lines
+from ensemble.errors import InvalidInput
+from ensemble.release.ids import write_ids
+from ensemble.steps.content import content_vectors
+from ensemble.steps.recall_settings import RecallSettings, settings_from_json
+
+MORE = '\n[recall]\nsources = ["user_embeddings", "transitions", "popular", "content"]\n'
+
+
+def dataset_of(folder: Path, more: str = MORE, *, shuffled: bool = False) -> Dataset:
+    """A shop whose users take items of two kinds; `shuffled`: what items are called says nothing of it."""
+    shop = folder / "shop"
+    write_sequences_shop(shop, users=400, items=300)
+    (shop / "shop.toml").write_text((shop / "shop.toml").read_text() + more)
+    if shuffled:
+        items = pq.read_table(shop / "items.parquet")
+        order = np.random.default_rng(1).permutation(len(items))
+        for name in ("kind", "attributes"):
+            place = items.column_names.index(name)
+            items = items.set_column(place, name, items[name].take(order))
+        pq.write_table(items, shop / "items.parquet")
+    (folder / "none.jsonl").write_text("")
+    (folder / "data").mkdir()
+    inputs = {"shop": shop, "catalogue": folder / "none.jsonl"}
+    data.run(inputs, preset("tiny").sizes, folder / "data", lambda *told: None)
+    return open_dataset(folder / "data")
+
+
+def written(folder: Path, dataset: Dataset, verified: RecallSettings | None = None) -> RecallFacts:
+    """Writes all that recall opens into folder/index, beside encoders that know nothing."""
+    index = folder / "index"
+    index.mkdir()
+    for name, source in _FROM_DATA.items():
+        link(folder / "data" / source, index / name)
+    write_ids(index / "item_ids.npy", dataset.item_ids)
+    rng = np.random.default_rng(0)
+    items = rng.standard_normal((dataset.num_items + 1, 32), dtype=np.float32)
+    users = rng.standard_normal((len(dataset.validation.user_rows), 1, 32), dtype=np.float32)
+    return write_recall(dataset, items, users, index, verified=verified)
+
+
+def settings_in(folder: Path) -> RecallSettings:
+    return settings_from_json((folder / "index" / "recall.json").read_text())
+
+
+def test_content_is_kept_where_it_gains(tmp_path):
+    dataset = dataset_of(tmp_path)
+    facts, settings = written(tmp_path, dataset), settings_in(tmp_path)
+    [tried] = facts.tried_sources
+    assert tried["kept"]
+    assert tried["gain"]["recall@64"]["low"] > 0
+    assert settings.off == ()
+    assert settings.quotas == {"transitions": 24, "popular": 4, "content": 8}
+    assert settings.source_weights[3] > 0
+    assert [of["source"] for of in facts.sources] == list(dataset.schema.source_names)
+    assert facts.sources[3]["adds"]["ndcg@10"]["low"] > 0
+    page = "\n".join(source_lines(dataclasses.asdict(facts)))
+    assert "## What each source of recall adds" in page
+    assert "| content | 8 |" in page
+
+
+def test_content_is_left_out_where_it_says_nothing_and_recall_is_what_it_was(tmp_path):
+    dataset = dataset_of(tmp_path / "with", shuffled=True)
+    facts, settings = written(tmp_path / "with", dataset), settings_in(tmp_path / "with")
+    assert [tried["kept"] for tried in facts.tried_sources] == [False]
+    assert settings.off == ("content",)
+    assert len(facts.sources) == 3
+    assert "Source content was tried and left out: recall@64" in "\n".join(
+        source_lines(dataclasses.asdict(facts))
+    )
+    without = tmp_path / "without"
+    written(without, dataset_of(without, "", shuffled=True))
+    assert (*settings_in(without).source_weights, 0.0) == settings.source_weights
+
+
+def test_a_refit_keeps_what_the_verified_model_kept(tmp_path):
+    verified = RecallSettings(source_weights=(1.0, 2.0, 0.1, 4.0), content_items=50)
+    facts = written(tmp_path, dataset_of(tmp_path), verified)
+    settings = settings_in(tmp_path)
+    assert (settings.source_weights, settings.content_items, settings.off) == (
+        verified.source_weights,
+        50,
+        (),
+    )
+    assert not facts.tried_sources
+
+
+def test_items_with_the_same_rare_tag_are_alike_and_a_common_one_tells_less(tmp_path):
+    dataset = dataset_of(tmp_path)
+    table = content_table(dataset.schema, dataset.item_codes, COMPONENTS, 0)
+    assert table.shape == (dataset.schema.items.num_codes, COMPONENTS)
+    assert not table[0].any()
+    vectors = content_vectors(table, dataset.item_codes)
+    kind = dataset.item_codes[1:, 0]
+    alike = vectors[1:] @ vectors[1:].T
+    same = kind[:, None] == kind
+    assert alike[same].mean() > alike[~same].mean() + 0.2
+    again = content_table(dataset.schema, dataset.item_codes, COMPONENTS, 0)
+    np.testing.assert_array_equal(table, again)
+
+
+USUAL = '"user_embeddings", "transitions", "popular"'
+WRONG = {
+    f'sources = [{USUAL}, "dreams"]': "recall source 'dreams' is unknown; known:",
+    'sources = ["content"]': "begin with ['user_embeddings', 'transitions', 'popular'], others behind",
+    "quotas = {content = 0.2}": "recall.quotas names 'content', which is no source here that has a quota",
+    "quotas = {popular = 1.5}": "recall.quotas.popular is 1.5; give a share, 0 to 1",
+    "quotas = {popular = 0.7}": "recall.quotas come to 1.075; leave some for user_embeddings",
+}
+
+
+@pytest.mark.parametrize(("more", "message"), WRONG.items())
+def test_what_is_wrong_with_recall_is_said(tmp_path, more, message):
+    with pytest.raises(InvalidInput) as caught:
+        dataset_of(tmp_path, f"\n[recall]\n{more}\n")
+    assert message in str(caught.value)
+
+
+def test_content_without_categories_and_words_is_refused(tmp_path):
+    shop = tmp_path / "shop"
+    write_sequences_shop(shop, users=50, items=60)
+    text = (shop / "shop.toml").read_text()
+    (shop / "shop.toml").write_text(text[: text.index("features")] + MORE)
+    with pytest.raises(InvalidInput, match="the items have no category and no text feature"):
+        data.load_dataset(shop)
+
+
+def test_settings_of_before_are_refused_with_the_cure():
+    old = json.dumps({"nprobe": 1, "transition_quota": 96, "source_weights": [1, 1, 0]})
+    with pytest.raises(Exception, match="build the release again"):
+        settings_from_json(old)
