@@ -54,7 +54,7 @@ def recommend(schema: Schema) -> PipelineSpec:
     recall = ModelSpec(
         "recall",
         "ensemble.steps.recall:Recall",
-        tuple(t[n] for n in (*QUERY_TENSORS, *SEEN_TENSORS)),
+        tuple(t[n] for n in (*QUERY_TENSORS, *SEEN_TENSORS, "user_id")),
         tuple(t[n] for n in RECALL_OUTPUTS),
     )
     ranker = ModelSpec(

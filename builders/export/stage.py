@@ -13,7 +13,7 @@ from builders.export.feeds import engine_feeds
 from builders.export.onnx_export import export_model, reweight_model
 from builders.export.trained import Trained, open_trained
 from builders.folders import Inputs, link
-from builders.index.snapshot import write_items, write_users
+from builders.index.snapshot import write_items, write_older, write_users
 from builders.index.stage import OPTIONAL_FILES, SERVED_FILES, open_recall
 from builders.progress import Progress
 from builders.ranker.positions import POSITIONS
@@ -73,6 +73,7 @@ def _write_rows(dataset: Dataset, trained: Trained, item_embeddings: Array, fold
     """Writes the snapshot's rows of items and users, their ids and titles, and a new item's id row."""
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
     write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
+    write_older(dataset, folder)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
     np.save(folder / "item_titles.npy", dataset.item_titles)
     np.save(folder / "new_item_id_embedding.npy", trained.item_id_embeddings[:1])

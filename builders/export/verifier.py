@@ -12,6 +12,7 @@ import numpy as np
 from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets, history_windows, moments, past_windows
 from builders.index.offline import OfflineRecall
+from builders.index.snapshot import older_pasts
 from builders.index.staged import StagedRelease
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
 from builders.ranker.positions import read_positions
@@ -19,12 +20,14 @@ from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import open_engine
 from ensemble.options import default_options
+from ensemble.release.pasts import MOST
 from ensemble.release.snapshot import gather
 from ensemble.steps.features import FeatureLookup
 from ensemble.steps.reranking import Reranking
 from ensemble.steps.sources import Popular, Transitions
 
 BATCH = 64
+_AT_ONCE = 1024  # whole pasts
 EVERY_USER_BELOW = 100_000  # items; above, ranking the whole catalogue is only done for a sample of users
 SAMPLE = 2000
 
@@ -34,6 +37,7 @@ class Answer:
     """Holds what the chain answers a batch of users, and what it made it of."""
 
     tensors: Tensors  # the features step's
+    had: Array  # [B, *] int64, all that the users have had, padded with -1
     query: Array  # [B, M, D] float32, the users' embeddings
     recalled: Array  # [B, N] int64, the candidates in recall's order, padded with -1
     shown: Array  # [B, N] int64, the same candidates in the order in which they are shown
@@ -124,12 +128,12 @@ class Verifier:
         }
         if chain_only:
             return ranks
-        seen = answer.tensors["seen_rows"]
+        seen = answer.had
         scores = np.matmul(self.embeddings, answer.query.transpose(0, 2, 1)).max(axis=2)
         return ranks | {
             "user_encoder": self._rank_of(scores, seen, target),
             "popularity": self._rank_of(np.tile(self.popularity, (len(piece), 1)), seen, target),
-            "transition_knn": self._knn_ranks(seen, target),
+            "transition_knn": self._knn_ranks(answer.tensors["seen_rows"], seen, target),
         }
 
     def answer(self, user_rows: Array, history_ends: Array) -> Answer:
@@ -139,7 +143,8 @@ class Verifier:
         query = self._encode(tensors)
         queries = self.offline.queries(user_rows, {**tensors, "user_embeddings": query})
         seen = {name: tensors[name] for name in contract.SEEN_TENSORS}
-        found = self.recall.run(options, **seen, **queries)
+        older = older_pasts(self.dataset, user_rows, history_ends)
+        found = self.recall.run(options, **seen, older=older, **queries)
         ranked = self.ranker.run({name: {**tensors, **found}[name] for name in contract.RANKER_INPUTS})
         blended = np.where(
             found["candidate_rows"] > 0,
@@ -148,7 +153,7 @@ class Verifier:
         )
         order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
         shown = np.take_along_axis(found["candidate_rows"], order, axis=1)
-        return Answer(tensors, query, found["candidate_rows"], shown)
+        return Answer(tensors, self.had(user_rows, history_ends), query, found["candidate_rows"], shown)
 
     def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
         """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half.
@@ -161,19 +166,29 @@ class Verifier:
         scores[:, 0] = -np.inf
         return metrics.ranks_from_scores(scores, np.where(had_before(seen_rows, target), -1, target))
 
-    def _knn_ranks(self, seen_rows: Array, target: Array) -> Array:
+    def _knn_ranks(self, seen_rows: Array, had: Array, target: Array) -> Array:
         """Ranks by transition score alone; items without one are tied behind, by half."""
         rows, scores = self.recall.source(Transitions).followers(seen_rows)
         dense = np.zeros((len(rows), self.dataset.num_items + 1), np.float32)
         lines, columns = np.nonzero(rows > 0)
         dense[lines, rows[lines, columns]] = scores[lines, columns]
-        return self._rank_of(dense, seen_rows, target)
+        return self._rank_of(dense, had, target)
 
     def repeats(self, targets: Targets) -> float:
         """Gives the share of (a sample of) the targets that no way may show: the user has had them before."""
         of = self.sampled(targets)
-        seen = history_windows(self.dataset.histories, of.user_rows, of.history_ends, self.sizes.seen)
-        return float(had_before(seen, of.item_rows).mean()) if len(of.user_rows) else 0.0
+        if not len(of.user_rows):
+            return 0.0
+        pieces = [slice(start, start + _AT_ONCE) for start in range(0, len(of.user_rows), _AT_ONCE)]
+        had = [had_before(self.had(of.user_rows[p], of.history_ends[p]), of.item_rows[p]) for p in pieces]
+        return float(np.concatenate(had).mean())
+
+    def had(self, user_rows: Array, history_ends: Array) -> Array:
+        """Gives all that users [B] had at `history_ends` [B]: [B, longest past] int64, padded with -1; of
+        very long pasts the newest, as recall does."""
+        lengths = history_ends - self.dataset.histories.offsets[user_rows]
+        longest = int(np.clip(lengths.max(initial=0), self.sizes.seen, self.sizes.seen + MOST))
+        return history_windows(self.dataset.histories, user_rows, history_ends, longest)
 
     def task_metrics(
         self, impressions: Impressions, values: Array | None = None

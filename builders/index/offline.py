@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from builders.data.dataset import Dataset, history_windows
+from builders.index.snapshot import older_pasts
 from builders.index.staged import StagedRelease
 from ensemble.arrays import Array
 from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS
@@ -38,7 +39,7 @@ class OfflineRecall:
             if model.name not in ("features", "user_encoder")
         ]
         self.query_names = [
-            spec.name for spec in staged.model("recall").inputs if spec.name not in SEEN_TENSORS
+            spec.name for spec in staged.model("recall").inputs if spec.name not in (*SEEN_TENSORS, "user_id")
         ]
 
     def candidates(self, user_rows: Array, history_ends: Array) -> tuple[Array, Array]:
@@ -59,7 +60,8 @@ class OfflineRecall:
             queries = self.queries(
                 user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
             )
-            found = self.recall.run(default_options(len(seen)), seen_rows=seen, **queries)
+            older = older_pasts(self.dataset, user_rows[piece], history_ends[piece])
+            found = self.recall.run(default_options(len(seen)), seen_rows=seen, older=older, **queries)
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
 

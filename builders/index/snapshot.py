@@ -10,6 +10,7 @@ import numpy as np
 from builders.data.dataset import Dataset, past_windows
 from ensemble.arrays import Array
 from ensemble.options import LATEST_S
+from ensemble.release.pasts import ENDS, MOST, ROWS, Older, ragged
 from ensemble.release.snapshot import item_dtype, user_dtype
 
 _PIECE = 1 << 16  # rows
@@ -50,6 +51,29 @@ def write_users(dataset: Dataset, features: Array, rates: Array, folder: Path) -
         ):
             out[field][user_rows] = table[user_rows]
     out.flush()
+
+
+def write_older(dataset: Dataset, folder: Path) -> None:
+    """Writes what users had before the last W events of the known past, each item once a user: see
+    ensemble/release/pasts.py."""
+    ends, parts = np.zeros(dataset.num_users + 1, np.int64), [np.zeros(0, np.int32)]
+    for start in range(0, dataset.num_users + 1, _PIECE):
+        user_rows = np.arange(start, min(start + _PIECE, dataset.num_users + 1))
+        found = older_pasts(dataset, user_rows, np.asarray(dataset.known_ends[user_rows]))
+        key = np.unique(found.owners << 32 | found.rows)
+        ends[user_rows] = np.bincount(key >> 32, minlength=len(user_rows))
+        parts.append((key & 0xFFFFFFFF).astype(np.int32))
+    np.save(folder / ENDS, np.cumsum(ends))
+    np.save(folder / ROWS, np.concatenate(parts))
+
+
+def older_pasts(dataset: Dataset, user_rows: Array, history_ends: Array) -> Older:
+    """Gives what users [L] had before the last W events that end at `history_ends` [L]; of very long pasts
+    the newest."""
+    begin = np.asarray(dataset.histories.offsets[user_rows])
+    stops = np.maximum(begin, history_ends - dataset.schema.sizes.seen)
+    owners, places = ragged(np.maximum(begin, stops - MOST), stops)
+    return Older(owners, np.asarray(dataset.histories.item_rows[places]).astype(np.int64))
 
 
 def _mapped(path: Path, dtype: np.dtype, num_rows: int) -> np.memmap:

@@ -75,8 +75,11 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     )
     tried = facts.tried
     (folder / "tried.json").write_text(json.dumps(tried))
-    told = {"tried_sources": facts.tried_sources, "sources": facts.sources}
-    (folder / SOURCES_FILE).write_text(json.dumps(told))
+    if verified is None:
+        told = {"tried_sources": facts.tried_sources, "sources": facts.sources}
+        (folder / SOURCES_FILE).write_text(json.dumps(told))
+    else:
+        link(verified / SOURCES_FILE, folder / SOURCES_FILE)
     if verified is not None:
         _require_recall(tried, json.loads((verified / "tried.json").read_text()))
 

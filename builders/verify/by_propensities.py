@@ -68,7 +68,7 @@ def _lists(verifier: Verifier, shown: Impressions) -> dict[str, Array]:
     parts = []
     for start in range(0, len(asked), BATCH):
         answer = verifier.answer(*asked[start : start + BATCH].T)
-        seen = answer.tensors["seen_rows"]
+        seen = answer.had
         parts.append(
             {
                 "chain": answer.shown[:, :PLACES],

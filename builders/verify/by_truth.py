@@ -70,7 +70,7 @@ def by_truth(verifier: Verifier, file: Path) -> Worth | str:
     for start in range(0, len(rows), BATCH):
         piece = slice(start, start + BATCH)
         answer = verifier.answer(targets.user_rows[piece], targets.history_ends[piece])
-        seen = answer.tensors["seen_rows"]
+        seen = answer.had
         lists = {
             "chain": answer.shown[:, :PLACES],
             "recall": answer.recalled[:, :PLACES],

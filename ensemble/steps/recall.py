@@ -24,6 +24,7 @@ from ensemble.index.filters import ItemFilters, RowMask
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
 from ensemble.options import Options
+from ensemble.release.pasts import Older, Pasts
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall_settings import settings_from_json
 from ensemble.steps.served import ServedRelease
@@ -56,6 +57,7 @@ class Recall:
         self.schema, self.sizes = release.schema, release.schema.sizes
         self.settings = settings_from_json((release.path / "recall.json").read_text())
         self.items, self.live = release.items, release.live
+        self.pasts = Pasts(release)
         self.sources = open_sources(release, self.settings)
         self.item_reader = release.readers.items
         self.filters = ItemFilters(
@@ -69,13 +71,21 @@ class Recall:
         seen_rows: Array,
         seen_kinds: Array | None = None,
         seen_recencies: Array | None = None,
+        user_id: Array | None = None,
+        older: Older | None = None,
         **queries: Array,
     ) -> Tensors:
-        """Finds candidates: seen_* [B, W] and query tensors [B, *, D] float32 -> candidate_* [B, N…]
-        (contract.py). Without kinds and recencies nothing is said of what a user did with a candidate."""
+        """Finds candidates: seen_* [B, W], user_id [B, 1] and query tensors [B, *, D] float32 ->
+        candidate_* [B, N…] (contract.py).
+
+        Without kinds and recencies nothing is said of what a user did with a candidate. What a user had
+        before seen_rows is `older`; if not given, what the release knows by user_id.
+        """
         query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
         view = self.live.refresh()
-        excluded = self._excluded(options, seen_rows, view)
+        if older is None and user_id is not None:
+            older = self.pasts.older(user_id[:, 0], seen_rows)
+        excluded = self._excluded(options, seen_rows, older, view)
         depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
         masks = self.filters.masks([user.filter for user in options.users], view)
         batch = Batch(query, seen_rows, view, masks, depths)
@@ -127,11 +137,14 @@ class Recall:
 
     # --- what must not come out
 
-    def _excluded(self, options: Options, seen_rows: Array, view: LiveView) -> Array:
+    def _excluded(self, options: Options, seen_rows: Array, older: Older | None, view: LiveView) -> Array:
         """Gives sorted keys (user * STRIDE + row) [X] int64 of items that a user excludes, or has seen and
         will not have again."""
         users, columns = np.nonzero((seen_rows > 0) & options.exclude_seen[:, None])
         keys = users * STRIDE + seen_rows[users, columns]
+        if older is not None and len(older.owners):
+            again = options.exclude_seen[older.owners]
+            keys = np.concatenate([keys, older.owners[again] * STRIDE + older.rows[again]])
         owners, ids = options.ids("exclude_items")
         if len(owners):
             keys = np.concatenate([keys, owners * STRIDE + view.rows_from_ids(ids)])

@@ -15,6 +15,7 @@ import numpy as np
 from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.export.verifier import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
+from builders.index.snapshot import older_pasts
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import CHUNK
@@ -137,7 +138,9 @@ def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) 
     tensors |= verifier.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})
     queries = verifier.offline.queries(user_rows, tensors)
     seen = {name: tensors[name] for name in contract.SEEN_TENSORS}
-    return tensors | verifier.recall.run(default_options(len(user_rows)), **seen, **queries)
+    older = older_pasts(verifier.dataset, user_rows, history_ends)
+    options = default_options(len(user_rows))
+    return tensors | verifier.recall.run(options, **seen, older=older, **queries)
 
 
 def in_chunks(run: Run, feeds: Tensors) -> Array:
