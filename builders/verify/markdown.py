@@ -7,6 +7,7 @@ from typing import Any
 
 from builders.data.dataset import Dataset
 from builders.verify.baselines import baseline_lines
+from builders.verify.newcomers import newcomer_lines
 
 WAYS = {
     "chain": "the whole chain (what is served)",
@@ -48,6 +49,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         *_tasks(found.get("tasks")),
         *(baseline_lines(found) if "baselines" in found else []),
         *source_lines(found.get("recall", {})),
+        *(newcomer_lines(found["newcomers"]) if found.get("newcomers") else []),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",

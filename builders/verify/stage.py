@@ -25,6 +25,7 @@ from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baseline
 from builders.verify.by_truth import knowable_figures
 from builders.verify.canary import canary_of
 from builders.verify.markdown import markdown, worth_shortfalls
+from builders.verify.newcomers import newcomers
 from builders.verify.values import Worth
 from builders.verify.worth import worth_of
 from ensemble.arrays import Array
@@ -53,6 +54,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     users, ranks = verifier.ranks(targets, progress)
     report["ranking"] = ranking_report(users, ranks, dataset.schema.sizes.candidates)
     report["ranking"]["repeats"] = verifier.repeats(dataset.test)
+    report["newcomers"] = newcomers(dataset, verifier, targets, ranks, worth) if len(users) else {}
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         values = verifier.impression_probabilities(dataset.test_impressions)

@@ -1,0 +1,112 @@
+"""Figures of new and of well-known items and users, against plain loops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from builders.data.dataset import Histories, Targets
+from builders.export.verifier import BATCH
+from builders.verify.newcomers import GROUPS, newcomer_lines, newcomers
+from builders.verify.values import Worth
+
+ITEMS, USERS = 50, 150
+
+
+def group_of(count: int) -> str:
+    return GROUPS[0 if count == 0 else 1 if count <= 5 else 2 if count <= 30 else 3]
+
+
+class Lists:
+    """A verifier that shows each user the ten items behind the user's own number."""
+
+    def answer(self, user_rows, history_ends):
+        assert len(user_rows) <= BATCH
+        shown = 1 + (user_rows[:, None] * 3 + np.arange(24)) % ITEMS
+        shown[user_rows % 7 == 0, 4:] = -1  # a short list
+        return SimpleNamespace(shown=shown)
+
+
+def shop(rng):
+    lengths = rng.choice([0, 2, 9, 60], USERS + 1)
+    lengths[0] = 0
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = 1 + (rng.random(offsets[-1]) ** 3 * (ITEMS - 8)).astype(np.int64)  # the last ones nobody takes
+    times = np.concatenate([np.sort(rng.integers(1, 1000, n)) for n in lengths])
+    trained = offsets[:-1] + (lengths * 0.8).astype(np.int64)
+    sizes = SimpleNamespace(candidates=24)
+    dataset = SimpleNamespace(
+        histories=Histories(offsets, rows, times, np.ones(len(rows), np.uint8)),
+        train_ends=trained,
+        num_items=ITEMS,
+        schema=SimpleNamespace(sizes=sizes),
+    )
+    users = rng.integers(1, USERS + 1, 200)
+    targets = Targets(users, trained[users], rng.integers(1, ITEMS + 1, 200))
+    ranks = {way: rng.choice([0, 3, 9, 10, 23, np.inf], 200) for way in ("chain", "recall")}
+    return dataset, targets, ranks
+
+
+def test_each_group_has_its_own_figures(rng):
+    dataset, targets, ranks = shop(rng)
+    found = newcomers(dataset, Lists(), targets, ranks, "no truth")
+    counts = np.zeros(ITEMS + 1, int)
+    for user in range(1, USERS + 1):
+        for place in range(dataset.histories.offsets[user], dataset.train_ends[user]):
+            counts[dataset.histories.item_rows[place]] += 1
+    known = [
+        int(end - dataset.histories.offsets[user])
+        for user, end in zip(targets.user_rows, targets.history_ends, strict=True)
+    ]
+    of = {
+        "items": [group_of(counts[item]) for item in targets.item_rows],
+        "users": [group_of(count) for count in known],
+    }
+    for what, groups in of.items():
+        for group in GROUPS:
+            mine = [place for place, own in enumerate(groups) if own == group]
+            figures = found[what][group]
+            assert figures["targets"] == len(mine)
+            if mine:
+                assert figures["recall@24"] == np.mean([ranks["recall"][place] < 24 for place in mine])
+                assert figures["hr@10"] == np.mean([ranks["chain"][place] < 10 for place in mine])
+            else:
+                assert figures["recall@24"] is None
+    shown = [
+        group_of(counts[item])
+        for user in targets.user_rows
+        for item in Lists().answer(np.array([user]), None).shown[0, :10].tolist()
+        if item > 0
+    ]
+    for group in GROUPS:
+        assert found["items"][group]["of_places"] == np.mean([own == group for own in shown])
+        everything = [group_of(count) for count in counts[1:]]
+        assert found["items"][group]["of_items"] == np.mean([own == group for own in everything])
+    assert found["items"]["0"]["of_places"] > 0
+    assert found["items"]["0"]["targets"] > 0
+
+
+def test_worth_is_told_by_what_was_known_at_the_time(rng):
+    dataset, targets, ranks = shop(rng)
+    users = rng.integers(1, USERS + 1, 300)
+    times, values = rng.integers(0, 1100, 300), rng.random((300, 2))
+    worth = Worth("replay", "", users, np.zeros(300, np.int64), times, {"chain": values})
+    found = newcomers(dataset, Lists(), targets, ranks, worth)
+    before = [
+        int((dataset.histories.times[slice(*dataset.histories.offsets[user : user + 2])] < time).sum())
+        for user, time in zip(users, times, strict=True)
+    ]
+    for group in GROUPS:
+        mine = [values[place, 0] for place, count in enumerate(before) if group_of(count) == group]
+        assert found["users"][group]["worth_rows"] == len(mine) > 0
+        np.testing.assert_allclose(found["users"][group]["worth"], np.mean(mine))
+        assert "worth" not in found["items"][group], "a moment of the log has no next item"
+
+
+def test_the_page_has_a_row_for_each_group(rng):
+    dataset, targets, ranks = shop(rng)
+    lines = newcomer_lines(newcomers(dataset, Lists(), targets, ranks, "no truth"))
+    assert sum(line.startswith("| 1 to 5 |") for line in lines) == 2
+    head = next(line for line in lines if line.startswith("| events of the item |"))
+    assert head.endswith("| of items | of places |")
