@@ -16,6 +16,7 @@ from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
 from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
 from ensemble.arrays import Array
+from ensemble.schema import Schema
 
 _CHUNK = 4096  # lists scored at once
 
@@ -128,10 +129,12 @@ def _best_width(group_sizes: Array) -> int:
     return min(widths, key=lambda width: int(np.ceil(group_sizes / width).sum()) * (width + 4))
 
 
-def no_scores(user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
-    """Gives nothing of recall's scores [L, N, S]: all its sources have counted the very clicks that label the
-    training impressions. In a shop of few clicks an item even its plain count tells them."""
-    return np.zeros((*item_rows.shape, len(SOURCES)), np.float32)
+def no_scores(schema: Schema) -> ScoreFunction:
+    """Makes what gives nothing of recall's scores [L, N, S]: its sources have counted the very clicks that
+    label the training impressions. In a shop of few clicks an item even its plain count tells them."""
+    return lambda user_rows, history_ends, item_rows: np.zeros(
+        (*item_rows.shape, len(schema.sources)), np.float32
+    )
 
 
 def score_in_chunks(scores: ScoreFunction, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:

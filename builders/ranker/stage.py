@@ -32,7 +32,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     checkpoint."""
     dataset = open_dataset(inputs["data"])
     recall, item_embeddings = open_recall(inputs, dataset)
-    scores = recall.scores if dataset.train_impressions is None else no_scores
+    scores = recall.scores if dataset.train_impressions is None else no_scores(dataset.schema)
     verified, span = inputs.get("verified_ranker"), _span(dataset)
     if verified is not None:
         trained = refit_ranker(
