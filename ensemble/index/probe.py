@@ -21,6 +21,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.index.filters import RowMask
+from ensemble.index.main_index import MainIndex
 from ensemble.live.state import LiveView
 
 _WAITING = 64  # queries; a probe that cannot keep up samples less
@@ -78,6 +79,19 @@ def _occupancy(queries: Array, centres: Array) -> Array:
     """Gives the share of queries [Q, D] nearest to each of centres [C, D]: [C]."""
     nearest = np.argmax(queries @ centres.T - 0.5 * (centres**2).sum(axis=1), axis=1)
     return np.bincount(nearest, minlength=len(centres)) / max(1, len(queries))
+
+
+def _embeddings(view: LiveView, rows: Array) -> Array:
+    """Gives the embeddings [n, D] of rows [n], as the index itself scores them.
+
+    A compressed index has them in a file of its own, a quarter or less of the items' rows: reading those, all
+    of them, would fill the memory that the index was compressed to save.
+    """
+    main = view.state.main
+    if not isinstance(main, MainIndex) or not main.query.refine_factor:
+        return view.gather(rows, "embedding")
+    own, slots = view.split(rows)
+    return view.put_slots(main.vectors(np.maximum(own, 0)), slots, "embedding")
 
 
 class RecallProbe:
@@ -149,7 +163,7 @@ class RecallProbe:
         for start in range(0, len(rows), 1 << 14):
             piece = rows[start : start + (1 << 14)]
             best = np.concatenate([best, piece])
-            best_scores = np.concatenate([best_scores, view.gather(piece, "embedding") @ query])
+            best_scores = np.concatenate([best_scores, _embeddings(view, piece) @ query])
             order = np.lexsort((best, -best_scores))[:depth]
             best, best_scores = best[order], best_scores[order]
         return best, best_scores

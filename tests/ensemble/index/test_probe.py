@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from random_release import SETTINGS, make_release, open_recall
+from random_release import SETTINGS, make_release, open_again, open_recall, write_item_encoder
 
-from ensemble.index.probe import BASELINE, baseline
+from ensemble.index.item_index import VECTORS
+from ensemble.index.probe import BASELINE, _embeddings, baseline
+from ensemble.index.vectors import packed_vectors
+from ensemble.live.writer import ItemWriter
 from ensemble.options import default_options
 from ensemble.steps.sources import Nearest
 
@@ -58,6 +61,30 @@ def test_an_index_asked_too_shallowly_raises_the_alarm(tmp_path, rng):
     found = asked(tmp_path, rng, rng.standard_normal((120, 8)).astype(np.float32), index="IVF32,Flat")
     assert found["recall_at_n"] < 0.7
     assert found["recall_alarm"] == 1.0
+
+
+def test_a_compressed_index_is_probed_by_its_own_vectors(tmp_path, rng):
+    """The items' rows, which take many times as much memory, are not read; what is live counts as it is."""
+    settings = dataclasses.replace(EVERY, nprobe=8, refine_factor=50)
+    release = make_release(tmp_path, rng, num_items=2000, index="IVF8,PQ4x4fsr", settings=settings)
+    np.save(release.path / VECTORS, packed_vectors(release.items["embedding"], "fp16"))
+    write_item_encoder(release)
+    loved = {"item_id": "loved", "brand": "brand1", "item_embedding": [9.0] * 8}
+    ItemWriter(release).apply([{"op": "add", "item": loved}])
+    recall = open_recall(open_again(release))
+    view = recall.live.refresh()
+    poisoned = np.array(view.state.items)
+    poisoned["embedding"] = rng.standard_normal(poisoned["embedding"].shape)
+    view.state.items = poisoned
+    probe = recall.source(Nearest).probe
+    query = np.abs(rng.standard_normal((30, 1, 8), dtype=np.float32))
+    recall.run(default_options(30), seen_rows=np.full((30, 12), -1), user_embeddings=query)
+    probe.wait()
+    figures = probe.metrics()
+    assert figures["recall_probed"] > 0
+    assert figures["recall_at_n"] > 0.99
+    row = int(view.rows_from_ids(np.array([b"loved"]))[0])
+    assert _embeddings(view, np.array([row]))[0].tolist() == [9.0] * 8
 
 
 def test_the_alarm_is_told_again_however_long_it_lasts(tmp_path, rng, monkeypatch, caplog):
