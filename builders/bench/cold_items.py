@@ -38,7 +38,9 @@ from builders.presets import preset
 from builders.shop.shop_toml import SHOP_FILE
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, PeregrineError
-from ensemble.steps.recall import fused
+from ensemble.steps.content import Content
+from ensemble.steps.recall import Recall, fused
+from ensemble.steps.sources import Batch, Nearest
 
 SHOP = """name = "citeulike"
 split = "leave_one_out"
@@ -136,7 +138,7 @@ def truth_of(source: Path, dataset: Dataset) -> Truth:
 def measure(folders: dict[str, Path], source: Path) -> dict[str, dict[str, float]]:
     """Asks about every user of the test: {way: {figure: value}}."""
     dataset = open_dataset(folders["data"])
-    offline, _ = open_recall(folders, dataset)
+    offline, embeddings = open_recall(folders, dataset)
     truth, recall = truth_of(source, dataset), offline.recall
     weights = {"all sources": recall.settings.source_weights}
     for place, name in enumerate(dataset.schema.source_names):
@@ -151,7 +153,9 @@ def measure(folders: dict[str, Path], source: Path) -> dict[str, dict[str, float
             dataset.histories, users, ends, int((ends - dataset.histories.offsets[users]).max())
         )
         rows = np.broadcast_to(every, (len(users), len(every)))
-        scores = offline.scores(users, ends, rows)
+        seen = had[:, -dataset.schema.sizes.seen :]
+        query = offline.encode_users(users, ends)
+        scores = _scores(recall, Batch(query, seen, recall.live.view), rows, embeddings[1:])
         for way, of in weights.items():
             one = np.concatenate([np.full((len(users), 1), -np.inf), fused(rows, scores, of)], axis=1)
             np.put_along_axis(one, np.maximum(had, 0), -np.inf, axis=1)
@@ -163,6 +167,24 @@ def measure(folders: dict[str, Path], source: Path) -> dict[str, dict[str, float
         shown = np.take_along_axis(right, np.maximum(candidates, 0), axis=1).sum(axis=1)
         parts.setdefault("candidates: of all", []).append(shown)
     return _figures({name: np.concatenate(found) for name, found in parts.items()}, truth.is_true.sum(axis=1))
+
+
+def _scores(recall: Recall, batch: Batch, rows: Array, embeddings: Array) -> Array:
+    """Gives every source's score of every item [Q, I, S]: rows [Q, I] are all items, embeddings [I, D].
+
+    What is an inner product is one product of matrices here; as recall does it, each user would gather every
+    item's vector.
+    """
+    scores = np.zeros((*rows.shape, len(recall.sources)), np.float32)
+    for place, source in enumerate(recall.sources):
+        if isinstance(source, Nearest):
+            scores[..., place] = (batch.query @ embeddings.T).max(axis=1)
+        elif isinstance(source, Content):
+            vectors = source.vectors[1:].astype(np.float32)
+            scores[..., place] = source.query(batch) @ vectors.T
+        else:
+            scores[..., place] = source.score(batch, rows, np.zeros(0))
+    return scores
 
 
 def _found(scores: Array, right: Array) -> Array:

@@ -51,17 +51,17 @@ class Content:
         release.verify_data(TABLE, VECTORS, INDEX)
         self._table = np.load(release.path / TABLE, mmap_mode="r", allow_pickle=False)
         # [I + 1, E] float16, by row
-        self._vectors = np.load(release.path / VECTORS, mmap_mode="r", allow_pickle=False)
-        index = open_index(release.path / INDEX, len(self._vectors) - 1, self._vectors.shape[1])
+        self.vectors = np.load(release.path / VECTORS, mmap_mode="r", allow_pickle=False)
+        index = open_index(release.path / INDEX, len(self.vectors) - 1, self.vectors.shape[1])
         query = QuerySettings(settings.content_nprobe, settings.content_refine_factor)
-        self._index = MainIndex(index, lambda rows: self._vectors[rows].astype(np.float32), query)
+        self._index = MainIndex(index, lambda rows: self.vectors[rows].astype(np.float32), query)
         self._num_last, self._wanted = settings.content_items, settings.quotas.get(self.name, 0)
         self._candidates = release.schema.sizes.candidates
         self._live: tuple[LiveState | None, Array] = None, np.zeros((0, 0), np.float32)
 
     def offer(self, batch: Batch) -> Array:
         """Gives rows [B, deepest]: as many as its quota, and as many more as the user excludes."""
-        query = self._query(batch)
+        query = self.query(batch)
         depths = np.maximum(batch.depths - self._candidates + self._wanted, 1)
 
         def find(asked: Array, depth: int, mask: RowMask | None) -> Found:
@@ -72,9 +72,9 @@ class Content:
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
         """Gives the mean cosine with the user's last items [B, N]; 0 where nothing is known of either."""
-        return np.matmul(self._of_rows(batch.view, rows), self._query(batch)[:, :, None])[..., 0]
+        return np.matmul(self._of_rows(batch.view, rows), self.query(batch)[:, :, None])[..., 0]
 
-    def _query(self, batch: Batch) -> Array:
+    def query(self, batch: Batch) -> Array:
         """Gives the mean of the last items' vectors [B, E], computed once a batch; 0 without a past."""
         if self.name not in batch.lists:
             last = batch.seen_rows[:, -self._num_last :]
@@ -86,7 +86,7 @@ class Content:
     def _of_rows(self, view: LiveView, rows: Array) -> Array:
         """Gives the content vectors of rows [B, N] as they are now: [B, N, E] float32, 0 where padded."""
         own, slots = (np.maximum(rows, 0), np.zeros(0)) if view.is_as_built else view.split(rows)
-        vectors = self._vectors[np.maximum(own, 0)].astype(np.float32)
+        vectors = self.vectors[np.maximum(own, 0)].astype(np.float32)
         if slots.any():
             here = slots > 0
             vectors[here] = self._of_slots(view)[slots[here] - 1]

@@ -9,7 +9,10 @@ from real_data import real_data
 
 from builders.bench import cold_items
 from builders.bench.cold_items import main, truth_of, write_shop
+from builders.data.dataset import history_windows, open_dataset
 from builders.data.stage import load_dataset
+from builders.index.stage import open_recall
+from ensemble.steps.sources import Batch
 
 
 def small(folder):
@@ -40,6 +43,17 @@ def test_cold_items_are_found_by_their_tags(tmp_path, capsys, monkeypatch):
     assert figures["content"]["recall@60_among_cold"] > 0.9
     assert set(figures) == {"all sources", "user_embeddings", "content", "candidates"}
     assert all(0 <= value <= 1 for of in figures.values() for value in of.values())
+
+    folders = {name: tmp_path / "out" / name for name in ("data", "encoders", "index")}
+    dataset = open_dataset(folders["data"])
+    offline, embeddings = open_recall(folders, dataset)
+    users = np.arange(1, 6)
+    ends = dataset.known_ends[users]
+    rows = np.tile(np.arange(1, dataset.num_items + 1), (5, 1))
+    seen = history_windows(dataset.histories, users, ends, dataset.schema.sizes.seen)
+    batch = Batch(offline.encode_users(users, ends), seen, offline.recall.live.view)
+    scores = cold_items._scores(offline.recall, batch, rows, embeddings[1:])
+    np.testing.assert_allclose(scores, offline.scores(users, ends, rows), atol=1e-4)
 
 
 def test_the_split_is_read_to_the_pair(tmp_path):
