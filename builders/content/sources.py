@@ -5,6 +5,7 @@ Nothing is fetched here or later.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from builders.keys import SOURCES
 from builders.shop.shop_toml import HASHED, FeatureColumn, open_shop
 from ensemble.content.encoder import IMAGE, TEXT
 from ensemble.errors import InvalidInput
@@ -28,6 +30,13 @@ _PACKAGES = {
 MODELS = {"text": TEXT, "image": IMAGE}
 _NEEDED = ("config.json", "model.safetensors")
 _READ = (*_NEEDED, "tokenizer.json", "preprocessor_config.json", "sentence_bert_config.json")
+_LIBRARIES = ("transformers", "tokenizers", "pillow", "onnxruntime", "efficientnet-lite-pytorch")
+_CODE = (
+    "builders/content/models.py",
+    "ensemble/content/encoder.py",
+    "ensemble/content/pictures.py",
+    "ensemble/content/texts.py",
+)
 _PICKLED = ("pytorch_model.bin", "model.bin", "pytorch_model.pt", "model.pth")
 
 
@@ -94,19 +103,17 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
         _require_checkpoint(where, folder, feature.kind)
         names = [one for one in _READ if (folder / one).is_file()]
     lines = [f"{one} {file_sha256(folder / one)}" for one in names]
-    facts = "\n".join([model, str(_library_versions()), *lines])
+    facts = "\n".join([model, *_what_encodes(), *lines])
     return Source(name, model, folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
 
 
-def _library_versions() -> dict[str, str]:
-    """Gives the versions of what reads checkpoints and pictures: another one may encode otherwise."""
-    versions = {}
-    for name in ("transformers", "tokenizers", "pillow", "onnxruntime", "efficientnet-lite-pytorch"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = ""
-    return versions
+def _what_encodes() -> list[str]:
+    """Gives the digests of the code, and the versions of the libraries, that decide what a vector is."""
+    facts = [file_sha256(SOURCES / path) for path in _CODE]
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            facts.append(f"{name} {version(name)}")
+    return facts
 
 
 def read_config(source: Source, name: str = "config.json") -> dict[str, Any]:
