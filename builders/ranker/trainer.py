@@ -22,6 +22,7 @@ from builders.ranker.positions import PositionBias
 from ensemble.arrays import Array
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
+_STEPS = 150  # of an epoch, where its batches are large enough
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RankerTraining:
     model: RankerConfig = field(default_factory=RankerConfig)
     epochs: float = 5  # at most; learning rates fall linearly to 0 over them
     patience: int = 3  # epochs without a better validation before it stops
-    batch: int = 2048
+    batch: int = 2048  # at most: a small log is cut finer, so that an epoch has steps enough
     learning_rate: float = 6e-3
     weight_decay: float = 0.1
     row_rate: float = 1e-4  # learning rate of user and item rows; faster, they learn single clicks by heart
@@ -69,6 +70,13 @@ def with_tried_rows(config: RankerTraining, tried: list[dict[str, float]]) -> Ra
     if not tried:
         return config
     return replace(config, row_rate=tried[0]["row_rate"], id_dropout=tried[0]["id_dropout"])
+
+
+def num_batches_of(num_candidates: int, most: int) -> int:
+    """Cuts an epoch into batches of at most `most` candidates; into more of at least a quarter of that, so
+    that there are 150 if there can be: a log of 60,000 rows has learned little in thirty steps."""
+    finer = min(_STEPS, round(4 * num_candidates / most))
+    return max(1, round(num_candidates / most), finer)
 
 
 BASE_TRAINING = RankerTraining()
@@ -292,7 +300,7 @@ class RankerTrainer:
         """Passes once over the lists in random order; `epoch` is the place in the schedule, from 0."""
         self.trained.train()
         order = self.rng.permutation(len(lists))
-        num_batches = max(1, round(lists.item_rows.size / self.config.batch))
+        num_batches = num_batches_of(lists.item_rows.size, self.config.batch)
         for step, part in enumerate(np.array_split(order, num_batches)):
             self._set_rates(1 - (epoch + step / num_batches) / self.config.epochs)
             batch = lists.take(part)

@@ -38,7 +38,7 @@ from builders.ranker.model import (
     num_parameters,
 )
 from builders.ranker.refit import refit_ranker
-from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean
+from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean, num_batches_of
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
@@ -541,3 +541,7 @@ def test_auc_within_counts_pairs_of_one_user(rng):
             right, total = right + (scores[a] > scores[b]), total + 1
     assert auc_within(users, scores, labels) == right / total
     assert auc_within(users, scores, np.zeros(60, bool)) == 0.5
+
+
+def test_a_small_log_is_cut_into_finer_batches_of_a_quarter_at_least():
+    assert [num_batches_of(n, 2048) for n in (10, 60_000, 77_000, 1_000_000)] == [1, 117, 150, 488]
