@@ -86,7 +86,7 @@ def generate_shop(
         _write_items(rng, folder, catalogue, with_images)
         _write_users(folder, people)
         text = SHOP_TOML.format(position="" if plain else POSITION_TOML)
-        text += f'encoder = "{MINILM}"\n' if encoders else ""
+        text += TITLE_FEATURE.format(encoder=MINILM) if encoders else ""
         if with_images:
             text += IMAGE_FEATURE + (f'encoder = "{EFFICIENTNET}"\n' if encoders else "")
         text += TASKS_TOML
@@ -227,6 +227,13 @@ column = "title"
 kind = "text"
 """
 POSITION_TOML = 'position = "position"  # the place where an item was shown, 1 = first\n'
+# beside its words: recall's content source and the ranker read those
+TITLE_FEATURE = """
+[[items.features]]
+name = "title"
+kind = "text"
+encoder = "{encoder}"
+"""
 IMAGE_FEATURE = """
 [[items.features]]
 name = "image"
