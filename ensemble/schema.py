@@ -151,6 +151,8 @@ class Schema:
     encoders: tuple[EncoderSizes, ...] = ()  # of items' texts and pictures, by name
     version: int = SCHEMA_VERSION
     sources: tuple[RecallSource, ...] = DEFAULT_SOURCES  # of recall, in the order of candidate_scores
+    # How popular recall holds an item that nobody has taken yet: as the least one, or as the middle one
+    new_items: Literal["last", "median"] = "last"
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -195,4 +197,5 @@ def schema_from_json(text: str) -> Schema:
         sources=tuple(RecallSource(**source) for source in raw["sources"])
         if "sources" in raw
         else DEFAULT_SOURCES,
+        new_items=raw.get("new_items", "last"),
     )

@@ -2,9 +2,10 @@
 
     python -m builders.bench.cold_items DATA_DIR --out DIR --epochs 8
 
-DATA_DIR holds the folder cold_citeulike. DIR gets the shop, with `content` among the sources of recall, and
-the stages data, encoders and index of its build (a second run starts from the encoders that are there). Then
-every user of cold_test.csv is asked about, with the history that the build knows:
+DATA_DIR holds the folder cold_citeulike. DIR gets the shop, with `content` among the sources of recall and
+new items as popular as the median, and the stages data, encoders and index of its build (a second run starts
+from the encoders that are there). Then every user of cold_test.csv is asked about, with the history that the
+build knows:
 
   - **among the cold items**: the share of a user's cold test items among the first 100 of the 3,396 items
     that nobody in training took, mean over users (the protocol's Recall@100);
@@ -55,6 +56,7 @@ features = [{name = "tags", kind = "category", width = 64}]
 
 [recall]
 sources = ["user_embeddings", "transitions", "popular", "content"]
+new_items = "median"
 """
 FIRST = 100
 _BATCH = 64

@@ -146,6 +146,7 @@ def dataset_from_tables(
         sizes or Sizes(),
         events=event_kinds(tables),
         sources=_sources(shop, item_pack.table),
+        new_items=shop.recall.new_items,
         has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
         encoders=contents.sizes,
     )

@@ -66,9 +66,7 @@ def write_recall(
     tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
     offsets, item_rows = training_histories(dataset)
     _write_transitions(offsets, item_rows, dataset.num_items, folder)
-    counts = np.bincount(item_rows, minlength=dataset.num_items + 1)
-    counts[0] = 0
-    np.save(folder / "popular.npy", np.log1p(counts).astype(np.float32))
+    np.save(folder / "popular.npy", _popularity(dataset, item_rows))
     write_items(dataset, item_embeddings, None, folder)
     more = write_sources(dataset, folder, seed)
     settings = RecallSettings(**dataclasses.asdict(tuned.query), **more, quotas=_quotas(dataset.schema))
@@ -91,6 +89,20 @@ class RecallFacts:
     tried: list[dict[str, Any]]
     tried_sources: list[dict[str, Any]]
     sources: list[dict[str, Any]]
+
+
+def _popularity(dataset: Dataset, item_rows: Array) -> Array:
+    """Gives log(1 + events) of each item [I + 1] float32 by the events' item_rows [P].
+
+    What nobody has taken, and row 0, which stands for items that come later, has 0, or the median of the
+    others where the shop says so: that nobody could take an item yet says nothing against it.
+    """
+    counts = np.bincount(item_rows, minlength=dataset.num_items + 1)
+    counts[0] = 0
+    popularity = np.log1p(counts).astype(np.float32)
+    if dataset.schema.new_items == "median" and counts.any():
+        popularity[counts == 0] = np.median(popularity[counts > 0])
+    return popularity
 
 
 def _quotas(schema: Schema) -> dict[str, int]:

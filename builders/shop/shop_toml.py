@@ -21,6 +21,8 @@ label = {column = "clicked"}
 [recall]                             # may be left out; "content" is kept only where it gains
 sources = ["user_embeddings", "transitions", "popular", "content"]
 quotas = {content = 0.2}             # share of the candidates that is kept for a source
+new_items = "median"                 # what nobody has taken counts as popular as the middle of what somebody
+                                     # took; default "last": as the least popular
 """
 
 from __future__ import annotations
@@ -175,6 +177,7 @@ class Recall(_Entry):
 
     sources: list[str] = [source.name for source in DEFAULT_SOURCES]
     quotas: dict[str, float] = {}
+    new_items: Literal["last", "median"] = "last"  # how popular is an item that nobody has taken yet
 
     @model_validator(mode="after")
     def _known_sources(self) -> Recall:

@@ -173,7 +173,7 @@ class Popular:
     name, fills_up = "popular", True
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
-        # [I + 1] float32, log(1 + events); row 0 is 0.
+        # [I + 1] float32, log(1 + events); row 0 is what an item has that is not here yet.
         self.popularity = np.asarray(np.load(release.path / "popular.npy", mmap_mode="r", allow_pickle=False))
         rows = np.lexsort((np.arange(len(self.popularity)), -self.popularity))
         self.rows = rows[rows > 0]  # [I] int64, most popular first, ties by row
@@ -197,7 +197,7 @@ class Popular:
         return out
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
-        """Gives log(1 + events) of each row [B, N]; 0 for new items, as for row 0."""
+        """Gives log(1 + events) of each row [B, N]; that of row 0 for new items."""
         return self.popularity[np.where(rows < len(self.popularity), np.maximum(rows, 0), 0)]
 
     def _passing(self, mask: RowMask | None, depth: int) -> Array:

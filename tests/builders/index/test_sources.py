@@ -12,9 +12,10 @@ import pytest
 from shops import write_sequences_shop
 
 import builders.data.stage as data
-from builders.data.dataset import Dataset, open_dataset
+from builders.data.dataset import Dataset, open_dataset, training_histories
 from builders.folders import link
 from builders.index.content import COMPONENTS, content_table
+from builders.index.offline import OfflineRecall
 from builders.index.recall_files import RecallFacts, write_recall
 from builders.index.stage import _FROM_DATA
 from builders.presets import preset
@@ -23,6 +24,7 @@ from ensemble.errors import InvalidInput
 from ensemble.release.ids import write_ids
 from ensemble.steps.content import content_vectors
 from ensemble.steps.recall_settings import RecallSettings, settings_from_json
+from ensemble.steps.sources import Batch, Popular
 
 MORE = '\n[recall]\nsources = ["user_embeddings", "transitions", "popular", "content"]\n'
 
@@ -105,6 +107,24 @@ def test_a_refit_keeps_what_the_verified_model_kept(tmp_path):
     assert not facts.tried_sources
 
 
+@pytest.mark.parametrize("new_items", ["last", "median"])
+def test_what_nobody_took_is_as_popular_as_the_shop_says(tmp_path, new_items):
+    """In recall, and for items that are added later, too."""
+    dataset = dataset_of(tmp_path, f'{MORE}new_items = "{new_items}"\n')
+    counts = np.bincount(training_histories(dataset)[1], minlength=dataset.num_items + 1)
+    assert (counts[1:] == 0).any()
+    written(tmp_path, dataset)
+    popularity = np.load(tmp_path / "index" / "popular.npy")
+    taken = np.log1p(counts[counts > 0])
+    np.testing.assert_allclose(popularity[counts > 0], taken, rtol=1e-6)
+    expected = np.median(taken) if new_items == "median" else 0
+    np.testing.assert_allclose(popularity[counts == 0], expected, rtol=1e-6)
+    popular = OfflineRecall(dataset, tmp_path / "index", lambda *asked: None).recall.source(Popular)
+    later = np.array([[dataset.num_items + 5]])
+    batch = Batch(np.zeros((1, 1, 32)), np.full((1, 50), -1), None)
+    np.testing.assert_allclose(popular.score(batch, later, np.zeros(0)), [[expected]], rtol=1e-6)
+
+
 def test_items_with_the_same_rare_tag_are_alike_and_a_common_one_tells_less(tmp_path):
     dataset = dataset_of(tmp_path)
     table = content_table(dataset.schema, dataset.item_codes, COMPONENTS, 0)
@@ -124,6 +144,7 @@ WRONG = {
     f'sources = [{USUAL}, "dreams"]': "recall source 'dreams' is unknown; known:",
     'sources = ["content"]': "begin with ['user_embeddings', 'transitions', 'popular'], others behind",
     "quotas = {content = 0.2}": "recall.quotas names 'content', which is no source here that has a quota",
+    'new_items = "first"': "recall.new_items",
     "quotas = {popular = 1.5}": "recall.quotas.popular is 1.5; give a share, 0 to 1",
     "quotas = {popular = 0.7}": "recall.quotas come to 1.075; leave some for user_embeddings",
 }
