@@ -107,7 +107,7 @@ def _checked(name: str, plain: Any) -> Any:
     list of one."""
     if name in _ID_LISTS:
         return [one.decode() for one in _encoded_ids(name, plain)]
-    if isinstance(plain, dict):
+    if name in ("allow", "deny") and isinstance(plain, dict):
         return {key: [value] if isinstance(value, str) else value for key, value in plain.items()}
     return plain
 

@@ -3,9 +3,10 @@ has learned. Training and serving compute them here, from the same columns of a 
 
     user_state [A]        recency and log count of each kind of event; of all events the recency, and log
     counts
-                          of the last ten minutes, hour, day and week; then the user's rates
-                          (builders/data/rates.py)
-    candidate_state [G]   recency of the user's last event of each kind with this very item; log count of all
+                          of the last ten minutes, hour, day and week; then the request's context
+                          (ensemble/context.py); then the user's rates (builders/data/rates.py)
+    candidate_state [G]   recency of the user's last event of each kind with this very item; one over how many
+                          events ago the last one was (1 = it was the newest); log count of all
 
 A recency falls from 1 (just now) to 0 (a year ago, or never): 1 - log2(1 + seconds) / 25, in steps of a
 hundredth, so that an answer does not change from one second to the next. Without a clock recencies are 0.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.context import context_width
 from ensemble.schema import Schema
 
 _YEAR_LOG2 = 25.0  # log2 of a year in seconds, nearly
@@ -32,13 +34,19 @@ def activity_width(schema: Schema) -> int:
 
 
 def state_width(schema: Schema) -> int:
-    """Counts the numbers of user_state, A: activity, then rates."""
-    return activity_width(schema) + schema.sizes.user_rates
+    """Counts the numbers of user_state, A: activity, then context, then rates."""
+    return activity_width(schema) + context_width(schema) + schema.sizes.user_rates
+
+
+def context_columns(schema: Schema) -> slice:
+    """Gives the columns of user_state that tell the context."""
+    start = activity_width(schema)
+    return slice(start, start + context_width(schema))
 
 
 def touches_width(schema: Schema) -> int:
     """Counts the numbers of candidate_state, G."""
-    return len(schema.events) + 1
+    return len(schema.events) + 2
 
 
 def recencies(schema: Schema, seen_times: Array, seen_kinds: Array, now: Array) -> Array:
@@ -83,10 +91,11 @@ def touches(
     keys = users * _STRIDE + seen_rows[users, places]
     distinct, owner = np.unique(keys, return_inverse=True)
     facts = np.zeros((len(distinct), width), np.float32)
-    # A touch counts even where a clock says nothing: its recency is then told by the count alone
+    # a touch counts even where a clock says nothing: its place among the newest, and the count, then tell
     np.maximum.at(
         facts, (owner, seen_kinds[users, places].astype(np.int64) - 1), seen_recencies[users, places]
     )
+    np.maximum.at(facts[:, -2], owner, 1 / (seen_rows.shape[1] - places).astype(np.float32))
     facts[:, -1] = np.log1p(np.bincount(owner, minlength=len(distinct)))
     wanted = np.arange(len(candidate_rows))[:, None] * _STRIDE + candidate_rows
     place = np.minimum(np.searchsorted(distinct, wanted), len(distinct) - 1)

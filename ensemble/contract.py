@@ -37,6 +37,8 @@ class Degraded(IntFlag):
     UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
     # The release that is tried did not answer in time, or failed: the list is the main release's
     CANARY_FAILED = 32
+    # A value of the request's context is none that the release knows, or its shop has no context at all
+    UNKNOWN_CONTEXT = 64
 
 
 def recommend(schema: Schema) -> PipelineSpec:
@@ -238,7 +240,7 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
         "user_state",
         "float32",
         ("A",),
-        "what the user did lately, and the user's rates (ensemble/activity.py)",
+        "what the user did lately, the request's context, the user's rates (ensemble/activity.py)",
     ),
     ("user_status", "int64", ("1",), "bits of contract.Degraded"),
     (

@@ -17,9 +17,11 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.context import NO_CONTEXT, Context, read_context
 from ensemble.contract import MAX_LIST
 from ensemble.errors import InvalidArgument
 from ensemble.id_rule import encode_id
+from ensemble.json_values import is_number, object_of, short
 from ensemble.schema import Schema, number_names
 
 DEFAULT_TOP_K = 10
@@ -47,6 +49,8 @@ class RequestOptions(TypedDict, total=False):
     diversity: float | None  # 0..1: how much unlikeness counts against score; default 0
     # Unix seconds at which the request counts as made, for asking about the past again; default: now
     time: float | None
+    # {context feature: its value}, such as {"device": "phone", "hour": 13}; None = nothing is said
+    context: Mapping[str, str | float | None] | None
 
 
 OPTION_NAMES = tuple(RequestOptions.__annotations__)
@@ -62,6 +66,7 @@ NOTHING_ASKED: RequestOptions = {
     "caps": {},
     "diversity": 0.0,
     "time": None,
+    "context": {},
 }
 # Triton's own, which may travel along with ours.
 _FOREIGN = (
@@ -109,6 +114,7 @@ class UserOptions:
     caps: tuple[tuple[str, int], ...] = ()
     diversity: float = 0.0
     time: float | None = None
+    context: Context = NO_CONTEXT
 
     @property
     def filter(self) -> Filter | None:
@@ -139,6 +145,17 @@ class Options:
         """Gives when each user's request counts as made: [B] float64 Unix seconds, `now` where none is
         said."""
         return np.array([now if u.time is None else u.time for u in self.users], np.float64)
+
+    def contexts(self, num_features: int) -> Array:
+        """Gives what each user's request says of its moment: [B, X] float32, NaN where nothing."""
+        nothing = (None,) * num_features
+        rows = [u.context.values or nothing for u in self.users]
+        return np.array(rows, np.float32).reshape(len(rows), num_features)
+
+    @property
+    def knows_context(self) -> Array:
+        """Says whose context has nothing that the release does not know: [B] bool."""
+        return np.array([u.context.is_known for u in self.users], bool)
 
     def ids(self, name: str) -> tuple[Array, Array]:
         """Gives all users' session_items or exclude_items, flat: (owners [L] int64, ids [L] S)."""
@@ -210,7 +227,7 @@ def read_parameters(parameters: str) -> dict[str, Any]:
             f"parameters: not JSON, a number may be NaN or infinite: {parameters[:80]}"
         ) from None
     if not isinstance(given, dict | None):
-        raise InvalidArgument(f"parameters: must be a JSON object, got {_short(given)}")
+        raise InvalidArgument(f"parameters: must be a JSON object, got {short(given)}")
     return {name: value for name, value in (given or {}).items() if name not in _FOREIGN}
 
 
@@ -230,13 +247,13 @@ def parameters_of(raw: Mapping[str, Any], users: Sequence[int], num_users: int) 
 def _top_k(name: str, value: Any, schema: Schema) -> int:
     most = schema.sizes.max_top_k
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise InvalidArgument(f"{name}: must be 1..{most}, got {_short(value)}")
+        raise InvalidArgument(f"{name}: must be 1..{most}, got {short(value)}")
     return value
 
 
 def _ids(name: str, value: Any, schema: Schema) -> tuple[bytes, ...]:
     if not isinstance(value, list):
-        raise InvalidArgument(f"{name}: must be a JSON array of item ids, got {_short(value)}")
+        raise InvalidArgument(f"{name}: must be a JSON array of item ids, got {short(value)}")
     if len(value) > MAX_LIST:
         raise InvalidArgument(f"{name}: at most {MAX_LIST} items, got {len(value)}")
     return tuple([encode_id(name, one, may_be_empty=True) for one in value])
@@ -244,61 +261,58 @@ def _ids(name: str, value: Any, schema: Schema) -> tuple[bytes, ...]:
 
 def _switch(name: str, value: Any, schema: Schema) -> bool:
     if not isinstance(value, bool):
-        raise InvalidArgument(f"{name}: must be true or false, got {_short(value)}")
+        raise InvalidArgument(f"{name}: must be true or false, got {short(value)}")
     return value
 
 
 def _share(name: str, value: Any, schema: Schema) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise InvalidArgument(f"{name}: must be 0..1, got {_short(value)}")
+    if not is_number(value) or not 0 <= value <= 1:
+        raise InvalidArgument(f"{name}: must be 0..1, got {short(value)}")
     return float(value)
 
 
 def _time(name: str, value: Any, schema: Schema) -> float | None:
     if value is None:
         return None
-    if not _is_number(value) or not 0 <= value < LATEST_S:
-        raise InvalidArgument(
-            f"{name}: must be Unix seconds, from 0 to below {LATEST_S}, got {_short(value)}"
-        )
+    if not is_number(value) or not 0 <= value < LATEST_S:
+        raise InvalidArgument(f"{name}: must be Unix seconds, from 0 to below {LATEST_S}, got {short(value)}")
     return float(value)
 
 
 def _weights(name: str, value: Any, schema: Schema) -> tuple[tuple[str, float], ...]:
     known = {RECALL_WEIGHT, *(task.name for task in schema.tasks)}
-    for task, weight in _object(name, value, known, "task"):
-        if task == RECALL_WEIGHT and not (_is_number(weight) and 0 <= weight <= MOST_POWER):
+    for task, weight in object_of(name, value, known, "task"):
+        if task == RECALL_WEIGHT and not (is_number(weight) and 0 <= weight <= MOST_POWER):
             raise InvalidArgument(
                 f"{name}: the weight of {task!r} is the power of recall's relevance, 0..{MOST_POWER:g}, got "
-                f"{_short(weight)}"
+                f"{short(weight)}"
             )
-        if not _is_number(weight) or abs(weight) > 1e6:
+        if not is_number(weight) or abs(weight) > 1e6:
             raise InvalidArgument(
                 f"{name}: the weight of {task!r} must be a finite number, at most 1e6 in size, got "
-                f"{_short(weight)}"
+                f"{short(weight)}"
             )
     return tuple((task, float(weight)) for task, weight in value.items())
 
 
 def _caps(name: str, value: Any, schema: Schema) -> tuple[tuple[str, int], ...]:
-    for feature, cap in _object(name, value, _categories(schema), "item category"):
+    for feature, cap in object_of(name, value, _categories(schema), "item category"):
         if not isinstance(cap, int) or isinstance(cap, bool) or cap < 1:
             raise InvalidArgument(
-                f"{name}: the cap of {feature!r} must be a whole number from 1, got {_short(cap)}"
+                f"{name}: the cap of {feature!r} must be a whole number from 1, got {short(cap)}"
             )
     return tuple((feature, min(cap, NO_CAP)) for feature, cap in value.items())
 
 
 def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
-    for feature, values in _object(name, value, _categories(schema), "item category"):
+    for feature, values in object_of(name, value, _categories(schema), "item category"):
         if (
             not isinstance(values, list)
             or not all(isinstance(v, str) for v in values)
             or len(values) > MAX_LIST
         ):
             raise InvalidArgument(
-                f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got "
-                f"{_short(values)}"
+                f"{name}: {feature!r} must be a JSON array of at most {MAX_LIST} strings, got {short(values)}"
             )
     return tuple((feature, tuple(sorted(set(values)))) for feature, values in sorted(value.items()))
 
@@ -306,14 +320,14 @@ def _filter(name: str, value: Any, schema: Schema) -> tuple[Category, ...]:
 def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
     """Reads ranges such as {"price": [10, 50], "stock": [1, null]}: both ends included, null = open."""
     ranges = []
-    for feature, ends in _object(name, value, set(number_names(schema)), "item number"):
+    for feature, ends in object_of(name, value, set(number_names(schema)), "item number"):
         if (
             not isinstance(ends, list)
             or len(ends) != 2
-            or not all(end is None or _is_number(end) for end in ends)
+            or not all(end is None or is_number(end) for end in ends)
         ):
             raise InvalidArgument(
-                f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {_short(ends)}"
+                f"{name}: {feature!r} must be [least, greatest], finite numbers or null, got {short(ends)}"
             )
         low = -math.inf if ends[0] is None else float(ends[0])
         high = math.inf if ends[1] is None else float(ends[1])
@@ -323,34 +337,8 @@ def _ranges(name: str, value: Any, schema: Schema) -> tuple[Range, ...]:
     return tuple(sorted(ranges))
 
 
-def _object(name: str, value: Any, known: set[str], what: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{name}: must be a JSON object, got {_short(value)}")
-    for key in value:
-        if key not in known:
-            raise InvalidArgument(
-                f"{name}: no {what} {_short(key)}", f"known: {', '.join(sorted(known)) or 'none'}"
-            )
-    return list(value.items())
-
-
 def _categories(schema: Schema) -> set[str]:
     return {feature.name for feature in schema.items.features if feature.kind == "category"}
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    # math.isfinite cannot take an int of any size.
-    return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        return "something nested too deeply"
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 Reader = Callable[[str, Any, Schema], Any]
@@ -367,6 +355,7 @@ _READERS: dict[str, tuple[Reader, bool]] = {
     "caps": (_caps, False),
     "diversity": (_share, False),
     "time": (_time, False),
+    "context": (read_context, False),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ensemble.errors import ReleaseError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class ContextFeature:
+    """Describes what a request may say of its moment, such as a device or an hour (ensemble/context.py)."""
+
+    name: str
+    kind: Literal["category", "number"]
+    values: tuple[str, ...] = ()  # a category's, the most frequent first
+    log1p: bool = False  # a number's logarithm is standardized
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Counts the columns of user_state that it fills."""
+        return 1 + len(self.values) if self.kind == "category" else 2
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Holds every size in the contract, once. Letters as in contract.py."""
 
@@ -149,6 +166,7 @@ class Schema:
         True  # times are Unix seconds; else they are positions, and no gap between two means anything
     )
     encoders: tuple[EncoderSizes, ...] = ()  # of items' texts and pictures, by name
+    context: tuple[ContextFeature, ...] = ()
     version: int = SCHEMA_VERSION
     sources: tuple[RecallSource, ...] = DEFAULT_SOURCES  # of recall, in the order of candidate_scores
     # How popular recall holds an item that nobody has taken yet: as the least one, or as the middle one
@@ -198,4 +216,5 @@ def schema_from_json(text: str) -> Schema:
         if "sources" in raw
         else DEFAULT_SOURCES,
         new_items=raw.get("new_items", "last"),
+        context=tuple(ContextFeature(**{**f, "values": tuple(f["values"])}) for f in raw["context"]),
     )

@@ -59,6 +59,7 @@ def check_shop(
         dataset.schema.users,
         dataset.user_codes,
     )
+    _context(report, tables, dataset)
     _tasks(report, dataset)
     progress("looking for encoders and images")
     sources_of(tables.shop.items.features if tables.shop.items else [], folder)
@@ -152,6 +153,20 @@ def _features(
                 "its absence"
             )
     report.sections[f"{what}' features"] = section
+
+
+def _context(report: Report, tables: ShopTables, dataset: Dataset) -> None:
+    """Says of each context feature how often the log tells it; warns where it never does."""
+    section: dict[str, Any] = {}
+    for entry, feature in zip(tables.shop.context_columns, dataset.schema.context, strict=True):
+        values = tables.interactions.contexts[entry.source].values
+        filled = 1 - values.null_count / max(len(values), 1)
+        told = f", {len(feature.values)} values" if feature.kind == "category" else ""
+        section[entry.name] = f"{entry.kind}, {filled:.1%} filled{told}"
+        if not filled:
+            report.warnings.append(f"context: the feature {entry.name!r} is empty in every row")
+    if section:
+        report.sections["context"] = section
 
 
 def _tasks(report: Report, dataset: Dataset) -> None:

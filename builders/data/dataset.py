@@ -53,6 +53,8 @@ class Impressions:
     propensities: Array | None = None
     # [E, T] int64, when each label came to be known: a purchase that an exposure led to comes later than it
     known_times: Array | None = None
+    # [E, X] float32, what each said of its context, NaN where nothing (ensemble/context.py); None: no context
+    contexts: Array | None = None
 
     def at(self, rows: Array) -> Impressions:
         """Gives the impressions at `rows`, int64 or bool."""

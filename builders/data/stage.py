@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from builders.content.contents import LINES, Contents
 from builders.content.sources import encoded_features
+from builders.data.contexts import contexts_from_columns
 from builders.data.dataset import Dataset, Histories, Impressions, open_dataset, save_dataset
 from builders.data.packing import pack_features
 from builders.data.rates import with_rates
@@ -39,7 +40,7 @@ from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import texts_from_column
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-from ensemble.schema import RecallSource, Schema, Sizes, Table, Task
+from ensemble.schema import ContextFeature, RecallSource, Schema, Sizes, Table, Task
 
 TITLE_BYTES = 120
 MAX_KINDS = 16  # kinds of events that are told apart where a history is of all events
@@ -125,11 +126,12 @@ def dataset_from_tables(
     )
     progress("ordering histories")
     exposures = exposures_from_interactions(shop, tables.interactions)
+    context, said = _contexts(tables)
     histories = _histories(tables, exposures)
     splits = split_histories(shop.split, histories, tables.interactions.times, users.ids)
     progress("splitting impressions")
     parts = (
-        split_impressions(_impressions(tables, exposures, histories, splits.cuts), splits.cuts)
+        split_impressions(_impressions(tables, exposures, histories, splits.cuts, said), splits.cuts)
         if shop.has_labels
         else (None, None, None)
     )
@@ -149,6 +151,7 @@ def dataset_from_tables(
         new_items=shop.recall.new_items,
         has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
         encoders=contents.sizes,
+        context=context,
     )
     return Dataset(
         schema=with_rates(schema) if shop.has_labels else schema,
@@ -257,10 +260,25 @@ def _kinds(tables: ShopTables, exposures: Exposures) -> Array:
     return kinds
 
 
+def _contexts(tables: ShopTables) -> tuple[tuple[ContextFeature, ...], Array | None]:
+    """Gives the context's features, and what each interaction says of them [n, X]; None without a context."""
+    columns, interactions = tables.shop.context_columns, tables.interactions
+    if not columns:
+        return (), None
+    length = len(next(iter(interactions.contexts.values())).values)
+    features, said = contexts_from_columns(columns, dict(interactions.contexts), length)
+    return features, said[interactions.file_rows]
+
+
 def _impressions(
-    tables: ShopTables, exposures: Exposures, histories: Histories, cuts: tuple[Array, Array]
+    tables: ShopTables,
+    exposures: Exposures,
+    histories: Histories,
+    cuts: tuple[Array, Array],
+    said: Array | None,
 ) -> Impressions:
-    """Makes the impressions, with labels that were known before their user's next period began."""
+    """Makes the impressions, with labels that were known before their user's next period began; `said` [n, X]
+    are all interactions' contexts."""
     rows, truth = exposures.rows, tables.interactions.truth
     users, times = tables.user_rows[rows], tables.interactions.times[rows]
     ends = history_ends(histories, users, times)
@@ -281,6 +299,7 @@ def _impressions(
         settled,
         exposures.propensities,
         exposures.known_times,
+        None if said is None else said[rows],
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from builders.data.contexts import some_contexts
 from builders.data.dataset import Dataset, history_windows, past_windows
 from builders.index.offline import OfflineRecall
 from builders.ranker.checkpoint import RankerCheckpoint
 from ensemble.activity import activity, recencies, touches
 from ensemble.arrays import Array
+from ensemble.context import context_state
 
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 
@@ -29,7 +31,8 @@ def engine_feeds(
     past = past_windows(dataset.histories, user_rows, ends, schema.sizes.seen)
     newest = np.maximum(past.times[:, -1], 0).astype(np.float64)
     near = recencies(schema, past.times, past.kinds, newest)
-    state = [activity(schema, near, past.kinds), trained.user_rates[user_rows]]
+    context = context_state(schema, some_contexts(dataset, user_rows))
+    state = [activity(schema, near, past.kinds), context, trained.user_rates[user_rows]]
     # as for users who would have again what they had: else these would be 0 throughout
     touched = touches(schema, past.rows, near, past.kinds, np.resize(past.rows, candidates.shape))
     (there, history), (known, candidates) = (

@@ -15,7 +15,7 @@ from builders.index.offline import OfflineRecall
 from builders.index.snapshot import older_pasts
 from builders.index.staged import StagedRelease
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
-from builders.ranker.positions import read_positions
+from builders.ranker.positions import place_facts, read_positions
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.engines import open_engine
@@ -59,9 +59,16 @@ class Verifier:
         self.embeddings = np.ascontiguousarray(staged.items["embedding"])
         self.positions = read_positions(folder)
 
-    def user_tensors(self, user_rows: Array, history_ends: Array, times: Array | None = None) -> Tensors:
+    def user_tensors(
+        self,
+        user_rows: Array,
+        history_ends: Array,
+        times: Array | None = None,
+        contexts: Array | None = None,
+    ) -> Tensors:
         """Gives the features step's tensors, as they were at `history_ends`; user_state is that of `times`
-        [L], by default of each user's next event (data/dataset.py: moments)."""
+        [L], by default of each user's next event (data/dataset.py: moments), and of contexts [L, X], by
+        default none."""
         histories = self.dataset.histories
         past = past_windows(histories, user_rows, history_ends, self.sizes.seen)
         times = moments(histories, user_rows, history_ends) if times is None else times
@@ -71,7 +78,7 @@ class Verifier:
             for name in ("user_codes", "user_values", "user_features")
         }
         return {
-            **self.features.past_tensors(past, np.asarray(times, np.float64), rows["rates"]),
+            **self.features.past_tensors(past, np.asarray(times, np.float64), rows["rates"], contexts),
             **self.features.history_from_seen(past.rows),
             **own,
             "user_status": np.zeros((len(user_rows), 1), np.int64),
@@ -230,7 +237,10 @@ class Verifier:
         where the shop logs none."""
         if self.positions is None or not impressions.positions.any():
             return None
-        return self.positions.apply(self.dataset.schema.tasks, values, impressions.positions)
+        schema = self.dataset.schema
+        states = states_of(self.dataset, impressions, self.features.users["rates"][impressions.user_rows])
+        facts = place_facts(schema, states.users, states.candidates)
+        return self.positions.apply(schema.tasks, values, impressions.positions, facts)
 
     def impression_lists(self, impressions: Impressions) -> tuple[Lists, Array]:
         """Groups impressions [E] by user and moment; gives also the place of each in the flattened lists."""

@@ -14,8 +14,17 @@ import numpy as np
 from builders.data.dataset import Dataset, Impressions, Targets, moments, past_windows
 from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
-from ensemble.activity import activity, activity_width, recencies, state_width, touches, touches_width
+from ensemble.activity import (
+    activity,
+    activity_width,
+    context_columns,
+    recencies,
+    state_width,
+    touches,
+    touches_width,
+)
 from ensemble.arrays import Array
+from ensemble.context import context_state
 from ensemble.schema import Schema
 
 _CHUNK = 4096  # lists scored at once
@@ -62,7 +71,9 @@ def states_of(
     schema, count = dataset.schema, len(impressions.times)
     users = np.zeros((count, state_width(schema)), np.float16)
     candidates = np.zeros((count, touches_width(schema)), np.float16)
-    users[:, activity_width(schema) :] = user_rates
+    users[:, context_columns(schema).stop :] = user_rates
+    if impressions.contexts is not None:
+        users[:, context_columns(schema)] = context_state(schema, np.asarray(impressions.contexts))
     for start in range(0, count, _CHUNK):
         part = slice(start, start + _CHUNK)
         past = past_windows(
@@ -82,13 +93,15 @@ def lists_from_impressions(
     impressions: Impressions, scores: ScoreFunction, states: States, *, by_moment: bool = False
 ) -> tuple[Lists, Array]:
     """Groups impressions [E] into lists; gives also the place [E] of each in the flattened [L * N].
-    `by_moment` keeps impressions of different times apart, so that a list has one user_state."""
-    order = np.lexsort((impressions.times, impressions.history_ends, impressions.user_rows))
+    `by_moment` keeps impressions of different times or contexts apart, so that a list has one user_state."""
+    said = _context_keys(impressions)
+    order = np.lexsort((said, impressions.times, impressions.history_ends, impressions.user_rows))
     users, ends = impressions.user_rows[order], impressions.history_ends[order]
     first = np.ones(len(order), bool)
     first[1:] = (users[1:] != users[:-1]) | (ends[1:] != ends[:-1])
     if by_moment:
-        first[1:] |= impressions.times[order][1:] != impressions.times[order][:-1]
+        for one in (impressions.times[order], said[order]):
+            first[1:] |= one[1:] != one[:-1]
     starts = np.flatnonzero(first)
     within = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     width = _best_width(np.diff(np.append(starts, len(order))))
@@ -119,6 +132,14 @@ def lists_from_impressions(
         if impressions.positions.any()
         else None,
     ), places
+
+
+def _context_keys(impressions: Impressions) -> Array:
+    """Gives a number for each impression's context [E]: equal ones for equal contexts."""
+    if impressions.contexts is None:
+        return np.zeros(len(impressions.times), np.int64)
+    contexts = np.nan_to_num(np.asarray(impressions.contexts), nan=-1e9)
+    return np.unique(contexts, axis=0, return_inverse=True)[1].ravel()
 
 
 def _best_width(group_sizes: Array) -> int:
@@ -179,7 +200,7 @@ def _states_of_targets(dataset: Dataset, targets: Targets, user_rates: Array) ->
     """Gives user_state [Q, A] float16 at the moments of targets [Q]."""
     schema = dataset.schema
     out = np.zeros((len(targets.user_rows), state_width(schema)), np.float16)
-    out[:, activity_width(schema) :] = user_rates[targets.user_rows]
+    out[:, context_columns(schema).stop :] = user_rates[targets.user_rows]
     for start in range(0, len(out), _CHUNK):
         part = slice(start, start + _CHUNK)
         ends = targets.history_ends[part]

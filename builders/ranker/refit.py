@@ -50,7 +50,8 @@ def refit_ranker(
         )
         trainer.start_from(verified.item_head, verified.item_id_features, verified.user_features)
         if verified.positions is not None:
-            trainer.positions.table.data.copy_(torch.from_numpy(verified.positions.learned))
+            learned = torch.from_numpy(verified.positions.learned)
+            trainer.positions.table.data.copy_(learned.flatten(1))
         epochs, impressions = 0, dataset.train_impressions
         if impressions is not None and len(impressions.times) > known and verified.report["kept_epoch"]:
             epochs = max(FEWEST_EPOCHS, verified.report["kept_epoch"])
@@ -58,9 +59,7 @@ def refit_ranker(
     trainer.trained.eval()
     trainer.forget_unread()
     require_finite("ranker", trainer.trained.state_dict())
-    positions = verified.positions and replace(
-        verified.positions, learned=trainer.positions.table.detach().numpy()
-    )
+    positions = verified.positions and replace(verified.positions, learned=trainer.positions.learned)
     return checkpoint_of(trainer, verified.blend, positions, {**verified.report, "refit_epochs": epochs})
 
 

@@ -18,7 +18,8 @@ from builders.progress import Progress
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
 from builders.ranker.model import TINY, CalibratedRanker, ItemFeatures, Ranker, RankerConfig
-from builders.ranker.positions import PositionBias
+from builders.ranker.positions import PositionBias, place_facts
+from ensemble.activity import context_columns
 from ensemble.arrays import Array
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
@@ -43,6 +44,7 @@ class RankerTraining:
     history_dropout: float = 0.3
     # recall's scores hidden: they are a little too good on what recall was trained on
     score_dropout: float = 0.1
+    context_dropout: float = 0.1  # contexts hidden: a request need not say any
     position_dropout: float = 0.2  # places hidden: what is left then is what is served
     # share a step keeps of the running mean of the weights, which is what is judged and exported; 0 = the
     # last weights
@@ -204,6 +206,9 @@ class RankerTrainer:
         user_state, candidate_state = (
             torch.from_numpy(one.astype(np.float32)) for one in (lists.user_state, lists.candidate_state)
         )
+        if training and c.context_dropout and self.dataset.schema.context:
+            told = context_columns(self.dataset.schema)
+            user_state[..., told] *= torch.rand(*user_state.shape[:-1], 1) >= c.context_dropout
         if lists.item_rates is not None:
             rates = torch.from_numpy(lists.item_rates.astype(np.float32))
             candidates = torch.cat([candidates[..., : self.head.width], rates], -1)
@@ -294,7 +299,9 @@ class RankerTrainer:
         places = torch.from_numpy(lists.places)
         if self.trained.training and self.config.position_dropout:
             places = places * (torch.rand(places.shape) >= self.config.position_dropout)
-        return logits + self.positions(places)
+        facts = place_facts(self.dataset.schema, lists.user_state, lists.candidate_state)
+        facts = np.broadcast_to(facts, (*lists.places.shape, facts.shape[-1]))
+        return logits + self.positions(places, torch.from_numpy(facts.copy()))
 
     def epoch(self, lists: Lists, loss_function: Loss, epoch: float) -> None:
         """Passes once over the lists in random order; `epoch` is the place in the schedule, from 0."""

@@ -28,6 +28,7 @@ from builders.ranker.blend import fit_blend
 from builders.ranker.checkpoint import RankerCheckpoint
 from builders.ranker.lists import (
     Lists,
+    States,
     lists_from_impressions,
     lists_from_targets,
     states_of,
@@ -40,7 +41,8 @@ from builders.ranker.model import (
     flops_per_user,
     num_parameters,
 )
-from builders.ranker.positions import Positions, fit_positions
+from builders.ranker.positions import Positions, fit_positions, place_facts
+from builders.ranker.standardize import label_scales, standardize_scores, standardize_states
 from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining, with_tried_rows
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
@@ -51,7 +53,6 @@ from ensemble.steps.blend import Blend
 # learn fast had hardly begun to learn single clicks by heart, and were chosen
 _TRIED = 100_000
 _NO_GAIN = 0.005  # share of the held-out loss below which stronger rows are not worth their risk
-_ALIKE = 1e-3  # a state's deviation below which it tells nothing: it is left out
 _FEW_TARGETS = 50  # with fewer recalled targets than this nothing is learned: recall's order stays
 # the deep path stays if fewer resamples of held-out users see it below recall; who is served has learned
 # rows, they have none
@@ -147,15 +148,16 @@ def _fit_impressions(
     train_lists, _ = lists_from_impressions(train, scores, known, by_moment=trainer.apart)
     held_out = states_of(dataset, validation, rates.users[validation.user_rows])
     validation_lists, places = lists_from_impressions(validation, scores, held_out, by_moment=trainer.apart)
-    _standardize_scores(trainer, train_lists)
-    _standardize_states(trainer, train_lists, rates.priors)
-    mean, spread = _label_scales(tasks, train.labels)
+    standardize_scores(trainer, train_lists)
+    standardize_states(trainer, train_lists, rates.priors)
+    mean, spread = label_scales(tasks, train.labels)
     loss = impression_loss(tasks, trainer.config.conditional)
     scaled = replace(train_lists, labels=(train_lists.labels - mean) / spread)
     target = torch.from_numpy((validation.labels - mean) / spread)
 
     if train_lists.places is not None:
-        trainer.positions.start(tasks, places_of(train.positions), train.labels)
+        facts = place_facts(dataset.schema, known.users, known.candidates)
+        trainer.positions.start(tasks, places_of(train.positions), facts, train.labels)
 
     def judge() -> float:
         logits = trainer.logits(validation_lists, with_positions=True).reshape(-1, len(tasks))[places]
@@ -165,7 +167,7 @@ def _fit_impressions(
     epochs, kept = trainer.fit(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
-    positions = _fit_positions(trainer, logits, validation) if train_lists.places is not None else None
+    positions = _fit_positions(trainer, logits, validation, held_out)
     report: dict[str, Any] = {
         "epochs": epochs,
         "kept_epoch": kept,
@@ -182,12 +184,18 @@ def _fit_impressions(
     return report, positions
 
 
-def _fit_positions(trainer: RankerTrainer, logits: Array, held_out: Impressions) -> Positions:
-    """Fits what places do to served values: logits [E, T] of the held-out exposures, without places."""
-    model, tasks = trainer.model, trainer.dataset.schema.tasks
+def _fit_positions(
+    trainer: RankerTrainer, logits: Array, held_out: Impressions, states: States
+) -> Positions | None:
+    """Fits what places do to served values: logits [E, T] of the held-out exposures, without places; None
+    where the shop logs none."""
+    if not (learned := trainer.positions.learned).any():
+        return None
+    model, schema = trainer.model, trainer.dataset.schema
     served = model.calibration_scale.numpy(), model.calibration_bias.numpy()
-    learned = trainer.positions.table.detach().numpy()
-    return fit_positions(tasks, learned, served, logits, places_of(held_out.positions), held_out.labels)
+    facts = place_facts(schema, states.users, states.candidates)
+    places = places_of(held_out.positions)
+    return fit_positions(schema.tasks, learned, served, logits, places, facts, held_out.labels)
 
 
 def _choose_rows(
@@ -234,16 +242,6 @@ def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores:
     states = states_of(trainer.dataset, impressions, trainer.user_rates()[impressions.user_rows])
     lists, places = lists_from_impressions(impressions, scores, states, by_moment=trainer.apart)
     return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
-
-
-def _label_scales(tasks: tuple[Task, ...], labels: Array) -> tuple[Array, Array]:
-    """Gives mean and deviation [T] float32 of regression tasks' labels; 0 and 1 for binary ones."""
-    mean, spread = np.zeros(len(tasks), np.float32), np.ones(len(tasks), np.float32)
-    for place, task in enumerate(tasks):
-        known = labels[~np.isnan(labels[:, place]), place]
-        if task.kind == "regression" and len(known):
-            mean[place], spread[place] = known.mean(), max(float(known.std()), 1e-6)
-    return mean, spread
 
 
 # --- a shop without labels
@@ -310,10 +308,10 @@ def _sampled_targets(targets: Targets, most: int, rng: np.random.Generator) -> T
 
 def _start_at_recall(trainer: RankerTrainer, lists: Lists, source_weights: tuple[float, ...]) -> None:
     """Sets the wide path to recall's fused score as log odds: the first state has recall's order."""
-    _standardize_scores(trainer, lists)
+    standardize_scores(trainer, lists)
     if not isinstance(trainer.model, Ranker):
         return
-    _standardize_states(trainer, lists, np.zeros(1, np.float32))
+    standardize_states(trainer, lists, np.zeros(1, np.float32))
     weights = np.asarray(source_weights, np.float32)
     slope, bias = calibrate.fit_platt((lists.scores @ weights).reshape(-1), lists.labels[..., 0].reshape(-1))
     model = trainer.model
@@ -367,38 +365,6 @@ def _list_figures(trainer: RankerTrainer, lists: Lists) -> dict[str, Any]:
 
 
 # --- both
-
-
-def _standardize_scores(trainer: RankerTrainer, lists: Lists) -> None:
-    """Standardizes each source's score over the training lists, inside the graph."""
-    seen = lists.scores[lists.item_rows > 0] * trainer.model.score_gate.numpy()
-    if isinstance(trainer.model, Ranker) and len(seen):
-        spread = seen.std(0)
-        trainer.model.score_mean.copy_(torch.from_numpy(seen.mean(0)))
-        trainer.model.score_scale.copy_(
-            torch.from_numpy(np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 1.0).astype(np.float32))
-        )
-
-
-def _standardize_states(trainer: RankerTrainer, lists: Lists, priors: Array) -> None:
-    """Standardizes user and candidate state over the training lists, inside the graph, and starts each task
-    at its own rate: priors [T] are the logits of all exposures'."""
-    model = trainer.model
-    if not isinstance(model, Ranker) or not len(lists):
-        return
-    there = lists.item_rows > 0
-    own = [np.broadcast_to(lists.candidate_state, (*there.shape, lists.candidate_state.shape[2]))[there]]
-    if lists.item_rates is not None:
-        own.append(lists.item_rates[there])
-    users = np.broadcast_to(lists.user_state, (*there.shape, lists.user_state.shape[2]))[there]
-    for name, values in (("user_state", users), ("candidate_state", np.concatenate(own, axis=1))):
-        values = values.astype(np.float32)
-        spread = values.std(axis=0)
-        scale = np.where(spread > _ALIKE, 1 / np.maximum(spread, _ALIKE), 0.0).astype(np.float32)
-        model.get_buffer(f"{name}_mean").copy_(torch.from_numpy(values.mean(axis=0)))
-        model.get_buffer(f"{name}_scale").copy_(torch.from_numpy(scale))
-    with torch.no_grad():
-        model.wide.bias.copy_(torch.from_numpy(priors))
 
 
 def _calibrate(trainer: RankerTrainer, logits: Array, labels: Array) -> None:

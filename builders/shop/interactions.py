@@ -44,6 +44,9 @@ class Interactions:
     propensities: Array | None = None  # [n] float64, NaN where unknown; None: the shop has no column of them
     # by the place of a task: when each row's label came in, [n] int64, its own time where it has none
     label_times: Mapping[int, Array] = field(default_factory=dict)
+    # the whole columns of shop.toml's [context], and the file's row of each of ours [n] int64
+    contexts: Mapping[str, Column] = field(default_factory=dict)
+    file_rows: Array | None = None
 
     def __len__(self) -> int:
         return len(self.times)
@@ -67,6 +70,8 @@ class Interactions:
             truth,
             None if self.propensities is None else self.propensities[keep],
             {task: came[keep] for task, came in self.label_times.items()},
+            self.contexts,
+            None if self.file_rows is None else self.file_rows[keep],
         )
 
     def is_event(self, name: str) -> Array:
@@ -88,6 +93,7 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
             entry.time,
             *filter(None, [entry.event, entry.position, entry.propensity]),
             *labels,
+            *[one.source for one in shop.context_columns],
         ],
     )
     if not len(columns[entry.user].values):
@@ -122,6 +128,8 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
             for at, (task, labels) in enumerate(zip(shop.tasks, per_task, strict=True))
             if task.label and task.label.time
         },
+        {one.source: columns[one.source] for one in shop.context_columns},
+        np.arange(len(times)) if shop.context else None,
     )
 
 

@@ -14,6 +14,8 @@ file = "items.parquet"
 id = "item_id"
 title = "title"
 features = [{name = "brand", kind = "category"}, {name = "price", kind = "number", log1p = true}]
+[context]                            # columns of the interactions that a request says too
+features = [{name = "device", kind = "category"}, {name = "hour", kind = "number"}]
 [[tasks]]
 name = "ctr"
 kind = "binary"
@@ -35,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
+from ensemble.options import RECALL_WEIGHT
 from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource
 
 SHOP_FILE = "shop.toml"
@@ -88,6 +91,32 @@ class FeatureColumn(_Entry):
     def dim(self) -> int:
         """Gives the components of a vector feature; 1 for a number."""
         return int(self.kind[7:-1]) if self.kind.startswith("vector") else 1
+
+
+class ContextColumn(_Entry):
+    """Describes something that the log says of the moment of each exposure, and a request of its own."""
+
+    name: str = Field(pattern=NAME)
+    kind: Literal["category", "number"]
+    column: str = ""  # default: the feature's name
+    # a category's most frequent values kept: each is a column of user_state; the others share one
+    vocabulary: int = Field(default=32, ge=1, le=256)
+    log1p: bool = False  # number: log(1 + x) before it is standardized
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+class Context(_Entry):
+    """Describes what the ranker reads of the moment of an exposure, and of a request."""
+
+    features: list[ContextColumn]
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Context:
+        _refuse_repeats([f.name for f in self.features], "context features")
+        return self
 
 
 class Interactions(_Entry):
@@ -212,6 +241,7 @@ class Shop(_Entry):
     interactions: Interactions
     items: Entities | None = None  # None: the items are those that the interactions name
     users: Entities | None = None
+    context: Context | None = None
     tasks: list[ShopTask] = []
     recall: Recall = Field(default_factory=Recall)
 
@@ -233,6 +263,11 @@ class Shop(_Entry):
     @model_validator(mode="after")
     def _tasks_fit(self) -> Shop:
         _refuse_repeats([t.name for t in self.tasks], "tasks")
+        if any(task.name == RECALL_WEIGHT for task in self.tasks):
+            raise ValueError(
+                f"a task may not be called {RECALL_WEIGHT!r}, which among a request's weights means recall's "
+                "relevance; name it after what it predicts"
+            )
         before: dict[str, str] = {}
         for task in self.tasks:
             if task.label is None and len(self.tasks) > 1:
@@ -258,6 +293,8 @@ class Shop(_Entry):
                     f"task {task.name!r} has a label within a time, but nothing says when it comes in: give "
                     "its column a time, or name the event that shows an item, interactions.impression"
                 )
+        if self.context and not self.has_labels:
+            raise ValueError("context is read with exposures and their labels, but no task has a label")
         rule = self.interactions.history
         if isinstance(rule, list) and not self.interactions.event:
             raise ValueError("interactions.history lists events, but interactions.event names no column")
@@ -269,6 +306,11 @@ class Shop(_Entry):
         if self.interactions.impression and not self.interactions.event:
             raise ValueError("interactions.impression needs interactions.event, the column with event names")
         return self
+
+    @property
+    def context_columns(self) -> list[ContextColumn]:
+        """Lists the context's features; none where the shop has no context."""
+        return self.context.features if self.context else []
 
     @property
     def has_labels(self) -> bool:

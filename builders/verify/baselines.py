@@ -227,7 +227,7 @@ def shortfalls(baselines: dict[str, Any]) -> list[str]:
     for name, task in baselines["tasks"].items():
         figure, worse = task["figure"].upper(), "below" if task["figure"] == "auc" else "above"
         for way, gain in task["gain"].items():
-            if (gain["value"] or 0) < 0:
+            if way != "unplaced" and (gain["value"] or 0) < 0:
                 own, other = task["ways"]["model"]["value"], task["ways"][way]["value"]
                 what = f"{figure} {own:.4f} is {worse} that of {NAMES[way]}, {other:.4f}"
                 lines.append(f"{name}: the ranker's {what}{_chance(gain)}")

@@ -66,7 +66,7 @@ def plain_features(dataset: Dataset, every: Impressions, asked: Array, averages:
         ("item", dataset.schema.items, dataset.item_codes, dataset.item_values, every.item_rows[asked]),
     ):
         columns |= _of_table(who, table, codes[rows], values[rows])
-    columns |= _of_list(dataset, every, asked)
+    columns |= _of_list(dataset, every, asked) | _of_context(dataset, every, asked)
     if every.positions.any():
         columns["position"] = np.where(every.positions[asked] > 0, every.positions[asked], np.nan)
     names = tuple(columns)
@@ -191,6 +191,17 @@ def _of_list(dataset: Dataset, every: Impressions, asked: Array) -> dict[str, Ar
             share = (place - starts[lists]) / np.maximum(lengths[lists] - 1, 1)
             columns[f"item_{feature.name}_place"] = share[asked]
     return columns
+
+
+def _of_context(dataset: Dataset, every: Impressions, asked: Array) -> dict[str, Array]:
+    """Gives what the exposure's context said."""
+    if every.contexts is None:
+        return {}
+    ending = {"category": "_category", "number": ""}
+    return {
+        f"context_{feature.name}{ending[feature.kind]}": np.asarray(every.contexts)[asked, at]
+        for at, feature in enumerate(dataset.schema.context)
+    }
 
 
 def _of_table(who: str, table: Table, codes: Array, values: Array) -> dict[str, Array]:

@@ -38,6 +38,10 @@ Cap = Annotated[
     list[str] | None, typer.Option(help="FEATURE=COUNT: items of one value that a list may hold.")
 ]
 Diversity = Annotated[float | None, typer.Option(help="0..1: how much unlikeness counts against score.")]
+Context = Annotated[
+    list[str] | None,
+    typer.Option(help="FEATURE=VALUE: what the request says of its moment, such as device=phone."),
+]
 BudgetMs = Annotated[float | None, typer.Option(help="How long to wait, in milliseconds.")]
 Url = Annotated[
     str | None,
@@ -62,6 +66,7 @@ def recommend(
     weight: Weight = None,
     cap: Cap = None,
     diversity: Diversity = None,
+    context: Context = None,
     budget_ms: BudgetMs = None,
     as_json: JsonOption = False,
     url: Url = None,
@@ -80,6 +85,7 @@ def recommend(
         "weights": _pairs("--weight", weight, float),
         "caps": _pairs("--cap", cap, int),
         "diversity": diversity,
+        "context": _pairs("--context", context, str),
     }
     server_url, headers = find_server(repository, url)
     with Client(server_url, headers=headers) as client:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ensemble.activity import activity, recencies
 from ensemble.arrays import Array, Tensors, ranks_within
+from ensemble.context import context_state
 from ensemble.contract import Degraded
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
@@ -62,9 +63,11 @@ class FeatureLookup:
             users.field("seen_times").astype(np.int64),
             users.field("seen_kinds").astype(np.int32),
         )
+        status[~options.knows_context] |= Degraded.UNKNOWN_CONTEXT
+        contexts = options.contexts(len(self.schema.context))
         past = self._with_session(_without_later(stored, view, status), options, now, status, view)
         return {
-            **self.past_tensors(past, now, users.field("rates")),
+            **self.past_tensors(past, now, users.field("rates"), contexts),
             **self.history_from_seen(past.rows, view, status),
             "user_codes": users.field("codes"),
             "user_values": users.field("values"),
@@ -72,16 +75,18 @@ class FeatureLookup:
             "user_status": status[:, None],
         }
 
-    def past_tensors(self, past: Past, now: Array, rates: Array) -> Tensors:
+    def past_tensors(self, past: Past, now: Array, rates: Array, contexts: Array | None = None) -> Tensors:
         """Gives seen_* [B, W] and user_state [B, A] of pasts at `now` [B] Unix seconds; rates [B, user_rates]
-        float32 are the users' own."""
+        float32 are the users' own, contexts [B, X] those of their requests (NaN: absent)."""
+        if contexts is None:
+            contexts = np.full((len(now), len(self.schema.context)), np.nan, np.float32)
         seen_recencies = recencies(self.schema, past.times, past.kinds, now)
         state = activity(self.schema, seen_recencies, past.kinds)
         return {
             "seen_rows": past.rows,
             "seen_kinds": past.kinds,
             "seen_recencies": seen_recencies,
-            "user_state": np.concatenate([state, rates], axis=1),
+            "user_state": np.concatenate([state, context_state(self.schema, contexts), rates], axis=1),
         }
 
     def history_from_seen(

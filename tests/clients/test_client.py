@@ -62,6 +62,7 @@ def test_options_become_parameters_and_what_is_not_given_is_not_sent() -> None:
         "allow": {"brand": ["X"]},
         "weights": {"buy": 2.0},
         "diversity": 0.5,
+        "context": {"device": "phone", "hour": 13},
     }
     sent = ask(**options).calls[0].parameters
     assert sent == {
@@ -71,6 +72,7 @@ def test_options_become_parameters_and_what_is_not_given_is_not_sent() -> None:
         "allow": '{"brand":["X"]}',
         "weights": '{"buy":2.0}',
         "diversity": 0.5,
+        "context": '{"device":"phone","hour":13}',
     }
     assert ask().calls[0].parameters == {}
 
@@ -108,7 +110,7 @@ def test_recommend_many_takes_one_value_per_user() -> None:
             "u",
             {"topk": 5},
             "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-            "ranges, weights, caps, diversity, time",
+            "ranges, weights, caps, diversity, time, context",
         ),
         ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
     ],

@@ -90,6 +90,10 @@ MAKERS: dict[str, Callable[..., Any]] = {
     },
     "caps": lambda rng, items, values, tasks: {str(rng.choice(sorted(values))): int(rng.integers(1, 4))},
     "diversity": lambda rng, items, values, tasks: round(float(rng.random() * 0.8), 3),
+    "context": lambda rng, items, values, tasks: {
+        "device": str(rng.choice(["phone", "desktop", "tv"])),
+        "hour": int(rng.integers(0, 24)) if rng.random() < 0.5 else None,
+    },
 }
 
 

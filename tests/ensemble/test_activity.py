@@ -62,6 +62,8 @@ def test_without_a_clock_only_counts_are_told(rng):
     counts = touches(schema, rows, near, kinds, asked)[..., -1]
     wanted = np.log1p([[(line == item).sum() for item in range(1, 6)] for line in rows])
     np.testing.assert_allclose(counts, wanted, rtol=1e-6)
+    newest = touches(schema, np.array([[3, 4, 3, 5]]), np.zeros((1, 4)), np.ones((1, 4), int), asked[:1])
+    assert newest[0, 2:, 2].tolist() == pytest.approx([1 / 2, 1 / 3, 1]), "their order is told"
 
 
 def test_touches_tell_the_last_event_of_each_kind_with_that_very_item(rng):
@@ -74,7 +76,9 @@ def test_touches_tell_the_last_event_of_each_kind_with_that_very_item(rng):
         for place, item in enumerate(items):
             own = (rows[user] == item) & (kinds[user] > 0)
             wanted = [near[user, own & (kinds[user] == kind)].max(initial=0) for kind in (1, 2)]
+            # the newest event is 1 event ago
+            wanted.append(1 / (rows.shape[1] - np.flatnonzero(own)[-1]) if own.any() else 0)
             wanted.append(np.log1p(own.sum()))
-            assert found[user, place].tolist() == pytest.approx(wanted if item > 0 else [0, 0, 0])
+            assert found[user, place].tolist() == pytest.approx(wanted if item > 0 else [0, 0, 0, 0])
     alone = touches(SCHEMA, rows[3:4], near[3:4], kinds[3:4], asked[3:4])
     assert (alone[0] == found[3]).all(), "batch-mates change nothing"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ensemble.context import NO_CONTEXT, Context, context_state, context_width
 from ensemble.errors import InvalidArgument
 from ensemble.options import (
     _READERS,
@@ -24,7 +25,7 @@ from ensemble.options import (
     parse_options,
     stack,
 )
-from ensemble.schema import Feature, Schema, Sizes, Table, Task
+from ensemble.schema import ContextFeature, Feature, Schema, Sizes, Table, Task, schema_from_json
 
 ITEMS = Table(
     (
@@ -33,7 +34,13 @@ ITEMS = Table(
         Feature("price", "number", 0, 1),
     )
 )
-SCHEMA = Schema("shop", ITEMS, Table(), (Task("ctr", "binary"), Task("dwell", "regression", "ctr", 0.1)))
+CONTEXT = (
+    ContextFeature("device", "category", ("phone", "7")),
+    ContextFeature("hour", "number", (), True, 1.0, 0.5),
+)
+SCHEMA = Schema(
+    "shop", ITEMS, Table(), (Task("ctr", "binary"), Task("dwell", "regression", "ctr", 0.1)), context=CONTEXT
+)
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -115,11 +122,21 @@ BAD = [
     ({"diversity": True}, "diversity: must be 0..1, got true"),
     ({"time": -1}, "time: must be Unix seconds, from 0 to below 4294967296, got -1"),
     ({"time": '"noon"'}, 'time: must be Unix seconds, from 0 to below 4294967296, got "noon"'),
+    ({"context": '{"colour": "red"}'}, 'context: no context feature "colour"; known: device, hour'),
+    ({"context": '{"device": true}'}, "context: 'device' is a category and wants a string, got true"),
+    (
+        {"context": '{"device": ["phone"]}'},
+        "context: 'device' is a category and wants a string, got [\"phone\"]",
+    ),
+    ({"context": '{"hour": -1}'}, "context: 'hour' wants a finite number from 0, got -1"),
+    ({"context": '{"hour": "noon"}'}, "context: 'hour' wants a finite number from 0, got \"noon\""),
+    ({"context": '{"hour": NaN}'}, "context: 'hour' wants a finite number from 0, got NaN"),
+    ({"context": '"phone"'}, 'context: must be a JSON object, got "phone"'),
     ({"diversity": None}, "diversity: must be 0..1, got null"),
     (
         {"num": 3},
         "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-        "ranges, weights, caps, diversity, time",
+        "ranges, weights, caps, diversity, time, context",
     ),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),
@@ -328,3 +345,31 @@ def test_a_range_may_be_open():
 def test_the_options_have_the_same_names_for_clients_and_server():
     assert OPTION_NAMES == tuple(_READERS) == tuple(field.name for field in dataclasses.fields(UserOptions))
     assert parse(**{name: json.dumps(value) for name, value in NOTHING_ASKED.items()}) == default_options(1)
+
+
+def test_a_context_is_read_as_training_saw_it():
+    options = parse(
+        5,
+        context=json.dumps(
+            [{"device": "phone", "hour": 0}, {"device": 7, "hour": "0"}, {"device": "tv"}, {}, {"hour": None}]
+        ),
+    )
+    np.testing.assert_array_equal(
+        options.contexts(2), np.array([[1, -2], [2, -2], [0, np.nan], [np.nan] * 2, [np.nan] * 2], np.float32)
+    )
+    assert options.knows_context.tolist() == [True, True, False, True, True]
+    assert parse(context='{"hour": 1e200}').contexts(2)[0, 1] == 10
+    spread = context_state(SCHEMA, options.contexts(2))
+    assert context_width(SCHEMA) == spread.shape[1] == 5
+    assert spread.tolist() == [[0, 1, 0, 1, -2], [0, 0, 1, 1, -2], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
+    assert schema_from_json(SCHEMA.to_json()) == SCHEMA
+
+
+def test_a_release_without_a_context_takes_any_and_says_so():
+    plain = dataclasses.replace(SCHEMA, context=())
+    for text, wanted in (('{"device": "phone"}', Context((), False)), ("{}", NO_CONTEXT)):
+        [user] = parse_options(json.dumps({"context": text}), 1, plain).users
+        assert user.context == wanted
+    assert default_options(3).contexts(0).shape == (3, 0)
+    with pytest.raises(InvalidArgument, match="context: must be a JSON object, got 3"):
+        parse_options('{"context": 3}', 1, plain)

@@ -77,10 +77,22 @@ def _history(rng: np.random.Generator, kind: np.ndarray, weights: np.ndarray) ->
 
 
 def write_labelled_shop(folder: Path) -> None:
-    """The plain generated shop: three tasks, users with features, a clock, the planted truth."""
+    """The plain generated shop: three tasks, users with features, a clock, the planted truth, and a context
+    that tells nothing: a device, which some rows lack, and an hour."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     from builders.shop.generate import generate_shop
 
     generate_shop(folder, users=600, items=300, events=20_000, seed=0, images=False, plain=True)
+    path, rng = folder / "interactions.parquet", np.random.default_rng(0)
+    table = pq.read_table(path)
+    devices = rng.choice(["phone", "desktop", "tablet", ""], len(table), p=[0.5, 0.3, 0.1, 0.1])
+    table = table.append_column("device", pa.array(devices, mask=devices == ""))
+    pq.write_table(table.append_column("hour", pa.array(rng.integers(0, 24, len(table)))), path)
+    with (folder / "shop.toml").open("a") as toml:
+        toml.write('\n[context]\nfeatures = [\n  {name = "device", kind = "category"},\n')
+        toml.write('  {name = "hour", kind = "number"},\n]\n')
 
 
 def write_pictured_shop(folder: Path) -> None:

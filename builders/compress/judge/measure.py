@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
+from builders.data.contexts import some_contexts
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.export.verifier import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
 from builders.index.snapshot import older_pasts
@@ -132,9 +133,10 @@ def _chain(verifier: Verifier, targets: Targets, piece: Array) -> tuple[Array, A
 def recalled_tensors(verifier: Verifier, user_rows: Array, history_ends: Array) -> Tensors:
     """Gives all tensors up to the ranker, by name, as they would have been at `history_ends`.
 
-    That is what features, user_encoder and recall give.
+    That is what features, user_encoder and recall give, for requests that say the context of some exposure.
     """
-    tensors = verifier.user_tensors(user_rows, history_ends)
+    contexts = some_contexts(verifier.dataset, user_rows)
+    tensors = verifier.user_tensors(user_rows, history_ends, contexts=contexts)
     tensors |= verifier.user_encoder.run({name: tensors[name] for name in contract.USER_ENCODER_INPUTS})
     queries = verifier.offline.queries(user_rows, tensors)
     seen = {name: tensors[name] for name in contract.SEEN_TENSORS}

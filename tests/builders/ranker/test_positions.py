@@ -12,7 +12,7 @@ from builders.data.places import NUM_PLACES, place_rates, places_of
 from builders.ranker.checkpoint import open_ranker, save_ranker
 from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.model import TINY
-from builders.ranker.positions import read_positions
+from builders.ranker.positions import NUM_FACTS, PositionBias, place_facts, read_positions
 from builders.ranker.refit import refit_ranker
 from builders.ranker.trainer import TINY_TRAINING, RankerTrainer
 from builders.ranker.training import train_ranker
@@ -83,19 +83,22 @@ def test_what_a_place_does_is_not_taken_for_the_items_merit(shop, checkpoint):
 def test_values_at_their_places_tell_clicks_apart_and_both_are_calibrated(shop, checkpoint):
     test = shop.test_impressions
     served = _served(shop, checkpoint, test)
-    placed = checkpoint.positions.apply(TASKS, served, test.positions)
+    states = states_of(shop, test, checkpoint.user_rates[test.user_rows])
+    facts = place_facts(SCHEMA, states.users, states.candidates)
+    placed = checkpoint.positions.apply(TASKS, served, test.positions, facts)
     clicks = test.labels[:, 0]
     best = metrics.auc(clicks, LOOKS[test.positions])
     assert metrics.auc(clicks, placed[:, 0]) > best - 0.02
     assert metrics.auc(clicks, served[:, 0]) < best - 0.1
     assert max(metrics.ece(clicks, one[:, 0]) for one in (served, placed)) < 0.05
-    learned = checkpoint.positions.slope[0] * checkpoint.positions.learned[1:5, 0]
+    learned = checkpoint.positions.slope[0] * checkpoint.positions.learned[1:5, 0, 0]
     assert np.diff(learned) == pytest.approx([-1, -1, -1], abs=0.35)
 
 
 def test_unknown_places_change_nothing_and_far_ones_share_theirs(checkpoint):
     values = np.array([[0.2, 0.5, 3.0], [0.9, 0.1, -1.0]], np.float32)
-    np.testing.assert_array_equal(checkpoint.positions.apply(TASKS, values, np.zeros(2, int)), values)
+    unknown = checkpoint.positions.apply(TASKS, values, np.zeros(2, int), np.ones((2, NUM_FACTS)))
+    np.testing.assert_array_equal(unknown, values)
     assert places_of(np.array([0, 1, 32, 33, 64, 10**9])).tolist() == [0, 1, 32, 33, 37, NUM_PLACES - 1]
     assert (np.diff(places_of(np.arange(100_000)).astype(int)) >= 0).all()
 
@@ -121,7 +124,9 @@ def test_places_are_saved_with_the_ranker_and_a_refit_goes_on_from_them(shop, ch
         whole, toy_embeddings(), opened, known, scores=zero_scores, config=CONFIG, progress=lambda *_: None
     )
     assert not np.array_equal(refitted.positions.learned, opened.positions.learned)
-    np.testing.assert_allclose(refitted.positions.learned[1:5, 0], opened.positions.learned[1:5, 0], atol=0.5)
+    np.testing.assert_allclose(
+        refitted.positions.learned[1:5, 0, 0], opened.positions.learned[1:5, 0, 0], atol=0.5
+    )
     assert abs(_gap(shop, refitted)) < 0.05
 
 
@@ -135,3 +140,33 @@ def test_place_rates_are_smoothed_and_only_of_events(rng):
     assert rates[1:3, 0] == pytest.approx([(1 + 10) / 32, 10 / 31])
     assert np.isnan(rates[0]).all()
     assert np.isnan(rates[:, 1]).all()
+
+
+def test_the_facts_tell_what_was_met_how_long_ago_and_by_whom(shop):
+    test = shop.test_impressions
+    states = states_of(shop, test, np.zeros((len(test.times), SCHEMA.sizes.user_rates), np.float32))
+    facts = place_facts(SCHEMA, states.users, states.candidates)
+    for row in range(0, len(test.times), 97):
+        start = shop.histories.offsets[test.user_rows[row]]
+        past = shop.histories.item_rows[start : test.history_ends[row]].tolist()
+        item = test.item_rows[row]
+        ago = past[::-1].index(item) + 1 if item in past else 0
+        assert facts[row] == pytest.approx(
+            [1.0, float(ago > 0), 1 / ago if ago else 0.0, float(not past)], abs=1e-3
+        )
+
+
+def test_training_begins_with_places_that_matter_less_for_what_the_user_has_met(rng):
+    count = 40_000
+    positions, met = rng.integers(1, 5, count), rng.random(count) < 0.3
+    odds = np.where(met, 1.0, LOOKS[positions])
+    labels = (rng.random(count) < 1 / (1 + np.exp(-odds))).astype(np.float32)[:, None]
+    facts = np.stack([np.ones(count), met, met / 2, np.zeros(count)], axis=1).astype(np.float32)
+    bias = PositionBias(1)
+    bias.start((Task("click", "binary"),), places_of(positions), facts, labels)
+    asked = torch.tensor([[1, 2, 3, 4, 0]], dtype=torch.uint8)
+    of_others = bias(asked, torch.tensor([1.0, 0, 0, 0]).expand(1, 5, 4))[0, :, 0].tolist()
+    of_met = bias(asked, torch.tensor([1.0, 1, 0.5, 0]).expand(1, 5, 4))[0, :, 0].tolist()
+    assert np.diff(of_others[:4]) == pytest.approx([-1, -1, -1], abs=0.15)
+    assert np.diff(of_met[:4]) == pytest.approx([0, 0, 0], abs=0.15)
+    assert of_others[4] == of_met[4] == 0

@@ -211,6 +211,12 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
         ),
         (
             'name = "ctr"',
+            'name = "recall"',
+            "a task may not be called 'recall', which among a request's weights means recall's relevance; "
+            "name it after what it predicts",
+        ),
+        (
+            'name = "ctr"',
             'name = "ctr"\ngiven = "view"',
             "task 'ctr' is given 'view', which is no binary task before it",
         ),

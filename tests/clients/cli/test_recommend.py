@@ -90,6 +90,10 @@ def test_options_reach_the_server(triton: FakeTriton, tmp_path: Path) -> None:
         "brand=2",
         "--weight",
         "buy=1.5",
+        "--context",
+        "device=phone",
+        "--context",
+        "hour=13",
         "--include-seen",
         "-k",
         "3",
@@ -101,6 +105,7 @@ def test_options_reach_the_server(triton: FakeTriton, tmp_path: Path) -> None:
         '{"brand":["X","Y"]}',
     )
     assert (sent["caps"].string_param, sent["weights"].string_param) == ('{"brand":2}', '{"buy":1.5}')
+    assert sent["context"].string_param == '{"device":"phone","hour":"13"}'
     assert (sent["exclude_seen"].bool_param, sent["top_k"].int64_param) == (False, 3)
 
 
