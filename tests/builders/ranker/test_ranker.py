@@ -450,7 +450,7 @@ def test_what_recall_counted_of_the_training_clicks_tells_the_ranker_of_a_labell
 
     def telling(user_rows, history_ends, item_rows):
         told = [[labels.get((u, i), 0.0) for i in row] for u, row in zip(user_rows, item_rows, strict=True)]
-        return np.repeat(np.array(told, np.float32)[..., None], len(contract.SOURCES), -1)
+        return np.repeat(np.array(told, np.float32)[..., None], len(DEFAULT_SOURCES), -1)
 
     plain, misled = (
         train_ranker(dataset, toy_embeddings(), scores=of, config=replace(TINY_TRAINING, epochs=1))
