@@ -13,6 +13,7 @@ import numpy as np
 from builders.content.sources import sources_of
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
+from builders.shop.parts import in_order
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
 from builders.shop.tables import Column, is_list
@@ -85,6 +86,7 @@ def _interactions(report: Report, tables: ShopTables) -> None:
             name: int(count) for name, count in zip(interactions.event_names, counts, strict=True)
         }
     report.sections["interactions"] = section
+    _parts(report, tables)
     if tables.num_dropped:
         share = tables.num_dropped / (tables.num_dropped + len(interactions))
         where = tables.shop.items.file if tables.shop.items else ""
@@ -92,6 +94,21 @@ def _interactions(report: Report, tables: ShopTables) -> None:
             f"{tables.num_dropped} interactions ({share:.1%}) are left out: their items, "
             f"{tables.first_dropped!r} first, are not in {where}"
         )
+
+
+def _parts(report: Report, tables: ShopTables) -> None:
+    """Says what the shop's own split has, and whether it follows the clock."""
+    log = tables.interactions
+    if log.parts is None:
+        return
+    counts = np.bincount(log.parts, minlength=3).tolist()
+    follows = in_order(tables.user_rows, log.times, log.parts, len(tables.users.ids))
+    report.sections["split"] = {
+        **dict(zip(("rows that train", "that validate", "that test"), counts, strict=True)),
+        "order": "each user's parts follow the clock"
+        if follows
+        else "parts overlap in time: times say no more than which came first within a part",
+    }
 
 
 def _day(time_s: int) -> str:

@@ -41,16 +41,28 @@ def users_of(histories: Histories) -> Array:
     return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
 
 
-def split_histories(split: Split, histories: Histories, times: Array, user_ids: Array) -> Splits:
+def split_histories(
+    split: Split,
+    histories: Histories,
+    times: Array,
+    user_ids: Array,
+    cuts: tuple[Array, Array] | None = None,
+) -> Splits:
     """Splits as `split` says; quantiles of `times` [n], those of all interactions, cut a split by time.
 
-    user_ids [U] S are those of the rows from 1 on.
+    user_ids [U] S are those of the rows from 1 on; `cuts` [U + 1] each are when a user's validation and test
+    begin, where the shop itself says which rows do what.
     """
     if split.kind == "leave_one_out":
         return _leave_one_out(histories, split)
     if split.kind == "random":
         return _by_user(histories, int(times.min(initial=0)), split, user_ids)
-    return _by_time(histories, times, split)
+    if cuts is None:
+        num_users = len(histories.offsets) - 1
+        shares = (1 - split.validation - split.test, 1 - split.test)
+        late, later = (int(np.quantile(times, share, method="higher")) for share in shares)
+        cuts = (np.full(num_users, late), np.full(num_users, later))
+    return _by_cuts(histories, cuts, split)
 
 
 def _leave_one_out(histories: Histories, split: Split) -> Splits:
@@ -87,17 +99,13 @@ def _by_user(histories: Histories, earliest: int, split: Split, user_ids: Array)
     )
 
 
-def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
+def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> Splits:
     """Takes as target a user's first event in the period whose item is new, if any item is known before."""
-    late, later = (
-        int(np.quantile(times, q, method="higher"))
-        for q in (1 - split.validation - split.test, 1 - split.test)
-    )
     users = users_of(histories)
     num_users = len(histories.offsets) - 1
     begins, times_of = histories.offsets[:-1], histories.times
     train_ends, before_test = (
-        begins + np.bincount(users[times_of < cut], minlength=num_users) for cut in (late, later)
+        begins + np.bincount(users[times_of < cut[users]], minlength=num_users) for cut in cuts
     )
     known_ends = before_test if split.keep_test else histories.offsets[1:].copy()
     pair = users * (int(histories.item_rows.max(initial=0)) + 1) + histories.item_rows
@@ -105,13 +113,13 @@ def _by_time(histories: Histories, times: Array, split: Split) -> Splits:
     new[np.unique(pair, return_index=True)[1]] = True
     fit = new & (np.arange(len(pair)) > histories.offsets[users])
 
-    def first_targets(begin: int, end: int) -> Targets:
-        rows = np.flatnonzero(fit & (histories.times >= begin) & (histories.times < end))
+    def first_targets(begin: Array, end: Array) -> Targets:
+        rows = np.flatnonzero(fit & (times_of >= begin[users]) & (times_of < end[users]))
         who, first = np.unique(users[rows], return_index=True)
         return Targets(who, rows[first], histories.item_rows[rows[first]])
 
-    cuts = (np.full(num_users, late), np.full(num_users, later))
-    return Splits(train_ends, known_ends, first_targets(late, later), first_targets(later, NEVER), cuts)
+    never = np.full(num_users, NEVER)
+    return Splits(train_ends, known_ends, first_targets(*cuts), first_targets(cuts[1], never), cuts)
 
 
 def history_ends(histories: Histories, users: Array, times: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from builders.shop.interactions import (
     exposures_from_interactions,
     refuse_all_censored,
 )
+from builders.shop.parts import cuts_of, in_order, places_in_order
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import texts_from_column
@@ -111,7 +113,7 @@ def dataset_from_tables(
 ) -> Dataset:
     """Packs features, orders histories, splits. Without `contents`, what was encoded of texts and pictures,
     words are hashed and images left out."""
-    contents = contents or Contents()
+    contents, tables = contents or Contents(), with_times_in_order(tables)
     shop, items, users = tables.shop, tables.items, tables.users
     progress("packing features")
     item_pack = pack_features(
@@ -128,7 +130,7 @@ def dataset_from_tables(
     exposures = exposures_from_interactions(shop, tables.interactions)
     context, said = _contexts(tables)
     histories = _histories(tables, exposures)
-    splits = split_histories(shop.split, histories, tables.interactions.times, users.ids)
+    splits = split_histories(shop.split, histories, tables.interactions.times, users.ids, _cuts(tables))
     progress("splitting impressions")
     parts = (
         split_impressions(_impressions(tables, exposures, histories, splits.cuts, said), splits.cuts)
@@ -174,6 +176,30 @@ def dataset_from_tables(
         item_numbers=item_pack.numbers,
         item_encoding=item_pack.encoding,
         split=shop.split.model_dump(mode="json"),
+    )
+
+
+def with_times_in_order(tables: ShopTables) -> ShopTables:
+    """Gives the tables with places in order for times, where the shop itself says what tests and that does
+    not follow the clock: then a time says no more than which came first within a part."""
+    log, shop = tables.interactions, tables.shop
+    if log.parts is None or in_order(tables.user_rows, log.times, log.parts, len(tables.users.ids)):
+        return tables
+    timed = [task.name for task in shop.tasks if task.label and (task.label.time or task.label.within)]
+    if timed:
+        raise InvalidInput(
+            f"{shop.interactions.file}: some users' parts of the split overlap in time, but task "
+            f"{timed[0]!r} asks when its label came; let the parts follow the clock, or drop the label's "
+            "time and within"
+        )
+    return replace(tables, interactions=replace(log, times=places_in_order(log.times, log.parts)))
+
+
+def _cuts(tables: ShopTables) -> tuple[Array, Array] | None:
+    """Gives when each user's validation and test begin, where the shop itself says it."""
+    log = tables.interactions
+    return (
+        None if log.parts is None else cuts_of(tables.user_rows, log.times, log.parts, len(tables.users.ids))
     )
 
 

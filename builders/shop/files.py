@@ -18,6 +18,7 @@ def shop_files(folder: Path) -> list[Path]:
     shop = open_shop(folder)
     named = [folder / SHOP_FILE, folder / shop.interactions.file, folder / (shop.interactions.planted or "")]
     named += [folder / entry.file for entry in (shop.items, shop.users) if entry is not None]
+    named += [folder / file for file in shop.split.files]
     return sorted({*filter(Path.is_file, named), *(_below(folder) if _has_images(shop) else ())})
 
 

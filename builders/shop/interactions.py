@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from builders.shop.parts import given_parts
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import (
     Column,
@@ -18,6 +19,7 @@ from builders.shop.tables import (
     numbers_from_column,
     positions_from_column,
     read_table,
+    read_tables,
     texts_from_column,
     times_from_column,
 )
@@ -47,6 +49,7 @@ class Interactions:
     # the whole columns of shop.toml's [context], and the file's row of each of ours [n] int64
     contexts: Mapping[str, Column] = field(default_factory=dict)
     file_rows: Array | None = None
+    parts: Array | None = None  # [n] int64: 0 training, 1 validation, 2 test, where the shop itself says it
 
     def __len__(self) -> int:
         return len(self.times)
@@ -72,6 +75,7 @@ class Interactions:
             {task: came[keep] for task, came in self.label_times.items()},
             self.contexts,
             None if self.file_rows is None else self.file_rows[keep],
+            None if self.parts is None else self.parts[keep],
         )
 
     def is_event(self, name: str) -> Array:
@@ -84,14 +88,14 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
     """Reads and checks the interactions file; InvalidInput at the first wrong cell."""
     entry = shop.interactions
     labels = [name for task in shop.tasks if (of := task.label) for name in (of.column, of.time) if name]
-    columns = read_table(
+    columns, file_of = read_tables(
         folder,
-        entry.file,
+        [entry.file, *shop.split.files],
         [
             entry.user,
             entry.item,
             entry.time,
-            *filter(None, [entry.event, entry.position, entry.propensity]),
+            *filter(None, [entry.event, entry.position, entry.propensity, shop.split.column]),
             *labels,
             *[one.source for one in shop.context_columns],
         ],
@@ -130,6 +134,7 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
         },
         {one.source: columns[one.source] for one in shop.context_columns},
         np.arange(len(times)) if shop.context else None,
+        given_parts(shop.split, columns, times, file_of),
     )
 
 
@@ -149,7 +154,7 @@ def _came_in(column: Column, labels: Array, times: Array, now_s: float) -> Array
     if not known.any():
         return times
     filled = column.values.fill_null(column.values.drop_null()[0])
-    came = times_from_column(Column(column.file, column.name, filled), now_s)
+    came = times_from_column(replace(column, values=filled), now_s)
     wrong = first_true(happened & (came < times))
     if wrong >= 0:
         raise column.error(wrong, "is before the row's own time; a label comes in later")

@@ -2,7 +2,9 @@
 
 name = "beauty"
 split = "time"                       # or "leave_one_out", or {kind = "time", validation = 0.1, test = 0.1},
-                                     # or {kind = "random", seed = 0}: shares of the users, held out whole
+                                     # or {kind = "random", seed = 0}: shares of the users, held out whole,
+                                     # or {kind = "column", column = "part"}: train, validation or test,
+                                     # or {kind = "files", test_file = "test.parquet"}: rows of its own
                                      # keep_test = true: a published test set, never trained on nor served
 [interactions]                       # one row per shown item, or one row per event
 file = "interactions.parquet"        # parquet or CSV
@@ -190,15 +192,45 @@ class ShopTask(_Entry):
 
 
 class Split(_Entry):
-    """Says what tests: each user's last event (leave_one_out), the last tenths of the clock (time), or users
-    drawn by chance, of whom nothing trains (random)."""
+    """Says what tests: each user's last event (leave_one_out), the last tenths of the clock (time), users
+    drawn by chance, of whom nothing trains (random), rows that a column names (column), or those of files of
+    their own (files)."""
 
-    kind: Literal["leave_one_out", "time", "random"]
+    kind: Literal["leave_one_out", "time", "random", "column", "files"]
     validation: float = Field(default=0.1, gt=0, lt=0.5)
     test: float = Field(default=0.1, gt=0, lt=0.5)
     seed: int = 0  # of random: another one draws other users
-    # a published test set: no refit learns from it, and the history that is served has none of it
+    column: str | None = None  # of column: it holds train, validation or test
+    # of files: where the held-out rows are, with the columns of the interactions' file
+    test_file: str | None = None
+    validation_file: str | None = None
+    # a published test set: no refit learns from it, and the history that is served has none of it. So it is
+    # where the shop itself says what tests (column, files), unless it says otherwise
     keep_test: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_tests_are_kept(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("kind") in ("column", "files"):
+            return {"keep_test": True, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Split:
+        wanted = {"column": self.column, "test_file": self.test_file, "validation_file": self.validation_file}
+        of = {"column": ("column",), "files": ("test_file", "validation_file")}.get(self.kind, ())
+        for name, value in wanted.items():
+            if value is not None and name not in of:
+                raise ValueError(f"a split of kind {self.kind!r} takes no {name}")
+        if of and wanted[of[0]] is None:
+            raise ValueError(f'a split of kind {self.kind!r} needs {of[0]} = "…"')
+        return self
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Gives the files of held-out rows, each with its part: 1 validation, 2 test."""
+        named = ((self.validation_file, 1), (self.test_file, 2))
+        return {file: part for file, part in named if file is not None}
 
 
 class Recall(_Entry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ class Column:
     file: str
     name: str
     values: pa.ChunkedArray
+    pieces: tuple[tuple[str, int], ...] = ()  # of several files read as one: each one's name and first row
 
     def error(self, row: int, rule: str, value: Any = None) -> InvalidInput:
         """Makes the error for the row of index `row`, naming its value unless another one is given."""
         shown = repr(self.values[row].as_py() if value is None else value)
         shown = shown if len(shown) <= 60 else shown[:57] + "…"
-        return InvalidInput(f"{self.file}: column {self.name!r}, row {row + 1}: {shown} {rule}")
+        file, first = max(
+            (one for one in self.pieces if one[1] <= row), key=itemgetter(1), default=(self.file, 0)
+        )
+        return InvalidInput(f"{file}: column {self.name!r}, row {row - first + 1}: {shown} {rule}")
 
     def wrong_type(self, wanted: str) -> InvalidInput:
         return InvalidInput(f"{self.file}: column {self.name!r} has type {self.values.type}; wanted {wanted}")
@@ -50,6 +55,23 @@ def read_table(folder: Path, file: str, columns: list[str]) -> dict[str, Column]
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     return {name: Column(file, name, _plain(table.column(name))) for name in dict.fromkeys(columns)}
+
+
+def read_tables(folder: Path, files: list[str], columns: list[str]) -> tuple[dict[str, Column], Array]:
+    """Reads columns of several files as of one, in this order; gives also which file each row is of [n]
+    int64."""
+    tables = [read_table(folder, file, columns) for file in files]
+    lengths = [len(table[columns[0]].values) for table in tables]
+    starts = tuple(zip(files, np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist(), strict=True))
+    whole = {}
+    for name, first in tables[0].items():
+        for table in tables[1:]:
+            if table[name].values.type != first.values.type:
+                raise table[name].wrong_type(f"{first.values.type}, as in {first.file}")
+        chunks = [chunk for table in tables for chunk in table[name].values.chunks]
+        values = pa.chunked_array(chunks, first.values.type)
+        whole[name] = Column(first.file, name, values, starts if len(files) > 1 else ())
+    return whole, np.repeat(np.arange(len(files)), lengths)
 
 
 def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
