@@ -23,7 +23,7 @@ from ensemble.activity import context_columns
 from ensemble.arrays import Array
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
-_STEPS = 150  # of an epoch, where its batches are large enough
+_STEPS, _FINEST = 150, 512  # batches of an epoch at least, while they have so many candidates
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ def with_tried_rows(config: RankerTraining, tried: list[dict[str, float]]) -> Ra
 
 
 def num_batches_of(num_candidates: int, most: int) -> int:
-    """Cuts an epoch into batches of at most `most` candidates; into more of at least a quarter of that, so
-    that there are 150 if there can be: a log of 60,000 rows has learned little in thirty steps."""
-    finer = min(_STEPS, round(4 * num_candidates / most))
-    return max(1, round(num_candidates / most), finer)
+    """Cuts an epoch into batches of at most `most` candidates; finer, down to 512, so that there are 150 if
+    there can be: a log of 60,000 rows has learned little in thirty steps."""
+    return max(1, round(num_candidates / most), min(_STEPS, round(num_candidates / _FINEST)))
 
 
 BASE_TRAINING = RankerTraining()

@@ -543,5 +543,6 @@ def test_auc_within_counts_pairs_of_one_user(rng):
     assert auc_within(users, scores, np.zeros(60, bool)) == 0.5
 
 
-def test_a_small_log_is_cut_into_finer_batches_of_a_quarter_at_least():
+def test_a_small_log_is_cut_into_finer_batches():
     assert [num_batches_of(n, 2048) for n in (10, 60_000, 77_000, 1_000_000)] == [1, 117, 150, 488]
+    assert num_batches_of(10_000, 512) == 20, "what is small already stays"
