@@ -35,6 +35,7 @@ import builders.index.stage as index
 from builders.data.dataset import Dataset, history_windows, open_dataset
 from builders.folders import new_folder
 from builders.index.stage import open_recall
+from builders.index.staged import SOURCES_FILE
 from builders.presets import preset
 from builders.shop.shop_toml import SHOP_FILE
 from ensemble.arrays import Array
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         with new_folder(given.out / "shop", force=True) as folder:
             write_shop(source, folder)
         folders = build(given.out / "shop", given.out, given.preset, given.epochs, given.seed)
-        told = json.loads((folders["index"] / index.SOURCES_FILE).read_text())
+        told = json.loads((folders["index"] / SOURCES_FILE).read_text())
         print(json.dumps({**told, "figures": measure(folders, source)}, indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)

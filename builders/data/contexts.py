@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.data.dataset import Dataset
 from builders.data.packing import pack_features
 from builders.shop.shop_toml import ContextColumn, FeatureColumn
 from builders.shop.tables import Column
 from ensemble.arrays import Array
 from ensemble.schema import ContextFeature
-
-_STRIDE = 7919  # a prime: neighbours get exposures of different times
 
 
 def contexts_from_columns(
@@ -44,12 +41,3 @@ def contexts_from_columns(
         found.append(ContextFeature(feature.name, "number", (), encoding["log1p"], mean, deviation))
         numbers += 1
     return tuple(found), contexts
-
-
-def some_contexts(dataset: Dataset, user_rows: Array) -> Array:
-    """Gives users [B] the context of some training exposure each [B, X], NaN where it says nothing:
-    engines are calibrated and compared on such as they will meet."""
-    shown = dataset.train_impressions
-    if shown is None or shown.contexts is None or not len(shown.times):
-        return np.full((len(user_rows), len(dataset.schema.context)), np.nan, np.float32)
-    return np.asarray(shown.contexts)[user_rows * _STRIDE % len(shown.times)]

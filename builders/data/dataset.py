@@ -13,6 +13,8 @@ from ensemble.arrays import Array
 from ensemble.schema import Schema, schema_from_json
 from ensemble.steps.features import Past
 
+_STRIDE = 7919  # a prime: neighbours get exposures of different times
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -224,3 +226,12 @@ def _window_places(
     position = history_ends[:, None] - length + np.arange(length)
     inside = position >= histories.offsets[user_rows][:, None]
     return np.clip(position, 0, max(0, len(histories.item_rows) - 1)), inside
+
+
+def some_contexts(dataset: Dataset, user_rows: Array) -> Array:
+    """Gives users [B] the context of some training exposure each [B, X], NaN where it says nothing:
+    engines are calibrated and compared on such as they will meet."""
+    shown = dataset.train_impressions
+    if shown is None or shown.contexts is None or not len(shown.times):
+        return np.full((len(user_rows), len(dataset.schema.context)), np.nan, np.float32)
+    return np.asarray(shown.contexts)[user_rows * _STRIDE % len(shown.times)]

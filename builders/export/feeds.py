@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.data.contexts import some_contexts
-from builders.data.dataset import Dataset, history_windows, past_windows
+from builders.data.dataset import Dataset, history_windows, past_windows, some_contexts
 from builders.index.offline import OfflineRecall
 from builders.ranker.checkpoint import RankerCheckpoint
 from ensemble.activity import activity, recencies, touches

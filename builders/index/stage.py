@@ -22,6 +22,7 @@ from builders.index.choice import IndexTarget
 from builders.index.offline import OfflineRecall
 from builders.index.recall_files import write_recall
 from builders.index.sources import FILES
+from builders.index.staged import SOURCES_FILE
 from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
@@ -42,7 +43,6 @@ SERVED_FILES = (
     *_FROM_DATA, "item_ids.npy", "index.faiss", "transitions.npy", "popular.npy", "recall.json", BASELINE,
 )  # fmt: skip
 OPTIONAL_FILES = (VECTORS, *FILES)
-SOURCES_FILE = "sources.json"  # what each source adds, and what was tried: for the report
 _LOST_RECALL = 0.01  # what a refit's index may find less
 
 

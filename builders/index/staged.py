@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ensemble.steps.served import ServedRelease
 
+SOURCES_FILE = "sources.json"  # what each source adds, and what was tried: for the report
+
 
 class StagedRelease(ServedRelease):
     """Opens a release that is still being built: its files lie in one folder, without a manifest."""

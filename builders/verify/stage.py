@@ -19,7 +19,7 @@ from builders import metrics
 from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import Verifier
 from builders.folders import Inputs
-from builders.index.stage import SOURCES_FILE
+from builders.index.staged import SOURCES_FILE
 from builders.progress import Progress
 from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures

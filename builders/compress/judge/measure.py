@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
-from builders.data.contexts import some_contexts
-from builders.data.dataset import Dataset, Impressions, Targets
+from builders.data.dataset import Dataset, Impressions, Targets, some_contexts
 from builders.export.verifier import BATCH, EVERY_USER_BELOW, SAMPLE, Verifier
 from builders.index.snapshot import older_pasts
 from ensemble import contract

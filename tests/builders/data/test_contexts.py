@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from builders.data.check import check_shop
-from builders.data.contexts import some_contexts
-from builders.data.dataset import open_dataset, save_dataset
+from builders.data.dataset import open_dataset, save_dataset, some_contexts
 from builders.data.refit import refit_dataset
 from builders.data.stage import load_dataset
 from builders.verify.plain_features import joined, plain_features

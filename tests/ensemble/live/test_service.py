@@ -19,6 +19,7 @@ import pytest
 from random_release import RandomRelease, make_release, open_again, write_item_encoder
 from shops import ROOT
 
+from clients import items as items_module
 from clients.cli import items as items_cli
 from clients.errors import InvalidArgument, Overloaded, Unavailable
 from clients.items import Changed, ItemClient, read_changes
@@ -190,7 +191,7 @@ def test_a_long_file_says_how_far_it_came(tmp_path, monkeypatch, capsys):
                 raise InvalidArgument("item 'x' is unknown")
             return Changed(1, True, "r1", unknown_values={"brand": ["Vert"]})
 
-    monkeypatch.setattr(items_cli, "_AT_ONCE", 2)
+    monkeypatch.setattr(items_module, "AT_ONCE", 2)
     changes = [{"op": "delete", "item": {"item_id": str(n)}} for n in range(5)]
     with pytest.raises(
         InvalidArgument,
