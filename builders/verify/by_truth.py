@@ -46,6 +46,10 @@ def planted(dataset: Dataset, file: Path) -> _Planted | str:
     strange = [task.name for task in tasks if task.name not in TASKS]
     if strange:
         return f"the planted truth knows no task {strange[0]!r}"
+    if not dataset.schema.has_clock:
+        return (
+            "the planted truth is of days, and the split's parts overlap in time: times are places in order"
+        )
     users, items = truth.rows_of(dataset.user_ids, dataset.item_ids)
     if (items < 0).any() or (users < 0).any():
         of = dataset.item_ids[items < 0] if (items < 0).any() else dataset.user_ids[users < 0]

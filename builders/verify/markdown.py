@@ -61,7 +61,7 @@ def headline(report: Mapping[str, Any]) -> str:
     """Says in a sentence what a release's lists are worth; empty for a report without a word on it."""
     worth, ranking = report.get("worth") or {}, report.get("ranking") or {}
     if worth.get("kind") == "truth":
-        best = worth["ways"]["chain"]["worth"] / worth["ways"]["best"]["worth"]
+        best = worth["ways"]["chain"]["worth"] / (worth["ways"]["best"]["worth"] or 1.0)
         return (
             f"A list of {worth['places']} that this release shows is worth {_times(worth, 'popularity')} a "
             f"list of the most popular items, {_times(worth, 'recall')} what recall alone would show, and "

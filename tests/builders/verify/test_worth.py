@@ -256,6 +256,9 @@ def test_a_shop_without_labels_is_said_to_have_next_items_only(verifier, tmp_pat
     page = markdown(dataset, report)
     assert page.index("Of 100 held-out users") < page.index("## Ranking of 4 held-out next items")
     assert headline({}) == ""
+    nothing = {"places": 10, "kind": "truth", "ways": {way: {"worth": 0.0} for way in ("chain", "best")}}
+    times = dict.fromkeys(("popularity", "recall"), dict.fromkeys(("value", "low", "high")))
+    assert "0% of the best" in headline({"worth": {**nothing, "chain_times": times}})
 
 
 def test_a_truth_that_does_not_fit_is_not_used(verifier, stages):
@@ -264,6 +267,8 @@ def test_a_truth_that_does_not_fit_is_not_used(verifier, stages):
     strange = replace(dataset, item_ids=np.concatenate([dataset.item_ids[:-1], [b"new"]]))
     asked.__dict__.update(vars(verifier), dataset=strange)
     assert by_truth(asked, stages["data"] / FILE) == "the planted truth does not know 'new'"
+    clockless = replace(dataset, schema=replace(dataset.schema, has_clock=False))
+    assert "times are places in order" in str(planted(clockless, stages["data"] / FILE))
 
 
 # --- by propensities
