@@ -240,7 +240,7 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
         (
             'split = "time"',
             'split = "weekly"',
-            "split.kind = 'weekly': should be 'leave_one_out', 'time' or 'random'",
+            "split.kind = 'weekly': should be 'leave_one_out', 'time', 'random', 'column' or 'files'",
         ),
         ('file = "interactions.csv"', "", "interactions.file is missing"),
     ],
