@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from builders.encoders.encoders import EncoderConfig
-from builders.ranker.trainer import BASE_TRAINING, TINY_TRAINING, RankerTraining
+from builders.ranker.config import BASE_TRAINING, TINY_TRAINING, RankerTraining
 from builders.verify.baselines import SAMPLE_ROWS
 from ensemble.errors import InvalidInput
 from ensemble.schema import Sizes

@@ -54,12 +54,11 @@ class _Asked:
 def fit_blend(
     trainer: RankerTrainer,
     candidates: CandidateFunction,
-    honest: ScoreFunction,
     scores: ScoreFunction,
     source_weights: tuple[float, ...],
 ) -> tuple[Blend, dict[str, Any]]:
-    """Chooses the blend of a trained, calibrated ranker; gives it with what was tried. `honest` are the
-    scores that the ranker has learned from, `scores` all that recall says."""
+    """Chooses the blend of a trained, calibrated ranker; gives it with what was tried. `scores` are
+    recall's; the ranker itself reads none of them (CalibratedRanker.score_gate)."""
     dataset = trainer.dataset
     asked = {
         name: _asked(trainer, targets, candidates)
@@ -75,7 +74,7 @@ def fit_blend(
         return Blend(True, power, source_weights, slope, bias), {"why": WHY_FEW, "power": power}
     options = [Blend(True, power, source_weights, slope, bias) for power in POWERS]
     options.append(Blend(False, 1.0, source_weights, slope, bias))
-    exposed = _exposed(trainer, honest, scores)
+    exposed = _exposed(trainer, scores)
     tried = [_tried(blend, asked, exposed, options[-1]) for blend in options]
     best = int(np.argmax(_utilities(tried)))
     return options[best], {"chosen": best, "tried": tried}
@@ -164,9 +163,7 @@ def _conversions(dataset: Dataset) -> Targets:
     return Targets(users, shown.history_ends[rows], shown.item_rows[rows])
 
 
-def _exposed(
-    trainer: RankerTrainer, honest: ScoreFunction, scores: ScoreFunction
-) -> tuple[Array, Array, Array, Array] | None:
+def _exposed(trainer: RankerTrainer, scores: ScoreFunction) -> tuple[Array, Array, Array, Array] | None:
     """Gives users [E], the tasks' values [E], recall's scores [E, S] and whether each of (a sample of) the
     held-out exposures came to its first task's event [E] bool; None where too few users tell anything."""
     shown = trainer.dataset.validation_impressions
@@ -182,11 +179,10 @@ def _exposed(
     if len(np.unique(some.user_rows[some.labels[:, first] == 1])) < _FEWEST:
         return None
     states = states_of(trainer.dataset, some, trainer.user_rates()[some.user_rows])
-    lists, places = lists_from_impressions(some, honest, states, by_moment=True)
+    lists, places = lists_from_impressions(some, scores, states, by_moment=True)
     tasks = len(trainer.dataset.schema.tasks)
     values = _values(trainer, trainer.logits(lists).reshape(-1, tasks)[places])
-    offered, places = lists_from_impressions(some, scores, states, by_moment=True)
-    flat = offered.scores.reshape(-1, offered.scores.shape[2])[places]
+    flat = lists.scores.reshape(-1, lists.scores.shape[2])[places]
     return some.user_rows, values, flat, some.labels[:, first] == 1
 
 

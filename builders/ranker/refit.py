@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from builders.data.dataset import Dataset, Impressions
-from builders.index.offline import ScoreFunction
 from builders.progress import Progress
 from builders.ranker.checkpoint import RankerCheckpoint
-from builders.ranker.lists import lists_from_impressions, states_of
+from builders.ranker.config import RankerTraining, with_tried_rows
+from builders.ranker.lists import lists_from_impressions, no_scores, states_of
 from builders.ranker.loss import impression_loss
-from builders.ranker.trainer import RankerTrainer, RankerTraining, with_tried_rows
+from builders.ranker.trainer import RankerTrainer
 from builders.ranker.training import checkpoint_of
 from builders.weights import require_finite
 from ensemble.arrays import Array
@@ -35,7 +35,6 @@ def refit_ranker(
     verified: RankerCheckpoint,
     known: int,
     *,
-    scores: ScoreFunction,
     config: RankerTraining,
     seed: int = 0,
     progress: Progress,
@@ -55,7 +54,7 @@ def refit_ranker(
         epochs, impressions = 0, dataset.train_impressions
         if impressions is not None and len(impressions.times) > known and verified.report["kept_epoch"]:
             epochs = max(FEWEST_EPOCHS, verified.report["kept_epoch"])
-            _go_on(trainer, impressions, known, verified, scores, epochs)
+            _go_on(trainer, impressions, known, verified, epochs)
     trainer.trained.eval()
     trainer.forget_unread()
     require_finite("ranker", trainer.trained.state_dict())
@@ -68,7 +67,6 @@ def _go_on(
     impressions: Impressions,
     known: int,
     verified: RankerCheckpoint,
-    scores: ScoreFunction,
     epochs: int,
 ) -> None:
     """Trains on the impressions behind the `known` first, numbers standardized as they were in the verified
@@ -78,6 +76,7 @@ def _go_on(
     assert trainer.rates is not None
     new, (item_rates, user_rates) = impressions.behind(known), trainer.rates.of_rows
     states = states_of(trainer.dataset, new, user_rates[known:], item_rates[known:])
-    lists, _ = lists_from_impressions(new, scores, states, by_moment=trainer.apart)
+    unscored = no_scores(trainer.dataset.schema)
+    lists, _ = lists_from_impressions(new, unscored, states, by_moment=trainer.apart)
     loss = impression_loss(trainer.dataset.schema.tasks, trainer.config.conditional)
     trainer.go_on(replace(lists, labels=(lists.labels - mean) / spread), loss, epochs, REFIT_SHARE)

@@ -12,9 +12,8 @@ from builders.index.stage import open_recall
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress
 from builders.ranker.checkpoint import open_ranker, save_ranker
-from builders.ranker.lists import no_scores
+from builders.ranker.config import RankerTraining
 from builders.ranker.refit import refit_ranker
-from builders.ranker.trainer import RankerTraining
 from builders.ranker.training import train_ranker
 
 
@@ -32,7 +31,6 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     checkpoint."""
     dataset = open_dataset(inputs["data"])
     recall, item_embeddings = open_recall(inputs, dataset)
-    scores = recall.scores if dataset.train_impressions is None else no_scores(dataset.schema)
     verified, span = inputs.get("verified_ranker"), _span(dataset)
     if verified is not None:
         trained = refit_ranker(
@@ -40,7 +38,6 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
             item_embeddings,
             open_ranker(verified, dataset.schema),
             read_span(verified).events,
-            scores=scores,
             config=options.training,
             seed=options.seed,
             progress=progress,
@@ -50,9 +47,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         trained = train_ranker(
             dataset,
             item_embeddings,
-            scores=scores,
+            scores=recall.scores,
             candidates=recall.candidates,
-            recall_scores=recall.scores,
             source_weights=recall.recall.settings.source_weights,
             config=options.training,
             ranker=open_own(options.own, dataset.schema, "ranker"),

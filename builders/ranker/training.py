@@ -26,11 +26,13 @@ from builders.progress import Progress
 from builders.ranker import calibrate
 from builders.ranker.blend import fit_blend
 from builders.ranker.checkpoint import RankerCheckpoint
+from builders.ranker.config import BASE_TRAINING, RankerTraining, with_tried_rows
 from builders.ranker.lists import (
     Lists,
     States,
     lists_from_impressions,
     lists_from_targets,
+    no_scores,
     states_of,
     with_uniform,
 )
@@ -43,7 +45,7 @@ from builders.ranker.model import (
 )
 from builders.ranker.positions import Positions, fit_positions, place_facts
 from builders.ranker.standardize import label_scales, standardize_scores, standardize_states
-from builders.ranker.trainer import BASE_TRAINING, RankerTrainer, RankerTraining, with_tried_rows
+from builders.ranker.trainer import RankerTrainer
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.schema import Task
@@ -65,7 +67,6 @@ def train_ranker(
     *,
     scores: ScoreFunction,
     candidates: CandidateFunction | None = None,
-    recall_scores: ScoreFunction | None = None,
     source_weights: tuple[float, ...] = (1.0, 1.0, 0.0),
     config: RankerTraining = BASE_TRAINING,
     ranker: nn.Module | None = None,
@@ -75,9 +76,9 @@ def train_ranker(
     """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation
     targets.
 
-    item_embeddings [I + 1, D] float32 are frozen; `scores` are those that may be learned from, recall_scores
-    all that recall would say, by which the blend is fitted; source_weights [S] are those of recall's fused
-    score, where the ranker of `interact` starts; `ranker` is a user's own module with the contract's
+    item_embeddings [I + 1, D] float32 are frozen; `scores` are recall's, from which the ranker of `interact`
+    learns, and by which the blend of a shop with labels is fitted; source_weights [S] are those of recall's
+    fused score, where the ranker of `interact` starts; `ranker` is a user's own module with the contract's
     tensors. The same seed gives the same numbers.
     """
     if dataset.train_impressions is None and candidates is None:
@@ -97,11 +98,9 @@ def train_ranker(
         )
         blend, positions = Blend(), None
         if candidates is None or dataset.train_impressions is not None:
-            report, positions = _fit_impressions(trainer, scores)
+            report, positions = _fit_impressions(trainer)
             if candidates is not None:
-                blend, report["blend"] = fit_blend(
-                    trainer, candidates, scores, recall_scores or scores, source_weights
-                )
+                blend, report["blend"] = fit_blend(trainer, candidates, scores, source_weights)
         else:
             report = _fit_lists(trainer, candidates, scores, source_weights)
     trainer.trained.eval()
@@ -132,9 +131,7 @@ def checkpoint_of(
 # --- a shop with labels
 
 
-def _fit_impressions(
-    trainer: RankerTrainer, scores: ScoreFunction
-) -> tuple[dict[str, Any], Positions | None]:
+def _fit_impressions(trainer: RankerTrainer) -> tuple[dict[str, Any], Positions | None]:
     """Trains on train_impressions, stops and calibrates on validation_impressions; gives the report, and what
     places do, where the shop logs them."""
     dataset, tasks = trainer.dataset, trainer.dataset.schema.tasks
@@ -144,11 +141,11 @@ def _fit_impressions(
     trainer.model.score_gate.zero_()  # recall has counted what labels the impressions: see no_scores
     rates = trainer.rates
     assert rates is not None
+    unscored = no_scores(dataset.schema)
     known = states_of(dataset, train, rates.of_rows[1], rates.of_rows[0])
-    train_lists, _ = lists_from_impressions(train, scores, known, by_moment=trainer.apart)
+    train_lists, _ = lists_from_impressions(train, unscored, known, by_moment=trainer.apart)
     held_out = states_of(dataset, validation, rates.users[validation.user_rows])
-    validation_lists, places = lists_from_impressions(validation, scores, held_out, by_moment=trainer.apart)
-    standardize_scores(trainer, train_lists)
+    validation_lists, places = lists_from_impressions(validation, unscored, held_out, by_moment=trainer.apart)
     standardize_states(trainer, train_lists, rates.priors)
     mean, spread = label_scales(tasks, train.labels)
     loss = impression_loss(tasks, trainer.config.conditional)
@@ -178,7 +175,7 @@ def _fit_impressions(
     if dataset.test_impressions is not None:
         report["test"] = _figures(
             trainer,
-            _impression_logits(trainer, dataset.test_impressions, scores),
+            _impression_logits(trainer, dataset.test_impressions),
             dataset.test_impressions.labels,
         )
     return report, positions
@@ -215,18 +212,10 @@ def _choose_rows(
     tried = []
     for row_rate, id_dropout in settings:
         trainer.restart(replace(c, row_rate=row_rate, id_dropout=id_dropout, epochs=c.tried_epochs))
-        found = {
-            "row_rate": row_rate,
-            "id_dropout": id_dropout,
-            "validation": trainer.passes(sample, loss, judge),
-        }
-        trainer.progress(
-            0.0,
-            "ranker: rows at {row_rate:g}, dropout {id_dropout:g}: validation {validation:.5f}".format(
-                **found
-            ),
-        )
-        tried.append(found)
+        figure = trainer.passes(sample, loss, judge)
+        tried.append({"row_rate": row_rate, "id_dropout": id_dropout, "validation": figure})
+        text = f"rows at {row_rate:g}, dropout {id_dropout:g}: validation {figure:.5f}"
+        trainer.progress(0.0, f"ranker: {text}")
         trainer.trained.load_state_dict(start)
     for was_read in read:
         was_read.fill_(False)
@@ -237,10 +226,11 @@ def _choose_rows(
     return tried
 
 
-def _impression_logits(trainer: RankerTrainer, impressions: Impressions, scores: ScoreFunction) -> Array:
+def _impression_logits(trainer: RankerTrainer, impressions: Impressions) -> Array:
     """Gives logits [E, T] before calibration, in the order of the impressions."""
     states = states_of(trainer.dataset, impressions, trainer.user_rates()[impressions.user_rows])
-    lists, places = lists_from_impressions(impressions, scores, states, by_moment=trainer.apart)
+    unscored = no_scores(trainer.dataset.schema)
+    lists, places = lists_from_impressions(impressions, unscored, states, by_moment=trainer.apart)
     return trainer.logits(lists).reshape(-1, impressions.labels.shape[1])[places]
 
 

@@ -19,8 +19,8 @@ from builders.data.stage import load_dataset
 from builders.encoders import stage as encoders
 from builders.encoders.encoders import EncoderConfig
 from builders.ranker.checkpoint import save_ranker
+from builders.ranker.config import TINY_TRAINING
 from builders.ranker.model import TINY
-from builders.ranker.trainer import TINY_TRAINING
 from builders.ranker.training import train_ranker
 from builders.shop.generate import generate_shop
 from ensemble.schema import Sizes

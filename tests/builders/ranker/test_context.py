@@ -7,8 +7,9 @@ import pytest
 import torch
 from toy_dataset import SCHEMA, TASKS, toy_dataset, toy_embeddings, zero_scores
 
+from builders.ranker.config import TINY_TRAINING
 from builders.ranker.lists import lists_from_impressions, states_of
-from builders.ranker.trainer import TINY_TRAINING, RankerTrainer
+from builders.ranker.trainer import RankerTrainer
 from builders.ranker.training import train_ranker
 from ensemble.schema import ContextFeature
 

@@ -10,11 +10,12 @@ from toy_dataset import SCHEMA, TASKS, toy_dataset, toy_embeddings, zero_scores
 from builders import metrics
 from builders.data.places import NUM_PLACES, place_rates, places_of
 from builders.ranker.checkpoint import open_ranker, save_ranker
+from builders.ranker.config import TINY_TRAINING
 from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.model import TINY
 from builders.ranker.positions import NUM_FACTS, PositionBias, place_facts, read_positions
 from builders.ranker.refit import refit_ranker
-from builders.ranker.trainer import TINY_TRAINING, RankerTrainer
+from builders.ranker.trainer import RankerTrainer
 from builders.ranker.training import train_ranker
 from ensemble.schema import Task
 
@@ -120,9 +121,7 @@ def test_places_are_saved_with_the_ranker_and_a_refit_goes_on_from_them(shop, ch
             )
         ),
     )
-    refitted = refit_ranker(
-        whole, toy_embeddings(), opened, known, scores=zero_scores, config=CONFIG, progress=lambda *_: None
-    )
+    refitted = refit_ranker(whole, toy_embeddings(), opened, known, config=CONFIG, progress=lambda *_: None)
     assert not np.array_equal(refitted.positions.learned, opened.positions.learned)
     np.testing.assert_allclose(
         refitted.positions.learned[1:5, 0, 0], opened.positions.learned[1:5, 0, 0], atol=0.5

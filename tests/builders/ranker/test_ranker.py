@@ -26,6 +26,7 @@ from builders.data.rates import rates_of, with_rates
 from builders.ranker import calibrate
 from builders.ranker.blend import WHY_FEW, auc_within
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
+from builders.ranker.config import TINY_TRAINING, num_batches_of
 from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
 from builders.ranker.model import (
@@ -38,7 +39,7 @@ from builders.ranker.model import (
     num_parameters,
 )
 from builders.ranker.refit import refit_ranker
-from builders.ranker.trainer import TINY_TRAINING, RankerTrainer, RunningMean, num_batches_of
+from builders.ranker.trainer import RankerTrainer, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
@@ -428,7 +429,6 @@ def test_the_rows_setting_that_held_out_rows_like_best_is_trained_and_refitted_w
         toy_embeddings(),
         checkpoint,
         1000,
-        scores=zero_scores,
         config=config,
         progress=lambda *_: None,
     )
