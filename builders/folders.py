@@ -12,6 +12,7 @@ from pathlib import Path
 from ensemble.errors import InvalidInput
 from ensemble.release.files import try_flock
 
+SOURCES = Path(__file__).resolve().parent.parent  # the folder that holds builders/ and ensemble/
 Inputs = Mapping[str, Path]  # what a stage reads: the folders of finished stages, and the shop's, by name
 
 

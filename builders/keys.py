@@ -18,13 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builders.folders import SOURCES
 from builders.shop.files import shop_files
 from ensemble.release.files import file_sha256, write_durably
 
 if TYPE_CHECKING:
     from builders.own_model import OwnModel
 
-SOURCES = Path(__file__).resolve().parent.parent  # the folder that holds builders/ and ensemble/
 PACKAGES = ("builders", "ensemble")
 # They look at what stages wrote, or call them; no stage's result depends on them.
 BESIDE = ("builders.cli", "builders.bench", "builders.report", "builders.compare", "ensemble.cli")

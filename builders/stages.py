@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from builders.folders import Inputs, only_one
-from builders.keys import SOURCES, code_digest, library_versions
+from builders.folders import SOURCES, Inputs, only_one
+from builders.keys import code_digest, library_versions
 from builders.progress import Progress
 from ensemble.errors import ReleaseError
 from ensemble.progress import bar

@@ -28,11 +28,11 @@ from types import TracebackType
 from typing import Any
 
 from clients.errors import InvalidArgument, Overloaded, ServerFault, Unavailable
+from ensemble.content.pictures import MAX_BYTES
+from ensemble.live import MAX_REQUEST_BYTES
 
 _PREPARING_S = 3600.0  # a release that was never loaded here has to encode all that was ever changed
 AT_ONCE, BYTES_AT_ONCE = 1000, 16_000_000  # changes that are sent together, and what they weigh at most
-MAX_REQUEST_BYTES = 64 << 20  # a longer line the writer would not read to its end
-MAX_PICTURE_BYTES = 4_000_000  # what the writer takes; checked before it is sent
 _GRACE_S = 60.0  # beyond wait_s: a large group takes long to encode
 
 
@@ -175,9 +175,9 @@ def _picture(item: Mapping[str, Any], key: str, value: bytes | Path) -> dict[str
     where = f"item {item.get('item_id')!r}: {key}"
     try:
         size = value.stat().st_size if isinstance(value, Path) else len(value)
-        if size > MAX_PICTURE_BYTES:
+        if size > MAX_BYTES:
             raise InvalidArgument(
-                f"{where}: {size / 1e6:.1f} MB; a picture has at most {MAX_PICTURE_BYTES / 1e6:g} MB"
+                f"{where}: {size / 1e6:.1f} MB; a picture has at most {MAX_BYTES / 1e6:g} MB"
             )
         data = value.read_bytes() if isinstance(value, Path) else value
     except OSError as error:

@@ -17,6 +17,7 @@ from ensemble.id_rule import MAX_ID_BYTES
 from ensemble.schema import EncoderSizes, Schema
 from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
 
+TEXT, IMAGE = "text_encoder", "image_encoder"  # what encodes items' texts and pictures
 PIPELINE = "recommend"  # the alias that clients call
 
 # Tensors [B, *, D] that recall searches the index with.
@@ -140,7 +141,7 @@ def content_encoder(sizes: EncoderSizes) -> ModelSpec:
     """Describes a text_encoder or an image_encoder: it runs offline, and for items that come while they are
     served."""
     batch, width = Axis(BATCH, "batch", None), Axis("V", "content vector", sizes.width)
-    if sizes.model == "text_encoder":
+    if sizes.model == TEXT:
         axes = (batch, Axis("L", "tokens", None))
         inputs: tuple[TensorSpec, ...] = (
             TensorSpec("token_ids", "int64", axes, "the tokenizer's, 0 where padded"),

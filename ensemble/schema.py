@@ -211,10 +211,8 @@ def schema_from_json(text: str) -> Schema:
         Sizes(**raw["sizes"]),
         tuple(raw["events"]),
         raw["has_clock"],
-        encoders=tuple(EncoderSizes(**e) for e in raw.get("encoders", ())),
-        sources=tuple(RecallSource(**source) for source in raw["sources"])
-        if "sources" in raw
-        else DEFAULT_SOURCES,
-        new_items=raw.get("new_items", "last"),
+        encoders=tuple(EncoderSizes(**e) for e in raw["encoders"]),
+        sources=tuple(RecallSource(**source) for source in raw["sources"]),
+        new_items=raw["new_items"],
         context=tuple(ContextFeature(**{**f, "values": tuple(f["values"])}) for f in raw["context"]),
     )

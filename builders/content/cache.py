@@ -21,8 +21,9 @@ from builders.content.sources import Source
 from builders.folders import link, only_one
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
-from ensemble.content.encoder import TEXT, TOKENIZER, ContentEncoder, Encoded, EncoderFacts, read_facts
+from ensemble.content.encoder import TOKENIZER, ContentEncoder, Encoded, EncoderFacts, read_facts
 from ensemble.content.texts import Tokenizer
+from ensemble.contract import TEXT
 from ensemble.engines import open_engine
 from ensemble.errors import InvalidInput
 from ensemble.release.files import write_durably

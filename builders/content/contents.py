@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from builders.folders import link
 from ensemble.arrays import Array
-from ensemble.content.encoder import IMAGE, TEXT, TOKENIZER
+from ensemble.content.encoder import TOKENIZER
 from ensemble.content.projection import PROJECTIONS, Projection, save_projections
+from ensemble.contract import IMAGE, TEXT
 from ensemble.schema import EncoderSizes
 
 if TYPE_CHECKING:

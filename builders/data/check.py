@@ -13,7 +13,7 @@ import numpy as np
 from builders.content.sources import sources_of
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
-from builders.shop.parts import in_order
+from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
 from builders.shop.tables import Column, is_list
@@ -101,14 +101,8 @@ def _parts(report: Report, tables: ShopTables) -> None:
     log = tables.interactions
     if log.parts is None:
         return
-    counts = np.bincount(log.parts, minlength=3).tolist()
-    follows = in_order(tables.user_rows, log.times, log.parts, len(tables.users.ids))
-    report.sections["split"] = {
-        **dict(zip(("rows that train", "that validate", "that test"), counts, strict=True)),
-        "order": "each user's parts follow the clock"
-        if follows
-        else "parts overlap in time: times say no more than which came first within a part",
-    }
+    facts = said_of(tables.user_rows, log.times, log.parts, len(tables.users.ids))
+    report.sections["split"] = facts
 
 
 def _day(time_s: int) -> str:

@@ -78,14 +78,10 @@ def pack_features(
         kind: Any = feature.kind.partition("(")[0]  # "vector" of "vector(64)"
         encoding.append({name: getattr(feature, name) for name in ("name", "source", "separator", "log1p")})
         if content is not None:
-            block = np.zeros((num_rows + 1, content.values.shape[1]), np.float32)
-            block[0, -1] = 1  # of the unknown item nothing is known
-            block[rows] = content.values
-            packed.append(
-                Feature(feature.name, "embedding", value_start, block.shape[1], encoder=content.model)
-            )
-            values.append(block)
-            value_start += block.shape[1]
+            values.append(_content_block(content, rows, num_rows))
+            width = values[-1].shape[1]
+            packed.append(Feature(feature.name, "embedding", value_start, width, encoder=content.model))
+            value_start += width
         elif feature.kind in ("category", "text"):
             indices, size, vocabulary = _indices(feature, column)
             block = np.zeros((num_rows + 1, indices.shape[1]), np.int32)
@@ -113,6 +109,15 @@ def pack_features(
         encoding,
         np.stack(raw, axis=1) if raw else np.full((num_rows + 1, 1), np.nan, np.float32),
     )
+
+
+def _content_block(content: Content, rows: Array, num_rows: int) -> Array:
+    """Lays a content's values [n, P + 1] out by row [num_rows + 1, P + 1]; of the unknown item nothing is
+    known."""
+    block = np.zeros((num_rows + 1, content.values.shape[1]), np.float32)
+    block[0, -1] = 1
+    block[rows] = content.values
+    return block
 
 
 def _indices(feature: FeatureColumn, column: Column) -> tuple[Array, int, list[str] | None]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.data.dataset import Histories, Impressions, Targets
+from builders.shop.parts import NEVER
 from builders.shop.shop_toml import Split
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.release.route import user_hashes
-
-NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from builders.data.rates import with_rates
 from builders.data.refit import save_refit
 from builders.data.spans import FIRST_CLOCK_S
 from builders.data.splits import (
-    NEVER,
     histories_from_positives,
     history_ends,
     split_histories,
@@ -36,7 +35,7 @@ from builders.shop.interactions import (
     exposures_from_interactions,
     refuse_all_censored,
 )
-from builders.shop.parts import cuts_of, in_order, places_in_order
+from builders.shop.parts import NEVER, cuts_of, in_order, places_in_order, said_of
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import texts_from_column
@@ -59,7 +58,7 @@ def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
     if planted := tables.shop.interactions.planted:
         shutil.copyfile(inputs["shop"] / planted, folder / truth.FILE)
     contents = _encoded(tables, inputs, folder, part_of(progress, 0.4, 0.6))
-    (folder / LINES).write_text("\n".join(contents.lines))
+    (folder / LINES).write_text("\n".join([*contents.lines, *_split_lines(tables)]))
     contents.save(folder)
     dataset = dataset_from_tables(
         tables, sizes=sizes, contents=contents, progress=lambda text: progress(0.6, text)
@@ -139,22 +138,7 @@ def dataset_from_tables(
     )
     if parts[0] is not None:
         refuse_all_censored(shop, parts[0].labels)
-    tasks = tuple(Task(t.name, t.kind, t.given, t.weight) for t in shop.tasks) or (
-        Task("interact", "binary"),
-    )
-    schema = Schema(
-        shop.name,
-        item_pack.table,
-        user_pack.table,
-        tasks,
-        sizes or Sizes(),
-        events=event_kinds(tables),
-        sources=_sources(shop, item_pack.table),
-        new_items=shop.recall.new_items,
-        has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
-        encoders=contents.sizes,
-        context=context,
-    )
+    schema = _schema(tables, item_pack.table, user_pack.table, sizes or Sizes(), contents, context)
     return Dataset(
         schema=with_rates(schema) if shop.has_labels else schema,
         item_ids=items.ids,
@@ -179,6 +163,34 @@ def dataset_from_tables(
     )
 
 
+def _schema(
+    tables: ShopTables,
+    items: Table,
+    users: Table,
+    sizes: Sizes,
+    contents: Contents,
+    context: tuple[ContextFeature, ...],
+) -> Schema:
+    """Puts together what determines every tensor, but for the rates."""
+    shop = tables.shop
+    tasks = tuple(Task(t.name, t.kind, t.given, t.weight) for t in shop.tasks) or (
+        Task("interact", "binary"),
+    )
+    return Schema(
+        shop.name,
+        items,
+        users,
+        tasks,
+        sizes,
+        events=event_kinds(tables),
+        sources=_sources(shop, items),
+        new_items=shop.recall.new_items,
+        has_clock=bool(tables.interactions.times.min(initial=FIRST_CLOCK_S) >= FIRST_CLOCK_S),
+        encoders=contents.sizes,
+        context=context,
+    )
+
+
 def with_times_in_order(tables: ShopTables) -> ShopTables:
     """Gives the tables with places in order for times, where the shop itself says what tests and that does
     not follow the clock: then a time says no more than which came first within a part."""
@@ -193,6 +205,18 @@ def with_times_in_order(tables: ShopTables) -> ShopTables:
             "time and within"
         )
     return replace(tables, interactions=replace(log, times=places_in_order(log.times, log.parts)))
+
+
+def _split_lines(tables: ShopTables) -> list[str]:
+    """Says what the shop's own split has, for whoever builds; nothing where it leaves the split to us."""
+    log = tables.interactions
+    if log.parts is None:
+        return []
+    facts = said_of(tables.user_rows, log.times, log.parts, len(tables.users.ids))
+    return [
+        "split: "
+        + ", ".join(f"{name} {value}" if name != "order" else str(value) for name, value in facts.items())
+    ]
 
 
 def _cuts(tables: ShopTables) -> tuple[Array, Array] | None:

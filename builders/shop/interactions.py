@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from builders.shop.parts import given_parts
+from builders.shop.parts import NEVER, given_parts
 from builders.shop.shop_toml import Shop, ShopTask
 from builders.shop.tables import (
     Column,
@@ -25,8 +25,6 @@ from builders.shop.tables import (
 )
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-
-NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -87,19 +85,7 @@ class Interactions:
 def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> Interactions:
     """Reads and checks the interactions file; InvalidInput at the first wrong cell."""
     entry = shop.interactions
-    labels = [name for task in shop.tasks if (of := task.label) for name in (of.column, of.time) if name]
-    columns, file_of = read_tables(
-        folder,
-        [entry.file, *shop.split.files],
-        [
-            entry.user,
-            entry.item,
-            entry.time,
-            *filter(None, [entry.event, entry.position, entry.propensity, shop.split.column]),
-            *labels,
-            *[one.source for one in shop.context_columns],
-        ],
-    )
+    columns, file_of = read_tables(folder, [entry.file, *shop.split.files], _columns_of(shop))
     if not len(columns[entry.user].values):
         raise InvalidInput(f"{entry.file} has no rows; a shop needs interactions to learn from")
     user_ids, users = ids_from_column(columns[entry.user])
@@ -136,6 +122,14 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
         np.arange(len(times)) if shop.context else None,
         given_parts(shop.split, columns, times, file_of),
     )
+
+
+def _columns_of(shop: Shop) -> list[str]:
+    """Lists the columns of the interactions that shop.toml names."""
+    entry = shop.interactions
+    labels = [name for task in shop.tasks if (of := task.label) for name in (of.column, of.time) if name]
+    some = filter(None, [entry.event, entry.position, entry.propensity, shop.split.column])
+    return [entry.user, entry.item, entry.time, *some, *labels, *[one.source for one in shop.context_columns]]
 
 
 def _events(column: Column) -> tuple[list[str], Array]:

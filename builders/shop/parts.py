@@ -13,6 +13,7 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
+NEVER = np.iinfo(np.int64).max  # a time that does not come
 _NAMES = {
     "train": TRAIN, "training": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION,
     "dev": VALIDATION, "test": TEST,
@@ -63,12 +64,22 @@ def _from_column(column: Column) -> Array:
 def in_order(users: Array, times: Array, parts: Array, num_users: int) -> bool:
     """Says whether every user's parts follow each other in time, none begins within the one before it."""
     for part in (VALIDATION, TEST):
-        before, after = np.full(num_users + 1, -1), np.full(num_users + 1, np.iinfo(np.int64).max)
+        before, after = np.full(num_users + 1, -1), np.full(num_users + 1, NEVER)
         np.maximum.at(before, users[parts < part], times[parts < part])
         np.minimum.at(after, users[parts >= part], times[parts >= part])
         if (before >= after).any():
             return False
     return True
+
+
+def said_of(users: Array, times: Array, parts: Array, num_users: int) -> dict[str, str | int]:
+    """Says how many rows each part has, and whether the parts follow the clock."""
+    counts = np.bincount(parts, minlength=3).tolist()
+    order = "each user's parts follow the clock"
+    if not in_order(users, times, parts, num_users):
+        order = "parts overlap in time: times say no more than which came first within a part"
+    names = ("rows that train", "that validate", "that test")
+    return {**dict(zip(names, counts, strict=True)), "order": order}
 
 
 def places_in_order(times: Array, parts: Array) -> Array:
@@ -85,7 +96,7 @@ def places_in_order(times: Array, parts: Array) -> Array:
 def cuts_of(users: Array, times: Array, parts: Array, num_users: int) -> tuple[Array, Array]:
     """Gives when each user's validation, and when their test, begins: [U + 1] int64; never where there is
     none."""
-    cuts = tuple(np.full(num_users + 1, np.iinfo(np.int64).max) for _ in range(2))
+    cuts = tuple(np.full(num_users + 1, NEVER) for _ in range(2))
     for part, cut in zip((VALIDATION, TEST), cuts, strict=True):
         np.minimum.at(cut, users[parts >= part], times[parts >= part])
     return cuts[0], cuts[1]

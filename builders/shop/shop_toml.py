@@ -224,6 +224,10 @@ class Split(_Entry):
                 raise ValueError(f"a split of kind {self.kind!r} takes no {name}")
         if of and wanted[of[0]] is None:
             raise ValueError(f'a split of kind {self.kind!r} needs {of[0]} = "…"')
+        if self.test_file and self.test_file == self.validation_file:
+            raise ValueError(
+                f"test_file and validation_file are both {self.test_file!r}; a row does one of them"
+            )
         return self
 
     @property
@@ -281,6 +285,15 @@ class Shop(_Entry):
     @classmethod
     def _short_split(cls, split: Any) -> Any:
         return {"kind": split} if isinstance(split, str) else split
+
+    @model_validator(mode="after")
+    def _held_out_rows_are_apart(self) -> Shop:
+        if self.interactions.file in self.split.files:
+            raise ValueError(
+                f"the split names {self.interactions.file!r}, the interactions' own file; held-out rows are "
+                "in another one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_items_are_encoded(self) -> Shop:

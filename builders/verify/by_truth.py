@@ -47,9 +47,7 @@ def planted(dataset: Dataset, file: Path) -> _Planted | str:
     if strange:
         return f"the planted truth knows no task {strange[0]!r}"
     if not dataset.schema.has_clock:
-        return (
-            "the planted truth is of days, and the split's parts overlap in time: times are places in order"
-        )
+        return "the planted truth is of days, and this shop's times are no clock but places in order"
     users, items = truth.rows_of(dataset.user_ids, dataset.item_ids)
     if (items < 0).any() or (users < 0).any():
         of = dataset.item_ids[items < 0] if (items < 0).any() else dataset.user_ids[users < 0]

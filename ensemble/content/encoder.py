@@ -14,12 +14,12 @@ import numpy as np
 from ensemble.arrays import Array
 from ensemble.content.pictures import PictureFaultError, pixels_from_picture
 from ensemble.content.texts import Tokenizer, padded
+from ensemble.contract import TEXT
 from ensemble.engines import Engine, check_signature, open_engine
 from ensemble.errors import ReleaseError
 from ensemble.release.release import Release
 from ensemble.spec import ModelSpec
 
-TEXT, IMAGE = "text_encoder", "image_encoder"
 TOKENIZER = "tokenizer.json"
 _TEXTS_AT_ONCE, _PICTURES_AT_ONCE = 32, 8
 EMPTY = "empty"  # the kind of fault of a text without words

@@ -9,8 +9,11 @@ state.py      the release's rows with the overlay's over them: segments, mapped,
 rows.py       rows of items as steps read them: the overlay's content over what the feature tiers have
 merge.py      the tail -> a segment with its index, in its own process
 service.py    the writer behind a unix socket; clients.items talks to it
+contents.py   encodes the titles and pictures of such items
+pictures.py   keeps the pictures that came with changes
 
 <repository>/.live/catalogue/log         every change
+                             pictures/   those that came with changes, by content
                              lock        held by the writer
 <repository>/.live/<release>-<id>/current       generation, and the names of its segments
                              log-<g>       changes behind them, encoded: the tail
@@ -19,3 +22,5 @@ service.py    the writer behind a unix socket; clients.items talks to it
                              empty.faiss   the release's index with nothing in it
                              instances/    one file an instance: the last sequence number that it has
 """
+
+MAX_REQUEST_BYTES = 64 << 20  # a longer line the writer does not read to its end

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.content.encoder import EMPTY, TEXT, ContentEncoder, open_content_encoder
+from ensemble.content.encoder import EMPTY, ContentEncoder, open_content_encoder
 from ensemble.content.pictures import PictureFaultError, pixels_from_picture
 from ensemble.content.projection import PROJECTIONS, Projection, read_projections
+from ensemble.contract import IMAGE, TEXT
 from ensemble.live.catalogue import log_folder
 from ensemble.live.pictures import is_logged, read_picture
 from ensemble.release.release import Release
@@ -68,7 +69,7 @@ class LiveContents:
     def check_picture(self, data: bytes) -> None:
         """Raises ValueError that says what is wrong with a picture, before it is kept."""
         try:
-            pixels_from_picture(data, self._encoder("image_encoder").facts.side)
+            pixels_from_picture(data, self._encoder(IMAGE).facts.side)
         except PictureFaultError as fault:
             raise ValueError(str(fault)) from None
 

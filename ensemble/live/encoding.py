@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Array
-from ensemble.content.encoder import EMPTY, IMAGE
+from ensemble.content.encoder import EMPTY
+from ensemble.contract import IMAGE
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.live.catalogue import REPLACE, Entry, log_folder

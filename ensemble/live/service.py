@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError, ReleaseError
+from ensemble.live import MAX_REQUEST_BYTES
 from ensemble.live.instances import wait_for_instances
 from ensemble.live.keeper import AT_WORK
 from ensemble.live.loaded import LoadedReleases
@@ -42,7 +43,6 @@ MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by 
 MOST_WAITING, _RETRY_S = 10, 1.0  # times MERGE_AT, and no more are taken; when to try again
 _NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
-_MAX_LINE = 64 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
 _MAX_WAIT_S, _LOOKS_UP_S = 60.0, 1.0
 
@@ -123,7 +123,7 @@ class ItemService:
     def _serve(self, connection: socket.socket) -> None:
         """Answers the requests of one connection, in a thread of its own."""
         with connection, connection.makefile("rwb") as stream, contextlib.suppress(OSError):
-            while line := stream.readline(_MAX_LINE):
+            while line := stream.readline(MAX_REQUEST_BYTES):
                 stream.write(json.dumps(self._reply(line)).encode() + b"\n")
                 stream.flush()
 

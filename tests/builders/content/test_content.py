@@ -285,8 +285,8 @@ def test_what_was_encoded_by_other_code_is_not_used(shop, monkeypatch, tmp_path)
     assert find_source(text_feature(), shop).digest == before
     for path in sources._CODE:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes((sources.ROOT / path).read_bytes())
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
+        (tmp_path / path).write_bytes((sources.SOURCES / path).read_bytes())
+    monkeypatch.setattr(sources, "SOURCES", tmp_path)
     assert find_source(text_feature(), shop).digest == before
     (tmp_path / sources._CODE[-1]).write_text("# decodes otherwise")
     assert find_source(text_feature(), shop).digest != before

@@ -109,6 +109,12 @@ def test_check_says_what_the_parts_are(tmp_path):
         (CLOCKED, '{kind = "column"}', "needs column"),
         (CLOCKED, '{kind = "time", column = "part"}', "takes no column"),
         (CLOCKED, '{kind = "files", test_file = "own.csv"}', "own.csv is missing"),
+        (CLOCKED, '{kind = "files", test_file = "log.csv"}', "the interactions' own file"),
+        (
+            CLOCKED,
+            '{kind = "files", test_file = "a.csv", validation_file = "a.csv"}',
+            "a row does one of them",
+        ),
     ],
 )
 def test_a_wrong_split_is_refused_by_name(tmp_path, rows, split, said):

@@ -268,7 +268,7 @@ def test_a_truth_that_does_not_fit_is_not_used(verifier, stages):
     asked.__dict__.update(vars(verifier), dataset=strange)
     assert by_truth(asked, stages["data"] / FILE) == "the planted truth does not know 'new'"
     clockless = replace(dataset, schema=replace(dataset.schema, has_clock=False))
-    assert "times are places in order" in str(planted(clockless, stages["data"] / FILE))
+    assert "no clock but places in order" in str(planted(clockless, stages["data"] / FILE))
 
 
 # --- by propensities
