@@ -1,11 +1,10 @@
 """Measures how well items that nobody took are found: CiteULike-a in DropoutNet's split, by articles' tags.
 
-    python -m builders.bench.cold_items DATA_DIR --out DIR --epochs 8
+    python -m builders.bench.cold_items DATA_DIR --out DIR --epochs 8 [--new-items median]
 
-DATA_DIR holds the folder cold_citeulike. DIR gets the shop, with `content` among the sources of recall and
-new items as popular as the median, and the stages data, encoders and index of its build (a second run starts
-from the encoders that are there). Then every user of cold_test.csv is asked about, with the history that the
-build knows:
+DATA_DIR holds the folder cold_citeulike. DIR gets the shop, with `content` among the sources of recall, and
+the stages data, encoders and index of its build (a second run starts from the encoders that are there). Then
+every user of cold_test.csv is asked about, with the history that the build knows:
 
   - **among the cold items**: the share of a user's cold test items among the first 100 of the 3,396 items
     that nobody in training took, mean over users (the protocol's Recall@100);
@@ -57,14 +56,14 @@ features = [{name = "tags", kind = "category", width = 64}]
 
 [recall]
 sources = ["user_embeddings", "transitions", "popular", "content"]
-new_items = "median"
+new_items = "NEW_ITEMS"
 """
 FIRST = 100
 _BATCH = 64
 
 
-def write_shop(source: Path, folder: Path) -> None:
-    """Writes the shop of cold_train.csv and item-tag.dat."""
+def write_shop(source: Path, folder: Path, new_items: str = "last") -> None:
+    """Writes the shop of cold_train.csv and item-tag.dat; `new_items` as in shop.toml."""
     train = _pairs(source / "cold_train.csv")
     train = train[np.random.default_rng(0).permutation(len(train))]
     lines = (source / "item-tag.dat").read_text().splitlines()
@@ -78,7 +77,7 @@ def write_shop(source: Path, folder: Path) -> None:
     )
     ids = pa.array(_ids("a", np.arange(1, len(tags) + 1)).astype(str))
     pq.write_table(pa.table({"item_id": ids, "tags": tags}), folder / "items.parquet")
-    (folder / SHOP_FILE).write_text(SHOP)
+    (folder / SHOP_FILE).write_text(SHOP.replace("NEW_ITEMS", new_items))
 
 
 def _ids(kind: str, numbers: Array) -> Array:
@@ -103,9 +102,9 @@ def build(shop: Path, out: Path, preset_name: str, epochs: int, seed: int) -> di
     def tell(share: float, text: str) -> None:
         print(f"{share:.0%} {text}", flush=True)
 
+    with new_folder(folders["data"], force=True) as folder:
+        data.run({"shop": shop, "catalogue": out / "none.jsonl"}, chosen.sizes, folder, tell)
     if not folders["encoders"].exists():
-        with new_folder(folders["data"], force=True) as folder:
-            data.run({"shop": shop, "catalogue": out / "none.jsonl"}, chosen.sizes, folder, tell)
         training = encoders.Options(replace(chosen.encoders, epochs=epochs), None, seed)
         with new_folder(folders["encoders"]) as folder:
             encoders.run({"data": folders["data"]}, training, folder, tell)
@@ -217,11 +216,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="base")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--new-items", default="last", choices=("last", "median"))
     given = parser.parse_args(arguments)
     source = given.source / "cold_citeulike"
     try:
         with new_folder(given.out / "shop", force=True) as folder:
-            write_shop(source, folder)
+            write_shop(source, folder, given.new_items)
         folders = build(given.out / "shop", given.out, given.preset, given.epochs, given.seed)
         told = json.loads((folders["index"] / SOURCES_FILE).read_text())
         print(json.dumps({**told, "figures": measure(folders, source)}, indent=1))
