@@ -13,6 +13,7 @@ from ensemble.release.repository import locked, put_route
 from ensemble.release.route import Route, Share, next_route, read_route
 from ensemble.server.group import group
 from ensemble.server.guard import Guard, Limits, read_numbers
+from ensemble.server.left_out import leave_out, may_change, without_left_out
 from ensemble.server.router_files import router_of
 
 EVERY_S, SHORT_EVERY_S = 1.0, 60.0
@@ -53,7 +54,7 @@ class CanaryWatch:
 
     def look(self) -> None:
         """Judges the canary once, if there is one, and takes it out if it is worse."""
-        route = read_route(self._home)
+        route = self._route()
         if route is None or route.canary is None:
             self._guard, self._dead = None, ""
             return
@@ -83,8 +84,16 @@ class CanaryWatch:
         setattr(self, clock, now)
         return True
 
+    def _route(self) -> Route | None:
+        """Gives the home's route, as far as this server serves it."""
+        route = read_route(self._home)
+        return None if route is None else without_left_out(self._state, route)
+
     def _take_out(self, route: Route, why: str) -> None:
         """Gives all users to the main release, unless somebody has changed the route meanwhile."""
+        if not may_change(self._home):
+            self._leave_out(route, why)
+            return
         with locked(self._home), group(self._repository, self._home) as servers:
             if read_route(self._home) != route:
                 return
@@ -92,10 +101,19 @@ class CanaryWatch:
         warning = f"; {turned.warning}" if turned.warning else ""
         self._log(f"canary {_words(route)} is taken out, {route.main} answers all users: {why}{warning}")
 
+    def _leave_out(self, route: Route, why: str) -> None:
+        """Does without the canary here, where the route cannot be changed: the follower turns this server."""
+        leave_out(self._state, route)
+        self._log(
+            f"WARNING: canary {_words(route)} is left out by this server, {route.main} answers its users: "
+            f"{why}; {self._home} is read-only here, so that other servers go on with it: "
+            "where it can be written, type `peregrine release abort`"
+        )
+
     def is_tried(self, model: str) -> bool:
         """Says whether a model is the canary's, or the route's router: the main release does without."""
         try:
-            route = read_route(self._home)
+            route = self._route()
         except ReleaseError:
             return False
         if route is None or route.canary is None:
@@ -109,8 +127,11 @@ class CanaryWatch:
     def take_out_on_disk(self, why: str) -> bool:
         """Gives all users to the main release where tritonserver is down; says whether there was a canary."""
         try:
-            if (route := read_route(self._home)) is None or route.canary is None:
+            if (route := self._route()) is None or route.canary is None:
                 return False
+            if not may_change(self._home):
+                self._leave_out(route, why)
+                return True
             with locked(self._home):
                 put_route(self._repository, next_route(route, [Share(route.main, 1.0)], _by(why)), self._home)
         except (PeregrineError, OSError) as error:

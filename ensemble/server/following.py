@@ -17,6 +17,7 @@ from ensemble.live.items import wait_for_changes
 from ensemble.release.release import active_release, open_release
 from ensemble.release.route import Route, Share, read_route
 from ensemble.server.control import Control
+from ensemble.server.left_out import without_left_out
 from ensemble.server.mount import Busy
 from ensemble.server.prepared import mount_of
 from ensemble.server.running import RunningServer
@@ -43,7 +44,8 @@ class Follower:
         self, server: RunningServer, repository: Path, fallback: str | None, log: Callable[[str], None]
     ) -> None:
         self._server, self._repository, self._fallback = server, repository, fallback
-        self._home, self._log, self._mount = Path(server.home), log, mount_of(server)
+        self._home, self._state = Path(server.home), Path(server.state)
+        self._log, self._mount = log, mount_of(server)
         self._tried: Route | None = None
         self._pause_s, self._next_s, self._said = 0.0, 0.0, ""
 
@@ -61,6 +63,7 @@ class Follower:
     def _look(self) -> None:
         """Follows the route if it is another one, and it is time to try."""
         route = route_in(self._repository, self._home, self._fallback)
+        route = None if route is None else without_left_out(self._state, route)
         if route is None or is_same(route, self._mount.route()):
             self._pause_s, self._said = 0.0, ""
             return

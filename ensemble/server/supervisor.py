@@ -34,6 +34,7 @@ from ensemble.server.installation import (
     make_run_folder,
     sweep_regions,
 )
+from ensemble.server.left_out import without_left_out
 from ensemble.server.mount import Mount
 from ensemble.server.mounted_route import mount_route
 from ensemble.server.options import ServeOptions
@@ -230,6 +231,7 @@ class Server:
         launch, served = self.launch, self._mount.route()
         try:
             route = route_in(launch.repository, launch.home, launch.options.route) or served
+            route = without_left_out(self._run.path, route)
         except ReleaseError:
             if not self._settled.is_set():
                 raise

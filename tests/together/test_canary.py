@@ -28,6 +28,7 @@ from ensemble.live.keeper import service_process
 from ensemble.release import route as route_module
 from ensemble.release.canary import CANARY, read_canary
 from ensemble.release.route import read_route
+from ensemble.server import canary_watch
 from ensemble.server.control import Control
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_server
@@ -265,3 +266,25 @@ def test_a_process_of_the_canary_that_dies_takes_it_out(served, repository):
     assert (read_route(repository).releases, server.pid) == (("r1",), process)
     with Client(server.url) as client:
         assert {one.release for one in client.recommend_many(USERS)} == {"r1"}
+
+
+@pytest.mark.triton
+def test_a_server_that_may_not_change_the_route_spares_its_own_callers(served, repository, monkeypatch):
+    server, said = served
+    monkeypatch.setattr(canary_watch, "may_change", lambda home: False)
+    monkeypatch.setattr(route_module.secrets, "token_hex", lambda _: salt_of_many(repository, "fails"))
+    said.clear()
+    canaries.canary(repository, "fails", 0.5)
+    with Load(server.url) as load:
+        until(lambda: any("is followed: release r1 is served" in line for line in said))
+        seen = len(load.answers)
+        until(lambda: len(load.answers) > seen + 20)
+    assert load.errors == []
+    assert {one.release for one in load.answers[seen + 10 :]} == {"r1"}
+    assert "is left out by this server, r1 answers its users: " in "".join(said)
+    assert read_route(repository).releases == ("r1", "fails"), "other servers go on with it"
+    canaries.abort(repository)
+    assert read_route(repository).releases == ("r1",)
+    canaries.canary(repository, "r2", 0.5)  # a later canary is tried again
+    with Client(server.url) as client:
+        until(lambda: {one.release for one in client.recommend_many(USERS)} == {"r1", "r2"})

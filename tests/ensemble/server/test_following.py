@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from as_nobody import run_as_nobody, why_not
 from toy_repository import allow_toys, publish_toy
 from variants import answering
 
@@ -16,6 +19,7 @@ from ensemble.release.route import Route, Share, next_route, read_route
 from ensemble.server import following
 from ensemble.server.checks import check_servable
 from ensemble.server.following import Follower, is_same, route_in
+from ensemble.server.left_out import leave_out, may_change, without_left_out
 from ensemble.server.mount import Busy, Mount
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import RunningServer
@@ -163,3 +167,21 @@ def test_a_real_server_follows_and_goes_on_where_it_cannot(repository, tmp_path)
         put_route(repository, to(repository, "r2"))
         until_said("is followed: release r2 is served")
         assert answering(repository) == "r2"
+
+
+def test_a_canary_that_is_left_out_is_not_followed_and_the_next_one_is(tmp_path):
+    split = (Share("r1", 0.9), Share("r2", 0.1))
+    left_out, later = Route(split, "a", 4), Route(split, "a", 5)
+    assert without_left_out(tmp_path, left_out) == left_out
+    leave_out(tmp_path, left_out)
+    assert without_left_out(tmp_path, left_out).shares == (Share("r1", 1.0),)
+    assert without_left_out(tmp_path, later) == later, "somebody has changed the route since"
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_who_may_only_read_a_home_may_not_change_its_route(tmp_path):
+    program = "import sys; from ensemble.server.left_out import may_change; print(may_change(sys.argv[1]))"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        assert run_as_nobody(Path(folder), program, [folder], 30).stdout.strip() == "False"
+    assert may_change(tmp_path)
