@@ -21,7 +21,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.content.encoder import EMPTY
-from ensemble.contract import IMAGE
+from ensemble.contract import IMAGE, TEXT
 from ensemble.engines import EngineStep
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.live.catalogue import REPLACE, Entry, log_folder
@@ -67,6 +67,12 @@ class ItemEncoding:
             self.of_column.setdefault(entry["source"], []).append(self.features[name])
         pictures = [name for name, fs in self.of_column.items() if any(f.encoder == IMAGE for f in fs)]
         self.image_column = pictures[0] if len(pictures) == 1 else "image"  # what `--image` means
+        texts = [
+            name
+            for name, fs in self.of_column.items()
+            if any(f.kind == "text" or f.encoder == TEXT for f in fs)
+        ]
+        self.title_column = texts[0] if len(texts) == 1 else TITLE  # what `--title` says, beside the title
         self.engine = EngineStep(release.model("item_encoder"), release)
         self.contents = LiveContents(release)
         self.left_out: Counter[str] = Counter()  # why values of the log are not in this release's rows
@@ -74,6 +80,8 @@ class ItemEncoding:
     def values(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Gives what a change says of an item by column; InvalidInput for a field that the release lacks."""
         values = {}
+        if TITLE in item and self.title_column not in map(self.columns.get, item):
+            item = {**item, self.title_column: item[TITLE]}
         for given, value in item.items():
             key = self.image_column if given == "image" and given not in self.columns else given
             if key in self.columns:

@@ -21,7 +21,7 @@ from clients.errors import InvalidArgument
 from clients.items import ItemClient
 from ensemble.errors import InvalidInput
 from ensemble.live.catalogue import REPLACE, Entry, log_folder
-from ensemble.live.encoding import ItemEncoding
+from ensemble.live.encoding import ENCODING, ItemEncoding
 from ensemble.live.pictures import keep_picture, picture_path
 from ensemble.live.service import ItemService
 from ensemble.live.writer import ItemWriter
@@ -77,6 +77,19 @@ def test_an_update_of_the_price_keeps_title_and_picture(release):
             np.testing.assert_array_equal(
                 rows["values"][0, feature.columns], release.items["values"][4, feature.columns]
             )
+
+
+def test_a_title_is_read_whatever_the_shop_calls_its_column(release, monkeypatch):
+    path = release.path / ENCODING
+    how = path.read_text().replace('"source": "title"', '"source": "name"')
+    path.unlink()
+    path.write_text(how)
+    monkeypatch.setattr(type(release), "verify_data", lambda *_: None)
+    encoding = ItemEncoding(release)
+    assert "title" not in encoding.columns
+    values = encoding.values({"item_id": "new", "title": "matte lipstick"})
+    assert values == {"title": "matte lipstick", "name": "matte lipstick"}
+    assert encoding.values({"item_id": "new", "title": "a", "name": "b"}) == {"title": "a", "name": "b"}
 
 
 @pytest.mark.parametrize(
