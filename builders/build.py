@@ -77,7 +77,7 @@ def table(options: BuildOptions) -> list[Stage]:
     stages = [
         Stage("data", data.run, options.preset.sizes, ("shop", "catalogue")),
         *first,
-        Stage("verify", verify.run, judging, ("data", "index", "ranker", final)),
+        Stage("verify", verify.run, judging, ("data", "encoders", "index", "ranker", final)),
         Stage("refit_data", data.refit, None, (), ("data",)),
         *second,
         Stage(

@@ -5,8 +5,10 @@ A refit goes on from the verified weights, over all that is known (builders/data
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from builders.encoders.encoding import known_histories
 from builders.encoders.sequences import Sequences
 from builders.encoders.training import Start, train_encoders
 from builders.folders import Inputs
+from builders.learning import learning_report
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress
 from builders.weights import require_finite
@@ -67,6 +70,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     for weights in ({"ids": checkpoint.item_ids}, checkpoint.item_state, checkpoint.user_state):
         require_finite("encoders", weights)
     save_encoders(checkpoint, folder, options.own)
+    (folder / "report.json").write_text(json.dumps(_learning(checkpoint), indent=1))
     save_span(training_span(dataset), folder)
 
 
@@ -74,6 +78,16 @@ def chosen_epochs(checkpoint: EncoderCheckpoint) -> int:
     """Gives the epoch whose weights were kept: the best on the validation targets, or the last."""
     judged = [entry for entry in checkpoint.log if "ndcg_at_10" in entry] or checkpoint.log[-1:]
     return int(max(judged, key=lambda entry: entry.get("ndcg_at_10", 0.0))["epoch"])
+
+
+def _learning(checkpoint: EncoderCheckpoint) -> dict[str, Any]:
+    """Gives the report of what each epoch had."""
+    judged = "ndcg_at_10"
+    curve = [
+        {"epoch": one["epoch"], "loss": one["loss"], **({"validation": one[judged]} if judged in one else {})}
+        for one in checkpoint.log
+    ]
+    return learning_report(chosen_epochs(checkpoint), curve, "NDCG@10 of held-out next items")
 
 
 def _validation(dataset: Dataset) -> Validation | None:

@@ -229,9 +229,11 @@ class RankerTrainer:
         facts = np.broadcast_to(facts, (*lists.places.shape, facts.shape[-1]))
         return logits + self.positions(places, torch.from_numpy(facts.copy()))
 
-    def epoch(self, lists: Lists, loss_function: Loss, epoch: float) -> None:
-        """Passes once over the lists in random order; `epoch` is the place in the schedule, from 0."""
+    def epoch(self, lists: Lists, loss_function: Loss, epoch: float) -> float:
+        """Passes once over the lists in random order, and gives the mean loss; `epoch` is the place in the
+        schedule, from 0."""
         self.trained.train()
+        total = 0.0
         order = self.rng.permutation(len(lists))
         num_batches = num_batches_of(lists.item_rows.size, self.config.batch)
         for step, part in enumerate(np.array_split(order, num_batches)):
@@ -250,6 +252,8 @@ class RankerTrainer:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.mean.update(self.config.average)
+            total += float(loss.detach())
+        return total / num_batches
 
     def _set_rates(self, share: float) -> None:
         """Sets learning rates to `share` of their start."""
@@ -271,22 +275,24 @@ class RankerTrainer:
 
     def fit(
         self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]
-    ) -> tuple[int, int]:
-        """Trains over draw() until judge() (less is better) stalls; keeps the best state. Gives how many
-        epochs it trained, and the one that was kept."""
+    ) -> tuple[int, list[dict[str, float]]]:
+        """Trains over draw() until judge() (less is better) stalls; keeps the best state. Gives the epoch
+        that was kept, and what each one had: loss and validation; of epoch 0, before training, the latter."""
         best, best_state, waited, epoch = judge(), copy.deepcopy(self.trained.state_dict()), 0, 0
-        kept = 0
+        kept, curve = 0, [{"epoch": 0, "validation": best}]
         self.progress(0.0, f"ranker: before training, validation {best:.5f}")
         while epoch < self.config.epochs and waited < self.config.patience:
-            self.epoch(draw(), loss_function, epoch)
+            loss = self.epoch(draw(), loss_function, epoch)
             self.mean.exchange()
             figure, epoch, waited = judge(), epoch + 1, waited + 1
-            self.progress(epoch / self.config.epochs, f"ranker: epoch {epoch}, validation {figure:.5f}")
+            curve.append({"epoch": epoch, "loss": loss, "validation": figure})
+            text = f"ranker: epoch {epoch}, loss {loss:.5f}, validation {figure:.5f}"
+            self.progress(epoch / self.config.epochs, text)
             if figure < best:
                 best, best_state, waited, kept = figure, copy.deepcopy(self.trained.state_dict()), 0, epoch
             self.mean.exchange()
         self.trained.load_state_dict(best_state)
-        return epoch, kept
+        return kept, curve
 
     def start_from(self, head: ItemFeatures, item_rows: Array, user_rows: Array) -> None:
         """Takes over the trained head and rows [I + 1, F], [U + 1, U'] of the model that it was given; rates

@@ -22,6 +22,7 @@ from builders import metrics
 from builders.data.dataset import Dataset, Impressions, Targets
 from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
+from builders.learning import learning_report
 from builders.progress import Progress
 from builders.ranker import calibrate
 from builders.ranker.blend import fit_blend
@@ -161,13 +162,12 @@ def _fit_impressions(trainer: RankerTrainer) -> tuple[dict[str, Any], Positions 
         return float(loss(torch.from_numpy(logits), target))
 
     rows_tried = _choose_rows(trainer, scaled, loss, judge)
-    epochs, kept = trainer.fit(lambda: scaled, loss, judge)
+    kept, curve = trainer.fit(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
     positions = _fit_positions(trainer, logits, validation, held_out)
     report: dict[str, Any] = {
-        "epochs": epochs,
-        "kept_epoch": kept,
+        **learning_report(kept, curve, "loss of held-out impressions"),
         "rows_tried": rows_tried,
         "label_scales": {"mean": mean.tolist(), "spread": spread.tolist()},
         "validation": _figures(trainer, logits, validation.labels),
@@ -260,10 +260,10 @@ def _fit_lists(
     _start_at_recall(trainer, learn, source_weights)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    epochs = kept = 0
+    kept, curve = 0, list[dict[str, float]]()
     if len(recalled) >= _FEW_TARGETS:
         pool = with_uniform(recalled, dataset.num_items, c.uniform_negatives, scores, trainer.rng)
-        epochs, kept = trainer.fit(
+        kept, curve = trainer.fit(
             lambda: _sampled(pool, c, trainer.rng),
             list_loss,
             lambda: -float(metrics.gains(_ranks(trainer, judged), 10).mean()),
@@ -276,9 +276,9 @@ def _fit_lists(
         trainer.model.load_state_dict({**start, "deep_gate": torch.zeros(())})
     logits = trainer.logits(judged)
     _calibrate(trainer, logits.reshape(-1, 1), judged.labels.reshape(-1, 1))
+    curve = [{**one, "validation": -one["validation"]} for one in curve]
     report = {
-        "epochs": epochs,
-        "kept_epoch": kept,
+        **learning_report(kept, curve, "NDCG@10 of held-out users"),
         "deep_path": deep,
         "gain_on_held_out_users": str(gain),
         "validation": _list_figures(trainer, judged),

@@ -91,6 +91,29 @@ def _bars(value_of: Mapping[str, float], names: Mapping[str, str], label: str) -
     return figure
 
 
+def learning(models: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draws each model's training loss above its validation, by epoch; the kept epoch is marked."""
+    from matplotlib import pyplot as plt
+
+    size = (5.2 * len(models), 4.2)
+    figure, rows = plt.subplots(2, len(models), figsize=size, layout="constrained", squeeze=False)
+    for (name, of), panels in zip(models.items(), rows.T, strict=True):
+        for axes, key, colour in zip(panels, ("loss", "validation"), (GREY, BLUE), strict=True):
+            known = [entry for entry in of["curve"] if key in entry]
+            axes.plot(
+                [entry["epoch"] for entry in known],
+                [entry[key] for entry in known],
+                color=colour, marker="o", markersize=3.5, linewidth=1.4,
+            )  # fmt: skip
+            axes.axvline(of["kept_epoch"], color=RED, linestyle=(0, (4, 3)), linewidth=1)
+            axes.set_xlim(-0.3, of["epochs"] + 0.3)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(axis="y", color="#EEEEEE")
+        panels[0].set(title=name, ylabel="training loss")
+        panels[1].set(xlabel="epoch (dashed: kept)", ylabel=of["metric"].replace(" of ", "\nof "))
+    return figure
+
+
 def pareto(variants: Sequence[Mapping[str, Any]], limit: float) -> Figure:
     """Loss against size, and against latency where it was measured: every variant of one model on one
     runtime."""

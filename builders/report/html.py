@@ -11,6 +11,7 @@ from typing import Any
 
 from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
+from builders.learning import learning_lines
 from builders.report import figures
 from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
 
@@ -42,6 +43,9 @@ def release_figures(report: Mapping[str, Any]) -> Figures:
     ways = report.get("ranking", {}).get("ways", {})
     if ways:
         found["ranking"] = figures.png(partial(figures.ranking, ways, WAYS))
+    learned = {name: report[name] for name in ("encoders", "ranker") if report.get(name, {}).get("curve")}
+    if learned:
+        found["learning"] = figures.png(partial(figures.learning, learned))
     if report.get("compress"):
         found |= _compression_figures(report["compress"])
     return found
@@ -90,6 +94,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_ranking(report, found),
         *_tasks(report),
         *_recall(report),
+        *_learning(report, found),
         *_trained(manifest),
     ]
     parts += ["<h2>Compression</h2>"]
@@ -188,6 +193,12 @@ def _recall(report: Mapping[str, Any]) -> list[str]:
             _table(columns, [[_number(row.get(column)) for column in columns] for row in tried]),
         ]
     return parts if settings or tried else []
+
+
+def _learning(report: Mapping[str, Any], found: Figures) -> list[str]:
+    """Shows what each epoch of the trainings gained, and says which was kept."""
+    lines = [f"<p>{_text(line)}</p>" for line in learning_lines(report)]
+    return ["<h2>Learning curves</h2>", *_image(found, "learning"), *lines] if lines else []
 
 
 def _compression(compress: CompressionReport, found: Figures) -> list[str]:

@@ -71,7 +71,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         ),
         "ranking": ranking_baselines(users, ranks),
     }
-    report["ranker"] = read_json(inputs["ranker"] / "report.json")
+    report |= {model: read_json(inputs[model] / "report.json") for model in ("encoders", "ranker")}
     report["shortfalls"] = [
         *blend_lines(report["ranker"]),
         *worth_shortfalls(report["worth"]),

@@ -116,7 +116,7 @@ def compressed(manifest):
 def test_a_release_without_compression_says_so_and_shows_its_ranking(manifest):
     found = release_figures(manifest["report"])
     text = page(manifest, found)
-    assert list(found) == ["worth", "ranking"]
+    assert list(found) == ["worth", "ranking", "learning"]
     assert "not compressed" in text
     chain = manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
     assert f"<td>{chain:.4f}</td>" in text
@@ -124,6 +124,34 @@ def test_a_release_without_compression_says_so_and_shows_its_ranking(manifest):
     opening = text[text.index("</h1>") : text.index("<h2>")]
     assert "A list of 10 that this release shows is worth " in opening
     assert f"<td>{manifest['report']['worth']['ways']['best']['worth']:.4f}</td>" in text
+
+
+def test_a_release_keeps_what_each_epoch_had_and_marks_the_kept_one(manifest):
+    """The kept epoch is the best validated one, and the picture is drawn from what is kept."""
+    for model, better in (("encoders", max), ("ranker", min)):
+        of = manifest["report"][model]
+        judged = {one["epoch"]: one["validation"] for one in of["curve"] if "validation" in one}
+        assert of["kept_epoch"] == better(judged, key=judged.get)
+        assert [one["epoch"] for one in of["curve"] if "loss" in one] == list(range(1, of["epochs"] + 1))
+    text = page(manifest, release_figures(manifest["report"]))
+    assert "encoders: epoch " in text[text.index("<h2>Learning curves</h2>") :]
+
+    def draw():
+        figure = figures.learning({name: manifest["report"][name] for name in ("encoders", "ranker")})
+        kept = [axes.lines[-1].get_xdata()[0] for axes in figure.axes]
+        assert sorted(kept) == sorted(
+            manifest["report"][name]["kept_epoch"] for name in ("encoders", "ranker") * 2
+        )
+        return figure
+
+    assert figures.png(draw).startswith(PNG)
+
+
+def test_an_older_release_without_curves_has_a_page(manifest):
+    del manifest["report"]["encoders"], manifest["report"]["ranker"]["curve"]
+    found = release_figures(manifest["report"])
+    assert "learning" not in found
+    assert "Learning curves" not in page(manifest, found)
 
 
 def test_the_page_is_whole_and_links_to_nothing(compressed):
@@ -140,6 +168,7 @@ def test_a_compressed_release_shows_gate_pareto_precisions_and_latency(compresse
     assert list(found) == [
         "worth",
         "ranking",
+        "learning",
         "pareto_ranker_onnxruntime",
         "precision_ranker_onnxruntime",
         "gate_onnxruntime",
@@ -249,7 +278,7 @@ def test_the_command_writes_the_active_release(tiny_repository, tmp_path):
     assert (tmp_path / "png" / "ranking.png").read_bytes().startswith(PNG)
     sentence, files = done.stdout.splitlines()
     assert sentence.startswith("A list of 10 that this release shows is worth ")
-    assert files == f"{tmp_path}/page.html and 2 PNG in {tmp_path}/png"
+    assert files == f"{tmp_path}/page.html and 3 PNG in {tmp_path}/png"
 
 
 def test_what_is_not_there_is_one_line(tiny_repository, tmp_path):
