@@ -30,6 +30,7 @@ from ensemble.python_model import check_numpy
 from ensemble.release.release import open_release
 from ensemble.release.route import route_from_json
 from ensemble.server.router_files import NUMBERS
+from ensemble.server.watched import PROBE
 from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Metric, Publisher
@@ -154,7 +155,10 @@ class RouterModel:
 def _request(request: Any) -> Request | InvalidArgument:
     """Reads one of Triton's requests; what cannot be read is the caller's fault, and no batch-mate's."""
     try:
-        return Request(request.inputs()[0].as_numpy(), request.parameters(), request.timeout())
+        parameters = request.parameters()
+        if PROBE in parameters:
+            return InvalidArgument(f"{PROBE}: the router is at work")
+        return Request(request.inputs()[0].as_numpy(), parameters, request.timeout())
     except Exception as error:
         return InvalidArgument(f"user_id: cannot be read: {error}")
 

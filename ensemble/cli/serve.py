@@ -202,7 +202,7 @@ def _greeting(server: Server, start_s: float) -> str:
         f"  engines    {server.launch.runtime.title}",
         f"  instances  {sum(map(len, stubs.values()))} Python processes: "
         + ", ".join(f"{len(pids)} {name}" for name, pids in stubs.items()),
-        "             (two a step or more: Triton never restarts one that dies; one thread each: they are "
+        "             (two a step or more: one answers while another is replaced; one thread each: they are "
         "the parallelism)",
         f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB "
         "resident, summed)",

@@ -120,9 +120,9 @@ class CanaryWatch:
             return False
         return model == router_of(route) or model.partition("_")[0] == route.canary.release
 
-    def note_death(self, instance: str) -> None:
-        """Notes that a process of the canary or of the router died, for the next look."""
-        self._dead = f"{instance} died"
+    def note_death(self, why: str) -> None:
+        """Notes what became of the canary's processes or the router's, for the next look."""
+        self._dead = why
 
     def take_out_on_disk(self, why: str) -> bool:
         """Gives all users to the main release where tritonserver is down; says whether there was a canary."""

@@ -52,16 +52,22 @@ class Control:
     ) -> None:
         self._client.close()
 
-    def load(self, model: str, config_json: str | None = None, size_bytes: int = 0) -> None:
+    def load(
+        self,
+        model: str,
+        config_json: str | None = None,
+        size_bytes: int = 0,
+        limit_s: float = _LOAD_S,
+    ) -> None:
         """Loads a model of so many bytes, with an ensemble's members; `config_json` stands in for the
-        configuration on disk.
+        configuration on disk. NoAnswerError where it takes longer than `limit_s` and its bytes allow.
 
         Triton says OK although an ensemble may be gone afterwards, so readiness is asked for as well.
         """
         self._call(
             f"load {model}",
             lambda: self._client.load_model(model, headers=self.server.headers, config=config_json),
-            _LOAD_S + size_bytes / _LOAD_BYTES_A_S,
+            limit_s + size_bytes / _LOAD_BYTES_A_S,
         )
         if not self.is_ready(model):
             raise ServerError(f"load {model}: {self.server.url} says it is loaded, but it is not ready")

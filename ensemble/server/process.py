@@ -29,6 +29,7 @@ from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, R
 from ensemble.server.options import ServeOptions
 from ensemble.server.router_files import models_to_load
 from ensemble.server.runtime import Runtime
+from ensemble.server.vitals import Vitals, vitals_of
 from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
@@ -218,6 +219,11 @@ class TritonProcess:
         while any(self.stubs()) and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def vitals(self) -> dict[int, Vitals]:
+        """Says how it and its stubs are."""
+        pids = [self.pid, *(stub.pid for stub in self.stubs())]
+        return {pid: one for pid in pids if (one := vitals_of(pid))}
+
     def stubs(self) -> Iterator[Stub]:
         """Lists the group's living stub processes."""
         return _stubs(self.pid)
@@ -278,6 +284,11 @@ def kill_stubs(supervisor: int, release: str) -> list[str]:
                     os.kill(stub.pid, signal.SIGKILL)
                     killed.append(stub.instance)
     return killed
+
+
+def exit_words(code: int) -> str:
+    """Says how a process ended, in words."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

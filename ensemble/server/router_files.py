@@ -23,7 +23,7 @@ MODEL_PY = (
     "from ensemble.router_model import RouterModel as TritonPythonModel  # noqa: F401\n"
 )
 NUMBERS = "route-numbers"  # in the server's state folder: a file of counts of each instance of a router
-_INSTANCES = 2  # one that dies is not started again
+_INSTANCES = 2  # one answers when the other has died
 
 
 def only(name: str) -> Route:

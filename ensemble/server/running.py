@@ -46,6 +46,7 @@ class RunningServer:
     require: str | None = None  # what `serve --require` asked for
     has_redis: bool = False
     is_fused: bool = False  # all steps of a release in one process
+    is_stopping: bool = False  # it answers what is in flight, and ends
 
     @property
     def headers(self) -> dict[str, str]:
@@ -61,6 +62,7 @@ class Claim:
         make_private(state)
         self.path, self._repository, self._home = state / CLAIM, repository, home or repository
         self._links: list[Path] = []
+        self._server: RunningServer | None = None
         self._descriptor = self._open()
 
     def _open(self) -> int:
@@ -86,13 +88,25 @@ class Claim:
 
     def write(self, server: RunningServer) -> None:
         """Writes how the server is reached, and lists it."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(dataclasses.asdict(server)).encode(), 0)
+        self._server = server
+        self._put(server)
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
         for folder in user_lists(self._repository):
             self._list(folder / name, make_private)
         with contextlib.suppress(OSError):  # a read-only home: our user finds us all the same
             self._list(self._home / LIST / name, lambda folder: folder.mkdir(exist_ok=True))
+
+    def _put(self, server: RunningServer) -> None:
+        """Writes the claim's text."""
+        text = json.dumps(dataclasses.asdict(server)).encode()
+        os.pwrite(self._descriptor, text, 0)
+        os.ftruncate(self._descriptor, len(text))
+
+    def note_stopping(self) -> None:
+        """Says in the claim that the server is about to end, so that the next one waits for it."""
+        if self._server is not None:
+            with contextlib.suppress(OSError):
+                self._put(dataclasses.replace(self._server, is_stopping=True))
 
     def _list(self, link: Path, make: Callable[[Path], None]) -> None:
         """Links to the claim, in the place of a server that was killed."""

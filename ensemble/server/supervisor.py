@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,12 @@ from ensemble.live.items import wait_for_changes
 from ensemble.release.release import open_release
 from ensemble.release.repository import FUSED, alias_of
 from ensemble.release.route import Route
+from ensemble.server import health
 from ensemble.server.calls import drain, is_model_ready, is_open
 from ensemble.server.canary_watch import CanaryWatch
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.following import Follower, route_in
+from ensemble.server.illness import Stopped
 from ensemble.server.installation import (
     Installation,
     RunFolder,
@@ -38,21 +41,23 @@ from ensemble.server.left_out import without_left_out
 from ensemble.server.mount import Mount
 from ensemble.server.mounted_route import mount_route
 from ensemble.server.options import ServeOptions
+from ensemble.server.predecessor import await_predecessor
 from ensemble.server.process import (
     CONTROL_HEADER,
     DRAINED_EXIT_S,
     EXIT_TIMEOUT_S,
     Launch,
     TritonProcess,
+    exit_words,
     memory_bytes,
 )
+from ensemble.server.repairs import LOOK_EVERY_S, Repairs
+from ensemble.server.restarts import Restarts
 from ensemble.server.router_files import only
 from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import choose_runtime
 from ensemble.server.state import default_state
 
-MAX_DEATHS, DEATHS_WINDOW_S = 5, 60.0  # more deaths than that in this time: give up, and say so
-_WATCH_EVERY_S = 1.0
 # What Triton calls an error on a machine without a GPU.
 _NOISE = ("CudaDriverHelper", "CUDA driver version", "Failed to initialize NVML")
 
@@ -80,7 +85,9 @@ class Server:
         self._failure: PeregrineError | None = None
         self._watch = CanaryWatch(launch.repository, launch.home, run.path, log)
         self._process: TritonProcess | None = None
-        self._instances: dict[str, str] = {}  # instance -> model
+        self._repairs: Repairs | None = None  # of the tritonserver that is ready
+        self._num_repairs = 0  # of the earlier ones
+        self._restarts, self._health = Restarts(), health.HealthFile(run.path)
         self._is_ready = threading.Event()  # while it answers
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
 
@@ -178,6 +185,7 @@ class Server:
     def stop(self) -> None:
         """Answers what is in flight, then ends every process and removes what they left."""
         self._stopping.set()
+        self._claim.note_stopping()
         if self._thread.ident is None:
             self._clear()
         else:
@@ -186,24 +194,27 @@ class Server:
     def _clear(self) -> None:
         """Removes what it was run from and gives the state folder free."""
         self._run.remove()
+        self._health.remove()
         self._claim.drop()
 
     def _supervise(self) -> None:
         """Runs tritonserver, and again after each death, until we are stopped or it dies too often."""
-        deaths: collections.deque[float] = collections.deque(maxlen=MAX_DEATHS)
         try:
             while not self._stopping.is_set():
+                self._note(health.DOWN if self._settled.is_set() else health.STARTING)
                 self._mount_route()
                 self._process = TritonProcess(self._installation, self._run, self.launch, self._forward)
                 try:
                     end = self._run_once(self._process)
                 finally:
                     self._is_ready.clear()
+                    exit_code = self._process.exit_code
                     self._end(self._process)
+                    self._drop_repairs()
                 if self._stopping.is_set():
                     return
                 is_without = self._watch.take_out_on_disk(f"tritonserver ended: {end}")
-                if not is_without and not self._may_restart(end, deaths):
+                if not is_without and not self._may_restart(end, exit_code):
                     return
         except PeregrineError as error:
             self._failure = error
@@ -255,82 +266,73 @@ class Server:
 
     def _run_once(self, process: TritonProcess) -> str:
         """Watches the process until it has to be replaced (returns why) or we are stopped (returns "")."""
-        self._instances = {}
         problem = self._wait_until_ready(process)
-        if problem:
+        if problem or self._stopping.is_set():
             return problem
         process.note_environments()
+        configuration, watch = self.launch.configuration, self._watch
+        repairs = Repairs(process, self._running(), self._mount, configuration, self.log)
+        self._repairs = repairs
         self._is_ready.set()
         self._settled.set()
-        while not self._stopping.wait(_WATCH_EVERY_S):
+        while not self._stopping.wait(LOOK_EVERY_S):
             if process.exit_code is not None:
-                return f"tritonserver died ({_exit_words(process.exit_code)})"
-            problem = self._check_stubs(process)
-            if problem:
+                return f"tritonserver died ({exit_words(process.exit_code)})"
+            problem = repairs.look(watch.is_tried, watch.note_death)
+            if problem and process.exit_code is None:
                 return problem
+            self._note(health.READY)
+        self._note(health.STOPPING)
         return ""
+
+    def _drop_repairs(self) -> None:
+        """Ends the calls to a tritonserver that has ended: cut off before, they could end it."""
+        if self._repairs:
+            self._num_repairs += self._repairs.count
+            self._repairs.close()
+            self._repairs = None
 
     def _wait_until_ready(self, process: TritonProcess) -> str:
         """Returns "" when `recommend` is ready or we are stopped, else what went wrong."""
         options = self.launch.options
-        deadline = time.monotonic() + options.start_timeout_s
+        deadline, stopped = time.monotonic() + options.start_timeout_s, Stopped()
         while time.monotonic() < deadline and not self._stopping.is_set():
             if process.exit_code is not None:
-                return f"tritonserver did not start ({_exit_words(process.exit_code)}):\n{process.log_tail()}"
+                return f"tritonserver did not start ({exit_words(process.exit_code)}):\n{process.log_tail()}"
             # Never the server's own readiness: it says yes whatever became of the models.
             if is_open(self.url) and is_model_ready(self.url, contract.PIPELINE):
                 return ""
+            for pid in stopped.look(process.vitals()):
+                os.kill(pid, signal.SIGKILL)  # the load fails then, and is tried again
             time.sleep(0.05)
         if self._stopping.is_set():
             return ""
         limit = f"{options.start_timeout_s:.0f} s"
         return f"model {contract.PIPELINE} was not ready after {limit}:\n{process.log_tail()}"
 
-    def _check_stubs(self, process: TritonProcess) -> str:
-        """Logs a stub that died, and returns why to restart where it was its model's last: Triton neither
-        restarts it nor calls the model unready."""
-        now = {stub.instance: stub.model for stub in process.stubs() if stub.instance}
-        lost = {instance: model for instance, model in self._instances.items() if instance not in now}
-        self._instances.update(now)
-        for instance, model in lost.items() if process.exit_code is None else ():
-            del self._instances[instance]
-            if not is_model_ready(self.url, model):
-                continue  # it was unloaded on purpose
-            if self._watch.is_tried(model):
-                self._watch.note_death(instance)
-            elif self._is_served(model):
-                left = sum(other == model for other in now.values())
-                if not left:
-                    return f"every instance of {model} died"
-                self.log(
-                    f"WARNING: {instance} died, {left} left of {model}; Triton does not start it again: "
-                    "restart `peregrine serve` soon"
-                )
-        return ""
-
-    def _is_served(self, model: str) -> bool:
-        """Says whether a model is of a release that is served; one that is asked beside it may be killed."""
-        try:
-            return model.partition("_")[0] in self._mount.route().releases
-        except (ReleaseError, OSError):
-            return True  # the route cannot be read: what is loaded may well be served
-
-    def _may_restart(self, why: str, deaths: collections.deque[float]) -> bool:
-        """Pauses and says yes; says no, and notes the failure, if it never was ready or dies too often."""
-        if not self._settled.is_set():
-            self._failure = ServerError(why)
+    def _may_restart(self, why: str, exit_code: int | None) -> bool:
+        """Pauses and says yes; says no, and notes the failure, if that would not help."""
+        was_ready = self._settled.is_set()
+        pause_s = self._restarts.pause_s(why, was_ready=was_ready, exit_code=exit_code)
+        if pause_s is None:
+            self._failure = ServerError(self._restarts.failure(why, was_ready=was_ready))
             return False
-        now = time.monotonic()
-        deaths.append(now)
-        if len(deaths) == MAX_DEATHS and now - deaths[0] < DEATHS_WINDOW_S:
-            self._failure = ServerError(
-                f"tritonserver died {MAX_DEATHS} times within {DEATHS_WINDOW_S:.0f} s; the last time: {why}"
-            )
-            return False
-        pause_s = 0.1 * 2 ** len([death for death in deaths if now - death < DEATHS_WINDOW_S])
         self.log(f"WARNING: {why}; starting it again in {pause_s:.1f} s")
         self._stopping.wait(pause_s)
         return True
+
+    def _note(self, phase: str) -> None:
+        """Writes how the server is."""
+        restarts, repairs = self._restarts, self._repairs
+        self._health.write(
+            phase,
+            {
+                "restarts": restarts.count,
+                "last_restart": restarts.last,
+                "repairs": self._num_repairs + (repairs.count if repairs else 0),
+                "models": repairs.report() if repairs else {},
+            },
+        )
 
     def _forward(self, line: str) -> None:
         """Logs a line of tritonserver: all of them if verbose, else the errors once it is ready."""
@@ -377,12 +379,14 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     check_address(options, installation)
     home = options.catalogue or repository
     name = check_servable(repository, log, home, options.route)
+    state = options.state or default_state(repository)
+    await_predecessor(state, log)
     runtime = choose_runtime(repository, name, installation, options, log)
     port, metrics = check_port(options.address, options.port), options.metrics_port
     metrics = None if metrics is None else check_port(options.address, metrics)
     sweep_regions()
     launch = Launch(repository, dataclasses.replace(options, port=port, metrics_port=metrics), runtime)
-    claim = Claim(options.state or default_state(repository), repository, home)
+    claim = Claim(state, repository, home)
     try:
         run = make_run_folder(installation, claim.path.parent)
         mount = Mount(run.path, options.instances, options.num_gpus)
@@ -398,8 +402,3 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
 def _host(address: str) -> str:
     """Writes an address as it stands in a URL."""
     return f"[{address}]" if ":" in address else address
-
-
-def _exit_words(code: int) -> str:
-    """Says how a process ended, in words."""
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -4,7 +4,6 @@ either way."""
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -346,7 +345,7 @@ def test_a_release_that_cannot_start_is_told_with_its_reason(tmp_path, own_trace
 
 @pytest.mark.alone  # Other servers' folders would be taken for those that are left.
 @pytest.mark.triton
-def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository, own_traces):
+def test_a_killed_tritonserver_is_replaced(repository, own_traces):
     said: list[str] = []
     environments = set(Path("/tmp").glob("python_env_*"))
     with serve(repository, ServeOptions(port=0, metrics_port=None), log=said.append) as server:
@@ -354,19 +353,11 @@ def test_a_killed_tritonserver_and_a_step_without_stubs_are_replaced(repository,
         os.kill(first, signal.SIGKILL)
         eventually(lambda: server.pid != first and is_model_ready(server.url, "recommend"))
         assert ask(server.url) == ["r1", "r1"]
-        time.sleep(2.5)  # the watch has to have seen the stubs
-        one, other = server.stubs()["r1_recall"]
-        os.kill(one, signal.SIGKILL)
-        eventually(lambda: any(re.search(r"r1_recall_0_\d died, 1 left of r1_recall", line) for line in said))
-        second = server.pid
-        os.kill(other, signal.SIGKILL)
-        eventually(lambda: server.pid != second and is_model_ready(server.url, "recommend"))
         assert ask(server.url) == ["r1", "r1"]
     assert not [path for path in set(Path("/tmp").glob("python_env_*")) - environments if _age_s(path) > 5], (
         "Triton's folder of a killed server is left"
     )
     assert any("tritonserver died (signal 9); starting it again" in line for line in said)
-    assert any("every instance of r1_recall died; starting it again" in line for line in said)
     assert not own_traces()
 
 
