@@ -48,6 +48,7 @@ COMMANDS = {
     "release": Command("clients.cli.release", "app", "List, show, activate or remove releases."),
     "items": Command("clients.cli.items", "app", "Add, change and remove items while they are served."),
     "serve": Command("ensemble.cli.serve", "serve", "Serve the active release with Triton, over gRPC."),
+    "status": Command("ensemble.cli.status", "status", "Say how a repository is served, and what is wrong."),
     "recommend": Command("clients.cli.recommend", "recommend", "Ask for ranked lists."),
     "features": Command("ensemble.cli.features", "app", "Load feature rows into Redis; measure the tiers."),
     "events": Command("clients.cli.events", "app", "Write live events into the feature rows."),

@@ -6,6 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ensemble.arrays import Array
+from ensemble.contract import Degraded
+
 _EVERY_S = 1.0
 
 
@@ -16,6 +21,29 @@ class Metric(NamedTuple):
     labels: tuple[tuple[str, str], ...]
     value: float
     is_counter: bool = True  # else a gauge
+
+
+class AnswerCounts:
+    """Counts lists that were given, and those with each flag of contract.Degraded."""
+
+    def __init__(self) -> None:
+        self.lists, self.flagged = 0, dict.fromkeys(Degraded, 0)
+
+    def count(self, degraded: Array) -> None:
+        """Counts lists with these bits [B, 1] or [B] int64."""
+        self.lists += len(degraded)
+        if not degraded.any():
+            return
+        for flag in Degraded:
+            self.flagged[flag] += int(np.count_nonzero(degraded & int(flag)))
+
+    def metrics(self) -> list[Metric]:
+        """Lists the counts."""
+        flags = [
+            Metric("peregrine_lists_degraded", (("flag", str(flag.name).lower()),), float(count))
+            for flag, count in self.flagged.items()
+        ]
+        return [Metric("peregrine_lists", (), float(self.lists)), *flags]
 
 
 class Publisher:

@@ -4,6 +4,7 @@
 recommend/config.pbtxt    the alias: the route's main release, for a server that knows no route
 rN/manifest.json          release rN exists if and only if this file does
 rN_<model>/               its members, renamed in before rN/ and out after it
+.audit.jsonl              who changed the route, when, from what to what (ensemble/release/audit.py)
 .names.json               whose name is whose, also of removed releases (ensemble/release/names.py)
 .staging-*/               half written or half removed; Triton never looks there, sweep() removes it
 .lock                     held by whoever changes any of these
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from ensemble import contract
 from ensemble.errors import ReleaseError
+from ensemble.release.audit import note_change
 from ensemble.release.files import partial_files, try_flock, write_durably
 from ensemble.release.manifest import MANIFEST
 from ensemble.release.names import NAME, check_name, release_names, remember_names
@@ -262,9 +264,18 @@ def put_route(repository: Path, route: Route, home: Path | None = None) -> None:
 
     The route is the truth and goes first: killed in between, align_alias() does the rest.
     """
-    config = alias_of(repository, route.main)
+    config, before = alias_of(repository, route.main), _known_route(home or repository)
     write_route(home or repository, route)
+    note_change(home or repository, before, route)
     _copy_alias(repository, config, home)
+
+
+def _known_route(home: Path) -> Route | None:
+    """Reads a route; None as well where it is damaged."""
+    try:
+        return read_route(home)
+    except ReleaseError:
+        return None
 
 
 def align_alias(repository: Path, home: Path | None = None) -> None:

@@ -32,14 +32,14 @@ def is_open(url: str) -> bool:
     return True
 
 
-def is_model_ready(url: str, model: str) -> bool:
-    """Asks whether a model is ready; False as well when nobody answers within 10 s."""
+def is_model_ready(url: str, model: str, limit_s: float = 10.0) -> bool:
+    """Asks whether a model is ready; False as well when nobody answers within `limit_s`."""
     import grpc
 
     with _stub(url) as (stub, messages):
         try:
             return bool(
-                stub.ModelReady.future(messages.ModelReadyRequest(name=model)).result(timeout=10.0).ready
+                stub.ModelReady.future(messages.ModelReadyRequest(name=model)).result(timeout=limit_s).ready
             )
         except (grpc.RpcError, grpc.FutureTimeoutError):
             return False

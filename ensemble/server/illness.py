@@ -28,6 +28,7 @@ class Ill(NamedTuple):
     model: str
     why: str
     stopped: tuple[int, ...] = ()  # processes that must not go on
+    is_late: bool = False  # and no more than that
 
 
 class Stopped:
@@ -91,7 +92,7 @@ class Diagnosis:
         if self._short[name] >= DEAD_LOOKS:
             return Ill(name, f"{model.wanted - alive} of {model.wanted} processes of {name} died")
         if (waiting_s >= HANGS_S and hangs) or waiting_s >= BUSY_S:
-            return Ill(name, f"{name} has not answered for {waiting_s:.1f} s")
+            return Ill(name, f"{name} has not answered for {waiting_s:.1f} s", is_late=True)
         return None
 
     def _is_idle(self, name: str, pids: list[int], vitals: Mapping[int, Vitals], waiting_s: float) -> bool:

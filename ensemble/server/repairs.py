@@ -66,7 +66,8 @@ class Repairs:
         for one in ill:
             _kill(one.stopped)
             if is_tried(one.model):
-                give_up(one.why)
+                if not one.is_late:  # else the guard judges it by what callers see
+                    give_up(one.why)
             elif problem := self._repair(one):
                 return problem
         return ""
@@ -129,6 +130,7 @@ class Repairs:
                 "alive": self.alive.get(name, 0) if model.wanted else None,
                 "canary_ms": self.probes.took_ms.get(name),
                 "waiting_s": round(self.probes.waiting_s(name), 3),
+                "runs_on": model.runs_on,
                 "fault": self.probes.faults.get(name, ""),
             }
             for name, model in self.models.items()

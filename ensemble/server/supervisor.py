@@ -56,6 +56,7 @@ from ensemble.server.restarts import Restarts
 from ensemble.server.router_files import only
 from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import choose_runtime
+from ensemble.server.scrape import LastMinute
 from ensemble.server.state import default_state
 
 # What Triton calls an error on a machine without a GPU.
@@ -87,6 +88,7 @@ class Server:
         self._process: TritonProcess | None = None
         self._repairs: Repairs | None = None  # of the tritonserver that is ready
         self._num_repairs = 0  # of the earlier ones
+        self._last_minute = LastMinute(self.metrics_url)
         self._restarts, self._health = Restarts(), health.HealthFile(run.path)
         self._is_ready = threading.Event()  # while it answers
         self._thread = threading.Thread(target=self._supervise, name="triton-supervisor", daemon=True)
@@ -151,6 +153,7 @@ class Server:
         threading.Thread(target=follower.run, args=arguments, name="route-follower", daemon=True).start()
         self._settled.wait()
         self._watch.start(self._stopping)
+        self._last_minute.start(self._stopping)
         if self._failure:
             raise self._failure
 
@@ -331,6 +334,8 @@ class Server:
                 "last_restart": restarts.last,
                 "repairs": self._num_repairs + (repairs.count if repairs else 0),
                 "models": repairs.report() if repairs else {},
+                "last_minute": self._last_minute.report(),
+                "runtime": self.launch.runtime.title,
             },
         )
 

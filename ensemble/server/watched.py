@@ -7,7 +7,6 @@ process is seen.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ class Watched:
     wanted: int  # Python processes; 0 where a backend of Triton's own runs it
     request: Any  # ModelInferRequest: nobody's, with zeros
     is_router: bool = False
+    runs_on: str = "python"  # the backend
 
 
 def watched_models(folder: Path, route: Route, configuration: str | None) -> dict[str, Watched]:
@@ -70,7 +70,11 @@ def _watched(config: Any, *, is_router: bool = False) -> Watched:
     wanted = sum(max(1, group.count) * max(1, len(group.gpus)) for group in config.instance_group)
     is_python = config.backend == "python"
     return Watched(
-        config.name, max(1, wanted) if is_python else 0, _request(config, is_router=is_router), is_router
+        config.name,
+        max(1, wanted) if is_python else 0,
+        _request(config, is_router=is_router),
+        is_router,
+        config.backend or config.platform.partition("_")[0],
     )
 
 
@@ -99,8 +103,3 @@ def _zeros(kind: str, count: int) -> bytes:
         text = CANARY_USER.encode()
         return (struct.pack("<I", len(text)) + text) * count
     return bytes(_BYTES_EACH[kind] * count)
-
-
-def wanted_processes(models: Mapping[str, Watched]) -> dict[str, int]:
-    """Gives how many Python processes each model has to have, where it has any."""
-    return {name: one.wanted for name, one in models.items() if one.wanted}

@@ -13,6 +13,7 @@ from ensemble.options import NO_CAP, Options
 from ensemble.spec import ModelSpec
 from ensemble.steps.blend import BLEND, read_blend
 from ensemble.steps.served import ServedRelease
+from ensemble.telemetry import AnswerCounts, Metric
 
 
 class Reranking:
@@ -31,6 +32,7 @@ class Reranking:
         self.category = {f.name: f for f in release.schema.items.features if f.kind == "category"}
         self.release = release.name.encode()
         self.task_names = json.dumps([task.name for task in self.tasks]).encode()
+        self.counts = AnswerCounts()
 
     def run(
         self,
@@ -60,6 +62,8 @@ class Reranking:
         order = order[:, :width]
         rows = np.take_along_axis(candidate_rows, order, axis=1)
         shown = (rows > 0) & (np.arange(width) < options.top_k[:, None])
+        degraded = user_status | candidate_status
+        self.counts.count(degraded[shown.any(axis=1)])  # the others are nobody's: warming up, canaries
         return {
             "item_ids": view.ids_from_rows(np.where(shown & (rows < view.num_rows), rows, 0)).astype(object),
             "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
@@ -67,10 +71,14 @@ class Reranking:
                 shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0
             ).astype(np.float32),
             "tasks": np.full((len(rows), 1), self.task_names, object),
-            "degraded": user_status | candidate_status,
+            "degraded": degraded,
             "release": np.full((len(rows), 1), self.release, object),
             "sequence": np.full((len(rows), 1), view.sequence, np.int64),
         }
+
+    def metrics(self) -> list[Metric]:
+        """Lists how many lists were given, and how many with which flag."""
+        return self.counts.metrics()
 
     def blend(self, options: Options, probabilities: Array, candidate_scores: Array) -> Array:
         """Blends probabilities [B, N, T] and candidate_scores [B, N, S] into scores [B, N]: the sum of
