@@ -14,6 +14,13 @@ def report(
     ),
     release: Annotated[str | None, typer.Option(help="The release; the active one if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="The page to write; RELEASE.html if not given.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            help="Two releases, r1 r2: what the second does better than the first, and for whom; some users' "
+            "lists side by side."
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write every figure as PNG into this folder.")] = None,
 ) -> None:
     """Writes a release's report as one HTML page with its figures inside: worth, ranking, recall,
@@ -23,6 +30,9 @@ def report(
     from ensemble.errors import InvalidInput, ReleaseError
     from ensemble.release.release import active_release, open_release
 
+    if compare:
+        _compare(repository, *compare, out)
+        return
     name = release or active_release(repository)
     if name is None:
         raise ReleaseError(
@@ -34,12 +44,36 @@ def report(
         raise ReleaseError(f"release {name} has no report in its manifest; build it again")
     found = release_figures(manifest["report"])
     target = out or Path(f"{name}.html")
+    _write(target, page(manifest, found))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(manifest, found), encoding="utf-8")
         pictures = write_figures(found, png) if png else []
     except OSError as error:
-        raise InvalidInput(f"cannot write {error.filename or target}: {error.strerror}") from None
+        raise InvalidInput(f"cannot write {error.filename or png}: {error.strerror}") from None
     if text := headline(manifest["report"]):
         print(text)
     print(f"{target}" + (f" and {len(pictures)} PNG in {png}" if png else ""))
+
+
+def _compare(repository: Path, first: str, second: str, out: Path | None) -> None:
+    """Writes the page of two releases, and says which is better."""
+    from builders.report.compare import comparison_page, sentence
+    from ensemble.release.compared import comparison
+    from ensemble.steps.served import open_served
+
+    old, new = (open_served(repository, name) for name in (first, second))
+    verdict = comparison(new, old)
+    target = out or Path(f"{first}-{second}.html")
+    _write(target, comparison_page(old, new, verdict))
+    print(sentence(verdict, first, second))
+    print(target)
+
+
+def _write(target: Path, page: str) -> None:
+    """Writes a page; InvalidInput if it cannot be written."""
+    from ensemble.errors import InvalidInput
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"cannot write {error.filename or target}: {error.strerror}") from None

@@ -73,6 +73,21 @@ def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -
     return _bars(values, names, "NDCG@10, full ranking of held-out next items")
 
 
+def calibration(tasks: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draws a reliability diagram of each task: how often what was foretold came true, with its interval."""
+    figure, panels = _axes(3.4 * len(tasks) + 0.4, 3.4, len(tasks))
+    for axes, (task, points) in zip(panels, tasks.items(), strict=True):
+        foretold, rate = ([point[of] for point in points] for of in ("foretold", "rate"))
+        far = 1.08 * max(*foretold, *(point["high"] for point in points), 1e-6)
+        axes.plot([0, far], [0, far], color=PALE, linewidth=1, zorder=1)
+        low, high = ([point[of] for point in points] for of in ("low", "high"))
+        axes.vlines(foretold, low, high, color=SKY, linewidth=2)
+        axes.plot(foretold, rate, "o-", color=BLUE, markersize=4.5, linewidth=1)
+        axes.set(title=task, xlim=(0, far), ylim=(0, far), xlabel="foretold", aspect="equal")
+    panels[0].set_ylabel("came true")
+    return figure
+
+
 def _bars(value_of: Mapping[str, float], names: Mapping[str, str], label: str) -> Figure:
     """Draws a bar for each way, the greatest on top, the chain's in colour."""
     order = sorted(value_of, key=lambda way: value_of[way])

@@ -13,7 +13,9 @@ from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
 from builders.learning import learning_lines
 from builders.report import figures
+from builders.verify.data_facts import data_notes, data_table
 from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
+from builders.verify.shown import variety_note, variety_table
 
 Figures = dict[str, bytes]  # name without suffix -> PNG
 _STYLE = """
@@ -30,6 +32,7 @@ th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
 .headline{font-size:1.15rem;max-width:52rem;border-left:4px solid #0072B2;padding-left:.8rem}
 img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}
+ol{margin:0;padding-left:1.3rem}.lists td{text-align:left;vertical-align:top;white-space:normal;width:40%}
 .tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
 .tile b{display:block;font-size:1.25rem}.tile span{color:#666;font-size:.82rem}
 """
@@ -46,6 +49,8 @@ def release_figures(report: Mapping[str, Any]) -> Figures:
     learned = {name: report[name] for name in ("encoders", "ranker") if report.get(name, {}).get("curve")}
     if learned:
         found["learning"] = figures.png(partial(figures.learning, learned))
+    if report.get("calibration"):
+        found["calibration"] = figures.png(partial(figures.calibration, report["calibration"]))
     if report.get("compress"):
         found |= _compression_figures(report["compress"])
     return found
@@ -88,13 +93,15 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         f"{name} {manifest[name]}" for name in ("created", "preset", "seed", "peregrine") if name in manifest
     )
     parts = [
-        f"<h1>{_text(title)}</h1>",
-        f'<p class="facts">{_text(facts)}</p>',
+        f"<h1>{escaped(title)}</h1>",
+        f'<p class="facts">{escaped(facts)}</p>',
         *_worth(report, found),
         *_ranking(report, found),
-        *_tasks(report),
+        *_tasks(report, found),
+        *_shown(report),
         *_recall(report),
         *_learning(report, found),
+        *_data(report),
         *_trained(manifest),
     ]
     parts += ["<h2>Compression</h2>"]
@@ -104,9 +111,14 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         parts.append(
             "<p>This release is not compressed: its engines are served as they were exported, in fp32.</p>"
         )
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Writes a page that needs nothing else; `parts` are HTML."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style>"
+        f"<title>{escaped(title)}</title><style>{_STYLE}</style>"
     )
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
@@ -118,11 +130,11 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
 def _worth(report: Mapping[str, Any], found: Figures) -> list[str]:
     """Opens the page: what the lists are worth, in a sentence, and how that was measured."""
     worth, text = report.get("worth") or {}, headline(report)
-    parts = [f'<p class="headline">{_text(text)}</p>'] if text else []
+    parts = [f'<p class="headline">{escaped(text)}</p>'] if text else []
     if not worth.get("ways"):
         return parts
-    table = _table(*worth_table(worth))
-    note = f"<p>{_text(worth_note(worth))}</p>"
+    table = table_of(*worth_table(worth))
+    note = f"<p>{escaped(worth_note(worth))}</p>"
     return [*parts, "<h2>What the lists are worth</h2>", *_image(found, "worth"), note, table]
 
 
@@ -134,9 +146,9 @@ def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
     rows = [[WAYS.get(name, name), *(f"{value:.4f}" for value in of.values())] for name, of in ways.items()]
     parts = [
         f"<h2>Ranking of {ranking['users']:,} held-out next items</h2>",
-        f"<p>{_text(NEXT_ITEMS)}</p>",
+        f"<p>{escaped(NEXT_ITEMS)}</p>",
         *_image(found, "ranking"),
-        _table(["", *next(iter(ways.values()))], rows),
+        table_of(["", *next(iter(ways.values()))], rows),
     ]
     difference = ranking.get("chain_minus_recall_ndcg@10")
     if difference:
@@ -152,10 +164,10 @@ def _trained(manifest: Mapping[str, Any]) -> list[str]:
     spans = manifest.get("trained", {})
     if not spans:
         return []
-    rows = [[name, f"{span['events']:,}", _text(span["trained_up_to"])] for name, span in spans.items()]
-    parts = ["<h2>What is served has learned from</h2>", _table(["", "events", "up to"], rows)]
+    rows = [[name, f"{span['events']:,}", escaped(span["trained_up_to"])] for name, span in spans.items()]
+    parts = ["<h2>What is served has learned from</h2>", table_of(["", "events", "up to"], rows)]
     if reason := manifest.get("why_no_refit"):
-        return [*parts, f"<p>The verified model is served, not a refit of it: {_text(reason)}.</p>"]
+        return [*parts, f"<p>The verified model is served, not a refit of it: {escaped(reason)}.</p>"]
     new = manifest["report"].get("refit", {}).get("new_items", {})
     if new.get("items"):
         head = ["", "of them shown", "of all places"]
@@ -164,19 +176,42 @@ def _trained(manifest: Mapping[str, Any]) -> list[str]:
             for key, name in (("before", "verified model"), ("after", "refitted, served"))
         ]
         parts.append(f"<p>{new['items']:,} new items, in the lists of {new['users']:,} users:</p>")
-        parts.append(_table(head, rows))
+        parts.append(table_of(head, rows))
     return parts
 
 
-def _tasks(report: Mapping[str, Any]) -> list[str]:
+def _tasks(report: Mapping[str, Any], found: Figures) -> list[str]:
     tasks = report.get("tasks")
     if not tasks:
         return []
     columns = sorted({column for of in tasks.values() for column in of})
-    return [
+    parts = [
         "<h2>Tasks on held-out impressions</h2>",
-        _table(["task", *columns], [[t, *(_number(of.get(c)) for c in columns)] for t, of in tasks.items()]),
+        table_of(["task", *columns], [[t, *(number(of.get(c)) for c in columns)] for t, of in tasks.items()]),
     ]
+    if "calibration" in found:
+        text = (
+            "Impressions with about the same probability, a tenth of all at a time: a point on the line came "
+            "true as often as was foretold, one below it less often. 95% intervals."
+        )
+        parts += [f"<p>{text}</p>", *_image(found, "calibration")]
+    return parts
+
+
+def _shown(report: Mapping[str, Any]) -> list[str]:
+    """Says what lists show, whatever they hit."""
+    if not (shown := report.get("shown")):
+        return []
+    note, table = f"<p>{escaped(variety_note(shown))}</p>", table_of(*variety_table(shown, WAYS))
+    return ["<h2>What the lists show</h2>", note, table]
+
+
+def _data(report: Mapping[str, Any]) -> list[str]:
+    """Says what the release was made of, and what the shop's data lacks."""
+    if not (data := report.get("data")):
+        return []
+    notes = [f"<p>{escaped(note)}</p>" for note in data_notes(data)]
+    return ["<h2>What it was made of</h2>", table_of(*data_table(data)), *notes]
 
 
 def _recall(report: Mapping[str, Any]) -> list[str]:
@@ -184,46 +219,46 @@ def _recall(report: Mapping[str, Any]) -> list[str]:
     tried = settings.pop("tried", [])
     parts = [
         "<h2>Recall</h2>",
-        _table(["setting", "chosen"], [[name, _number(value)] for name, value in settings.items()]),
+        table_of(["setting", "chosen"], [[name, number(value)] for name, value in settings.items()]),
     ]
     if tried:
         columns = list(dict.fromkeys(column for row in tried for column in row))
         parts += [
             "<h3>Tried for the index</h3>",
-            _table(columns, [[_number(row.get(column)) for column in columns] for row in tried]),
+            table_of(columns, [[number(row.get(column)) for column in columns] for row in tried]),
         ]
     return parts if settings or tried else []
 
 
 def _learning(report: Mapping[str, Any], found: Figures) -> list[str]:
     """Shows what each epoch of the trainings gained, and says which was kept."""
-    lines = [f"<p>{_text(line)}</p>" for line in learning_lines(report)]
+    lines = [f"<p>{escaped(line)}</p>" for line in learning_lines(report)]
     return ["<h2>Learning curves</h2>", *_image(found, "learning"), *lines] if lines else []
 
 
 def _compression(compress: CompressionReport, found: Figures) -> list[str]:
-    parts = [_tiles(compress), *(f"<p>{_text(note)}</p>" for note in compress["notes"])]
+    parts = [_tiles(compress), *(f"<p>{escaped(note)}</p>" for note in compress["notes"])]
     for runtime, gate in compress["gates"].items():
         passed = "passed" if gate["ok"] else "failed"
         parts += [
-            f"<h3>The gate on {_text(runtime)}: {passed}</h3>",
+            f"<h3>The gate on {escaped(runtime)}: {passed}</h3>",
             *_image(found, f"gate_{runtime}"),
             _gate_table(gate["rows"]),
         ]
         parts += (
-            [f"<h3>Latency on {_text(runtime)}</h3>", *_image(found, f"latency_{runtime}")]
+            [f"<h3>Latency on {escaped(runtime)}</h3>", *_image(found, f"latency_{runtime}")]
             if gate["timings"]
             else []
         )
     for (model, runtime), variants in _by_engine(compress["variants"]):
         parts += [
-            f"<h3>{_text(model)} on {_text(runtime)}: every variant tried</h3>",
+            f"<h3>{escaped(model)} on {escaped(runtime)}: every variant tried</h3>",
             *_image(found, f"pareto_{model}_{runtime}"),
             _variants(variants),
         ]
     for (model, runtime), nodes in _by_engine(compress["nodes"]):
         parts += [
-            f"<h3>{_text(model)} on {_text(runtime)}: precision by node</h3>",
+            f"<h3>{escaped(model)} on {escaped(runtime)}: precision by node</h3>",
             *_image(found, f"precision_{model}_{runtime}"),
             _nodes(nodes),
         ]
@@ -244,7 +279,7 @@ def _tiles(compress: CompressionReport) -> str:
 
 
 def _tile(above: str, middle: str, below: str) -> str:
-    texts = map(_text, (above, middle, below))
+    texts = map(escaped, (above, middle, below))
     return '<div class="tile"><span>{}</span><b>{}</b><span>{}</span></div>'.format(*texts)
 
 
@@ -254,12 +289,12 @@ def _gate_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         show = partial(_loss, relative=row["relative"])
         interval = f"{show(row['low'])} … {show(row['high'])}"
-        both = [_number(row["reference"], 5), _number(row["candidate"], 5)]
+        both = [number(row["reference"], 5), number(row["candidate"], 5)]
         limit = f"{row['limit']:.2%}" if row["relative"] else f"{row['limit']:g}"
         lines.append(
             [row["figure"], f"{row['users']:,}", *both, show(row["loss"]), interval, limit, row["verdict"]]
         )
-    return _table(head, lines, [row["verdict"] for row in rows])
+    return table_of(head, lines, [row["verdict"] for row in rows])
 
 
 def _loss(value: float | None, *, relative: bool) -> str:
@@ -274,12 +309,12 @@ def _variants(variants: Sequence[Mapping[str, Any]]) -> str:
             f"{v['loss']:+.2%}",
             f"{v['bytes'] / 1e6:.3f}",
             f"{v['parameters']:,}",
-            _number(v["latency_ms"], 3),
+            number(v["latency_ms"], 3),
             "chosen" * v["chosen"],
         ]
         for v in variants
     ]
-    return _table(["variant", "kind", "NDCG@10 lost", "MB", "parameters", "ms at batch 8", ""], rows)
+    return table_of(["variant", "kind", "NDCG@10 lost", "MB", "parameters", "ms at batch 8", ""], rows)
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -295,7 +330,7 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
         ]
         for n in figures.most_sensitive_first(nodes)
     ]
-    table = _table(
+    table = table_of(
         ["node", "operator", "parameters", "lists changed, alone", "NDCG@10 lost, alone", "precision", "why"],
         rows,
     )
@@ -306,12 +341,12 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2%}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
     """Writes a table; cells are text, not HTML. `classes`: one for each row."""
-    lines = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{escaped(cell)}</th>" for cell in head) + "</tr>"]
     for place, row in enumerate(rows):
         of = f' class="{classes[place]}"' if classes and classes[place] != "ok" else ""
-        lines.append(f"<tr{of}>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>")
+        lines.append(f"<tr{of}>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
@@ -319,16 +354,16 @@ def _image(found: Figures, name: str) -> list[str]:
     if name not in found:
         return []
     return [
-        f'<img alt="{_text(name.replace("_", " "))}" '
+        f'<img alt="{escaped(name.replace("_", " "))}" '
         f'src="data:image/png;base64,{base64.b64encode(found[name]).decode()}">'
     ]
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def number(value: Any, digits: int = 4) -> str:
     if value is None:
         return "–"
     if isinstance(value, list | tuple):
-        return ", ".join(_number(part) for part in value)
+        return ", ".join(number(part) for part in value)
     return (
         f"{value:.{digits}f}".rstrip("0").rstrip(".")
         if isinstance(value, float)
@@ -338,5 +373,5 @@ def _number(value: Any, digits: int = 4) -> str:
     )
 
 
-def _text(value: str) -> str:
+def escaped(value: str) -> str:
     return html.escape(str(value))

@@ -7,7 +7,9 @@ from typing import Any
 
 from builders.data.dataset import Dataset
 from builders.verify.baselines import baseline_lines
+from builders.verify.data_facts import data_notes, data_table
 from builders.verify.newcomers import newcomer_lines
+from builders.verify.shown import variety_note, variety_table
 
 WAYS = {
     "chain": "the whole chain (what is served)",
@@ -50,6 +52,8 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         *(baseline_lines(found) if "baselines" in found else []),
         *source_lines(found.get("recall", {})),
         *(newcomer_lines(found["newcomers"]) if found.get("newcomers") else []),
+        *_shown(found.get("shown")),
+        *_data(found.get("data")),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",
@@ -222,6 +226,23 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]] | None) -> list[str]:
     names = sorted({name for of in tasks.values() for name in of})  # a line each: 80 columns hold that
     rows = [[name, *(_number(of.get(name)) for of in tasks.values())] for name in names]
     return ["", "## Tasks on held-out impressions", "", *_table(["", *tasks], rows)]
+
+
+def _shown(shown: Mapping[str, Any] | None) -> list[str]:
+    """Writes the part on what lists show, whatever they hit."""
+    if not shown:
+        return []
+    table = _table(*variety_table(shown, WAYS))
+    return ["", "## What the lists show", "", variety_note(shown), "", *table]
+
+
+def _data(data: Mapping[str, Any] | None) -> list[str]:
+    """Writes the part on the shop's data and its split."""
+    if not data:
+        return []
+    split, *lacks = data_notes(data)
+    told = ["", *(f"- {one}" for one in lacks)] if lacks else []
+    return ["", "## What it was made of", "", split, "", *_table(*data_table(data)), *told]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -14,26 +14,25 @@ import numpy as np
 
 from builders import metrics
 from builders.data.dataset import Dataset, Targets, training_histories
-from builders.export.verifier import BATCH, Verifier
-from builders.verify.values import PLACES, Worth
+from builders.verify.values import Worth
 from ensemble.arrays import Array
 
 _UPTO = (0, 5, 30)  # the last group has more
 GROUPS = ("0", "1 to 5", "6 to 30", "more")
-_LISTS = 2000  # held-out users whose lists are looked at, at most
 
 
 def newcomers(
-    dataset: Dataset, verifier: Verifier, targets: Targets, ranks: dict[str, Array], worth: Worth | str
+    dataset: Dataset, lists: Array, targets: Targets, ranks: dict[str, Array], worth: Worth | str
 ) -> dict[str, Any]:
-    """Gives figures by group: of the targets that were ranked [Q], and of the items that lists show."""
+    """Gives figures by group: of the targets that were ranked [Q], and of the items in `lists` [*, K], which
+    are padded with -1."""
     counts = np.bincount(training_histories(dataset)[1], minlength=dataset.num_items + 1)
     known = targets.history_ends - dataset.histories.offsets[targets.user_rows]
     items, users = _groups(counts), _groups(known)
     of_targets = items[targets.item_rows]
     by_item = [_figures(ranks, of_targets == group, dataset) for group in range(len(GROUPS))]
     by_user = [_figures(ranks, users == group, dataset) for group in range(len(GROUPS))]
-    shown = _shown(verifier, targets)
+    shown = lists[lists > 0]
     for group in range(len(GROUPS)):
         by_item[group]["of_items"] = float((items[1:] == group).mean())
         by_item[group]["of_places"] = float((items[shown] == group).mean()) if len(shown) else None
@@ -64,19 +63,6 @@ def _figures(ranks: dict[str, Array], chosen: Array, dataset: Dataset) -> dict[s
         "hr@10": metrics.hit_rate(chain, 10),
         "ndcg@10": metrics.ndcg(chain, 10),
     }
-
-
-def _shown(verifier: Verifier, targets: Targets) -> Array:
-    """Gives the items that the lists of (a sample of) the targets' users show [places]."""
-    count = len(targets.user_rows)
-    chosen = np.sort(np.random.default_rng(0).permutation(count)[:_LISTS])
-    parts = [np.zeros(0, np.int64)]
-    for start in range(0, len(chosen), BATCH):
-        piece = chosen[start : start + BATCH]
-        answer = verifier.answer(targets.user_rows[piece], targets.history_ends[piece])
-        parts.append(answer.shown[:, :PLACES].ravel())
-    rows = np.concatenate(parts)
-    return rows[rows > 0]
 
 
 def _known_then(dataset: Dataset, worth: Worth) -> Array:

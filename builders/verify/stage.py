@@ -23,9 +23,12 @@ from builders.index.staged import SOURCES_FILE
 from builders.progress import Progress
 from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
+from builders.verify.calibration import calibration
 from builders.verify.canary import canary_of
+from builders.verify.data_facts import data_facts
 from builders.verify.markdown import markdown, worth_shortfalls
 from builders.verify.newcomers import newcomers
+from builders.verify.shown import asked_lists, variety
 from builders.verify.values import Worth
 from builders.verify.worth import worth_of
 from ensemble.arrays import Array
@@ -54,11 +57,15 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     users, ranks = verifier.ranks(targets, progress)
     report["ranking"] = ranking_report(users, ranks, dataset.schema.sizes.candidates)
     report["ranking"]["repeats"] = verifier.repeats(dataset.test)
-    report["newcomers"] = newcomers(dataset, verifier, targets, ranks, worth) if len(users) else {}
+    if len(users):
+        lists = asked_lists(verifier, targets)
+        report["shown"] = variety(dataset, verifier.embeddings, lists)
+        report["newcomers"] = newcomers(dataset, lists.ways["chain"], targets, ranks, worth)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         values = verifier.impression_probabilities(dataset.test_impressions)
         report["tasks"] = verifier.task_metrics(dataset.test_impressions, values)
+        report["calibration"] = calibration(dataset.schema.tasks, dataset.test_impressions, values)
         placed = verifier.in_place(dataset.test_impressions, values)
         for task, value in knowable_figures(dataset, inputs["data"], metrics.auc).items():
             report["tasks"][task]["knowable_auc"] = value
@@ -77,6 +84,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         *worth_shortfalls(report["worth"]),
         *shortfalls(report["baselines"]),
     ]
+    report["data"] = data_facts(dataset)
     report |= served_facts(inputs, staged, verifier)
     gains = metrics.gains(ranks["chain"], 10) if len(users) else np.zeros(0)
     rows = _rows(dataset, targets, gains, worth)

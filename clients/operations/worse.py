@@ -7,22 +7,9 @@ nobody can measure that on rows that it has learned from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ensemble.errors import ReleaseError
-from ensemble.release.held_out import HELD_OUT, Comparison, compare, read_held_out
+from ensemble.release.compared import comparison
 from ensemble.release.release import Release, open_release
-
-
-def comparison(new: Release, active: Release) -> Comparison:
-    """Compares the verified models of two releases on rows that neither had seen."""
-    first, second = (read_held_out(release.path / HELD_OUT) for release in (active, new))
-    for what, fact_of in (("are of two shops", _shop), ("held users out in two ways", _split)):
-        one, other = fact_of(new), fact_of(active)
-        if one != other and first is not None and second is not None:
-            return Comparison(0, why_not=f"they {what}, {one!r} and {other!r}")
-    return compare(first, second, same_worth=_measure(new) == _measure(active))
 
 
 def refuse_worse(new: Release, previous: str | None, *, force: bool = False) -> str:
@@ -45,26 +32,6 @@ def refuse_worse(new: Release, previous: str | None, *, force: bool = False) -> 
             "to activate it all the same: --force",
         )
     return f"{'older and' if is_older else 'forced, and'} worse: {line}" if found.is_worse else line
-
-
-def _report(release: Release) -> Mapping[str, Any]:
-    """Gives what the release's build measured; empty where its manifest has none of it."""
-    return release.manifest.get("report") or {}
-
-
-def _split(release: Release) -> str:
-    """Names how the release's build held users out."""
-    return str((_report(release).get("held_out") or {}).get("split", ""))
-
-
-def _measure(release: Release) -> str:
-    """Says how the release's build measured what lists are worth; empty where it did not."""
-    return str((_report(release).get("worth") or {}).get("measure", ""))
-
-
-def _shop(release: Release) -> str:
-    """Names the shop that the release is of."""
-    return str(release.manifest.get("shop", ""))
 
 
 def _created(release: Release) -> str:

@@ -116,12 +116,13 @@ def compressed(manifest):
 def test_a_release_without_compression_says_so_and_shows_its_ranking(manifest):
     found = release_figures(manifest["report"])
     text = page(manifest, found)
-    assert list(found) == ["worth", "ranking", "learning"]
+    assert list(found) == ["worth", "ranking", "learning", "calibration"]
     assert "not compressed" in text
     chain = manifest["report"]["ranking"]["ways"]["chain"]["ndcg@10"]
     assert f"<td>{chain:.4f}</td>" in text
     assert all(task in text for task in manifest["report"]["tasks"])
     opening = text[text.index("</h1>") : text.index("<h2>")]
+    assert all(f"<h2>{part}</h2>" in text for part in ("What the lists show", "What it was made of"))
     assert "A list of 10 that this release shows is worth " in opening
     assert f"<td>{manifest['report']['worth']['ways']['best']['worth']:.4f}</td>" in text
 
@@ -169,6 +170,7 @@ def test_a_compressed_release_shows_gate_pareto_precisions_and_latency(compresse
         "worth",
         "ranking",
         "learning",
+        "calibration",
         "pareto_ranker_onnxruntime",
         "precision_ranker_onnxruntime",
         "gate_onnxruntime",
@@ -278,7 +280,7 @@ def test_the_command_writes_the_active_release(tiny_repository, tmp_path):
     assert (tmp_path / "png" / "ranking.png").read_bytes().startswith(PNG)
     sentence, files = done.stdout.splitlines()
     assert sentence.startswith("A list of 10 that this release shows is worth ")
-    assert files == f"{tmp_path}/page.html and 3 PNG in {tmp_path}/png"
+    assert files == f"{tmp_path}/page.html and 4 PNG in {tmp_path}/png"
 
 
 def test_what_is_not_there_is_one_line(tiny_repository, tmp_path):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from builders.data.dataset import Histories, Targets
-from builders.export.verifier import BATCH
 from builders.verify.newcomers import GROUPS, newcomer_lines, newcomers
 from builders.verify.values import Worth
 
@@ -18,14 +17,11 @@ def group_of(count: int) -> str:
     return GROUPS[0 if count == 0 else 1 if count <= 5 else 2 if count <= 30 else 3]
 
 
-class Lists:
-    """A verifier that shows each user the ten items behind the user's own number."""
-
-    def answer(self, user_rows, history_ends):
-        assert len(user_rows) <= BATCH
-        shown = 1 + (user_rows[:, None] * 3 + np.arange(24)) % ITEMS
-        shown[user_rows % 7 == 0, 4:] = -1  # a short list
-        return SimpleNamespace(shown=shown)
+def shown_to(targets):
+    """Shows each user the ten items behind the user's own number."""
+    shown = 1 + (targets.user_rows[:, None] * 3 + np.arange(10)) % ITEMS
+    shown[targets.user_rows % 7 == 0, 4:] = -1  # a short list
+    return shown
 
 
 def shop(rng):
@@ -50,7 +46,7 @@ def shop(rng):
 
 def test_each_group_has_its_own_figures(rng):
     dataset, targets, ranks = shop(rng)
-    found = newcomers(dataset, Lists(), targets, ranks, "no truth")
+    found = newcomers(dataset, shown_to(targets), targets, ranks, "no truth")
     counts = np.zeros(ITEMS + 1, int)
     for user in range(1, USERS + 1):
         for place in range(dataset.histories.offsets[user], dataset.train_ends[user]):
@@ -73,12 +69,7 @@ def test_each_group_has_its_own_figures(rng):
                 assert figures["hr@10"] == np.mean([ranks["chain"][place] < 10 for place in mine])
             else:
                 assert figures["recall@24"] is None
-    shown = [
-        group_of(counts[item])
-        for user in targets.user_rows
-        for item in Lists().answer(np.array([user]), None).shown[0, :10].tolist()
-        if item > 0
-    ]
+    shown = [group_of(counts[item]) for item in shown_to(targets).ravel().tolist() if item > 0]
     for group in GROUPS:
         assert found["items"][group]["of_places"] == np.mean([own == group for own in shown])
         everything = [group_of(count) for count in counts[1:]]
@@ -92,7 +83,7 @@ def test_worth_is_told_by_what_was_known_at_the_time(rng):
     users = rng.integers(1, USERS + 1, 300)
     times, values = rng.integers(0, 1100, 300), rng.random((300, 2))
     worth = Worth("replay", "", users, np.zeros(300, np.int64), times, {"chain": values})
-    found = newcomers(dataset, Lists(), targets, ranks, worth)
+    found = newcomers(dataset, shown_to(targets), targets, ranks, worth)
     before = [
         int((dataset.histories.times[slice(*dataset.histories.offsets[user : user + 2])] < time).sum())
         for user, time in zip(users, times, strict=True)
@@ -106,7 +97,7 @@ def test_worth_is_told_by_what_was_known_at_the_time(rng):
 
 def test_the_page_has_a_row_for_each_group(rng):
     dataset, targets, ranks = shop(rng)
-    lines = newcomer_lines(newcomers(dataset, Lists(), targets, ranks, "no truth"))
+    lines = newcomer_lines(newcomers(dataset, shown_to(targets), targets, ranks, "no truth"))
     assert sum(line.startswith("| 1 to 5 |") for line in lines) == 2
     head = next(line for line in lines if line.startswith("| events of the item |"))
     assert head.endswith("| of items | of places |")

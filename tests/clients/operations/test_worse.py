@@ -17,8 +17,8 @@ import builders.publish.stage as publish_stage
 import builders.verify.stage as verify
 import peregrine
 from clients.operations import canaries, releases
-from clients.operations.worse import comparison
 from ensemble.errors import ReleaseError
+from ensemble.release.compared import comparison
 from ensemble.release.held_out import HELD_OUT, held_out_rows
 from ensemble.release.manifest import MANIFEST, sealed
 from ensemble.release.release import active_release, open_release
