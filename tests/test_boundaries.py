@@ -278,6 +278,24 @@ def test_numpy_files_are_never_unpickled():
                 )
 
 
+MAY_DUMP = {"clients/cli/bench.py", "clients/cli/items.py"}  # one value of a line, which json_text prints
+
+
+def test_what_commands_print_for_programs_is_strict_json():
+    """json.dumps writes NaN, which no JSON has: commands, reports and manifests go through json_text."""
+    dumps = {
+        str(path.relative_to(ROOT))
+        for path, tree in sources(*PACKAGES)
+        for name, call in calls(tree)
+        if name == "json.dumps"
+        and not any(k.arg == "allow_nan" for k in call.keywords)
+        and (path.parent.name == "cli" or "report" in ast.unparse(call) or "manifest" in path.name)
+        and path.parent.name != "bench"
+    }
+    writers = {"builders/ranker/checkpoint.py"}  # a stage's own file, which the stage reads again
+    assert dumps - MAY_DUMP - writers == {"ensemble/release/manifest.py"}, "its digest of what it lists"
+
+
 # --- the release
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble.cli.options import REPOSITORY, CatalogueOption
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,7 +120,7 @@ def build(
             console.print(line)
     if as_json:
         print(
-            json.dumps(
+            json_text(
                 {
                     "release": name,
                     "was_there": was_there(stages.done[-1].folder),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble.errors import InvalidInput
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -322,7 +322,7 @@ def _write(
 
 def _write_json(facts: Any, target: Path | None) -> None:
     if target is not None:
-        _write_bytes(json.dumps(facts, indent=1).encode(), target)
+        _write_bytes(json_text(facts, indent=1).encode(), target)
 
 
 def _write_bytes(content: bytes, target: Path) -> None:

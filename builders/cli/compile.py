@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ensemble.errors import ReleaseError
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +75,7 @@ def compile_plans(
         )
     if as_json:
         print(
-            json.dumps(
+            json_text(
                 {
                     "release": name,
                     "node": dataclasses.asdict(tools.node),

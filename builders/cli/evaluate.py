@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ensemble.cli.options import REPOSITORY, JsonOption, RepositoryOption
 from ensemble.errors import InvalidInput
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from builders.evaluate.evaluation import Answers
@@ -78,7 +77,7 @@ def evaluate(
         write_ranks(answers, out)
     means = means_of(answers)
     if as_json:
-        print(json.dumps(_plain({"releases": [one.report for one in answers], "mean": means})))
+        print(json_text({"releases": [one.report for one in answers], "mean": means}))
     else:
         _show(answers, means, out)
 
@@ -107,15 +106,6 @@ def _read_users(path: Path) -> list[bytes]:
     if not any(lines):
         raise InvalidInput(f"--users {path} is empty", "one user's id a line")
     return [line for line in lines if line]
-
-
-def _plain(value: Any) -> Any:
-    """Gives what JSON knows: NaN, which a figure of one class is, becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [_plain(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(answers: list[Answers], means: dict[str, dict[str, float]], out: Path | None) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from builders.data.check import Report
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="""A shop is a folder: shop.toml and the parquet or CSV files it names.
+    help="""A shop is a folder: shop.toml and the files it names: parquet, CSV, JSON lines, Arrow.
 
 \b
 The shortest shop.toml:
@@ -173,21 +178,23 @@ def check(
             report = check_shop(shop, progress=lambda step: update(step, 0.0))
     except PeregrineError as error:
         if as_json:
-            typer.echo(json.dumps({"shop": str(shop), "error": str(error)}))
+            typer.echo(json_text({"shop": str(shop), "error": str(error)}))
         else:
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(report.as_json(), indent=1))
+        typer.echo(json_text(report.as_json(), indent=1))
         return
-    _print(report.shop, report.sections, report.warnings)
+    _print(report)
 
 
-def _print(name: str, sections: dict[str, dict[str, Any]], warnings: list[str]) -> None:
+def _print(report: Report) -> None:
+    """Prints what a shop has, what each column was taken for, and the warnings."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    name, sections, warnings = report.shop, report.sections, report.warnings
     table = Table(title=name, show_header=False, box=None, pad_edge=False)
     for title, section in sections.items():
         for at, (what, value) in enumerate(section.items()):
@@ -201,8 +208,30 @@ def _print(name: str, sections: dict[str, dict[str, Any]], warnings: list[str]) 
             table.add_row(title if at == 0 else "", what, escape(shown), end_section=at == len(section) - 1)
     console = Console()
     console.print(table)
+    console.print(_columns(report.columns))
+    for column in report.columns:
+        for note in column["notes"]:
+            line = f"{column['file']}: {column['name']}: {note}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(
         "[green]nothing wrong[/green]" if not warnings else f"{len(warnings)} warnings; a build works"
     )
+
+
+def _columns(columns: list[dict[str, Any]]) -> Table:
+    """Makes the table of what each column was taken for."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("column", "taken for", "from", "to", "missing", box=None, pad_edge=False)
+    file = ""
+    for column in columns:
+        if column["file"] != file:
+            file = column["file"]
+            table.add_row(f"[bold]{escape(file)}[/bold]")
+        cells = (column["name"], column["what"], column["low"], column["high"])
+        short = (one if len(one) <= 30 else one[:29] + "…" for one in cells)
+        table.add_row(*map(escape, short), f"{column['missing']:,}")
+    return table

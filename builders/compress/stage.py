@@ -10,7 +10,6 @@ then; the gate holds the whole against the uncompressed release, on users that c
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from builders.index.snapshot import write_items
 from builders.index.staged import StagedRelease
 from builders.progress import Progress, part_of
 from ensemble.index.item_index import VECTORS
+from ensemble.json_text import json_text
 from ensemble.steps.recall_settings import settings_from_json
 
 ORDER = ("item_encoder", "user_encoder", "ranker")  # each is judged behind the ones before it
@@ -71,7 +71,7 @@ def compress(
             work.compress(model, (place / 4, (place + 1) / 4))
     progress(0.75, "the gate: the whole chain on the test users")
     summary = work.summary(recipe_name)
-    (folder / "compress.json").write_text(json.dumps(summary, indent=1))
+    (folder / "compress.json").write_text(json_text(summary, indent=1))
     for verdict in work.verdicts.values():
         verdict.require(work.nodes)
     return summary

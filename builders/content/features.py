@@ -12,8 +12,9 @@ from builders.content.cache import KeptEncoder, keep_encoder, key_of_text
 from builders.content.contents import Content, Contents
 from builders.content.sources import MODELS, encoded_features, sources_of
 from builders.progress import Progress
+from builders.shop.columns.categories import texts_from_column
+from builders.shop.columns.column import Column
 from builders.shop.shop_toml import FeatureColumn
-from builders.shop.tables import Column, texts_from_column
 from ensemble.arrays import Array
 from ensemble.content.encoder import Encoded
 from ensemble.content.projection import fitted_projection

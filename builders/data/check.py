@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from builders.content.sources import sources_of
+from builders.data.columns import columns_said, joins
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
+from builders.shop.columns.column import Column, is_list
 from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
-from builders.shop.tables import Column, is_list
 from ensemble.arrays import Array
 from ensemble.schema import Feature, Table
 
@@ -29,6 +30,7 @@ class Report:
 
     shop: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    columns: list[dict[str, Any]] = field(default_factory=list)  # what each was taken for, as Said has it
     warnings: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -62,6 +64,9 @@ def check_shop(
     )
     _context(report, tables, dataset)
     _tasks(report, dataset)
+    progress("looking for ids that do not join")
+    joins(tables, report.sections, report.warnings)
+    report.columns = columns_said(tables, report.warnings)
     progress("looking for encoders and images")
     sources_of(tables.shop.items.features if tables.shop.items else [], folder)
     _images(report, folder, tables)

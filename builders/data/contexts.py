@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from builders.data.packing import pack_features
+from builders.shop.columns.column import Column
 from builders.shop.shop_toml import ContextColumn, FeatureColumn
-from builders.shop.tables import Column
 from ensemble.arrays import Array
 from ensemble.schema import ContextFeature
 

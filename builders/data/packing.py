@@ -12,15 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builders.content.contents import Content
+from builders.shop.columns.categories import lists_from_column, texts_from_column
+from builders.shop.columns.column import Column, is_list
+from builders.shop.columns.numbers import numbers_from_column, vectors_from_column
 from builders.shop.shop_toml import FeatureColumn
-from builders.shop.tables import (
-    Column,
-    is_list,
-    lists_from_column,
-    numbers_from_column,
-    texts_from_column,
-    vectors_from_column,
-)
 from ensemble.arrays import Array, ranks_within
 from ensemble.schema import Feature, Table
 

@@ -29,6 +29,7 @@ from builders.folders import Inputs
 from builders.progress import Progress, part_of
 from builders.shop import truth
 from builders.shop.catalogue import read_changes
+from builders.shop.columns.categories import texts_from_column
 from builders.shop.interactions import (
     Exposures,
     Periods,
@@ -38,7 +39,6 @@ from builders.shop.interactions import (
 from builders.shop.parts import NEVER, cuts_of, in_order, places_in_order, said_of
 from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop, ShopTask
-from builders.shop.tables import texts_from_column
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.schema import ContextFeature, RecallSource, Schema, Sizes, Table, Task

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from builders.shop.columns.categories import texts_from_column
+from builders.shop.columns.column import Column, is_list, is_textual, plain
+from builders.shop.columns.ids import ids_from_column
 from builders.shop.shop_toml import Entities
-from builders.shop.tables import Column, ids_from_column, is_list, texts_from_column
 from ensemble.arrays import Array
 from ensemble.live.catalogue import DELETE, REPLACE, UPDATE, Entry
 from ensemble.release.ids import IdMap
@@ -116,8 +118,8 @@ def _comparable(column: Column, kinds: set[str]) -> Column:
     if is_list(column):
         wanted = pa.large_list(pa.float64() if "vector" in kinds else pa.large_string())
         return replace(column, values=values.cast(wanted))
-    if pa.types.is_large_string(kind):
-        return column
+    if is_textual(kind):
+        return replace(column, values=plain(values))
     if kinds & {"number", "vector"}:
         if pa.types.is_boolean(kind):
             values = values.cast(pa.int8())

@@ -16,9 +16,13 @@ def shop_files(folder: Path) -> list[Path]:
     shop's folder count if there is such a column.
     """
     shop = open_shop(folder)
-    named = [folder / SHOP_FILE, folder / shop.interactions.file, folder / (shop.interactions.planted or "")]
-    named += [folder / entry.file for entry in (shop.items, shop.users) if entry is not None]
-    named += [folder / file for file in shop.split.files]
+    tables = [
+        shop.interactions.file,
+        *(entry.file for entry in (shop.items, shop.users) if entry is not None),
+    ]
+    named = [folder / SHOP_FILE, folder / (shop.interactions.planted or "")]
+    for file in (*tables, *shop.split.files):
+        named += _below(folder / file) if (folder / file).is_dir() else [folder / file]
     return sorted({*filter(Path.is_file, named), *(_below(folder) if _has_images(shop) else ())})
 
 

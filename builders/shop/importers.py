@@ -331,7 +331,8 @@ def _delimited(data: bytes, path: Path, *, names: list[str] | None = None, delim
 
 
 def _numbers(path: Path, name: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    from builders.shop.tables import Column, numbers_from_column
+    from builders.shop.columns.column import Column
+    from builders.shop.columns.numbers import numbers_from_column
 
     return pa.chunked_array(
         [

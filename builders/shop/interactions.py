@@ -8,23 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from builders.shop.columns.categories import texts_from_column
+from builders.shop.columns.column import Column, Said, distinct_of, first_true, is_textual
+from builders.shop.columns.ids import known_ids
+from builders.shop.columns.labels import labels_from_column
+from builders.shop.columns.numbers import chances_from_column, numbers_from_column, positions_from_column
+from builders.shop.columns.times import times_from_column
 from builders.shop.parts import NEVER, given_parts
 from builders.shop.shop_toml import Shop, ShopTask
-from builders.shop.tables import (
-    Column,
-    chances_from_column,
-    first_true,
-    ids_from_column,
-    numbers_from_column,
-    positions_from_column,
-    read_table,
-    read_tables,
-    texts_from_column,
-    times_from_column,
-)
+from builders.shop.tables import read_table, read_tables
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
+
+MOST_UNNAMED = 0.5  # share of rows that may lack their user or item; more is no log of who took what
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,8 @@ class Interactions:
     contexts: Mapping[str, Column] = field(default_factory=dict)
     file_rows: Array | None = None
     parts: Array | None = None  # [n] int64: 0 training, 1 validation, 2 test, where the shop itself says it
+    said: tuple[Said, ...] = ()  # what each column was taken for
+    num_unnamed: int = 0  # rows left out because they name no user or no item
 
     def __len__(self) -> int:
         return len(self.times)
@@ -74,6 +74,8 @@ class Interactions:
             self.contexts,
             None if self.file_rows is None else self.file_rows[keep],
             None if self.parts is None else self.parts[keep],
+            self.said,
+            self.num_unnamed,
         )
 
     def is_event(self, name: str) -> Array:
@@ -85,11 +87,25 @@ class Interactions:
 def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> Interactions:
     """Reads and checks the interactions file; InvalidInput at the first wrong cell."""
     entry = shop.interactions
-    columns, file_of = read_tables(folder, [entry.file, *shop.split.files], _columns_of(shop))
-    if not len(columns[entry.user].values):
+    columns, file_of = read_tables(
+        folder,
+        [entry.file, *shop.split.files],
+        _columns_of(shop),
+        entry.reading,
+        (entry.time, *_label_times(shop)),
+    )
+    num_rows = len(file_of)
+    if not num_rows:
         raise InvalidInput(f"{entry.file} has no rows; a shop needs interactions to learn from")
-    user_ids, users = ids_from_column(columns[entry.user])
-    item_ids, items = ids_from_column(columns[entry.item])
+    user_ids, users = known_ids(columns[entry.user])
+    item_ids, items = known_ids(columns[entry.item])
+    named = (users >= 0) & (items >= 0)
+    if not named.all():
+        _refuse_mostly_unnamed(columns, entry.user, users < 0, entry.item, items < 0)
+        columns = {name: column.where(named) for name, column in columns.items()}
+        users, items, file_of = users[named], items[named], file_of[named]
+        user_ids, users = _occurring(user_ids, users)
+        item_ids, items = _occurring(item_ids, items)
     if len(user_ids) < 2:
         raise InvalidInput(
             f"{entry.file}: all rows are of one user, {user_ids[0].decode()!r}; at least 2 are needed to "
@@ -111,7 +127,7 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
         names,
         events,
         positions_from_column(columns[entry.position]) if entry.position else none,
-        _read_truth(folder, shop, len(times)),
+        _read_truth(folder, shop, num_rows, named),
         chances_from_column(columns[entry.propensity]) if entry.propensity else None,
         {
             at: _came_in(columns[task.label.time], labels, times, now_s)
@@ -121,7 +137,32 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
         {one.source: columns[one.source] for one in shop.context_columns},
         np.arange(len(times)) if shop.context else None,
         given_parts(shop.split, columns, times, file_of),
+        tuple(column.said for column in columns.values()),
+        num_rows - len(times),
     )
+
+
+def _refuse_mostly_unnamed(
+    columns: Mapping[str, Column], user: str, no_user: Array, item: str, no_item: Array
+) -> None:
+    """Raises InvalidInput where more than MOST_UNNAMED of the rows lack their user, or their item."""
+    for name, missing in ((user, no_user), (item, no_item)):
+        if missing.mean() > MOST_UNNAMED:
+            raise InvalidInput(
+                f"{columns[name].place(first_true(missing))}: the id is missing, as in "
+                f"{int(missing.sum()):,} of "
+                f"{len(missing):,} rows; at most {MOST_UNNAMED:.0%} may lack it (such rows are left out)"
+            )
+
+
+def _occurring(ids: Array, index: Array) -> tuple[Array, Array]:
+    """Gives those ids [K] S that index [n] names, and their places."""
+    used, places = np.unique(index, return_inverse=True)
+    return ids[used], places.astype(np.int64)
+
+
+def _label_times(shop: Shop) -> list[str]:
+    return [task.label.time for task in shop.tasks if task.label and task.label.time]
 
 
 def _columns_of(shop: Shop) -> list[str]:
@@ -134,8 +175,11 @@ def _columns_of(shop: Shop) -> list[str]:
 
 def _events(column: Column) -> tuple[list[str], Array]:
     """Reads event names: those that there are, and each row's place among them [n] int64, -1 where empty."""
-    encoded = texts_from_column(column).dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
+    if not is_textual(column.values.type):
+        column = replace(column, values=pa.chunked_array([texts_from_column(column)]))
+    texts, index = distinct_of(column.values)
+    column.said.what, column.said.missing = f"event names: {len(texts)} distinct", int((index < 0).sum())
+    return texts.to_pylist(), index
 
 
 def _came_in(column: Column, labels: Array, times: Array, now_s: float) -> Array:
@@ -183,7 +227,8 @@ def _row_labels(
         return (events == names.index(label.event)).astype(np.float32)
     assert label.column is not None
     column = columns[label.column]
-    numbers = numbers_from_column(column)
+    is_choice = task.kind == "binary" and label.threshold is None
+    numbers = labels_from_column(column) if is_choice else numbers_from_column(column)
     known = ~np.isnan(numbers)
     if task.kind == "binary":
         if label.threshold is not None:
@@ -203,7 +248,8 @@ def _row_labels(
     return numbers.astype(np.float32)
 
 
-def _read_truth(folder: Path, shop: Shop, num_rows: int) -> Array | None:
+def _read_truth(folder: Path, shop: Shop, num_rows: int, named: Array) -> Array | None:
+    """Reads the true values of a generated shop's rows, of those that are `named` [num_rows] bool."""
     file = shop.interactions.truth
     if file is None or not shop.tasks:
         return None
@@ -216,7 +262,7 @@ def _read_truth(folder: Path, shop: Shop, num_rows: int) -> Array | None:
             f"{file} has {len(truth)} rows, {shop.interactions.file} {num_rows}; they must be aligned: "
             "generate the shop again"
         )
-    return truth
+    return truth[named]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from builders.shop.columns.categories import texts_from_column
+from builders.shop.columns.column import Column, first_true
 from builders.shop.shop_toml import Split
-from builders.shop.tables import Column, first_true, texts_from_column
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 

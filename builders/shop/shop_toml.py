@@ -7,10 +7,13 @@ split = "time"                       # or "leave_one_out", or {kind = "time", va
                                      # or {kind = "files", test_file = "test.parquet"}: rows of its own
                                      # keep_test = true: a published test set, never trained on nor served
 [interactions]                       # one row per shown item, or one row per event
-file = "interactions.parquet"        # parquet or CSV
+file = "interactions.parquet"        # parquet, CSV or TSV, JSON lines, Arrow; or a folder of such files.
+                                     # of a text file, where its first line does not tell: separator = ";",
+                                     # encoding = "latin-1", decimal = ","
 user = "user_id"
 item = "item_id"
-time = "time"                        # Unix seconds, a timestamp column, or any number that orders
+time = "time"                        # Unix seconds, milliseconds, …, ISO texts, timestamps, or any number
+                                     # that orders; time_unit = "ms" and time_format = "%d/%m/%Y" name others
 [items]
 file = "items.parquet"
 id = "item_id"
@@ -37,6 +40,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from builders.shop.columns.column import Reading
 from builders.toml_file import read_toml
 from ensemble.errors import InvalidInput
 from ensemble.options import RECALL_WEIGHT
@@ -51,6 +55,22 @@ HASHED = "hashed"  # the encoder of a text whose words are hashed into buckets
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TableFile(_Entry):
+    """Names a file of a table, or a folder of them, and how its cells are to be read."""
+
+    file: str
+    separator: str | None = Field(
+        default=None, min_length=1, max_length=1
+    )  # of columns; default: by the header
+    encoding: str | None = None  # of text files; default: UTF-8
+    decimal: Literal[".", ","] | None = None  # the sign before decimals, where the cells do not tell
+
+    @property
+    def reading(self) -> Reading:
+        """Says how the file's cells are to be read."""
+        return Reading(self.separator, self.encoding, self.decimal)
 
 
 class FeatureColumn(_Entry):
@@ -121,13 +141,15 @@ class Context(_Entry):
         return self
 
 
-class Interactions(_Entry):
+class Interactions(TableFile):
     """Describes the file of who met what, when; its rows need no order."""
 
-    file: str
     user: str = "user_id"
     item: str = "item_id"
     time: str = "time"
+    # what its numbers are, where their sizes do not tell; "position" only orders
+    time_unit: Literal["position", "s", "ms", "us", "ns", "day", "moment"] | None = None
+    time_format: str | None = None  # of texts that are no ISO times, as strptime has it: "%d/%m/%Y %H:%M"
     event: str | None = None  # column with event names, for shops that log one row per event
     impression: str | None = None  # the event that shows an item; later events of that user and item label it
     position: str | None = None  # column with the place where an item was shown, 1 = first; empty = unknown
@@ -140,11 +162,15 @@ class Interactions(_Entry):
     # generated shops: truth.npz (builders/shop/truth.py), by which `verify` says what the lists are worth
     planted: str | None = None
 
+    @property
+    def reading(self) -> Reading:
+        """Says how the file's cells are to be read."""
+        return Reading(self.separator, self.encoding, self.decimal, self.time_unit, self.time_format)
 
-class Entities(_Entry):
+
+class Entities(TableFile):
     """Describes the table of the items or of the users, one row each."""
 
-    file: str
     id: str
     title: str | None = None
     features: list[FeatureColumn] = []

@@ -1,337 +1,275 @@
-"""Reads checked columns of parquet and CSV files; errors name file, column, row (from 1), value and cure."""
+"""Reads columns of a shop's tables by name: one file or a folder of them, in any of the known formats.
+
+Only the wanted columns are kept, batch by batch, in little room: texts once each, whole numbers and times
+in 8 bytes. So a file may be larger than the memory.
+"""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable
-from dataclasses import dataclass
-from operator import itemgetter
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from builders.shop.columns.column import Column, Reading, Said, is_textual
+from builders.shop.columns.times import parsed_times
+from builders.shop.formats import arrow, delimited, json_lines
+from builders.shop.formats.streams import PACKED
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-from ensemble.id_rule import MAX_ID_BYTES, id_fault
 
-MAX_POSITION = 1_000_000  # a larger number is an id or a time, not a place in a list
-CLOCK_SKEW_S = 86_400  # local times may run up to a day ahead of UTC
-
-
-@dataclass(frozen=True)
-class Column:
-    """Holds one column and where it stands, so that errors can name it."""
-
-    file: str
-    name: str
-    values: pa.ChunkedArray
-    pieces: tuple[tuple[str, int], ...] = ()  # of several files read as one: each one's name and first row
-
-    def error(self, row: int, rule: str, value: Any = None) -> InvalidInput:
-        """Makes the error for the row of index `row`, naming its value unless another one is given."""
-        shown = repr(self.values[row].as_py() if value is None else value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "…"
-        file, first = max(
-            (one for one in self.pieces if one[1] <= row), key=itemgetter(1), default=(self.file, 0)
-        )
-        return InvalidInput(f"{file}: column {self.name!r}, row {row - first + 1}: {shown} {rule}")
-
-    def wrong_type(self, wanted: str) -> InvalidInput:
-        return InvalidInput(f"{self.file}: column {self.name!r} has type {self.values.type}; wanted {wanted}")
+_TEXT = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_BINARY = {".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
+ENDINGS = (*_TEXT, *_BINARY)
+_WHOLE = r"^(?:0|-?[1-9][0-9]{0,17})$"  # text that a whole number is written as in one way only
+_TOGETHER = 32  # batches that are put together as they come
+_NOTHING = "__HIVE_DEFAULT_PARTITION__"  # what Hive writes for a missing value
 
 
-def read_table(folder: Path, file: str, columns: list[str]) -> dict[str, Column]:
-    """Reads columns of a parquet or CSV file by name; a CSV's cells stay text: 007 keeps its zeros."""
-    path = folder / file
-    if not path.is_file():
-        raise InvalidInput(f"{path} is missing; shop.toml names it as {file!r}")
-    try:
-        table = _READERS[path.suffix](path, columns)
-    except KeyError:
-        raise InvalidInput(f"{path}: files end in {' or '.join(_READERS)}, not {path.suffix!r}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    return {name: Column(file, name, _plain(table.column(name))) for name in dict.fromkeys(columns)}
+def read_table(
+    folder: Path,
+    file: str,
+    columns: list[str],
+    reading: Reading | None = None,
+    times: tuple[str, ...] = (),
+) -> dict[str, Column]:
+    """Reads columns of a file, or of the files of a folder, by name; `times` names those that hold times."""
+    reading = reading or Reading()
+    columns, path = list(dict.fromkeys(columns)), folder / file
+    parts = files_of(path, file)
+    chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
+    pieces, done, is_text = [], 0, False
+    for part in parts:
+        pieces.append((str(Path(file) / part.relative_to(path)) if part != path else file, done))
+        is_text = is_text or form_of(part) == "csv"
+        with _named_errors(part):
+            for batch in _batches(part, path, columns, reading):
+                done += batch.num_rows
+                for name, kept in chunks.items():
+                    kept.append(_compact(batch.column(name), name in times))
+                    if len(kept) % _TOGETHER == 0:
+                        kept[-_TOGETHER:] = _joined(kept[-_TOGETHER:], file, name)
+    said = {name: Said(file, name) for name in columns}
+    if len(parts) == 1 and is_text:
+        _say_separator(parts[0], columns, reading, said)
+    with _named_errors(path):
+        whole = {name: pa.chunked_array(_alike(kept, file, name)) for name, kept in chunks.items()}
+    held = tuple(pieces) if len(pieces) > 1 else ()
+    return {
+        name: Column(file, name, values, held, None, reading, is_text, said[name])
+        for name, values in whole.items()
+    }
 
 
-def read_tables(folder: Path, files: list[str], columns: list[str]) -> tuple[dict[str, Column], Array]:
+def read_tables(
+    folder: Path,
+    files: list[str],
+    columns: list[str],
+    reading: Reading | None = None,
+    times: tuple[str, ...] = (),
+) -> tuple[dict[str, Column], Array]:
     """Reads columns of several files as of one, in this order; gives also which file each row is of [n]
     int64."""
-    tables = [read_table(folder, file, columns) for file in files]
+    tables = [read_table(folder, file, columns, reading, times) for file in files]
+    if len(tables) == 1:
+        return tables[0], np.zeros(len(next(iter(tables[0].values())).values), np.int64)
     lengths = [len(table[columns[0]].values) for table in tables]
-    starts = tuple(zip(files, np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist(), strict=True))
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
     whole = {}
     for name, first in tables[0].items():
-        for table in tables[1:]:
-            if table[name].values.type != first.values.type:
-                raise table[name].wrong_type(f"{first.values.type}, as in {first.file}")
         chunks = [chunk for table in tables for chunk in table[name].values.chunks]
-        values = pa.chunked_array(chunks, first.values.type)
-        whole[name] = Column(first.file, name, values, starts if len(files) > 1 else ())
+        pieces = [
+            (piece, start + row)
+            for table, start, file in zip(tables, starts, files, strict=True)
+            for piece, row in table[name].pieces or ((file, 0),)
+        ]
+        with _named_errors(folder / files[-1]):
+            values = pa.chunked_array(_alike(chunks, files[-1], name))
+        whole[name] = replace(first, values=values, pieces=tuple(pieces))
     return whole, np.repeat(np.arange(len(files)), lengths)
 
 
-def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, memory_map=True) as file:
-        _require(path, columns, file.schema_arrow.names)
-        return file.read(columns=list(dict.fromkeys(columns)))
-
-
-def _read_csv(path: Path, columns: list[str]) -> pa.Table:
-    from pyarrow import csv
-
-    with path.open("rb") as file:
-        header = csv.read_csv(pa.BufferReader(file.readline()))
-    _require(path, columns, header.column_names)
-    convert = csv.ConvertOptions(
-        column_types={name: pa.string() for name in columns},
-        include_columns=list(dict.fromkeys(columns)),
-        strings_can_be_null=True,
-        null_values=[""],
-    )
-    return csv.read_csv(
-        path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert
-    )
+def files_of(path: Path, file: str) -> list[Path]:
+    """Gives the file itself, or all files of a folder, sorted, but for those hidden or begun with _;
+    InvalidInput where there is none, or where they are of several formats."""
+    if path.is_file():
+        form_of(path)
+        return [path]
+    if not path.is_dir():
+        raise InvalidInput(f"{path} is missing; shop.toml names it as {file!r}")
+    found = sorted(table_files(path))
+    if not found:
+        raise InvalidInput(f"{path} is a folder without a file of a table ({', '.join(ENDINGS)})")
+    forms = {form_of(part) for part in found}
+    if len(forms) > 1:
+        raise InvalidInput(f"{path} holds files of several formats: {', '.join(sorted(forms))}; keep one")
+    return found
 
 
-_READERS: dict[str, Callable[[Path, list[str]], pa.Table]] = {".parquet": _read_parquet, ".csv": _read_csv}
+def table_files(path: Path) -> Iterator[Path]:
+    """Gives the files of tables below a folder."""
+    for parent, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        for name in names:
+            if name[0] not in "._" and _ending(Path(name)) in ENDINGS:
+                yield Path(parent, name)
 
 
-def _require(path: Path, columns: list[str], there: list[str]) -> None:
+def _ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def form_of(path: Path) -> str:
+    """Names a file's format by its ending: csv, jsonl, parquet or arrow."""
+    ending = _ending(path)
+    if path.suffix in PACKED and ending in _BINARY:
+        raise InvalidInput(f"{path}: {ending} files are compressed inside; unpack this one")
+    try:
+        return {**_TEXT, **_BINARY}[ending]
+    except KeyError:
+        raise InvalidInput(
+            f"{path}: files end in {', '.join(ENDINGS)} (texts also in {', '.join(PACKED)}), not "
+            f"{path.suffix!r}"
+        ) from None
+
+
+def names_of(path: Path, columns: list[str], reading: Reading) -> list[str]:
+    """Gives the names of a file's columns."""
+    form = form_of(path)
+    with _named_errors(path):
+        if form == "csv":
+            return delimited.header_of(path, columns, reading)[0]
+        if form == "jsonl":
+            return json_lines.names_of(path, reading)
+        return arrow.parquet_names(path) if form == "parquet" else arrow.arrow_names(path)
+
+
+def _batches(part: Path, root: Path, columns: list[str], reading: Reading) -> Iterator[pa.RecordBatch]:
+    """Gives batches of one file, with the columns that its folders' names hold (day=2026-01-01)."""
+    in_path = dict(name.split("=", 1) for name in part.relative_to(root).parent.parts if "=" in name)
+    there = names_of(part, [name for name in columns if name not in in_path], reading)
     for name in columns:
-        if name not in there:
+        if name not in there and name not in in_path:
             raise InvalidInput(
-                f"{path} has no column {name!r}; its columns are {', '.join(map(repr, there))}"
+                f"{part} has no column {name!r}; its columns are {', '.join(map(repr, [*there, *in_path]))}"
             )
-
-
-def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Takes off dictionary encoding (pandas categoricals), and makes text's offsets 64 bits wide."""
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    return values.cast(pa.large_string()) if pa.types.is_string(values.type) else values
-
-
-def first_true(mask: Array) -> int:
-    """Finds the index of the first true element, -1 if there is none."""
-    index = int(mask.argmax()) if len(mask) else 0
-    return index if len(mask) and mask[index] else -1
-
-
-def _numpy(values: Any) -> Array:
-    return (values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values).to_numpy(
-        zero_copy_only=False
-    )
-
-
-# --- ids ---
-
-
-def ids_from_column(column: Column) -> tuple[Array, Array]:
-    """Gives the distinct ids [K] S in byte order, and the index of each row's id [n] int64."""
-    kind = column.values.type
-    if not (pa.types.is_integer(kind) or pa.types.is_large_string(kind)):
-        raise column.wrong_type("text or integers, for ids")
-    missing = first_true(_numpy(column.values.is_null()))
-    if missing >= 0:
-        raise InvalidInput(f"{column.file}: column {column.name!r}, row {missing + 1}: the id is missing")
-    encoded = column.values.dictionary_encode().combine_chunks()
-    index = encoded.indices.to_numpy(zero_copy_only=False)
-    texts = encoded.dictionary.cast(pa.large_string()).cast(pa.large_binary())
-    _check_ids(column, texts, index)
-    distinct = np.array(texts.to_pylist(), dtype="S") if len(texts) else np.zeros(0, "S1")
-    order = np.argsort(distinct, kind="stable")
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[index]
-
-
-def _check_ids(column: Column, texts: pa.Array, index: Array) -> None:
-    """Raises InvalidInput for the first of `texts` [K] that is no id; row i has texts[index[i]]."""
-    length = _numpy(pc.binary_length(texts))
-    bad = (length == 0) | (length > MAX_ID_BYTES) | (_numpy(pc.find_substring(texts, b"\x00")) >= 0)
-    which = first_true(bad)
-    if which >= 0:
-        raise column.error(first_true(index == which), f"is no id: {id_fault(texts[which].as_py())}")
-
-
-# --- numbers ---
-
-
-def numbers_from_column(column: Column) -> Array:
-    """Reads numbers [n] float64, NaN where the cell is empty; a NaN or infinity in the file is refused."""
-    kind = column.values.type
-    if not (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_decimal(kind)
-    ):
-        raise column.wrong_type("numbers")
-    values = _cast(column, _truth_words(column.values), pa.float64(), "is no number")
-    numbers = _numpy(values).astype(np.float64)
-    bad = first_true(~np.isfinite(numbers) & _numpy(values.is_valid()))
-    if bad >= 0:
-        raise column.error(bad, "is no finite number; leave the cell empty (null) where a value is missing")
-    return numbers
-
-
-def positions_from_column(column: Column) -> Array:
-    """Reads places in a shown list [n] int64, 1 = first; 0 where the cell is empty.
-
-    A 0 in the file is refused: it may be a first place counted from 0, or an unknown one.
-    """
-    numbers = numbers_from_column(column)
-    places = np.where(np.isnan(numbers), 1.0, numbers)
-    wrong = first_true((places < 1) | (places > MAX_POSITION) | (places != np.floor(places)))
-    if wrong >= 0:
-        raise column.error(
-            wrong,
-            f"is no position: the first place is 1, the last {MAX_POSITION:,}; leave the cell empty (null) "
-            "where it is unknown",
-        )
-    return np.where(np.isnan(numbers), 0.0, numbers).astype(np.int64)
-
-
-def chances_from_column(column: Column) -> Array:
-    """Reads chances [n] float64, above 0 and at most 1; NaN where the cell is empty."""
-    chances = numbers_from_column(column)
-    wrong = first_true((chances <= 0) | (chances > 1))
-    if wrong >= 0:
-        raise column.error(
-            wrong, "is no chance above 0 and at most 1; leave the cell empty (null) where it is unknown"
-        )
-    return chances
-
-
-def _truth_words(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Reads a CSV's true and false as 1 and 0."""
-    if pa.types.is_boolean(values.type):
-        return values.cast(pa.int8())
-    if pa.types.is_large_string(values.type):
-        lower = pc.utf8_lower(pc.utf8_trim_whitespace(values))
-        return pc.if_else(pc.equal(lower, "true"), "1", pc.if_else(pc.equal(lower, "false"), "0", lower))
-    return values
-
-
-def times_from_column(column: Column, now_s: float) -> Array:
-    """Reads Unix seconds [n] int64 from numbers, timestamps or ISO texts; refuses missing and future ones."""
-    values, kind = column.values, column.values.type
-    missing = first_true(_numpy(values.is_null()))
-    if missing >= 0:
-        raise InvalidInput(f"{column.file}: column {column.name!r}, row {missing + 1}: the time is missing")
-    if pa.types.is_large_string(kind) and len(values) and not _is_number(values[0].as_py()):
-        values = _cast(column, values, pa.timestamp("s"), "is neither Unix seconds nor an ISO time")
-    if pa.types.is_temporal(values.type):
-        times = _numpy(values.cast(pa.timestamp("s"), safe=False).cast(pa.int64()))
-    elif pa.types.is_integer(values.type):
-        times = _numpy(values.cast(pa.int64()))
+        if there.count(name) > 1:
+            raise InvalidInput(f"{part} has {there.count(name)} columns {name!r}; give each its own name")
+    inside = [name for name in columns if name in there] or there[:1]
+    form = form_of(part)
+    if form == "csv":
+        batches = delimited.batches(part, inside, reading)
+    elif form == "jsonl":
+        batches = json_lines.batches(part, inside, reading)
     else:
-        times = np.floor(numbers_from_column(column)).astype(np.int64)
-    late = first_true(times > now_s + CLOCK_SKEW_S)
-    if late >= 0:
-        raise column.error(late, f"is in the future{_date(times[late])}; times are Unix seconds")
-    return times
+        read = arrow.parquet_batches if form == "parquet" else arrow.arrow_batches
+        batches = read(part, inside)
+    for batch in batches:
+        arrays = [
+            batch.column(name) if name in inside else _constant(in_path[name], batch.num_rows)
+            for name in columns
+        ]
+        yield pa.record_batch(arrays, names=columns)
 
 
-def _is_number(text: str) -> bool:
+def _constant(text: str, rows: int) -> pa.Array:
+    """Gives what a folder's name says, for each of its rows."""
+    text = unquote(text)
+    return pa.nulls(rows, pa.string()) if text == _NOTHING else pa.repeat(text, rows)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Makes one line of what Arrow and the system say of a file that cannot be read."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        yield
+    except (pa.ArrowException, OSError, UnicodeError, EOFError) as error:
+        raise InvalidInput(
+            f"{path} cannot be read: {str(error).splitlines()[0]}; is the file whole?"
+        ) from None
 
 
-def _date(time_s: int) -> str:
-    try:
-        return f" ({datetime.datetime.fromtimestamp(int(time_s), datetime.UTC):%Y-%m-%d})"
-    except (ValueError, OverflowError, OSError):
-        return " (milliseconds?)"
+def _say_separator(path: Path, columns: list[str], reading: Reading, said: dict[str, Said]) -> None:
+    sign = delimited.header_of(path, columns, reading)[1]
+    if sign != "," and reading.separator is None:
+        said[columns[0]].note(f"{path.name}: columns separated by {delimited.separator_name(sign)}")
 
 
-def _cast(column: Column, values: pa.ChunkedArray, kind: pa.DataType, rule: str) -> pa.ChunkedArray:
-    """Casts, or names the first row that cannot be cast: halving finds it in a few casts."""
-    try:
-        return values.cast(kind, safe=not pa.types.is_floating(kind))
-    except pa.ArrowInvalid:
-        low, high = 0, len(values)
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                values.slice(low, middle - low).cast(kind)
-                low = middle
-            except pa.ArrowInvalid:
-                high = middle
-        raise column.error(low, rule) from None
+# --- keeping columns small ---
 
 
-# --- texts and lists ---
+def _compact(values: pa.Array, is_time: bool) -> pa.Array:
+    """Keeps a batch's cells in little room, so that nothing is lost: whole numbers that a file has as text in
+    8 bytes, other texts once each."""
+    if pa.types.is_dictionary(values.type) and not is_textual(values.type):
+        values = values.cast(values.type.value_type)
+    if not is_textual(values.type):
+        return values
+    texts = values.dictionary if pa.types.is_dictionary(values.type) else values
+    texts = texts.cast(pa.large_string())
+    if not pa.types.is_dictionary(values.type):
+        values = texts
+    whole = pc.all(pc.match_substring_regex(texts, _WHOLE), min_count=0).as_py()
+    if whole and texts.null_count < len(texts):
+        return _laid_out(values, texts.cast(pa.int64()))
+    if is_time:
+        with contextlib.suppress(pa.ArrowInvalid):
+            return _laid_out(values, parsed_times(texts))
+    if texts.null_count == len(texts) and not pa.types.is_dictionary(values.type):
+        return pa.nulls(len(values))
+    encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    return encoded.cast(pa.dictionary(pa.int32(), pa.large_string()))
 
 
-def texts_from_column(column: Column) -> pa.LargeStringArray:
-    """Reads texts [n], null where empty; integers become decimal text, booleans true and false."""
-    values, kind = column.values, column.values.type
-    if pa.types.is_floating(kind):  # pandas writes integers with gaps as floats
-        values = _cast(column, values, pa.int64(), "is no category: use text or integers")
-    elif not (pa.types.is_large_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise column.wrong_type("text, integers or booleans")
-    return values.cast(pa.large_string()).combine_chunks()
+def _laid_out(values: pa.Array, changed: pa.Array) -> pa.Array:
+    return changed.take(values.indices) if pa.types.is_dictionary(values.type) else changed
 
 
-def is_list(column: Column) -> bool:
-    kind = column.values.type
+def _joined(chunks: list[pa.Array], file: str, name: str) -> list[pa.Array]:
+    """Puts batches together that are of one type, each distinct text once."""
+    if len({chunk.type for chunk in chunks}) > 1:
+        chunks = _alike(chunks, file, name)
+    whole = pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
+    return whole.chunks if isinstance(whole, pa.ChunkedArray) else [whole]
+
+
+def _alike(chunks: list[pa.Array], file: str, name: str) -> list[pa.Array]:
+    """Gives all batches of a column one type: text where some are text; InvalidInput where none holds all."""
+    kinds = {chunk.type for chunk in chunks if not pa.types.is_null(chunk.type)}
+    if not kinds:
+        return [chunk.cast(pa.large_string()) for chunk in chunks] or [pa.array([], pa.large_string())]
+    if len(kinds) == 1:
+        kind = kinds.pop()
+    elif all(pa.types.is_integer(one) for one in kinds):
+        kind = pa.int64()
+    elif all(pa.types.is_integer(one) or pa.types.is_floating(one) for one in kinds):
+        kind = pa.float64()
+    elif any(map(is_textual, kinds)) and all(
+        is_textual(one) or pa.types.is_integer(one) or pa.types.is_timestamp(one) for one in kinds
+    ):
+        kind = pa.dictionary(pa.int32(), pa.large_string())
+    elif all(map(_is_list, kinds)):
+        nested = {one.value_type for one in kinds if not pa.types.is_null(one.value_type)}
+        kind = pa.large_list(nested.pop() if len(nested) == 1 else pa.large_string())
+    else:
+        told = " and ".join(sorted(map(str, kinds)))
+        raise InvalidInput(f"{file}: column {name!r} is of several types, {told}; write it as one of them")
+    return [_as_kind(chunk, kind) for chunk in chunks]
+
+
+def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def lists_from_column(column: Column, separator: str | None) -> tuple[Array, pa.LargeStringArray]:
-    """Lays all rows' values in one line: their rows [m] int64 ascending, their texts [m], none empty."""
-    if is_list(column):
-        values = pa.chunked_array(
-            [chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.values.chunks],
-            pa.large_list(column.values.type.value_type),
-        )
-        lists = values.combine_chunks()
-        rows, flat = _numpy(pc.list_parent_indices(lists)), pc.list_flatten(lists)
-        texts = texts_from_column(Column(column.file, column.name, _plain(pa.chunked_array([flat]))))
-    else:
-        texts = texts_from_column(column)
-        rows = np.arange(len(texts))
-        if separator is not None:
-            lists = pc.split_pattern(texts, pattern=separator)
-            rows, texts = (
-                _numpy(pc.list_parent_indices(lists)),
-                pc.utf8_trim_whitespace(pc.list_flatten(lists)),
-            )
-    keep = pc.fill_null(pc.not_equal(texts, ""), False)
-    return rows[_numpy(keep)].astype(np.int64), texts.filter(keep)
-
-
-def vectors_from_column(column: Column, dim: int, separator: str | None) -> Array:
-    """Reads vectors [n, dim] float64, NaN rows where empty; each must have `dim` finite components."""
-    if is_list(column):
-        lists = pa.chunked_array(
-            [c.cast(pa.large_list(c.type.value_type)) for c in column.values.chunks],
-            pa.large_list(column.values.type.value_type),
-        ).combine_chunks()
-    else:
-        lists = pc.split_pattern(texts_from_column(column), pattern=separator or " ")
-    length = _numpy(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
-    wrong = first_true((length != dim) & (length > 0))
-    if wrong >= 0:
-        raise column.error(wrong, f"has {length[wrong]} components; vector({dim}) wants {dim}")
-    flat = numbers_from_column(
-        Column(column.file, column.name, _plain(pa.chunked_array([pc.list_flatten(lists)])))
-    )
-    if np.isnan(flat).any():
-        raise column.error(
-            int(np.flatnonzero(length)[first_true(np.isnan(flat)) // dim]), "holds an empty component"
-        )
-    vectors = np.full((len(length), dim), np.nan)
-    vectors[length > 0] = flat.reshape(-1, dim)
-    return vectors
+def _as_kind(chunk: pa.Array, kind: pa.DataType) -> pa.Array:
+    if chunk.type == kind:
+        return chunk
+    if pa.types.is_dictionary(kind) and not pa.types.is_dictionary(chunk.type):
+        return chunk.cast(pa.large_string()).dictionary_encode().cast(kind)
+    return chunk.cast(kind)

@@ -7,7 +7,6 @@ has not learned what it was taught. Where the shop keeps its test for good, they
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from builders.verify.stage import read_json, served_facts
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.errors import InvalidInput
+from ensemble.json_text import json_text
 from ensemble.local import LocalPipeline
 from ensemble.release.canary import CANARY
 from ensemble.release.held_out import HELD_OUT
@@ -53,7 +53,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     progress(0.8, "new items in the lists")
     refit["new_items"] = new_items(inputs, dataset, verified, staged)
     report |= {**served_facts(inputs, staged, verifier), "refit": refit}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.json").write_text(json_text(report, indent=1))
     page = (inputs["verified_verify"] / "report.md").read_text()
     (folder / "report.md").write_text(page + _markdown(inputs, refit))
     link(inputs["verified_verify"] / HELD_OUT, folder / HELD_OUT)

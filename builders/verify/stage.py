@@ -33,6 +33,7 @@ from builders.verify.values import Worth
 from builders.verify.worth import worth_of
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
+from ensemble.json_text import json_text
 from ensemble.release.canary import CANARY
 from ensemble.release.held_out import FIGURE, HELD_OUT, WORTH, held_out_rows
 
@@ -91,7 +92,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     figure = FIGURE if isinstance(worth, str) else WORTH
     report["held_out"] = {"figure": figure, "rows": len(rows), "split": dataset.split["kind"]}
     np.save(folder / HELD_OUT, rows, allow_pickle=False)
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.json").write_text(json_text(report, indent=1))
     (folder / "report.md").write_text(markdown(dataset, report))
     (folder / CANARY).write_text(canary_of(dataset, staged).to_json())
 

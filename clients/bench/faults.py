@@ -48,12 +48,12 @@ import numpy as np
 from clients.bench.faulty_redis import PROXIED, STRAIGHT, FaultyRedis
 from clients.bench.loadgen import zipf_users
 from clients.bench.machine import machine
-from clients.json_text import json_text
 from clients.results import Recommendations
 from clients.transport import GrpcTransport
 from clients.wire import Call, recommendations_from_answer
 from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, PeregrineError, ServerError
+from ensemble.json_text import json_text
 from ensemble.release.release import Release, open_release
 from ensemble.release.repository import require_active
 from ensemble.server.options import ServeOptions

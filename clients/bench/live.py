@@ -28,11 +28,11 @@ import numpy as np
 
 from clients.errors import Unavailable
 from clients.items import ItemClient
-from clients.json_text import json_text
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError, ServerError
 from ensemble.index.found import recall_share
 from ensemble.index.item_index import find
+from ensemble.json_text import json_text
 from ensemble.local import LocalPipeline
 from ensemble.release.repository import require_active
 from ensemble.steps.served import open_served

@@ -28,8 +28,8 @@ import numpy as np
 from clients.bench.live import start_writer
 from clients.errors import Overloaded
 from clients.items import ItemClient
-from clients.json_text import json_text
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
 from ensemble.live.generations import read_current
 from ensemble.live.service import MERGE_AT
 from ensemble.options import default_options

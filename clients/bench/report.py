@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clients.json_text import json_text
 from ensemble.errors import InvalidInput
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,9 +19,9 @@ import numpy as np
 
 from clients.bench.loadgen import Load, prepare, users_file_of
 from clients.bench.machine import machine
-from clients.json_text import json_text
 from clients.operations import canaries
 from ensemble.errors import PeregrineError, ReleaseError
+from ensemble.json_text import json_text
 from ensemble.progress import say
 from ensemble.release.release import served_releases
 from ensemble.release.repository import require_active

@@ -26,10 +26,10 @@ from clients.bench.machine import machine
 from clients.bench.measuring_process import Measure, MeasuringProcess, serve_measurement
 from clients.client import Client
 from clients.errors import CallError
-from clients.json_text import json_text
 from clients.operations import canaries, releases
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
 from ensemble.progress import say
 from ensemble.release.repository import require_active
 from ensemble.server.options import ServeOptions

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RedisOption
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from clients.event_checks import Event, ItemUpdate

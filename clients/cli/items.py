@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.json_text import json_text
 from ensemble.cli.options import (
     REPOSITORY,
     CatalogueOption,
@@ -22,6 +21,7 @@ from ensemble.cli.options import (
     RepositoryOption,
     active_or_named,
 )
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from clients.items import Changed, ItemClient

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, JsonOption
 from ensemble.errors import InvalidInput
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from clients.results import Recommendations

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.json_text import json_text
 from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RepositoryOption
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

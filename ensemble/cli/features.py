@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from ensemble.cli.options import (
     RepositoryOption,
     active_or_named,
 )
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from ensemble.release.release import Release
@@ -49,7 +49,7 @@ def load(
     with bar(f"loading {opened.name}") as progress:
         summary = load_release(opened, url, progress, ttl_days=ttl_days)
     if as_json:
-        print(json.dumps(dataclasses.asdict(summary), indent=1))
+        print(json_text(dataclasses.asdict(summary), indent=1))
         return
     rate = (summary.users + summary.items) / max(summary.seconds, 1e-9)
     print(
@@ -81,7 +81,7 @@ def bench(
     figures = measure(_open(repository, release), url_from_option(redis) if redis else None, seconds)
     print_table(figures)
     if out:
-        out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json_text(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _open(repository: Path, name: str | None) -> Release:

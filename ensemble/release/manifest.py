@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import ReleaseError
+from ensemble.json_text import json_text
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -30,7 +31,7 @@ def sealed(manifest: Mapping[str, Any]) -> str:
     """Gives the text of manifest.json: these entries with `format`, `id` and the digest of the whole."""
     entries = {**manifest, "format": FORMAT, "id": content_id(manifest), "digest": _NO_DIGEST}
     entries["digest"] = entries.pop("digest")  # to the end, should `manifest` have been read from a file
-    text = json.dumps(entries, indent=1) + "\n"
+    text = json_text(entries, indent=1) + "\n"
     return text.replace(f'"digest": "{_NO_DIGEST}"', f'"digest": "{_digest(text.encode())}"')
 
 

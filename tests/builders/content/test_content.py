@@ -22,8 +22,8 @@ from builders.content.contents import Contents
 from builders.content.features import encode_contents
 from builders.content.models import open_source
 from builders.content.sources import Source, find_source, sources_of
+from builders.shop.columns.column import Column
 from builders.shop.shop_toml import FeatureColumn
-from builders.shop.tables import Column
 from ensemble.content.encoder import ContentEncoder
 from ensemble.content.texts import padded
 from ensemble.engines.flavors import RTX

@@ -78,8 +78,8 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         ),
         (
             "interactions.csv",
-            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,yes"),
-            "interactions.csv: column 'clicked', row 3: 'yes' is no number",
+            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,maybe"),
+            "interactions.csv: column 'clicked', row 3: 'maybe' is no number",
         ),
         (
             "interactions.csv",
@@ -89,14 +89,15 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         ),
         (
             "interactions.csv",
-            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,nan"),
-            "interactions.csv: column 'clicked', row 3: 'nan' is no finite number; leave the cell empty "
+            INTERACTIONS.replace("u2,b,30,1", "u2,b,30,1e999"),
+            "interactions.csv: column 'clicked', row 3: '1e999' is no finite number; leave the cell empty "
             "(null) where a value is missing",
         ),
         (
             "items.csv",
-            ITEMS.replace("9.5", "NaN"),
-            "items.csv: column 'price', row 1: 'NaN' is no finite number; leave the cell empty (null) where "
+            ITEMS.replace("9.5", "-1e999"),
+            "items.csv: column 'price', row 1: '-1e999' is no finite number; leave the cell empty "
+            "(null) where "
             "a value is missing",
         ),
         ("items.csv", ITEMS.replace("30", "cheap"), "items.csv: column 'price', row 3: 'cheap' is no number"),
@@ -112,11 +113,13 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
             "items.csv has one item, 'a'; at least 2 are needed to rank",
         ),
         ("interactions.csv", HEADER, "interactions.csv has no rows; a shop needs interactions to learn from"),
-        ("interactions.csv", "", "SHOP/interactions.csv cannot be read: Empty CSV file"),
+        ("interactions.csv", "", "SHOP/interactions.csv has no first line; it must name the columns"),
         (
             "interactions.csv",
             INTERACTIONS + "u1,a\n",
-            "SHOP/interactions.csv cannot be read: CSV parse error: Expected 4 columns, got 2: u1,a",
+            "SHOP/interactions.csv: row 6 has 2 cells, its header 4 (separated by ','): 'u1,a'; "
+            "quote cells that "
+            'hold the separator, or name another one: separator = "…"',
         ),
         (
             "interactions.csv",
@@ -139,14 +142,18 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u2,c,4102444800"),
-            "interactions.csv: column 'time', row 4: '4102444800' is in the future (2100-01-01); times are "
-            "Unix seconds",
+            "interactions.csv: column 'time', row 4: '4102444800' reads as one of Unix seconds, and "
+            "most others as "
+            "positions (they order, no clock); correct it, or say which all are: "
+            'time_unit = "s" (or "position", numbers that only order)',
         ),
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u2,c,999999999000"),
-            "interactions.csv: column 'time', row 4: '999999999000' is in the future (milliseconds?); times "
-            "are Unix seconds",
+            "interactions.csv: column 'time', row 4: '999999999000' reads as one of Unix "
+            "milliseconds, and most "
+            "others as positions (they order, no clock); correct it, or say which all are: "
+            'time_unit = "ms" (or "position", numbers that only order)',
         ),
         (
             "interactions.csv",
@@ -155,8 +162,10 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         ),
         (
             "interactions.csv",
-            INTERACTIONS.replace("u2,c,40", ",c,40"),
-            "interactions.csv: column 'user_id', row 4: the id is missing",
+            INTERACTIONS.replace("u1,", "nan,").replace("u2,c,40", "u9,c,40"),
+            "interactions.csv: column 'user_id', row 1: the id is missing, as in 3 of 5 rows; at "
+            "most 50% may "
+            "lack it (such rows are left out)",
         ),
         (
             "interactions.csv",
@@ -172,7 +181,9 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "items.csv",
             ITEMS.replace("\na,", "\nx,").replace("\nb,", "\ny,").replace("\nc,", "\nz,"),
-            "interactions.csv: no row's item is in items.csv, for example 'a'; do both use the same ids?",
+            "interactions.csv: no row's item is in items.csv, for example 'a' (there: 'x'); do both "
+            "use the same "
+            "ids?",
         ),
     ],
 )
@@ -197,7 +208,7 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
         (
             'title = "title"',
             'titel = "title"',
-            "items.titel: no such key; known here: file, id, title, features",
+            "items.titel: no such key; known here: file, separator, encoding, decimal, id, title, features",
         ),
         (
             '{column = "clicked"}',
@@ -266,7 +277,10 @@ def test_a_corrupt_parquet_is_named(shop: Path) -> None:
 def test_a_file_of_another_kind_is_named(shop: Path) -> None:
     (shop / "items.xlsx").write_bytes(b"?")
     (shop / "shop.toml").write_text(SHOP.replace("items.csv", "items.xlsx"))
-    assert error_of(shop) == "SHOP/items.xlsx: files end in .parquet or .csv, not '.xlsx'"
+    assert error_of(shop) == (
+        "SHOP/items.xlsx: files end in .csv, .tsv, .txt, .jsonl, .ndjson, .parquet, .arrow, .feather, .ipc "
+        "(texts also in .gz, .zst, .bz2), not '.xlsx'"
+    )
 
 
 def test_a_parquet_column_of_the_wrong_type_is_named(shop: Path) -> None:
@@ -276,7 +290,8 @@ def test_a_parquet_column_of_the_wrong_type_is_named(shop: Path) -> None:
     )
     (shop / "shop.toml").write_text(SHOP.replace("items.csv", "items.parquet"))
     assert (
-        error_of(shop) == "items.parquet: column 'item_id' has type double; wanted text or integers, for ids"
+        error_of(shop) == "items.parquet: column 'item_id', row 1: 1.5 is no id: a number that is an id is "
+        "whole, and at most 2^53 as a float"
     )
 
 

@@ -1,0 +1,118 @@
+"""Reads delimited text, CSV and its kin, as batches whose cells are text; finds the separator by the
+header."""
+
+from __future__ import annotations
+
+import csv as plain_csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from builders.shop.columns.column import Reading
+from builders.shop.formats.streams import encoding_of, head, not_utf8, opened
+from ensemble.errors import InvalidInput
+
+BLOCK_BYTES = 8 << 20
+_USUAL = (",", "\t", ";", "|")
+_NAMES = {"\t": "tabs", " ": "blanks"}
+
+
+def header_of(path: Path, columns: list[str], reading: Reading) -> tuple[list[str], str]:
+    """Gives a file's column names and its separator: the one named, or the one by which the header has the
+    wanted `columns`, else most names."""
+    line = first_line(path, reading.encoding)
+    if reading.separator is not None:
+        return _split(line, reading.separator), reading.separator
+    usual = ["\t", *_USUAL] if ".tsv" in path.suffixes else list(_USUAL)
+    odd = [sign for sign in dict.fromkeys(line) if not (sign.isalnum() or sign in "_\"'.-()[]\r\n")]
+    candidates = list(dict.fromkeys([*usual, *odd]))
+    splits = {sign: _split(line, sign) for sign in candidates}
+    fit = [sign for sign in candidates if set(columns) <= set(splits[sign])]
+    best = max(fit or usual, key=lambda sign: len(splits[sign]))
+    return splits[best], best
+
+
+def first_line(path: Path, encoding: str | None) -> str:
+    """Gives the line of column names; InvalidInput for a file without one."""
+    name = encoding_of(path, encoding)
+    text = head(path).decode(name, errors="replace").removeprefix("\ufeff")
+    line = text.splitlines()[0] if text.strip() else ""
+    if not line.strip():
+        raise InvalidInput(f"{path} has no first line; it must name the columns")
+    if "\0" in line:
+        raise InvalidInput(f"{path} is no text: its first line holds NUL bytes")
+    return line
+
+
+def _split(line: str, sign: str) -> list[str]:
+    return [name.strip() for name in next(plain_csv.reader(io.StringIO(line), delimiter=sign))]
+
+
+def separator_name(sign: str) -> str:
+    """Names a separator as notes do."""
+    return _NAMES.get(sign, repr(sign))
+
+
+def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.RecordBatch]:
+    """Gives batches of the wanted columns, their cells as text; 007 keeps its zeros, and an empty cell is
+    null."""
+    from pyarrow import csv
+
+    names, sign = header_of(path, columns, reading)
+    wrong: list[csv.InvalidRow] = []
+
+    def refused(row: csv.InvalidRow) -> str:
+        wrong.append(row)
+        return "error"
+
+    quote = '"' if sign != '"' else False
+    parse = csv.ParseOptions(
+        delimiter=sign, quote_char=quote, newlines_in_values=True, invalid_row_handler=refused
+    )
+    places = [f"c{at}" for at in range(len(names))]
+    wanted = [places[names.index(name)] for name in columns]
+    convert = csv.ConvertOptions(
+        column_types=dict.fromkeys(wanted, pa.string()),
+        include_columns=wanted,
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    read = csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=places, skip_rows=1)
+    done = 0
+    try:
+        with (
+            opened(path, reading.encoding) as stream,
+            csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
+        ):
+            for batch in reader:
+                done += batch.num_rows
+                yield batch.rename_columns(columns)
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" in str(error) and not done:
+            return
+        raise _fault(path, sign, wrong, error) from None
+
+
+def _fault(path: Path, sign: str, wrong: list[Any], error: Exception) -> InvalidInput:
+    """Says in our words what stopped Arrow's reader."""
+    if wrong:
+        row = wrong[0]
+        place = f"row {row.number - 1}" if row.number else "a row"
+        text = row.text if len(row.text) <= 60 else row.text[:57] + "…"
+        return InvalidInput(
+            f"{path}: {place} has {row.actual_columns} cells, its header {row.expected_columns} "
+            f"(separated by "
+            f"{separator_name(sign)}): {text!r}; quote cells that hold the separator, or name another one: "
+            'separator = "…"'
+        )
+    if "UTF8" in str(error) or "utf-8" in str(error).lower():
+        return not_utf8(path) or InvalidInput(f"{path} cannot be read: {_first(error)}")
+    told = separator_name(sign)
+    return InvalidInput(f"{path} cannot be read: {_first(error)}; is it whole, and separated by {told}?")
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0]
