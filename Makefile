@@ -12,7 +12,7 @@ SECOND := ^\# Tests and checks
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check test test-long soak check format lock clean
+.PHONY: help install demo bench gpu-check images test test-long soak check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ REPOSITORY ?= demo/model_repository
 gpu-check: install ## on a machine with a GPU: builds plans, checks and times engines, Faiss and the chain (REPOSITORY=…)
 	@$(BIN)/python -m builders.bench.gpu_check --repository $(REPOSITORY) --json demo/gpu-check.json
 
+images: install ## as root on Debian: both container images on a stand-in base, and a build, a server, a list inside them
+	@docker/images.sh
+
 test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
 	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"
@@ -69,8 +72,13 @@ format: $(TOOLS) ## what `check` can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: $(TOOLS) ## requirements.lock again, from pyproject.toml's extras and the versions in .venv
+PYTHON312 ?= python3.12
+lock: $(TOOLS) ## all locks again, from pyproject.toml's extras and the versions in .venv (and of a Python 3.12)
 	$(BIN)/python .ci/lock.py requirements.lock
+	$(BIN)/python .ci/lock.py --extras serve,redis,s3,compile docker/serve-py311.lock
+	$(BIN)/python .ci/lock.py --extras serve,redis,s3,build,encoders docker/build-py311.lock
+	@rm -rf $(VENV)/312 && $(PYTHON312) -m venv $(VENV)/312 && $(VENV)/312/bin/pip install --quiet '.[serve,redis,s3,compile]' setuptools && \
+	  $(VENV)/312/bin/python .ci/lock.py --extras serve,redis,s3,compile docker/serve-py312.lock || echo "no Python 3.12: docker/serve-py312.lock stays as it is (PYTHON312=…)"
 
 clean: ## remove the demo, caches and build leftovers; .venv and model_repository stay
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

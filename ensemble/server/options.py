@@ -20,6 +20,7 @@ class ServeOptions:
 
     port: int = 8001  # of gRPC; 0 takes a free one
     metrics_port: int | None = 8002  # of Prometheus' metrics; 0 takes a free one, None serves none
+    http_port: int | None = None  # of /livez, /readyz and /metrics; 0 takes a free one, None serves none
     address: str = "127.0.0.1"
     fused: bool = False  # all steps of a request in one Python process, instead of the ensemble
     require: str | None = None  # one of ENGINES, or an error; None takes the best that is there
@@ -35,7 +36,11 @@ class ServeOptions:
     start_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+        for name, port in (
+            ("--port", self.port),
+            ("--metrics-port", self.metrics_port),
+            ("--http-port", self.http_port),
+        ):
             if port is not None and not 0 <= port <= 65535:
                 raise InvalidInput(f"{name} {port}: ports are 0 to 65535")
         if self.address != "localhost":

@@ -75,7 +75,12 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
     """Gives tritonserver and its flags: what is not needed is off, and models are loaded on demand only."""
     options, metrics = launch.options, ["--allow-metrics=false"]
     if options.metrics_port is not None:
-        metrics = [f"--metrics-address={options.address}", f"--metrics-port={options.metrics_port}"]
+        metrics = [
+            f"--metrics-address={options.address}",
+            f"--metrics-port={options.metrics_port}",
+            "--metrics-config=summary_latencies=true",  # each model's quantiles, for the alert on p99
+            "--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001",
+        ]
     chosen = [f"--model-config-name={launch.configuration}"] if launch.configuration else []
     models = models_to_load(run.path / MOUNT, fused=launch.configuration == FUSED)
     restricted = f"{_RESTRICTED}:{CONTROL_HEADER.removeprefix('triton-grpc-protocol-')}"

@@ -86,7 +86,7 @@ def choose_runtime(
             text, title = str(error), _TITLES[name]
             misses.append(text if text.startswith(title) else f"{title}: {text}")
             continue
-        if misses and (_has_gpu() or has_plans(opened)):  # else nobody could expect a plan
+        if misses and (has_gpu() or has_plans(opened)):  # else nobody could expect a plan
             loud = "" if name in (TENSORRT, RTX) else "WARNING: "
             log(f"{loud}engines run on {runtime.title}. {'. '.join(misses)}")
         return runtime
@@ -162,7 +162,7 @@ def _check_opens(release: Release, engine: str) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     """Says whether this machine has a GPU."""
     from ensemble.engines.cuda import gpu_facts
 

@@ -28,6 +28,7 @@ from ensemble.server.calls import drain, is_model_ready, is_open
 from ensemble.server.canary_watch import CanaryWatch
 from ensemble.server.checks import check_address, check_packages, check_port, check_servable
 from ensemble.server.following import Follower, route_in
+from ensemble.server.http import answering
 from ensemble.server.illness import Stopped
 from ensemble.server.installation import (
     Installation,
@@ -84,6 +85,8 @@ class Server:
         # lives (CPython 3.10 to 3.12).
         self._ended = threading.Event()
         self._failure: PeregrineError | None = None
+        self.starts = 0  # of tritonserver
+        self.http_url: str | None = None
         self._watch = CanaryWatch(launch.repository, launch.home, run.path, log)
         self._process: TritonProcess | None = None
         self._repairs: Repairs | None = None  # of the tritonserver that is ready
@@ -128,6 +131,16 @@ class Server:
     def release(self) -> str:
         """Names the main release that it serves."""
         return self._mount.route().main
+
+    def state(self) -> str:
+        """Says what it is doing instead of answering; empty while it answers."""
+        if self._stopping.is_set() or self._ended.is_set():
+            return "draining"
+        return "" if self._is_ready.is_set() else "starting"
+
+    def route(self) -> Route:
+        """Gives what is served."""
+        return self._mount.route()
 
     def stubs(self) -> dict[str, list[int]]:
         """Gives the process ids of the Python stubs by model."""
@@ -206,6 +219,7 @@ class Server:
             while not self._stopping.is_set():
                 self._note(health.DOWN if self._settled.is_set() else health.STARTING)
                 self._mount_route()
+                self.starts += 1
                 self._process = TritonProcess(self._installation, self._run, self.launch, self._forward)
                 try:
                     end = self._run_once(self._process)
@@ -372,6 +386,8 @@ def serve(
         release = open_release(server.launch.repository, server.release, server.launch.home)
         if missing := wait_for_changes(release, 0.0):
             log(f"WARNING: {missing}")
+        address, port = options.address, options.http_port
+        server.http_url = stack.enter_context(answering(server, address, port))
         server.start()
         yield server
 

@@ -33,7 +33,7 @@ def test_what_cannot_be_is_refused_by_name(options, text):
 
 
 def test_what_can_be_is_taken_and_the_password_is_not_shown():
-    options = ServeOptions(0, None, "::1", redis="redis://me:secret@host:1")
+    options = ServeOptions(0, None, address="::1", redis="redis://me:secret@host:1")
     assert "secret" not in repr(options)
     assert [ServeOptions(address=a).is_loopback for a in ("127.0.0.1", "localhost", "::1", "0.0.0.0")] == [
         *[True] * 3,
