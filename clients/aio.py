@@ -7,14 +7,13 @@ because a cancelled call can kill an old server.
 from __future__ import annotations
 
 import asyncio
-import time
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Unpack
 
-from clients.client import ClientCore, left_s
-from clients.errors import CallError
+from clients.client import NORMAL, ClientCore
 from clients.results import Recommendations
-from clients.wire import Answer, Call, recommendations_from_answer
+from clients.wire import Answer, Call
 from ensemble.options import Id, Ids, RequestOptions
 
 
@@ -26,16 +25,17 @@ class AsyncClient(ClientCore):
         user_id: Id,
         *,
         budget_ms: float | None = None,
+        priority: str = NORMAL,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list, with Client.recommend's options and errors."""
-        return (await self._answer(self._call([user_id], options, budget_ms, per_user=False)))[0]
+        return (await self._answer(self._call([user_id], options, budget_ms, per_user=False), priority))[0]
 
     async def recommend_many(
-        self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
+        self, user_ids: Ids, *, budget_ms: float | None = None, priority: str = NORMAL, **options: Any
     ) -> list[Recommendations]:
         """Gives the lists of several users in one request, as Client.recommend_many does."""
-        return await self._answer(self._call(user_ids, options, budget_ms, per_user=True))
+        return await self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
 
     async def aclose(self) -> None:
         """Closes the client without holding up the loop."""
@@ -49,28 +49,28 @@ class AsyncClient(ClientCore):
     ) -> None:
         await self.aclose()
 
-    async def _answer(self, call: Call) -> list[Recommendations]:
-        started, attempt = time.perf_counter(), 0
-        self._count_call()
-        while True:
-            try:
-                answer = await self._wait(call, started)
-                break
-            except CallError as error:
-                delay_s = self._retry_delay_s(error, attempt, left_s(call, started))
-                if delay_s is None:
-                    raise
-                await asyncio.sleep(delay_s)
-                attempt += 1
-        return recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
-
-    async def _wait(self, call: Call, started: float) -> Answer:
-        future = self._transport.start(call)
-        waiting = asyncio.wrap_future(future)
+    async def _answer(self, call: Call, priority: str) -> list[Recommendations]:
+        asked, mine = self._asked(call, priority), dict[Future[Answer], asyncio.Future[Answer]]()
         try:
-            return await asyncio.wait_for(waiting, left_s(call, started))
-        except TimeoutError:
-            raise self._budget_exceeded(call, future) from None
-        except asyncio.CancelledError:
-            self._transport.give_up(future)
-            raise
+            wanted = next(asked)
+            while True:
+                for one in wanted.calls:
+                    if one not in mine:
+                        mine[one] = asyncio.wrap_future(one)
+                        mine[one].add_done_callback(_looked_at)
+                waiting = {mine[one] for one in wanted.calls}
+                if waiting:
+                    await asyncio.wait(waiting, timeout=wanted.seconds, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.sleep(wanted.seconds or 0.0)
+                wanted = next(asked)
+        except StopIteration as end:
+            answer: list[Recommendations] = end.value
+            return answer
+        finally:
+            asked.close()
+
+
+def _looked_at(done: asyncio.Future[Answer]) -> None:
+    """Takes an error note of, so that asyncio does not complain that nobody did."""
+    done.cancelled() or done.exception()

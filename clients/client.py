@@ -10,45 +10,85 @@ clients.aio.AsyncClient does the same for asyncio, with the same arguments.
 
 The options are those of ensemble.options.RequestOptions, all optional; one of recommend_many is shared by its
 users, or a list with one value each. Wherever a list is taken, a numpy array is too. `budget_ms` says for how
-many milliseconds to wait for the answer; BudgetExceeded is raised after that.
+many milliseconds to wait.
+
+Where nobody answers in time, or at all, the list is the one that the release gives to everybody
+(Degraded.POPULAR), if a first answer has come before and the request sets no filters; else BudgetExceeded or
+Unavailable is raised.
 """
 
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
-from clients.errors import BudgetExceeded, CallError
+from clients.errors import BudgetExceeded, CallError, InvalidArgument, Overloaded
+from clients.fallback import Popular
+from clients.policy import (
+    HEDGE_BURST,
+    HEDGE_SHARE,
+    MAX_IN_FLIGHT,
+    RETRY_BURST,
+    RETRY_SHARE,
+    Allowance,
+    Gate,
+    Latencies,
+    Servers,
+)
 from clients.results import Recommendations
 from clients.transport import GrpcTransport, Transport
 from clients.wire import Answer, Call, call_from_options, recommendations_from_answer
 from ensemble.options import Id, Ids, RequestOptions
 
-RETRY_SHARE = 0.1  # retries per call, in the long run
-_RETRY_BURST = 10.0
 _RECONNECT_S = 0.05
+HIGH, NORMAL = "high", "normal"
+
+
+class Wait(NamedTuple):
+    """Asks to wait for any of some calls; where there are none, for a while."""
+
+    calls: tuple[Future[Answer], ...]
+    seconds: float | None
+
+
+class _Turn(NamedTuple):
+    """Is one call in flight of a request."""
+
+    transport: Transport
+    began: float
 
 
 class ClientCore:
     """Does all that the sync and the asyncio client share: everything but the waiting."""
 
+    _may_block = False  # a call that nothing else waits for is sent without a detour by another thread
+
     def __init__(
         self,
-        url: str = "127.0.0.1:8001",
+        url: str | Sequence[str] = "127.0.0.1:8001",
         *,
         budget_ms: float | None = None,
         headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        fallback: bool | None = None,
     ) -> None:
-        self._transport = transport or GrpcTransport(url, headers=headers)
-        self._budget_ms = budget_ms
-        self._retries = 1.0
-        self._lock = threading.Lock()
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls:
+            raise InvalidArgument("url: at least one server is needed")
+        transports = [transport] if transport else [GrpcTransport(one, headers=headers) for one in urls]
+        self._servers, self._budget_ms = Servers(transports), budget_ms
+        self._latencies = Latencies()
+        self._gate = Gate(max_in_flight, self._latencies)
+        self._retries = Allowance(RETRY_SHARE, RETRY_BURST)
+        self._hedges = Allowance(HEDGE_SHARE, HEDGE_BURST, HEDGE_BURST)
+        self._popular = Popular(lambda call: self._servers.next().start(call))
+        self._has_popular = transport is None if fallback is None else fallback
 
     def connect(self, timeout_s: float = 2.0) -> bool:
         """Tells whether the server answers within `timeout_s`.
@@ -56,12 +96,14 @@ class ClientCore:
         Nobody needs to call it, but the first request then finds the connection made and the server's version
         known.
         """
-        return self._transport.connect(timeout_s)
+        answered = [one.connect(timeout_s) for one in self._servers.transports]
+        return any(answered)
 
     def close(self) -> None:
-        """Ends the connection, after a short wait for calls that were given up: cutting them off could end
+        """Ends the connections, after a short wait for calls that were given up: cutting them off could end
         an old server."""
-        self._transport.close()
+        for one in self._servers.transports:
+            one.close()
 
     def _call(
         self, user_ids: Ids, options: Mapping[str, Any], budget_ms: float | None, per_user: bool
@@ -70,26 +112,116 @@ class ClientCore:
             user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user
         )
 
-    def _count_call(self) -> None:
-        with self._lock:
-            self._retries = min(_RETRY_BURST, self._retries + RETRY_SHARE)
+    def _asked(self, call: Call, priority: str) -> Generator[Wait, None, list[Recommendations]]:
+        """Answers a call: yields what to wait for, and gives the lists in the end."""
+        if priority not in (HIGH, NORMAL):
+            raise InvalidArgument(f"priority: must be {HIGH!r} or {NORMAL!r}, got {priority!r}")
+        self._gate.enter(is_high=priority == HIGH)
+        started = time.perf_counter()
+        try:
+            answer = yield from self._first_answer(call, started)
+        except CallError as error:
+            popular = self._popular.answer(call, (time.perf_counter() - started) * 1e3)
+            if not popular or (isinstance(error, Overloaded) and call.budget_ms is None):
+                raise
+            return popular
+        finally:
+            self._gate.leave()
+        results = recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
+        if self._has_popular:
+            self._popular.learn(results[0].release)
+        return results
 
-    def _retry_delay_s(self, error: CallError, attempt: int, left_s: float | None) -> float | None:
-        """Gives the seconds until the one retry, or None when the error is the answer. A recommendation
-        changes nothing, so that asking again is safe."""
-        delay_s = _RECONNECT_S * random.uniform(0.5, 1.5) if error.status == "UNAVAILABLE" else 0.0
-        if attempt or not error.retryable or (left_s is not None and left_s <= delay_s):
+    def _first_answer(self, call: Call, started: float) -> Generator[Wait, None, Answer]:
+        """Asks one server, another one where it fails, and a second one where it is late; gives the first
+        answer. The others are given up, never cancelled."""
+        self._retries.earn()
+        self._hedges.earn()
+        turns, tried, fault = dict[Future[Answer], _Turn](), list[Transport](), CallError("nobody was asked")
+        may_hedge = is_due = True
+        try:
+            while True:
+                left = left_s(call, started)
+                if left is not None and left <= 0:
+                    raise BudgetExceeded(
+                        f"budget_ms: no answer within {call.budget_ms:g} ms", "DEADLINE_EXCEEDED"
+                    )
+                if is_due:
+                    is_due = False
+                    try:
+                        turns |= self._start(call, left, tried)
+                    except CallError as error:
+                        fault = error
+                if not turns:
+                    delay_s = self._retry_delay_s(fault, tried, left)
+                    if delay_s is None:
+                        raise fault
+                    if delay_s:
+                        yield Wait((), delay_s)
+                    is_due = True
+                    continue
+                hedge_s = self._hedge_in_s(turns) if may_hedge and len(turns) == 1 else None
+                yield Wait(tuple(turns), min((t for t in (left, hedge_s) if t is not None), default=None))
+                for done in [one for one in turns if one.done()]:
+                    turn = turns.pop(done)
+                    failure = done.exception()
+                    if failure is None:
+                        self._latencies.note(time.perf_counter() - turn.began)
+                        return done.result()
+                    if not isinstance(failure, CallError):
+                        raise failure
+                    fault = failure
+                    self._servers.note_error(turn.transport, failure)
+                if hedge_s is not None and len(turns) == 1 and self._hedge_in_s(turns) <= 0:
+                    may_hedge = False
+                    is_due = self._hedges.take()
+        finally:
+            for future, turn in turns.items():
+                turn.transport.give_up(future)
+
+    def _start(self, call: Call, left: float | None, tried: list[Transport]) -> dict[Future[Answer], _Turn]:
+        """Sends a call with the budget that is left."""
+        transport = self._servers.next(tried)
+        tried.append(transport)
+        sent = call if left is None else replace(call, budget_ms=left * 1e3)
+        try:
+            if self._may_block and left is None and len(self._servers.transports) == 1:
+                return {_done(transport, sent): _Turn(transport, time.perf_counter())}
+            return {transport.start(sent): _Turn(transport, time.perf_counter())}
+        except CallError as error:
+            self._servers.note_error(transport, error)
+            raise
+
+    def _hedge_in_s(self, turns: Mapping[Future[Answer], _Turn]) -> float:
+        """Gives the seconds until the call in flight is unusually late."""
+        began = min(turn.began for turn in turns.values())
+        return max(0.0, began + self._latencies.hedge_after_s - time.perf_counter())
+
+    def _retry_delay_s(
+        self, error: CallError, tried: Sequence[Transport], left: float | None
+    ) -> float | None:
+        """Gives the seconds until the next try, or None when the error is the answer. A recommendation
+        changes nothing, so that asking again is safe.
+
+        Every other server is asked once; the same one again only now and then: a retry is one more request.
+        """
+        has_another = len({id(one) for one in tried}) < len(self._servers.transports)
+        is_gone = error.status in ("UNAVAILABLE", "NOT_FOUND")
+        if not error.retryable:
             return None
-        with self._lock:
-            if self._retries < 1:
-                return None
-            self._retries -= 1
-        return delay_s
+        if has_another and is_gone:
+            return 0.0
+        delay_s = _RECONNECT_S * random.uniform(0.5, 1.5) if error.status == "UNAVAILABLE" else 0.0
+        if len(tried) > len(self._servers.transports) or (left is not None and left <= delay_s):
+            return None
+        return delay_s if self._retries.take() else None
 
-    def _budget_exceeded(self, call: Call, future: Future[Answer] | None) -> BudgetExceeded:
-        if future is not None:
-            self._transport.give_up(future)
-        return BudgetExceeded(f"budget_ms: no answer within {call.budget_ms:g} ms", "DEADLINE_EXCEEDED")
+
+def _done(transport: Transport, call: Call) -> Future[Answer]:
+    """Waits for a call's answer, and gives it as a future that is done."""
+    future = Future[Answer]()
+    future.set_result(transport.send(call))
+    return future
 
 
 def left_s(call: Call, started: float) -> float | None:
@@ -100,29 +232,36 @@ def left_s(call: Call, started: float) -> float | None:
 class Client(ClientCore):
     """Asks a served release for ranked lists; safe to share between threads.
 
-    url        host:port of the server's gRPC endpoint
+    url        host:port of the server's gRPC endpoint, or several that answer alike: asked by turns; where
+               one is not there, stops or is unusually late, another is asked
     budget_ms  of calls that name none; None: such a call waits until it is answered
     headers    sent with every call, for example the control header of a server.json
+    max_in_flight  more calls at once are refused with Overloaded, those of priority "normal" at four fifths
+               of it; its `retry_after_s` says when to ask again
+    fallback   whether to keep the list for everybody; by default yes, but not of another `transport`
     transport  another way to the server: clients.transport.FakeTransport in an application's tests
     """
+
+    _may_block = True
 
     def recommend(
         self,
         user_id: Id,
         *,
         budget_ms: float | None = None,
+        priority: str = NORMAL,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list; raises InvalidArgument, Overloaded, BudgetExceeded, Unavailable or
         ServerFault."""
-        return self._answer(self._call([user_id], options, budget_ms, per_user=False))[0]
+        return self._answer(self._call([user_id], options, budget_ms, per_user=False), priority)[0]
 
     def recommend_many(
-        self, user_ids: Ids, *, budget_ms: float | None = None, **options: Any
+        self, user_ids: Ids, *, budget_ms: float | None = None, priority: str = NORMAL, **options: Any
     ) -> list[Recommendations]:
         """Gives the lists of several users in one request; each option of `recommend` is shared, or a list
         with one value per user."""
-        return self._answer(self._call(user_ids, options, budget_ms, per_user=True))
+        return self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
 
     def __enter__(self) -> Client:
         return self
@@ -132,26 +271,18 @@ class Client(ClientCore):
     ) -> None:
         self.close()
 
-    def _answer(self, call: Call) -> list[Recommendations]:
-        started, attempt = time.perf_counter(), 0
-        self._count_call()
-        while True:
-            try:
-                answer = self._wait(call, started)
-                break
-            except CallError as error:
-                delay_s = self._retry_delay_s(error, attempt, left_s(call, started))
-                if delay_s is None:
-                    raise
-                time.sleep(delay_s)
-                attempt += 1
-        return recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
-
-    def _wait(self, call: Call, started: float) -> Answer:
-        if call.budget_ms is None:
-            return self._transport.send(call)
-        future = self._transport.start(call)
+    def _answer(self, call: Call, priority: str) -> list[Recommendations]:
+        asked = self._asked(call, priority)
         try:
-            return future.result(left_s(call, started))
-        except TimeoutError:
-            raise self._budget_exceeded(call, future) from None
+            wanted = next(asked)
+            while True:
+                if wanted.calls:
+                    wait(wanted.calls, wanted.seconds, FIRST_COMPLETED)
+                else:
+                    time.sleep(wanted.seconds or 0.0)
+                wanted = next(asked)
+        except StopIteration as end:
+            answer: list[Recommendations] = end.value
+            return answer
+        finally:
+            asked.close()

@@ -30,12 +30,16 @@ __all__ = [
 
 
 class CallError(PeregrineError):
-    """Says why a call was not answered. `retryable`: the same request, sent again, may well succeed."""
+    """Says why a call was not answered. `retryable`: the same request, sent again, may well succeed, after
+    `retry_after_s` seconds."""
 
-    def __init__(self, message: str, status: str = "", retryable: bool = False) -> None:
+    def __init__(
+        self, message: str, status: str = "", retryable: bool = False, retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retryable = retryable
+        self.retry_after_s = retry_after_s
 
 
 class Overloaded(CallError):
@@ -60,6 +64,8 @@ _PREFIX = re.compile(
 _SECRETS = re.compile(r"'[^']*(?:shm|/)[^']*'|/[\w./+-]{2,}|\b(?:\w*shm_\w+|0x[0-9a-fA-F]+)\b")
 _BATCH = re.compile(r"batch-size must be <= (\d+)")
 _MAX_TEXT = 300
+# Triton (2.51) says it to all requests of a batch; ours are well formed
+_MATES_FAULT = "incomplete string data"
 
 
 def stripped(text: str) -> str:
@@ -78,6 +84,13 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
     """Makes the exception for a failed call; `status` is gRPC's name of the code, `target` the server's
     address."""
     if status == "INVALID_ARGUMENT":
+        if _MATES_FAULT in text:
+            return Unavailable(
+                f"server {target} met this request together with another caller's, whose ids were cut short; "
+                "send it again",
+                status,
+                retryable=True,
+            )
         return _invalid_argument(text)
     if status == "RESOURCE_EXHAUSTED" or "Exceeds maximum queue size" in text or "memory pool size" in text:
         return Overloaded(f"server {target} is overloaded: {scrubbed(text)}", status)

@@ -34,12 +34,14 @@ class Degraded(IntFlag):
     # a candidate
     FEATURES_STALE = 2
     FEATURES_MISSING = 4  # no tier answered, the default row was used
-    RANK_SKIPPED = 8  # reserved: order is recall's, not the ranker's
+    RANK_SKIPPED = 8  # the budget was spent before ranking: order is recall's
     UNKNOWN_ITEMS = 16  # session items that the release does not know; they were dropped
     # The release that is tried did not answer in time, or failed: the list is the main release's
     CANARY_FAILED = 32
     # A value of the request's context is none that the release knows, or its shop has no context at all
     UNKNOWN_CONTEXT = 64
+    # Nobody looked for this user: the budget was spent, or no server answered. The list is everybody's
+    POPULAR = 256
 
 
 def recommend(schema: Schema) -> PipelineSpec:

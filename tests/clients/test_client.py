@@ -401,20 +401,20 @@ def test_a_dead_stub_is_asked_around(triton: FakeTriton) -> None:
     triton.failures = [
         ("INTERNAL", "in ensemble 'recommend', Stub process 'r1_features_0_0' is not healthy.")
     ]
-    with Client(triton.url) as client:
+    with Client(triton.url, fallback=False) as client:
         assert client.recommend("u1").items
     assert len(triton.requests) == 2
 
 
 def test_an_old_server_sees_neither_deadline_nor_cancel(triton: FakeTriton) -> None:
-    with Client(triton.url) as client:
+    with Client(triton.url, fallback=False) as client:
         client.recommend("u1", budget_ms=5000)
         triton.delay_s = 0.3
         with pytest.raises(BudgetExceeded):
             client.recommend("u1", budget_ms=20)
     # close() has waited for the call that was given up
     assert (triton.deadlines, triton.cancelled, len(triton.requests)) == ([], 0, 2)
-    assert triton.requests[1].parameters["timeout"].int64_param == 20_000
+    assert triton.requests[1].parameters["timeout"].int64_param == pytest.approx(20_000, rel=0.2)
 
 
 def test_a_new_server_is_told_to_stop() -> None:

@@ -1,0 +1,89 @@
+"""Keeps the list that a release gives to whoever nothing is known of, for when nobody answers in time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from clients.results import Recommendations
+from clients.wire import Answer, Call, recommendations_from_answer
+from ensemble.contract import Degraded
+from ensemble.errors import PeregrineError
+
+_DEPTHS = (100, 10)  # items that are asked for; a shop may give fewer at once
+# What a list that is not made for the request cannot keep to
+_RULES = ("allow", "deny", "ranges", "caps", "time")
+_DEFAULT_TOP_K = 10
+
+
+class Popular:
+    """Fetches one list for each release, in the background, and answers with it."""
+
+    def __init__(self, start: Callable[[Call], Future[Answer]]) -> None:
+        self._start, self._lock = start, threading.Lock()
+        self._release, self._list = "", None  # type: tuple[str, Recommendations | None]
+
+    def learn(self, release: str, depth: int = 0) -> None:
+        """Takes note of a release that answered; fetches its list if it is another one than before."""
+        with self._lock:
+            if release == self._release and not depth:
+                return
+            self._release = release
+        call = Call((b"",), {"top_k": _DEPTHS[depth]})
+
+        def keep(done: Future[Answer]) -> None:
+            try:
+                [found] = recommendations_from_answer(call, done.result(), 0.0)
+            except PeregrineError:
+                if depth + 1 < len(_DEPTHS):
+                    self.learn(release, depth + 1)
+                return
+            if found.items:
+                self._list = found
+
+        try:
+            self._start(call).add_done_callback(keep)
+        except PeregrineError:
+            with self._lock:
+                self._release = ""  # the next answer tries again
+
+    def answer(self, call: Call, latency_ms: float) -> list[Recommendations] | None:
+        """Gives each user the list, without what the request excludes; None where there is none, or the
+        request has rules that it cannot keep to."""
+        known = self._list
+        if known is None or any(name in call.parameters for name in _RULES):
+            return None
+        num_users = len(call.user_ids)
+        top_ks = _each(call, "top_k", num_users, _DEFAULT_TOP_K)
+        excluded = [
+            {*map(str, out), *map(str, seen)}
+            for out, seen in zip(
+                _each(call, "exclude_items", num_users, []),
+                _each(call, "session_items", num_users, []),
+                strict=True,
+            )
+        ]
+        return [
+            Recommendations(
+                user.decode(),
+                tuple([one for one in known.items if one.item_id not in out][:top_k]),
+                known.degraded | Degraded.RANK_SKIPPED | Degraded.POPULAR,
+                known.release,
+                latency_ms,
+                known.sequence,
+            )
+            for user, top_k, out in zip(call.user_ids, top_ks, excluded, strict=True)
+        ]
+
+
+def _each(call: Call, name: str, num_users: int, neutral: object) -> list:  # type: ignore[type-arg]
+    """Gives each user's value of an option."""
+    value = call.parameters.get(name, neutral)
+    if isinstance(value, str):
+        value = json.loads(value)
+    is_ids = isinstance(neutral, list)
+    if isinstance(value, list) and (not is_ids or (value and all(isinstance(one, list) for one in value))):
+        return value
+    return [value] * num_users
