@@ -171,6 +171,8 @@ def _batches(part: Path, root: Path, columns: list[str], reading: Reading) -> It
         read = arrow.parquet_batches if form == "parquet" else arrow.arrow_batches
         batches = read(part, inside)
     for batch in batches:
+        if form in _BINARY.values():
+            batch.validate(full=True)  # a file that is damaged may hold texts that are none
         arrays = [
             batch.column(name) if name in inside else _constant(in_path[name], batch.num_rows)
             for name in columns

@@ -131,9 +131,9 @@ def distinct_of(values: pa.ChunkedArray) -> tuple[pa.Array, Array]:
     is missing."""
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
+    if not len(values):
+        return pa.array([], values.type.value_type), np.zeros(0, np.int64)
     encoded = values.unify_dictionaries().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # of no chunk at all
-        encoded = pa.array([], values.type)
     index = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     return encoded.dictionary, index
 

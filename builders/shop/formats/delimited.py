@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import csv as plain_csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -62,16 +62,8 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
     from pyarrow import csv
 
     names, sign = header_of(path, columns, reading)
-    wrong: list[csv.InvalidRow] = []
-
-    def refused(row: csv.InvalidRow) -> str:
-        wrong.append(row)
-        return "error"
-
     quote = '"' if sign != '"' else False
-    parse = csv.ParseOptions(
-        delimiter=sign, quote_char=quote, newlines_in_values=True, invalid_row_handler=refused
-    )
+    parse = csv.ParseOptions(delimiter=sign, quote_char=quote, newlines_in_values=True)
     places = [f"c{at}" for at in range(len(names))]
     wanted = [places[names.index(name)] for name in columns]
     convert = csv.ConvertOptions(
@@ -93,19 +85,21 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error) and not done:
             return
-        raise _fault(path, sign, wrong, error) from None
+        raise _fault(path, sign, error) from None
 
 
-def _fault(path: Path, sign: str, wrong: list[Any], error: Exception) -> InvalidInput:
+_ROW = re.compile(r"CSV parse error: (?:Row #(\d+): )?Expected (\d+) columns, got (\d+): ?(.*)", re.DOTALL)
+
+
+def _fault(path: Path, sign: str, error: Exception) -> InvalidInput:
     """Says in our words what stopped Arrow's reader."""
-    if wrong:
-        row = wrong[0]
-        place = f"row {row.number - 1}" if row.number else "a row"
-        text = row.text if len(row.text) <= 60 else row.text[:57] + "…"
+    if found := _ROW.match(str(error)):
+        number, wanted, came, text = found.groups()
+        place = f"row {int(number) - 1}" if number else "a row"
+        text = text if len(text) <= 60 else text[:57] + "…"
         return InvalidInput(
-            f"{path}: {place} has {row.actual_columns} cells, its header {row.expected_columns} "
-            f"(separated by "
-            f"{separator_name(sign)}): {text!r}; quote cells that hold the separator, or name another one: "
+            f"{path}: {place} has {came} cells, its header {wanted} (separated by {separator_name(sign)}): "
+            f"{text!r}; quote cells that hold the separator, or name another one: "
             'separator = "…"'
         )
     if "UTF8" in str(error) or "utf-8" in str(error).lower():
