@@ -13,19 +13,20 @@ from ensemble.errors import InvalidArgument
 from ensemble.id_rule import encode_id
 from ensemble.schema import Feature, Schema
 from ensemble.tiers import records as rows
+from ensemble.time_rule import check_time
 
 Id = str | int | bytes
 
 
 @dataclass(frozen=True)
 class Event:
-    """Says that somebody did something with an item. `time`: seconds, or any number that grows; `event`: its
-    name, at most 64 bytes."""
+    """Says that somebody did something with an item. `time`: Unix seconds, milliseconds, …, told by their
+    size, an ISO 8601 text, or a small number that orders; `event`: its name, at most 64 bytes."""
 
     user_id: Id
     item_id: Id
     event: str
-    time: float
+    time: float | str
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ItemUpdate:
     and values by the feature's name."""
 
     item_id: Id
-    time: float
+    time: float | str
     features: Sequence[float] | None = None  # [F]
     codes: Mapping[str, Sequence[int]] | None = None
     values: Mapping[str, Sequence[float]] | None = None
@@ -89,11 +90,4 @@ def check_event(event: Event) -> tuple[bytes, bytes, str, float]:
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
         raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
     user, item = encode_id("user_id", event.user_id), encode_id("item_id", event.item_id)
-    return user, item, event.event, check_time(event.time)
-
-
-def check_time(value: Any) -> float:
-    """Gives a time as float; InvalidArgument if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN, too
-        raise InvalidArgument(f"time: must be a finite number, such as seconds since 1970, got {value!r:.60}")
-    return float(value)
+    return user, item, event.event, check_time(event.time)[0]

@@ -19,20 +19,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from clients.event_checks import Event, Id, ItemUpdate, check_event, check_time, packed_update
+from clients.event_checks import Event, Id, ItemUpdate, check_event, packed_update
 from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument, ReleaseError, ServerError
 from ensemble.id_rule import encode_id
 from ensemble.release.names import release_names
 from ensemble.release.release import open_release
-from ensemble.schema import kind_of, schema_from_json
+from ensemble.schema import MAX_KINDS, Schema, kind_of, schema_from_json
 from ensemble.tiers import records as rows
 from ensemble.tiers.connection import connect_now, reason
 from ensemble.tiers.past import merge_past
+from ensemble.time_rule import check_time
 
 if TYPE_CHECKING:
     from ensemble.live.items import LiveItems
@@ -48,12 +49,14 @@ class Outcome:
     changed: int = 0  # rows written
     unchanged: int = 0  # rows that knew it all
     unknown_items: tuple[str, ...] = ()  # no release knows them: nothing to put into a past
+    left_out: tuple[str, ...] = ()  # names of events that enter no past by the shop's `history`
 
     def __add__(self, other: Outcome) -> Outcome:
         return Outcome(
             self.changed + other.changed,
             self.unchanged + other.unchanged,
             (*self.unknown_items, *other.unknown_items),
+            tuple(dict.fromkeys((*self.left_out, *other.left_out))),
         )
 
 
@@ -77,24 +80,26 @@ class EventWriter:
         url: str,
         shop: str,
         *,
-        only: Sequence[str] | None = None,
+        only: Sequence[str] | Literal["all"] | None = None,
         repository: Path | None = None,
         home: Path | None = None,
     ) -> None:
         """Connects to Redis; ServerError if it does not answer.
 
-        only        names of the events that enter a past (interactions.history of shop.toml); None: all do
+        only        names of the events that enter a past, or "all"; by default those of the release's own
+                    pasts, as interactions.history of shop.toml has them
         repository  where items are looked up that were added live (`peregrine items add`); without it, events
                     that name them change nothing and come back as unknown
         home        the folder of their log; the repository if not given
         """
-        if isinstance(only, str):  # a sequence of letters
+        if isinstance(only, str) and only != "all":  # a sequence of letters
             raise InvalidArgument(f"only: must be a list of names of events, got {only!r}")
         self._client, self._repository, self._home = connect_now(url), repository, home
-        self._shop, self._only = shop, None if only is None else frozenset(only)
+        self._shop, self._by_rule = shop, only is None
+        self._only = None if only is None or only == "all" else frozenset(only)
         self._targets: dict[bytes, _Target] = {}
 
-    def record_event(self, user_id: Id, item_id: Id, event: str, time: float) -> Outcome:
+    def record_event(self, user_id: Id, item_id: Id, event: str, time: float | str) -> Outcome:
         """Writes one event; returns when Redis has it."""
         return self.record_events([Event(user_id, item_id, event, time)])
 
@@ -112,7 +117,7 @@ class EventWriter:
     def update_item(self, update: ItemUpdate) -> Outcome:
         """Replaces parts of an item's row. For each number the latest `time` wins, so that late and repeated
         updates do no harm."""
-        item_id, time = encode_id("item_id", update.item_id), check_time(update.time)
+        item_id, time = encode_id("item_id", update.item_id), check_time(update.time)[0]
         return self._guarded(lambda: self._update(item_id, time, update))
 
     def close(self) -> None:
@@ -140,19 +145,22 @@ class EventWriter:
 
     def _record(self, events: Sequence[tuple[bytes, bytes, str, float]]) -> Outcome:
         """Puts events (user id, item id, name, time) into their users' pasts, in every loaded release."""
-        outcome, known = Outcome(), set[bytes]()
+        outcome, known, entered = Outcome(), set[bytes](), set[str]()
         for target in self._current_targets():
+            names = _of_a_past(target.users.schema) if self._by_rule else None
+            entered |= {name for _, _, name, _ in events if names is None or name in names}
             item_rows = self._item_rows(target, [item for _, item, _, _ in events])
             by_user: dict[bytes, list[tuple[int, int, float]]] = {}
             for user, item, name, time in events:
-                if item in item_rows:
+                if item in item_rows and (names is None or name in names):
                     kind = kind_of(target.users.schema, name)
                     by_user.setdefault(user, []).append((item_rows[item], kind, time))
             known |= set(item_rows)
             for user, past in by_user.items():
                 outcome += self._write_user(target, user, past)
         unknown = tuple(dict.fromkeys(item.decode() for _, item, _, _ in events if item not in known))
-        return outcome + Outcome(unknown_items=unknown)
+        others = tuple(dict.fromkeys(name for _, _, name, _ in events if name not in entered))
+        return outcome + Outcome(unknown_items=unknown, left_out=others)
 
     def _write_user(self, target: _Target, user: bytes, past: Sequence[tuple[int, int, float]]) -> Outcome:
         """Merges new events (item row, kind, time) into one user's past."""
@@ -268,6 +276,13 @@ def _target(version: bytes, meta: Mapping[str, Any], live: LiveItems | None) -> 
     schema = schema_from_json(json.dumps(meta["schema"]))
     users, items = (rows.RowFormat(table, schema, meta["digest"], meta["num_items"]) for table in rows.TABLES)
     return _Target(version, meta["ttl_s"], users, items, live, {})
+
+
+def _of_a_past(schema: Schema) -> tuple[str, ...] | None:
+    """Gives the names of the events that a release's pasts are of; None where any may be: the shop has no
+    names, or more of them than a release tells apart."""
+    is_any = schema.events == Schema.events or len(schema.events) >= MAX_KINDS
+    return None if is_any else schema.events
 
 
 def _live_items(

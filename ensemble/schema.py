@@ -11,6 +11,8 @@ from ensemble.errors import ReleaseError
 
 SCHEMA_VERSION = 3
 
+MAX_KINDS = 16  # kinds of events that are told apart where a history is of all events
+
 
 @dataclass(frozen=True)
 class Feature:

@@ -41,10 +41,9 @@ from builders.shop.read import Rows, ShopTables, read_shop
 from builders.shop.shop_toml import Shop, ShopTask
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-from ensemble.schema import ContextFeature, RecallSource, Schema, Sizes, Table, Task
+from ensemble.schema import MAX_KINDS, ContextFeature, RecallSource, Schema, Sizes, Table, Task
 
 TITLE_BYTES = 120
-MAX_KINDS = 16  # kinds of events that are told apart where a history is of all events
 CHANGES = "changes.txt"  # what became of the catalogue's log, in one line
 
 

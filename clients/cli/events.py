@@ -9,7 +9,6 @@ import select
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +42,13 @@ Repository = Annotated[
     Path,
     typer.Option("--repository", "-r", help="Where the shop's name is read, and items that were added live."),
 ]
-Only = Annotated[str | None, typer.Option(help="NAME,NAME,…: events that enter a user's past; default: all.")]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        help="NAME,NAME,… or `all`: events that enter a user's past; default: those of the release's own "
+        "pasts, as `history` of shop.toml has them."
+    ),
+]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")]
 
 
@@ -70,7 +75,8 @@ def tail(
     from ensemble.tiers.settings import TierSettings, url_from_option
 
     url = TierSettings(url_from_option(redis)).url
-    names = None if only is None else [name for name in only.split(",") if name]
+    names: Any = None if only is None else [name for name in only.split(",") if name]
+    names = "all" if names == ["all"] else names
     with (
         EventWriter(
             url, shop or _shop(repository, catalogue), only=names, repository=repository, home=catalogue
@@ -91,6 +97,7 @@ class Tail:
     def __init__(self, writer: EventWriter) -> None:
         self.writer = writer
         self.lines = self.changed = self.unchanged = self.unknown = self.bad = 0
+        self.left_out: set[str] = set()
 
     def run(self, lines: Iterator[bytes | None]) -> None:
         """Takes lines until they end, or for ever; what was read is written before more is waited for."""
@@ -132,6 +139,13 @@ class Tail:
         self.changed += outcome.changed
         self.unchanged += outcome.unchanged
         self.unknown += len(outcome.unknown_items)
+        for name in sorted(set(outcome.left_out) - self.left_out)[: max(0, _SHOWN - len(self.left_out))]:
+            print(
+                f"event {name!r} enters no past, by the shop's history; its events are left out (--only NAME "
+                "or --only all lets them in)",
+                file=sys.stderr,
+            )
+        self.left_out |= set(outcome.left_out)
         for item in outcome.unknown_items[: max(0, _SHOWN - self.unknown + len(outcome.unknown_items))]:
             print(f"item {item!r} is in no loaded release; its events are skipped", file=sys.stderr)
 
@@ -139,7 +153,7 @@ class Tail:
         """Prints how many lines there were and what came of them."""
         numbers = {name: getattr(self, name) for name in ("lines", "changed", "unchanged", "unknown", "bad")}
         if as_json:
-            print(json_text(numbers))
+            print(json_text({**numbers, "left_out": sorted(self.left_out)}))
             return
         print(f"{self.lines:,} lines: {self.changed:,} rows written, {self.unchanged:,} knew it")
         print(f"  skipped: {self.unknown:,} unknown items, {self.bad:,} bad lines")
@@ -149,6 +163,7 @@ def parse_line(line: bytes) -> Event | ItemUpdate:
     """Reads and checks one JSON line; InvalidArgument says what is wrong with it."""
     from clients.event_checks import Event, ItemUpdate, check_event
     from ensemble.errors import InvalidArgument
+    from ensemble.time_rule import check_time
 
     try:
         raw = json.loads(line)
@@ -161,7 +176,7 @@ def parse_line(line: bytes) -> Event | ItemUpdate:
     missing = sorted(wanted - set(raw))
     if missing:
         raise InvalidArgument(f"{missing[0]}: missing")
-    moment = _seconds(raw["time"])
+    moment, _ = check_time(raw["time"])
     if not is_event:
         parts = {name: raw[name] for name in ("features", "codes", "values") if name in raw}
         _check_parts(parts)
@@ -178,19 +193,6 @@ def _check_parts(parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         if not isinstance(part, list if name == "features" else dict):
             raise InvalidArgument(f"{name}: must be a JSON {'array' if name == 'features' else 'object'}")
-
-
-def _seconds(value: Any) -> Any:
-    """Gives a number as it is, and ISO 8601 text (UTC where it names no zone) as seconds since 1970."""
-    from ensemble.errors import InvalidArgument
-
-    if not isinstance(value, str):
-        return value
-    try:
-        moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        raise InvalidArgument(f"time: must be a number or an ISO 8601 time, got {value!r:.60}") from None
 
 
 def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:

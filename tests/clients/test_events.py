@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -11,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from random_release import make_release
+from random_release import make_release, schema_of
 from reading import read_users, status, wait_until
 from shops import ROOT
 
@@ -173,11 +174,15 @@ def test_items_are_updated_and_late_updates_lose(server, release, open_readers, 
     [
         (
             Event("u", "i", "click", float("nan")),
-            "time: must be a finite number, such as seconds since 1970, got nan",
+            "time: must be a finite number or an ISO 8601 time, got nan",
         ),
         (
             Event("u", "i", "click", True),
-            "time: must be a finite number, such as seconds since 1970, got True",
+            "time: must be a finite number or an ISO 8601 time, got True",
+        ),
+        (
+            Event("u", "i", "click", "20990101"),
+            "time: '20990101' is in the future (2099-01-01); it would stay the newest for ever",
         ),
         (Event("u", "i", "", 1.0), "event: must be a name of 1 to 64 bytes, got ''"),
         (
@@ -287,7 +292,14 @@ def test_tail_reads_lines_names_bad_ones_and_goes_on(server, release, open_reade
     (tmp_path / "events.jsonl").write_text("\n".join(lines))  # no newline at the end
     done = tail(server, str(tmp_path / "events.jsonl"), "--json")
     assert done.returncode == 2
-    assert json.loads(done.stdout) == {"lines": 13, "changed": 2, "unchanged": 0, "unknown": 1, "bad": 5}
+    assert json.loads(done.stdout) == {
+        "lines": 13,
+        "changed": 2,
+        "unchanged": 0,
+        "unknown": 1,
+        "bad": 5,
+        "left_out": [],
+    }
     assert done.stderr.splitlines() == [
         "line 2: not JSON; skipped",
         "line 3: must be a JSON object; skipped",
@@ -300,7 +312,14 @@ def test_tail_reads_lines_names_bad_ones_and_goes_on(server, release, open_reade
     assert readers.items.read_items(np.array([[9]])).field("features")[0, 0].tolist() == [4, 5, 6]
     again = tail(server, "-", "--json", text="\n".join(json.dumps(g) for g in good))
     assert again.returncode == 0
-    assert json.loads(again.stdout) == {"lines": 5, "changed": 0, "unchanged": 1, "unknown": 0, "bad": 0}
+    assert json.loads(again.stdout) == {
+        "lines": 5,
+        "changed": 0,
+        "unchanged": 1,
+        "unknown": 0,
+        "bad": 0,
+        "left_out": [],
+    }
 
 
 def test_tail_writes_what_a_pipe_has_brought_before_it_waits_for_more(server, release, open_readers):
@@ -354,3 +373,31 @@ def test_tail_says_what_is_wrong_with_its_own_options(server, tmp_path):
         2,
         "error: --redis: 'http://somewhere' is not a Redis URL; write redis://[USER:PASSWORD@]HOST:PORT[/DB]\n",
     )
+
+
+def test_times_of_any_unit_are_one_clock(server, release, open_readers, writer):
+    readers = open_readers(server)
+    second = 1_700_000_000
+    ways = [
+        second * 1000,
+        "2023-11-14T22:13:21Z",
+        second + 2,
+        str((second + 3) * 10**6),
+        (second + 4) * 10**9,
+    ]
+    writer.record_events([Event("u00009", item(1 + n), "click", at) for n, at in enumerate(ways)])
+    assert past(readers, release, "u00009")[-5:] == [1, 2, 3, 4, 5]
+
+
+def test_events_that_no_past_is_of_are_left_out_and_named(own_server, tmp_path):
+    """As the shop's history says; who wants them names them."""
+    schema = dataclasses.replace(schema_of(), events=("buy", "cart"))
+    release = make_release(tmp_path / "r", np.random.default_rng(0), schema=schema)
+    load_release(release, own_server.url)
+    events = [Event("u00001", item(1), name, 1.0 + at) for at, name in enumerate(("view", "buy", "bye"))]
+    with EventWriter(own_server.url, "random") as writer:
+        assert writer.record_events(events) == Outcome(changed=1, left_out=("view", "bye"))
+    with EventWriter(own_server.url, "random", only=["view"]) as writer:
+        assert writer.record_events(events).left_out == ()
+    with EventWriter(own_server.url, "random", only="all") as writer:
+        assert writer.record_events(events).left_out == ()

@@ -379,7 +379,7 @@ class AnyOrder(RuleBasedStateMachine):
     def _event_writer(self) -> EventWriter:
         """Opens the writer of events when there is the first one; like `events tail --follow` it stays."""
         if self.event_writer is None:
-            self.event_writer = EventWriter(self.redis.url, self.shop, repository=self.repository)
+            self.event_writer = EventWriter(self.redis.url, self.shop, only="all", repository=self.repository)
         return self.event_writer
 
     def _end_the_trial(self, end: Callable[[Path], Any], *, keeps_main: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_events_name_items_that_were_added_live(server, tiny_repository, tiny_re
     load_release(tiny_release, server.url)
     write_settings(tmp_path / "tiers.json", TierSettings(server.url, deadline_ms=250))
     monkeypatch.setenv(VARIABLE, str(tmp_path / "tiers.json"))
-    event = (user.decode(), "fresh", "click", 1e10)
+    event = (user.decode(), "fresh", tiny_release.schema.events[0], time.time())
 
     def features_of_user():
         release = open_served(repository, name)
@@ -152,4 +153,6 @@ def test_an_old_release_in_the_repository_costs_no_events(server, tiny_repositor
     manifest.write_text(sealed({**json.loads(manifest.read_text()), "contract": "another"}))
     user, item = tiny_release.user_ids.sorted_ids[3].decode(), name(tiny_release, 1)
     with EventWriter(server.url, tiny_release.schema.shop, repository=repository) as events:
-        assert events.record_event(user, item, "click", 1e10) == Outcome(changed=1)
+        assert events.record_event(user, item, tiny_release.schema.events[0], time.time()) == Outcome(
+            changed=1
+        )
