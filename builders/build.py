@@ -118,8 +118,9 @@ def publication(options: BuildOptions, *, is_refit: bool, why_not: str = "") -> 
     final, before = "export" if options.recipe.is_empty else "compress", REFIT if is_refit else ""
     where, watermark = str(options.repository.resolve()), options.watermark
     release = publish.Options(
-        where, options.release, options.preset.name, options.seed, watermark, is_refit, why_not
-    )
+        where, options.release, options.preset.name, options.seed, watermark, is_refit, why_not,
+        options.preset.changes,
+    )  # fmt: skip
     reads = (before + name for name in (final, "verify", "encoders", "ranker"))
     kept = ("data", final)  # `evaluate` asks the verified model
     return Stage("repository", publish.run, release, tuple(reads), kept, always=True)

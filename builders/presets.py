@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from builders.encoders.encoders import EncoderConfig
 from builders.ranker.config import BASE_TRAINING, TINY_TRAINING, RankerTraining
@@ -23,6 +25,8 @@ class Preset:
     threads: int | None = None
     boosting_rows: int = SAMPLE_ROWS  # that the baseline of verify learns from, at most
     refit: bool = True  # what is published has learned from the held-out rows too
+    # settings that were changed, by dotted name (builders/settings.py), for the manifest
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRESETS = {

@@ -15,14 +15,26 @@ from ensemble.json_text import json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from builders.presets import Preset as PresetOfBuild
     from builders.stages import Stages
 
 Preset = Annotated[
     str,
     typer.Option(
         help="Sizes and training: `tiny` (seconds, for demos and tests), `base` (real shops), `quick` "
-        "(base's sizes, one epoch, for load tests)."
+        "(base's sizes, one epoch, for load tests), or a file NAME.toml that changes one of them."
     ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change a setting of the preset, such as encoders.epochs=4; may be given often.",
+    ),
+]
+ShowSettings = Annotated[
+    bool, typer.Option("--show-settings", help="List all settings with their values, and end.")
 ]
 Compress = Annotated[
     str,
@@ -64,6 +76,8 @@ Refit = Annotated[
 def build(
     shop: Annotated[Path, typer.Argument(help="Folder of the shop: shop.toml and its tables.")],
     preset: Preset = "base",
+    changes: Set = None,
+    show_settings: ShowSettings = False,
     repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = REPOSITORY,
     release: Annotated[
         str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")
@@ -90,16 +104,21 @@ def build(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
+    from builders.settings import named_preset
+
+    chosen = named_preset(preset, changes)
+    if show_settings:
+        _show_settings(chosen, as_json)
+        return
     from builders.build import BuildOptions, build
     from builders.compress.recipe import read_recipe
-    from builders.presets import preset as preset_named
     from builders.publish.stage import was_there
 
     console = Console(stderr=True)
     options = BuildOptions(
         shop,
         repository,
-        preset_named(preset),
+        chosen,
         release,
         seed,
         user_encoder,
@@ -132,6 +151,19 @@ def build(
         )
     else:
         _tell(console, stages, repository, name, activate)
+
+
+def _show_settings(preset: PresetOfBuild, as_json: bool) -> None:
+    """Prints all settings that --set and preset files may change."""
+    from builders.settings import settings_of
+
+    settings = settings_of(preset)
+    if as_json:
+        print(json_text({"preset": preset.name, "settings": settings}, indent=1))
+        return
+    for name, value in settings.items():
+        mark = "  (changed)" if name in preset.changes else ""
+        print(f"{name} = {str(value).lower() if isinstance(value, bool) else value}{mark}")
 
 
 def _tell(console: Console, stages: Stages, repository: Path, name: str, is_active: bool) -> None:

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Options:
     watermark: Watermark = UNREAD  # how far the build has read the catalogue's log
     is_refit: bool = False  # its models have learned from the held-out rows too
     why_not: str = ""  # why the refit is not published
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the preset, those that were changed
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
@@ -75,6 +76,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         final = "verified_compress" if "verified_compress" in inputs else "verified_export"
         kept = {"data": inputs["verified_data"], "verified": inputs[final]}
         manifest["stages"] = {name: os.path.relpath(path, repository) for name, path in kept.items()}
+    if options.settings:
+        manifest["settings"] = dict(options.settings)
     if options.why_not:
         manifest["why_no_refit"] = options.why_not
     if options.watermark.log:
