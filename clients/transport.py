@@ -25,9 +25,11 @@ from clients.errors import InvalidArgument, Overloaded, Unavailable, error_from_
 from clients.wire import Answer, Call, decode_bytes, encode_bytes
 from ensemble.contract import PIPELINE
 from ensemble.errors import PeregrineError
+from ensemble.options import BUDGET, SENT
 
 CANCEL_IS_SAFE_FROM = (2, 59)
 MAX_ABANDONED = 64
+MAX_REQUEST_BYTES = 1 << 20  # 2.51 has no limit of its own, and keeps what it has taken for a large one
 # Pings closer than this are answered with GOAWAY by the server's defaults.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
@@ -35,6 +37,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
 )
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSED = "this client is closed; make another one"
 _DTYPES: dict[str, type] = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
@@ -88,6 +91,7 @@ class GrpcTransport:
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
         self.url, self._model, self._max_abandoned = url, model, max_abandoned
+        self._is_local = url.rpartition(":")[0] in _LOCAL
         self._pb, self._metadata = service_pb2, tuple((headers or {}).items()) or None
         self._rpc_error: Any = grpc.RpcError
         self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
@@ -101,7 +105,7 @@ class GrpcTransport:
     def start(self, call: Call) -> Future[Answer]:
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()  # so that an asyncio task that ends cannot cancel it
-        request = proto_from_call(call, self._model)
+        request = proto_from_call(call, self._model, is_local=self._is_local)
         with self._lock:
             self._refuse_beyond_limit(call)
             self._check_open()
@@ -125,7 +129,9 @@ class GrpcTransport:
     def send(self, call: Call) -> Answer:
         self._check_open()
         try:
-            response = self._stub.ModelInfer(proto_from_call(call, self._model), metadata=self._metadata)
+            response = self._stub.ModelInfer(
+                proto_from_call(call, self._model, is_local=self._is_local), metadata=self._metadata
+            )
         except self._rpc_error as error:
             raise error_from_status(error.code().name, error.details() or "", self.url) from None
         try:
@@ -208,8 +214,9 @@ class GrpcTransport:
         self._cancel_is_safe = numbers >= CANCEL_IS_SAFE_FROM
 
 
-def proto_from_call(call: Call, model: str) -> Any:
-    """Writes a Call as a ModelInferRequest."""
+def proto_from_call(call: Call, model: str, *, is_local: bool = False) -> Any:
+    """Writes a Call as a ModelInferRequest; to a server on this machine, whose clock is ours, also when it
+    was sent. InvalidArgument where it is too large."""
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=model)
@@ -219,6 +226,13 @@ def proto_from_call(call: Call, model: str) -> Any:
         setattr(request.parameters[name], _FIELDS[type(value)], value)
     if call.budget_ms is not None:
         request.parameters["timeout"].int64_param = max(1, int(call.budget_ms * 1000))
+        request.parameters[BUDGET].int64_param = max(1, int(call.budget_ms * 1000))
+        if is_local:
+            request.parameters[SENT].int64_param = time.time_ns() // 1000
+    if model == PIPELINE and request.ByteSize() > MAX_REQUEST_BYTES:
+        raise InvalidArgument(
+            f"request: {request.ByteSize():,} bytes, at most {MAX_REQUEST_BYTES:,}; send fewer users or items"
+        )
     return request
 
 

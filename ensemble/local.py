@@ -11,7 +11,7 @@ import numpy as np
 
 from ensemble.arrays import Array, Tensors
 from ensemble.id_rule import encode_id, encode_ids
-from ensemble.options import Options, default_options, parse_options, stack
+from ensemble.options import Options, deadline_of, default_options, parse_options, stack, with_deadline
 from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, TensorSpec
 from ensemble.steps.served import ServedRelease
@@ -123,7 +123,7 @@ def prepared(user_ids: Array, parameters: Mapping[str, Any], schema: Schema) -> 
     """Checks ids [b, 1] object and their parameters -> ids [b, 1] S and options; InvalidArgument."""
     ids = encode_ids("user_id", user_ids.ravel().tolist()).reshape(user_ids.shape)
     text = json.dumps(dict(parameters)) if parameters else ""
-    return ids, parse_options(text, len(ids), schema)
+    return ids, with_deadline(parse_options(text, len(ids), schema), deadline_of(text))
 
 
 class BatchedPipeline:

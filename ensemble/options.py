@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias, TypedDict
 
@@ -79,6 +81,13 @@ _FOREIGN = (
     "triton_enable_empty_final_response",
 )
 
+# What is left of a request's budget when it is sent, in microseconds; when that was, in microseconds since
+# 1970, for a server on the same machine
+BUDGET, SENT = "budget_us", "sent_us"
+_WITH_BUDGET = re.compile(rf',?\s*"(?:{BUDGET}|{SENT})":\s*"?\d+"?')
+_BUDGET, _SENT = (re.compile(rf'"{name}":\s*"?(\d{{1,18}})"?') for name in (BUDGET, SENT))
+_LONGEST_WAIT_S = 600.0  # nobody waits longer: a clock was set
+
 LATEST_S = 1 << 32  # 2106: later times do not fit into a past
 RECALL_WEIGHT = "recall"  # beside the tasks among a request's weights
 MOST_POWER = 16.0
@@ -127,9 +136,23 @@ class Options:
     """Holds the options of a batch of B users, one entry each, in the batch's order."""
 
     users: tuple[UserOptions, ...]
+    deadlines: tuple[float, ...] = ()  # of each user, on the monotonic clock; none: nobody's budget is known
 
     def __len__(self) -> int:
         return len(self.users)
+
+    def late(self, within_s: float) -> Array:
+        """Says whose budget is spent within so many seconds: [B] bool."""
+        if not self.deadlines:
+            return np.zeros(len(self.users), bool)
+        return np.array(self.deadlines) < time.monotonic() + within_s
+
+    def of(self, users: Array) -> Options:
+        """Gives the options of some users, by their places [b]."""
+        places = users.tolist()
+        return Options(
+            tuple(self.users[n] for n in places), tuple(self.deadlines[n] for n in places if self.deadlines)
+        )
 
     @property
     def top_k(self) -> Array:
@@ -173,10 +196,34 @@ def default_options(num_users: int) -> Options:
 
 def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
     """Parses one request's parameters, a JSON object as Triton gives it; InvalidArgument names the field."""
+    if BUDGET in parameters:  # it differs at each call: what is remembered is without it
+        parameters = _WITH_BUDGET.sub("", parameters).replace("{,", "{")
     if parameters in ("", "{}", "null"):
         return default_options(num_users)
     parse = _parse if len(parameters) <= _REMEMBERED_BYTES else _parse.__wrapped__
     return parse(parameters, num_users, schema)
+
+
+def deadline_of(parameters: str, timeout_us: int = 0) -> float:
+    """Gives the moment on the monotonic clock at which a request's budget is spent; infinite without one.
+
+    What it has waited for is known where the caller, on this machine, has said when it was sent; else it
+    counts from now. `timeout_us` is Triton's own, 0 for none.
+    """
+    budget = _BUDGET.search(parameters) if BUDGET in parameters else None
+    budget_us = int(budget[1]) if budget else timeout_us
+    if budget_us <= 0:
+        return math.inf
+    sent = _SENT.search(parameters)
+    waited_s = time.time() - int(sent[1]) / 1e6 if sent else 0.0
+    return time.monotonic() + budget_us / 1e6 - (waited_s if 0 < waited_s < _LONGEST_WAIT_S else 0.0)
+
+
+def with_deadline(options: Options, deadline: float) -> Options:
+    """Gives a request's options with the moment at which its budget is spent."""
+    if math.isinf(deadline):
+        return options
+    return replace(options, deadlines=(deadline,) * len(options))
 
 
 @lru_cache(maxsize=4096)  # the same page asks the same question again and again
@@ -361,4 +408,9 @@ _READERS: dict[str, tuple[Reader, bool]] = {
 
 def stack(options: Sequence[Options]) -> Options:
     """Joins the options of consecutive requests into one batch's."""
-    return options[0] if len(options) == 1 else Options(tuple(u for one in options for u in one.users))
+    if len(options) == 1:
+        return options[0]
+    users = tuple(u for one in options for u in one.users)
+    if not any(one.deadlines for one in options):
+        return Options(users)
+    return Options(users, tuple(d for one in options for d in one.deadlines or (math.inf,) * len(one)))

@@ -21,7 +21,7 @@ from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
 from ensemble.local import open_step, rows_of, warm
-from ensemble.options import Options, default_options, parse_options, stack
+from ensemble.options import Options, deadline_of, default_options, parse_options, stack, with_deadline
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Publisher
@@ -87,7 +87,9 @@ class PythonModel:
         """Parses a request's parameters; engines take none."""
         if self.model.is_engine:
             return default_options(num_users)
-        return parse_options(request.parameters(), num_users, self.schema)
+        parameters = request.parameters()
+        options = parse_options(parameters, num_users, self.schema)
+        return with_deadline(options, deadline_of(parameters, request.timeout()))
 
     def _answer(self, feeds: list[Tensors], options: list[Options]) -> list[Any]:
         """Joins the feeds of good requests, runs the step once, and splits its outputs into responses."""

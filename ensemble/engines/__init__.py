@@ -96,6 +96,9 @@ def signature_difference(
     return f"an extra tensor {next(iter(have))}" if have else ""
 
 
+MARKED = "candidate_features"  # of a user whom the ranker need not see, the first number is NaN
+
+
 class EngineStep:
     """Is the step of every engine model: it opens the release's model file or its plan, verified."""
 
@@ -116,7 +119,13 @@ class EngineStep:
         check_signature(self.engine, model, path)
 
     def run(self, options: Options, **tensors: Array) -> Tensors:
-        """Turns the model's inputs by name into its outputs, large batches in chunks that fit the cache."""
+        """Turns the model's inputs by name into its outputs, large batches in chunks that fit the cache.
+
+        Users that recall has marked as late are left out: their outputs are 0.
+        """
+        late = late_users(tensors)
+        if late is not None and late.any():
+            return self._of_others(options, tensors, ~late)
         if len(options) <= self._chunk:
             return self.engine.run(tensors)
         pieces = [slice(start, start + self._chunk) for start in range(0, len(options), self._chunk)]
@@ -124,6 +133,23 @@ class EngineStep:
             self.engine.run({name: tensor[piece] for name, tensor in tensors.items()}) for piece in pieces
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _of_others(self, options: Options, tensors: Tensors, kept: Array) -> Tensors:
+        """Runs the engine for the users that are kept [B] bool, at least for one: it tells the shapes."""
+        users = np.flatnonzero(kept) if kept.any() else np.zeros(1, np.int64)
+        given = {name: tensor[users] for name, tensor in tensors.items()}
+        given[MARKED] = np.nan_to_num(given[MARKED])
+        found = self.run(options.of(users), **given)
+        out = {name: np.zeros((len(kept), *tensor.shape[1:]), tensor.dtype) for name, tensor in found.items()}
+        for name, tensor in found.items():
+            out[name][users] = tensor
+        return out
+
+
+def late_users(tensors: Tensors) -> Array | None:
+    """Says whom recall has marked as late: [B] bool; None where a model has no candidates."""
+    features = tensors.get(MARKED)
+    return None if features is None or not features.size else np.isnan(features[:, 0, 0])
 
 
 def _plan_path(model: ModelSpec, release: Release, flavor: str) -> Path:

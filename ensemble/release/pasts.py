@@ -27,6 +27,13 @@ class Older(NamedTuple):
     owners: Array  # [X] int64, places in the batch
     rows: Array  # [X] int64, item rows
 
+    def of(self, users: Array) -> Older:
+        """Gives what some users had, by their places [b] in the batch."""
+        place = np.full(max(self.owners.max(initial=0), users.max(initial=0)) + 1, -1)
+        place[users] = np.arange(len(users))
+        mine = place[self.owners]
+        return Older(mine[mine >= 0], self.rows[mine >= 0])
+
 
 class Pasts:
     """Opens what a release knows of older pasts; one that has no such files knows none."""

@@ -8,18 +8,21 @@
 Each source offers its best; only eligible items count; an item offered twice counts once; quotas keep a place
 for each source. All candidates then get every source's score, and their order is the fused score (weights
 fitted at build time), ties by row.
+
+Whose budget is spent before that has the popular list alone; whose is spent afterwards is marked, so that the
+ranker leaves the user out (contract.Degraded: POPULAR, RANK_SKIPPED).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from ensemble.activity import touches, touches_width
 from ensemble.arrays import Array, Tensors, first_kept, without_repeats
-from ensemble.contract import QUERY_TENSORS
+from ensemble.contract import QUERY_TENSORS, Degraded
 from ensemble.index.filters import ItemFilters, RowMask
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
@@ -28,10 +31,11 @@ from ensemble.release.pasts import Older, Pasts
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall_settings import settings_from_json
 from ensemble.steps.served import ServedRelease
-from ensemble.steps.sources import STRIDE, Batch, Nearest, Silent, open_sources
+from ensemble.steps.sources import STRIDE, Batch, Nearest, Popular, Silent, open_sources
 from ensemble.telemetry import Metric
 
 _EXCLUDED = np.concatenate([[0], 1 << np.arange(6, 41, 2)])  # steps of depth: 0, 64, 256, 1024, ...
+SPENT_S = 0.01  # a budget with less left is spent: ranking and the way back take longer
 _LATER = 1 << 40  # more than any rank: the place in line of what is beyond its source's quota
 
 Kind = TypeVar("Kind")
@@ -86,12 +90,72 @@ class Recall:
         if older is None and user_id is not None:
             older = self.pasts.older(user_id[:, 0], seen_rows)
         excluded = self._excluded(options, seen_rows, older, view)
+        late = options.late(SPENT_S)
+        if late.all():
+            return self._popular(options, seen_rows, excluded, view)
+        if late.any():
+            return self._without_late(options, late, seen_rows, seen_kinds, seen_recencies, older, queries)
         depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
         masks = self.filters.masks([user.filter for user in options.users], view)
         batch = Batch(query, seen_rows, view, masks, depths)
         found = self._scored(batch, self._merge(self._offers(batch, excluded)))
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
+        marked = options.late(SPENT_S)  # by now: the ranker need not see them
+        found["candidate_status"][marked] |= Degraded.RANK_SKIPPED
+        found["candidate_features"][marked, 0, 0] = np.nan
         return {**found, "candidate_state": state}
+
+    def _without_late(
+        self,
+        options: Options,
+        late: Array,
+        seen_rows: Array,
+        seen_kinds: Array | None,
+        seen_recencies: Array | None,
+        older: Older | None,
+        queries: Mapping[str, Array],
+    ) -> Tensors:
+        """Finds candidates for those who have time, and gives the others [B] bool the popular list."""
+        parts, order = list[Tensors](), list[Array]()
+        for chosen in (~late, late):
+            users = np.flatnonzero(chosen)
+            past = [None if one is None else one[users] for one in (seen_kinds, seen_recencies)]
+            mine = {name: tensor[users] for name, tensor in queries.items()}
+            parts.append(
+                self.run(
+                    options.of(users),
+                    seen_rows=seen_rows[users],
+                    seen_kinds=past[0],
+                    seen_recencies=past[1],
+                    older=None if older is None else older.of(users),
+                    **mine,
+                )
+            )
+            order.append(users)
+        back = np.argsort(np.concatenate(order))
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+    def _popular(self, options: Options, seen_rows: Array, excluded: Array, view: LiveView) -> Tensors:
+        """Gives the most popular items that may be shown, and says that nobody looked for anything else."""
+        num_users, source = len(options), self.source(Popular)
+        depths = self._depths(np.bincount(excluded // STRIDE, minlength=num_users), view)
+        masks = self.filters.masks([user.filter for user in options.users], view)
+        nobody = np.zeros((num_users, 1, self.sizes.embedding), np.float32)
+        batch = Batch(nobody, seen_rows, view, masks, depths)
+        rows = self._merge(self._eligible(source.offer(batch), excluded, masks, view))
+        shape, s = rows.shape, self.sources.index(source)
+        scores = np.zeros((*shape, len(self.sources)), np.float32)
+        scores[..., s] = np.where(rows > 0, source.score(batch, rows, scores), 0)
+        features = np.zeros((*shape, self.sizes.item_features), np.float32)
+        features[:, 0, 0] = np.nan
+        status = np.full((num_users, 1), int(Degraded.RANK_SKIPPED | Degraded.POPULAR), np.int64)
+        return {
+            "candidate_rows": rows,
+            "candidate_features": features,
+            "candidate_scores": scores,
+            "candidate_status": status,
+            "candidate_state": np.zeros((*shape, touches_width(self.schema)), np.float32),
+        }
 
     def _depths(self, num_excluded: Array, view: LiveView) -> Array:
         """Gives how deep a source must go for each user [B] int64: N and what may be excluded, `num_excluded`

@@ -8,6 +8,7 @@ import json
 import numpy as np
 
 from ensemble.arrays import Array, Tensors
+from ensemble.contract import Degraded
 from ensemble.live.state import LiveView
 from ensemble.options import NO_CAP, Options
 from ensemble.spec import ModelSpec
@@ -52,6 +53,11 @@ class Reranking:
             self.blend(options, probabilities, candidate_scores),
             -np.inf,
         )
+        skipped = (candidate_status[:, 0] & Degraded.RANK_SKIPPED) > 0
+        if skipped.any():  # recall's order stands, as numbers that fall with it
+            fall = 1 - np.arange(scores.shape[1], dtype=np.float32) / scores.shape[1]
+            scores[skipped] = np.where(np.isfinite(scores[skipped]), fall, -np.inf)
+            probabilities[skipped] = 0
         order = np.lexsort((candidate_rows, -scores), axis=-1)
         width = min(int(options.top_k.max(initial=1)), order.shape[1])
         ruled = np.array([i for i, u in enumerate(options.users) if u.caps or u.diversity > 0], np.int64)
