@@ -1,4 +1,4 @@
-"""`peregrine shop generate | import | check`."""
+"""`peregrine shop generate | import | init | check`."""
 
 from __future__ import annotations
 
@@ -159,6 +159,45 @@ def import_(
             update(form, 0.0)
             import_shop(form, source, out, name=name, force=force)
     typer.echo(f"{out} is written. Next: peregrine shop check {out}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder with the shop's files.")],
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="ROLE=COLUMN",
+            help="Which column is user, item, time, event, rating, label or title; which file is "
+            "interactions, items or users.",
+        ),
+    ] = None,
+    like_from: Annotated[
+        float | None, typer.Option("--like-from", help="The rating from which an item counts as liked.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write shop.toml anew.")] = False,
+) -> None:
+    """Look at any folder of tables and write a first shop.toml into it, for a person to correct.
+
+    \b
+    peregrine shop init retailrocket --map interactions=events.csv
+    peregrine shop init amazon --like-from 4
+    """
+    with _one_line_errors():
+        from builders.shop.first_toml import init_shop
+
+        told = {}
+        for role in roles or []:
+            name, sign, column = role.partition("=")
+            if not sign or not column:
+                typer.echo(f"error: --map {role}: write ROLE=COLUMN, such as item=artist_id", err=True)
+                raise typer.Exit(2)
+            told[name] = column
+        first = init_shop(folder, told=told, like_from=like_from, force=force)
+    for file, column, role in first.mapping:
+        typer.echo(f"{file}: {column} = {role}")
+    typer.echo(f"{folder / 'shop.toml'} is written. Correct it, then: peregrine shop check {folder}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builders.shop.columns.column import Column, Reading, Said, is_textual
+from builders.shop.columns.column import Column, Reading, Said, is_textual, plain
 from builders.shop.columns.times import parsed_times
 from builders.shop.formats import arrow, delimited, json_lines
 from builders.shop.formats.streams import PACKED
@@ -93,6 +93,25 @@ def read_tables(
             values = pa.chunked_array(_alike(chunks, files[-1], name))
         whole[name] = replace(first, values=values, pieces=tuple(pieces))
     return whole, np.repeat(np.arange(len(files)), lengths)
+
+
+def first_columns(folder: Path, file: str) -> dict[str, Column]:
+    """Reads all columns of the first rows of a file, or of a folder's first file."""
+    path, reading = folder / file, Reading()
+    part = files_of(path, file)[0]
+    in_path = [name.split("=", 1)[0] for name in part.relative_to(path).parent.parts if "=" in name]
+    columns = list(dict.fromkeys([*names_of(part, [], reading), *in_path]))
+    with _named_errors(part):
+        batch = next(_batches(part, path, columns, reading), None)
+    if batch is None:
+        raise InvalidInput(f"{part} has no rows")
+    cells = {name: pa.chunked_array([_compact(batch.column(name), False)]) for name in columns}
+    return {
+        name: Column(
+            file, name, plain(values) if pa.types.is_null(values.type) else values, said=Said(file, name)
+        )
+        for name, values in cells.items()
+    }
 
 
 def files_of(path: Path, file: str) -> list[Path]:

@@ -1,0 +1,305 @@
+"""Writes a first shop.toml for any folder of tables: what each file and column seems to be, for a person to
+correct. It takes names of columns at their word, and looks at the first rows of each file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from builders.shop.columns.categories import texts_from_column, undeclared_separator, with_lists
+from builders.shop.columns.column import Column, distinct_of, is_list, is_textual
+from builders.shop.columns.ids import known_ids
+from builders.shop.columns.labels import labels_from_column
+from builders.shop.columns.numbers import numbers_from_column
+from builders.shop.columns.times import times_from_column
+from builders.shop.shop_toml import SHOP_FILE
+from builders.shop.tables import first_columns, table_files
+from ensemble.arrays import Array
+from ensemble.errors import InvalidInput
+
+# Names of columns, without case and signs, the likeliest first
+ROLES = {
+    role: tuple(names.split())
+    for role, names in {
+        "user": "userid user visitorid customerid reviewerid memberid uid sessionid",
+        "item": "itemid item parentasin productid asin movieid articleid sku artistid iid",
+        "time": "timestamp time unixreviewtime datetime eventtime ts createdat date day",
+        "event": "event eventtype eventname action behavior behaviortype",
+        "rating": "rating stars overall score ratings",
+        "label": "clicked click label liked bought purchased isclick",
+        "title": "title name itemname productname movietitle productdisplayname",
+    }.items()
+}
+TABLES = ("interactions", "items", "users")
+_LIKED = {5: 4.0, 10: 7.0, 100: 70.0}  # what counts as liked on a scale that ends there
+Mapped = list[tuple[str, str, str]]  # (file, column, role)
+_LONG = 25  # characters of a cell on average, from which a column is a text
+
+
+@dataclass
+class Sample:
+    """Holds the first rows of a table, and which of its columns plays which role."""
+
+    file: str
+    columns: dict[str, Column]
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class First:
+    """Holds the shop.toml, and what each column was taken for: (file, column, role)."""
+
+    text: str
+    mapping: Mapped
+
+
+def init_shop(
+    folder: Path,
+    *,
+    told: Mapping[str, str] | None = None,
+    like_from: float | None = None,
+    force: bool = False,
+) -> First:
+    """Writes `folder`/shop.toml, and gives it with its mapping; `told` names columns and files of roles, as
+    --map has them, `like_from` the rating that counts as liked."""
+    path = folder / SHOP_FILE
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder} is no folder; name the one with the shop's files")
+    if path.exists() and not force:
+        raise InvalidInput(f"{path} is there already; --force writes it anew")
+    told = dict(told or {})
+    for role in told:
+        if role not in (*ROLES, *TABLES):
+            raise InvalidInput(f"--map {role}=…: no such role; there are {', '.join((*ROLES, *TABLES))}")
+    samples = _samples(folder, told)
+    first = _first(folder, samples, told, like_from)
+    path.write_text(first.text, "utf-8")
+    return first
+
+
+def _samples(folder: Path, told: Mapping[str, str]) -> list[Sample]:
+    """Reads the first rows of each file of a table in a folder, and of each folder of such files in it."""
+    parts = sorted(table_files(folder))
+    files = sorted({str(part.relative_to(folder).parts[0]) for part in parts})
+    if not files:
+        raise InvalidInput(f"{folder} holds no file of a table (csv, tsv, jsonl, parquet, arrow)")
+    samples = [Sample(file, first_columns(folder, file)) for file in files]
+    for role, name in told.items():
+        if role in ROLES and not any(name in sample.columns for sample in samples):
+            there = ", ".join(f"{s.file}: {' '.join(s.columns)}" for s in samples)
+            raise InvalidInput(f"--map {role}={name}: no file has that column; there are {there}")
+        if role in TABLES and name not in files:
+            raise InvalidInput(f"--map {role}={name}: no such file; there are {', '.join(files)}")
+    for sample in samples:
+        for role, names in ROLES.items():
+            if (found := _named(sample.columns, names, told.get(role))) is not None:
+                sample.roles[role] = found
+    return samples
+
+
+def _named(columns: Mapping[str, Column], names: tuple[str, ...], told: str | None) -> str | None:
+    """Finds the column of a role: the one told, else the first that is called like one of `names`."""
+    if told is not None:
+        return told if told in columns else None
+    plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in reversed(list(columns))}
+    return next((plain[name] for name in names if name in plain), None)
+
+
+def _first(folder: Path, samples: list[Sample], told: Mapping[str, str], like_from: float | None) -> First:
+    """Puts the tables together and writes the text."""
+    log = _table(samples, "interactions", told, {"user", "item"}, set())
+    if log is None:
+        there = "; ".join(f"{s.file} has {', '.join(s.columns)}" for s in samples)
+        raise InvalidInput(
+            f"{folder}: no file has a column of users and one of items; name them: --map user=COLUMN --map "
+            f"item=COLUMN ({there})"
+        )
+    rest = [sample for sample in samples if sample is not log]
+    items = _table(rest, "items", told, {"item"}, {"user"})
+    users = _table([s for s in rest if s is not items], "users", told, {"user"}, {"item"})
+    if items is not None and items.roles["item"] != log.roles["item"] and items.roles["item"] in log.columns:
+        log.roles["item"] = items.roles["item"]  # of two names of items, the one that both tables have
+    mapping: Mapped = []
+    name = re.sub(r"[^A-Za-z0-9_. -]", "", folder.resolve().name).lstrip("_. -")[:64] or "shop"
+    lines = [
+        "# A first shop.toml, written by `peregrine shop init`: correct what is wrong, then run",
+        "# `peregrine shop check`. All keys: `peregrine shop --help`.",
+        f"name = {json.dumps(name)}",
+    ]
+    body, is_clock = _log_lines(log, mapping, like_from)
+    lines += [f'split = "{"time" if is_clock else "leave_one_out"}"  # or the other one', *body]
+    for what, sample, role in (("items", items, "item"), ("users", users, "user")):
+        if sample is not None:
+            lines += _entity_lines(what, sample, role, mapping)
+    lines += _task_lines(log, like_from, mapping)
+    lines += [f"# not used: {s.file}" for s in samples if s not in (log, items, users)]
+    return First("\n".join(lines) + "\n", mapping)
+
+
+def _table(
+    samples: list[Sample], table: str, told: Mapping[str, str], wanted: set[str], unwanted: set[str]
+) -> Sample | None:
+    """Finds the file of a table: the one that was told, else the widest whose columns have the wanted roles;
+    an entity's has each id once."""
+    if table in told:
+        return next(sample for sample in samples if sample.file == told[table])
+    fit = [s for s in samples if wanted <= s.roles.keys() and not unwanted & s.roles.keys()]
+    if table != "interactions":
+        role = next(iter(wanted))
+        fit = [sample for sample in fit if _is_key(sample.columns[sample.roles[role]])]
+    return max(fit, key=lambda sample: ("time" in sample.roles, len(sample.columns)), default=None)
+
+
+def _is_key(column: Column) -> bool:
+    """Says whether each row has an id of its own."""
+    try:
+        ids, index = known_ids(column)
+    except InvalidInput:
+        return False
+    return len(ids) == len(index) > 0
+
+
+def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[list[str], bool]:
+    """Writes [interactions], and says whether its times are a clock."""
+    if "time" not in log.roles:
+        raise InvalidInput(
+            f"{log.file} has no column that is called like a time; name it: --map time=COLUMN (its columns: "
+            f"{', '.join(log.columns)})"
+        )
+    lines = ["", "[interactions]", f"file = {json.dumps(log.file)}"]
+    for role in ("user", "item", "time", "event"):
+        if role in log.roles:
+            name = log.roles[role]
+            lines.append(f"{role} = {json.dumps(name)}")
+            mapping.append((log.file, name, role))
+    column = log.columns[log.roles["time"]]
+    times_from_column(column, float("inf"))
+    lines[-1 if "event" not in log.roles else -2] += f"  # {column.said.what.removeprefix('times: ')}"
+    if "event" in log.roles:
+        names = distinct_of(_textual(log.columns[log.roles["event"]]).values)[0].to_pylist()
+        lines.append(
+            f'history = "all"  # or a list of what makes a past, of {", ".join(map(repr, names[:8]))}'
+        )
+    elif "rating" in log.roles and "label" not in log.roles:
+        lines.append('history = "like"  # what a past is made of: a task, or "all"')
+    used = {*(log.roles[r] for r in ("user", "item", "time", "event", "rating", "label") if r in log.roles)}
+    lines += [f"# not used: {', '.join(rest)}"] if (rest := [n for n in log.columns if n not in used]) else []
+    return lines, not column.said.what.startswith("times: positions")
+
+
+def _textual(column: Column) -> Column:
+    texts = texts_from_column(column)
+    return Column(column.file, column.name, pa.chunked_array([texts]))
+
+
+def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped) -> list[str]:
+    """Writes [items] or [users] with a feature for each column that looks like one."""
+    key = sample.roles[role]
+    lines = ["", f"[{what}]", f"file = {json.dumps(sample.file)}", f"id = {json.dumps(key)}"]
+    mapping.append((sample.file, key, role))
+    title = sample.roles.get("title") if what == "items" else None
+    if title and is_textual(sample.columns[title].values.type):
+        lines.append(f"title = {json.dumps(title)}")
+        mapping.append((sample.file, title, "title"))
+    else:
+        title = None
+    for name, column in sample.columns.items():
+        if name == key:
+            continue
+        kind, why = _kind(column, is_title=name == title)
+        if kind is None:
+            lines.append(f"# {name}: {why}")
+            continue
+        label = re.sub(r"\W", "_", name, flags=re.ASCII)
+        label = label if re.match("[A-Za-z]", label) else f"f_{label}"
+        lines += ["", f"[[{what}.features]]", f"name = {json.dumps(label)}", *kind]
+        lines += [f"column = {json.dumps(name)}"] if label != name else []
+        mapping.append((sample.file, name, f"feature, {kind[0].partition(' = ')[2]}"))
+    return lines
+
+
+def _kind(column: Column, *, is_title: bool) -> tuple[list[str] | None, str]:
+    """Says what kind of feature a column looks like, as lines of shop.toml; None and why, if none."""
+    if column.values.null_count == len(column.values):
+        return None, "empty"
+    try:
+        listed = with_lists(column)
+        if is_list(listed):
+            return _list_kind(listed)
+        if not is_textual(column.values.type) or not is_title:
+            numbers = _numbers(column)
+            if numbers is not None and len(np.unique(numbers[~np.isnan(numbers)])) > 12:
+                return ['kind = "number"'], ""
+        texts = texts_from_column(column)
+        distinct = [text for text in texts.unique().to_pylist() if text]
+        sign = undeclared_separator(column)
+        if sign is not None and not is_title:
+            return ['kind = "category"', f"separator = {json.dumps(sign)}"], ""
+        if is_title or np.mean([len(text) for text in distinct]) > _LONG:
+            return ['kind = "text"'], ""
+        if len(distinct) == len(texts) > 50:
+            return None, "each row has a value of its own: an id, a link or a name?"
+        return ['kind = "category"'], ""
+    except InvalidInput as error:
+        return None, str(error).partition(": ")[2] or str(error)
+
+
+def _list_kind(column: Column) -> tuple[list[str] | None, str]:
+    """Says of a column of lists whether they are categories or vectors."""
+    kind = column.values.type.value_type
+    if pa.types.is_floating(kind):
+        lengths = set(pc.list_value_length(column.values).unique().drop_null().to_pylist()) - {0}
+        if len(lengths) == 1:
+            return [f'kind = "vector({lengths.pop()})"'], ""
+        return None, "lists of numbers of several lengths"
+    if is_textual(kind) or pa.types.is_integer(kind):
+        return ['kind = "category"'], ""
+    return None, f"lists of {kind}"
+
+
+def _numbers(column: Column) -> Array | None:
+    try:
+        return numbers_from_column(column)
+    except InvalidInput:
+        return None
+
+
+def _task_lines(log: Sample, like_from: float | None, mapping: Mapped) -> list[str]:
+    """Writes the tasks: a label's, or liking by a rating; none where the log has neither."""
+    if "label" in log.roles:
+        name = log.roles["label"]
+        labels_from_column(log.columns[name])
+        mapping.append((log.file, name, "label"))
+        return ["", "[[tasks]]", 'name = "ctr"', f"label = {{column = {json.dumps(name)}}}"]
+    if "rating" in log.roles:
+        name = log.roles["rating"]
+        numbers = numbers_from_column(log.columns[name])
+        top = float(np.nanmax(numbers)) if not np.isnan(numbers).all() else 0.0
+        scale = next((end for end in _LIKED if top <= end), None)
+        limit = (
+            like_from if like_from is not None else _LIKED[scale] if scale else float(np.nanmedian(numbers))
+        )
+        share = float(np.mean(numbers[~np.isnan(numbers)] >= limit))
+        mapping.append(
+            (log.file, name, f"rating; {limit:g} and more is liked, {share:.0%} of the first rows")
+        )
+        return [
+            "",
+            "[[tasks]]",
+            'name = "like"',
+            f"label = {{column = {json.dumps(name)}, threshold = {limit:g}}}  # {share:.0%} of its rows",
+        ]
+    return [
+        "",
+        "# Without a task the ranker learns whether a user takes an item. With labels or events:",
+        "# [[tasks]]",
+        '# name = "buy"',
+        '# label = {event = "buy"}  # or {column = "bought"}',
+    ]
