@@ -46,6 +46,10 @@ gpu-check: install ## on a machine with a GPU: builds plans, checks and times en
 images: install ## as root on Debian: both container images on a stand-in base, and a build, a server, a list inside them
 	@docker/images.sh
 
+ALL ?=
+faults: install ## kills, stops and overloads a real server of the demo's release, both ways of serving (REPOSITORY=…, ALL=1 for all)
+	@PEREGRINE_AS_ROOT=1 $(BIN)/python -m clients.bench.starred --repository $(REPOSITORY) --json demo/faults.json $(if $(ALL),--all --seconds 5)
+
 test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
 	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"

@@ -3,6 +3,7 @@ nothing but Python."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ def _run(name: str, arguments: list[str]) -> None:
             f"`peregrine {name}` needs {missing}, which is not installed; cure: pip install "
             f"'peregrine-recommender[{extra}]'"
         )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room, and try again")
     except KeyboardInterrupt:
         sys.exit(130)
 

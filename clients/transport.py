@@ -36,6 +36,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
+    # A server that was started again is there within seconds; gRPC's own pauses grow to two minutes
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _CLOSE_TIMEOUT_S = 10.0

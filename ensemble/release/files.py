@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -11,11 +13,23 @@ from pathlib import Path
 
 # An empty file of this name stands beside each model.py, so that Python can put no bytecode there.
 NO_BYTECODE = "__pycache__"
+LOCK, RESERVE_BYTES, _KEPT_BYTES = ".lock", 1 << 17, 32
 _PARTIAL = re.compile(r"\..+\.\d+")  # what write_durably names its temporary file
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a file through a temporary one and a rename, down to the disk."""
+    """Writes a file through a temporary one and a rename, down to the disk. Where that is full, the room that
+    a lock has kept free is given up for it."""
+    try:
+        _write(path, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _give_up_reserve(path):
+            raise
+        _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -26,6 +40,21 @@ def write_durably(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def keep_reserve(lock: int, text: bytes) -> None:
+    """Writes a text into an open lock file, and behind it RESERVE_BYTES that a full disk may take."""
+    os.pwrite(lock, text.ljust(RESERVE_BYTES), 0)
+
+
+def _give_up_reserve(path: Path) -> bool:
+    """Shortens the lock of a file's folder, or of the one above; says whether that made room."""
+    for folder in (path.parent, path.parent.parent):
+        with contextlib.suppress(OSError):
+            if (folder / LOCK).stat().st_size > _KEPT_BYTES:
+                os.truncate(folder / LOCK, _KEPT_BYTES)
+                return True
+    return False
 
 
 def partial_files(folder: Path) -> list[Path]:

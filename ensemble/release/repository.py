@@ -24,7 +24,7 @@ from pathlib import Path
 from ensemble import contract
 from ensemble.errors import ReleaseError
 from ensemble.release.audit import note_change
-from ensemble.release.files import partial_files, try_flock, write_durably
+from ensemble.release.files import LOCK, keep_reserve, partial_files, try_flock, write_durably
 from ensemble.release.manifest import MANIFEST
 from ensemble.release.names import NAME, check_name, release_names, remember_names
 from ensemble.release.release import active_release, served_releases
@@ -72,14 +72,13 @@ def locked(repository: Path, wait_s: float = 30.0) -> Iterator[None]:
     repository locked.
     """
     try:
-        lock = os.open(repository / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(repository / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ReleaseError(f"cannot lock {repository}: {error.strerror}") from error
     try:
         _wait_for(lock, repository, wait_s)
         with contextlib.suppress(OSError):  # a full disk: the lock holds, though it cannot name us
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            keep_reserve(lock, f"{os.getpid()}\n".encode())
         yield
     finally:
         os.close(lock)

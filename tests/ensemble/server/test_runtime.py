@@ -330,7 +330,7 @@ def test_models_without_a_tensorrt_configuration_fall_back_on_a_server_without_t
         _change_an_item(repository, server.url)
     assert not mounted.exists()
     written = {path.name for path in set(repository.iterdir()) - before if not path.name.startswith("r2")}
-    assert written <= {".live", ".lock", ".names.json", ".route.json", ".servers"}
+    assert written <= {".audit.jsonl", ".live", ".lock", ".names.json", ".route.json", ".servers"}
     assert all(path.exists() for path in (repository / "r1_ranker", plan.member_folder)), (
         "removing the links leaves what they led to"
     )
