@@ -7,8 +7,7 @@ import json
 import os
 import select
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +30,6 @@ app = typer.Typer(
 _BATCH = 500  # lines written together
 _SHOWN = 20  # bad lines, and unknown items, that are named one by one
 _LINE_BYTES = 1 << 20
-_WAIT_S = 0.05
 
 
 File = Annotated[str, typer.Argument(metavar="FILE|-", help="JSON lines; - reads standard input.")]
@@ -49,7 +47,19 @@ Only = Annotated[
         "pasts, as `history` of shop.toml has them."
     ),
 ]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="At the file's end wait for more.")]
+Follow = Annotated[
+    bool,
+    typer.Option(
+        "--follow",
+        "-f",
+        help="Go on for ever: wait for more at the file's end, for a server that is away, and for the next "
+        "file of that name; after a restart go on where it was.",
+    ),
+]
+Offset = Annotated[
+    Path | None,
+    typer.Option("--offset", help="With --follow: where to keep how far it is; default: FILE.offset."),
+]
 
 
 @app.callback()
@@ -66,6 +76,7 @@ def tail(
     catalogue: CatalogueOption = None,
     only: Only = None,
     follow: Follow = False,
+    offset: Offset = None,
     as_json: JsonOption = False,
 ) -> None:
     """Reads {"user_id", "item_id", "event", "time"} a line (or {"item_id", "time", "features" | "codes" |
@@ -77,25 +88,41 @@ def tail(
     url = TierSettings(url_from_option(redis)).url
     names: Any = None if only is None else [name for name in only.split(",") if name]
     names = "all" if names == ["all"] else names
-    with (
-        EventWriter(
-            url, shop or _shop(repository, catalogue), only=names, repository=repository, home=catalogue
-        ) as writer,
-        _opened(file) as descriptor,
-    ):
-        events = Tail(writer)
-        with contextlib.suppress(KeyboardInterrupt):
-            events.run(_lines(descriptor, follow and file != "-"))
+    name = shop or _shop(repository, catalogue)
+
+    def connected() -> EventWriter:
+        return EventWriter(url, name, only=names, repository=repository, home=catalogue)
+
+    events = Tail()
+    with contextlib.suppress(KeyboardInterrupt):
+        if follow and file != "-":
+            _follow(events, connected, Path(file), offset or Path(f"{file}.offset"))
+        else:
+            with connected() as events.writer, _opened(file) as descriptor:
+                events.run(_lines(descriptor))
     events.print_counts(as_json)
     if events.bad:
         sys.exit(2)
 
 
+def _follow(events: Tail, connected: Callable[[], EventWriter], file: Path, state: Path) -> None:
+    """Takes lines of a file for ever."""
+    from clients.cli.following import FollowedFile, patiently
+
+    followed = FollowedFile(file, state)
+    with contextlib.closing(followed), patiently(connected) as events.writer:
+        events.guard, events.keep = patiently, followed.keep
+        events.run(followed.lines())
+
+
 class Tail:
     """Takes lines, writes rows, and counts both."""
 
-    def __init__(self, writer: EventWriter) -> None:
-        self.writer = writer
+    writer: EventWriter
+
+    def __init__(self) -> None:
+        self.guard: Callable[[Callable[[], Outcome]], Outcome] = lambda write: write()
+        self.keep: Callable[[], None] = lambda: None  # called when all lines so far are written
         self.lines = self.changed = self.unchanged = self.unknown = self.bad = 0
         self.left_out: set[str] = set()
 
@@ -103,10 +130,11 @@ class Tail:
         """Takes lines until they end, or for ever; what was read is written before more is waited for."""
         batch: list[Event] = []
         for line in lines:
-            if line is None or len(batch) >= _BATCH:
-                self._flush(batch)
             if line is not None:
                 self._take(line, batch)
+            if line is None or len(batch) >= _BATCH:
+                self._flush(batch)
+                self.keep()
         self._flush(batch)
 
     def _take(self, line: bytes, batch: list[Event]) -> None:
@@ -120,7 +148,7 @@ class Tail:
         try:
             change = parse_line(line)
             if isinstance(change, ItemUpdate):
-                self._add(self.writer.update_item(change))
+                self._add(self.guard(lambda: self.writer.update_item(change)))
             else:
                 batch.append(change)
         except InvalidArgument as error:
@@ -131,7 +159,7 @@ class Tail:
     def _flush(self, batch: list[Event]) -> None:
         """Writes the events of the batch and empties it."""
         if batch:
-            self._add(self.writer.record_events(batch))
+            self._add(self.guard(lambda: self.writer.record_events(batch)))
             batch.clear()
 
     def _add(self, outcome: Outcome) -> None:
@@ -195,7 +223,7 @@ def _check_parts(parts: dict[str, Any]) -> None:
             raise InvalidArgument(f"{name}: must be a JSON {'array' if name == 'features' else 'object'}")
 
 
-def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:
+def _lines(descriptor: int) -> Iterator[bytes | None]:
     """Gives whole lines, and None whenever there is nothing more for now. readline would wait with lines in
     hand."""
     held = b""
@@ -208,14 +236,11 @@ def _lines(descriptor: int, follow: bool) -> Iterator[bytes | None]:
         yield from lines
         if data and len(held) <= _LINE_BYTES:
             continue
-        if held and not (follow and not data):
+        if held:
             yield held  # the last line, or one that cannot be an event
             held = b""
-        if not data and not follow:
-            return
         if not data:
-            yield None
-            time.sleep(_WAIT_S)
+            return
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -401,3 +402,56 @@ def test_events_that_no_past_is_of_are_left_out_and_named(own_server, tmp_path):
         assert writer.record_events(events).left_out == ()
     with EventWriter(own_server.url, "random", only="all") as writer:
         assert writer.record_events(events).left_out == ()
+
+
+def test_a_follower_outlives_its_server_and_a_rotation_and_goes_on_where_it_was(tmp_path, own_server):
+    release = make_release(tmp_path / "r", np.random.default_rng(0))
+    load_release(release, own_server.url)
+    file = tmp_path / "events.jsonl"
+
+    def log(*rows: int) -> None:
+        with file.open("a") as out:
+            for row in rows:
+                out.write(
+                    json.dumps({"user_id": "u00001", "item_id": item(row), "event": "x", "time": row}) + "\n"
+                )
+
+    def follow() -> subprocess.Popen:
+        command = [sys.executable, "-m", "peregrine", "events", "tail", str(file), "--follow", "--json"]
+        command += ["--redis", own_server.url, "--shop", "random"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+    def dealt_with() -> int:
+        state = json.loads((tmp_path / "events.jsonl.offset").read_text())
+        return state["offset"] if state["inode"] == file.stat().st_ino else -1
+
+    def ended(process: subprocess.Popen) -> tuple[dict, str]:
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=30)
+        return json.loads(out), said
+
+    log(1, 2)
+    with follow() as process:
+        wait_until(
+            lambda: (tmp_path / "events.jsonl.offset").exists() and dealt_with() == file.stat().st_size, 30
+        )
+        own_server.stop()
+        log(3)
+        assert "trying again" in process.stderr.readline()
+        own_server.start()
+        load_release(release, own_server.url)
+        wait_until(lambda: dealt_with() == file.stat().st_size, 60)
+        log(4)
+        file.rename(tmp_path / "events.jsonl.1")
+        log(5)
+        wait_until(lambda: dealt_with() == file.stat().st_size, 30)
+        counts, _ = ended(process)
+    assert counts["lines"] == 5
+    log(6)
+    file.rename(tmp_path / "events.jsonl.1")
+    log(7)
+    with follow() as process:
+        wait_until(lambda: dealt_with() == file.stat().st_size, 30)
+        counts, _ = ended(process)
+    assert counts["lines"] == 2, "one of the file that was renamed meanwhile, one of the new"
