@@ -117,8 +117,12 @@ def _plain(value: Any) -> Any:
     means nothing: in allow and deny. What JSON cannot say stays as it is."""
     if type(value) in _SCALARS:
         return value
-    if isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, np.ndarray) and value.dtype != object:
         return value.tolist()
+    for name in ("tolist", "to_list", "to_pylist"):  # NumPy's and pandas', polars', pyarrow's
+        if callable(listed := getattr(value, name, None)):
+            found = listed()
+            return [_plain(one) for one in found] if isinstance(found, list) else found
     if isinstance(value, Mapping):
         return {
             str(key): _plain(sorted(one, key=str) if isinstance(one, (set, frozenset)) else one)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +31,8 @@ ExcludeSeen = Annotated[
     bool | None, typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has had.")
 ]
 Allow = Annotated[
-    list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : only items with one of these values.")
+    list[str] | None,
+    typer.Option(help='FEATURE=VALUE,"A, B",… : only items with one of these values.'),
 ]
 Deny = Annotated[
     list[str] | None, typer.Option(help="FEATURE=VALUE,VALUE,… : no item with one of these values.")
@@ -92,6 +96,9 @@ def recommend(
         client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
         results = client.recommend_many(users, budget_ms=budget_ms, **options)
     catalogue = Catalogue(repository, results[0].release)
+    for option, wanted in (("--allow", options["allow"]), ("--deny", options["deny"])):
+        for line in catalogue.strangers(option, wanted or {}):
+            typer.echo(f"note: {line}", err=True)
     if as_json:
         plain = [json_from_result(result, catalogue) for result in results]
         typer.echo(json_text(plain, indent=1, ensure_ascii=False))
@@ -109,8 +116,16 @@ def find_server(repository: Path, url: str | None) -> tuple[str, dict[str, str]]
 
 
 def _split(text: str | None) -> list[str] | None:
-    """Cuts "a,b" into its parts."""
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    """Cuts 'a,b' into its parts; a part in double quotes may hold commas: 'a,"b, c"'."""
+    if text is None:
+        return None
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error:
+        raise InvalidInput(
+            f'{text!r}: a double quote is not closed; write "a, b",c to quote commas, and "" for a quote'
+        ) from None
+    return [part.strip() for part in (rows[0] if rows else []) if part.strip()]
 
 
 def _pairs(option: str, texts: list[str] | None, read: Any) -> dict[str, Any] | None:
@@ -154,6 +169,19 @@ class Catalogue:
             title.decode("utf-8", "replace") if row else ""
             for row, title in zip(rows, self._release.item_titles[rows].tolist(), strict=True)
         ]
+
+    def strangers(self, option: str, wanted: Mapping[str, Any]) -> list[str]:
+        """Says which values of category features no item of the release has, and what they may have meant."""
+        known = {} if self._release is None else self._release.vocabularies.get("items", {})
+        lines = []
+        for feature, values in wanted.items():
+            for value in values if feature in known else ():
+                if value not in known[feature]:
+                    lower = {one.lower(): one for one in known[feature]}
+                    near = difflib.get_close_matches(value.lower(), lower, 1)
+                    hint = f"; do you mean {lower[near[0]]!r}?" if near else ""
+                    lines.append(f"{option} {feature}: no item of the release has {value!r}{hint}")
+        return lines
 
     def recent(self, user_id: str, count: int = _RECENT) -> list[str]:
         """Gives the ids of the user's last items, newest first."""

@@ -158,6 +158,27 @@ def test_users_may_come_in_an_array(users: object) -> None:
         Client(transport=transport).recommend_many(np.array([]))
 
 
+def test_columns_of_other_libraries_are_lists() -> None:
+    """pandas and polars columns, Arrow's arrays: whatever gives its values as a list."""
+    pa = pytest.importorskip("pyarrow")
+
+    class Column:
+        """A column of pandas, as far as it is needed: it is no sequence, and knows `tolist`."""
+
+        def __init__(self, values: list) -> None:
+            self.values = values
+
+        def tolist(self) -> list:
+            return self.values
+
+    call = call_from_options(
+        pa.array(["u1", "u2"]), {"deny": {"brand": Column(["X", np.int64(3)])}}, None, per_user=True
+    )
+    assert call.user_ids == (b"u1", b"u2")
+    assert call.parameters == {"deny": '{"brand":["X",3]}'}
+    assert call_from_options(Column([np.int64(7)]), {}, None, per_user=True).user_ids == (b"7",)
+
+
 def test_arrays_are_sent_wherever_an_option_takes_a_list() -> None:
     options = {
         "top_k": np.int64(5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import typer
 from fake_triton import FakeTriton
 from typer.testing import CliRunner
 
-from clients.cli.recommend import DEFAULT_URL, Catalogue, _print_tables, find_server, recommend
+from clients.cli.recommend import DEFAULT_URL, Catalogue, _print_tables, _split, find_server, recommend
 from clients.client import Client
 from clients.results import Item, Recommendations
 from ensemble.contract import Degraded
@@ -129,3 +130,21 @@ def test_without_a_repository_there_is_a_default_server_and_no_titles(tmp_path: 
     assert find_server(tmp_path, "h:1") == ("h:1", {})
     catalogue = Catalogue(tmp_path, "r1")
     assert (catalogue.titles(["a"]), catalogue.recent("u1")) == ([""], [])
+
+
+def test_commas_are_quoted_and_an_open_quote_is_named() -> None:
+    assert _split('a, b,"c, d",e f') == ["a", "b", "c, d", "e f"]
+    assert _split('"say ""hi"""') == ['say "hi"']
+    assert (_split(""), _split(None)) == ([], None)
+    with pytest.raises(InvalidInput, match="a double quote is not closed"):
+        _split('"a,b')
+
+
+def test_values_that_no_item_has_are_told(tmp_path: Path) -> None:
+    catalogue = Catalogue(tmp_path, "r1")
+    assert catalogue.strangers("--deny", {"brand": ["x"]}) == [], "a server elsewhere"
+    catalogue._release = SimpleNamespace(vocabularies={"items": {"brand": ["Lumari", "Vena"]}})  # type: ignore
+    assert catalogue.strangers("--deny", {"brand": ["Vena", "lumarri", "zzz"], "price": ["3"]}) == [
+        "--deny brand: no item of the release has 'lumarri'; do you mean 'Lumari'?",
+        "--deny brand: no item of the release has 'zzz'",
+    ]
