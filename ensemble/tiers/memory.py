@@ -18,7 +18,11 @@ from ensemble.arrays import Array, ranks_within
 from ensemble.tiers.settings import TierSettings
 
 WAYS = 4
-MISS, FRESH, STALE = 0, 1, 2  # STALE: past its soft TTL, to be used only if nothing newer can be had
+# Of the time for which a row is believed: afterwards it is asked for again, so that a call to Redis that
+# takes long once in a while makes nothing stale
+_EARLY = 0.75
+# STALE: past its soft TTL, to be used only if nothing newer can be had
+MISS, FRESH, STALE = 0, 1, 2
 # 2^64 / golden ratio: neighbouring item rows go to distant sets (Knuth 6.4)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -75,6 +79,7 @@ class MemoryTier:
         self._sets = self._low.reshape(self.num_sets, WAYS)
         self._rows = np.zeros(slots, dtype)  # pages that are never written are never allocated
         self._soft, self._hard, self._claim = np.zeros(slots), np.zeros(slots), np.zeros(slots)
+        self._early = np.zeros(slots)  # from when on a row is asked for again, while it is still believed
         self._used = np.zeros(slots, np.int64)
         self._absent = np.zeros(slots, bool)
         self._invalidated = np.zeros(self.num_sets, np.int64)
@@ -98,9 +103,9 @@ class MemoryTier:
         with self._lock:
             now = self.clock()
             slots, found, stale, absent = self._look(identities, now)
-            refresh = stale  # mostly nothing is stale, and then this stays as it is
-            if stale.any():
-                refresh = stale & (self._claim[slots] <= now)
+            refresh = found & (self._early[slots] <= now)
+            if refresh.any():
+                refresh &= self._claim[slots] <= now
                 self._claim[slots[refresh]] = now + self.refresh_s
             hits = int(np.count_nonzero(found))
             self._used[slots if hits == len(slots) else slots[found]] = self._tick
@@ -148,6 +153,7 @@ class MemoryTier:
             # Only ever shorter: a TTL is a promise
             short = 1 - ttl.jitter * self._random.random((2, len(slots)))
             self._soft[slots] = now + np.where(absent, ttl.negative_ttl_s, ttl.soft_ttl_s) * short[0]
+            self._early[slots] = now + _EARLY * (self._soft[slots] - now)
             self._hard[slots] = now + np.where(
                 absent, ttl.negative_ttl_s * short[0], ttl.hard_ttl_s * short[1]
             )

@@ -110,7 +110,7 @@ class RowReader:
         refills = self._refills
         looked = self.memory.get(identities)
         fresh = looked.state == FRESH
-        if fresh.all() and not looked.absent.any():
+        if fresh.all() and not looked.absent.any() and not looked.refresh.any():
             return looked.rows, np.zeros(len(rows), np.int64), fresh
         # Absent: Redis says that it has none; unsure: it did not say
         packed, absent, unsure = looked.rows, looked.absent, ~fresh
@@ -119,7 +119,7 @@ class RowReader:
             first, inverse = _distinct(identities[ask])
             answered = self._ask(identities, rows, ask[first], looked, refills)[inverse]
             packed[ask], absent[ask] = packed[ask[first][inverse]], absent[ask[first][inverse]]
-            unsure[ask] = ~answered
+            unsure[ask] &= ~answered
         held = (looked.state != MISS) | ~unsure
         return self._filled(packed, rows, held & ~absent, unsure)
 

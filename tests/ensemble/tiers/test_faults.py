@@ -202,6 +202,25 @@ def test_rows_past_their_soft_ttl_serve_while_redis_is_away_and_none_past_the_ha
     assert readers.users.snapshot_rows == read_from_snapshot + 4, "now they come from the snapshot"
 
 
+def test_a_call_that_fails_while_rows_are_still_believed_makes_nothing_stale(
+    own_server, release, open_readers
+):
+    readers = open_readers(own_server, soft_ttl_s=4.0, jitter=0.0, breaker_failures=1000)
+    first = readers.items.read_items(np.array([[1, 2, 3]]))
+    assert not np.any(first.status)
+    own_server.signal(signal.SIGSTOP)
+    try:
+        time.sleep(3.3)
+        calls = readers.redis.latencies.total
+        later = readers.items.read_items(np.array([[1, 2, 3]]))
+        assert readers.redis.latencies.total > calls, "Redis was asked"
+        assert not np.any(later.status)
+        time.sleep(0.9)
+        assert np.all(readers.items.read_items(np.array([[1, 2, 3]])).status)
+    finally:
+        own_server.signal(signal.SIGCONT)
+
+
 def test_redis_absent_at_the_start(own_server, release, open_readers):
     own_server.kill()
     readers = open_readers(own_server, load=False)

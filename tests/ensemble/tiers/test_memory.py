@@ -133,6 +133,19 @@ def test_jumps_of_the_wall_clock_change_nothing(monkeypatch):
         assert state(memory, 1) == [FRESH]
 
 
+def test_a_row_is_asked_for_again_while_it_is_still_believed():
+    clock = Clock()
+    memory = tier(clock, soft_ttl_s=30, hard_ttl_s=300, jitter=0.0)
+    put(memory, {7: 1})
+    clock.now += 20
+    assert not memory.get(ids(7)).refresh.any()
+    clock.now += 5
+    looked = memory.get(ids(7))
+    assert (looked.state.tolist(), looked.refresh.tolist()) == ([FRESH], [True])
+    clock.now += 6
+    assert memory.get(ids(7)).state.tolist() == [STALE]
+
+
 def test_one_asker_refreshes_a_stale_row_and_another_later_if_it_failed():
     clock = Clock()
     memory = tier(clock, soft_ttl_s=10, hard_ttl_s=100, jitter=0)
