@@ -235,7 +235,7 @@ def _kind(column: Column, *, is_title: bool) -> tuple[list[str] | None, str]:
             return _list_kind(listed)
         if not is_textual(column.values.type) or not is_title:
             numbers = _numbers(column)
-            if numbers is not None and len(np.unique(numbers[~np.isnan(numbers)])) > 12:
+            if numbers is not None and _are_amounts(numbers[~np.isnan(numbers)]):
                 return ['kind = "number"'], ""
         texts = texts_from_column(column)
         distinct = [text for text in texts.unique().to_pylist() if text]
@@ -249,6 +249,11 @@ def _kind(column: Column, *, is_title: bool) -> tuple[list[str] | None, str]:
         return ['kind = "category"'], ""
     except InvalidInput as error:
         return None, str(error).partition(": ")[2] or str(error)
+
+
+def _are_amounts(numbers: Array) -> bool:
+    """Says whether numbers [n] measure something; few whole ones may as well be codes."""
+    return len(np.unique(numbers)) > 12 or bool((numbers != np.floor(numbers)).any())
 
 
 def _list_kind(column: Column) -> tuple[list[str] | None, str]:

@@ -219,7 +219,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 def _say_separator(path: Path, columns: list[str], reading: Reading, said: dict[str, Said]) -> None:
     sign = delimited.header_of(path, columns, reading)[1]
     if sign != "," and reading.separator is None:
-        said[columns[0]].note(f"{path.name}: columns separated by {delimited.separator_name(sign)}")
+        said[columns[0]].note(f"columns separated by {delimited.separator_name(sign)}")
 
 
 # --- keeping columns small ---

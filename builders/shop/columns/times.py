@@ -33,7 +33,7 @@ def times_from_column(column: Column, now_s: float) -> Array:
     elif is_textual(kind):
         times, what = _from_texts(column)
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        times, what = _from_temporal(values), f"{'dates' if pa.types.is_date(kind) else 'timestamps'}, UTC"
+        times, what = _from_temporal(values), f"{_named(column)}, UTC"
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         times, what = _from_numbers(column, _as_numbers(column))
     else:
@@ -43,6 +43,13 @@ def times_from_column(column: Column, now_s: float) -> Array:
         raise column.error(late, f"is in the future ({date_of(times[late])}); {CURE}")
     _say(column, times, what)
     return times
+
+
+def _named(column: Column) -> str:
+    """Names a column of temporal cells; a text file's were ISO texts."""
+    if column.is_text:
+        return "ISO texts"
+    return "dates" if pa.types.is_date(column.values.type) else "timestamps"
 
 
 def parsed_times(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:

@@ -81,6 +81,7 @@ def test_any_folder_with_roles_that_are_told(tmp_path: Path):
     assert (shop.interactions.user, shop.interactions.item, shop.split.kind) == ("customer_id", "sku", "time")
     assert shop.tasks[0].label.threshold == 7
     assert {f.name: f.kind for f in shop.items.features}["tags"] == "category"
+    assert {f.name: f.kind for f in shop.items.features}["price"] == "number"
     assert "# empty: empty" in first.text
     assert shop.users.id == "customer_id"
     report = check_shop(folder)

@@ -85,7 +85,7 @@ def test_every_format_gives_the_same_cells(tmp_path: Path, name: str):
     ]
     assert table["time"].values.to_pylist() == [10, 20, 30]
     if name == "odd.csv":
-        assert table["user"].said.notes == ["odd.csv: columns separated by '~'"]
+        assert table["user"].said.notes == ["columns separated by '~'"]
 
 
 def test_encodings_and_separators_may_be_said(tmp_path: Path):
