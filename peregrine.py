@@ -47,6 +47,10 @@ COMMANDS = {
         "Write a release's report as a page: ranking, compression, gate, latency.",
     ),
     "release": Command("clients.cli.release", "app", "List, show, activate or remove releases."),
+    "push": Command(
+        "clients.cli.store", "push", "Bring releases, route and items into a store (S3, a folder)."
+    ),
+    "pull": Command("clients.cli.store", "pull", "Bring onto a node what a store has: only what is missing."),
     "items": Command("clients.cli.items", "app", "Add, change and remove items while they are served."),
     "serve": Command("ensemble.cli.serve", "serve", "Serve the active release with Triton, over gRPC."),
     "status": Command("ensemble.cli.status", "status", "Say how a repository is served, and what is wrong."),
@@ -59,7 +63,7 @@ COMMANDS = {
 }
 # The extra that brings what could not be imported.
 _EXTRAS = {
-    "serve": ("faiss", "onnxruntime", "typer", "rich"),
+    "serve": ("faiss", "onnxruntime", "typer", "rich", "fsspec", "waitress", "prometheus_client"),
     "redis": ("redis", "hiredis"),
     "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL", "sklearn"),
 }

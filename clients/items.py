@@ -113,6 +113,10 @@ class ItemClient:
         """Drops from the log all lines but each item's last; nothing that was changed is lost."""
         return self._ask({"op": "compact"}, _PREPARING_S)
 
+    def adopt(self, log: Path) -> Changed:
+        """Takes in a later state of the log, which `peregrine pull` brought from the home that writes it."""
+        return self._ask({"op": "adopt", "path": str(log)}, _PREPARING_S)
+
     def merge(self) -> Changed:
         """Begins merging all changes into a new main index; returns at once."""
         return self._ask({"op": "merge"})

@@ -20,12 +20,13 @@ from builders.folders import Inputs, link
 from builders.progress import Progress
 from builders.publish.triton_config import write_members
 from ensemble import contract
-from ensemble.errors import InvalidInput, ReleaseError
+from ensemble.errors import ReleaseError
+from ensemble.release.arrival import rename_in
 from ensemble.release.files import NO_BYTECODE, sync_folder, write_durably
 from ensemble.release.manifest import FORMAT, MANIFEST, content_id, sealed
-from ensemble.release.names import check_name, is_there, next_release_name, remember_names
+from ensemble.release.names import check_name, next_release_name
 from ensemble.release.release import UNREAD, Watermark
-from ensemble.release.repository import locked, staging
+from ensemble.release.repository import staging
 
 _PIECE_BYTES = 4 << 20
 _NAME, _WAS_THERE = "release-name", "was-there"  # files of the stage's folder: what it published, or found
@@ -118,7 +119,7 @@ def publish(
             _copy(source, stage / target, stage, files)
         whole = {**_defaults(name), **manifest, "files": dict(sorted(files.items()))}
         write_durably(stage / name / MANIFEST, sealed(whole))
-        return _rename_in(repository, stage, list(folders), content_id(whole))
+        return rename_in(repository, stage, list(folders), content_id(whole))
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -128,42 +129,6 @@ def _defaults(name: str) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         version = "source"
     return {"release": name, "id": "", "created": created, "peregrine": version, "format": FORMAT}
-
-
-def _rename_in(repository: Path, stage: Path, folders: list[str], release_id: str) -> bool:
-    """Moves members in first and the own folder (last of `folders`) last: its manifest is the publication.
-
-    False if the release is there already.
-    """
-    with locked(repository):
-        if is_there(repository, folders[-1], release_id):
-            return False
-        _refuse_existing(repository, folders)
-        moved: list[str] = []
-        try:
-            for folder in folders:
-                if folder == folders[-1]:
-                    sync_folder(repository)  # no power cut may keep the manifest and lose a member
-                (stage / folder).rename(repository / folder)
-                moved.append(folder)
-            sync_folder(repository)
-        except OSError:
-            for folder in reversed(moved):
-                (repository / folder).rename(stage / folder)
-            raise
-        remember_names(repository)
-    return True
-
-
-def _refuse_existing(repository: Path, folders: list[str]) -> None:
-    """Raises InvalidInput if a folder of the release is there, though its manifest is not."""
-    for folder in folders:
-        if (repository / folder).exists():
-            raise InvalidInput(
-                f"{repository / folder} is there, of a release without a manifest: a copy under way, or "
-                "what a killed command left; wait for it, choose another name, or `peregrine release "
-                f"remove {folders[-1]}`"
-            )
 
 
 @contextlib.contextmanager

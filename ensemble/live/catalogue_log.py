@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -165,6 +166,54 @@ class CatalogueLog:
         for item_id, offset in places:
             self._offsets[self._numbers[item_id]] = offset
         return before - self.num_lines
+
+    def adopt(self, other: Path) -> int:
+        """Takes the place of this log by a later state of it, which another home has written; gives the last
+        change's number.
+
+        ReleaseError where it is another log, unless nothing was ever changed here, or where changes of this
+        one are not in it.
+        """
+        staged = self.path.with_name(".log.new")
+        try:
+            shutil.copyfile(other, staged)
+            again = CatalogueReader(staged)
+            last = {entry.item_id: entry for _, entry in all_entries(again)}
+            self._refuse_fork(again, last)
+            with staged.open("rb+") as file:
+                file.truncate(again.offset)
+                os.fsync(file.fileno())
+            staged.rename(self.path)
+        except OSError as error:
+            raise ReleaseError(f"cannot write {staged}: {error.strerror}; the log stays as it is") from error
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._numbers.clear()
+        self._open()
+        return self.sequence
+
+    def _refuse_fork(self, again: CatalogueReader, last: dict[str, Entry]) -> None:
+        """Raises ReleaseError unless a log goes on from this one."""
+        if self.num_lines and again.id != self.id:
+            raise ReleaseError(
+                f"{self.path} is the log {self.id} with changes of its own, what came is {again.id}",
+                "items are changed in one home alone; move the folder away to take what came",
+            )
+        for entry in self.since(0):
+            later = last.get(entry.item_id)
+            if (
+                later is None
+                or later.sequence < entry.sequence
+                or (later.sequence == entry.sequence and later != entry)
+            ):
+                raise ReleaseError(
+                    f"{self.path} has a change of item {entry.item_id!r} (number {entry.sequence}) that is "
+                    "not in what came: items were changed here, too",
+                    "change items in one home alone; push from the one that has all changes",
+                )
 
     def close(self) -> None:
         """Gives the lock back."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ensemble.live.writer import MAX_GROUP
 
-OPS = ("change", "status", "merge", "prepare", "compact")
+OPS = ("change", "status", "merge", "prepare", "compact", "adopt")
 
 
 class Pending:

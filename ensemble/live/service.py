@@ -5,7 +5,8 @@ serve`.
 
 A request is one line of JSON, and so is its reply: {"op": "change", "changes": [{"op": "add", "item": {…}}],
 "wait_s": 2} | {"op": "status"} | {"op": "merge"} | {"op": "prepare", "release": "r7"} |
-{"op": "compact"}. Changes that arrive while a group is being written form the next group: one fsync for all.
+{"op": "compact"} | {"op": "adopt", "path": "…/log"}.
+Changes that arrive while a group is being written form the next group: one fsync for all.
 """
 
 from __future__ import annotations
@@ -219,6 +220,9 @@ class ItemService:
         elif request["op"] == "compact":
             dropped = writer.catalogue.compact()
             self.log(f"items: {dropped} lines were dropped from {writer.catalogue.path}")
+        elif request["op"] == "adopt":
+            self._drop_merge()
+            writer.adopt(Path(str(request.get("path"))))
 
     def _facts(self, writer: ItemWriter) -> dict[str, Any]:
         """Says how things are."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError
@@ -89,6 +90,13 @@ class ItemWriter:
             for overlay in self.overlays.values():
                 if overlay is not self.overlay:
                     self.bring_up_to_date(overlay)
+        return self.sequence
+
+    def adopt(self, log: Path) -> int:
+        """Takes in a later state of the log that another home has written; gives the last change's number."""
+        self.catalogue.adopt(log)
+        for overlay in list(self.overlays.values()):
+            self.bring_up_to_date(self.renew(overlay))  # items may be numbered in another order now
         return self.sequence
 
     def bring_up_to_date(self, overlay: Overlay) -> None:

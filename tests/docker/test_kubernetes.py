@@ -1,0 +1,110 @@
+"""Manifests: valid, strict, and every command, flag and path in them exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shops import ROOT
+
+import peregrine
+
+yaml = pytest.importorskip("yaml")
+FOLDER = ROOT / "docker" / "kubernetes"
+MANIFESTS = sorted(path for path in FOLDER.rglob("*.yaml") if path.name != "kustomization.yaml")
+OVERLAYS = sorted((FOLDER / "overlays").iterdir())
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in MANIFESTS:
+        for document in documents(path):
+            if document["kind"] == "Deployment":
+                yield path.parent.name, document["spec"]["template"]["spec"]
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod.get("initContainers", ()), *pod.get("containers", ())]
+
+
+@pytest.mark.parametrize("path", [*(FOLDER / "base").glob("[!k]*.yaml")], ids=lambda path: path.stem)
+def test_the_base_is_valid_by_kubernetes_own_schemas(path: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    for document in documents(path):
+        validate.validate(document, "1.30", strict=True)
+
+
+@pytest.mark.parametrize("folder", [FOLDER / "base", *OVERLAYS], ids=lambda path: path.name)
+def test_a_kustomization_names_files_that_are_there(folder: Path) -> None:
+    (kustomization,) = documents(folder / "kustomization.yaml")
+    named = [*kustomization.get("resources", ()), *(one["path"] for one in kustomization.get("patches", ()))]
+    assert named
+    assert all((folder / name).exists() for name in named)
+
+
+def test_pods_pass_the_restricted_policy() -> None:
+    for name, pod in pods():
+        if name == "base":
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert pod["securityContext"]["runAsUser"] == 1000
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert pod["automountServiceAccountToken"] is False
+            assert not any("hostPath" in volume for volume in pod["volumes"])
+        for container in containers(pod):
+            if name != "base" and "image" not in container:
+                continue  # a patch of what the base has
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_every_command_and_flag_exists() -> None:
+    import typer
+
+    for _, pod in pods():
+        for container in containers(pod):
+            if "args" not in container:
+                continue
+            command, *words = container["args"]
+            app = typer.main.get_command(peregrine._app(peregrine.COMMANDS[command]))
+            flags = {flag for parameter in app.params for flag in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= flags, container["args"]
+
+
+def test_every_path_is_a_volume_of_the_container() -> None:
+    (base,) = [pod for name, pod in pods() if name == "base"]
+    mounts = {one["name"]: {m["mountPath"] for m in one["volumeMounts"]} for one in containers(base)}
+    volumes = set(
+        re.findall(
+            r'"(/\w+)"', (ROOT / "docker" / "serve.Dockerfile").read_text().split("VOLUME")[1].split("\n")[0]
+        )
+    )
+    assert volumes == {"/releases", "/catalogue", "/state"}
+    for _, pod in pods():
+        for container in containers(pod):
+            there = {m["mountPath"] for m in container.get("volumeMounts", ())} | mounts.get(
+                container["name"], set()
+            )
+            for word in container.get("args", ()):
+                if word.startswith("/"):
+                    assert any(f"{word}/".startswith(f"{mount}/") for mount in there), (word, there)
+
+
+def test_probes_ask_for_an_answer_and_the_grace_is_longer_than_the_drain() -> None:
+    from ensemble.server.process import DRAINED_EXIT_S, EXIT_TIMEOUT_S
+
+    (base,) = [pod for name, pod in pods() if name == "base"]
+    (serve,) = [one for one in base["containers"] if one["name"] == "serve"]
+    paths = [serve[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+    assert paths == ["/readyz", "/readyz", "/livez"]
+    pause_s = int(serve["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert base["terminationGracePeriodSeconds"] > pause_s + EXIT_TIMEOUT_S + max(DRAINED_EXIT_S, 10)
