@@ -262,7 +262,9 @@ def test_lock_fits_pyproject_and_names_no_place() -> None:
     assert not install.keys() & tools.keys()
     project = pyproject()["project"]
     extras = dict(project["optional-dependencies"])
-    for wanted in map(Requirement, [*extras.pop("test"), *extras.pop("rtx")]):
+    for wanted in map(
+        Requirement, [text for name in ("test", "rtx", "s3", "deploy") for text in extras.pop(name)]
+    ):
         assert wanted.specifier.contains((install | tools)[wanted.name]), wanted
     needed = [*project["dependencies"], *pyproject()["build-system"]["requires"]]
     for wanted in map(Requirement, [*needed, *(text for extra in extras.values() for text in extra)]):
