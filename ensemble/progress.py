@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,22 @@ _APART_S, _AT_LEAST_EVERY_S = 1.0, 30.0  # between two lines; between two of the
 def say(line: str) -> None:
     """Prints a line to stderr at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def log_of(as_json: bool) -> Callable[[str], None]:
+    """Gives what writes a log's lines to stderr, each with time (UTC) and level; as JSON if that is asked
+    for. A line that begins with "WARNING: " is a warning."""
+
+    def log(line: str) -> None:
+        warned = line.removeprefix("WARNING: ")
+        level = "warning" if warned != line else "info"
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if as_json:
+            say(json.dumps({"time": at, "level": level, "message": warned}))
+        else:
+            say(f"{at} {line}")
+
+    return log
 
 
 @contextmanager

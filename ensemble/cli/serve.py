@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ensemble.cli.options import REPOSITORY, CatalogueOption, RepositoryOption
-from ensemble.progress import say
+from ensemble.progress import log_of, say
 
 if TYPE_CHECKING:
     from ensemble.server.options import ServeOptions
@@ -107,6 +107,10 @@ AsRoot = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")]
+LogJson = Annotated[
+    bool,
+    typer.Option("--log-json", help="Write each line of the log as JSON.", envvar="PEREGRINE_LOG_JSON"),
+]
 StartTimeout = Annotated[float, typer.Option(help="How long the models may take to load.")]
 
 
@@ -135,6 +139,7 @@ def serve(
     route: RouteRelease = None,
     as_root: AsRoot = False,
     verbose: Verbose = False,
+    log_json: LogJson = False,
     start_timeout_s: StartTimeout = 300.0,
 ) -> None:
     """Serves the active release with Triton over gRPC; SIGTERM or Ctrl-C answers what is in flight and
@@ -167,23 +172,23 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_once)
     try:
-        _serve_until_signal(repository, options)
+        _serve_until_signal(repository, options, log_json=log_json)
     except _Signal as stop:
         say("stopped")
         sys.exit(0 if stop.number == signal.SIGTERM else 130)
 
 
-def _serve_until_signal(repository: Path, options: ServeOptions) -> None:
+def _serve_until_signal(repository: Path, options: ServeOptions, *, log_json: bool) -> None:
     """Serves and prints the greeting; returns only if the server ends by itself."""
     from ensemble.live.keeper import service_process
     from ensemble.server import supervisor
 
     def writer() -> AbstractContextManager[None]:
         """Writes items beside the server: what it makes, instances read when they start."""
-        return service_process(repository.resolve(), say, options.catalogue)
+        return service_process(repository.resolve(), log, options.catalogue)
 
-    started = time.monotonic()
-    with supervisor.serve(repository, options, say, beside=writer) as server:
+    started, log = time.monotonic(), log_of(log_json)
+    with supervisor.serve(repository, options, log, beside=writer) as server:
         print(_greeting(server, time.monotonic() - started), flush=True)
         server.wait()
 

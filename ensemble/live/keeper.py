@@ -14,9 +14,11 @@ from pathlib import Path
 
 from ensemble.live.merge_process import module_process
 from ensemble.release.files import try_flock
+from ensemble.server.vitals import vitals_of
 
 AT_WORK = 3  # exit code of a writer where another one writes already
 _POLL_S, _LOOKS_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 0.5, 5.0, 30.0
+_STOPPED_S = 1.0  # a writer that was stopped is given up
 _FIRST_RESTART_S, _LONGEST_RESTART_S = 0.2, 10.0  # after writers that died, twice as long each time
 
 
@@ -79,7 +81,13 @@ class _Keeper(threading.Thread):
         """Runs a writer; gives its exit code, None where it was ended by us."""
         arguments = (str(self._repository), str(self._home))
         process = module_process("ensemble.live.service", *arguments, stdin=subprocess.PIPE)
+        stopped_since = None
         while process.poll() is None and not self.ended.wait(_POLL_S):
+            vitals = vitals_of(process.pid)
+            if vitals is None or not vitals.is_stopped:
+                stopped_since = None
+            elif time.monotonic() - (stopped_since := stopped_since or time.monotonic()) >= _STOPPED_S:
+                process.kill()  # nobody would hear of it; what it has acknowledged is durable
             if not self.ready.is_set() and _writer_pid(self._home) == process.pid:
                 self.ready.set()
         if not self.ended.is_set():

@@ -1,10 +1,13 @@
 """Shows what a log says of long work: a line a step, not a line an update, and nothing of short work."""
 
 import io
+import json
+import re
 
+import pytest
 from rich.console import Console
 
-from ensemble.progress import Lines, bar
+from ensemble.progress import Lines, bar, log_of
 
 
 def said(updates):
@@ -47,3 +50,16 @@ def test_where_there_is_no_terminal_lines_are_printed(monkeypatch):
         "export: ranker [of r1] -> ONNX (50%, 0 s)",
         "export: done in 0 s",
     ]
+
+
+def test_a_logs_lines_have_time_and_level_and_may_be_json(capsys: pytest.CaptureFixture[str]) -> None:
+    log_of(False)("WARNING: it died")
+    log_of(True)("WARNING: it died")
+    log_of(True)("it is well")
+    plain, warned, told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ WARNING: it died", plain)
+    assert {k: v for k, v in json.loads(warned).items() if k != "time"} == {
+        "level": "warning",
+        "message": "it died",
+    }
+    assert json.loads(told)["level"] == "info"

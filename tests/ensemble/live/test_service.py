@@ -321,7 +321,8 @@ def test_whatever_a_merge_raises_the_writer_goes_on(tmp_path, rng, monkeypatch):
     service.stop()
 
 
-def test_a_writer_that_is_killed_is_replaced_and_said(tmp_path, rng):
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_writer_that_is_killed_or_stopped_is_replaced_and_said(tmp_path, rng, harm):
     active(make_release(tmp_path, rng))
     log: list[str] = []
 
@@ -333,7 +334,7 @@ def test_a_writer_that_is_killed_is_replaced_and_said(tmp_path, rng):
         wait_until(writer_pid)
         first = writer_pid()
         ItemClient(tmp_path, wait_s=0).delete("i00001")
-        os.kill(first, signal.SIGKILL)
+        os.kill(first, harm)
         wait_until(lambda: writer_pid() not in (0, first))
         wait_until(lambda: log)
         assert ItemClient(tmp_path, wait_s=0).status().sequence == 1, "what was acknowledged is there"
