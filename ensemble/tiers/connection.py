@@ -5,14 +5,25 @@ redis-py is imported late.
 
 from __future__ import annotations
 
+import collections
 import secrets
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from ensemble.errors import InvalidInput, ServerError
 from ensemble.tiers.settings import hidden
 
 _CLUSTER = "+cluster://"
+
+
+class Question(Protocol):
+    """Is what Redis is asked in one MGET, with whatever its asker has to know when the reply comes."""
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Gives the keys."""
+        ...
 
 
 def is_cluster(url: str) -> bool:
@@ -83,30 +94,58 @@ def check_installed() -> None:
     assert hiredis
 
 
-_LAST_LOOK_S = 0.0005
+Asked = TypeVar("Asked", bound=Question)
+_MOST_OWED = 128  # questions whose replies have not come; more are not asked
 
 
-class Caller:
+class Caller(Generic[Asked]):
     """Sends MGETs, on one server over a connection of its own.
 
-    redis-py's pool and command layers cost as much as the rest of the call.
+    redis-py's pool and command layers cost as much as the rest of the call. A reply that does not come in
+    time is owed: a later call reads it before its own, so that nothing which Redis has sent is lost.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.client = open_client(url, timeout_s)
+        self.client, self.timeout_s = open_client(url, timeout_s), timeout_s
         self._connection: Any = None if is_cluster(url) else self.client.connection_pool.make_connection()
+        self._owed: collections.deque[Asked] = collections.deque()
 
-    def mget(self, keys: list[bytes]) -> Any:
-        """Asks for all of a batch's keys in one round trip (a cluster: one for each of its servers)."""
+    @property
+    def owes(self) -> bool:
+        """Says whether replies are still to come."""
+        return bool(self._owed)
+
+    def ask(self, questions: Sequence[Asked]) -> None:
+        """Sends a MGET for each question, in one piece; their replies are owed then."""
         import hiredis
 
-        if self._connection is None:
-            return self.client.mget_nonatomic(keys)
-        if self._connection.is_connected:
-            self._drop_if_unfit()
-        command: tuple[Any, ...] = ("MGET", *keys)
-        self._connection.send_packed_command([hiredis.pack_command(command)])
-        return self._connection.read_response()
+        if len(self._owed) + len(questions) > _MOST_OWED:
+            raise TimeoutError("too many replies are owed")
+        if self._connection is not None:
+            if self._connection.is_connected and not self._owed:
+                self._drop_if_unfit()
+            commands: list[tuple[Any, ...]] = [("MGET", *question.keys) for question in questions]
+            self._connection.send_packed_command([b"".join(map(hiredis.pack_command, commands))])
+        self._owed.extend(questions)
+
+    def replies(self, ends: float) -> Iterator[tuple[Asked, Any]]:
+        """Gives the replies that come until `ends` (monotonic clock), each with its question, oldest first.
+        A cluster's come in as many round trips as it has servers."""
+        from redis.exceptions import TimeoutError as RedisTimeout
+
+        while self._owed:
+            if self._connection is None:
+                yield self._owed[0], self.client.mget_nonatomic(self._owed.popleft().keys)
+                continue
+            parser = self._connection._get_parser()
+            parser.ends = ends
+            try:
+                reply = self._connection.read_response(disconnect_on_error=False)
+            except RedisTimeout:
+                return
+            finally:
+                parser.ends = None
+            yield self._owed.popleft(), reply
 
     def is_in_step(self) -> bool:
         """Says whether the next reply is that of the next command; False for a cluster, which has many
@@ -117,7 +156,7 @@ class Caller:
         """
         import hiredis
 
-        if self._connection is None:
+        if self._connection is None or self._owed:
             return False
         nonce = secrets.token_hex(8)
         command: tuple[Any, ...] = ("PING", nonce)
@@ -137,7 +176,8 @@ class Caller:
             self._connection.disconnect()
 
     def disconnect(self) -> None:
-        """Ends all connections: what comes next is read from new ones."""
+        """Ends all connections: what comes next is read from new ones, and what was owed never comes."""
+        self._owed.clear()
         if self._connection is not None:
             self._connection.disconnect()
             return
@@ -162,16 +202,15 @@ def _deadline_parser(redis: Any) -> type:
     """
 
     class DeadlineParser(redis.connection.DefaultParser):  # type: ignore[misc, name-defined]
+        ends: float | None = None  # of a call of several replies, by the monotonic clock
+
         def read_response(self, *args: Any, **options: Any) -> Any:
-            self.ends, self.looked_again = time.monotonic() + self._socket_timeout, False
+            self._until = time.monotonic() + self._socket_timeout if self.ends is None else self.ends
             return super().read_response(*args, **options)
 
         def read_from_socket(self, *args: Any, **options: Any) -> Any:
-            left_s = self.ends - time.monotonic()
-            if left_s <= 0 and not self.looked_again:  # we may not have run, and the reply may be there
-                self.looked_again, left_s = True, _LAST_LOOK_S
-            if left_s <= 0:
-                raise redis.exceptions.TimeoutError("the reply took longer than the deadline")
+            # What has come by now is read however late it is: on a busy machine it may be us who are late.
+            left_s = max(0.0, self._until - time.monotonic())
             return super().read_from_socket(timeout=left_s)
 
     return DeadlineParser

@@ -7,6 +7,7 @@ Without Redis (the embedded default) it is the snapshot alone, gathered straight
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,6 +113,7 @@ class RowReader:
         fresh = looked.state == FRESH
         if fresh.all() and not looked.absent.any() and not looked.refresh.any():
             return looked.rows, np.zeros(len(rows), np.int64), fresh
+        assert self.redis is not None
         # Absent: Redis says that it has none; unsure: it did not say
         packed, absent, unsure = looked.rows, looked.absent, ~fresh
         ask = np.flatnonzero((looked.state == MISS) | looked.refresh)
@@ -120,6 +122,8 @@ class RowReader:
             answered = self._ask(identities, rows, ask[first], looked, refills)[inverse]
             packed[ask], absent[ask] = packed[ask[first][inverse]], absent[ask[first][inverse]]
             unsure[ask] &= ~answered
+        if self.redis.tracker.connected:  # it would have told if a row in memory had changed
+            unsure &= looked.state == MISS
         held = (looked.state != MISS) | ~unsure
         return self._filled(packed, rows, held & ~absent, unsure)
 
@@ -133,13 +137,14 @@ class RowReader:
         assert self.format is not None
         answered, stamp = np.zeros(len(ask), bool), looked.stamp
         with self._refill:
-            if self._refills != refills:
+            ends = time.monotonic() + self.redis.settings.deadline_ms / 1000
+            if self.redis.catch_up(ends) or self._refills != refills:
                 again = self.memory.peek(identities[ask])
                 stamp, answered = again.stamp, again.state == FRESH
                 there = ask[answered]
                 looked.rows[there], looked.absent[there] = again.rows[answered], again.absent[answered]
             rest = np.flatnonzero(~answered)
-            fetched = self.redis.fetch(self.format, identities[ask[rest]]) if len(rest) else None
+            fetched = self.redis.fetch(self.format, identities[ask[rest]], stamp, ends) if len(rest) else None
             if fetched is not None:
                 valid = np.flatnonzero(fetched.good | fetched.absent)
                 at = ask[rest[valid]]

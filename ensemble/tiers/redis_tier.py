@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,8 @@ from ensemble.tiers.settings import TierSettings
 from ensemble.tiers.tracking import Tracker
 
 _FIRST_CONNECT_S = 1.0
+# Keys of one MGET: some 200 kB come back. Of a large batch whatever pieces come in time are used
+_PIECE = 256
 
 
 class Fetched(NamedTuple):
@@ -38,6 +42,29 @@ class Fetched(NamedTuple):
     partial: Array
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Is one MGET: keys of identities [n, 2], and what is to be known when the reply comes late."""
+
+    keys: list[bytes]
+    format: RowFormat
+    identities: Array
+    stamp: int
+
+
+class _MalformedReplyError(Exception):
+    """Says that a reply is none to what was asked."""
+
+
+def _nothing(row_format: RowFormat) -> Callable[[int], Fetched]:
+    """Makes what stands for n rows that Redis has said nothing of."""
+
+    def of(count: int) -> Fetched:
+        return Fetched(np.zeros(count, row_format.row), *(np.zeros(count, bool) for _ in range(3)))
+
+    return of
+
+
 class RedisTier:
     """Is one process's way to Redis, shared by the readers of users and items; one call at a time."""
 
@@ -50,7 +77,8 @@ class RedisTier:
         self.latencies = Latencies()
         self._memories: dict[str, MemoryTier] = {}
         self._open_lock, self._call = threading.Lock(), threading.Lock()
-        self._caller: Caller | None = None
+        self._caller: Caller[_Asked] | None = None
+        self._is_catching_up = False  # replies that were owed came when they were last looked for
         self.tracker = Tracker(lambda: self._opened().client, shop, release, self._drop, self._start_over)
         self.tracker.wait_first(_FIRST_CONNECT_S)
 
@@ -62,48 +90,103 @@ class RedisTier:
         """Ends the thread that follows what changes."""
         self.tracker.close()
 
-    def fetch(self, row_format: RowFormat, identities: Array) -> Fetched | None:
-        """Fetches the rows of distinct identities [n, 2]; None if Redis was not asked or did not answer in
-        time."""
+    def catch_up(self, ends: float) -> bool:
+        """Puts into L1 what earlier calls had asked for and has come since; says whether that was anything.
+
+        It waits for nothing, and reads on until `ends` (monotonic clock) at most.
+        """
+        with self._call:
+            self._is_catching_up = False
+            if self._caller is None or not self._caller.owes:
+                return False
+            try:
+                for one, values in self._caller.replies(0.0):
+                    self._keep(one, values)
+                    self._is_catching_up = True
+                    if time.monotonic() > ends:
+                        break
+            except Exception as error:  # as in _read
+                self._fail(_cause(error))
+            return self._is_catching_up
+
+    def fetch(self, row_format: RowFormat, identities: Array, stamp: int, ends: float) -> Fetched | None:
+        """Fetches the rows of distinct identities [n, 2] until `ends`, of the monotonic clock.
+
+        What comes later goes to L1 (catch_up), unless it was invalidated since the get with `stamp`. None if
+        Redis was not asked, or has said nothing in time.
+        """
         version = self.tracker.version
         if version is None:
             self.causes["not_loaded" if self.tracker.connected else "unreachable"] += 1
             return None
         keys = keys_from_identities(prefix(version, row_format.table), identities)
+        asked = [
+            _Asked(keys[at : at + _PIECE], row_format, identities[at : at + _PIECE], stamp)
+            for at in range(0, len(keys), _PIECE)
+        ]
         with self._call:
             if not self.breaker.allow():
                 self.causes["breaker_open"] += 1
                 return None
-            values = self._values(keys)
-            if values is None:
-                return None
-            records, good, causes = row_format.unpack(values, identities)
-            if "wrong_id" in causes and not self._is_in_step():
-                self._disconnect()  # Replies have slipped: nothing more may be read from this connection.
+            started = time.perf_counter()
+            answers = self._read(asked, ends)
+            self.latencies.add(time.perf_counter() - started)
+        if not answers:
+            return None
+        nothing = _nothing(row_format)
+        parts = [answers.get(id(one)) or nothing(len(one.keys)) for one in asked]
+        return Fetched(*(np.concatenate(of) if len(of) > 1 else of[0] for of in zip(*parts, strict=True)))
+
+    def _read(self, asked: list[_Asked], ends: float) -> dict[int, Fetched]:
+        """Asks, and gives the answers that come until `ends`, by the id() of what was asked.
+
+        Nothing is retried. While earlier replies are owed nothing is asked or waited for: whoever asked them
+        has waited, and a Redis that is behind catches up no sooner by being asked more.
+        """
+        answers = dict[int, Fetched]()
+        try:
+            caller = self._opened()
+            if not caller.owes:
+                caller.ask(asked)
+                for one, values in caller.replies(ends):
+                    answers[id(one)] = self._answer(one, values)
+            elif self._is_catching_up:  # neither well nor ill: more of it comes until the next call
+                if self.breaker.state == "half_open":
+                    self.breaker.success()
+                return answers
+        except Exception as error:
+            # A broken reply can come out of the parser as anything, and no request may fail for it.
+            self._fail(_cause(error))
+            return answers
+        if len(answers) < len(asked):
+            self.causes["timeout"] += 1
+        if answers:
+            self.breaker.success()
+        else:
+            self.breaker.failure()
+        return answers
+
+    def _keep(self, one: _Asked, values: Any) -> None:
+        """Puts a late reply into L1; rows of events alone would need the snapshot's, and are asked again."""
+        found = self._answer(one, values)
+        whole = (found.good & ~found.partial) | found.absent
+        self._memories[one.format.table].put(
+            one.identities[whole], found.rows[whole], found.absent[whole], one.stamp
+        )
+
+    def _answer(self, one: _Asked, values: Any) -> Fetched:
+        """Reads a reply; ValueError if it is none to the question."""
+        if not isinstance(values, list) or len(values) != len(one.keys):
+            raise _MalformedReplyError
+        records, good, causes = one.format.unpack(values, one.identities)
+        if "wrong_id" in causes and not self._is_in_step():
+            self._disconnect()  # Replies have slipped: nothing more may be read from this connection.
         self.causes.update(causes)
         self.rows_asked += len(values)
         self.rows_found += int(np.count_nonzero(good))
         self.bytes_read += records.nbytes
         absent = np.array([value is None for value in values], bool)
         return Fetched(records["row"], good, absent, good & (records["partial"] == 1))
-
-    def _values(self, keys: list[bytes]) -> list[Any] | None:
-        """Asks for one value a key; None after any failure. Nothing is retried: the snapshot answers
-        meanwhile."""
-        started = time.perf_counter()
-        try:
-            values = self._opened().mget(keys)
-        except Exception as error:
-            # A broken reply can come out of the parser as anything, and no request may fail for it.
-            self._fail(_cause(error))
-            return None
-        finally:
-            self.latencies.add(time.perf_counter() - started)
-        if not isinstance(values, list) or len(values) != len(keys):
-            self._fail("malformed_reply")
-            return None
-        self.breaker.success()
-        return values
 
     def _is_in_step(self) -> bool:
         """Says whether the connection's next reply is that of its next command."""
@@ -118,7 +201,7 @@ class RedisTier:
         self.breaker.failure()
         self._disconnect()
 
-    def _opened(self) -> Caller:
+    def _opened(self) -> Caller[_Asked]:
         """Opens the client when it is first asked for: opening a cluster's asks it for its servers."""
         with self._open_lock:
             if self._caller is None:
@@ -169,6 +252,7 @@ def _cause(error: Exception) -> str:
     """Names the counter that an error goes to: a fixed word, never its text."""
     name = type(error).__name__
     known = {
+        "_MalformedReplyError": "malformed_reply",
         "TimeoutError": "timeout",
         "ConnectionError": "connection",
         "AuthenticationError": "auth",

@@ -23,9 +23,8 @@ class TierSettings:
     """Says where Redis is, and for how long to believe what it said. Times are of the monotonic clock."""
 
     url: str = field(repr=False)  # redis://, rediss:// (TLS), unix://; redis+cluster:// for a cluster
-    # Of every call to Redis, connecting included; after it the snapshot answers. A process that shares its
-    # cores may not run for 5 to 10 ms
-    deadline_ms: float = 15.0
+    # Of every call to Redis, connecting included; after it the snapshot answers, and what comes late is kept
+    deadline_ms: float = 5.0
     # Past it a row in memory is asked for again, and used only if Redis does not answer
     soft_ttl_s: float = 30.0
     hard_ttl_s: float = 300.0  # past it a row in memory is never used

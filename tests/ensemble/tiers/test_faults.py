@@ -16,6 +16,7 @@ from reading import assert_own_items, assert_own_rows, read_users, status, wait_
 from ensemble.contract import Degraded
 from ensemble.options import default_options
 from ensemble.steps.features import FeatureLookup
+from ensemble.tiers.connection import Caller
 from ensemble.tiers.load import load_release
 from ensemble.tiers.records import item_identities, keys_from_identities, prefix, user_identities
 
@@ -445,3 +446,73 @@ def test_the_steps_flag_what_is_stale(own_server, release, monkeypatch, tmp_path
         np.testing.assert_array_equal(out[name], wanted[name], err_msg=name)
     assert any(one.name == "peregrine_tier_stale" and one.value > 0 for one in tiered.metrics())
     tiered.readers.close()
+
+
+def mgets(server) -> int:
+    return server.client().info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"]
+
+
+def test_a_reply_that_comes_late_is_kept_for_the_next_request(server, release, open_readers, proxy):
+    """Else a memory never warms whose batches take longer than the deadline."""
+    between = proxy(server)
+    readers = open_readers(server, url=between.url, deadline_ms=20)
+    wait_until(lambda: readers.redis.tracker.connected)
+    between.delay_s = 0.15
+    asked = mgets(server)
+    rows = np.arange(1, 121).reshape(2, 60)
+    assert readers.items.read_items(rows).status_of_users().tolist() == [STALE, STALE]
+    time.sleep(0.4)
+    found = readers.items.read_items(rows)
+    assert_own_items(found, release, rows)
+    assert not np.any(found.status_of_users())
+    assert mgets(server) == asked + 1, "nothing is asked twice"
+    assert readers.redis.breaker.state == "closed"
+
+
+def test_a_reply_that_comes_late_is_not_kept_if_its_row_changed_meanwhile(
+    server, release, open_readers, proxy
+):
+    between = proxy(server)
+    readers = open_readers(server, url=between.url, deadline_ms=20)
+    wait_until(lambda: readers.redis.tracker.connected)
+    between.delay_s = 0.2
+    assert status(read_users(readers, release, USERS[:2])) == [STALE, STALE]
+    key, before = user_key(readers, USERS[0]), readers.users.memory.counters.invalidations
+    server.client().delete(key)
+    wait_until(lambda: readers.users.memory.counters.invalidations > before)
+    time.sleep(0.3)
+    between.delay_s = 0.0
+    asked = mgets(server)
+    found = read_users(readers, release, USERS[:2])
+    assert mgets(server) == asked + 1, "the row that changed is asked for again"
+    assert status(found) == [0, 0]
+    assert_own_rows(found, release, USERS[:2])
+
+
+def test_what_has_come_is_read_though_we_are_late_ourselves(server, release, open_readers, monkeypatch):
+    """A busy machine: the reply lay there while this process was not run."""
+    readers = open_readers(server, deadline_ms=20)
+    ask = Caller.ask
+
+    def and_sleep(caller, questions) -> None:
+        ask(caller, questions)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Caller, "ask", and_sleep)
+    assert status(read_users(readers, release, USERS[:3])) == [0, 0, 0]
+    assert not readers.redis.causes
+
+
+def test_rows_in_memory_are_not_stale_while_redis_would_tell_of_a_change(
+    server, release, open_readers, proxy
+):
+    between = proxy(server)
+    readers = open_readers(server, url=between.url, deadline_ms=20, soft_ttl_s=0.2, hard_ttl_s=30)
+    assert status(read_users(readers, release, USERS[:3])) == [0, 0, 0]
+    between.delay_s = 0.5
+    time.sleep(0.25)
+    assert readers.redis.tracker.connected
+    found = read_users(readers, release, USERS[:3])
+    assert status(found) == [0, 0, 0]
+    assert_own_rows(found, release, USERS[:3])
+    assert readers.redis.causes["timeout"] == 1, "they were asked for again all the same"
