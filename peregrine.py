@@ -55,6 +55,7 @@ COMMANDS = {
     "serve": Command("ensemble.cli.serve", "serve", "Serve the active release with Triton, over gRPC."),
     "status": Command("ensemble.cli.status", "status", "Say how a repository is served, and what is wrong."),
     "recommend": Command("clients.cli.recommend", "recommend", "Ask for ranked lists."),
+    "search": Command("clients.cli.search", "search", "Find what fits a text or a picture."),
     "features": Command("ensemble.cli.features", "app", "Load feature rows into Redis; measure the tiers."),
     "events": Command("clients.cli.events", "app", "Write live events into the feature rows."),
     "bench": Command(

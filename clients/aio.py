@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from clients.client import NORMAL, ClientCore
 from clients.results import Recommendations
+from clients.search import Picture
 from clients.wire import Answer, Call
 from ensemble.options import Id, Ids, RequestOptions
 
@@ -36,6 +37,20 @@ class AsyncClient(ClientCore):
     ) -> list[Recommendations]:
         """Gives the lists of several users in one request, as Client.recommend_many does."""
         return await self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
+
+    async def search(
+        self,
+        user_id: Id,
+        text: str = "",
+        *,
+        image: Picture | None = None,
+        budget_ms: float | None = None,
+        priority: str = NORMAL,
+        **options: Unpack[RequestOptions],
+    ) -> Recommendations:
+        """Gives one user's list of what fits a query, with Client.search's arguments and errors."""
+        call = self._search_call(user_id, text, image, options, budget_ms)
+        return (await self._answer(call, priority))[0]
 
     async def aclose(self) -> None:
         """Closes the client without holding up the loop."""

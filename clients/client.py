@@ -41,6 +41,7 @@ from clients.policy import (
     Servers,
 )
 from clients.results import Recommendations
+from clients.search import Picture, call_of_search
 from clients.transport import GrpcTransport, Transport
 from clients.wire import Answer, Call, call_from_options, recommendations_from_answer
 from ensemble.options import Id, Ids, RequestOptions
@@ -112,6 +113,18 @@ class ClientCore:
             user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user
         )
 
+    def _search_call(
+        self,
+        user_id: Id,
+        text: str,
+        image: Picture | None,
+        options: Mapping[str, Any],
+        budget_ms: float | None,
+    ) -> Call:
+        return call_of_search(
+            user_id, text, image, options, self._budget_ms if budget_ms is None else budget_ms
+        )
+
     def _asked(self, call: Call, priority: str) -> Generator[Wait, None, list[Recommendations]]:
         """Answers a call: yields what to wait for, and gives the lists in the end."""
         if priority not in (HIGH, NORMAL):
@@ -121,7 +134,9 @@ class ClientCore:
         try:
             answer = yield from self._first_answer(call, started)
         except CallError as error:
-            popular = self._popular.answer(call, (time.perf_counter() - started) * 1e3)
+            # Everybody's list is no answer to a search
+            asks = not call.contents
+            popular = self._popular.answer(call, (time.perf_counter() - started) * 1e3) if asks else []
             if not popular or (isinstance(error, Overloaded) and call.budget_ms is None):
                 raise
             return popular
@@ -262,6 +277,20 @@ class Client(ClientCore):
         """Gives the lists of several users in one request; each option of `recommend` is shared, or a list
         with one value per user."""
         return self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
+
+    def search(
+        self,
+        user_id: Id,
+        text: str = "",
+        *,
+        image: Picture | None = None,
+        budget_ms: float | None = None,
+        priority: str = NORMAL,
+        **options: Unpack[RequestOptions],
+    ) -> Recommendations:
+        """Gives one user's list of what fits a text, a picture (a file's bytes, or its path), both, or the
+        items `like`; items say in `finders` what brought them. Errors as of `recommend`."""
+        return self._answer(self._search_call(user_id, text, image, options, budget_ms), priority)[0]
 
     def __enter__(self) -> Client:
         return self

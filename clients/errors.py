@@ -102,6 +102,12 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
             "into server.json in its state folder",
             status,
         )
+    if "'search'" in text and ("has no available versions" in text or status == "NOT_FOUND"):
+        return Unavailable(
+            f"server {target} has no search: its release encodes no texts or pictures, or it is draining; "
+            "give a feature of its items an `encoder` in shop.toml and build again",
+            status,
+        )
     if status == "UNAVAILABLE":
         return Unavailable(
             f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?",

@@ -1,4 +1,4 @@
-"""Holds what a call to `recommend` gives back: small, typed, frozen."""
+"""Holds what a call to `recommend` or `search` gives back: small, typed, frozen."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Item(NamedTuple):
     item_id: str
     score: float  # the blended number that sorts
     probabilities: dict[str, float]  # by task: calibrated probability, or a regression's predicted number
+    finders: tuple[str, ...] = ()  # of a search: what brought it, of words, text and image
 
 
 @dataclass(frozen=True)

@@ -223,9 +223,12 @@ def proto_from_call(call: Call, model: str, *, is_local: bool = False) -> Any:
     was sent. InvalidArgument where it is too large."""
     from tritonclient.grpc import service_pb2
 
-    request = service_pb2.ModelInferRequest(model_name=model)
+    request = service_pb2.ModelInferRequest(model_name=call.model or model)
     request.inputs.add(name="user_id", datatype="BYTES", shape=(len(call.user_ids), 1))
     request.raw_input_contents.append(encode_bytes(call.user_ids))
+    for name, content in call.contents:
+        request.inputs.add(name=name, datatype="BYTES", shape=(len(call.user_ids), 1))
+        request.raw_input_contents.append(encode_bytes([content] * len(call.user_ids)))
     for name, value in call.parameters.items():
         setattr(request.parameters[name], _FIELDS[type(value)], value)
     if call.budget_ms is not None:

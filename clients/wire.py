@@ -24,7 +24,7 @@ Parameter: TypeAlias = bool | int | float | str
 Answer: TypeAlias = Mapping[str, Any]  # tensor name -> Array; a BYTES tensor is a flat list of bytes
 
 _MANY = 64  # elements from which numpy is faster than a loop
-_ID_LISTS = ("session_items", "exclude_items")
+_ID_LISTS = ("session_items", "exclude_items", "like")
 _SCALARS = {type(None), bool, int, float, str, bytes}
 
 
@@ -35,6 +35,8 @@ class Call:
     user_ids: tuple[bytes, ...]
     parameters: dict[str, Parameter]
     budget_ms: float | None = None
+    model: str = ""  # the alias that is called; empty: the one that the transport calls
+    contents: tuple[tuple[str, bytes], ...] = ()  # of a search, by input: the same for each user
 
 
 def call_from_options(
@@ -175,6 +177,11 @@ def recommendations_from_answer(call: Call, answer: Answer, latency_ms: float) -
     raise ServerFault(f"the server said OK, but its answer cannot be read: {fault}; its log has the details")
 
 
+def _names(finders: bytes) -> tuple[str, ...]:
+    """Gives the names of the finders that the answer joins by commas."""
+    return tuple(finders.decode().split(",")) if finders else ()
+
+
 def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendations]:
     """Cuts the tensors of an answer into one list per user."""
     num_users = len(call.user_ids)
@@ -184,15 +191,17 @@ def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendati
     scores = np.asarray(answer["scores"]).reshape(num_users, depth).tolist()
     probabilities = np.asarray(answer["probabilities"]).reshape(num_users, depth, len(tasks)).tolist()
     degraded = np.asarray(answer["degraded"]).ravel().tolist()
+    finders: list[bytes] = answer["finders"] if "finders" in answer else [b""] * len(ids)
     sequences = np.asarray(answer["sequence"]).ravel().tolist()
     results = []
     for row, user in enumerate(call.user_ids):
         mine = ids[row * depth : (row + 1) * depth]
-        columns = zip(mine, scores[row], probabilities[row], strict=True)
+        found = [_names(one) for one in finders[row * depth : (row + 1) * depth]]
+        columns = zip(mine, scores[row], probabilities[row], found, strict=True)
         items = tuple(
             [
-                Item(item.decode("utf-8", "replace"), score, dict(zip(tasks, values, strict=True)))
-                for item, score, values in columns
+                Item(item.decode("utf-8", "replace"), score, dict(zip(tasks, values, strict=True)), names)
+                for item, score, values, names in columns
                 if item
             ]
         )

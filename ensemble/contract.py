@@ -2,9 +2,12 @@
 checks, clients.
 
     recommend:  features -> user_encoder -> recall -> ranker -> reranking
+    search:     features -> user_encoder; text_query, image_query -> search_recall -> ranker
+                -> search_reranking
 
-To add a model before recall, say text_encoder: define its tensors, add its ModelSpec, and, if recall shall
-search with its output, name that tensor in QUERY_TENSORS.
+A release has every pipeline that `pipelines` gives for its schema; their models of one name are one member.
+To add a model before recall: define its tensors, add its ModelSpec, and, if recall shall search with its
+output, name that tensor in QUERY_TENSORS.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from ensemble.schema import EncoderSizes, Schema
 from ensemble.spec import BATCH, ENGINE_STEP, Axis, Dtype, ModelSpec, PipelineSpec, TensorSpec
 
 TEXT, IMAGE = "text_encoder", "image_encoder"  # what encodes items' texts and pictures
-PIPELINE = "recommend"  # the alias that clients call
+PIPELINE, SEARCH = "recommend", "search"  # the aliases that clients call
+PIPELINES = (PIPELINE, SEARCH)  # every release has the first one
+CONTENTS = ("query_text", "query_image")  # inputs that are no ids: any bytes, empty where there is nothing
+MAX_TEXT_BYTES = 2_000  # of a query
+MAX_PICTURES, MAX_PICTURES_BYTES = 8, 6 << 20  # of one request
 
 # Tensors [B, *, D] that recall searches the index with.
 QUERY_TENSORS = ("user_embeddings",)
@@ -40,6 +47,7 @@ class Degraded(IntFlag):
     CANARY_FAILED = 32
     # A value of the request's context is none that the release knows, or its shop has no context at all
     UNKNOWN_CONTEXT = 64
+    NO_MATCH = 128  # nothing in the catalogue fits the query
     # Nobody looked for this user: the budget was spent, or no server answered. The list is everybody's
     POPULAR = 256
 
@@ -78,6 +86,46 @@ def recommend(schema: Schema) -> PipelineSpec:
         outputs=tuple(t[n] for n in ANSWER),
         max_batch=schema.sizes.max_batch,
     )
+
+
+def search(schema: Schema) -> PipelineSpec:
+    """Builds the pipeline behind `search`: what a query finds, in an order that the user's taste moves."""
+    t = _tensors(schema)
+    shared = {model.name: model for model in recommend(schema).models}
+    queries = (
+        ModelSpec("text_query", "ensemble.steps.query:TextQuery", (t["query_text"],), (t["query_words"],)),
+        ModelSpec("image_query", "ensemble.steps.query:ImageQuery", (t["query_image"],), (t["query_look"],)),
+    )
+    recall = ModelSpec(
+        "search_recall",
+        "ensemble.steps.search:SearchRecall",
+        tuple(t[n] for n in (*QUERY_TENSORS, *SEEN_TENSORS, "user_id", "query_text", *QUERY_VECTORS)),
+        tuple(t[n] for n in (*RECALL_OUTPUTS, *RELEVANCES)),
+    )
+    reranking = ModelSpec(
+        "search_reranking",
+        "ensemble.steps.search:SearchReranking",
+        tuple(t[n] for n in (*RERANKING_INPUTS, *RELEVANCES)),
+        tuple(t[n] for n in SEARCH_ANSWER),
+    )
+    return PipelineSpec(
+        SEARCH,
+        inputs=tuple(t[n] for n in ("user_id", *CONTENTS)),
+        models=(shared["features"], shared["user_encoder"], *queries, recall, shared["ranker"], reranking),
+        outputs=tuple(t[n] for n in SEARCH_ANSWER),
+        max_batch=schema.sizes.max_batch,
+    )
+
+
+def pipelines(schema: Schema) -> tuple[PipelineSpec, ...]:
+    """Lists a release's pipelines: recommend, and, where something encodes texts or pictures, search."""
+    return (recommend(schema), search(schema)) if schema.encoders else (recommend(schema),)
+
+
+def members(schema: Schema) -> tuple[ModelSpec, ...]:
+    """Lists the steps of all pipelines, each once, and the engines beside them."""
+    steps = {model.name: model for pipeline in pipelines(schema) for model in pipeline.models}
+    return (*steps.values(), *beside(schema))
 
 
 SEEN_TENSORS = ("seen_rows", "seen_kinds", "seen_recencies")
@@ -123,6 +171,9 @@ RERANKING_INPUTS = (
 ITEM_ENCODER_INPUTS = ("item_id_embedding", "item_codes", "item_values")
 ITEM_ENCODER_OUTPUTS = ("item_embedding", "item_features")
 ANSWER = ("item_ids", "scores", "probabilities", "tasks", "degraded", "release", "sequence")
+QUERY_VECTORS = ("query_words", "query_look")
+RELEVANCES = ("candidate_relevance", "candidate_finders")
+SEARCH_ANSWER = (*ANSWER, "finders")
 
 
 def item_encoder(schema: Schema) -> ModelSpec:
@@ -166,6 +217,7 @@ def beside(schema: Schema) -> tuple[ModelSpec, ...]:
 def _axes(schema: Schema) -> dict[str, Axis]:
     """Gives every axis by its letter; codes and values of items and users by "items C" and the like."""
     s, items, users = schema.sizes, schema.items, schema.users
+    widths = {encoder.model: encoder.width for encoder in schema.encoders}
     axes = (
         Axis("1", "one a row", 1),
         Axis("W", "seen", s.seen),
@@ -180,6 +232,8 @@ def _axes(schema: Schema) -> dict[str, Axis]:
         Axis("S", "recall sources", len(schema.sources)),
         Axis("T", "tasks", len(schema.tasks)),
         Axis("K", "returned", None),
+        Axis("V", "text vector, or 1", widths.get(TEXT, 1)),
+        Axis("Z", "image vector, or 1", widths.get(IMAGE, 1)),
         Axis("E", "id embedding: D for the encoder, F for the ranker", s.embedding + s.item_features),
     )
     packed = {
@@ -305,6 +359,13 @@ _TENSORS: tuple[tuple[str, Dtype, tuple[str, ...], str], ...] = (
     ("degraded", "int64", ("1",), "bits of contract.Degraded"),
     ("release", "bytes", ("1",), "the name of the release that answered"),
     ("sequence", "int64", ("1",), "number of the last change to items that this list knows; 0: none yet"),
+    ("query_text", "bytes", ("1",), f"UTF-8, at most {MAX_TEXT_BYTES} bytes; empty: nothing is typed"),
+    ("query_image", "bytes", ("1",), "a JPEG, PNG or WebP file; empty: nothing is shown"),
+    ("query_words", "float32", ("V",), "the text's vector, of length 1; 0 where there is none"),
+    ("query_look", "float32", ("Z",), "the picture's vector, of length 1; 0 where there is none"),
+    ("candidate_relevance", "float32", ("N",), "log odds that the item fits the query, 0 where padded"),
+    ("candidate_finders", "int64", ("N",), "bits of the finders (steps/finders.py) that brought the item"),
+    ("finders", "bytes", ("K",), "what brought each item, such as words,text; empty where padded"),
     ("item_id_embedding", "float32", ("E",), "the item's id row; row 0 when it is new"),
     ("item_codes", "int32", ("items C",), "category and text features, 0 = nothing"),
     ("item_values", "float32", ("items R",), "number and vector features, standardized"),
@@ -328,6 +389,6 @@ def fingerprint(schema: Schema) -> str:
     A release fits only the contract it was built for. Where a step's class lies is no part of it: moving a
     file makes no release another one.
     """
-    models = (*recommend(schema).models, *beside(schema))
+    models = members(schema)
     wiring = [(m.name, m.is_engine, [(str(t), t.dims) for t in (*m.inputs, *m.outputs)]) for m in models]
     return hashlib.sha256(repr(wiring).encode()).hexdigest()[:16]

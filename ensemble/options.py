@@ -40,7 +40,7 @@ class RequestOptions(TypedDict, total=False):
     top_k: int | None  # items wanted; default 10
     session_items: Ids | None  # looked at just now, newest last; read after the stored history
     exclude_items: Ids | None  # never to be returned
-    exclude_seen: bool | None  # leave out what the user has had; default True
+    exclude_seen: bool | None  # leave out what the user has had; default True, of a search False
     allow: Mapping[str, Sequence[str] | Array] | None  # {category feature: [values]}: only these
     deny: Mapping[str, Sequence[str] | Array] | None  # {category feature: [values]}: none of these
     # {number feature: [least, greatest]}, both included, None = open: {"price": [5, 20], "stock": [1, None]}
@@ -53,6 +53,7 @@ class RequestOptions(TypedDict, total=False):
     time: float | None
     # {context feature: its value}, such as {"device": "phone", "hour": 13}; None = nothing is said
     context: Mapping[str, str | float | None] | None
+    like: Ids | None  # of a search: items that the list shall be like, whose own places it leaves free
 
 
 OPTION_NAMES = tuple(RequestOptions.__annotations__)
@@ -69,6 +70,7 @@ NOTHING_ASKED: RequestOptions = {
     "diversity": 0.0,
     "time": None,
     "context": {},
+    "like": [],
 }
 # Triton's own, which may travel along with ours.
 _FOREIGN = (
@@ -115,7 +117,7 @@ class UserOptions:
     top_k: int = DEFAULT_TOP_K
     session_items: tuple[bytes, ...] = ()
     exclude_items: tuple[bytes, ...] = ()
-    exclude_seen: bool = True
+    exclude_seen: bool | None = None  # None: as the pipeline does
     allow: tuple[Category, ...] = ()
     deny: tuple[Category, ...] = ()
     ranges: tuple[Range, ...] = ()
@@ -124,6 +126,7 @@ class UserOptions:
     diversity: float = 0.0
     time: float | None = None
     context: Context = NO_CONTEXT
+    like: tuple[bytes, ...] = ()
 
     @property
     def filter(self) -> Filter | None:
@@ -161,8 +164,15 @@ class Options:
 
     @property
     def exclude_seen(self) -> Array:
-        """Says whose past items are left out: [B] bool."""
-        return np.array([u.exclude_seen for u in self.users], bool)
+        """Says whose past items are left out: [B] bool, of everybody who does not say."""
+        return np.array([u.exclude_seen is not False for u in self.users], bool)
+
+    def of_search(self) -> Options:
+        """Gives the options as a search takes them: whoever does not say may find again what he has had."""
+        if all(user.exclude_seen is not None for user in self.users):
+            return self
+        users = (u if u.exclude_seen is not None else replace(u, exclude_seen=False) for u in self.users)
+        return replace(self, users=tuple(users))
 
     def times(self, now: float) -> Array:
         """Gives when each user's request counts as made: [B] float64 Unix seconds, `now` where none is
@@ -181,7 +191,7 @@ class Options:
         return np.array([u.context.is_known for u in self.users], bool)
 
     def ids(self, name: str) -> tuple[Array, Array]:
-        """Gives all users' session_items or exclude_items, flat: (owners [L] int64, ids [L] S)."""
+        """Gives all users' session_items, exclude_items or like, flat: (owners [L] int64, ids [L] S)."""
         lists = [getattr(u, name) for u in self.users]
         owners = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
         return owners, np.array([i for ids in lists for i in ids], dtype="S") if len(owners) else np.zeros(
@@ -403,6 +413,7 @@ _READERS: dict[str, tuple[Reader, bool]] = {
     "diversity": (_share, False),
     "time": (_time, False),
     "context": (read_context, False),
+    "like": (_ids, True),
 }
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array, Tensors
+from ensemble.contract import CONTENTS
 from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
-from ensemble.local import open_step, rows_of, warm
+from ensemble.local import open_step, read_request, rows_of, warm
 from ensemble.options import Options, deadline_of, default_options, parse_options, stack, with_deadline
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
@@ -68,7 +69,9 @@ class PythonModel:
                 # Once: looking each up by name walks the list each time.
                 given = {tensor.name(): tensor for tensor in request.inputs()}
                 tensors = {spec.name: _array(given[spec.name], spec) for spec in self.model.inputs}
-                options.append(self._options(request, len(next(iter(tensors.values())))))
+                asked = self._options(request, len(next(iter(tensors.values()))))
+                tensors = read_request(self.step, asked, tensors)
+                options.append(asked)
             except InvalidArgument as error:
                 responses[i] = _failed(error, pb_utils.TritonError.INVALID_ARG)
                 continue
@@ -114,9 +117,9 @@ class PythonModel:
 def _array(tensor: Any, spec: TensorSpec) -> Array:
     """Gives a request's tensor [B, ...] as the step takes it: ids, which come as objects, as S."""
     array = tensor.as_numpy()
-    return (
-        encode_ids(spec.name, array.ravel().tolist()).reshape(array.shape) if spec.dtype == "bytes" else array
-    )
+    if spec.dtype != "bytes" or spec.name in CONTENTS:
+        return array
+    return encode_ids(spec.name, array.ravel().tolist()).reshape(array.shape)
 
 
 def _failed(error: Exception, code: int) -> Any:

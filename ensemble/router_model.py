@@ -1,4 +1,4 @@
-"""Is the TritonPythonModel of a route's router, the step of `recommend` while a canary is tried.
+"""Is the TritonPythonModel of a route's router, the step of a pipeline's alias while a canary is tried.
 
 In an ensemble it calls the releases' own ensembles (Triton's business logic scripting); served fused, it runs
 both pipelines in its process. What is asked of whom, and when: ensemble/steps/router.py.
@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array
-from ensemble.contract import ANSWER, PIPELINE
+from ensemble.contract import PIPELINE, SEARCH
 from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument
@@ -31,6 +31,8 @@ from ensemble.release.release import open_release
 from ensemble.release.route import route_from_json
 from ensemble.server.router_files import NUMBERS
 from ensemble.server.watched import PROBE
+from ensemble.spec import PipelineSpec
+from ensemble.steps.query import check_query
 from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Metric, Publisher
@@ -55,7 +57,7 @@ class _Outputs(Mapping[str, Array]):
 
 
 class RouterModel:
-    """Answers recommend by the releases of the route that stands in its config.pbtxt."""
+    """Answers a pipeline by the releases of the route, which both stand in its config.pbtxt."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the route, and where it is served fused both releases; an error here fails the load."""
@@ -64,6 +66,7 @@ class RouterModel:
         parameters = json.loads(args["model_config"])["parameters"]
         mounted = Path(args["model_repository"]).parent
         self.route = route_from_json(parameters["route"]["string_value"], args["model_name"])
+        self.name = parameters["pipeline"]["string_value"] if "pipeline" in parameters else PIPELINE
         is_fused, self.pipelines = "fused" in parameters, list[BatchedPipeline]()
         repository = Path(os.environ.get(REPOSITORY_VARIABLE, mounted))
         home = Path(os.environ.get(HOME_VARIABLE, repository))
@@ -83,18 +86,22 @@ class RouterModel:
 
         Wrong ones are told here: the code of a call's error is lost on the way (INTERNAL, on 2.51).
         """
-        schemas = {name: open_release(repository, name).schema for name in self.route.releases}
+        releases = {name: open_release(repository, name) for name in self.route.releases}
+        self.spec = releases[self.route.main].pipelines[self.name]
 
-        def check(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> None:
+        def check(release: str, inputs: Array, parameters: Mapping[str, Any]) -> None:
             """Raises InvalidArgument for what the release's steps would refuse."""
-            prepared(user_ids, parameters, schemas[release])
+            tensors, options = prepared(inputs, parameters, releases[release].schema, self.spec)
+            if self.name == SEARCH:
+                check_query(options, tensors)
 
-        return Router(self.route, _ask, check)
+        return Router(self.route, partial(_ask, self.spec), check)
 
     def _fused(self, repository: Path, home: Path) -> FusedRouter:
         """Opens both releases in this process."""
         releases = [open_served(repository, name, home) for name in self.route.releases]
-        self.pipelines = [BatchedPipeline(release) for release in releases]
+        self.pipelines = [BatchedPipeline(release, self.name) for release in releases]
+        self.spec = releases[0].pipelines[self.name]
         for release in releases:
             release.live.follow()
         return FusedRouter(self.route, self.pipelines)
@@ -107,7 +114,7 @@ class RouterModel:
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """Answers requests: at once where it is fused; else each when it is done, as the next ones come."""
         self._publish()
-        asked = [_request(request) for request in requests]
+        asked = [_request(request, self.spec) for request in requests]
         if isinstance(self.router, FusedRouter):
             good = [one for one in asked if isinstance(one, Request)]
             answers = iter(self.router.answer(good))
@@ -152,18 +159,22 @@ class RouterModel:
             pipeline.release.close()
 
 
-def _request(request: Any) -> Request | InvalidArgument:
+def _request(request: Any, spec: PipelineSpec) -> Request | InvalidArgument:
     """Reads one of Triton's requests; what cannot be read is the caller's fault, and no batch-mate's."""
+    name = ""
     try:
         parameters = request.parameters()
         if PROBE in parameters:
             return InvalidArgument(f"{PROBE}: the router is at work")
-        return Request(request.inputs()[0].as_numpy(), parameters, request.timeout())
+        given, columns = {tensor.name(): tensor for tensor in request.inputs()}, []
+        for name in (tensor.name for tensor in spec.inputs):
+            columns.append(given[name].as_numpy())
+        return Request(np.concatenate(columns, axis=1), parameters, request.timeout())
     except Exception as error:
-        return InvalidArgument(f"user_id: cannot be read: {error}")
+        return InvalidArgument(f"{name}: cannot be read: {error}")
 
 
-def _ask(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> Any:
+def _ask(spec: PipelineSpec, release: str, inputs: Array, parameters: Mapping[str, Any]) -> Any:
     """Asks a release's ensemble; CallFailed with Triton's message and code. Called in a thread.
 
     Parameters of such a call are bool, int and str only: a double goes as its JSON, which is read as one.
@@ -174,9 +185,12 @@ def _ask(release: str, user_ids: Array, parameters: Mapping[str, Any]) -> Any:
     }
     try:
         response = pb_utils.InferenceRequest(
-            model_name=f"{release}_{PIPELINE}",
-            requested_output_names=list(ANSWER),
-            inputs=[pb_utils.Tensor("user_id", user_ids)],
+            model_name=f"{release}_{spec.name}",
+            requested_output_names=[tensor.name for tensor in spec.outputs],
+            inputs=[
+                pb_utils.Tensor(tensor.name, np.ascontiguousarray(inputs[:, [column]]))
+                for column, tensor in enumerate(spec.inputs)
+            ],
             parameters=plain,
         ).exec()
     except Exception as error:  # pb_utils.TritonModelException, where the model is not there

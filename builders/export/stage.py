@@ -17,6 +17,7 @@ from builders.index.snapshot import write_items, write_older, write_users
 from builders.index.stage import OPTIONAL_FILES, SERVED_FILES, open_recall
 from builders.progress import Progress
 from builders.ranker.positions import POSITIONS
+from builders.search.files import write_search_files
 from ensemble import contract
 from ensemble.arrays import Array
 from ensemble.release.ids import write_ids
@@ -74,6 +75,7 @@ def _write_rows(dataset: Dataset, trained: Trained, item_embeddings: Array, fold
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
     write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
     write_older(dataset, folder)
+    write_search_files(dataset, folder)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
     np.save(folder / "item_titles.npy", dataset.item_titles)
     np.save(folder / "new_item_id_embedding.npy", trained.item_id_embeddings[:1])

@@ -54,9 +54,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     name = options.release or next_release_name(repository)
     (folder / _NAME).write_text(name)
     schema = open_schema(staged)
-    pipeline, beside = contract.recommend(schema), contract.beside(schema)
-    members = write_members(pipeline, beside, name, folder)
-    for model in (*pipeline.models, *beside):
+    members = write_members(contract.pipelines(schema), contract.beside(schema), name, folder)
+    for model in contract.members(schema):
         for engine in sorted((staged / "engines" / model.name).glob("*.onnx")):
             link(engine, members[model.name] / "1" / engine.name)
     own = folder / name

@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ensemble.engines.plans import PLAN_FILE, batch_sizes
-from ensemble.release.repository import ALIAS_FILE, FUSED, MODEL_PY
+from ensemble.release.repository import FUSED, MODEL_PY, alias_file
 from ensemble.spec import Dtype, ModelSpec, PipelineSpec, TensorSpec
 
 _TYPES: Mapping[Dtype, str] = {
@@ -106,25 +106,28 @@ def config_text(config: ModelConfig) -> str:
 
 
 def write_members(
-    pipeline: PipelineSpec, extra: Sequence[ModelSpec], release: str, folder: Path
+    pipelines: Sequence[PipelineSpec], extra: Sequence[ModelSpec], release: str, folder: Path
 ) -> dict[str, Path]:
-    """Writes each member's config.pbtxt and model.py, and the ensemble's, under `folder`; returns {model
+    """Writes each member's config.pbtxt and model.py, and the ensembles', under `folder`; returns {model
     name: its folder}.
 
-    `extra` are members outside the ensemble (item_encoder). Engines' model.onnx go beside their model.py; the
-    folder named by the release gets the alias. All is then what repository.publish takes.
+    `extra` are members outside the ensembles (item_encoder). Engines' model.onnx go beside their model.py;
+    the folder named by the release gets the aliases. All is then what repository.publish takes.
     """
-    models = (*pipeline.models, *extra)
+    models = {spec.name: spec for pipeline in pipelines for spec in pipeline.models}
+    models |= {spec.name: spec for spec in extra}
     folders = {
-        name: folder / f"{release}_{name}" for name in (*(spec.name for spec in models), pipeline.name)
+        name: folder / f"{release}_{name}" for name in (*models, *(pipeline.name for pipeline in pipelines))
     }
-    for spec in models:
-        _write(folders[spec.name], member_config(spec, release, pipeline.max_batch))
+    for spec in models.values():
+        _write(folders[spec.name], member_config(spec, release, pipelines[0].max_batch))
         (folders[spec.name] / "1" / "model.py").write_text(MODEL_PY, encoding="utf-8")
-    _write(folders[pipeline.name], ensemble_config(pipeline, release))
-    _write_fused(folders[pipeline.name], member_config(pipeline.fused, release, pipeline.max_batch))
     (folder / release).mkdir(exist_ok=True)
-    (folder / release / ALIAS_FILE).write_text(config_text(alias_config(pipeline, release)), encoding="utf-8")
+    for pipeline in pipelines:
+        _write(folders[pipeline.name], ensemble_config(pipeline, release))
+        _write_fused(folders[pipeline.name], member_config(pipeline.fused, release, pipeline.max_batch))
+        alias = config_text(alias_config(pipeline, release))
+        (folder / release / alias_file(pipeline.name)).write_text(alias, encoding="utf-8")
     return folders
 
 

@@ -22,6 +22,7 @@ from builders.export.verifier import Verifier
 from builders.folders import Inputs, link
 from builders.index.staged import StagedRelease
 from builders.progress import Progress
+from builders.search.fit import fit_search
 from builders.verify.canary import canary_of
 from builders.verify.stage import read_json, served_facts
 from ensemble.arrays import Array
@@ -31,6 +32,7 @@ from ensemble.json_text import json_text
 from ensemble.local import LocalPipeline
 from ensemble.release.canary import CANARY
 from ensemble.release.held_out import HELD_OUT
+from ensemble.steps.search_settings import SEARCH_FILE
 
 _ASKED = 500  # users whose lists show which items are shown
 _TOP_K = 10
@@ -53,11 +55,14 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     progress(0.8, "new items in the lists")
     refit["new_items"] = new_items(inputs, dataset, verified, staged)
     report |= {**served_facts(inputs, staged, verifier), "refit": refit}
-    (folder / "report.json").write_text(json_text(report, indent=1))
     page = (inputs["verified_verify"] / "report.md").read_text()
     (folder / "report.md").write_text(page + _markdown(inputs, refit))
     link(inputs["verified_verify"] / HELD_OUT, folder / HELD_OUT)
     (folder / CANARY).write_text(canary_of(dataset, staged).to_json())
+    if dataset.schema.encoders:
+        settings, report["search"] = fit_search(dataset, staged)
+        (folder / SEARCH_FILE).write_text(settings.to_json())
+    (folder / "report.json").write_text(json_text(report, indent=1))
 
 
 def _worth(dataset: Dataset, before: Verifier, after: Verifier) -> dict[str, Any]:

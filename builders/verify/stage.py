@@ -21,6 +21,7 @@ from builders.export.verifier import Verifier
 from builders.folders import Inputs
 from builders.index.staged import SOURCES_FILE
 from builders.progress import Progress
+from builders.search.fit import fit_search
 from builders.verify.baselines import SAMPLE_ROWS, blend_lines, ranking_baselines, shortfalls, task_baselines
 from builders.verify.by_truth import knowable_figures
 from builders.verify.calibration import calibration
@@ -36,6 +37,7 @@ from ensemble.bootstrap import paired_difference
 from ensemble.json_text import json_text
 from ensemble.release.canary import CANARY
 from ensemble.release.held_out import FIGURE, HELD_OUT, WORTH, held_out_rows
+from ensemble.steps.search_settings import SEARCH_FILE
 
 CUTS = (5, 10, 20)
 
@@ -92,6 +94,9 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     figure = FIGURE if isinstance(worth, str) else WORTH
     report["held_out"] = {"figure": figure, "rows": len(rows), "split": dataset.split["kind"]}
     np.save(folder / HELD_OUT, rows, allow_pickle=False)
+    if dataset.schema.encoders:
+        settings, report["search"] = fit_search(dataset, staged)
+        (folder / SEARCH_FILE).write_text(settings.to_json())
     (folder / "report.json").write_text(json_text(report, indent=1))
     (folder / "report.md").write_text(markdown(dataset, report))
     (folder / CANARY).write_text(canary_of(dataset, staged).to_json())

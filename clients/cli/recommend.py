@@ -46,6 +46,9 @@ Context = Annotated[
     list[str] | None,
     typer.Option(help="FEATURE=VALUE: what the request says of its moment, such as device=phone."),
 ]
+Like = Annotated[
+    str | None, typer.Option(help="Items that the list shall be like: ID,ID,… (of a release with search).")
+]
 BudgetMs = Annotated[float | None, typer.Option(help="How long to wait, in milliseconds.")]
 Url = Annotated[
     str | None,
@@ -71,6 +74,7 @@ def recommend(
     cap: Cap = None,
     diversity: Diversity = None,
     context: Context = None,
+    like: Like = None,
     budget_ms: BudgetMs = None,
     as_json: JsonOption = False,
     url: Url = None,
@@ -79,7 +83,44 @@ def recommend(
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
     from clients.client import Client
 
-    options: RequestOptions = {
+    options = options_of(
+        top_k=top_k,
+        session=session,
+        exclude=exclude,
+        exclude_seen=exclude_seen,
+        allow=allow,
+        deny=deny,
+        weight=weight,
+        cap=cap,
+        diversity=diversity,
+        context=context,
+    )
+    server_url, headers = find_server(repository, url)
+    with Client(server_url, headers=headers) as client:
+        client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
+        if like is not None:
+            near = {**options, "like": _split(like)}
+            results = [client.search(user, budget_ms=budget_ms, **near) for user in users]  # type: ignore[arg-type]
+        else:
+            results = client.recommend_many(users, budget_ms=budget_ms, **options)
+    show(results, repository, as_json=as_json)
+
+
+def options_of(
+    *,
+    top_k: int | None = None,
+    session: str | None = None,
+    exclude: str | None = None,
+    exclude_seen: bool | None = None,
+    allow: list[str] | None = None,
+    deny: list[str] | None = None,
+    weight: list[str] | None = None,
+    cap: list[str] | None = None,
+    diversity: float | None = None,
+    context: list[str] | None = None,
+) -> RequestOptions:
+    """Reads a command's options as a request's; InvalidInput names the one that is wrong."""
+    return {
         "top_k": top_k,
         "session_items": _split(session),
         "exclude_items": _split(exclude),
@@ -91,10 +132,10 @@ def recommend(
         "diversity": diversity,
         "context": _pairs("--context", context, str),
     }
-    server_url, headers = find_server(repository, url)
-    with Client(server_url, headers=headers) as client:
-        client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
-        results = client.recommend_many(users, budget_ms=budget_ms, **options)
+
+
+def show(results: list[Recommendations], repository: Path, *, as_json: bool) -> None:
+    """Prints lists as tables, or as JSON."""
     catalogue = Catalogue(repository, results[0].release)
     for option, wanted in (("--allow", options["allow"]), ("--deny", options["deny"])):
         for line in catalogue.strangers(option, wanted or {}):
@@ -216,6 +257,7 @@ def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str,
                 "title": title,
                 "score": item.score,
                 "probabilities": item.probabilities,
+                **({"finders": list(item.finders)} if item.finders else {}),
             }
             for item, title in zip(result.items, catalogue.titles(list(result.item_ids)), strict=True)
         ],
@@ -238,8 +280,10 @@ def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:
         for item in plain["recent"]:
             console.print(Text(f"  had  {item['item_id']}  {item['title']}", style="dim"))
         tasks = list(plain["items"][0]["probabilities"]) if plain["items"] else []
-        table = folded_table("#", "item", "title", "score", *tasks)
+        found = ["found by"] if any("finders" in item for item in plain["items"]) else []
+        table = folded_table("#", "item", "title", "score", *tasks, *found)
         for place, item in enumerate(plain["items"], 1):
             values = [f"{value:.4f}" for value in (item["score"], *item["probabilities"].values())]
+            values += [", ".join(item["finders"])] if found else []
             table.add_row(str(place), Text(item["item_id"]), Text(item["title"]), *values)
         console.print(table)

@@ -111,6 +111,14 @@ class ContentEncoder:
                 vectors[part] = self.engine.run({"pixels": np.stack(pixels)})["image_embedding"]
             done(min(start + _PICTURES_AT_ONCE, len(pictures)))
 
+    def of_pixels(self, pictures: Sequence[Array]) -> Array:
+        """Encodes decoded pictures, [3, side, side] float32 each: vectors [n, V] float32, 0 where a vector is
+        not finite."""
+        starts = range(0, len(pictures), _PICTURES_AT_ONCE)
+        parts = [np.stack(pictures[start : start + _PICTURES_AT_ONCE]) for start in starts]
+        vectors = np.concatenate([self.engine.run({"pixels": part})["image_embedding"] for part in parts])
+        return np.where(np.isfinite(vectors).all(axis=1, keepdims=True), vectors, 0)
+
 
 def open_content_encoder(release: Release, model: ModelSpec) -> ContentEncoder:
     """Opens a release's text_encoder or image_encoder on the CPU; ReleaseError where a file is not what the

@@ -74,6 +74,7 @@ class CatalogueReader:
         except OSError as error:
             raise ReleaseError(f"cannot open {path}: {error.strerror}", _way_back(path)) from error
         weakref.finalize(self, os.close, self._descriptor)
+        self.inode = os.fstat(self._descriptor).st_ino
         self.offset = self.sequence = self.checksum = 0
         self.id = self._read_header()
 

@@ -72,6 +72,15 @@ class Canary:
             or (self._distance(answer, nearness) if nearness else "")
         )
 
+    def fault_of_search(self, answer: Mapping[str, Array]) -> str:
+        """Names the first thing that is wrong with the lists of a search; empty: nothing is. They may be
+        short or empty, as items change, and an item may be the only one that fits."""
+        return (
+            _shape_fault(answer, len(self.user_ids))
+            or _number_fault(answer)
+            or _order_fault(answer, may_be_constant=True)
+        )
+
     def _length_fault(self, answer: Mapping[str, Array], *, is_as_built: bool) -> str:
         """Says whose list is shorter than the build's, or that most lists hardly have an item."""
         lengths = (answer["item_ids"] != b"").sum(axis=1)
@@ -156,7 +165,7 @@ def _number_fault(answer: Mapping[str, Array]) -> str:
     return ""
 
 
-def _order_fault(answer: Mapping[str, Array]) -> str:
+def _order_fault(answer: Mapping[str, Array], *, may_be_constant: bool = False) -> str:
     """Says if ids are twice in a list or behind its end, scores are not sorted, or all alike in all lists."""
     given, scores = answer["item_ids"] != b"", answer["scores"]
     if (given[:, 1:] > given[:, :-1]).any():
@@ -167,6 +176,6 @@ def _order_fault(answer: Mapping[str, Array]) -> str:
     both = given[:, 1:]
     if (scores[:, 1:] > scores[:, :-1])[both].any():
         return "a list is not sorted by its scores"
-    if both.any() and (scores[:, 1:] == scores[:, :-1])[both].all():
+    if not may_be_constant and both.any() and (scores[:, 1:] == scores[:, :-1])[both].all():
         return "the scores of every list are constant"
     return ""

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ensemble.contract import PIPELINES
 from ensemble.errors import ReleaseError
 from ensemble.release.release import Release
-from ensemble.release.repository import ALIAS_FILE, MODEL_PY
+from ensemble.release.repository import MODEL_PY, alias_file
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+ALIAS_FILES = tuple(map(alias_file, PIPELINES))
 CONFIGURATION = re.compile(r"config\.pbtxt|configs/[a-z0-9_-]+\.pbtxt")
 CODE = "1/model.py"
 _DATA = re.compile(r"1/model[a-z0-9_.-]*\.(onnx|plan)|warmup/[A-Za-z0-9_-]+")
@@ -48,7 +50,7 @@ def _check_listed(release: Release, path: str) -> None:
     file = release.repository / path
     if folder != release.name:
         check_file(file, folder, relative)
-    elif relative == ALIAS_FILE:
+    elif relative in ALIAS_FILES:
         read_configuration(file, "")
     elif path.endswith(_CODE_ENDS):
         raise _foreign(file)

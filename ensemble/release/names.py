@@ -20,10 +20,11 @@ _FORMAT = 1
 
 def check_name(name: str) -> str:
     """Gives `name` back if it can name a release; InvalidInput if it cannot."""
-    if not NAME.fullmatch(name) or name in (contract.PIPELINE, ROUTER):
+    if not NAME.fullmatch(name) or name in (*contract.PIPELINES, ROUTER):
         raise InvalidInput(
             f"release name {name!r}: use lower-case letters, digits and dashes, such as r7 (not "
-            f"{contract.PIPELINE!r}, which is the alias, nor {ROUTER!r}, which splits its users)"
+            f"{' or '.join(map(repr, contract.PIPELINES))}, which are aliases, nor {ROUTER!r}, which splits "
+            "users)"
         )
     return name
 

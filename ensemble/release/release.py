@@ -69,9 +69,14 @@ class Release:
         return schema_from_json(self._text("schema.json"))
 
     @cached_property
+    def pipelines(self) -> dict[str, PipelineSpec]:
+        """Gives the release's pipelines by name, `recommend` first."""
+        return {pipeline.name: pipeline for pipeline in contract.pipelines(self.schema)}
+
+    @property
     def pipeline(self) -> PipelineSpec:
         """Gives the pipeline behind `recommend`."""
-        return contract.recommend(self.schema)
+        return self.pipelines[contract.PIPELINE]
 
     @cached_property
     def vocabularies(self) -> dict[str, dict[str, list[str]]]:
@@ -110,8 +115,10 @@ class Release:
 
     def model(self, name: str) -> ModelSpec:
         """Gives the ModelSpec of one member."""
-        beside = {model.name: model for model in contract.beside(self.schema)}
-        return beside[name] if name in beside else self.pipeline.model(name)
+        if name in self.pipelines:
+            return self.pipelines[name].fused
+        known = {model.name: model for model in contract.members(self.schema)}
+        return known[name] if name in known else self.pipeline.model(name)
 
     def member_file(self, model: str, file: str) -> Path:
         """Gives the path of a file of a member's only version."""

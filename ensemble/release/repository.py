@@ -1,7 +1,8 @@
 """Keeps the repository's shape on disk: which releases exist, who may change it, what a killed process left.
 
 .route.json               the route: which releases are served, to which shares of users
-recommend/config.pbtxt    the alias: the route's main release, for a server that knows no route
+recommend/config.pbtxt    the alias: the route's main release, for a server that knows no route; search/ is
+                          one more, where that release has the pipeline
 rN/manifest.json          release rN exists if and only if this file does
 rN_<model>/               its members, renamed in before rN/ and out after it
 .audit.jsonl              who changed the route, when, from what to what (ensemble/release/audit.py)
@@ -18,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ensemble import contract
@@ -39,6 +40,13 @@ MODEL_PY = (
     "import triton_python_backend_utils  # noqa: F401  (puts our packages first)\n"
     "from ensemble.python_model import PythonModel as TritonPythonModel  # noqa: F401\n"
 )
+
+
+def alias_file(pipeline: str) -> str:
+    """Names the file in a release's own folder that is its alias of a pipeline."""
+    return ALIAS_FILE if pipeline == contract.PIPELINE else f"{pipeline}.{ALIAS_FILE}"
+
+
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
 
@@ -209,9 +217,9 @@ def release_of(member: Path) -> str | None:
     return match[1] if match else None
 
 
-def _alias(repository: Path) -> Path:
-    """Gives the path of the alias's configuration."""
-    return repository / contract.PIPELINE / "config.pbtxt"
+def _alias(repository: Path, pipeline: str = contract.PIPELINE) -> Path:
+    """Gives the path of an alias's configuration."""
+    return repository / pipeline / "config.pbtxt"
 
 
 def remove(
@@ -263,10 +271,10 @@ def put_route(repository: Path, route: Route, home: Path | None = None) -> None:
 
     The route is the truth and goes first: killed in between, align_alias() does the rest.
     """
-    config, before = alias_of(repository, route.main), _known_route(home or repository)
+    aliases, before = aliases_of(repository, route.main), _known_route(home or repository)
     write_route(home or repository, route)
     note_change(home or repository, before, route)
-    _copy_alias(repository, config, home)
+    _copy_aliases(repository, aliases, home)
 
 
 def _known_route(home: Path) -> Route | None:
@@ -283,32 +291,46 @@ def align_alias(repository: Path, home: Path | None = None) -> None:
     route = read_route(home or repository)
     if route is None or not (repository / route.main / ALIAS_FILE).exists():
         return
-    config = alias_of(repository, route.main)
-    if not _alias(repository).exists() or _alias(repository).read_text(encoding="utf-8") != config:
-        _copy_alias(repository, config, home)
+    aliases = aliases_of(repository, route.main)
+    paths = {pipeline: _alias(repository, pipeline) for pipeline in contract.PIPELINES}
+    there = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
+    if there != aliases:
+        _copy_aliases(repository, aliases, home)
 
 
-def _copy_alias(repository: Path, config: str, home: Path | None) -> None:
-    """Writes the alias where the repository can be written; a home elsewhere has the truth without it."""
-    if home in (None, repository) or os.access(repository, os.W_OK):
-        point_alias(repository, config)
+def _copy_aliases(repository: Path, aliases: Mapping[str, str], home: Path | None) -> None:
+    """Writes the aliases where the repository can be written, and removes those of pipelines that the release
+    has not; a home elsewhere has the truth without them."""
+    if home not in (None, repository) and not os.access(repository, os.W_OK):
+        return
+    for pipeline in contract.PIPELINES:
+        if pipeline in aliases:
+            point_alias(repository, aliases[pipeline], pipeline)
+        elif _alias(repository, pipeline).exists():
+            shutil.rmtree(repository / pipeline)
 
 
-def alias_of(repository: Path, name: str) -> str:
+def aliases_of(repository: Path, name: str) -> dict[str, str]:
+    """Reads the aliases of all pipelines that a release has, by the pipeline's name."""
+    others = (one for one in contract.PIPELINES[1:] if (repository / name / alias_file(one)).exists())
+    return {one: alias_of(repository, name, one) for one in (contract.PIPELINE, *others)}
+
+
+def alias_of(repository: Path, name: str, pipeline: str = contract.PIPELINE) -> str:
     """Reads the alias's config.pbtxt that a release brings along."""
-    path = repository / name / ALIAS_FILE
+    path = repository / name / alias_file(pipeline)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ReleaseError(f"cannot read {path}: {error.strerror}; build the release again") from error
 
 
-def point_alias(repository: Path, config: str) -> None:
-    """Makes `config` the alias's configuration. Call it under locked().
+def point_alias(repository: Path, config: str, pipeline: str = contract.PIPELINE) -> None:
+    """Makes `config` the configuration of a pipeline's alias. Call it under locked().
 
     It is put there by a rename, so that a reader finds the old text or the new one.
     """
-    version = _alias(repository).parent / "1"
+    version = _alias(repository, pipeline).parent / "1"
     # Triton wants a version folder, though an ensemble has nothing to put there
     version.mkdir(parents=True, exist_ok=True)
-    write_durably(_alias(repository), config)
+    write_durably(_alias(repository, pipeline), config)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ensemble.contract import PIPELINES
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.repository import locked, put_route
 from ensemble.release.route import Route, Share, next_route, read_route
@@ -118,7 +119,10 @@ class CanaryWatch:
             return False
         if route is None or route.canary is None:
             return False
-        return model == router_of(route) or model.partition("_")[0] == route.canary.release
+        return (
+            model in [router_of(route, one) for one in PIPELINES]
+            or model.partition("_")[0] == route.canary.release
+        )
 
     def note_death(self, why: str) -> None:
         """Notes what became of the canary's processes or the router's, for the next look."""

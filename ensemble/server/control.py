@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -79,9 +79,11 @@ class Control:
         Served fused it has no members to wait for: Triton answers what is in flight, and ends its processes
         in seconds that nobody has to wait for.
         """
-        ensemble = f"{name}_{contract.PIPELINE}"
-        if any(model.startswith(f"{name}_") and model != ensemble for model in self.models()):
-            drain(self.server.url, self.server.headers, ensemble, drain_s)
+        ensembles = [f"{name}_{pipeline}" for pipeline in contract.PIPELINES]
+        there = [model for model in self.models() if model.startswith(f"{name}_")]
+        if set(there) - set(ensembles):
+            for ensemble in (one for one in ensembles if one in there):
+                drain(self.server.url, self.server.headers, ensemble, drain_s)
         deadline = time.monotonic() + UNLOAD_S
         while mine := {m: state for m, state in self.models().items() if m.startswith(f"{name}_")}:
             for model in [model for model, state in mine.items() if state == READY]:
@@ -138,16 +140,25 @@ class Control:
         ).config
         return str(config.ensemble_scheduling.step[0].model_name)
 
-    def ask(self, model: str, user_ids: Sequence[str], options: dict[str, int]) -> dict[str, Array]:
-        """Asks `model` for the lists of B users under a request's options; gives the tensors of its answer
-        by name, ids as S."""
+    def ask(
+        self, model: str, user_ids: Sequence[str], options: Mapping[str, Any], text: str | None = None
+    ) -> dict[str, Array]:
+        """Asks `model` for the lists of B users under a request's options, a search for what fits `text`;
+        gives the tensors of its answer by name, ids as S."""
         from tritonclient.grpc import InferInput
 
-        users = InferInput("user_id", [len(user_ids), 1], "BYTES")
-        users.set_data_from_numpy(np.array([[user.encode()] for user in user_ids], dtype=object))
+        columns = {"user_id": [user.encode() for user in user_ids]}
+        if text is not None:
+            columns |= dict(
+                zip(contract.CONTENTS, ([text.encode()] * len(user_ids), [b""] * len(user_ids)), strict=True)
+            )
+        inputs = []
+        for name, values in columns.items():
+            inputs.append(InferInput(name, [len(values), 1], "BYTES"))
+            inputs[-1].set_data_from_numpy(np.array([[value] for value in values], dtype=object))
         what = f"ask {model} for {len(user_ids)} users' lists"
         try:
-            answer = self._call(what, lambda: self._client.infer(model, [users], parameters=options), ASK_S)
+            answer = self._call(what, lambda: self._client.infer(model, inputs, parameters=options), ASK_S)
         except ServerError as error:
             raise NoAnswerError(str(error)) from error
         try:

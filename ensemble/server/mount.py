@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ensemble import contract
@@ -23,7 +23,7 @@ from ensemble.errors import ReleaseError, ServerError
 from ensemble.release import foreign
 from ensemble.release.files import NO_BYTECODE, try_flock, write_durably
 from ensemble.release.release import Release
-from ensemble.release.repository import ALIAS_FILE
+from ensemble.release.repository import alias_file
 from ensemble.release.route import Route, route_from_json
 from ensemble.server.installation import MOUNT, ROUTE, STAGED, TURNING
 
@@ -50,7 +50,8 @@ class Mount:
         planned = {plan.member: plan.member_folder for plan in plans}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            foreign.read_configuration(release.path / ALIAS_FILE, "")
+            for pipeline in release.pipelines:
+                foreign.read_configuration(release.path / alias_file(pipeline), "")
             for model in _models(release):
                 source = planned.get(model, release.repository / model)
                 self._place(
@@ -99,13 +100,23 @@ class Mount:
         links = (path for path in (self.folder / plan.member / "1").glob("*") if path.is_symlink())
         return any(path.readlink().is_relative_to(plan.member_folder) for path in links)
 
-    def point(self, route: Route, alias: str) -> None:
-        """Notes the route that this server serves; `alias` is the configuration of the model that clients
-        call, for a tritonserver that has to be started again."""
-        folder = self.folder / contract.PIPELINE
-        (folder / "1").mkdir(parents=True, exist_ok=True)
-        write_durably(folder / _CONFIG, alias)
+    def point(self, route: Route, aliases: Mapping[str, str]) -> None:
+        """Notes the route that this server serves; `aliases` are the configurations of the models that
+        clients call, by pipeline, for a tritonserver that has to be started again."""
+        for pipeline in contract.PIPELINES:
+            folder = self.folder / pipeline
+            if pipeline not in aliases:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            (folder / "1").mkdir(parents=True, exist_ok=True)
+            write_durably(folder / _CONFIG, aliases[pipeline])
         write_durably(self._route, route.to_json())
+
+    @property
+    def pipelines(self) -> list[str]:
+        """Names the pipelines that clients can call; `recommend`, too, before anything is mounted."""
+        others = (one for one in contract.PIPELINES[1:] if (self.folder / one / _CONFIG).exists())
+        return [contract.PIPELINE, *others]
 
     def route(self) -> Route:
         """Gives the route that this server serves."""

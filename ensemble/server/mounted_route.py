@@ -9,7 +9,7 @@ from ensemble.errors import ReleaseError
 from ensemble.release.release import Release, open_release
 from ensemble.release.route import Route
 from ensemble.server.mount import Mount
-from ensemble.server.router_files import alias_text, write_router
+from ensemble.server.router_files import alias_texts, write_routers
 from ensemble.server.runtime import Runtime
 
 
@@ -21,8 +21,8 @@ def mount_route(mount: Mount, repository: Path, route: Route, runtime: Runtime, 
         if not mount.has(release):
             release.verify()
             mount.add(release, _plans(release, runtime))
-    write_router(mount.folder, repository, route, fused=is_fused, instances=mount.instances)
-    mount.point(route, alias_text(repository, route))
+    write_routers(mount.folder, repository, route, fused=is_fused, instances=mount.instances)
+    mount.point(route, alias_texts(repository, route))
 
 
 def _plans(release: Release, runtime: Runtime) -> tuple[Plan, ...]:

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ensemble import contract
 from ensemble.errors import PeregrineError, ReleaseError, ServerError
 from ensemble.live.items import wait_for_changes
 from ensemble.release.release import open_release
-from ensemble.release.repository import FUSED, alias_of
+from ensemble.release.repository import FUSED, aliases_of
 from ensemble.release.route import Route
 from ensemble.server import health
 from ensemble.server.calls import drain, is_model_ready, is_open
@@ -278,7 +277,8 @@ class Server:
             process.kill()
             return
         is_drained = self._settled.is_set() and process.exit_code is None
-        is_drained = is_drained and drain(self.url, self.headers, contract.PIPELINE, EXIT_TIMEOUT_S)
+        for pipeline in self._mount.pipelines if is_drained else ():
+            is_drained = drain(self.url, self.headers, pipeline, EXIT_TIMEOUT_S) and is_drained
         process.stop(DRAINED_EXIT_S if is_drained else EXIT_TIMEOUT_S + 10)
 
     def _run_once(self, process: TritonProcess) -> str:
@@ -310,14 +310,14 @@ class Server:
             self._repairs = None
 
     def _wait_until_ready(self, process: TritonProcess) -> str:
-        """Returns "" when `recommend` is ready or we are stopped, else what went wrong."""
+        """Returns "" when all pipelines are ready or we are stopped, else what went wrong."""
         options = self.launch.options
         deadline, stopped = time.monotonic() + options.start_timeout_s, Stopped()
         while time.monotonic() < deadline and not self._stopping.is_set():
             if process.exit_code is not None:
                 return f"tritonserver did not start ({exit_words(process.exit_code)}):\n{process.log_tail()}"
             # Never the server's own readiness: it says yes whatever became of the models.
-            if is_open(self.url) and is_model_ready(self.url, contract.PIPELINE):
+            if is_open(self.url) and all(is_model_ready(self.url, one) for one in self._mount.pipelines):
                 return ""
             for pid in stopped.look(process.vitals()):
                 os.kill(pid, signal.SIGKILL)  # the load fails then, and is tried again
@@ -325,7 +325,9 @@ class Server:
         if self._stopping.is_set():
             return ""
         limit = f"{options.start_timeout_s:.0f} s"
-        return f"model {contract.PIPELINE} was not ready after {limit}:\n{process.log_tail()}"
+        return (
+            f"model {' or '.join(self._mount.pipelines)} was not ready after {limit}:\n{process.log_tail()}"
+        )
 
     def _may_restart(self, why: str, exit_code: int | None) -> bool:
         """Pauses and says yes; says no, and notes the failure, if that would not help."""
@@ -412,7 +414,9 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
         run = make_run_folder(installation, claim.path.parent)
         mount = Mount(run.path, options.instances, options.num_gpus)
         mount.add(open_release(repository, name), runtime.plans)
-        mount.point(only(name), alias_of(repository, name))  # what else the route has is mounted at the start
+        mount.point(
+            only(name), aliases_of(repository, name)
+        )  # what else the route has is mounted at the start
     except BaseException:
         empty(claim.path.parent)
         claim.drop()

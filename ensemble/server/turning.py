@@ -18,10 +18,12 @@ from ensemble.release.canary import ANY_ENGINE, CANARY, read_canary
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.names import ROUTER
 from ensemble.release.release import open_release
+from ensemble.release.repository import aliases_of
 from ensemble.release.route import Route
 from ensemble.server.control import READY, Control, NoAnswerError
 from ensemble.server.prepared import mount_of, prepare_release
-from ensemble.server.router_files import alias_text, only, router_of, step_of, write_router
+from ensemble.server.router_files import alias_texts, only, routers_of, routes_of, steps_of, write_routers
+from ensemble.steps.search_settings import read_search
 
 # Passes between the flip and the unloading of the old release, for requests that have entered the old alias
 # but not yet the old ensemble.
@@ -67,9 +69,12 @@ class Turning:
         """Says whether the server answers by the route already: a few users may be the same releases' by
         another route, so that the alias is looked at, too."""
         try:
-            if self.control.step_of(contract.PIPELINE) != step_of(route):
+            steps = steps_of(self.repository, route)
+            if self.mount.pipelines != list(steps):
                 return False
-            self._check(contract.PIPELINE, route)
+            if any(self.control.step_of(pipeline) != step for pipeline, step in steps.items()):
+                return False
+            self._check_aliases(route)
         except (ServerError, ReleaseError):
             return False
         return True
@@ -80,9 +85,9 @@ class Turning:
             if not self.mount.has(open_release(self.repository, name)):
                 self.prepare(name)
             self._load(name)
-        self._load_router(route)
+        self._load_routers(route)
         self._point(route)
-        self._check(contract.PIPELINE, route)
+        self._check_aliases(route)
 
     def load_beside(self, route: Route, *, is_asked: bool = True) -> float:
         """Loads the route's releases beside what serves, and what splits users between them, and asks them;
@@ -91,30 +96,29 @@ class Turning:
         for name in route.releases:
             if is_asked or not self._is_ready(f"{name}_{contract.PIPELINE}"):
                 self._load(name)
-            if is_asked:
-                self._check(f"{name}_{contract.PIPELINE}", only(name))
-        if (router := self._load_router(route)) and is_asked:
-            self._check(router, route)
+            for pipeline in aliases_of(self.repository, name) if is_asked else ():
+                self._check(f"{name}_{pipeline}", only(name), pipeline)
+        for pipeline, router in self._load_routers(route).items() if is_asked else ():
+            self._check(router, route, pipeline)
         return (time.perf_counter() - started) * 1e3
 
     def _load(self, name: str) -> None:
-        """Loads a release's ensemble, if it is not, with its members."""
-        self.control.load(f"{name}_{contract.PIPELINE}", size_bytes=self._size_bytes(name))
+        """Loads a release's ensembles, if they are not, with their members."""
+        for pipeline in aliases_of(self.repository, name):
+            self.control.load(f"{name}_{pipeline}", size_bytes=self._size_bytes(name))
 
-    def _load_router(self, route: Route) -> str | None:
-        """Loads what splits a route's users, if it is not; gives its name, None where nothing has to."""
-        router, server = router_of(route), self.control.server
-        if router and not self._is_ready(router):
-            write_router(
-                self.mount.folder,
-                self.repository,
-                route,
-                fused=server.is_fused,
-                instances=server.instances,
-            )
-            sizes = sum(self._size_bytes(name) for name in route.releases) if server.is_fused else 0
+    def _load_routers(self, route: Route) -> dict[str, str]:
+        """Loads what splits a route's users, where it is not; gives the names by pipeline, none where nothing
+        has to."""
+        routers, server = routers_of(self.repository, route), self.control.server
+        new = [router for router in routers.values() if not self._is_ready(router)]
+        if new:
+            fused, instances = server.is_fused, server.instances
+            write_routers(self.mount.folder, self.repository, route, fused=fused, instances=instances)
+        sizes = sum(self._size_bytes(name) for name in route.releases) if server.is_fused else 0
+        for router in new:
             self.control.load(router, size_bytes=sizes)
-        return router
+        return routers
 
     def _is_ready(self, model: str) -> bool:
         """Says whether a model is loaded."""
@@ -133,7 +137,7 @@ class Turning:
             self._point(route)
             flip_ms = (time.perf_counter() - started) * 1e3
             if is_asked:
-                self._check(contract.PIPELINE, route)
+                self._check_aliases(route)
         except PeregrineError:
             self.turn_back(before)
             raise
@@ -141,22 +145,37 @@ class Turning:
 
     def turn_back(self, route: Route) -> None:
         """Turns the alias to a route that was served a moment ago."""
-        self._load_router(route)
+        self._load_routers(route)
         self._point(route)
 
     def _point(self, route: Route) -> None:
-        """Turns the alias, in the mount and then in the server."""
-        alias = alias_text(self.repository, route)
-        self.mount.point(route, alias)  # for a tritonserver that has to be started again
-        self.control.load(contract.PIPELINE, _json_from_pbtxt(alias))
+        """Turns the aliases, in the mount and then in the server; one of a pipeline that the route's main
+        release has not goes."""
+        aliases, before = alias_texts(self.repository, route), self.mount.pipelines
+        self.mount.point(route, aliases)  # for a tritonserver that has to be started again
+        for pipeline, alias in aliases.items():
+            self.control.load(pipeline, _json_from_pbtxt(alias))
+        for pipeline in before:
+            if pipeline not in aliases:
+                self.control.unload_model(pipeline)
 
-    def _check(self, model: str, route: Route) -> None:
+    def _check_aliases(self, route: Route) -> None:
+        """Asks each pipeline's alias as _check does."""
+        for pipeline, mine in routes_of(self.repository, route).items():
+            self._check(pipeline, mine, pipeline)
+
+    def _check(self, model: str, route: Route, pipeline: str = contract.PIPELINE) -> None:
         """Asks `model` for the lists of the main release's own users; ServerError unless each user's release
-        answers, and the main one's lists are near those of its build."""
+        answers, and the main one's lists are near those of its build.
+
+        A search is asked for what the build knows to be there, and its lists must be lists.
+        """
         release = open_release(self.repository, route.main)
-        canary = read_canary(release.path / CANARY)
+        canary, text = read_canary(release.path / CANARY), None
+        if pipeline == contract.SEARCH:
+            text = read_search(release.path).probe
         for _ in range(TRIES if route.canary else 1):
-            answer = self.control.ask(model, canary.user_ids, canary.options)
+            answer = self.control.ask(model, canary.user_ids, canary.options, text)
             if "degraded" not in answer or not (answer["degraded"] & Degraded.CANARY_FAILED).any():
                 break  # else it was late: what has just been loaded is slow at first
             time.sleep(SETTLE_S)
@@ -167,6 +186,10 @@ class Turning:
             raise ServerError(f"{model}: {who} answered instead of {', '.join(sorted(set(wanted)))}")
         # Rows in Redis are newer than the release's, items may have changed since it was built, and a route
         # gives some users another release's lists
+        if text is not None:
+            if fault := canary.fault_of_search(answer):
+                raise ServerError(f"{model}: {fault}")
+            return
         newest = int(answer["sequence"].max()) if "sequence" in answer else 0
         is_as_built = newest <= release.watermark.sequence and not self.control.server.has_redis
         if fault := canary.fault(answer, ANY_ENGINE if is_as_built and route.canary is None else None):
@@ -192,7 +215,7 @@ class Turning:
             # Served fused, the router runs the canary in its own processes
             needed = {route.main} if self.control.server.is_fused else set(route.releases)
             others = sorted(self._loaded_releases() - needed)
-            if others or self._routers() - {router_of(route)}:
+            if others or self._routers() - set(routers_of(self.repository, route).values()):
                 time.sleep(SETTLE_S)
             self._unload_routers(route)
             for other in others:
@@ -205,23 +228,23 @@ class Turning:
 
     def _loaded_releases(self) -> set[str]:
         """Names the releases of which models are loaded."""
-        return {model.partition("_")[0] for model in self.control.models()} - {contract.PIPELINE, ROUTER}
+        return {model.partition("_")[0] for model in self.control.models()} - {*contract.PIPELINES, ROUTER}
 
-    def _routers(self) -> set[str | None]:
+    def _routers(self) -> set[str]:
         """Names the routers that are loaded."""
         return {model for model in self.control.models() if model.startswith(f"{ROUTER}_")}
 
     def _unload_routers(self, route: Route) -> None:
         """Unloads the routers of other routes, before the releases that they ask. One that does not go waits
         for a release that hangs: which is none of this route's, and is ended."""
-        for router in self._routers() - {router_of(route)}:
+        for router in self._routers() - set(routers_of(self.repository, route).values()):
             try:
-                self.control.unload_model(str(router), HANGS_S)
+                self.control.unload_model(router, HANGS_S)
             except NoAnswerError:
                 for name in self._loaded_releases() - set(route.releases):
                     self.control.kill_release(name)
-                self.control.unload_model(str(router))
-            shutil.rmtree(self.mount.folder / str(router), ignore_errors=True)
+                self.control.unload_model(router)
+            shutil.rmtree(self.mount.folder / router, ignore_errors=True)
 
 
 def _json_from_pbtxt(text: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from ensemble.activity import touches, touches_width
 from ensemble.arrays import Array, Tensors, first_kept, without_repeats
 from ensemble.contract import QUERY_TENSORS, Degraded
+from ensemble.errors import InvalidArgument
 from ensemble.index.filters import ItemFilters, RowMask
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
@@ -67,6 +68,12 @@ class Recall:
         self.filters = ItemFilters(
             release.schema, release.vocabularies.get("items", {}), self.items["codes"], release.item_numbers
         )
+
+    def read(self, options: Options, **tensors: Array) -> Tensors:
+        """Refuses one request that asks for what only a search does; InvalidArgument."""
+        if any(user.like for user in options.users):
+            raise InvalidArgument("like: is an option of search, not of recommend", "call search")
+        return {}
 
     def run(
         self,

@@ -58,6 +58,18 @@ class Reranking:
             fall = 1 - np.arange(scores.shape[1], dtype=np.float32) / scores.shape[1]
             scores[skipped] = np.where(np.isfinite(scores[skipped]), fall, -np.inf)
             probabilities[skipped] = 0
+        order = self.order(options, candidate_rows, scores, view)
+        answer = self.answer(options, order, candidate_rows, scores, probabilities, view)
+        return self.counted(answer, user_status | candidate_status)
+
+    def counted(self, answer: Tensors, degraded: Array) -> Tensors:
+        """Puts `degraded` [B, 1] into an answer, and counts its bits where it has a list: the others are
+        nobody's, as in warming up."""
+        self.counts.count(degraded[(answer["item_ids"] != b"").any(axis=1)])
+        return {**answer, "degraded": degraded}
+
+    def order(self, options: Options, candidate_rows: Array, scores: Array, view: LiveView) -> Array:
+        """Gives the places [B, K] of the candidates [B, N] to show, best first, ties by row."""
         order = np.lexsort((candidate_rows, -scores), axis=-1)
         width = min(int(options.top_k.max(initial=1)), order.shape[1])
         ruled = np.array([i for i, u in enumerate(options.users) if u.caps or u.diversity > 0], np.int64)
@@ -65,11 +77,20 @@ class Reranking:
             order[ruled] = self._under_rules(
                 options, ruled, candidate_rows[ruled], scores[ruled], order[ruled], width, view
             )
-        order = order[:, :width]
+        return order[:, :width]
+
+    def answer(
+        self,
+        options: Options,
+        order: Array,
+        candidate_rows: Array,
+        scores: Array,
+        probabilities: Array,
+        view: LiveView,
+    ) -> Tensors:
+        """Gives the answer's tensors but `degraded` of the candidates at places `order` [B, K]."""
         rows = np.take_along_axis(candidate_rows, order, axis=1)
-        shown = (rows > 0) & (np.arange(width) < options.top_k[:, None])
-        degraded = user_status | candidate_status
-        self.counts.count(degraded[shown.any(axis=1)])  # the others are nobody's: warming up, canaries
+        shown = (rows > 0) & (np.arange(order.shape[1]) < options.top_k[:, None])
         return {
             "item_ids": view.ids_from_rows(np.where(shown & (rows < view.num_rows), rows, 0)).astype(object),
             "scores": np.where(shown, np.take_along_axis(scores, order, axis=1), 0).astype(np.float32),
@@ -77,7 +98,6 @@ class Reranking:
                 shown[..., None], np.take_along_axis(probabilities, order[..., None], axis=1), 0
             ).astype(np.float32),
             "tasks": np.full((len(rows), 1), self.task_names, object),
-            "degraded": degraded,
             "release": np.full((len(rows), 1), self.release, object),
             "sequence": np.full((len(rows), 1), view.sequence, np.int64),
         }

@@ -34,16 +34,17 @@ class CallFailed(PeregrineError):
         self.code = code
 
 
-# (release, its users' ids [b, 1] object, their parameters) -> the answer; CallFailed where there is none.
+# (release, its users' inputs [b, C] object, their parameters) -> the answer; CallFailed where there is none.
 Ask = Callable[[str, Array, Mapping[str, Any]], Tensors]
 # The same arguments; InvalidArgument for what the release would refuse.
 Check = Callable[[str, Array, Mapping[str, Any]], None]
 
 
 class Request(NamedTuple):
-    """Holds what a caller sent: users' ids [B, 1] object, parameters as JSON, a budget or 0."""
+    """Holds what a caller sent: the pipeline's inputs [B, C] object, users' ids in the first column,
+    parameters as JSON, a budget or 0."""
 
-    user_ids: Array
+    inputs: Array
     parameters: str
     budget_us: int = 0
 
@@ -69,15 +70,15 @@ class Router:
 
         Most requests are such, and each hop to another thread costs what a step does.
         """
-        if self.route.places(request.user_ids[:, 0].tolist()).any():
+        if self.route.places(request.inputs[:, 0].tolist()).any():
             return False
 
         def run() -> None:
             counts, started = self.counts[0], time.perf_counter()
             try:
                 raw = read_parameters(request.parameters)
-                self._check(self.route.main, request.user_ids, raw)
-                answer = self._ask(self.route.main, request.user_ids, raw)
+                self._check(self.route.main, request.inputs, raw)
+                answer = self._ask(self.route.main, request.inputs, raw)
             except Exception as error:
                 with self._lock:
                     counts.refusal() if isinstance(error, InvalidArgument) else counts.failure()
@@ -90,18 +91,18 @@ class Router:
         self._pools[0].submit(run)
         return True
 
-    async def answer(self, user_ids: Array, parameters: str, budget_us: int = 0) -> Tensors:
-        """Answers the users of one request: ids [B, 1] object -> the answer's tensors [B, …].
+    async def answer(self, inputs: Array, parameters: str, budget_us: int = 0) -> Tensors:
+        """Answers the users of one request: inputs [B, C] object, users' ids first -> the answer's [B, …].
 
         InvalidArgument or CallFailed if the request is wrong or the main release fails.
         """
         raw = read_parameters(parameters)
-        parts = parts_of(self.route.places(user_ids[:, 0].tolist()))
+        parts = parts_of(self.route.places(inputs[:, 0].tolist()))
         if len(parts) == 1:
-            return await self._part(parts[0], user_ids, raw, budget_us)
+            return await self._part(parts[0], inputs, raw, budget_us)
         asked = [
             self._part(
-                part, user_ids[part.users], parameters_of(raw, part.users.tolist(), len(user_ids)), budget_us
+                part, inputs[part.users], parameters_of(raw, part.users.tolist(), len(inputs)), budget_us
             )
             for part in parts
         ]
@@ -111,27 +112,27 @@ class Router:
             raise errors[0]
         return joined(parts, [one for one in answers if not isinstance(one, BaseException)])
 
-    async def _part(self, part: Part, user_ids: Array, raw: Mapping[str, Any], budget_us: int) -> Tensors:
+    async def _part(self, part: Part, inputs: Array, raw: Mapping[str, Any], budget_us: int) -> Tensors:
         """Gives the answer of the part's own release, or the main one's with a flag."""
         counts = self.counts[part.place]
         try:
-            self._check(self.route.releases[part.place], user_ids, raw)
+            self._check(self.route.releases[part.place], inputs, raw)
         except InvalidArgument:
             with self._lock:
                 counts.refusal()
             raise
         if part.place == 0:
-            return await self._asked(0, user_ids, raw, counts, wait_s(budget_us))
+            return await self._asked(0, inputs, raw, counts, wait_s(budget_us))
         with contextlib.suppress(CallFailed):
-            return await self._asked(1, user_ids, raw, counts, wait_s(budget_us))
-        self._check(self.route.main, user_ids, raw)
+            return await self._asked(1, inputs, raw, counts, wait_s(budget_us))
+        self._check(self.route.main, inputs, raw)
         # What the main release does in the canary's place is none of its own counts
-        return flagged(await self._asked(0, user_ids, raw, Counts(), wait_s(budget_us)))
+        return flagged(await self._asked(0, inputs, raw, Counts(), wait_s(budget_us)))
 
     async def _asked(
         self,
         place: int,
-        user_ids: Array,
+        inputs: Array,
         raw: Mapping[str, Any],
         counts: Counts,
         limit_s: float,
@@ -139,7 +140,7 @@ class Router:
         """Asks a release, and counts what it does; CallFailed if it fails, or the canary is late."""
         started = time.perf_counter()
         try:
-            answer = await self._call(place, user_ids, raw, limit_s if place else None)
+            answer = await self._call(place, inputs, raw, limit_s if place else None)
         except CallFailed:
             with self._lock:
                 counts.failure()
@@ -149,13 +150,13 @@ class Router:
         return answer
 
     async def _call(
-        self, place: int, user_ids: Array, raw: Mapping[str, Any], limit_s: float | None
+        self, place: int, inputs: Array, raw: Mapping[str, Any], limit_s: float | None
     ) -> Tensors:
         """Waits for a release's answer, within a limit if there is one; not at all while its calls hang."""
         if limit_s is not None and self._overdue >= self._calls[1]:
             raise CallFailed("all calls to the canary hang")
         release = self.route.releases[place]
-        call = self._pools[place].submit(self._ask, release, user_ids, raw)
+        call = self._pools[place].submit(self._ask, release, inputs, raw)
         waiting = asyncio.wrap_future(call)
         done, _ = await asyncio.wait({waiting}, timeout=limit_s)
         if not done:
@@ -188,8 +189,8 @@ class Router:
 class Pipeline(Protocol):
     """Is a release's whole pipeline in this process."""
 
-    def prepare(self, user_ids: Array, parameters: Mapping[str, Any]) -> Any:
-        """Checks users' ids [b, 1] object and their parameters; InvalidArgument where they are wrong."""
+    def prepare(self, inputs: Array, parameters: Mapping[str, Any]) -> Any:
+        """Checks users' inputs [b, C] object and their parameters; InvalidArgument where they are wrong."""
 
     def run(self, prepared: Sequence[Any]) -> list[Tensors]:
         """Answers what was prepared, as one batch; PeregrineError if it fails."""
@@ -200,7 +201,7 @@ class _Job(NamedTuple):
 
     request: int
     part: Part
-    user_ids: Array
+    inputs: Array
     parameters: Mapping[str, Any]
     prepared: Any
     limit_s: float  # for the canary
@@ -234,15 +235,15 @@ class FusedRouter:
     def _jobs(self, requests: Sequence[Request], errors: dict[int, PeregrineError]) -> list[_Job]:
         """Cuts requests into parts; notes the error of those that are wrong, and leaves them out."""
         jobs = list[_Job]()
-        for i, (user_ids, parameters, budget_us) in enumerate(requests):
+        for i, (inputs, parameters, budget_us) in enumerate(requests):
             place, mine = 0, list[_Job]()
             try:
                 raw = read_parameters(parameters)
-                parts = parts_of(self.route.places(user_ids[:, 0].tolist()))
+                parts = parts_of(self.route.places(inputs[:, 0].tolist()))
                 for part in parts:
                     place, users = part.place, part.users.tolist()
-                    asked = raw if len(parts) == 1 else parameters_of(raw, users, len(user_ids))
-                    ids = user_ids[part.users]
+                    asked = raw if len(parts) == 1 else parameters_of(raw, users, len(inputs))
+                    ids = inputs[part.users]
                     prepared = self._pipelines[place].prepare(ids, asked)
                     mine.append(_Job(i, part, ids, asked, prepared, wait_s(budget_us)))
             except InvalidArgument as error:
@@ -320,7 +321,7 @@ class FusedRouter:
         again = []
         for job in jobs:
             try:
-                prepared = self._pipelines[0].prepare(job.user_ids, job.parameters)
+                prepared = self._pipelines[0].prepare(job.inputs, job.parameters)
             except InvalidArgument as error:
                 errors[job.request] = error
                 continue

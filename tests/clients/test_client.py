@@ -110,7 +110,7 @@ def test_recommend_many_takes_one_value_per_user() -> None:
             "u",
             {"topk": 5},
             "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-            "ranges, weights, caps, diversity, time, context",
+            "ranges, weights, caps, diversity, time, context, like",
         ),
         ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
     ],

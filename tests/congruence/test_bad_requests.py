@@ -53,7 +53,7 @@ BAD_PARAMETERS = [
     (
         {"topk": 5},
         "topk: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-        "ranges, weights, caps, diversity, time, context",
+        "ranges, weights, caps, diversity, time, context, like",
     ),
     ({"top_k": "[1, 2]"}, "top_k: 2 values for 1 users; give one value for all, or one each"),
 ]

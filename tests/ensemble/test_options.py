@@ -136,7 +136,7 @@ BAD = [
     (
         {"num": 3},
         "num: unknown parameter; known: top_k, session_items, exclude_items, exclude_seen, allow, deny, "
-        "ranges, weights, caps, diversity, time, context",
+        "ranges, weights, caps, diversity, time, context, like",
     ),
     ({"weights": DEEP}, "weights: not JSON: maximum recursion depth exceeded"),
     ({"session_items": DEEP}, "session_items: not JSON: maximum recursion depth exceeded"),
@@ -344,7 +344,12 @@ def test_a_range_may_be_open():
 
 def test_the_options_have_the_same_names_for_clients_and_server():
     assert OPTION_NAMES == tuple(_READERS) == tuple(field.name for field in dataclasses.fields(UserOptions))
-    assert parse(**{name: json.dumps(value) for name, value in NOTHING_ASKED.items()}) == default_options(1)
+    asked = parse(**{name: json.dumps(value) for name, value in NOTHING_ASKED.items()})
+    assert asked.users[0].exclude_seen is True, "said, so that a search does it, too"
+    unsaid = dataclasses.replace(asked.users[0], exclude_seen=None)
+    assert Options((unsaid,)) == default_options(1)
+    assert default_options(1).exclude_seen.tolist() == [True]
+    assert default_options(1).of_search().exclude_seen.tolist() == [False]
 
 
 def test_a_context_is_read_as_training_saw_it():

@@ -83,9 +83,8 @@ def publish_toy(
 ) -> bool:
     """Publishes a toy; `broken` is a statement for its initialize(); with `item_ids`, it has a file of them.
     False if it was there."""
-    pipeline = contract.recommend(SCHEMA)
     folder = scratch / f"toy-{name}"
-    members = write_members(pipeline, [contract.item_encoder(SCHEMA)], name, folder)
+    members = write_members(contract.pipelines(SCHEMA), contract.beside(SCHEMA), name, folder)
     for member in members.values():  # the ensemble's own too, which runs where it is served fused
         (member / "1" / "model.py").write_text(MODEL_PY.replace("BROKEN", broken or "pass"))
     (folder / name / "schema.json").write_text(SCHEMA.to_json())

@@ -30,14 +30,13 @@ def publish_variant(
     `change` is called with its own folder and {model: its folder} before.
     """
     release = open_release(repository, source)
-    pipeline, item_encoder = release.pipeline, contract.item_encoder(release.schema)
-    folder = scratch / f"variant-{name}"
-    members = write_members(pipeline, [item_encoder], name, folder)
+    schema, folder = release.schema, scratch / f"variant-{name}"
+    members = write_members(contract.pipelines(schema), contract.beside(schema), name, folder)
     for model, member in members.items():
         for engine in (repository / f"{source}_{model}" / "1").glob("*.onnx"):
             shutil.copy(engine, member / "1")
     for path in release.path.iterdir():
-        if path.name not in ("manifest.json", ALIAS_FILE):
+        if path.name != "manifest.json" and not path.name.endswith(ALIAS_FILE):
             shutil.copy(path, folder / name)
     change(folder / name, members)
     manifest = {key: release.manifest[key] for key in ("shop", "preset", "seed", "contract", "report")}

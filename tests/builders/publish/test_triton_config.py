@@ -145,7 +145,7 @@ def test_a_configuration_without_batching_is_refused_because_text_format_would_d
 
 
 def test_write_members_gives_every_member_the_same_files(tmp_path):
-    members = write_members(PIPELINE, [contract.item_encoder(SCHEMA)], "r1", tmp_path)
+    members = write_members([PIPELINE], [contract.item_encoder(SCHEMA)], "r1", tmp_path)
     assert set(members) == {*(m.name for m in PIPELINE.models), "item_encoder", "recommend"}
     for name, folder in members.items():
         assert folder == tmp_path / f"r1_{name}"

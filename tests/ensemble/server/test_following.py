@@ -14,7 +14,7 @@ from toy_repository import allow_toys, publish_toy
 from variants import answering
 
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.release.repository import alias_of, put_route
+from ensemble.release.repository import aliases_of, put_route
 from ensemble.release.route import Route, Share, next_route, read_route
 from ensemble.server import following
 from ensemble.server.checks import check_servable
@@ -51,7 +51,7 @@ class Followed:
         self.home.mkdir()
         self.mount, self.turns, self.said, self.fault = Mount(repository.parent), list[str](), list[str](), ""
         self.repository = repository
-        self.mount.point(to(self.home, "r1"), alias_of(repository, "r1"))
+        self.mount.point(to(self.home, "r1"), aliases_of(repository, "r1"))
         monkeypatch.setattr(following, "_LOOKS_S", 0.01)
         monkeypatch.setattr(following, "_FIRST_PAUSE_S", 0.1)
         monkeypatch.setattr(Turning, "follow", lambda turning, route: self._turn(route))
@@ -63,7 +63,7 @@ class Followed:
         self.turns.append(route.main)
         if self.fault:
             raise ReleaseError(self.fault)
-        self.mount.point(route, alias_of(self.repository, route.main))
+        self.mount.point(route, aliases_of(self.repository, route.main))
         return ""
 
     def run(self, seconds: float) -> None:

@@ -28,7 +28,7 @@ from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.live.keeper import service_process
 from ensemble.release.files import file_sha256
 from ensemble.release.release import Release, open_release
-from ensemble.release.repository import alias_of, member_folders
+from ensemble.release.repository import aliases_of, member_folders
 from ensemble.server import supervisor as serving
 from ensemble.server.mount import Mount, with_instances
 from ensemble.server.options import ServeOptions
@@ -259,7 +259,7 @@ def test_a_mount_has_copies_of_what_is_small_and_links_to_what_is_large(compiled
     mount = Mount(tmp_path)
     for _ in range(2):  # again, over what is there
         mount.add(release)
-        mount.point(only("r1"), alias_of(compiled, "r1"))
+        mount.point(only("r1"), aliases_of(compiled, "r1"))
     assert mount.has(release)
     links = {
         path.relative_to(mount.folder): path.readlink()

@@ -1,0 +1,1 @@
+"""Writes what a search reads, and fits how it orders what it finds."""

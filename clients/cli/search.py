@@ -1,0 +1,74 @@
+"""Runs `peregrine search "TEXT"`: prints what fits a text or a picture, in the order of a user's taste."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.cli.recommend import (
+    Allow,
+    BudgetMs,
+    Cap,
+    Context,
+    Deny,
+    Diversity,
+    Exclude,
+    TopK,
+    Url,
+    find_server,
+    options_of,
+    show,
+)
+from ensemble.cli.options import REPOSITORY, JsonOption
+
+Text = Annotated[
+    str, typer.Argument(metavar="[TEXT]", help="What to look for; may be left out beside --image.")
+]
+User = Annotated[str, typer.Option(help="Whose taste orders the list; nobody's if left out.")]
+Image = Annotated[Path | None, typer.Option(help="A picture to look for: a JPEG, PNG or WebP file.")]
+LeaveSeen = Annotated[
+    bool | None, typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has had.")
+]
+Repository = Annotated[
+    Path, typer.Option("--repository", "-r", help="Where titles are read, if it is there.")
+]
+_CONNECT_S = 2.0
+
+
+def search(
+    text: Text = "",
+    user: User = "",
+    image: Image = None,
+    top_k: TopK = None,
+    exclude: Exclude = None,
+    exclude_seen: LeaveSeen = None,
+    allow: Allow = None,
+    deny: Deny = None,
+    cap: Cap = None,
+    diversity: Diversity = None,
+    context: Context = None,
+    budget_ms: BudgetMs = None,
+    as_json: JsonOption = False,
+    url: Url = None,
+    repository: Repository = REPOSITORY,
+) -> None:
+    """Prints what fits a text or a picture: titles, scores, and what brought each item."""
+    from clients.client import Client
+
+    options = options_of(
+        top_k=top_k,
+        exclude=exclude,
+        exclude_seen=exclude_seen,
+        allow=allow,
+        deny=deny,
+        cap=cap,
+        diversity=diversity,
+        context=context,
+    )
+    server_url, headers = find_server(repository, url)
+    with Client(server_url, headers=headers) as client:
+        client.connect(_CONNECT_S)
+        result = client.search(user, text, image=image, budget_ms=budget_ms, **options)
+    show([result], repository, as_json=as_json)
