@@ -71,6 +71,11 @@ demo() {
   start_server
   show peregrine recommend u1 u2 --top-k 5 --repository $REPOSITORY
   show peregrine recommend newcomer --session i1,i2 --top-k 5 --repository $REPOSITORY
+  if [ -f $REPOSITORY/search/config.pbtxt ]; then # where the encoders' packages are installed
+    show peregrine search "matte berry lipstick" --user u1 --top-k 5 --repository $REPOSITORY
+    show peregrine search --user u1 --image "$(find $SHOP/images -type f | sort | head -1)" --top-k 5 --repository $REPOSITORY
+    show peregrine recommend u1 --like i3 --top-k 5 --repository $REPOSITORY
+  fi
   time_requests
   stop_server
   cat <<END

@@ -21,10 +21,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensemble.contract import PIPELINE, SEARCH
 from ensemble.engines import ENGINE_VARIABLE, INDEX_VARIABLE
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.release.canary import CANARY, SAME_ENGINE, read_canary
 from ensemble.release.release import Release
+from ensemble.steps.search_settings import read_search
 from ensemble.steps.served import ServedRelease, open_served
 from ensemble.tiers.settings import VARIABLE as TIERS_VARIABLE
 
@@ -147,10 +149,17 @@ def main(repository: Path, name: str, memory_bytes: int, cpu_s: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     release = _AsBuilt(repository, name, open_served(repository, name).manifest)
     release.verify_data(CANARY)
-    canary, pipeline = read_canary(release.path / CANARY), LocalPipeline(release)
+    canary = read_canary(release.path / CANARY)
+    pipelines = {pipeline: LocalPipeline(release, pipeline) for pipeline in release.pipelines}
     print("open", flush=True)
-    answer = pipeline.recommend(canary.user_ids, canary.options)
-    print(json.dumps({"fault": canary.fault(answer, SAME_ENGINE)}), flush=True)
+    fault = canary.fault(pipelines[PIPELINE].recommend(canary.user_ids, canary.options), SAME_ENGINE)
+    if SEARCH in pipelines and not fault:
+        texts = [read_search(release.path).probe] * len(canary.user_ids)
+        found = pipelines[SEARCH].search(canary.user_ids, texts, parameters=canary.options)
+        fault = canary.fault_of_search(found)
+        if not fault and not (found["item_ids"] != b"").any():
+            fault = f"search finds nothing for {texts[0]!r}, which the build made of a title"
+    print(json.dumps({"fault": fault}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,23 @@ Change = Callable[[Path, dict[str, Path]], None]
 
 
 def publish_variant(
-    repository: Path, source: str, name: str, scratch: Path, change: Change = lambda own, members: None
+    repository: Path,
+    source: str,
+    name: str,
+    scratch: Path,
+    change: Change = lambda own, members: None,
+    origin: Path | None = None,
 ) -> None:
-    """Publishes `name`, made of the files of release `source`.
+    """Publishes `name`, made of the files of release `source`, which may be another repository's, `origin`.
 
     `change` is called with its own folder and {model: its folder} before.
     """
-    release = open_release(repository, source)
+    origin = origin or repository
+    release = open_release(origin, source)
     schema, folder = release.schema, scratch / f"variant-{name}"
     members = write_members(contract.pipelines(schema), contract.beside(schema), name, folder)
     for model, member in members.items():
-        for engine in (repository / f"{source}_{model}" / "1").glob("*.onnx"):
+        for engine in (origin / f"{source}_{model}" / "1").glob("*.onnx"):
             shutil.copy(engine, member / "1")
     for path in release.path.iterdir():
         if path.name != "manifest.json" and not path.name.endswith(ALIAS_FILE):
