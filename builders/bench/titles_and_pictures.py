@@ -70,7 +70,7 @@ def types_figures(source: Path, out: Path) -> dict[str, Any]:
     """Measures how well the type of a product is told: {vectors: {all, beauty}}, and milliseconds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    rows = _products(source)
+    rows = products_of(source)
     types = np.array([row["article_type"] for row in rows])
     beauty = np.array([row["master_category"] == "Personal Care" for row in rows])
     common = {
@@ -107,7 +107,7 @@ def types_figures(source: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _products(source: Path) -> list[dict[str, str]]:
+def products_of(source: Path) -> list[dict[str, str]]:
     """Reads the products."""
     path = source / "mm_fashion_small" / "items.csv"
     if not path.is_file():

@@ -42,7 +42,7 @@ def queries_of(dataset: Dataset, release: Release, rng: np.random.Generator) -> 
     of_row, kinds = [], []
     for row in rows.tolist():
         title = titles[row].decode(errors="replace")
-        for kind, text in _asked(title, _category_words(release, row), rng).items():
+        for kind, text in asked_of(title, _category_words(release, row), rng).items():
             if text.strip():
                 texts.append(text)
                 of_row.append(row)
@@ -50,7 +50,7 @@ def queries_of(dataset: Dataset, release: Release, rng: np.random.Generator) -> 
     return Queries(texts, np.array(of_row, np.int64), np.array(kinds, dtype=object))
 
 
-def _asked(title: str, known: set[str], rng: np.random.Generator) -> dict[str, str]:
+def asked_of(title: str, known: set[str], rng: np.random.Generator) -> dict[str, str]:
     """Gives the queries of one title by kind, none that says the same as the whole title."""
     words = _WORD.findall(title)
     asked = {FULL: title}

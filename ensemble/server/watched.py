@@ -34,19 +34,23 @@ class Watched:
 
 
 def watched_models(folder: Path, route: Route, configuration: str | None) -> dict[str, Watched]:
-    """Lists the models of a route's releases, and its router, in a mount; ReleaseError or OSError where one
+    """Lists the models of a route's releases, and its routers, in a mount; ReleaseError or OSError where one
     cannot be read. `configuration` is the one that tritonserver was told to prefer."""
     found = dict[str, Watched]()
-    router = router_of(route)
     # Served fused, a router runs the canary in its own processes
     is_fused = configuration == "fused"
     for release in (route.main,) if is_fused else route.releases:
-        top = _config(folder, f"{release}_{contract.PIPELINE}", configuration)
-        steps = [step.model_name for step in top.ensemble_scheduling.step]
-        for config in [_config(folder, step, configuration) for step in steps] or [top]:
-            found[config.name] = _watched(config)
-    if router:
-        found[router] = _watched(_config(folder, router, None), is_router=True)
+        for pipeline in contract.PIPELINES:
+            if pipeline != contract.PIPELINE and not (folder / f"{release}_{pipeline}").exists():
+                continue
+            top = _config(folder, f"{release}_{pipeline}", configuration)
+            steps = [step.model_name for step in top.ensemble_scheduling.step]
+            for config in [_config(folder, step, configuration) for step in steps] or [top]:
+                found[config.name] = _watched(config)
+    for pipeline in contract.PIPELINES:
+        router = router_of(route, pipeline)
+        if router and (pipeline == contract.PIPELINE or (folder / router).exists()):
+            found[router] = _watched(_config(folder, router, None), is_router=True)
     return found
 
 
@@ -91,7 +95,9 @@ def _request(config: Any, *, is_router: bool) -> Any:
             count *= max(1, dim)
         name = "BYTES" if kind == "TYPE_STRING" else kind.removeprefix("TYPE_")
         request.inputs.add(name=tensor.name, datatype=name, shape=shape)
-        request.raw_input_contents.append(_zeros(kind, count))
+        # Nobody's id is a text that can be searched for, but no picture
+        is_picture = tensor.name == contract.CONTENTS[-1]
+        request.raw_input_contents.append(bytes(4) if is_picture else _zeros(kind, count))
     if is_router:
         request.parameters[PROBE].bool_param = True
     return request
