@@ -107,6 +107,7 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
             f"server {target} has no search: its release encodes no texts or pictures, or it is draining; "
             "give a feature of its items an `encoder` in shop.toml and build again",
             status,
+            retryable="has no available versions" in text,  # another server may not be draining
         )
     if status == "UNAVAILABLE":
         return Unavailable(

@@ -188,9 +188,7 @@ def prepared(
     text = json.dumps(dict(parameters)) if parameters else ""
     names = ["user_id"] if pipeline is None else [tensor.name for tensor in pipeline.inputs]
     others = {name: inputs[:, [column]] for column, name in enumerate(names) if column}
-    return {"user_id": ids, **others}, with_deadline(
-        parse_options(text, len(ids), schema), deadline_of(text)
-    )
+    return {"user_id": ids, **others}, with_deadline(parse_options(text, len(ids), schema), deadline_of(text))
 
 
 class BatchedPipeline:

@@ -160,7 +160,9 @@ class SearchRecall(Recall):
         order = _places(rows, candidates["candidate_rows"])
         candidates["candidate_status"] |= np.where(rows[:, :1] > 0, 0, int(Degraded.NO_MATCH))
         candidates["candidate_status"][unknown] |= int(Degraded.UNKNOWN_ITEMS)
-        late = options.late(SPENT_S)  # the ranker need not see them: what fits is found, in order of relevance
+        late = options.late(
+            SPENT_S
+        )  # the ranker need not see them: what fits is found, in order of relevance
         candidates["candidate_status"][late] |= int(Degraded.RANK_SKIPPED)
         candidates["candidate_features"][late, 0, 0] = np.nan
         return {

@@ -184,7 +184,10 @@ def test_a_request_of_nothing_is_refused(search):
 def test_whose_budget_is_spent_gets_what_fits_by_relevance_alone(search, pictured_release):
     known = list(titles(pictured_release).items())[:2]
     options = stack([default_options(1), with_deadline(default_options(1), 1.0)])
-    tensors = {"user_id": np.array([[b"u1"], [b"u1"]]), "query_text": column_of([t.encode() for t, _ in known])}
+    tensors = {
+        "user_id": np.array([[b"u1"], [b"u1"]]),
+        "query_text": column_of([t.encode() for t, _ in known]),
+    }
     tensors["query_image"] = column_of([b"", b""])
     found = search.run(options, search.read(options, tensors))
     assert found["item_ids"][:, 0].tolist() == [item for _, item in known]
