@@ -103,7 +103,7 @@ def recommend(
             results = [client.search(user, budget_ms=budget_ms, **near) for user in users]  # type: ignore[arg-type]
         else:
             results = client.recommend_many(users, budget_ms=budget_ms, **options)
-    show(results, repository, as_json=as_json)
+    show(results, options, repository, as_json=as_json)
 
 
 def options_of(
@@ -134,10 +134,10 @@ def options_of(
     }
 
 
-def show(results: list[Recommendations], repository: Path, *, as_json: bool) -> None:
-    """Prints lists as tables, or as JSON."""
+def show(results: list[Recommendations], options: RequestOptions, repository: Path, *, as_json: bool) -> None:
+    """Prints lists as tables, or as JSON; values of `options` that no item has are told."""
     catalogue = Catalogue(repository, results[0].release)
-    for option, wanted in (("--allow", options["allow"]), ("--deny", options["deny"])):
+    for option, wanted in (("--allow", options.get("allow")), ("--deny", options.get("deny"))):
         for line in catalogue.strangers(option, wanted or {}):
             typer.echo(f"note: {line}", err=True)
     if as_json:

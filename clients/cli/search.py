@@ -71,4 +71,4 @@ def search(
     with Client(server_url, headers=headers) as client:
         client.connect(_CONNECT_S)
         result = client.search(user, text, image=image, budget_ms=budget_ms, **options)
-    show([result], repository, as_json=as_json)
+    show([result], options, repository, as_json=as_json)
