@@ -8,6 +8,7 @@ from typing import Any
 from builders.data.dataset import Dataset
 from builders.verify.baselines import baseline_lines
 from builders.verify.data_facts import data_notes, data_table
+from builders.verify.first_clicks import first_click_lines
 from builders.verify.newcomers import newcomer_lines
 from builders.verify.shown import variety_note, variety_table
 
@@ -54,6 +55,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         *(newcomer_lines(found["newcomers"]) if found.get("newcomers") else []),
         *_shown(found.get("shown")),
         *_data(found.get("data")),
+        *first_click_lines(found.get("first_clicks", {})),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",

@@ -27,6 +27,7 @@ from builders.verify.by_truth import knowable_figures
 from builders.verify.calibration import calibration
 from builders.verify.canary import canary_of
 from builders.verify.data_facts import data_facts
+from builders.verify.first_clicks import first_clicks
 from builders.verify.markdown import markdown, worth_shortfalls
 from builders.verify.newcomers import newcomers
 from builders.verify.shown import asked_lists, variety
@@ -64,6 +65,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         lists = asked_lists(verifier, targets)
         report["shown"] = variety(dataset, verifier.embeddings, lists)
         report["newcomers"] = newcomers(dataset, lists.ways["chain"], targets, ranks, worth)
+    report["newcomers"] = newcomers(dataset, verifier, targets, ranks, worth) if len(users) else {}
+    report["first_clicks"] = first_clicks(dataset, verifier)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:
         values = verifier.impression_probabilities(dataset.test_impressions)
