@@ -146,6 +146,7 @@ SOURCE_KINDS: dict[str, tuple[str, float | None]] = {
     "transitions": ("ensemble.steps.sources:Transitions", 3 / 8),
     "popular": ("ensemble.steps.sources:Popular", 1 / 16),
     "content": ("ensemble.steps.content:Content", 1 / 8),
+    "walks": ("ensemble.steps.walks:Walks", 1 / 8),
 }
 # What every release has; a shop may name more, and other quotas.
 DEFAULT_SOURCES = tuple(

@@ -35,6 +35,7 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "transitions": (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
     "popular": (0.0, 0.1, 0.2, 0.4),
     "content": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "walks": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
 }
 _LAST_ITEMS = 5  # whose content is asked for; else all that the snapshot holds of a past
 
@@ -95,7 +96,8 @@ class Fitting:
             return before, lists
         on = dataclasses.replace(before, off=tuple(other for other in before.off if other != name))
         seen = self.dataset.schema.sizes.seen
-        ways = [dataclasses.replace(on, content_items=items) for items in (_LAST_ITEMS, seen)]
+        depths = (_LAST_ITEMS, seen) if name == "content" else (before.content_items,)
+        ways = [dataclasses.replace(on, content_items=items) for items in depths]
         found = [self._lists(way) for way in ways]
         half, other = slice(0, None, 2), slice(1, None, 2)
         weights = [one.take(half).best(self.names, on.off) for one in found]

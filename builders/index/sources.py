@@ -8,13 +8,15 @@ from typing import Any
 
 from builders.data.dataset import Dataset
 from builders.index.content import write_content
+from builders.index.walks import write_walks
 from ensemble.steps.content import INDEX, TABLE, VECTORS
+from ensemble.steps.walks import WALKS
 
 # dataset, folder, seed -> the settings of RecallSettings that go with the files
 Writer = Callable[[Dataset, Path, int], dict[str, Any]]
 
-WRITERS: dict[str, Writer] = {"content": write_content}
-FILES = (TABLE, VECTORS, INDEX)  # of all of them, where they are there
+WRITERS: dict[str, Writer] = {"content": write_content, "walks": write_walks}
+FILES = (TABLE, VECTORS, INDEX, WALKS)  # of all of them, where they are there
 
 
 def write_sources(dataset: Dataset, folder: Path, seed: int) -> dict[str, Any]:

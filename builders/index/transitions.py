@@ -23,21 +23,30 @@ def item_transitions(
     owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     neighbour_rows = np.full((num_items + 1, neighbours), -1, np.int32)
     neighbour_scores = np.zeros((num_items + 1, neighbours), np.float32)
-    shards = 1 + len(rows) * window // _PAIRS_AT_ONCE
+    shards = num_shards(len(rows), window)
     for shard in range(shards):
-        sources, targets, weights = _summed_pairs(owner, rows, num_items, window, shard, shards)
+        sources, targets, weights = summed_pairs(owner, rows, num_items, window, shard, shards)
         total = np.bincount(sources, weights, minlength=num_items + 1)
-        scores = weights / np.sqrt(total[sources])
-        order = np.lexsort((targets, -scores, sources))
-        sources = sources[order]
-        place = ranks_within(sources)
-        kept = place < neighbours
-        neighbour_rows[sources[kept], place[kept]] = targets[order][kept]
-        neighbour_scores[sources[kept], place[kept]] = scores[order][kept]
+        keep_best(sources, targets, weights / np.sqrt(total[sources]), neighbour_rows, neighbour_scores)
     return neighbour_rows, neighbour_scores
 
 
-def _summed_pairs(
+def num_shards(num_events: int, window: int) -> int:
+    """Says into how many parts of the items the pairs are cut, so that each fits into memory."""
+    return 1 + num_events * window // _PAIRS_AT_ONCE
+
+
+def keep_best(sources: Array, targets: Array, scores: Array, rows: Array, best: Array) -> None:
+    """Writes each source's best targets [n] into its row of `rows` [I + 1, L], their scores into `best`."""
+    order = np.lexsort((targets, -scores, sources))
+    sources = sources[order]
+    place = ranks_within(sources)
+    kept = place < rows.shape[1]
+    rows[sources[kept], place[kept]] = targets[order][kept]
+    best[sources[kept], place[kept]] = scores[order][kept]
+
+
+def summed_pairs(
     owner: Array, rows: Array, num_items: int, window: int, shard: int, shards: int
 ) -> tuple[Array, Array, Array]:
     """Sums the weight of each pair whose source has row % shards == shard: sources, targets, weights [n]."""

@@ -14,6 +14,7 @@ from builders.compress.results import CompressionReport
 from builders.learning import learning_lines
 from builders.report import figures
 from builders.verify.data_facts import data_notes, data_table
+from builders.verify.first_clicks import FIRST_CLICKS, first_click_table
 from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
 from builders.verify.shown import variety_note, variety_table
 
@@ -99,6 +100,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_ranking(report, found),
         *_tasks(report, found),
         *_shown(report),
+        *_first_clicks(report),
         *_recall(report),
         *_learning(report, found),
         *_data(report),
@@ -157,6 +159,13 @@ def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
         )
         parts.append(f"<p>Chain minus recall, NDCG@10: {interval} (paired bootstrap over users).</p>")
     return parts
+
+
+def _first_clicks(report: Mapping[str, Any]) -> list[str]:
+    """Shows what new users find after one to five clicks, where the shop's split has new users."""
+    if not (found := report.get("first_clicks")):
+        return []
+    return ["<h2>First clicks</h2>", f"<p>{escaped(FIRST_CLICKS)}</p>", table_of(*first_click_table(found))]
 
 
 def _trained(manifest: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ features = [{name = "device", kind = "category"}, {name = "hour", kind = "number
 name = "ctr"
 kind = "binary"
 label = {column = "clicked"}
-[recall]                             # may be left out; "content" is kept only where it gains
+[recall]                             # may be left out; "content", "walks": kept only where they gain
 sources = ["user_embeddings", "transitions", "popular", "content"]
 quotas = {content = 0.2}             # share of the candidates that is kept for a source
 new_items = "median"                 # what nobody has taken counts as popular as the middle of what somebody

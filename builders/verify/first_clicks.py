@@ -9,6 +9,7 @@ Axes: U users, P events, Q targets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from builders.data.splits import users_of
 from builders.export.verifier import Verifier
 from ensemble.bootstrap import paired_difference
 
+FIRST_CLICKS = "New users, of whom nothing was learned, after their first clicks: HR@10 of the next new item."
 CLICKS = (1, 2, 3, 4, 5)
 _MOST, _FEWEST = 500, 30  # users that are asked about a number of clicks; with fewer a figure says nothing
 
@@ -58,21 +60,21 @@ def first_clicks(dataset: Dataset, verifier: Verifier) -> dict[str, Any]:
     return found
 
 
-def first_click_lines(found: dict[str, Any]) -> list[str]:
-    """Writes the report's part on first clicks; none where there are no new users."""
-    if not found:
-        return []
-    head = ("clicks", "users", "chain", "recall", "popularity", "chain minus popularity")
+def first_click_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Gives the head and the rows of the table that reports show."""
+    ways = ("chain", "recall", "popularity")
     rows = []
     for clicks, of in found.items():
         gain = of["chain_minus_popularity"]
-        figures = (f"{of[way]:.4f}" for way in head[2:5])
         interval = f"{gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
-        rows.append((clicks, f"{of['users']:,}", *figures, interval))
-    table = [head, ("---",) * len(head), *rows]
-    return [
-        "",
-        "New users, of whom nothing was learned, after their first clicks: HR@10 of the next new item.",
-        "",
-        *("| " + " | ".join(row) + " |" for row in table),
-    ]
+        rows.append([clicks, f"{of['users']:,}", *(f"{of[way]:.4f}" for way in ways), interval])
+    return ["clicks", "users", *ways, "chain minus popularity"], rows
+
+
+def first_click_lines(found: Mapping[str, Any]) -> list[str]:
+    """Writes the report's part on first clicks; none where there are no new users."""
+    if not found:
+        return []
+    head, rows = first_click_table(found)
+    table = [head, ["---"] * len(head), *rows]
+    return ["", FIRST_CLICKS, "", *("| " + " | ".join(row) + " |" for row in table)]

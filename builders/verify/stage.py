@@ -65,7 +65,6 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         lists = asked_lists(verifier, targets)
         report["shown"] = variety(dataset, verifier.embeddings, lists)
         report["newcomers"] = newcomers(dataset, lists.ways["chain"], targets, ranks, worth)
-    report["newcomers"] = newcomers(dataset, verifier, targets, ranks, worth) if len(users) else {}
     report["first_clicks"] = first_clicks(dataset, verifier)
     progress(0.9, "held-out impressions")
     if dataset.test_impressions is not None:

@@ -123,11 +123,11 @@ class Transitions:
     """Offers what followed the user's last items, item to item."""
 
     name, fills_up = "transitions", False
+    file = "transitions.npy"  # [I + 1] {rows i4[L], scores f4[L]}
 
     def __init__(self, release: ServedRelease, settings: RecallSettings) -> None:
         self._num_last = settings.transition_items
-        # [I + 1] {rows i4[L], scores f4[L]}
-        self._lists = np.load(release.path / "transitions.npy", mmap_mode="r", allow_pickle=False)
+        self._lists = np.load(release.path / self.file, mmap_mode="r", allow_pickle=False)
 
     def offer(self, batch: Batch) -> Array:
         """Gives rows [B, P]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from builders.index.content import COMPONENTS, content_table
 from builders.index.offline import OfflineRecall
 from builders.index.recall_files import RecallFacts, write_recall
 from builders.index.stage import _FROM_DATA
+from builders.index.walks import item_walks
 from builders.presets import preset
 from builders.verify.markdown import source_lines
 from ensemble.errors import InvalidInput
@@ -25,6 +27,7 @@ from ensemble.release.ids import write_ids
 from ensemble.steps.content import content_vectors
 from ensemble.steps.recall_settings import RecallSettings, settings_from_json
 from ensemble.steps.sources import Batch, Popular
+from ensemble.steps.walks import Walks
 
 MORE = '\n[recall]\nsources = ["user_embeddings", "transitions", "popular", "content"]\n'
 
@@ -93,6 +96,49 @@ def test_content_is_left_out_where_it_says_nothing_and_recall_is_what_it_was(tmp
     without = tmp_path / "without"
     written(without, dataset_of(without, "", shuffled=True))
     assert (*settings_in(without).source_weights, 0.0) == settings.source_weights
+
+
+def test_walks_lead_to_the_ends_that_a_plain_product_finds(rng, monkeypatch):
+    lengths = rng.integers(0, 9, 40)
+    offsets, rows = np.concatenate([[0], np.cumsum(lengths)]), rng.integers(1, 13, lengths.sum())
+    ties = np.zeros((15, 15))  # items 13 and 14 nobody takes
+    for start, stop in itertools.pairwise(offsets):
+        for i in range(start, stop):
+            for j in range(i + 1, min(i + 4, stop)):
+                for one, other in ((rows[i], rows[j]), (rows[j], rows[i])):
+                    ties[one, other] += (one != other) / (j - i)
+    step = ties / np.maximum(ties.sum(1, keepdims=True), 1e-9)
+    wanted = step @ step * np.sqrt(ties.sum(1, keepdims=True))
+    np.fill_diagonal(wanted, 0)
+    for at_once, pairs in ((1 << 22, 1 << 25), (400, 100)):  # in one piece, and in many
+        monkeypatch.setattr("builders.index.walks._AT_ONCE", at_once)
+        monkeypatch.setattr("builders.index.transitions._PAIRS_AT_ONCE", pairs)
+        ends, scores = item_walks(offsets, rows, 14, window=3, neighbours=15, kept=20)
+        dense = np.zeros((15, 16))
+        np.put_along_axis(dense, ends.astype(np.int64), scores, 1)
+        np.testing.assert_allclose(dense[:, :15], wanted, atol=1e-5)
+        assert (np.diff(scores, axis=1) <= 0).all()
+    ends, scores = item_walks(offsets, rows, 14, window=3, neighbours=15, kept=2)
+    np.testing.assert_allclose(scores, np.sort(wanted, axis=1)[:, :-3:-1], atol=1e-5)
+
+
+def test_walks_are_tried_and_offer_what_no_transition_does(tmp_path):
+    """Whatever the build finds of them, asked they offer ends of walks from the last item, best first."""
+    dataset = dataset_of(tmp_path, MORE.replace("content", "walks"))
+    facts = written(tmp_path, dataset)
+    [tried] = facts.tried_sources
+    assert tried["source"] == "walks"
+    assert (settings_in(tmp_path).off == ()) == tried["kept"]
+    on = dataclasses.replace(settings_in(tmp_path), off=())
+    (tmp_path / "index" / "recall.json").write_text(on.to_json())
+    recall = OfflineRecall(dataset, tmp_path / "index", lambda users, ends: np.zeros(0)).recall
+    last = dataset.histories.item_rows[dataset.train_ends[1:65] - 1][:, None].astype(np.int64)
+    offers = recall.source(Walks).offer(Batch(np.zeros((64, 1, 32), np.float32), last, recall.live.view))
+    table = np.load(tmp_path / "index" / "walks.npy")
+    wanted = table["rows"][last[:, 0]]
+    assert (wanted[:, 0] > 0).mean() > 0.9
+    np.testing.assert_array_equal(offers[:, 0], wanted[:, 0])
+    assert not (offers == last).any()
 
 
 def test_a_refit_keeps_what_the_verified_model_kept(tmp_path):

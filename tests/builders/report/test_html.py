@@ -148,6 +148,17 @@ def test_a_release_keeps_what_each_epoch_had_and_marks_the_kept_one(manifest):
     assert figures.png(draw).startswith(PNG)
 
 
+def test_first_clicks_are_shown_where_there_are_new_users(manifest):
+    manifest["report"].pop("first_clicks", None)
+    assert "First clicks" not in page(manifest, {})
+    gain = {"mean": 0.1, "low": -0.02, "high": 0.2, "p_worse": 0.1}
+    figures_of = {"users": 40, "chain": 0.15, "recall": 0.125, "popularity": 0.05}
+    manifest["report"]["first_clicks"] = {"3": {**figures_of, "chain_minus_popularity": gain}}
+    text = page(manifest, {})
+    assert "<td>3</td><td>40</td><td>0.1500</td>" in text
+    assert "+0.1000 [-0.0200, +0.2000]" in text
+
+
 def test_an_older_release_without_curves_has_a_page(manifest):
     del manifest["report"]["encoders"], manifest["report"]["ranker"]["curve"]
     found = release_figures(manifest["report"])
