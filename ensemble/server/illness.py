@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from ensemble.release.vitals import Vitals, vitals_of
 from ensemble.server.probes import SERVER, Probes
 from ensemble.server.process import Stub
-from ensemble.server.vitals import Vitals, vitals_of
 from ensemble.server.watched import Watched
 
 STOPPED_S = 0.8  # a shorter pause is nobody's business

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.release.files import is_locked
+from ensemble.release.vitals import vitals_of
 from ensemble.server.installation import MOUNT
 from ensemble.server.process import EXIT_TIMEOUT_S
 from ensemble.server.running import CLAIM
-from ensemble.server.vitals import vitals_of
 
 _STOPS_S = EXIT_TIMEOUT_S + 25.0  # a drain, and what follows
 _ORPHAN_S = (

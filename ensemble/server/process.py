@@ -25,11 +25,11 @@ from ensemble.engines import (
 )
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
+from ensemble.release.vitals import Vitals, vitals_of
 from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
 from ensemble.server.options import ServeOptions
 from ensemble.server.router_files import models_to_load
 from ensemble.server.runtime import Runtime
-from ensemble.server.vitals import Vitals, vitals_of
 from ensemble.tiers import settings as tiers
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
