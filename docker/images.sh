@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${PEREGRINE_IMAGES:-$PWD/.build/images}
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# Where this machine's own packages come from, unless another is named.
+mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | awk '!/security/ && !n++' || true)}
 mkdir -p "$folder"
 
 fail() {
@@ -41,7 +42,7 @@ timed() { # NAME COMMAND…: runs it and says how long it took
 make_root() { # Debian as a tree; kept, since it takes minutes
   [ -f "$folder/root.tar" ] && return
   rm -rf "$folder/root"
-  debootstrap --variant=minbase --include=python3,python3-pip,libpython3.11,ca-certificates bookworm "$folder/root" "$mirror"
+  debootstrap --variant=minbase --include=python3,python3-pip,libpython3.11,ca-certificates bookworm "$folder/root" ${mirror:+"$mirror"}
   rm -rf "$folder"/root/var/cache/apt/* "$folder"/root/var/lib/apt/lists/*
   tar -C "$folder/root" -cf "$folder/root.tar.new" .
   mv "$folder/root.tar.new" "$folder/root.tar"
