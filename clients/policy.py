@@ -16,11 +16,8 @@ HEDGE_SHARE, HEDGE_BURST = 0.05, 20.0  # second calls beside a slow first one
 MAX_IN_FLIGHT = 256
 NORMAL_SHARE = 0.8  # of the calls in flight; the rest is for those of high priority
 DOWN_S = 1.0  # a server that was not there is asked last for so long
-_KNOWN, _KEPT, _EVERY = (
-    50,
-    512,
-    64,
-)  # answers from which the usual time is known; that are kept; between looks
+# Answers from which the usual time is known; that are kept; between looks
+_KNOWN, _KEPT, _EVERY = 50, 512, 64
 _LEAST_HEDGE_S, _FIRST_HEDGE_S = 0.02, 0.25  # before a second call; before anything is known
 _HEDGE_TIMES = 2.0  # the usual 99th percentile
 

@@ -78,7 +78,9 @@ def build(
     preset: Preset = "base",
     changes: Set = None,
     show_settings: ShowSettings = False,
-    repository: Annotated[Path, typer.Option(help="Triton's model repository.")] = REPOSITORY,
+    repository: Annotated[
+        Path, typer.Option("--repository", "-r", help="Triton's model repository.")
+    ] = REPOSITORY,
     release: Annotated[
         str | None, typer.Option(help="Name of the new release; the next free r1, r2, … if not given.")
     ] = None,
