@@ -13,6 +13,7 @@ from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
 from builders.learning import learning_lines
 from builders.report import figures
+from builders.search.page import search_note, search_table
 from builders.verify.data_facts import data_notes, data_table
 from builders.verify.first_clicks import FIRST_CLICKS, first_click_table
 from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
@@ -101,6 +102,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_tasks(report, found),
         *_shown(report),
         *_first_clicks(report),
+        *_search(report),
         *_recall(report),
         *_learning(report, found),
         *_data(report),
@@ -159,6 +161,13 @@ def _ranking(report: Mapping[str, Any], found: Figures) -> list[str]:
         )
         parts.append(f"<p>Chain minus recall, NDCG@10: {interval} (paired bootstrap over users).</p>")
     return parts
+
+
+def _search(report: Mapping[str, Any]) -> list[str]:
+    """Says what a search finds, and by what."""
+    if not (found := report.get("search")):
+        return []
+    return ["<h2>Search</h2>", f"<p>{escaped(search_note(found))}</p>", table_of(*search_table(found))]
 
 
 def _first_clicks(report: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from builders.data.dataset import Dataset
+from builders.search.page import search_note, search_table
 from builders.verify.baselines import baseline_lines
 from builders.verify.data_facts import data_notes, data_table
 from builders.verify.first_clicks import first_click_lines
@@ -56,6 +57,7 @@ def markdown(dataset: Dataset, found: dict[str, Any]) -> str:
         *_shown(found.get("shown")),
         *_data(found.get("data")),
         *first_click_lines(found.get("first_clicks", {})),
+        *_search(found.get("search")),
         "",
         f"{dataset.num_items:,} items, {dataset.num_users:,} users, {len(dataset.histories.item_rows):,} "
         "positive events.",
@@ -236,6 +238,13 @@ def _shown(shown: Mapping[str, Any] | None) -> list[str]:
         return []
     table = _table(*variety_table(shown, WAYS))
     return ["", "## What the lists show", "", variety_note(shown), "", *table]
+
+
+def _search(search: Mapping[str, Any] | None) -> list[str]:
+    """Writes the part on what a search finds."""
+    if not search:
+        return []
+    return ["", "## Search", "", search_note(search), "", *_table(*search_table(search))]
 
 
 def _data(data: Mapping[str, Any] | None) -> list[str]:

@@ -166,6 +166,16 @@ def test_an_older_release_without_curves_has_a_page(manifest):
     assert "Learning curves" not in page(manifest, found)
 
 
+def test_a_release_with_a_search_says_what_it_finds(pictured_release, manifest):
+    assert "<h2>Search</h2>" not in page(manifest, {})
+    found = pictured_release.manifest["report"]["search"]
+    text, written = page(pictured_release.manifest, {}), (pictured_release.path / "report.md").read_text()
+    assert f"<td>{found['with_taste']['ndcg@10']:.4f}</td>" in text
+    for shown in ("words alone (BM25)", f"{found['queries']:,} queries"):
+        assert shown in text
+        assert shown in written
+
+
 def test_the_page_is_whole_and_links_to_nothing(compressed):
     text = page(compressed, release_figures(compressed["report"]))
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text)
