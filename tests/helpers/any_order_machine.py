@@ -366,7 +366,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Sends the file of all events once more; only what came since can change a row."""
         if not self.loaded:
             return
-        tail(str(self.events), redis=self.redis.url, shop=self.shop, repository=self.repository)
+        tail(str(self.events), redis=self.redis.url, shop=self.shop, repository=self.repository, only="all")
         lines = map(json.loads, self.events.read_text().splitlines())
         self._note([(line["user_id"].encode(), line["item_id"], line["time"]) for line in lines])
 

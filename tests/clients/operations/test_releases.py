@@ -200,10 +200,10 @@ def test_a_flip_that_goes_wrong_is_taken_back(repository, monkeypatch):
     with serve(repository, ServeOptions(port=0, metrics_port=None)):
         check = Turning._check
 
-        def fail_through_the_alias(self, model, route):
+        def fail_through_the_alias(self, model, route, pipeline="recommend"):
             if model == "recommend":
                 raise ServerError("the canary died")
-            check(self, model, route)
+            check(self, model, route, pipeline)
 
         monkeypatch.setattr(Turning, "_check", fail_through_the_alias)
         with pytest.raises(ReleaseError, match="release r2 is not activated, r1 goes on: the canary died"):

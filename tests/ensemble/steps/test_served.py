@@ -40,7 +40,7 @@ def test_the_tiers_numbers_come_once_from_a_pipeline_and_from_the_fused_step(tin
     once = tier_numbers(release.metrics())
     assert len(once) == len(set(once)) > 10
     assert tier_numbers(pipeline.metrics()) == once
-    fused = FusedStep(release.pipeline.models[0], release)
+    fused = FusedStep(release.pipeline.fused, release)
     # What python_model.py publishes.
     published = tier_numbers([*release.metrics(), *fused.metrics()])
     assert published == once
