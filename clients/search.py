@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 
 from clients.errors import InvalidArgument
 from clients.wire import Call, call_from_options
+from ensemble.content.pictures import MAX_BYTES
 from ensemble.contract import MAX_TEXT_BYTES, SEARCH
 from ensemble.options import Id
 
 Picture: TypeAlias = bytes | str | os.PathLike[str]  # the file's bytes, or where it lies
-MAX_PICTURE_BYTES = 4_000_000
 
 
 def call_of_search(
@@ -43,9 +43,9 @@ def picture_of(image: Picture | None) -> bytes:
             raise InvalidArgument(f"query_image: cannot read {image}: {error.strerror}") from None
     else:
         raise InvalidArgument(f"query_image: must be a file's bytes or its path, got {type(image).__name__}")
-    if len(data) > MAX_PICTURE_BYTES:
+    if len(data) > MAX_BYTES:
         raise InvalidArgument(
-            f"query_image: at most {MAX_PICTURE_BYTES:,} bytes, got {len(data):,}", "send a smaller picture"
+            f"query_image: at most {MAX_BYTES:,} bytes, got {len(data):,}", "send a smaller picture"
         )
     if not data:
         raise InvalidArgument("query_image: the picture is empty", "leave it out to search by text")

@@ -23,13 +23,14 @@ import numpy as np
 
 from clients.errors import InvalidArgument, Overloaded, Unavailable, error_from_status
 from clients.wire import Answer, Call, decode_bytes, encode_bytes
-from ensemble.contract import PIPELINE
+from ensemble.contract import MAX_PICTURES_BYTES, PIPELINE, SEARCH
 from ensemble.errors import PeregrineError
 from ensemble.options import BUDGET, SENT
 
 CANCEL_IS_SAFE_FROM = (2, 59)
 MAX_ABANDONED = 64
-MAX_REQUEST_BYTES = 1 << 20  # 2.51 has no limit of its own, and keeps what it has taken for a large one
+# 2.51 has no limit of its own, and keeps what it has taken for a large request. A search brings pictures
+MAX_REQUEST_BYTES = {PIPELINE: 1 << 20, SEARCH: MAX_PICTURES_BYTES}
 # Pings closer than this are answered with GOAWAY by the server's defaults.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
@@ -223,7 +224,8 @@ def proto_from_call(call: Call, model: str, *, is_local: bool = False) -> Any:
     was sent. InvalidArgument where it is too large."""
     from tritonclient.grpc import service_pb2
 
-    request = service_pb2.ModelInferRequest(model_name=call.model or model)
+    called = call.model or model
+    request = service_pb2.ModelInferRequest(model_name=called)
     request.inputs.add(name="user_id", datatype="BYTES", shape=(len(call.user_ids), 1))
     request.raw_input_contents.append(encode_bytes(call.user_ids))
     for name, content in call.contents:
@@ -236,10 +238,9 @@ def proto_from_call(call: Call, model: str, *, is_local: bool = False) -> Any:
         request.parameters[BUDGET].int64_param = max(1, int(call.budget_ms * 1000))
         if is_local:
             request.parameters[SENT].int64_param = time.time_ns() // 1000
-    if model == PIPELINE and request.ByteSize() > MAX_REQUEST_BYTES:
-        raise InvalidArgument(
-            f"request: {request.ByteSize():,} bytes, at most {MAX_REQUEST_BYTES:,}; send fewer users or items"
-        )
+    most = MAX_REQUEST_BYTES.get(called)
+    if most is not None and (size := request.ByteSize()) > most:
+        raise InvalidArgument(f"request: {size:,} bytes, at most {most:,}; send fewer users or items")
     return request
 
 

@@ -191,12 +191,12 @@ def _results(call: Call, answer: Answer, latency_ms: float) -> list[Recommendati
     scores = np.asarray(answer["scores"]).reshape(num_users, depth).tolist()
     probabilities = np.asarray(answer["probabilities"]).reshape(num_users, depth, len(tasks)).tolist()
     degraded = np.asarray(answer["degraded"]).ravel().tolist()
-    finders: list[bytes] = answer["finders"] if "finders" in answer else [b""] * len(ids)
+    finders = list(map(_names, answer["finders"])) if "finders" in answer else [()] * len(ids)
     sequences = np.asarray(answer["sequence"]).ravel().tolist()
     results = []
     for row, user in enumerate(call.user_ids):
         mine = ids[row * depth : (row + 1) * depth]
-        found = [_names(one) for one in finders[row * depth : (row + 1) * depth]]
+        found = finders[row * depth : (row + 1) * depth]
         columns = zip(mine, scores[row], probabilities[row], found, strict=True)
         items = tuple(
             [

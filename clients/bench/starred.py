@@ -61,9 +61,8 @@ _STOPPED_S = 5.0
 _OVERLOAD_USERS, _OVERLOAD_IN_FLIGHT, _TIMES, _LEAST_TIMES = 8, 32, 10, 5
 _LOST_S = 30.0
 Row = dict[str, Any]
-Note = tuple[
-    float, float, str, Recommendations | None, str
-]  # due, done, user, answer, error's class and text
+# due, done, user, answer, error's class and text
+Note = tuple[float, float, str, Recommendations | None, str]
 
 
 async def _ask(

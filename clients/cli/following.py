@@ -77,8 +77,7 @@ class FollowedFile:
             if self._kept is None:
                 print(
                     f"{self.state}: {error.strerror}; a restart will read the file from its start "
-                    f"(--offset FILE "
-                    "names a place that can be written)",
+                    "(--offset FILE names a place that can be written)",
                     file=sys.stderr,
                 )
         self._kept = now

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "127.0.0.1:8001"
 _RECENT = 5  # items of a user's past that are shown
-_CONNECT_S = 2.0
+CONNECT_S = 2.0
 
 Users = Annotated[list[str], typer.Argument(metavar="USER…", help="User ids.")]
 TopK = Annotated[int | None, typer.Option("--top-k", "-k", help="Items wanted.")]
@@ -97,7 +97,7 @@ def recommend(
     )
     server_url, headers = find_server(repository, url)
     with Client(server_url, headers=headers) as client:
-        client.connect(_CONNECT_S)  # so that the latency shown is the call's alone
+        client.connect(CONNECT_S)  # so that the latency shown is the call's alone
         if like is not None:
             near = {**options, "like": _split(like)}
             results = [client.search(user, budget_ms=budget_ms, **near) for user in users]  # type: ignore[arg-type]

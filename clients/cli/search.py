@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from clients.cli.recommend import (
+    CONNECT_S,
     Allow,
     BudgetMs,
     Cap,
@@ -15,6 +16,7 @@ from clients.cli.recommend import (
     Deny,
     Diversity,
     Exclude,
+    ExcludeSeen,
     TopK,
     Url,
     find_server,
@@ -28,13 +30,9 @@ Text = Annotated[
 ]
 User = Annotated[str, typer.Option(help="Whose taste orders the list; nobody's if left out.")]
 Image = Annotated[Path | None, typer.Option(help="A picture to look for: a JPEG, PNG or WebP file.")]
-LeaveSeen = Annotated[
-    bool | None, typer.Option("--exclude-seen/--include-seen", help="Leave out what the user has had.")
-]
 Repository = Annotated[
     Path, typer.Option("--repository", "-r", help="Where titles are read, if it is there.")
 ]
-_CONNECT_S = 2.0
 
 
 def search(
@@ -43,7 +41,7 @@ def search(
     image: Image = None,
     top_k: TopK = None,
     exclude: Exclude = None,
-    exclude_seen: LeaveSeen = None,
+    exclude_seen: ExcludeSeen = None,
     allow: Allow = None,
     deny: Deny = None,
     cap: Cap = None,
@@ -69,6 +67,6 @@ def search(
     )
     server_url, headers = find_server(repository, url)
     with Client(server_url, headers=headers) as client:
-        client.connect(_CONNECT_S)
+        client.connect(CONNECT_S)
         result = client.search(user, text, image=image, budget_ms=budget_ms, **options)
     show([result], options, repository, as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -217,7 +218,7 @@ def _pull_log(home: Path, store: Store) -> int:
     """Takes in the store's changes to items; gives the last one's number, 0 where none is new."""
     facts = store.read_json("catalogue.json")
     folder = log_folder(home)
-    if facts is None or _is_known(folder, facts):
+    if facts is None or _is_known(folder / "log", facts["chunks"]):
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     for name in facts.get("pictures", ()):
@@ -238,12 +239,16 @@ def _pull_log(home: Path, store: Store) -> int:
     return int(facts["sequence"])
 
 
-def _is_known(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Says whether the log that is here ends where the store's does, by its length: it only ever grows, but
-    where it is compacted."""
-    size = sum(int(chunk["bytes"]) for chunk in facts["chunks"])
+def _is_known(log: Path, chunks: Sequence[Mapping[str, Any]]) -> bool:
+    """Says whether the log that is here is the store's, by its length and its last chunk: the checksum of its
+    last line is of all lines before."""
     try:
-        return (folder / "log").stat().st_size == size
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if not chunks or size != sum(int(chunk["bytes"]) for chunk in chunks):
+                return False
+            file.seek(size - int(chunks[-1]["bytes"]))
+            return hashlib.sha256(file.read()).hexdigest() == chunks[-1]["sha256"]
     except OSError:
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble.cli.options import REPOSITORY, CatalogueOption, JsonOption, RepositoryOption
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from ensemble.server.status import Status
@@ -47,7 +47,7 @@ def status(
         sys.exit(looking.DOWN if why else looking.WELL)
     found = looking.gather(repository, catalogue, state)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+        print(json_text(found.to_json(), indent=1))
     elif metrics:
         print("\n".join(_metrics(found)))
     else:

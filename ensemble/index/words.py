@@ -104,6 +104,7 @@ class LiveWords:
     mean: float
     terms: dict[int, Counter[bytes]] = field(default_factory=dict)
     rows: dict[bytes, dict[int, float]] = field(default_factory=dict)
+    _changed: Array | None = None  # the rows of `terms`, until the next one comes
 
     def put(self, row: int, title: str) -> None:
         """Makes `title` the title of a row."""
@@ -113,6 +114,19 @@ class LiveWords:
         length = float(sum(terms.values()))
         for term, count in terms.items():
             self.rows.setdefault(term, {})[row] = weight_of(count, length, self.mean)
+        self._changed = None
+
+    def changed(self) -> Array:
+        """Gives the rows whose titles changes have brought: [n] int64."""
+        if self._changed is None:
+            self._changed = np.fromiter(self.terms, np.int64, len(self.terms))
+        return self._changed
+
+    def postings(self, term: bytes) -> tuple[Array, Array]:
+        """Gives rows and weights [n] of the changed titles that have a term."""
+        found = self.rows.get(term, {})
+        rows = np.fromiter(found.keys(), np.int64, len(found))
+        return rows, np.fromiter(found.values(), np.float32, len(found))
 
 
 class Words:
@@ -139,12 +153,12 @@ class Words:
             postings = self._of(term)
             out[postings["row"]] += importance[term] * postings["weight"]
         if live.terms:
-            changed = [row for row in live.terms if row < num_rows]
-            out[changed] = 0  # the release's own titles of these are old
+            changed = live.changed()
+            out[changed[changed < num_rows]] = 0  # the release's own titles of these are old
             for term in terms:
-                for row, weight in live.rows.get(term, {}).items():
-                    if row < num_rows:
-                        out[row] += importance[term] * weight
+                rows, weights = live.postings(term)
+                there = rows < num_rows
+                out[rows[there]] += importance[term] * weights[there]
         return out / np.float32(max(own, 1e-9))
 
     def _of(self, term: bytes) -> Array:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ensemble.live.merge_process import module_process
 from ensemble.release.files import try_flock
-from ensemble.release.vitals import vitals_of
+from ensemble.vitals import vitals_of
 
 AT_WORK = 3  # exit code of a writer where another one writes already
 _POLL_S, _LOOKS_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 0.5, 5.0, 30.0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ensemble.contract import TEXT
 from ensemble.errors import ReleaseError
 from ensemble.live.catalogue import DELETE, REPLACE, CatalogueReader, Entry, log_folder, open_catalogue
 from ensemble.live.encoding import ENCODING, TITLE
@@ -79,7 +80,7 @@ class LiveTitles:
 
 def _text_columns(release: Release) -> list[str]:
     """Names the columns whose texts are encoded."""
-    texts = {f.name for f in release.schema.items.features if f.encoder == "text_encoder"}
+    texts = {f.name for f in release.schema.items.features if f.encoder == TEXT}
     if not texts:
         return []
     release.verify_data(ENCODING)

@@ -23,7 +23,7 @@ _FETCH_S = 3.0
 _TEXT = "text/plain; charset=utf-8"
 
 
-class Watched(Reported, Protocol):
+class Probed(Reported, Protocol):
     """Is what the port has to know of a server (supervisor.Server)."""
 
     @property
@@ -40,7 +40,7 @@ class Watched(Reported, Protocol):
 class Health:
     """Says whether a server is ready and alive, and what it measures."""
 
-    def __init__(self, server: Watched, probe: Probe | None = None, silent_s: float = SILENT_S) -> None:
+    def __init__(self, server: Probed, probe: Probe | None = None, silent_s: float = SILENT_S) -> None:
         self.server, self.probe, self._silent_s = server, probe or Probe(server.url), silent_s
         self.measures = Measures(server, self.probe)
 
@@ -110,7 +110,7 @@ def _reply(start: Callable[..., Any], status: str, body: bytes, kind: str = _TEX
 
 
 @contextlib.contextmanager
-def answering(server: Watched, address: str, port: int | None) -> Iterator[str | None]:
+def answering(server: Probed, address: str, port: int | None) -> Iterator[str | None]:
     """Answers on a port while the block runs, and gives its URL; does nothing where `port` is None.
 
     ServerError if the port cannot be had.

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from ensemble.release.vitals import Vitals, vitals_of
 from ensemble.server.probes import SERVER, Probes
 from ensemble.server.process import Stub
 from ensemble.server.watched import Watched
+from ensemble.vitals import Vitals, vitals_of
 
 STOPPED_S = 0.8  # a shorter pause is nobody's business
 HANGS_S = 1.5  # without an answer, and a process has not run meanwhile

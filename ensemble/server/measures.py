@@ -33,6 +33,10 @@ class Reported(Protocol):
         """Gives the process ids of the Python stubs by model."""
         ...
 
+    def missing(self) -> dict[str, int]:
+        """Counts the Python processes that each served model lacks."""
+        ...
+
     def route(self) -> Route:
         """Gives what is served."""
         ...
@@ -44,7 +48,7 @@ class Measures:
     def __init__(self, server: Reported, probe: Probe) -> None:
         from prometheus_client import CollectorRegistry
 
-        self._server, self._probe, self._most = server, probe, dict[str, int]()
+        self._server, self._probe = server, probe
         self._triton_answers, self._has_gpu = False, has_gpu()
         self._manifests: dict[str, dict[str, Any]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
@@ -96,14 +100,13 @@ class Measures:
         yield from self._store(GaugeMetricFamily)
 
     def _processes(self, family: Any) -> Any:
-        """Counts each model's Python processes, and how many are missing: Triton starts no new ones."""
-        stubs = {model: len(pids) for model, pids in self._server.stubs().items()}
-        self._most = {model: max(count, self._most.get(model, 0)) for model, count in stubs.items()}
+        """Counts each model's Python processes, and how many it lacks until they are replaced."""
         alive = family("peregrine_stubs", "Python processes of a model", labels=["model"])
         dead = family("peregrine_stubs_dead", "processes of a model that died", labels=["model"])
-        for model, count in stubs.items():
-            alive.add_metric([model], count)
-            dead.add_metric([model], self._most[model] - count)
+        for model, pids in self._server.stubs().items():
+            alive.add_metric([model], len(pids))
+        for model, count in self._server.missing().items():
+            dead.add_metric([model], count)
         return alive, dead
 
     def _releases(self, family: Any) -> Any:

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ensemble.release.files import is_locked
-from ensemble.release.vitals import vitals_of
 from ensemble.server.installation import MOUNT
 from ensemble.server.process import EXIT_TIMEOUT_S
 from ensemble.server.running import CLAIM
+from ensemble.vitals import vitals_of
 
 _STOPS_S = EXIT_TIMEOUT_S + 25.0  # a drain, and what follows
-_ORPHAN_S = (
-    8.0  # an orphan was sent SIGTERM when its supervisor died; requests in it have nobody to answer to
-)
+# An orphan was sent SIGTERM when its supervisor died; requests in it have nobody to answer to
+_ORPHAN_S = 8.0
 
 
 def await_predecessor(state: Path, log: Callable[[str], None]) -> None:
@@ -30,7 +29,7 @@ def await_predecessor(state: Path, log: Callable[[str], None]) -> None:
         log(f"waiting for the server of {state} to stop")
         while _is_stopping(state) and time.monotonic() < deadline:
             time.sleep(0.05)
-    if _is_claimed(state):
+    if _claim(state):
         return
     if orphans := _orphans(state):
         log(f"waiting for what a killed server left: tritonserver {', '.join(map(str, orphans))}")
@@ -42,11 +41,6 @@ def await_predecessor(state: Path, log: Callable[[str], None]) -> None:
                 os.killpg(pid, signal.SIGKILL)
         while _orphans(state) and time.monotonic() < deadline + 2:
             time.sleep(0.05)
-
-
-def _is_claimed(state: Path) -> bool:
-    """Says whether a living server has the state folder."""
-    return bool(_claim(state))
 
 
 def _is_stopping(state: Path) -> bool:

@@ -25,12 +25,12 @@ from ensemble.engines import (
 )
 from ensemble.engines.flavors import TENSORRT
 from ensemble.release.repository import FUSED
-from ensemble.release.vitals import Vitals, vitals_of
 from ensemble.server.installation import BACKENDS, MOUNT, TIERS, Installation, RunFolder, remove_regions
 from ensemble.server.options import ServeOptions
 from ensemble.server.router_files import models_to_load
 from ensemble.server.runtime import Runtime
 from ensemble.tiers import settings as tiers
+from ensemble.vitals import Vitals, vitals_of
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 # When all are answered it ends within a second or two, unless a stub died at work (it waits for ever then)

@@ -47,8 +47,9 @@ class Repairs:
         self._route_text, self.models = "", dict[str, Watched]()
         self._replaced: dict[int, float] = {}  # processes that have been, and until when they may work
         self._done: dict[str, collections.deque[float]] = {}
-        self.alive: dict[str, int] = {}
+        self.alive = dict(collections.Counter(stub.model for stub in process.stubs()))
         self.count = 0  # of repairs that were made
+        self._learn()
 
     def look(self, is_tried: Callable[[str], bool], give_up: Callable[[str], None]) -> str:
         """Looks once and repairs what is ill; returns why tritonserver has to be started again, if it has.
@@ -134,6 +135,14 @@ class Repairs:
                 "fault": self.probes.faults.get(name, ""),
             }
             for name, model in self.models.items()
+        }
+
+    def missing(self) -> dict[str, int]:
+        """Counts the Python processes that each model lacks, of those that it is configured to have."""
+        return {
+            name: max(0, model.wanted - self.alive.get(name, 0))
+            for name, model in self.models.items()
+            if model.wanted
         }
 
     def close(self) -> None:

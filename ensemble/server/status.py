@@ -32,7 +32,7 @@ _OLD_S = 15.0  # health is written every second
 _SLOW_MS = 1000.0
 _DEGRADED_SHARE = 0.005
 _OURS = (Degraded.FEATURES_STALE, Degraded.FEATURES_MISSING, Degraded.RANK_SKIPPED, Degraded.CANARY_FAILED)
-_FULL_BYTES, _FULL_SHARE = 500e6, 0.02
+_FULL_BYTES, _FULL_SHARE = 500e6, 0.1
 _READY_S = 2.0
 
 
@@ -68,13 +68,8 @@ class Status:
 
 def gather(repository: Path, home: Path | None = None, state: Path | None = None) -> Status:
     """Looks at the servers of a repository that follow `home`, or at the one of a state folder."""
-    home = (home or repository).resolve()
-    repository = repository.resolve()
-    servers = [
-        one
-        for one in running_servers(repository, home)
-        if state is None or Path(one.state) == state.resolve()
-    ]
+    home, repository = (home or repository).resolve(), repository.resolve()
+    servers = _servers(repository, home, state)
     seen = [_server(one) for one in servers]
     problems = [*_route_problems(repository, home), *(one for server in seen for one in server.problems)]
     others = num_of_others(home)
@@ -101,16 +96,17 @@ def gather(repository: Path, home: Path | None = None, state: Path | None = None
 
 def is_ready(repository: Path, home: Path | None = None, state: Path | None = None) -> str:
     """Says why nobody answers `recommend`; empty if somebody does. For probes: it looks at little."""
-    home = (home or repository).resolve()
-    servers = [
-        one
-        for one in running_servers(repository.resolve(), home)
-        if state is None or Path(one.state) == state.resolve()
-    ]
+    servers = _servers(repository.resolve(), (home or repository).resolve(), state)
     reasons = [_unready(one, read_health(Path(one.state))) for one in servers]
     if not reasons:
         return f"no server is at work on {repository}"
     return "" if "" in reasons else reasons[0]
+
+
+def _servers(repository: Path, home: Path, state: Path | None) -> list[RunningServer]:
+    """Lists the servers of a repository that follow a home, or the one of a state folder."""
+    servers = running_servers(repository, home)
+    return [one for one in servers if state is None or Path(one.state) == state.resolve()]
 
 
 def _unready(server: RunningServer, health: Mapping[str, Any] | None) -> str:
@@ -321,8 +317,7 @@ def _disks(home: Path, states: list[Path]) -> list[dict[str, Any]]:
 def _disk_problems(disks: list[dict[str, Any]]) -> Iterator[Problem]:
     """Finds disks that are nearly full."""
     for disk in disks:
-        least = min(_FULL_BYTES, 0.1 * disk["total_bytes"])
-        if disk["free_bytes"] < max(least, _FULL_SHARE * disk["total_bytes"] if least < _FULL_BYTES else 0):
+        if disk["free_bytes"] < min(_FULL_BYTES, _FULL_SHARE * disk["total_bytes"]):
             yield Problem(
                 f"the disk of {disk['path']} has {disk['free_bytes'] / 1e6:.0f} MB left",
                 "peregrine release remove an old release, or make room",

@@ -137,6 +137,11 @@ class Server:
             return "draining"
         return "" if self._is_ready.is_set() else "starting"
 
+    def missing(self) -> dict[str, int]:
+        """Counts the Python processes that each served model lacks; nothing while it does not answer."""
+        repairs = self._repairs
+        return repairs.missing() if repairs else {}
+
     def route(self) -> Route:
         """Gives what is served."""
         return self._mount.route()

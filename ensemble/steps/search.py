@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -102,11 +101,8 @@ class SearchRecall(Recall):
         if (release.path / SEARCH_FILE).exists():
             release.verify_data(SEARCH_FILE)
         self.search = read_search(release.path)
-        self.words, self.titles, self._item_titles = (
-            Words(release.path),
-            LiveTitles(release),
-            release.item_titles,
-        )
+        self.words, self.titles = Words(release.path), LiveTitles(release)
+        self._item_titles = release.item_titles
         self.live_words, self._live_titles = self.words.live(), dict[int, str]()
         projections = read_projections(release.path / PROJECTIONS)
         encoded = [feature for feature in release.schema.items.features if feature.encoder]
@@ -160,9 +156,8 @@ class SearchRecall(Recall):
         order = _places(rows, candidates["candidate_rows"])
         candidates["candidate_status"] |= np.where(rows[:, :1] > 0, 0, int(Degraded.NO_MATCH))
         candidates["candidate_status"][unknown] |= int(Degraded.UNKNOWN_ITEMS)
-        late = options.late(
-            SPENT_S
-        )  # the ranker need not see them: what fits is found, in order of relevance
+        # The ranker need not see them: what fits is found, in order of relevance
+        late = options.late(SPENT_S)
         candidates["candidate_status"][late] |= int(Degraded.RANK_SKIPPED)
         candidates["candidate_features"][late, 0, 0] = np.nan
         return {
@@ -261,12 +256,7 @@ class SearchReranking(Reranking):
         super().__init__(model, release)
         if (release.path / SEARCH_FILE).exists():
             release.verify_data(SEARCH_FILE)
-        self._settings = read_search(release.path)
-
-    @cached_property
-    def taste_weight(self) -> float:
-        """Gives what taste weighs in log odds of relevance."""
-        return self._settings.taste_weight
+        self.taste_weight = read_search(release.path).taste_weight  # in log odds of relevance
 
     def run(  # type: ignore[override]
         self,
@@ -299,11 +289,17 @@ class SearchReranking(Reranking):
 def taste(blended: Array, there: Array) -> Array:
     """Turns the ranker's scores [B, N] into places from -1, the least liked, to 1 among those that are there
     [B, N] bool; equals share one. A single one has 0."""
-    order = np.sort(np.where(there, blended, np.inf), axis=1)
+    masked = np.where(there, blended, np.inf)
+    order = np.argsort(masked, axis=1, kind="stable")
+    ordered = np.take_along_axis(masked, order, axis=1)
+    at = np.broadcast_to(np.arange(blended.shape[1]), blended.shape)
+    differs = ordered[:, 1:] != ordered[:, :-1]
+    edge = np.ones((len(blended), 1), bool)
+    low = np.maximum.accumulate(np.where(np.hstack([edge, differs]), at, 0), axis=1)
+    ends = np.where(np.hstack([differs, edge]), at, blended.shape[1])
+    high = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+    count = there.sum(axis=1, keepdims=True)
+    places = np.where(count > 1, (low + high) / np.maximum(count - 1, 1) - 1, 0).astype(np.float32)
     out = np.zeros(blended.shape, np.float32)
-    for row, count in enumerate(there.sum(axis=1).tolist()):
-        if count > 1:
-            low = np.searchsorted(order[row, :count], blended[row], side="left")
-            high = np.searchsorted(order[row, :count], blended[row], side="right") - 1
-            out[row] = (low + high) / (count - 1) - 1
+    np.put_along_axis(out, order, places, axis=1)
     return np.where(there, out, 0)

@@ -106,7 +106,7 @@ class Caller(Generic[Asked]):
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.client, self.timeout_s = open_client(url, timeout_s), timeout_s
+        self.client = open_client(url, timeout_s)
         self._connection: Any = None if is_cluster(url) else self.client.connection_pool.make_connection()
         self._owed: collections.deque[Asked] = collections.deque()
 

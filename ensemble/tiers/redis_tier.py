@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,13 +55,10 @@ class _MalformedReplyError(Exception):
     """Says that a reply is none to what was asked."""
 
 
-def _nothing(row_format: RowFormat) -> Callable[[int], Fetched]:
-    """Makes what stands for n rows that Redis has said nothing of."""
-
-    def of(count: int) -> Fetched:
-        return Fetched(np.zeros(count, row_format.row), *(np.zeros(count, bool) for _ in range(3)))
-
-    return of
+def _nothing(one: _Asked) -> Fetched:
+    """Makes what stands for rows that Redis has said nothing of."""
+    count = len(one.keys)
+    return Fetched(np.zeros(count, one.format.row), *(np.zeros(count, bool) for _ in range(3)))
 
 
 class RedisTier:
@@ -79,6 +75,7 @@ class RedisTier:
         self._open_lock, self._call = threading.Lock(), threading.Lock()
         self._caller: Caller[_Asked] | None = None
         self._is_catching_up = False  # replies that were owed came when they were last looked for
+        self._is_doubted = False  # somebody else's row came
         self.tracker = Tracker(lambda: self._opened().client, shop, release, self._drop, self._start_over)
         self.tracker.wait_first(_FIRST_CONNECT_S)
 
@@ -105,6 +102,7 @@ class RedisTier:
                     self._is_catching_up = True
                     if time.monotonic() > ends:
                         break
+                self._drop_if_slipped()
             except Exception as error:  # as in _read
                 self._fail(_cause(error))
             return self._is_catching_up
@@ -133,8 +131,7 @@ class RedisTier:
             self.latencies.add(time.perf_counter() - started)
         if not answers:
             return None
-        nothing = _nothing(row_format)
-        parts = [answers.get(id(one)) or nothing(len(one.keys)) for one in asked]
+        parts = [answers.get(id(one)) or _nothing(one) for one in asked]
         return Fetched(*(np.concatenate(of) if len(of) > 1 else of[0] for of in zip(*parts, strict=True)))
 
     def _read(self, asked: list[_Asked], ends: float) -> dict[int, Fetched]:
@@ -150,6 +147,10 @@ class RedisTier:
                 caller.ask(asked)
                 for one, values in caller.replies(ends):
                     answers[id(one)] = self._answer(one, values)
+                if self._drop_if_slipped():  # rows bear whose they are, "there is none" does not
+                    answers = {
+                        key: of._replace(absent=np.zeros_like(of.absent)) for key, of in answers.items()
+                    }
             elif self._is_catching_up:  # neither well nor ill: more of it comes until the next call
                 if self.breaker.state == "half_open":
                     self.breaker.success()
@@ -169,24 +170,34 @@ class RedisTier:
     def _keep(self, one: _Asked, values: Any) -> None:
         """Puts a late reply into L1; rows of events alone would need the snapshot's, and are asked again."""
         found = self._answer(one, values)
-        whole = (found.good & ~found.partial) | found.absent
+        whole = found.good & ~found.partial
+        if not self._is_doubted:
+            whole |= found.absent
         self._memories[one.format.table].put(
             one.identities[whole], found.rows[whole], found.absent[whole], one.stamp
         )
 
     def _answer(self, one: _Asked, values: Any) -> Fetched:
-        """Reads a reply; ValueError if it is none to the question."""
+        """Reads a reply; _MalformedReplyError if it is none to the question."""
         if not isinstance(values, list) or len(values) != len(one.keys):
             raise _MalformedReplyError
         records, good, causes = one.format.unpack(values, one.identities)
-        if "wrong_id" in causes and not self._is_in_step():
-            self._disconnect()  # Replies have slipped: nothing more may be read from this connection.
+        self._is_doubted |= "wrong_id" in causes
         self.causes.update(causes)
         self.rows_asked += len(values)
         self.rows_found += int(np.count_nonzero(good))
         self.bytes_read += records.nbytes
         absent = np.array([value is None for value in values], bool)
         return Fetched(records["row"], good, absent, good & (records["partial"] == 1))
+
+    def _drop_if_slipped(self) -> bool:
+        """Ends the connection where somebody else's row came because replies have slipped, and says so; the
+        row may as well have been stored so, which is no reason."""
+        doubted, self._is_doubted = self._is_doubted, False
+        if not doubted or self._is_in_step():
+            return False
+        self._disconnect()
+        return True
 
     def _is_in_step(self) -> bool:
         """Says whether the connection's next reply is that of its next command."""

@@ -24,7 +24,8 @@ from clients.errors import (
     error_from_status,
     scrubbed,
 )
-from clients.transport import FakeTransport, GrpcTransport
+from clients.search import call_of_search
+from clients.transport import FakeTransport, GrpcTransport, proto_from_call
 from clients.wire import call_from_options, decode_bytes, encode_bytes, recommendations_from_answer
 from ensemble.contract import Degraded
 from ensemble.errors import PeregrineError
@@ -495,3 +496,11 @@ def test_importing_the_client_is_free_of_servers_screens_and_grpc() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert result.stdout.strip() == ""
+
+
+def test_a_search_brings_a_picture_that_no_recommendation_could():
+    picture = b"p" * 3_900_000
+    request = proto_from_call(call_of_search("u1", "", picture, {}, None), "recommend")
+    assert request.model_name == "search"
+    with pytest.raises(InvalidArgument, match=r"request: .* bytes, at most 1,048,576; send fewer users"):
+        proto_from_call(call_from_options(["u" * 100] * 12_000, {}, None, True), "recommend")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,7 +18,7 @@ import peregrine
 from clients import Client, ItemClient
 from clients.errors import ServerFault
 from clients.operations import releases
-from clients.operations.pull import pull, what_is_here
+from clients.operations.pull import _is_known, pull, what_is_here
 from clients.operations.push import push
 from clients.operations.store import Store, StoreError
 from ensemble.errors import InvalidInput, ReleaseError
@@ -239,3 +240,14 @@ def test_an_item_added_on_one_node_is_recommended_on_another(tiny_repository, tm
             push(first, store)
             with pytest.raises(ServerFault, match="items were changed here, too"):
                 pull(node, store)
+
+
+def test_a_log_of_the_same_length_that_says_something_else_is_not_taken_for_the_stores(tmp_path):
+    log, text = tmp_path / "log", b"one line\nother line\n"
+    chunks = [
+        {"sha256": hashlib.sha256(piece).hexdigest(), "bytes": len(piece)} for piece in (text[:9], text[9:])
+    ]
+    assert not _is_known(log, chunks)
+    for content, is_known in ((text, True), (text[:9] + b"OTHER line\n", False), (text + b"x", False)):
+        log.write_bytes(content)
+        assert _is_known(log, chunks) is is_known

@@ -16,7 +16,6 @@ from toy_repository import allow_toys, publish_toy
 
 from clients.transport import GrpcTransport
 from clients.wire import call_from_options
-from ensemble.release.vitals import Vitals, vitals_of
 from ensemble.server import predecessor
 from ensemble.server.illness import BUSY_S, HANGS_S, STOPPED_S, Diagnosis, Stopped
 from ensemble.server.options import ServeOptions
@@ -25,6 +24,7 @@ from ensemble.server.restarts import FIRST_TRIES, Restarts
 from ensemble.server.running import CLAIM, Claim, RunningServer
 from ensemble.server.supervisor import serve
 from ensemble.server.watched import Watched
+from ensemble.vitals import Vitals, vitals_of
 
 RECOVERS_S = 5.0
 

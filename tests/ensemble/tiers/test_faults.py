@@ -16,6 +16,7 @@ from reading import assert_own_items, assert_own_rows, read_users, status, wait_
 from ensemble.contract import Degraded
 from ensemble.options import default_options
 from ensemble.steps.features import FeatureLookup
+from ensemble.tiers import redis_tier
 from ensemble.tiers.connection import Caller
 from ensemble.tiers.load import load_release
 from ensemble.tiers.records import item_identities, keys_from_identities, prefix, user_identities
@@ -516,3 +517,20 @@ def test_rows_in_memory_are_not_stale_while_redis_would_tell_of_a_change(
     assert status(found) == [0, 0, 0]
     assert_own_rows(found, release, USERS[:3])
     assert readers.redis.causes["timeout"] == 1, "they were asked for again all the same"
+
+
+def test_a_row_that_was_stored_wrongly_costs_the_rows_asked_with_it_nothing(
+    server, release, open_readers, monkeypatch
+):
+    """A large batch goes in pieces: what is wrong in the first ends no connection that the others need."""
+    monkeypatch.setattr(redis_tier, "_PIECE", 16)
+    readers = open_readers(server)
+    one, other = (item_key(readers, row) for row in (3, 4))
+    server.client().set(one, server.client().get(other))
+    connections = server.client().info("stats")["total_connections_received"]
+    rows = np.arange(1, 121)[None]
+    found = readers.items.read_items(rows)
+    assert_own_items(found, release, rows)
+    assert np.flatnonzero(found.status[0]).tolist() == [2], "only the row itself is not known"
+    assert dict(readers.redis.causes) == {"wrong_id": 1}
+    assert server.client().info("stats")["total_connections_received"] <= connections + 2
