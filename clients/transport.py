@@ -23,9 +23,9 @@ import numpy as np
 
 from clients.errors import InvalidArgument, Overloaded, Unavailable, error_from_status
 from clients.wire import Answer, Call, decode_bytes, encode_bytes
+from ensemble.budget import BUDGET, SENT
 from ensemble.contract import MAX_PICTURES_BYTES, PIPELINE, SEARCH
 from ensemble.errors import PeregrineError
-from ensemble.options import BUDGET, SENT
 
 CANCEL_IS_SAFE_FROM = (2, 59)
 MAX_ABANDONED = 64

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ensemble.arrays import Array, Tensors
+from ensemble.budget import deadline_of
 from ensemble.contract import PIPELINE
 from ensemble.errors import InvalidArgument
 from ensemble.id_rule import encode_id, encode_ids
-from ensemble.options import Options, deadline_of, default_options, parse_options, stack, with_deadline
+from ensemble.options import Options, default_options, parse_options, stack, with_deadline
 from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, PipelineSpec, TensorSpec
 from ensemble.steps.served import ServedRelease

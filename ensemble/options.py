@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.budget import without_budget
 from ensemble.context import NO_CONTEXT, Context, read_context
 from ensemble.contract import MAX_LIST
 from ensemble.errors import InvalidArgument
@@ -82,13 +82,6 @@ _FOREIGN = (
     "binary_data_output",
     "triton_enable_empty_final_response",
 )
-
-# What is left of a request's budget when it is sent, in microseconds; when that was, in microseconds since
-# 1970, for a server on the same machine
-BUDGET, SENT = "budget_us", "sent_us"
-_WITH_BUDGET = re.compile(rf',?\s*"(?:{BUDGET}|{SENT})":\s*"?\d+"?')
-_BUDGET, _SENT = (re.compile(rf'"{name}":\s*"?(\d{{1,18}})"?') for name in (BUDGET, SENT))
-_LONGEST_WAIT_S = 600.0  # nobody waits longer: a clock was set
 
 LATEST_S = 1 << 32  # 2106: later times do not fit into a past
 RECALL_WEIGHT = "recall"  # beside the tasks among a request's weights
@@ -206,27 +199,11 @@ def default_options(num_users: int) -> Options:
 
 def parse_options(parameters: str, num_users: int, schema: Schema) -> Options:
     """Parses one request's parameters, a JSON object as Triton gives it; InvalidArgument names the field."""
-    if BUDGET in parameters:  # it differs at each call: what is remembered is without it
-        parameters = _WITH_BUDGET.sub("", parameters).replace("{,", "{")
+    parameters = without_budget(parameters)  # it differs at each call, and what is remembered does not
     if parameters in ("", "{}", "null"):
         return default_options(num_users)
     parse = _parse if len(parameters) <= _REMEMBERED_BYTES else _parse.__wrapped__
     return parse(parameters, num_users, schema)
-
-
-def deadline_of(parameters: str, timeout_us: int = 0) -> float:
-    """Gives the moment on the monotonic clock at which a request's budget is spent; infinite without one.
-
-    What it has waited for is known where the caller, on this machine, has said when it was sent; else it
-    counts from now. `timeout_us` is Triton's own, 0 for none.
-    """
-    budget = _BUDGET.search(parameters) if BUDGET in parameters else None
-    budget_us = int(budget[1]) if budget else timeout_us
-    if budget_us <= 0:
-        return math.inf
-    sent = _SENT.search(parameters)
-    waited_s = time.time() - int(sent[1]) / 1e6 if sent else 0.0
-    return time.monotonic() + budget_us / 1e6 - (waited_s if 0 < waited_s < _LONGEST_WAIT_S else 0.0)
 
 
 def with_deadline(options: Options, deadline: float) -> Options:

@@ -16,13 +16,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array, Tensors
+from ensemble.budget import deadline_of
 from ensemble.contract import CONTENTS
 from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
 from ensemble.local import open_step, read_request, rows_of, warm
-from ensemble.options import Options, deadline_of, default_options, parse_options, stack, with_deadline
+from ensemble.options import Options, default_options, parse_options, stack, with_deadline
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Publisher

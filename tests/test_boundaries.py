@@ -33,7 +33,7 @@ HEAVY = (
     "onnx",
 )
 CLIENTS_MAY = {"numpy", "tritonclient", "grpc", "google", "ensemble", "clients", "typer", "rich"}
-CLIENTS_OF_ENSEMBLE = {"arrays", "contract", "spec", "schema", "errors", "options", "id_rule"}
+CLIENTS_OF_ENSEMBLE = {"arrays", "budget", "contract", "spec", "schema", "errors", "options", "id_rule"}
 LIBRARY = ("client", "aio", "errors", "results", "transport", "wire")  # what an application imports
 
 

@@ -11,13 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ensemble.budget import BUDGET, SENT, deadline_of
 from ensemble.contract import Degraded
 from ensemble.engines import EngineStep
 from ensemble.local import LocalPipeline
 from ensemble.options import (
-    BUDGET,
-    SENT,
-    deadline_of,
     default_options,
     parse_options,
     stack,
