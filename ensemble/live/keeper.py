@@ -15,6 +15,7 @@ from pathlib import Path
 from ensemble.live.merge_process import module_process
 from ensemble.release.files import try_flock
 from ensemble.vitals import vitals_of
+from ensemble.waiting import wait_for
 
 AT_WORK = 3  # exit code of a writer where another one writes already
 _POLL_S, _LOOKS_S, _SILENT_S, _ENDS_WITHIN_S = 0.05, 0.5, 5.0, 30.0
@@ -42,7 +43,7 @@ def service_process(
     try:
         if not keeper.ready.wait(_SILENT_S):
             log("items: the catalogue's log is being read")
-        keeper.ready.wait()
+        wait_for(keeper.ready)
         yield
     finally:
         keeper.ended.set()

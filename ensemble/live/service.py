@@ -38,6 +38,7 @@ from ensemble.live.writer import ItemWriter
 from ensemble.progress import say
 from ensemble.release.files import try_flock, write_durably
 from ensemble.release.release import active_release, open_release
+from ensemble.waiting import LOOKS_UP_S, wait_for
 
 WRITER_FILE = "writer.json"  # in <home>/.live: where the socket is
 MERGE_AT = 10_000  # changes beside the main index; each is searched exactly by every query
@@ -45,7 +46,7 @@ MOST_WAITING, _RETRY_S = 10, 1.0  # times MERGE_AT, and no more are taken; when 
 _NAMED = 20  # values of a feature that a reply names
 _HOME = "peregrine-items-"  # in the system's folder for temporary files: where a writer's socket is
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0  # after merges that failed, twice as long each time
-_MAX_WAIT_S, _LOOKS_UP_S = 60.0, 1.0
+_MAX_WAIT_S = 60.0
 
 
 class AtWork(ReleaseError):
@@ -93,12 +94,12 @@ class ItemService:
     def run(self) -> None:
         """Answers requests until stop()."""
         self._thread.start()
-        self._ready.wait()  # who finds the file finds the overlay as far as the log
+        wait_for(self._ready)  # who finds the file finds the overlay as far as the log
         write_durably(
             self.folder / WRITER_FILE, json.dumps({"pid": os.getpid(), "socket": self._socket.getsockname()})
         )
         with contextlib.suppress(OSError):  # the socket is closed by stop()
-            self._socket.settimeout(_LOOKS_UP_S)  # a signal may come when accept is about to begin
+            self._socket.settimeout(LOOKS_UP_S)
             while True:
                 with contextlib.suppress(TimeoutError):
                     connection = self._socket.accept()[0]

@@ -58,6 +58,7 @@ from ensemble.server.running import Claim, RunningServer
 from ensemble.server.runtime import choose_runtime
 from ensemble.server.scrape import LastMinute
 from ensemble.server.state import default_state
+from ensemble.waiting import wait_for
 
 # What Triton calls an error on a machine without a GPU.
 _NOISE = ("CudaDriverHelper", "CUDA driver version", "Failed to initialize NVML")
@@ -168,7 +169,7 @@ class Server:
         follower = Follower(running, self.launch.repository, self.launch.options.route, self.log)
         arguments = (self._stopping, self._is_ready.is_set)
         threading.Thread(target=follower.run, args=arguments, name="route-follower", daemon=True).start()
-        self._settled.wait()
+        wait_for(self._settled)
         self._watch.start(self._stopping)
         self._last_minute.start(self._stopping)
         if self._failure:
@@ -198,7 +199,7 @@ class Server:
 
     def wait(self) -> None:
         """Returns when the server was stopped; ServerError if it kept dying."""
-        self._ended.wait()
+        wait_for(self._ended)
         if self._failure:
             raise self._failure
 

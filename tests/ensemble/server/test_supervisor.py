@@ -3,7 +3,9 @@ either way."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -31,6 +33,7 @@ from ensemble.server.running import CLAIM, LIST, Claim, RunningServer, running_s
 from ensemble.server.state import default_state, make_private
 from ensemble.server.supervisor import serve
 
+_TGKILL = 234  # the system call that signals one thread
 TOYS_TOO = """\
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -403,6 +406,24 @@ def test_sigterm_answers_what_is_in_flight_and_exits_with_0(tmp_path):
     ), calls
     assert traces(process.pid) == []
     assert running_server(repository) is None
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="tgkill's number is x86_64's")
+def test_a_signal_that_another_thread_received_ends_it_too(repository):
+    """The kernel may give it to any thread; Python's handler runs in the main one, once that is awake."""
+    process = peregrine("serve", "-r", str(repository), "--port", "0", "--metrics-port", "0")
+    assert process.stdout.readline().startswith("serving release r1 of ")
+    time.sleep(1)  # until the main thread waits
+    threads = {int(of.name) for of in Path(f"/proc/{process.pid}/task").iterdir()}
+    another = min(threads - {process.pid})
+    try:
+        assert ctypes.CDLL(None).syscall(_TGKILL, process.pid, another, int(signal.SIGTERM)) == 0
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.triton
