@@ -9,8 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${PEREGRINE_IMAGES:-$PWD/.build/images}
-# Where this machine's own packages come from, unless another is named.
-mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | awk '!/security/ && !n++' || true)}
 mkdir -p "$folder"
 
 fail() {
@@ -42,6 +40,8 @@ timed() { # NAME COMMAND…: runs it and says how long it took
 make_root() { # Debian as a tree; kept, since it takes minutes
   [ -f "$folder/root.tar" ] && return
   rm -rf "$folder/root"
+  # Where this machine's own packages come from, unless another is named.
+  local mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null | awk '!/security/ && !n++' || true)}
   debootstrap --variant=minbase --include=python3,python3-pip,libpython3.11,ca-certificates bookworm "$folder/root" ${mirror:+"$mirror"}
   rm -rf "$folder"/root/var/cache/apt/* "$folder"/root/var/lib/apt/lists/*
   tar -C "$folder/root" -cf "$folder/root.tar.new" .
