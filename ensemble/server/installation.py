@@ -18,6 +18,7 @@ from ensemble.errors import ServerError
 # In a server's state folder, as long as it is at work
 BACKENDS, MOUNT, STAGED = "backends", "models", ".mounting"
 TIERS, ROUTE, TURNING = "tiers.json", "route.json", "turning.lock"
+BYTECODE = "bytecode"  # stays: it is as good for the next server
 _SHM = Path("/dev/shm")
 _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
@@ -146,17 +147,31 @@ def _copy_backends(installation: Installation, backends: Path) -> None:
             shutil.copy2(file, backends / "python" / file.name)
     if installation.stub:
         shutil.copy2(installation.stub, backends / "python" / installation.stub.name)
-    _put_our_packages_first(backends / "python" / "triton_python_backend_utils.py")
+    utils = backends / "python" / "triton_python_backend_utils.py"
+    _put_our_packages_first(utils, None if _has_bytecode() else backends.parent / BYTECODE)
 
 
-def _put_our_packages_first(utils: Path) -> None:
+def _has_bytecode() -> bool:
+    """Says whether the installed packages were compiled; in our images they are not."""
+    spec = importlib.util.find_spec("numpy")
+    return bool(spec and spec.cached and Path(spec.cached).exists())
+
+
+def _put_our_packages_first(utils: Path, bytecode: Path | None) -> None:
     """Writes our packages into the stub's sys.path: it ignores PYTHONPATH and virtual environments, and would
-    find the base interpreter's numpy first."""
+    find the base interpreter's numpy first.
+
+    Without `bytecode`, a folder for what it compiles, it writes none: beside a model.py that makes Triton load
+    the model again.
+    """
     source_root = str(Path(__file__).resolve().parents[2])
     packages = list(
         dict.fromkeys([source_root, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     )
-    line = f"import sys as _sys; _sys.dont_write_bytecode = True; _sys.path[:0] = {packages!r}\n"
+    writing = f"_sys.dont_write_bytecode = {bytecode is None}"
+    if bytecode is not None:  # else each of the processes compiles everything, at every start
+        writing += f"; _sys.pycache_prefix = {str(bytecode)!r}"
+    line = f"import sys as _sys; {writing}; _sys.path[:0] = {packages!r}\n"
     utils.write_text(line + utils.read_text(encoding="utf-8"), encoding="utf-8")
 
 

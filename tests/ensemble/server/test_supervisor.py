@@ -312,6 +312,21 @@ def test_serve_answers_and_leaves_nothing_behind(repository, own_traces):
     )
 
 
+@pytest.mark.parametrize("has_bytecode", [True, False])
+def test_what_processes_compile_is_kept_where_packages_are_not_compiled(tmp_path, monkeypatch, has_bytecode):
+    """As in images, where ten processes that each compiled everything took 2.5 times their usual time."""
+    monkeypatch.setattr(server_folder, "_has_bytecode", lambda: has_bytecode)
+    server_folder.make_run_folder(server_folder.find_tritonserver(), tmp_path)
+    run = "import triton_python_backend_utils, ensemble.errors; print(ensemble.errors.__cached__)"
+    backend = tmp_path / "backends" / "python"
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=backend, capture_output=True, text=True, check=True
+    )
+    kept = Path(done.stdout.strip())
+    assert kept.is_relative_to(tmp_path / "bytecode") != has_bytecode
+    assert has_bytecode or kept.exists()
+
+
 @pytest.mark.triton
 def test_control_calls_need_the_secret(repository):
     from tritonclient.grpc import InferenceServerClient
