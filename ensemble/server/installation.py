@@ -161,8 +161,8 @@ def _put_our_packages_first(utils: Path, bytecode: Path | None) -> None:
     """Writes our packages into the stub's sys.path: it ignores PYTHONPATH and virtual environments, and would
     find the base interpreter's numpy first.
 
-    Without `bytecode`, a folder for what it compiles, it writes none: beside a model.py that makes Triton load
-    the model again.
+    Without `bytecode`, a folder for what it compiles, it writes none: beside a model.py that makes Triton
+    load the model again.
     """
     source_root = str(Path(__file__).resolve().parents[2])
     packages = list(
