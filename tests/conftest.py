@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Tests serve as whoever runs them, and leave nothing in their home.
 os.environ.setdefault("PEREGRINE_AS_ROOT", "1")
-os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / f"peregrine-tests-{os.geteuid()}")
+for home in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+    os.environ[home] = str(Path(tempfile.gettempdir()) / f"peregrine-tests-{os.geteuid()}")
 
 pytest_plugins = ["redis_fixtures"]
 

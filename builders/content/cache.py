@@ -101,7 +101,7 @@ def keep_encoder(source: Source, root: Path) -> KeptEncoder:
 def _export(source: Source, folder: Path) -> None:
     """Writes model.onnx, held against torch, the tokenizer, and last the facts."""
     from builders.content.models import open_source
-    from builders.export.onnx_export import export_model
+    from builders.export.onnx_export import export_alone
 
     opened = open_source(source)
     facts = EncoderFacts(
@@ -111,7 +111,7 @@ def _export(source: Source, folder: Path) -> None:
         _copy_tokenizer(source, opened, folder)
     model = contract.content_encoder(EncoderSizes(facts.model, facts.width, facts.side))
     temporary = folder / f".{_ONNX}"
-    export_model(opened.module, model, temporary, _samples(facts, opened))
+    export_alone(opened.module, model, temporary, _samples(facts, opened))
     temporary.rename(folder / _ONNX)
     write_durably(folder / "facts.json", facts.to_json())
 

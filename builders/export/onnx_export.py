@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import nn
 
+from builders.export.graphs import from_kept_graph
 from builders.export.reweight import reweighted
 from ensemble.arrays import Array
 from ensemble.engines import check_signature, open_engine
@@ -36,6 +37,22 @@ def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
     more than FP32_TOLERANCE.
     """
     module = module.eval()
+    data = from_kept_graph(module, model, lambda other, to: _trace(other, model, to, feeds))
+    if data is not None:
+        path.write_bytes(data)
+        with contextlib.suppress(InvalidInput):  # a number that no weight's name tells: exported by itself
+            return check_export(module, model, path, feeds)
+    return export_alone(module, model, path, feeds)
+
+
+def export_alone(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, Array]) -> float:
+    """Does export_model() without the graphs that are kept of other modules."""
+    _trace(module.eval(), model, path, feeds)
+    return check_export(module, model, path, feeds)
+
+
+def _trace(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[str, Array]) -> None:
+    """Writes what torch's exporter makes of the module, with all of the contract's inputs."""
     arguments = {spec.name: torch.from_numpy(_example(feeds[spec.name])) for spec in model.inputs}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with (
@@ -58,7 +75,6 @@ def export_model(module: nn.Module, model: ModelSpec, path: Path, feeds: dict[st
     assert program is not None
     program.save(str(path), external_data=False)
     _keep_unused_inputs(path, model)
-    return check_export(module, model, path, feeds)
 
 
 @contextlib.contextmanager

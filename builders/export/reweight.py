@@ -41,7 +41,7 @@ def reweighted(model: bytes, before: Mapping[str, Array], after: Mapping[str, Ar
             return None
         found |= places
     for name, array in found.items():
-        tensors[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        tensors[name].CopyFrom(numpy_helper.from_array(np.asarray(array, order="C"), name))
     return proto.SerializeToString()
 
 

@@ -1,0 +1,155 @@
+"""Keeps exported graphs: tracing a module takes torch seconds, and only its shape decides what comes of it.
+
+A graph is exported once with weights that are all different numbers, and kept in the user's cache under the
+digest of all that it depends on: the module without the values of its parameters, the code that it runs, the
+libraries. Each module of that shape is then given its own weights, and held against torch as ever.
+
+    $XDG_CACHE_HOME/peregrine/graphs/<digest>.onnx        (~/.cache where that is not set)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from builders.export.reweight import reweighted
+from builders.folders import only_one
+from builders.keys import SOURCES, code_digest, library_versions
+from ensemble.arrays import Array
+from ensemble.spec import ModelSpec
+
+_MOST_WEIGHTS = 1 << 23  # that float32 tells apart
+_MOST_BYTES = 1 << 29  # of kept graphs; those that nobody asked for the longest go first
+_NONE = b"no"  # what stands for a graph whose weights cannot be told apart
+
+
+def from_kept_graph(
+    module: nn.Module, model: ModelSpec, export: Callable[[nn.Module, Path], None]
+) -> bytes | None:
+    """Gives the ONNX model of `module` from the kept graph of its shape, which `export` makes where there is
+    none.
+
+    None where it has to be exported by itself: its code is not ours alone, or its weights cannot be placed.
+    """
+    key = _key(module, model)
+    if key is None:
+        return None
+    folder = graphs_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{key}.onnx"
+        template = _with_distinct_weights(module)
+        with only_one(folder / f".{key}.lock", lambda: None):
+            if not path.exists():
+                _keep(template, module, path, export)
+        os.utime(path)
+        graph = path.read_bytes()
+    except OSError:  # a read-only or full home: exported as before
+        return None
+    return None if graph == _NONE else reweighted(graph, _state(template), _state(module))
+
+
+def graphs_folder() -> Path:
+    """Gives the folder of kept graphs."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "peregrine" / "graphs"
+
+
+def _keep(
+    template: nn.Module, module: nn.Module, path: Path, export: Callable[[nn.Module, Path], None]
+) -> None:
+    """Exports the template and writes it to `path`, or what says that it cannot be given other weights."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        export(template, partial)
+        if reweighted(partial.read_bytes(), _state(template), _state(module)) is None:
+            partial.write_bytes(_NONE)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _remove_oldest(path.parent)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Removes the graphs that do not fit into _MOST_BYTES beside those asked for since."""
+    room = _MOST_BYTES
+    for stat, path in sorted(
+        ((file.stat(), file) for file in folder.glob("*.onnx")), key=lambda f: -f[0].st_mtime
+    ):
+        room -= stat.st_size
+        if room < 0:
+            path.unlink(missing_ok=True)
+
+
+def _key(module: nn.Module, model: ModelSpec) -> str | None:
+    """Gives the digest of all that the exported graph depends on; None where that cannot be told."""
+    if not 0 < sum(weight.numel() for weight in _weights(module)) < _MOST_WEIGHTS:
+        return None
+    if not all(_is_ours(of) or of.__module__.startswith("torch.nn.") for of in map(type, module.modules())):
+        return None
+    skeleton = _skeleton(module)
+    if skeleton is None:
+        return None
+    code = sorted({code_digest(of.__module__) for of in map(type, module.modules()) if _is_ours(of)})
+    facts = (repr(model), code, code_digest("builders.export"), library_versions(), sys.version_info[:2])
+    return hashlib.sha256(repr(facts).encode() + skeleton).hexdigest()[:32]
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    """Gives what a graph can be given anew: all float32 tensors of the module's state."""
+    return [tensor for tensor in module.state_dict(keep_vars=True).values() if tensor.dtype == torch.float32]
+
+
+def _is_ours(of: type) -> bool:
+    module = sys.modules.get(of.__module__)
+    file = getattr(module, "__file__", None)
+    return of.__module__.startswith("builders.") and file is not None and Path(file).is_relative_to(SOURCES)
+
+
+def _skeleton(module: nn.Module) -> bytes | None:
+    """Gives the module pickled, with the shape of each weight in place of its numbers."""
+    weights = {id(weight) for weight in _weights(module)}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing: Any) -> Any:
+            if not isinstance(thing, torch.Tensor):
+                return None
+            if id(thing) in weights:
+                return ("weight", tuple(thing.shape))
+            array = np.ascontiguousarray(thing.detach().numpy())
+            return ("tensor", array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest())
+
+    data = io.BytesIO()
+    with suppress(Exception):  # what cannot be pickled may raise anything
+        Pickler(data, protocol=4).dump(module)
+        return data.getvalue()
+    return None
+
+
+def _with_distinct_weights(module: nn.Module) -> nn.Module:
+    """Gives a copy whose weights are all different small numbers, the same ones for each module of that
+    shape."""
+    template = copy.deepcopy(module)
+    weights = _weights(template)
+    ends = np.cumsum([weight.numel() for weight in weights])
+    values = (1 + np.random.default_rng(0).permutation(ends[-1])).astype(np.float32) / np.float32(1 << 24)
+    with torch.no_grad():
+        for weight, part in zip(weights, np.split(values, ends[:-1]), strict=True):
+            weight.copy_(torch.from_numpy(part).reshape(weight.shape))
+    return template
+
+
+def _state(module: nn.Module) -> dict[str, Array]:
+    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
