@@ -52,6 +52,7 @@ faults: install ## kills, stops and overloads a real server of the demo's releas
 
 test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
+	@command -v nginx >/dev/null || echo "nginx (Debian: nginx-light) is not installed: the tests of the gateway will be skipped"
 	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"
 	@$(call pytest,not alone and not long,--numprocesses auto --maxprocesses 4 --durations 20)
 	@$(call pytest,alone and not long,--durations 5)

@@ -1,6 +1,7 @@
 """Calls a served release over gRPC, and changes what it knows: `from clients import Client`.
 
     Client, AsyncClient       ask for ranked lists; FakeTransport stands in for the server in your tests
+    Tls                       certificates, for a client that asks by way of a gateway
     Recommendations, Item     what comes back; Degraded names what was missing while a list was made
     EventWriter, Event        write what users do into the feature rows in Redis
     ItemClient                adds, changes and removes items while they are served
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from clients.events import EventWriter, Outcome
     from clients.items import Changed, ItemClient
     from clients.results import Item, Recommendations
+    from clients.tls import Tls
     from clients.transport import FakeTransport, GrpcTransport
     from ensemble.contract import Degraded
     from ensemble.errors import InvalidArgument, PeregrineError
@@ -46,6 +48,7 @@ __all__ = [
     "PeregrineError",
     "Recommendations",
     "ServerFault",
+    "Tls",
     "Unavailable",
 ]
 
@@ -57,6 +60,7 @@ _MODULES = {  # where each name lives, for those who run this; the block above s
     "clients.events": ("EventWriter", "Outcome"),
     "clients.items": ("Changed", "ItemClient"),
     "clients.results": ("Item", "Recommendations"),
+    "clients.tls": ("Tls",),
     "clients.transport": ("FakeTransport", "GrpcTransport"),
     "ensemble.contract": ("Degraded",),
     "ensemble.errors": ("InvalidArgument", "PeregrineError"),

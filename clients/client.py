@@ -42,6 +42,7 @@ from clients.policy import (
 )
 from clients.results import Recommendations
 from clients.search import Picture, call_of_search
+from clients.tls import Tls
 from clients.transport import GrpcTransport, Transport
 from clients.wire import Answer, Call, call_from_options, recommendations_from_answer
 from ensemble.options import Id, Ids, RequestOptions
@@ -78,11 +79,14 @@ class ClientCore:
         transport: Transport | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         fallback: bool | None = None,
+        tls: Tls | None = None,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
         if not urls:
             raise InvalidArgument("url: at least one server is needed")
-        transports = [transport] if transport else [GrpcTransport(one, headers=headers) for one in urls]
+        transports = (
+            [transport] if transport else [GrpcTransport(one, headers=headers, tls=tls) for one in urls]
+        )
         self._servers, self._budget_ms = Servers(transports), budget_ms
         self._latencies = Latencies()
         self._gate = Gate(max_in_flight, self._latencies)
@@ -254,6 +258,7 @@ class Client(ClientCore):
     max_in_flight  more calls at once are refused with Overloaded, those of priority "normal" at four fifths
                of it; its `retry_after_s` says when to ask again
     fallback   whether to keep the list for everybody; by default yes, but not of another `transport`
+    tls        Tls("ca.crt", "me.crt", "me.key"): to a gateway, encrypted, with this client's certificate
     transport  another way to the server: clients.transport.FakeTransport in an application's tests
     """
 

@@ -64,6 +64,15 @@ _PREFIX = re.compile(
 _SECRETS = re.compile(r"'[^']*(?:shm|/)[^']*'|/[\w./+-]{2,}|\b(?:\w*shm_\w+|0x[0-9a-fA-F]+)\b")
 _BATCH = re.compile(r"batch-size must be <= (\d+)")
 _MAX_TEXT = 300
+# What gRPC says where the two ends do not agree on TLS, and what that means
+_HANDSHAKES = {
+    "http1.x server": "it wants TLS: name its authority (`tls`, in the command line --ca)",
+    "WRONG_VERSION_NUMBER": "it speaks in clear: leave `tls` (--ca, --certificate, --key) out",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the authority that was named (`tls.ca`, --ca)",
+    "Hostname Verification": "its certificate is of another name (`tls.server_name`, --server-name)",
+    "Failed to create security handshaker": "key and certificate do not belong together (--key, "
+    "--certificate)",
+}
 # Triton (2.51) says it to all requests of a batch; ours are well formed
 _MATES_FAULT = "incomplete string data"
 
@@ -80,9 +89,17 @@ def scrubbed(text: str) -> str:
     return _SECRETS.sub("…", stripped(text))
 
 
-def error_from_status(status: str, text: str, target: str) -> PeregrineError:
+def error_from_status(status: str, text: str, target: str, retry_after_s: float = 0.0) -> PeregrineError:
     """Makes the exception for a failed call; `status` is gRPC's name of the code, `target` the server's
-    address."""
+    address, `retry_after_s` what it says of when to ask again."""
+    error = _error(status, text, target)
+    if isinstance(error, CallError):
+        error.retry_after_s = retry_after_s
+    return error
+
+
+def _error(status: str, text: str, target: str) -> PeregrineError:
+    """Chooses the exception and says it in our words."""
     if status == "INVALID_ARGUMENT":
         if _MATES_FAULT in text:
             return Unavailable(
@@ -109,6 +126,17 @@ def error_from_status(status: str, text: str, target: str) -> PeregrineError:
             status,
             retryable="has no available versions" in text,  # another server may not be draining
         )
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return Unavailable(
+            f"server {target} does not let this client in: {scrubbed(text)}; give it another certificate "
+            "(`tls`, in the command line --certificate and --key)",
+            status,
+        )
+    if status == "UNIMPLEMENTED":
+        return Unavailable(f"server {target} does not offer this call: {scrubbed(text)}", status)
+    reason = next((ours for theirs, ours in _HANDSHAKES.items() if theirs in text), "")
+    if status == "UNAVAILABLE" and reason:
+        return Unavailable(f"server {target}: {reason}", status)
     if status == "UNAVAILABLE":
         return Unavailable(
             f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?",

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clients.errors import InvalidArgument, Overloaded, Unavailable, error_from_status
+from clients.tls import Tls, open_channel
 from clients.wire import Answer, Call, decode_bytes, encode_bytes
 from ensemble.budget import BUDGET, SENT
 from ensemble.contract import MAX_PICTURES_BYTES, PIPELINE, SEARCH
@@ -42,6 +43,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+# Said to a gateway, which lets in more of a search and cannot read the message; how it says when to ask again
+_CALL_HEADER, _RETRY_HEADER = "peregrine-call", "retry-after-ms"
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _CLOSE_TIMEOUT_S = 10.0
 _CLOSED = "this client is closed; make another one"
@@ -91,15 +94,16 @@ class GrpcTransport:
         model: str = PIPELINE,
         headers: Mapping[str, str] | None = None,
         max_abandoned: int = MAX_ABANDONED,
+        tls: Tls | None = None,
     ) -> None:
         import grpc
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
         self.url, self._model, self._max_abandoned = url, model, max_abandoned
         self._is_local = url.rpartition(":")[0] in _LOCAL
-        self._pb, self._metadata = service_pb2, tuple((headers or {}).items()) or None
+        self._pb, self._metadata = service_pb2, tuple((headers or {}).items())
         self._rpc_error: Any = grpc.RpcError
-        self._channel = grpc.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        self._channel = open_channel(url, tls, _CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._lock = threading.Lock()
         self._running: dict[Future[Answer], _Running] = {}
@@ -114,7 +118,7 @@ class GrpcTransport:
         with self._lock:
             self._refuse_beyond_limit(call)
             self._check_open()
-            rpc = self._stub.ModelInfer.future(request, metadata=self._metadata)
+            rpc = self._stub.ModelInfer.future(request, metadata=self._metadata_of(call))
             self._running[future] = _Running(rpc, call.budget_ms is not None)
         rpc.add_done_callback(lambda done: self._finish(future, done))
         if self._version_call is None:
@@ -135,10 +139,10 @@ class GrpcTransport:
         self._check_open()
         try:
             response = self._stub.ModelInfer(
-                proto_from_call(call, self._model, is_local=self._is_local), metadata=self._metadata
+                proto_from_call(call, self._model, is_local=self._is_local), metadata=self._metadata_of(call)
             )
         except self._rpc_error as error:
-            raise error_from_status(error.code().name, error.details() or "", self.url) from None
+            raise self._error_of(error) from None
         try:
             return answer_from_proto(response)
         except Exception as error:  # whatever is wrong with it, the caller knows one kind of error
@@ -164,6 +168,17 @@ class GrpcTransport:
         """Counts the calls that run on although nobody waits for them."""
         with self._lock:
             return sum(running.given_up for running in self._running.values())
+
+    def _metadata_of(self, call: Call) -> tuple[tuple[str, str], ...]:
+        """Gives the headers of a call; to a gateway, a search is a larger message than others."""
+        is_search = (call.model or self._model) == SEARCH
+        return (*self._metadata, (_CALL_HEADER, SEARCH)) if is_search else self._metadata
+
+    def _error_of(self, rpc: Any) -> PeregrineError:
+        """Makes the error of a call that has failed."""
+        waits = [value for key, value in rpc.trailing_metadata() or () if key == _RETRY_HEADER]
+        retry_after_s = int(waits[0]) / 1e3 if waits and str(waits[0]).isdecimal() else 0.0
+        return error_from_status(rpc.code().name, rpc.details() or "", self.url, retry_after_s)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -191,7 +206,7 @@ class GrpcTransport:
             self._running.pop(future, None)
         status = rpc.code().name
         if status != "OK":
-            future.set_exception(error_from_status(status, rpc.details() or "", self.url))
+            future.set_exception(self._error_of(rpc))
             return
         try:
             future.set_result(answer_from_proto(rpc.result()))

@@ -16,6 +16,7 @@ from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from clients.results import Recommendations
+    from clients.tls import Tls
     from ensemble.options import RequestOptions
     from ensemble.release.release import Release
 
@@ -56,6 +57,22 @@ Url = Annotated[
         help=f"host:port of the server; default: the one that serves the repository, else {DEFAULT_URL}."
     ),
 ]
+Ca = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca", help="By TLS: certificates of the authority that signs the server.", show_default=False
+    ),
+]
+Certificate = Annotated[
+    Path | None, typer.Option("--certificate", help="By TLS: this client's certificate.", show_default=False)
+]
+Key = Annotated[Path | None, typer.Option("--key", help="The certificate's key.", show_default=False)]
+ServerName = Annotated[
+    str | None,
+    typer.Option(
+        "--server-name", help="By TLS: the name in the server's certificate, if it is not the host's."
+    ),
+]
 Repository = Annotated[
     Path,
     typer.Option("--repository", "-r", help="Where titles and recent items are read, if it is there."),
@@ -78,6 +95,10 @@ def recommend(
     budget_ms: BudgetMs = None,
     as_json: JsonOption = False,
     url: Url = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    server_name: ServerName = None,
     repository: Repository = REPOSITORY,
 ) -> None:
     """Prints ranked lists: titles, scores, probabilities, and the users' recent items."""
@@ -96,7 +117,8 @@ def recommend(
         context=context,
     )
     server_url, headers = find_server(repository, url)
-    with Client(server_url, headers=headers) as client:
+    tls = tls_of(ca, certificate, key, server_name)
+    with Client(server_url, headers=headers, tls=tls) as client:
         client.connect(CONNECT_S)  # so that the latency shown is the call's alone
         if like is not None:
             near = {**options, "like": _split(like)}
@@ -154,6 +176,16 @@ def find_server(repository: Path, url: str | None) -> tuple[str, dict[str, str]]
     servers = running_servers(repository) if repository.is_dir() else []
     server = next((one for one in servers if url in (None, one.url)), None)
     return (url or DEFAULT_URL, {}) if server is None else (server.url, server.headers)
+
+
+def tls_of(
+    ca: Path | None, certificate: Path | None, key: Path | None, server_name: str | None
+) -> Tls | None:
+    """Reads a command's options as those of TLS; None where there are none."""
+    from clients.tls import Tls
+
+    given = (ca, certificate, key, server_name)
+    return None if given == (None,) * 4 else Tls(*given)
 
 
 def _split(text: str | None) -> list[str] | None:

@@ -11,17 +11,22 @@ from clients.cli.recommend import (
     CONNECT_S,
     Allow,
     BudgetMs,
+    Ca,
     Cap,
+    Certificate,
     Context,
     Deny,
     Diversity,
     Exclude,
     ExcludeSeen,
+    Key,
+    ServerName,
     TopK,
     Url,
     find_server,
     options_of,
     show,
+    tls_of,
 )
 from ensemble.cli.options import REPOSITORY, JsonOption
 
@@ -50,6 +55,10 @@ def search(
     budget_ms: BudgetMs = None,
     as_json: JsonOption = False,
     url: Url = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    server_name: ServerName = None,
     repository: Repository = REPOSITORY,
 ) -> None:
     """Prints what fits a text or a picture: titles, scores, and what brought each item."""
@@ -66,7 +75,8 @@ def search(
         context=context,
     )
     server_url, headers = find_server(repository, url)
-    with Client(server_url, headers=headers) as client:
+    tls = tls_of(ca, certificate, key, server_name)
+    with Client(server_url, headers=headers, tls=tls) as client:
         client.connect(CONNECT_S)
         result = client.search(user, text, image=image, budget_ms=budget_ms, **options)
     show([result], options, repository, as_json=as_json)
