@@ -27,6 +27,7 @@ class Allowance:
 
     def __init__(self, share: float, burst: float, first: float = 1.0) -> None:
         self._share, self._burst, self._left = share, burst, first
+        self.taken = 0
         self._lock = threading.Lock()
 
     def earn(self) -> None:
@@ -40,6 +41,7 @@ class Allowance:
             if self._left < 1:
                 return False
             self._left -= 1
+            self.taken += 1
             return True
 
 
