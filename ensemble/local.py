@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -100,19 +101,22 @@ class LocalPipeline:
             raise InvalidArgument(NO_SEARCH.format(release.name))
         self.release, self.spec = release, release.pipelines[name]
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
+        self._seconds = dict.fromkeys(self.steps, 0.0)
 
     def metrics(self) -> list[Metric]:
         """Lists the tiers' numbers, and those of the steps."""
         return [*self.release.metrics(), *self.step_metrics()]
 
     def step_metrics(self) -> list[Metric]:
-        """Lists the numbers of every step that has any, each with its step's name."""
-        return [
+        """Lists what each step has taken, and the numbers of every step that has any, with its name."""
+        own = [
             one._replace(labels=(*one.labels, ("step", name)))
             for name, step in self.steps.items()
             if hasattr(step, "metrics")
             for one in step.metrics()
         ]
+        taken = self._seconds.items()
+        return [*own, *(Metric("peregrine_step_seconds", (("step", name),), value) for name, value in taken)]
 
     def recommend(
         self,
@@ -164,7 +168,9 @@ class LocalPipeline:
         for model in self.spec.models:
             if all(t.name in known for t in model.outputs):
                 continue
+            started = time.perf_counter()
             known.update(self.steps[model.name].run(options, **{t.name: known[t.name] for t in model.inputs}))
+            self._seconds[model.name] += time.perf_counter() - started
         return {t.name: known[t.name] for t in self.spec.outputs}
 
 
