@@ -47,7 +47,10 @@ def repository(two_releases: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "repository"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ensemble", "fused"])
+# The router is a model of its own in the ensemble alone: that way is the one that `make test` tries.
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["ensemble", "fused"]
+)
 def served(request, repository) -> Iterator[tuple[Server, list[str]]]:
     said: list[str] = []
     releases.activate(repository, "r1")

@@ -40,7 +40,9 @@ def repository(tiny_shop: Path, tiny_repository: Path, tmp_path_factory: pytest.
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    ("fused", "instances"), [(False, None), (True, None), (True, 3)], ids=["ensemble", "fused", "overlay"]
+    ("fused", "instances"),
+    [(False, None), pytest.param(True, None, marks=pytest.mark.long), (True, 3)],
+    ids=["ensemble", "fused", "overlay"],
 )
 def test_changed_items_keep_no_release_from_being_activated(repository, fused, instances):
     """With a number of instances Triton mounts a folder of links, as it does for plans."""

@@ -84,7 +84,9 @@ def repository(pictured_repository: Path, tiny_repository: Path, tmp_path_factor
     return repository
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ensemble", "fused"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.long), True], ids=["ensemble", "fused"]
+)
 def served(request, repository) -> Iterator[Server]:
     releases.activate(repository, "r1")
     options = ServeOptions(port=0, metrics_port=None, fused=request.param, instances=1)
