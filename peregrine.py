@@ -26,6 +26,11 @@ COMMANDS = {
     "build": Command(
         "builders.cli.build", "build", "Train, export, index and verify a shop's models; publish a release."
     ),
+    "tune": Command(
+        "builders.cli.tune",
+        "tune",
+        "Search the settings that are worth most to a shop; end in a preset file.",
+    ),
     "evaluate": Command(
         "builders.cli.evaluate",
         "evaluate",
@@ -66,7 +71,18 @@ COMMANDS = {
 _EXTRAS = {
     "serve": ("faiss", "onnxruntime", "typer", "rich", "fsspec", "waitress", "prometheus_client"),
     "redis": ("redis", "hiredis"),
-    "build": ("torch", "onnx", "onnxscript", "pyarrow", "pydantic", "psutil", "matplotlib", "PIL", "sklearn"),
+    "build": (
+        "torch",
+        "onnx",
+        "onnxscript",
+        "pyarrow",
+        "pydantic",
+        "psutil",
+        "matplotlib",
+        "PIL",
+        "sklearn",
+        "optuna",
+    ),
 }
 
 

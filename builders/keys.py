@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 PACKAGES = ("builders", "ensemble")
 # They look at what stages wrote, or call them; no stage's result depends on them.
-BESIDE = ("builders.cli", "builders.bench", "builders.report", "builders.compare", "ensemble.cli")
+BESIDE = (
+    "builders.cli",
+    "builders.bench",
+    "builders.report",
+    "builders.compare",
+    "builders.tune",
+    "ensemble.cli",
+)
 # Distributions whose version may change what a stage writes; of Faiss, whichever is installed.
 LIBRARIES = (
     "torch",

@@ -27,6 +27,12 @@ class Preset:
     refit: bool = True  # what is published has learned from the held-out rows too
     # settings that were changed, by dotted name (builders/settings.py), for the manifest
     changes: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""  # of a preset file: the name of the preset that it changes
+
+    @property
+    def root(self) -> str:
+        """Names the preset of ours that this one is, or changes."""
+        return self.base or self.name
 
 
 PRESETS = {

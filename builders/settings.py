@@ -11,6 +11,7 @@ model.dropout = 0.2
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from ensemble.errors import InvalidInput
 # The build finds these by the shop, or by other settings
 _DERIVED = {
     "name",
+    "base",
     "changes",
     *(f"sizes.{name}" for name in ("item_rates", "user_rates")),
     *(f"encoders.{name}" for name in ("num_item_codes", "item_code_slices", "item_content_slices", "dim")),
@@ -72,6 +74,12 @@ def with_settings(preset: Preset, changes: Changes, where: str = "") -> Preset:
     return dataclasses.replace(preset, changes=done)
 
 
+def preset_text(root: str, changes: Changes) -> str:
+    """Writes the preset file that makes these changes to the preset called `root`."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in sorted(changes.items())]
+    return "\n".join([f'base = "{root}"', *lines, ""])
+
+
 def _walk(part: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(part):
         name, value = prefix + field.name, getattr(part, field.name)
@@ -104,7 +112,7 @@ def _from_file(path: Path) -> Preset:
     if not isinstance(base, str) or base not in PRESETS:
         raise InvalidInput(f"{path}: base = {base!r}: unknown; known: {', '.join(PRESETS)}")
     preset = with_settings(PRESETS[base], dict(_flat(raw, "")), f"{path}: ")
-    return dataclasses.replace(preset, name=path.stem)
+    return dataclasses.replace(preset, name=path.stem, base=base)
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -47,12 +47,19 @@ TITLE_BYTES = 120
 CHANGES = "changes.txt"  # what became of the catalogue's log, in one line
 
 
-def run(inputs: Inputs, sizes: Sizes, folder: Path, progress: Progress) -> None:
-    """Reads the shop's files and the catalogue's log, and saves them as dataset arrays, with the schema that
-    later stages link."""
+def run(
+    inputs: Inputs,
+    sizes: Sizes,
+    folder: Path,
+    progress: Progress,
+    known: Callable[[ShopTables], ShopTables] = lambda tables: tables,
+) -> None:
+    """Reads the shop's files and the catalogue's log, and saves what is `known` of them as dataset arrays,
+    with the schema that later stages link."""
     tables = read_shop(
         inputs["shop"], progress=lambda text: progress(0.3, text), changes=read_changes(inputs["catalogue"])
     )
+    tables = known(tables)
     (folder / CHANGES).write_text(tables.applied.line())
     if planted := tables.shop.interactions.planted:
         shutil.copyfile(inputs["shop"] / planted, folder / truth.FILE)

@@ -23,7 +23,7 @@ from builders.encoders.training import Start, train_encoders
 from builders.folders import Inputs
 from builders.learning import learning_report
 from builders.own_model import OwnModel, open_own
-from builders.progress import Progress
+from builders.progress import Progress, Watch, unwatched
 from builders.weights import require_finite
 
 # users x items ranked for early stopping: all users of Beauty, a thousand of a million items
@@ -41,9 +41,9 @@ class Options:
     seed: int
 
 
-def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress, watch: Watch = unwatched) -> None:
     """Trains both encoders on the data stage's histories, from the verified weights if there are some, and
-    saves their checkpoint."""
+    saves their checkpoint; `watch` sees the NDCG@10 of each epoch that is judged."""
     dataset = open_dataset(inputs["data"])
     config, start = fitted(options.config, dataset.schema), None
     if "verified_encoders" in inputs:
@@ -53,6 +53,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     def tell(log: dict[str, float]) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in log.items())
         progress(log["epoch"] / config.epochs, figures)
+        if "ndcg_at_10" in log:
+            watch(int(log["epoch"]), log["ndcg_at_10"])
 
     checkpoint = train_encoders(
         Sequences(*training_histories(dataset)),

@@ -27,6 +27,26 @@ from ensemble.steps.blend import BLEND
 def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None:
     """Writes the staged release: the engines, the rows of items and users, and all that recall reads."""
     dataset, trained = open_dataset(inputs["data"]), open_trained(inputs)
+    _link_files(inputs, folder)
+    recall, item_embeddings = open_recall(inputs, dataset)
+    feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
+    errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
+    progress(0.75, "rows of items and users")
+    _write_rows(dataset, trained, item_embeddings, folder)
+    (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
+
+
+def without_engines(inputs: Inputs, folder: Path) -> Trained:
+    """Writes all of the staged release but the engines, and gives what was trained in their place."""
+    dataset, trained = open_dataset(inputs["data"]), open_trained(inputs)
+    _link_files(inputs, folder)
+    _, item_embeddings = open_recall(inputs, dataset)
+    _write_rows(dataset, trained, item_embeddings, folder)
+    return trained
+
+
+def _link_files(inputs: Inputs, folder: Path) -> None:
+    """Links what other stages wrote as it will be served."""
     index = inputs["index"]
     for name in (*SERVED_FILES, *(name for name in OPTIONAL_FILES if (index / name).exists())):
         link(index / name, folder / name)
@@ -34,12 +54,6 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     if (inputs["ranker"] / POSITIONS).exists():  # for those who ask about exposures of the past
         link(inputs["ranker"] / POSITIONS, folder / POSITIONS)
     link_encoders(inputs["data"], folder)
-    recall, item_embeddings = open_recall(inputs, dataset)
-    feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
-    errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
-    progress(0.75, "rows of items and users")
-    _write_rows(dataset, trained, item_embeddings, folder)
-    (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
 
 
 def _export_engines(

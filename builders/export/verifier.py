@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,15 +44,26 @@ class Answer:
     shown: Array  # [B, N] int64, the same candidates in the order in which they are shown
 
 
+class Runs(Protocol):
+    """Runs a model: arrays by name into arrays by name."""
+
+    def run(self, feeds: Tensors) -> Tensors:
+        """Turns the model's inputs into its outputs; the first axis is the batch."""
+        ...
+
+
 class Verifier:
     """Opens a staged release and asks it about the past."""
 
-    def __init__(self, dataset: Dataset, folder: Path) -> None:
+    def __init__(self, dataset: Dataset, folder: Path, engines: Mapping[str, Runs] | None = None) -> None:
+        """Opens the staged release in `folder`; `engines` by model, where its own are not exported."""
         staged = StagedRelease(folder)
         self.dataset, self.sizes = dataset, dataset.schema.sizes
         self.features = FeatureLookup(staged.model("features"), staged)
-        self.user_encoder = open_engine(staged.member_file("user_encoder", "model.onnx"))
-        self.ranker = open_engine(staged.member_file("ranker", "model.onnx"))
+        self.user_encoder, self.ranker = (
+            engines[name] if engines else open_engine(staged.member_file(name, "model.onnx"))
+            for name in ("user_encoder", "ranker")
+        )
         self.offline = OfflineRecall(dataset, folder, self.encode_users)
         self.recall = self.offline.recall
         self.popularity = self.recall.source(Popular).popularity

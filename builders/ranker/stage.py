@@ -10,7 +10,7 @@ from builders.data.spans import Span, read_span, save_span, span_of
 from builders.folders import Inputs
 from builders.index.stage import open_recall
 from builders.own_model import OwnModel, open_own
-from builders.progress import Progress
+from builders.progress import Progress, Watch, unwatched
 from builders.ranker.checkpoint import open_ranker, save_ranker
 from builders.ranker.config import RankerTraining
 from builders.ranker.refit import refit_ranker
@@ -26,9 +26,9 @@ class Options:
     seed: int
 
 
-def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
+def run(inputs: Inputs, options: Options, folder: Path, progress: Progress, watch: Watch = unwatched) -> None:
     """Trains the ranker on what recall offers, from the verified weights if there are some, and saves its
-    checkpoint."""
+    checkpoint; `watch` sees the negative loss of each epoch on held-out rows."""
     dataset = open_dataset(inputs["data"])
     recall, item_embeddings = open_recall(inputs, dataset)
     verified, span = inputs.get("verified_ranker"), _span(dataset)
@@ -54,6 +54,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
             ranker=open_own(options.own, dataset.schema, "ranker"),
             seed=options.seed,
             progress=progress,
+            watch=watch,
         )
     save_ranker(trained, folder, options.training.model, options.own)
     save_span(span, folder)

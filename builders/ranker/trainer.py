@@ -14,7 +14,7 @@ from torch.nn import functional
 from builders.data.dataset import Dataset, history_windows
 from builders.data.rates import rates_of
 from builders.layers import narrow_products
-from builders.progress import Progress
+from builders.progress import Progress, Watch, unwatched
 from builders.ranker.config import RankerTraining, num_batches_of
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
@@ -37,7 +37,9 @@ class RankerTrainer:
         config: RankerTraining,
         rng: np.random.Generator,
         progress: Progress,
+        watch: Watch = unwatched,
     ):
+        self.watch = watch
         s, self.dataset, self.model, self.config, self.rng, self.progress = (
             dataset.schema.sizes,
             dataset,
@@ -286,6 +288,7 @@ class RankerTrainer:
             self.mean.exchange()
             figure, epoch, waited = judge(), epoch + 1, waited + 1
             curve.append({"epoch": epoch, "loss": loss, "validation": figure})
+            self.watch(epoch, -figure)
             text = f"ranker: epoch {epoch}, loss {loss:.5f}, validation {figure:.5f}"
             self.progress(epoch / self.config.epochs, text)
             if figure < best:

@@ -23,7 +23,7 @@ from builders.data.dataset import Dataset, Impressions, Targets
 from builders.data.places import places_of
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.learning import learning_report
-from builders.progress import Progress
+from builders.progress import Progress, Watch, unwatched
 from builders.ranker import calibrate
 from builders.ranker.blend import fit_blend
 from builders.ranker.checkpoint import RankerCheckpoint
@@ -73,6 +73,7 @@ def train_ranker(
     ranker: nn.Module | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    watch: Watch = unwatched,
 ) -> RankerCheckpoint:
     """Trains on the dataset's impressions if it has any, else on recall's `candidates` of the validation
     targets.
@@ -96,6 +97,7 @@ def train_ranker(
             config,
             np.random.default_rng(seed),
             progress or (lambda done, text: None),
+            watch,
         )
         blend, positions = Blend(), None
         if candidates is None or dataset.train_impressions is not None:

@@ -54,7 +54,8 @@ def png(draw: Callable[[], Figure]) -> bytes:
     return out.getvalue()
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def axes_of(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of so many inches, with panels side by side."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
@@ -75,7 +76,7 @@ def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -
 
 def calibration(tasks: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Draws a reliability diagram of each task: how often what was foretold came true, with its interval."""
-    figure, panels = _axes(3.4 * len(tasks) + 0.4, 3.4, len(tasks))
+    figure, panels = axes_of(3.4 * len(tasks) + 0.4, 3.4, len(tasks))
     for axes, (task, points) in zip(panels, tasks.items(), strict=True):
         foretold, rate = ([point[of] for point in points] for of in ("foretold", "rate"))
         far = 1.08 * max(*foretold, *(point["high"] for point in points), 1e-6)
@@ -91,7 +92,7 @@ def calibration(tasks: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 def _bars(value_of: Mapping[str, float], names: Mapping[str, str], label: str) -> Figure:
     """Draws a bar for each way, the greatest on top, the chain's in colour."""
     order = sorted(value_of, key=lambda way: value_of[way])
-    figure, [axes] = _axes(7, 0.6 + 0.34 * len(order))
+    figure, [axes] = axes_of(7, 0.6 + 0.34 * len(order))
     values = [value_of[way] for way in order]
     axes.barh(
         range(len(order)), values, color=[BLUE if way == "chain" else PALE for way in order], height=0.62
@@ -133,7 +134,7 @@ def pareto(variants: Sequence[Mapping[str, Any]], limit: float) -> Figure:
     """Loss against size, and against latency where it was measured: every variant of one model on one
     runtime."""
     timed = [variant for variant in variants if variant["latency_ms"] is not None]
-    figure, panels = _axes(10.5 if timed else 6.2, 4.2, 2 if timed else 1)
+    figure, panels = axes_of(10.5 if timed else 6.2, 4.2, 2 if timed else 1)
     _scatter(panels[0], variants, [variant["bytes"] / 1e6 for variant in variants], limit)
     panels[0].set(xlabel="size of the engine, MB", title="Loss against size")
     if timed:
@@ -246,7 +247,7 @@ def precision_map(nodes: Sequence[Mapping[str, Any]]) -> Figure:
     """
     order = most_sensitive_first(nodes)
     shown = order[:_MOST_NODES][::-1]
-    figure, [axes] = _axes(8.5, 1.1 + 0.215 * len(shown))
+    figure, [axes] = axes_of(8.5, 1.1 + 0.215 * len(shown))
     changes = [100 * (node["changed"] or 0.0) for node in shown]
     axes.barh(
         range(len(shown)),
@@ -296,7 +297,7 @@ def _short(name: str, most: int = 40) -> str:
 def gate(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws each figure's loss and its 95% interval, in units of its limit: right of 1 is over it."""
     shown = [row for row in rows if row["loss"] is not None and row["low"] is not None][::-1]
-    figure, [axes] = _axes(8.5, 1.1 + 0.27 * max(1, len(shown)))
+    figure, [axes] = axes_of(8.5, 1.1 + 0.27 * max(1, len(shown)))
     near = -min(_FAR, max([0.5, *(-row["low"] / row["limit"] for row in shown)]))
     axes.axvspan(1, _FAR, color=RED, alpha=0.06, linewidth=0)
     axes.axvline(0, color=PALE, linewidth=0.8)
@@ -334,7 +335,7 @@ def gate(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def latency(timings: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds of each engine at each batch, before (grey) and after (coloured), on a log axis."""
-    figure, [axes] = _axes(8.5, 1.2 + 0.34 * len(timings))
+    figure, [axes] = axes_of(8.5, 1.2 + 0.34 * len(timings))
     for place, timing in enumerate(timings[::-1]):
         before, after = timing["reference_ms"], timing["ms"]
         colour = BLUE if after <= before else RED

@@ -1,0 +1,122 @@
+"""A study is stopped and gone on with, by the command line, on a real shop; trials that do worse are given
+up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from shops import ROOT
+
+from builders.presets import PRESETS
+from builders.settings import named_preset
+from builders.tune.search import give_up_running, num_ended, open_study
+from builders.tune.tune import TuneOptions, tune
+from ensemble.errors import InvalidInput
+
+CLI = [sys.executable, "-c", "import peregrine; peregrine.main()", "tune"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def shop(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """Users who take runs of items, so that there is something to learn in an epoch."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "shop.toml").write_text('name = "runs"\n[interactions]\nfile = "log.csv"\n')
+    rows = [
+        f"u{user},i{(start + step) % 60},{1_700_000_000 + 60 * step}"
+        for user, start in enumerate(rng.integers(0, 60, 240).tolist())
+        for step in range(8)
+    ]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,time", *rows, ""]))
+    return folder
+
+
+def tuned(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CLI, *arguments], capture_output=True, text=True, check=False, env=environment(), timeout=200
+    )
+
+
+def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, tmp_path: Path):
+    out = tmp_path / "study"
+    asked = [
+        str(shop), "--preset", "tiny", "--over", "ranker", "--set", "ranker.list_epochs=1",
+        "--set", "encoders.epochs=1", "--trials", "2", "--out", str(out), "--repository", str(tmp_path),
+    ]  # fmt: skip
+    first = subprocess.Popen([*CLI, *asked], stderr=subprocess.PIPE, text=True, env=environment())
+    assert first.stderr is not None
+    said = ""
+    for line in first.stderr:
+        said += line
+        if line.startswith("trial 0: "):
+            first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130, said
+    assert "stopped by interrupt: the same command goes on" in said
+    assert "nothing tried was better than preset tiny" in said
+    assert named_preset(str(out / "tuned.toml")).changes["ranker.list_epochs"] == 1
+    assert not list((out / "work").glob("trial-*")), "what was at work is swept"
+
+    second = tuned(*asked, "--json")
+    assert second.returncode == 0, second.stderr
+    assert "has 1 trials: going on" in second.stderr
+    report = json.loads(second.stdout, parse_constant=pytest.fail)
+    values = [one["value"] for one in report["trials"] if one["value"] is not None]
+    assert report["stopped"] == "trials"
+    assert len(values) == 2
+    assert min(values) > 0
+    assert report["best"]["value"] == max(values)
+    assert report["start"]["value"] == values[0]
+    assert report["gain"]["mean"] == pytest.approx(max(values) - values[0])
+    assert (out / "tune.png").read_bytes().startswith(b"\x89PNG")
+    found = named_preset(str(out / "tuned.toml"))
+    assert {**found.changes} == {
+        "ranker.list_epochs": 1,
+        "encoders.epochs": 1,
+        **report["best"]["settings"],
+    }
+    tried = next(one["changes"] for one in report["trials"] if one["value"] is not None and one["changes"])
+    assert {name.partition(".")[0] for name in tried} == {"ranker"}
+
+    other = tuned(*asked, "--seed", "7")
+    assert other.returncode == 2
+    assert other.stderr.startswith(f"error: {out} holds a study of another seed: its trials do not compare")
+
+
+def test_what_is_wrong_is_named_before_anything_is_trained(shop: Path, tmp_path: Path):
+    options = TuneOptions(shop, tmp_path / "study", PRESETS["tiny"], tmp_path, only=("encoders.dim",))
+    with pytest.raises(InvalidInput, match=r"--over encoders\.dim: is not searched; what is: "):
+        tune(options, Console(quiet=True))
+    with pytest.raises(InvalidInput, match="nowhere"):
+        tune(replace(options, shop=tmp_path / "nowhere", only=()), Console(quiet=True))
+
+
+def test_a_trial_that_does_worse_than_most_is_given_up_but_the_start_never(tmp_path: Path):
+    study = open_study(tmp_path, 0, {"x": 0.5})
+    for at, best in enumerate([0.5, 0.4, 0.6, 0.55, 0.45]):
+        trial = study.ask()
+        assert trial.suggest_float("x", 0, 1) == 0.5 or at, "the first is the start"
+        trial.report(best, 1)
+        assert not trial.should_prune(), "too few to judge by"
+        study.tell(trial, best)
+    bad, good = study.ask(), study.ask()
+    bad.report(0.49, 1), good.report(0.51, 1)
+    assert bad.should_prune()
+    assert not good.should_prune()
+    give_up_running(study)
+    again = open_study(tmp_path, 0, {"x": 0.5})
+    assert num_ended(again) == 5
+    assert len(again.trials) == 7, "the journal holds all"
+    assert again.ask().suggest_float("x", 0, 1) != 0.5, "a start that has a value is not begun again"
