@@ -50,6 +50,8 @@ class Degraded(IntFlag):
     NO_MATCH = 128  # nothing in the catalogue fits the query
     # Nobody looked for this user: the budget was spent, or no server answered. The list is everybody's
     POPULAR = 256
+    # A value of the request's `allow` or `deny` is none that an item has, of the release or a live one
+    UNKNOWN_VALUES = 512
 
 
 def recommend(schema: Schema) -> PipelineSpec:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ensemble.cli.options import REPOSITORY, JsonOption
+from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput
 from ensemble.json_text import json_text
 
@@ -159,8 +160,8 @@ def options_of(
 def show(results: list[Recommendations], options: RequestOptions, repository: Path, *, as_json: bool) -> None:
     """Prints lists as tables, or as JSON; values of `options` that no item has are told."""
     catalogue = Catalogue(repository, results[0].release)
-    for option, wanted in (("--allow", options.get("allow")), ("--deny", options.get("deny"))):
-        for line in catalogue.strangers(option, wanted or {}):
+    if any(Degraded.UNKNOWN_VALUES in result.degraded for result in results):
+        for line in catalogue.notes(options):
             typer.echo(f"note: {line}", err=True)
     if as_json:
         plain = [json_from_result(result, catalogue) for result in results]
@@ -242,6 +243,12 @@ class Catalogue:
             title.decode("utf-8", "replace") if row else ""
             for row, title in zip(rows, self._release.item_titles[rows].tolist(), strict=True)
         ]
+
+    def notes(self, options: RequestOptions) -> list[str]:
+        """Says which values of a request's filters no item has; the server says that there are some."""
+        wanted = (("--allow", options.get("allow")), ("--deny", options.get("deny")))
+        lines = [line for option, values in wanted for line in self.strangers(option, values or {})]
+        return lines or ["--allow, --deny: a value is none that an item has"]
 
     def strangers(self, option: str, wanted: Mapping[str, Any]) -> list[str]:
         """Says which values of category features no item of the release has, and what they may have meant."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.contract import Degraded
 from ensemble.live.new_values import NewValues
 from ensemble.live.segment import Segment
 from ensemble.live.state import LiveState, LiveView
@@ -76,6 +77,18 @@ class ItemFilters:
         if len(new) > 1:
             self._scan(new)
         return [None if one is None else self.mask(one, view) for one in wanted]
+
+    def status(self, wanted: Sequence[Filter | None], view: LiveView) -> Array:
+        """Says whose filter names a value that no item has: UNKNOWN_VALUES or 0, [B, 1] int64."""
+        found = [one is not None and self._names_a_stranger(one, view.state.new_values) for one in wanted]
+        return np.where(np.array(found, bool), int(Degraded.UNKNOWN_VALUES), 0)[:, None].astype(np.int64)
+
+    def _names_a_stranger(self, wanted: Filter, new_values: NewValues | None) -> bool:
+        for name, values in (*wanted.allow, *wanted.deny):
+            unknown = list(dict.fromkeys(value for value in values if value not in self._code_of[name]))
+            if unknown and (new_values is None or len(new_values.codes(name, unknown)) < len(unknown)):
+                return True
+        return False
 
     def _scan(self, wanted: list[Filter]) -> None:
         """Computes which of the release's own rows pass each filter, reading the catalogue once for all."""

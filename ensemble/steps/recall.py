@@ -107,6 +107,7 @@ class Recall:
         batch = Batch(query, seen_rows, view, masks, depths)
         found = self._scored(batch, self._merge(self._offers(batch, excluded)))
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
+        found["candidate_status"] |= self._status(options, view)
         marked = options.late(SPENT_S)  # by now: the ranker need not see them
         found["candidate_status"][marked] |= Degraded.RANK_SKIPPED
         found["candidate_features"][marked, 0, 0] = np.nan
@@ -155,7 +156,7 @@ class Recall:
         scores[..., s] = np.where(rows > 0, source.score(batch, rows, scores), 0)
         features = np.zeros((*shape, self.sizes.item_features), np.float32)
         features[:, 0, 0] = np.nan
-        status = np.full((num_users, 1), int(Degraded.RANK_SKIPPED | Degraded.POPULAR), np.int64)
+        status = self._status(options, view) | int(Degraded.RANK_SKIPPED | Degraded.POPULAR)
         return {
             "candidate_rows": rows,
             "candidate_features": features,
@@ -163,6 +164,10 @@ class Recall:
             "candidate_status": status,
             "candidate_state": np.zeros((*shape, touches_width(self.schema)), np.float32),
         }
+
+    def _status(self, options: Options, view: LiveView) -> Array:
+        """Says whose filter names a value that no item has [B, 1] int64."""
+        return self.filters.status([user.filter for user in options.users], view)
 
     def _depths(self, num_excluded: Array, view: LiveView) -> Array:
         """Gives how deep a source must go for each user [B] int64: N and what may be excluded, `num_excluded`

@@ -154,6 +154,7 @@ class SearchRecall(Recall):
         candidates = self._scored(batch, rows)
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, candidates["candidate_rows"])
         order = _places(rows, candidates["candidate_rows"])
+        candidates["candidate_status"] |= self._status(options, view)
         candidates["candidate_status"] |= np.where(rows[:, :1] > 0, 0, int(Degraded.NO_MATCH))
         candidates["candidate_status"][unknown] |= int(Degraded.UNKNOWN_ITEMS)
         # The ranker need not see them: what fits is found, in order of relevance

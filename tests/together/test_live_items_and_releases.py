@@ -14,6 +14,7 @@ from shops import ROOT, one_thread
 from clients import Client
 from clients.items import ItemClient
 from clients.operations import releases
+from ensemble.contract import Degraded
 from ensemble.errors import ReleaseError, ServerError
 from ensemble.live.keeper import service_process
 from ensemble.release.names import release_names
@@ -68,6 +69,9 @@ def test_changed_items_keep_no_release_from_being_activated(repository, fused, i
                 assert not gone & set(answer.item_ids)
                 only = client.recommend("u1", top_k=5, allow={"brand": ["Neverseen"]})
                 assert only.item_ids == ("a new one",), "though no vocabulary has its brand"
+                assert Degraded.UNKNOWN_VALUES not in only.degraded
+                none = client.recommend("u1", top_k=5, allow={"brand": ["Nobody's"]})
+                assert (none.item_ids, none.degraded) == ((), Degraded.UNKNOWN_VALUES)
                 gone.add(answer.item_ids[0])
                 changed = items.delete(answer.item_ids[0])  # while this release is the active one
                 assert (changed.done, changed.release) == (True, name)

@@ -4,9 +4,11 @@ nothing is lost."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from item_changes import ASKED, KINDS, Mirror, found_names, hold_against, random_changes, recall_of
 from random_release import make_release, open_again, open_recall, write_item_encoder
 
+from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.index.item_index import find
 from ensemble.live.encoding import ItemEncoding
@@ -298,6 +301,35 @@ def test_models_take_a_new_value_as_unknown(tmp_path, rng):
     assert encoding.unknown_values({"item_id": "x", "brand": "brand1", "tags": "tag1|Neuf"}) == [
         ("tags", "Neuf")
     ]
+
+
+def test_values_that_no_item_has_are_told_until_a_live_item_brings_them(tmp_path, rng):
+    release = make_release(tmp_path, rng)
+    write_item_encoder(release)
+    writer, recall = ItemWriter(release), open_recall(open_again(release))
+    asked = [
+        {"allow": {"brand": ["brand1"]}, "deny": {"tags": ["tag1"]}},
+        {"deny": {"brand": ["brand1", "Vert"]}},
+        {"allow": {"brand": ["Vert"], "tags": ["tag0"]}},
+        {"allow": {"brand": ["Rouge"]}},
+        {},
+    ]
+
+    def told() -> list[bool]:
+        each = {name: [one.get(name, {}) for one in asked] for name in ("allow", "deny")}
+        parameters = json.dumps({name: json.dumps(values) for name, values in each.items()})
+        options = parse_options(parameters, 5, release.schema)
+        options = replace(options, deadlines=(math.inf, math.inf, math.inf, 0.0, math.inf))
+        found = recall.run(
+            options, seen_rows=np.full((5, 12), -1), user_embeddings=np.ones((5, 1, 8), np.float32)
+        )
+        return ((found["candidate_status"][:, 0] & Degraded.UNKNOWN_VALUES) > 0).tolist()
+
+    assert told() == [False, True, True, True, False]
+    writer.apply([{"op": "add", "item": {"item_id": "new", "brand": "Vert"}}])
+    assert told() == [False, False, False, True, False], "also where the budget leaves the popular list"
+    merge(open_again(release), writer.sequence)
+    assert told() == [False, False, False, True, False]
 
 
 def test_an_overlay_whose_new_values_are_lost_is_made_again(tmp_path, rng):
