@@ -1,4 +1,4 @@
-"""Runs `peregrine release list | show | activate | canary | promote | abort | remove`."""
+"""Runs `peregrine release list | show | needs | activate | canary | promote | abort | remove`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,57 @@ def show(name: Name, repository: RepositoryOption = REPOSITORY, as_json: JsonOpt
     report = repository / name / "report.md"
     if report.exists():
         console.print(FoldedMarkdown(report.read_text(encoding="utf-8")))
+
+
+@app.command()
+def needs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The release; the active one if not given.")
+    ] = None,
+    repository: RepositoryOption = REPOSITORY,
+    fused: Annotated[bool, typer.Option("--fused", help="As `serve --fused`.")] = False,
+    instances: Annotated[
+        int | None, typer.Option(min=1, help="As `serve --instances`; as the release says if not given.")
+    ] = None,
+    patch: Annotated[
+        bool,
+        typer.Option("--patch", help="Print it as kustomize's patch: docker/kubernetes/overlays/*/shm.yaml."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Says how large /dev/shm must be where a release is served: compose's SHM, a pod's volume `shm`.
+
+    Triton and its Python processes pass tensors there; where it is full, requests fail. It is a bound: of
+    full batches of the largest requests, while one release is turned into another.
+    """
+    from ensemble.cli.options import active_or_named
+    from ensemble.release.release import open_release
+    from ensemble.release.shared_memory import shm_bytes
+
+    release = open_release(repository, active_or_named(repository, name))
+    mebibytes = shm_bytes(release.schema, fused=fused, instances=instances) >> 20
+    if as_json:
+        print(json_text({"release": release.name, "shm_bytes": mebibytes << 20}, indent=1))
+    elif patch:
+        print(_SHM_PATCH.format(mebibytes), end="")
+    else:
+        print(f"release {release.name} needs {mebibytes} MiB of /dev/shm at most")
+
+
+_SHM_PATCH = """\
+# Written by `peregrine release needs --patch`: what a release's tensors take at most.
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: serve
+  namespace: peregrine
+spec:
+  template:
+    spec:
+      volumes:
+        - name: shm
+          emptyDir: {{medium: Memory, sizeLimit: {}Mi}}
+"""
 
 
 @app.command()

@@ -34,7 +34,7 @@ from clients import Client
 from ensemble.release.store_state import StoreState, write_store_state
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import EXIT_TIMEOUT_S
-from ensemble.server.supervisor import serve
+from ensemble.server.supervisor import Server, serve
 
 yaml = pytest.importorskip("yaml")
 GRAFANA = ROOT / "docker" / "grafana"
@@ -129,6 +129,11 @@ class Composed(NamedTuple):
     prometheus: Prometheus
     url: str
     logs: dict[str, Path]
+    server: Server  # the one whose steps are models of their own
+
+    def regions(self) -> list[Path]:
+        """Lists the shared memory of that server's processes."""
+        return list(Path("/dev/shm").glob(f"{self.server._run.region_prefix}*"))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +202,7 @@ def composed(
         found = Prometheus(prometheus)
         wait_for_url(f"{found.url}/-/ready", logs["prometheus"])
         stack.enter_context(traffic(f"127.0.0.1:{grpc}", server.url))
-        yield Composed(found, f"127.0.0.1:{grpc}", logs)
+        yield Composed(found, f"127.0.0.1:{grpc}", logs, server)
 
 
 @contextlib.contextmanager
@@ -253,6 +258,33 @@ def test_no_panel_is_empty(composed: Composed) -> None:
             break
         time.sleep(0.5)
     assert {panel for panel, _ in pending} == set(EMPTY_HERE), pending
+
+
+@pytest.mark.triton
+@pytest.mark.redis
+def test_kubernetes_adapter_reads_how_long_requests_wait(composed: Composed) -> None:
+    (document,) = yaml.safe_load_all((ROOT / "docker/kubernetes/monitoring/adapter.yaml").read_text())
+    (rule,) = yaml.safe_load(document["data"]["config.yaml"])["rules"]
+    query = (
+        rule["metricsQuery"]
+        .replace("<<.LabelMatchers>>", 'instance=~".+"')
+        .replace("<<.GroupBy>>", "instance")
+    )
+    seconds = composed.prometheus.numbers(query)
+    assert len(seconds) == 2  # servers
+    assert all(0 < one < 1 for one in seconds)
+
+
+@pytest.mark.triton
+@pytest.mark.redis
+def test_shared_memory_is_no_more_than_a_release_says(composed: Composed, repository: Path) -> None:
+    from ensemble.release.release import open_release
+    from ensemble.release.shared_memory import shm_bytes
+
+    need = shm_bytes(open_release(repository, "r1").schema)
+    sizes = [path.stat().st_size for path in composed.regions()]
+    assert len(sizes) == 10  # two processes for each of five steps
+    assert sum(sizes) <= need
 
 
 def queries() -> dict[tuple[str, str], Any]:

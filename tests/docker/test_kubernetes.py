@@ -25,12 +25,21 @@ def documents(path: Path) -> list[dict[str, Any]]:
 def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in MANIFESTS:
         for document in documents(path):
-            if document["kind"] == "Deployment":
+            if document["kind"] == "Deployment" and path.name != "shm.yaml":
                 yield path.parent.name, document["spec"]["template"]["spec"]
+
+
+def described(kind: str) -> list[dict[str, Any]]:
+    return [one for path in MANIFESTS for one in documents(path) if one["kind"] == kind]
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*pod.get("initContainers", ()), *pod.get("containers", ())]
+
+
+def adapter_rules() -> list[dict[str, Any]]:
+    (document,) = documents(FOLDER / "monitoring" / "adapter.yaml")
+    return list(yaml.safe_load(document["data"]["config.yaml"])["rules"])
 
 
 @pytest.mark.parametrize("path", [*(FOLDER / "base").glob("[!k]*.yaml")], ids=lambda path: path.stem)
@@ -40,7 +49,9 @@ def test_the_base_is_valid_by_kubernetes_own_schemas(path: Path) -> None:
         validate.validate(document, "1.30", strict=True)
 
 
-@pytest.mark.parametrize("folder", [FOLDER / "base", *OVERLAYS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder", [FOLDER / "base", FOLDER / "monitoring", *OVERLAYS], ids=lambda path: path.name
+)
 def test_a_kustomization_names_files_that_are_there(folder: Path) -> None:
     (kustomization,) = documents(folder / "kustomization.yaml")
     named = [*kustomization.get("resources", ()), *(one["path"] for one in kustomization.get("patches", ()))]
@@ -108,3 +119,49 @@ def test_probes_ask_for_an_answer_and_the_grace_is_longer_than_the_drain() -> No
     assert paths == ["/readyz", "/readyz", "/livez"]
     pause_s = int(serve["lifecycle"]["preStop"]["exec"]["command"][1])
     assert base["terminationGracePeriodSeconds"] > pause_s + EXIT_TIMEOUT_S + max(DRAINED_EXIT_S, 10)
+
+
+def test_pods_are_added_when_requests_wait_and_when_the_cpu_is_busy() -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    base, patch = described("HorizontalPodAutoscaler")
+    merged = {**base, "spec": {**base["spec"], **patch["spec"]}}  # a list of metrics is replaced whole
+    validate.validate(merged, "1.30", strict=True)
+    waiting, cpu = merged["spec"]["metrics"]
+    assert [cpu] == base["spec"]["metrics"]
+    (rule,) = adapter_rules()
+    assert waiting["pods"]["metric"]["name"] == rule["name"]["as"]
+
+
+def test_prometheus_finds_what_the_server_measures() -> None:
+    from ensemble.server import http
+
+    (monitor,) = described("ServiceMonitor")
+    (service,) = described("Service")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert f'"{endpoint["path"]}"' in Path(http.__file__).read_text()
+    assert int(endpoint["scrapeTimeout"][:-1]) < int(endpoint["interval"][:-1])
+
+
+@pytest.mark.parametrize(("overlay", "flags"), [("cpu", ["--fused"]), ("gpu", [])])
+def test_shared_memory_is_as_large_as_a_release_says(
+    overlay: str, flags: list[str], tiny_repository: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from clients.cli.release import app
+
+    asked = ["needs", "--repository", str(tiny_repository), "--patch", *flags]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    said = yaml.safe_load(done.output)
+    (written,) = documents(FOLDER / "overlays" / overlay / "shm.yaml")
+    sizes = []
+    for one in (said, written):
+        (volume,) = one["spec"]["template"]["spec"]["volumes"]
+        sizes.append(int(volume["emptyDir"].pop("sizeLimit").removesuffix("Mi")))
+    assert said == written
+    assert 0 < sizes[0] <= sizes[1]
+    (base,) = [pod for name, pod in pods() if name == "base"]
+    assert volume["name"] in {one["name"] for one in base["volumes"]}

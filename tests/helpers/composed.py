@@ -72,7 +72,7 @@ def running(command: list[str], folder: Path, name: str, **environment: str) -> 
                 process.wait()
 
 
-def wait_for_url(url: str, log: Path, limit_s: float = 60.0) -> None:
+def wait_for_url(url: str, log: Path, limit_s: float = 180.0) -> None:
     """Returns when a URL is answered with 200."""
     deadline = time.monotonic() + limit_s
     while True:
