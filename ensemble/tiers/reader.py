@@ -120,7 +120,8 @@ class RowReader:
         if len(ask):
             first, inverse = _distinct(identities[ask])
             answered = self._ask(identities, rows, ask[first], looked, refills)[inverse]
-            packed[ask], absent[ask] = packed[ask[first][inverse]], absent[ask[first][inverse]]
+            if len(first) < len(ask):
+                packed[ask], absent[ask] = packed[ask[first][inverse]], absent[ask[first][inverse]]
             unsure[ask] &= ~answered
         if self.redis.tracker.connected:  # it would have told if a row in memory had changed
             unsure &= looked.state == MISS

@@ -52,7 +52,8 @@ def worst(runs: Sequence[Row]) -> Row:
             row[name] = min(values) if name in _FEWEST else max(values)
         elif isinstance(value, list):
             row[name] = sorted({str(one) for some in values for one in some})
-    return row
+    # What is told in words is told of the run that was worst
+    return {**row, "more": max(runs, key=lambda run: len(misses(run))).get("more", "")}
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -50,8 +50,17 @@ def test_an_answer_is_held_against_its_own_releases_list() -> None:
 
 def test_of_several_runs_each_number_is_the_worst() -> None:
     good = {**row((9.0, 9.1, "u", LIST, "")), "way": "fused", "goodput": 0.95, "same_server": True}
-    bad = {**good, "ok": 0, "failed": 1, "goodput": 0.5, "failures": ["x"], "same_server": False}
+    bad = {
+        **good,
+        "ok": 0,
+        "failed": 1,
+        "goodput": 0.5,
+        "failures": ["x"],
+        "same_server": False,
+        "more": "bad",
+    }
     found = worst([bad, good])
+    assert found["more"] == "bad"
     assert (found["ok"], found["failed"], found["goodput"]) == (0, 1, 0.5)
     assert (found["failures"], found["same_server"], found["runs"]) == (["x"], False, [bad, good])
     assert worst([good]) == good
