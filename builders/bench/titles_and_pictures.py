@@ -34,6 +34,7 @@ from builders.content.cache import keep_encoder
 from builders.content.sources import EFFICIENTNET, MINILM, find_source
 from builders.data.dataset import Dataset, history_windows, open_dataset
 from builders.index.stage import open_recall
+from builders.shop.imported import Asked
 from builders.shop.importers import import_shop
 from builders.shop.shop_toml import SHOP_FILE, FeatureColumn
 from ensemble.arrays import Array
@@ -210,7 +211,7 @@ def is_cold(number: int) -> bool:
 
 def _write_beauty(source: Path, shop: Path) -> None:
     """Imports Beauty without what was taken of the cold items; their titles are encoded, not hashed."""
-    import_shop("sequences", source, shop, name="Beauty")
+    import_shop("sequences", source, shop, asked=Asked("Beauty"))
     table = pq.read_table(shop / "interactions.parquet")
     kept = [not is_cold(int(item)) for item in table["item_id"].to_pylist()]
     pq.write_table(table.filter(pa.array(kept)), shop / "interactions.parquet")

@@ -136,29 +136,64 @@ def generate(
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The file or folder to read.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    form: Annotated[str, typer.Option("--format", help="sequences | recbole | movielens")],
+    form: Annotated[
+        str, typer.Option("--format", help="sequences | recbole | movielens | retailrocket | amazon")
+    ],
     name: Annotated[str | None, typer.Option(help="Which data set, where SRC holds several.")] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", metavar="ROLE=COLUMN", help="Which column is user, item, time, event or rating."
+        ),
+    ] = None,
+    like_from: Annotated[
+        float | None, typer.Option("--like-from", help="The rating from which an item counts as liked.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Turn known data formats into a shop.
+    """Turn known data formats into a shop, and say what each column was taken for.
 
     \b
-    sequences  lines "user item item …", in order; NAME_items.tsv (item_id, title), NAME_item2attributes.json
-               are read where they lie beside. One task, interact; the last item of each user tests.
-    recbole    atomic files: NAME.inter, and NAME.item, NAME.user where there are any
-    movielens  the unpacked folder: ml-100k, ml-1m, ml-20m, ml-latest… A rating of 4 or more is a like.
+    sequences     lines "user item item …", in order; NAME_items.tsv (item_id, title) and
+                  NAME_item2attributes.json are read where they lie beside. One task, interact; the last item
+                  of each user tests.
+    recbole       atomic files: NAME.inter, and NAME.item, NAME.user where there are any; a split in files
+                  (NAME.train.inter, NAME.valid.inter, NAME.test.inter) is the shop's
+    movielens     the unpacked folder: ml-100k, ml-1m, ml-20m, ml-latest…
+    retailrocket  the unpacked folder: events.csv, item_properties_part*.csv, category_tree.csv. Views are
+                  what was shown, cart and buy the tasks.
+    amazon        reviews as JSON lines (2014's or 2023's), and meta_NAME beside them
+    A rating of 4 or more is a like, or --like-from. Any other folder: peregrine shop init.
 
     \b
     peregrine shop import --format sequences --name Beauty data/seq_s3rec shops/beauty
+    peregrine shop import --format amazon --like-from 5 --map item=asin All_Beauty.jsonl shops/beauty
     """
     with _one_line_errors():
+        from builders.shop.imported import Asked
         from builders.shop.importers import import_shop
         from ensemble.progress import bar
 
+        asked = Asked(name, _told(roles), like_from)
         with bar("import") as update:
             update(form, 0.0)
-            import_shop(form, source, out, name=name, force=force)
+            mapping = import_shop(form, source, out, asked=asked, force=force)
+    for file, column, role in mapping:
+        typer.echo(f"{file}: {column} = {role}")
     typer.echo(f"{out} is written. Next: peregrine shop check {out}")
+
+
+def _told(roles: list[str] | None) -> dict[str, str]:
+    """Reads what --map says: a column by role."""
+    from ensemble.errors import InvalidInput
+
+    told = {}
+    for role in roles or []:
+        name, sign, column = role.partition("=")
+        if not sign or not column:
+            raise InvalidInput(f"--map {role}: write ROLE=COLUMN, such as item=artist_id")
+        told[name] = column
+    return told
 
 
 @app.command()
@@ -187,14 +222,7 @@ def init(
     with _one_line_errors():
         from builders.shop.first_toml import init_shop
 
-        told = {}
-        for role in roles or []:
-            name, sign, column = role.partition("=")
-            if not sign or not column:
-                typer.echo(f"error: --map {role}: write ROLE=COLUMN, such as item=artist_id", err=True)
-                raise typer.Exit(2)
-            told[name] = column
-        first = init_shop(folder, told=told, like_from=like_from, force=force)
+        first = init_shop(folder, told=_told(roles), like_from=like_from, force=force)
     for file, column, role in first.mapping:
         typer.echo(f"{file}: {column} = {role}")
     typer.echo(f"{folder / 'shop.toml'} is written. Correct it, then: peregrine shop check {folder}")

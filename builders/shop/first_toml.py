@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from builders.shop.shop_toml import SHOP_FILE
 from builders.shop.tables import first_columns, table_files
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
+from ensemble.release.files import write_durably
 
 # Names of columns, without case and signs, the likeliest first
 ROLES = {
@@ -80,7 +81,7 @@ def init_shop(
             raise InvalidInput(f"--map {role}=…: no such role; there are {', '.join((*ROLES, *TABLES))}")
     samples = _samples(folder, told)
     first = _first(folder, samples, told, like_from)
-    path.write_text(first.text, "utf-8")
+    write_durably(path, first.text)
     return first
 
 
@@ -99,16 +100,17 @@ def _samples(folder: Path, told: Mapping[str, str]) -> list[Sample]:
             raise InvalidInput(f"--map {role}={name}: no such file; there are {', '.join(files)}")
     for sample in samples:
         for role, names in ROLES.items():
-            if (found := _named(sample.columns, names, told.get(role))) is not None:
+            if (found := named_column(sample.columns, names, told.get(role))) is not None:
                 sample.roles[role] = found
     return samples
 
 
-def _named(columns: Mapping[str, Column], names: tuple[str, ...], told: str | None) -> str | None:
+def named_column(columns: Iterable[str], names: tuple[str, ...], told: str | None) -> str | None:
     """Finds the column of a role: the one told, else the first that is called like one of `names`."""
+    there = list(columns)
     if told is not None:
-        return told if told in columns else None
-    plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in reversed(list(columns))}
+        return told if told in there else None
+    plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in reversed(there)}
     return next((plain[name] for name in names if name in plain), None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +12,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builders.folders import new_folder
+from builders.shop.imported import Asked, Imported
+from builders.shop.log_formats import read_amazon, read_retailrocket
+from builders.shop.plain_files import delimited, numbers_of, only_file, text_of
 from builders.shop.shop_toml import SHOP_FILE
 from ensemble.errors import InvalidInput
 
 MAX_ATTRIBUTES = 32  # values kept per item of a multi-valued column
-LIKED = 4  # a rating that means "liked", on the usual scale to 5
 
 
-@dataclass
-class Imported:
-    """Holds a shop that is not yet written; `features` are entries of shop.toml."""
-
-    name: str
-    interactions: pa.Table  # columns user_id, item_id, time, …
-    split: str
-    tasks: list[dict[str, Any]]
-    items: pa.Table | None = None  # column item_id, and title where there is one
-    item_features: list[dict[str, Any]] = field(default_factory=list)
-    users: pa.Table | None = None
-    user_features: list[dict[str, Any]] = field(default_factory=list)
-    history: str = "all"
-
-
-def import_shop(form: str, source: Path, out: Path, *, name: str | None = None, force: bool = False) -> None:
-    """Reads `source` as `form` (a key of FORMATS) and writes a shop to `out`."""
+def import_shop(
+    form: str, source: Path, out: Path, *, asked: Asked | None = None, force: bool = False
+) -> list[tuple[str, str, str]]:
+    """Reads `source` as `form` (a key of FORMATS) and writes a shop to `out`; gives what each column was
+    taken for."""
     if form not in FORMATS:
         raise InvalidInput(f"--format {form!r} is unknown; use {', '.join(FORMATS)}")
     if not source.exists():
         raise InvalidInput(f"{source} is missing; SRC is a file or folder to import")
     from builders.shop.read import read_shop
 
-    imported = FORMATS[form](source, name)
+    imported = FORMATS[form](source, asked or Asked())
     with new_folder(out, force=force) as folder:
         _write(folder, imported)
         read_shop(folder)  # what we write, a build must be able to read
+    return imported.mapping
 
 
 def _write(folder: Path, imported: Imported) -> None:
     pq.write_table(imported.interactions, folder / "interactions.parquet")
-    lines = [f"name = {json.dumps(imported.name)}", f"split = {json.dumps(imported.split)}", ""]
+    split: Any = imported.split
+    if imported.held_out:
+        split = {"kind": "files"} | {f"{part}_file": f"{part}.parquet" for part in imported.held_out}
+    for part, table in imported.held_out.items():
+        pq.write_table(table, folder / f"{part}.parquet")
+    lines = [f"name = {json.dumps(imported.name)}", *_toml_lines({"split": split}), ""]
     lines += [
         "[interactions]",
         'file = "interactions.parquet"',
@@ -59,6 +54,7 @@ def _write(folder: Path, imported: Imported) -> None:
         'item = "item_id"',
         'time = "time"',
         f"history = {json.dumps(imported.history)}",
+        *_toml_lines(imported.keys),
         "",
     ]
     for what, table, features in (
@@ -89,10 +85,11 @@ def _toml_lines(entry: dict[str, Any]) -> list[str]:
     return [f"{key} = {value(v)}" for key, v in entry.items()]
 
 
-def _read_sequences(source: Path, name: str | None) -> Imported:
+def _read_sequences(source: Path, asked: Asked) -> Imported:
     """Reads lines of 'user item item …', oldest item first."""
-    path = _sequence_file(source, name)
-    lines = [line.split() for line in _text(path, "utf-8").splitlines()]
+    asked.refuse("sequences", "lines of 'user item item …' have no columns and no ratings")
+    path = _sequence_file(source, asked.name)
+    lines = [line.split() for line in text_of(path, "utf-8").splitlines()]
     lines = [line for line in lines if line]
     short = next((number for number, line in enumerate(lines, 1) if len(line) < 2), 0)
     if not lines or short:
@@ -133,7 +130,7 @@ def _sequence_items(path: Path, seen: set[str]) -> tuple[pa.Table, list[dict[str
     )
     titles: dict[str, str] = {}
     if titles_file.is_file():
-        rows = [line.split("\t") for line in _text(titles_file, "utf-8").splitlines()]
+        rows = [line.split("\t") for line in text_of(titles_file, "utf-8").splitlines()]
         if "item_id" not in rows[0] or "title" not in rows[0]:
             raise InvalidInput(
                 f"{titles_file}: its first line must name item_id and title, tab-separated; it is {rows[0]}"
@@ -142,7 +139,7 @@ def _sequence_items(path: Path, seen: set[str]) -> tuple[pa.Table, list[dict[str
         titles = {row[at]: row[title] for row in rows[1:] if len(row) > max(at, title)}
     attributes: dict[str, list[Any]] = {}
     if attributes_file.is_file():
-        attributes = json.loads(_text(attributes_file, "utf-8"))
+        attributes = json.loads(text_of(attributes_file, "utf-8"))
     ids = sorted(seen | titles.keys() | attributes.keys(), key=lambda i: (len(i), i))
     columns = {"item_id": pa.array(ids)}
     features: list[dict[str, Any]] = []
@@ -161,33 +158,83 @@ def _sequence_items(path: Path, seen: set[str]) -> tuple[pa.Table, list[dict[str
 # --- RecBole's atomic files: tab-separated, the header gives name:type ---
 
 
-def _read_recbole(source: Path, name: str | None) -> Imported:
-    inter = source if source.suffix == ".inter" else _only(source, f"{name or '*'}.inter")
+def _read_recbole(source: Path, asked: Asked) -> Imported:
+    inter, parts = _inter_files(source, asked.name)
     columns = _atomic(inter)
-    user, item = _atomic_ids(inter, columns)
-    time = next((c for c, (kind, _) in columns.items() if kind == "float" and "time" in c), None)
+    user, item = _atomic_ids(inter, columns, asked)
+    time = asked.told.get("time") or next(
+        (c for c, (kind, _) in columns.items() if kind == "float" and "time" in c), None
+    )
+    rating = asked.told.get("rating", "rating")
+    for role, name in asked.told.items():
+        if role not in ("user", "item", "time", "rating") or name not in columns:
+            raise InvalidInput(
+                f"--map {role}={name}: roles are user, item, time, rating; columns {', '.join(columns)}"
+            )
+    names = {"user": user, "item": item, "time": time}
+    tasks: list[dict[str, Any]] = [{"name": "interact", "kind": "binary"}]
+    history, label = "all", None
+    for column, threshold in (("label", None), (rating, asked.liked)):
+        if column in columns:
+            label = column
+            of: dict[str, Any] = {"column": column} | ({"threshold": threshold} if threshold else {})
+            tasks, history = [{"name": "like", "kind": "binary", "label": of}], "like"
+            names["label" if threshold is None else f"rating; {threshold:g} and more is liked"] = column
+            break
+    table = _inter_table(inter, columns, user, item, time, label)
+    stem = inter.name.removesuffix(".inter").removesuffix(".train")
+    out = Imported(stem, table, "time" if time else "leave_one_out", tasks, history=history)
+    out.mapping = [(inter.name, name, role) for role, name in names.items() if name is not None]
+    for part, path in parts.items():
+        out.held_out[part] = _inter_table(path, _atomic(path), user, item, time, label)
+        out.mapping.append((path.name, "all rows", part))
+    for entity in ("item", "user"):
+        if (path := inter.with_name(f"{stem}.{entity}")).is_file():
+            found, features = _atomic_entities(path, f"{entity}_id")
+            setattr(out, f"{entity}s", found)
+            setattr(out, f"{entity}_features", features)
+    return out
+
+
+def _inter_files(source: Path, name: str | None) -> tuple[Path, dict[str, Path]]:
+    """Finds the interactions, and the files of a split that is given (NAME.train.inter, .valid., .test.)."""
+    if source.suffix == ".inter" and not source.name.endswith(".train.inter"):
+        return source, {}
+    trains = [source] if source.is_file() else sorted(source.glob(f"{name or '*'}.train.inter"))
+    if len(trains) != 1:
+        return only_file(source, f"{name or '*'}.inter"), {}
+    stem = trains[0].name.removesuffix(".train.inter")
+    named = {"validation": f"{stem}.valid.inter", "test": f"{stem}.test.inter"}
+    parts = {part: trains[0].with_name(file) for part, file in named.items()}
+    parts = {part: path for part, path in parts.items() if path.is_file()}
+    if "test" not in parts:
+        raise InvalidInput(f"{trains[0]}: {named['test']} is missing beside it; a split needs a test file")
+    return trains[0], parts
+
+
+def _inter_table(
+    path: Path,
+    columns: dict[str, tuple[str, pa.ChunkedArray]],
+    user: str,
+    item: str,
+    time: str | None,
+    label: str | None,
+) -> pa.Table:
+    """Gives the rows of a file of interactions; without times, their places in the file stand for them."""
+    for name in filter(None, (user, item, time, label)):
+        if name not in columns:
+            raise InvalidInput(f"{path}: no column {name!r}; there are {', '.join(columns)}")
     table = {"user_id": columns[user][1], "item_id": columns[item][1]}
     position = pa.chunked_array([np.arange(1, len(table["user_id"]) + 1)])
-    table["time"] = _numbers(inter, time, columns[time][1]) if time else position
-    tasks: list[dict[str, Any]] = [{"name": "interact", "kind": "binary"}]
-    history = "all"
-    for column, threshold in (("label", None), ("rating", LIKED)):
-        if column in columns:
-            table[column] = _numbers(inter, column, columns[column][1])
-            label: dict[str, Any] = {"column": column} | ({"threshold": threshold} if threshold else {})
-            tasks, history = [{"name": "like", "kind": "binary", "label": label}], "like"
-            break
-    out = Imported(inter.stem, pa.table(table), "time" if time else "leave_one_out", tasks, history=history)
-    if inter.with_suffix(".item").is_file():
-        out.items, out.item_features = _atomic_entities(inter.with_suffix(".item"), "item_id")
-    if inter.with_suffix(".user").is_file():
-        out.users, out.user_features = _atomic_entities(inter.with_suffix(".user"), "user_id")
-    return out
+    table["time"] = numbers_of(path, time, columns[time][1]) if time else position
+    if label:
+        table[label] = numbers_of(path, label, columns[label][1])
+    return pa.table(table)
 
 
 def _atomic(path: Path) -> dict[str, tuple[str, pa.ChunkedArray]]:
     """Reads an atomic file: column -> (token | token_seq | float | float_seq, its cells as text)."""
-    table = _delimited(path.read_bytes(), path)
+    table = delimited(path.read_bytes(), path)
     columns = {}
     for header in table.column_names:
         column, _, kind = header.partition(":")
@@ -199,10 +246,10 @@ def _atomic(path: Path) -> dict[str, tuple[str, pa.ChunkedArray]]:
     return columns
 
 
-def _atomic_ids(path: Path, columns: dict[str, tuple[str, pa.ChunkedArray]]) -> tuple[str, str]:
+def _atomic_ids(path: Path, columns: dict[str, tuple[str, pa.ChunkedArray]], asked: Asked) -> tuple[str, str]:
     tokens = [c for c, (kind, _) in columns.items() if kind == "token"]
-    user = next((c for c in tokens if c.startswith("user")), None)
-    item = next((c for c in tokens if c.startswith("item")), None)
+    user = asked.told.get("user") or next((c for c in tokens if c.startswith("user")), None)
+    item = asked.told.get("item") or next((c for c in tokens if c.startswith("item")), None)
     if user is None or item is None:
         raise InvalidInput(f"{path}: no token columns user_id and item_id; there are {', '.join(columns)}")
     return user, item
@@ -223,7 +270,7 @@ def _atomic_entities(path: Path, id_name: str) -> tuple[pa.Table, list[dict[str,
             table["title"] = cells
             features.append({"name": "words", "kind": "text", "column": "title"})
         elif kind == "float":
-            table[name] = _numbers(path, column, cells)
+            table[name] = numbers_of(path, column, cells)
             features.append({"name": name, "kind": "number"})
         elif kind in ("token", "token_seq"):
             table[name] = cells
@@ -239,9 +286,11 @@ def _atomic_entities(path: Path, id_name: str) -> tuple[pa.Table, list[dict[str,
 # --- MovieLens: 100k (u.data), 1m (ratings.dat), 20m and latest (ratings.csv) ---
 
 
-def _read_movielens(source: Path, name: str | None) -> Imported:
+def _read_movielens(source: Path, asked: Asked) -> Imported:
+    if asked.told:
+        raise InvalidInput("--map: MovieLens' columns are known", "leave it out for --format movielens")
     if (source / "u.data").is_file():
-        ratings = _delimited(
+        ratings = delimited(
             (source / "u.data").read_bytes(),
             source / "u.data",
             names=["user_id", "item_id", "rating", "time"],
@@ -253,10 +302,10 @@ def _read_movielens(source: Path, name: str | None) -> Imported:
         items = _double_colon(source / "movies.dat", ["item_id", "title", "genres"])
         users = _people(source / "users.dat", b"::", ["user_id", "gender", "age", "occupation", "zip"])
     elif (source / "ratings.csv").is_file():
-        ratings = _delimited(
+        ratings = delimited(
             (source / "ratings.csv").read_bytes(), source / "ratings.csv", delimiter=","
         ).rename_columns(["user_id", "item_id", "rating", "time"])
-        items = _delimited(
+        items = delimited(
             (source / "movies.csv").read_bytes(), source / "movies.csv", delimiter=","
         ).rename_columns(["item_id", "title", "genres"])
         users = None
@@ -265,16 +314,16 @@ def _read_movielens(source: Path, name: str | None) -> Imported:
             f"{source}: no u.data, ratings.dat or ratings.csv; SRC is the unpacked MovieLens folder"
         )
     table = {c: ratings.column(c) for c in ("user_id", "item_id")} | {
-        c: _numbers(source, c, ratings.column(c)) for c in ("time", "rating")
+        c: numbers_of(source, c, ratings.column(c)) for c in ("time", "rating")
     }
-    tasks = [{"name": "like", "kind": "binary", "label": {"column": "rating", "threshold": LIKED}}]
+    tasks = [{"name": "like", "kind": "binary", "label": {"column": "rating", "threshold": asked.liked}}]
     item_features = [
         {"name": "genres", "kind": "category", "separator": "|"},
         {"name": "words", "kind": "text", "column": "title"},
     ]
     user_features = [{"name": c, "kind": "category"} for c in ("gender", "age", "occupation")]
     return Imported(
-        name or source.resolve().name,
+        asked.name or source.resolve().name,
         pa.table(table),
         "time",
         tasks,
@@ -283,6 +332,7 @@ def _read_movielens(source: Path, name: str | None) -> Imported:
         users,
         user_features if users else [],
         "like",
+        mapping=[("ratings", "rating", f"rating; {asked.liked:g} and more is liked")],
     )
 
 
@@ -290,18 +340,18 @@ def _movies_100k(path: Path) -> pa.Table:
     """Reads u.item: id|title|release|video|url|19 flags, whose names stand in u.genre."""
     genre_file = path.with_name("u.genre")
     genres = (
-        [line.split("|")[0] for line in _text(genre_file, "latin-1").splitlines() if line.strip()]
+        [line.split("|")[0] for line in text_of(genre_file, "latin-1").splitlines() if line.strip()]
         if genre_file.is_file()
         else [f"genre{g}" for g in range(19)]
     )
-    rows = [line.split("|") for line in _text(path, "latin-1").splitlines() if line]
+    rows = [line.split("|") for line in text_of(path, "latin-1").splitlines() if line]
     kinds = ["|".join(g for g, flag in zip(genres, row[5:], strict=False) if flag == "1") for row in rows]
     return pa.table({"item_id": [row[0] for row in rows], "title": [row[1] for row in rows], "genres": kinds})
 
 
 def _people(path: Path, separator: bytes, names: list[str]) -> pa.Table | None:
     return (
-        _delimited(path.read_bytes().replace(separator, b"\t"), path, names=names).drop_columns(["zip"])
+        delimited(path.read_bytes().replace(separator, b"\t"), path, names=names).drop_columns(["zip"])
         if path.is_file()
         else None
     )
@@ -310,53 +360,13 @@ def _people(path: Path, separator: bytes, names: list[str]) -> pa.Table | None:
 def _double_colon(path: Path, names: list[str]) -> pa.Table:
     if not path.is_file():
         raise InvalidInput(f"{path} is missing; it belongs to this MovieLens set")
-    return _delimited(path.read_bytes().decode("latin-1").encode().replace(b"::", b"\t"), path, names=names)
+    return delimited(path.read_bytes().decode("latin-1").encode().replace(b"::", b"\t"), path, names=names)
 
 
-def _delimited(data: bytes, path: Path, *, names: list[str] | None = None, delimiter: str = "\t") -> pa.Table:
-    """Reads a delimited file's cells, all as text; quotes count only between commas."""
-    from pyarrow import csv
-
-    if not data.strip():
-        raise InvalidInput(f"{path} is empty")
-    parse = csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False)
-    first = data.split(b"\n", 1)[0].decode(errors="replace").strip().lstrip("\ufeff").split(delimiter)
-    convert = csv.ConvertOptions(
-        column_types={c: pa.string() for c in names or first}, strings_can_be_null=True, null_values=[""]
-    )
-    try:
-        return csv.read_csv(pa.BufferReader(data), csv.ReadOptions(column_names=names), parse, convert)
-    except pa.ArrowInvalid as error:
-        raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _numbers(path: Path, name: str, cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    from builders.shop.columns.column import Column
-    from builders.shop.columns.numbers import numbers_from_column
-
-    return pa.chunked_array(
-        [
-            pa.array(
-                numbers_from_column(Column(path.name, name, cells.cast(pa.large_string()))), from_pandas=True
-            )
-        ]
-    )
-
-
-def _text(path: Path, encoding: str) -> str:
-    if not path.is_file():
-        raise InvalidInput(f"{path} is missing")
-    try:
-        return path.read_text(encoding)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is not {encoding} (byte {error.start})") from None
-
-
-def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise InvalidInput(f"{folder}: {len(found)} files match {pattern}; give the file itself or --name")
-    return found[0]
-
-
-FORMATS = {"sequences": _read_sequences, "recbole": _read_recbole, "movielens": _read_movielens}
+FORMATS = {
+    "sequences": _read_sequences,
+    "recbole": _read_recbole,
+    "movielens": _read_movielens,
+    "retailrocket": read_retailrocket,
+    "amazon": read_amazon,
+}

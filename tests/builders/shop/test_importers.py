@@ -1,5 +1,6 @@
 """Files of each known format, written small, become shops that load."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from shops import ROOT
 
 from builders.data.stage import load_dataset
+from builders.shop.imported import Asked
 from builders.shop.importers import import_shop
 from builders.shop.shop_toml import open_shop
 from ensemble.errors import InvalidInput
@@ -120,7 +122,7 @@ def _movielens(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["100k", "1m", "latest"])
 def test_movielens(tmp_path: Path, form: str) -> None:
-    import_shop("movielens", _movielens(tmp_path / form, form), tmp_path / "shop", name="ml")
+    import_shop("movielens", _movielens(tmp_path / form, form), tmp_path / "shop", asked=Asked("ml"))
     dataset = load_dataset(tmp_path / "shop")
     assert (dataset.num_users, dataset.num_items) == (4, 6)
     assert dataset.item_titles[1].decode() == "Amélie 1 (1995)"
@@ -136,7 +138,7 @@ def test_movielens(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "files", "message"),
     [
-        ("csv", {}, "--format 'csv' is unknown; use sequences, recbole, movielens"),
+        ("csv", {}, "--format 'csv' is unknown; use sequences, recbole, movielens, retailrocket, amazon"),
         (
             "sequences",
             {"a.txt": "1 2\n", "b.txt": "1 2\n"},
@@ -191,7 +193,7 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
     reason="data/seq_s3rec is not here (PEREGRINE_SHARED names its folder)",
 )
 def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
-    import_shop("sequences", SHARED / "data/seq_s3rec", tmp_path / "shop", name="Beauty")
+    import_shop("sequences", SHARED / "data/seq_s3rec", tmp_path / "shop", asked=Asked("Beauty"))
     dataset = load_dataset(tmp_path / "shop")
     assert (dataset.num_users, dataset.num_items, len(dataset.histories.item_rows)) == (
         22_363,
@@ -200,3 +202,100 @@ def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
     )
     assert len(dataset.test.user_rows) == len(dataset.validation.user_rows) == 22_363
     assert (dataset.item_titles[1:] != b"").sum() == 12_094
+
+
+# --- logs as they are unpacked, columns by header
+
+
+def test_retailrocket_s_events_with_the_newest_category_of_each_item(tmp_path: Path) -> None:
+    ms = 1_433_221_332_000
+    names = ("view", "view", "addtocart", "transaction")
+    events = "".join(f"{ms + at * 60_000},{at % 5},{names[at // 10 % 4]},{at % 10},\n" for at in range(80))
+    source = write(
+        tmp_path / "rr",
+        {
+            "events.csv": "timestamp,visitorid,event,itemid,transactionid\n" + events,
+            "item_properties_part1.csv": "timestamp,itemid,property,value\n"
+            f"{ms + 5},1,categoryid,20\n{ms},3,888,n1 n2\n",
+            "item_properties_part2.csv": f"timestamp,itemid,property,value\n{ms},1,categoryid,10\n",
+            "category_tree.csv": "categoryid,parentid\n20,7\n10,8\n",
+        },
+    )
+    mapping = import_shop("retailrocket", source, tmp_path / "shop")
+    assert [pair[1:] for pair in mapping[:4]] == [
+        ("visitorid", "user"),
+        ("itemid", "item"),
+        ("timestamp", "time"),
+        ("event", "event"),
+    ]
+    dataset = load_dataset(tmp_path / "shop")
+    assert dataset.schema.shop == "rr"
+    assert [task.name for task in dataset.schema.tasks] == ["cart", "buy"]
+    assert dataset.vocabularies["items"] == {"category": ["20"], "parent": ["7"]}
+    assert dataset.schema.events == ("view", "addtocart", "transaction")
+    assert int(dataset.histories.times.min()) == ms // 1000
+
+
+def test_amazon_s_reviews_by_header_by_map_and_from_a_rating(tmp_path: Path) -> None:
+    reviews = "".join(
+        json.dumps({"rating": at % 5 + 1.0, "title": "Good", "asin": f"B{at % 11}",
+                    "parent_asin": f"P{at % 6}", "user_id": f"A{at % 8}",
+                    "timestamp": 1_433_221_332_000 + at}) + "\n"
+        for at in range(90)
+    )  # fmt: skip
+    meta = "".join(
+        json.dumps({"main_category": "Beauty", "title": f"Lipstick no. {at}", "price": [None, 3.5][at % 2],
+                    "store": None, "parent_asin": f"P{at}"}) + "\n"
+        for at in range(5)
+    )  # fmt: skip
+    source = write(tmp_path / "amazon", {"All_Beauty.jsonl": reviews, "meta_All_Beauty.jsonl": meta})
+    mapping = import_shop("amazon", source, tmp_path / "shop", asked=Asked(like_from=5))
+    assert ("All_Beauty.jsonl", "parent_asin", "item") in mapping
+    assert ("All_Beauty.jsonl", "rating", "rating; 5 and more is liked, 20% of the rows") in mapping
+    dataset = load_dataset(tmp_path / "shop")
+    assert (dataset.schema.shop, dataset.num_items) == ("All_Beauty", 6), "P5 has reviews and no product"
+    assert dataset.item_titles[1] == b"Lipstick no. 0"
+    assert dataset.train_impressions is not None
+    assert open_shop(tmp_path / "shop").tasks[0].label.threshold == 5
+
+    (source / "meta_All_Beauty.jsonl").unlink()
+    again = import_shop("amazon", source, tmp_path / "other", asked=Asked(told={"item": "asin"}))
+    assert ("All_Beauty.jsonl", "asin", "item") in again
+    assert load_dataset(tmp_path / "other").num_items == 11
+
+
+def test_recbole_s_files_of_one_split_are_the_shop_s_split(tmp_path: Path) -> None:
+    def rows(first: int, last: int) -> str:
+        lines = "".join(f"{u}\t{i}\t{i}\n" for u in range(9) for i in range(first, last))
+        return "who_id:token\titem_id:token\ttimestamp:float\n" + lines
+
+    source = write(
+        tmp_path / "toy",
+        {"toy.train.inter": rows(1, 7), "toy.valid.inter": rows(7, 8), "toy.test.inter": rows(8, 9)},
+    )
+    mapping = import_shop("recbole", source, tmp_path / "shop", asked=Asked(told={"user": "who_id"}))
+    assert ("toy.test.inter", "all rows", "test") in mapping
+    assert ("toy.train.inter", "who_id", "user") in mapping
+    dataset = load_dataset(tmp_path / "shop")
+    assert set(dataset.item_ids[dataset.test.item_rows - 1].tolist()) == {b"8"}
+    assert set(dataset.item_ids[dataset.validation.item_rows - 1].tolist()) == {b"7"}
+
+
+@pytest.mark.parametrize(
+    ("form", "asked", "message"),
+    [
+        ("sequences", Asked(told={"item": "x"}), "--map: lines of 'user item item …' have no columns"),
+        ("amazon", Asked(told={"item": "sku"}), "log.jsonl: no column 'sku'; there are user_id, "),
+        ("amazon", Asked(), "log.jsonl: no column is called like a time; there are user_id, "),
+        ("amazon", Asked(told={"label": "x", "time": "when"}), "--map label=…: this format has no such role"),
+        ("retailrocket", Asked(like_from=4), "--like-from: RetailRocket has no ratings"),
+        ("movielens", Asked(told={"item": "x"}), "--map: MovieLens' columns are known"),
+    ],
+)
+def test_what_a_format_cannot_take_is_named(tmp_path: Path, form: str, asked: Asked, message: str) -> None:
+    line = json.dumps({"user_id": "u", "asin": "i", "overall": 5, "when": 1_433_221_332, "title": "t"})
+    source = write(tmp_path / "log", {"log.jsonl": f"{line}\n" * 3})
+    with pytest.raises(InvalidInput) as caught:
+        import_shop(form, source, tmp_path / "shop", asked=asked)
+    assert message in str(caught.value)
+    assert not (tmp_path / "shop").exists()
