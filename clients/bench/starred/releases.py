@@ -156,7 +156,7 @@ def half(setting: Setting) -> list[Row]:
     def harm() -> None:
         for part, make in _PARTS.items():
             make(source, repository)
-            if not _refusal(setting, SECOND) or SECOND in release_names(repository):
+            if not _refusal(setting, SECOND):
                 let_in.append(part)
             _remove(repository, SECOND)
         whole_s, rng = _pull(repository, store), random.Random(0)
@@ -195,7 +195,8 @@ def _no_manifest(source: Release, repository: Path) -> None:
 
 
 def _growing_file(source: Release, repository: Path) -> None:
-    _no_manifest(source, repository)
+    for folder in source.repository.glob(f"{SECOND}*"):
+        shutil.copytree(folder, repository / folder.name)
     path = repository / f"{SECOND}_{RANKER}" / "1" / "model.onnx"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
