@@ -24,5 +24,7 @@ def learning_lines(report: Mapping[str, Any]) -> list[str]:
         judged = any("validation" in one for one in of["curve"])
         why = f"by the {of['metric']}" if judged else "the last, as nothing was held out to judge by"
         still = " It was still gaining at its last epoch." if judged and 0 < epochs == kept else ""
+        for one in of.get("longer", []):
+            still = f" A training over {one['epochs']:g} epochs was best at {one['kept']}, and worse."
         lines.append(f"{model}: epoch {kept} of {epochs} is kept, {why}.{still}")
     return lines

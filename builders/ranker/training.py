@@ -164,12 +164,13 @@ def _fit_impressions(trainer: RankerTrainer) -> tuple[dict[str, Any], Positions 
         return float(loss(torch.from_numpy(logits), target))
 
     rows_tried = _choose_rows(trainer, scaled, loss, judge)
-    kept, curve = trainer.fit(lambda: scaled, loss, judge)
+    kept, curve, longer = trainer.fit_shorter(lambda: scaled, loss, judge)
     logits = trainer.logits(validation_lists).reshape(-1, len(tasks))[places]
     _calibrate(trainer, logits, validation.labels)
     positions = _fit_positions(trainer, logits, validation, held_out)
     report: dict[str, Any] = {
         **learning_report(kept, curve, "loss of held-out impressions"),
+        "longer": longer,
         "rows_tried": rows_tried,
         "label_scales": {"mean": mean.tolist(), "spread": spread.tolist()},
         "validation": _figures(trainer, logits, validation.labels),

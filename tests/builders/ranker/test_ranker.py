@@ -546,3 +546,38 @@ def test_auc_within_counts_pairs_of_one_user(rng):
 def test_a_small_log_is_cut_into_finer_batches():
     assert [num_batches_of(n, 2048) for n in (10, 60_000, 77_000, 1_000_000)] == [1, 117, 150, 488]
     assert num_batches_of(10_000, 512) == 20, "what is small already stays"
+
+
+@pytest.mark.parametrize(
+    ("figures", "wanted", "longer"),
+    [
+        # by epochs: the kept one, and its validation
+        ({8: (2, 0.5), 2: (2, 0.4)}, 2, [8]),
+        ({8: (2, 0.5), 2: (1, 0.4), 1: (1, 0.3)}, 1, [8, 2]),
+        ({8: (2, 0.5), 2: (1, 0.6)}, 8, []),
+        ({8: (5, 0.5)}, 8, []),
+        ({8: (0, 0.5)}, 8, []),
+    ],
+    ids=["better", "better twice", "worse", "no early stall", "never better than before"],
+)
+def test_a_training_that_stalls_early_is_tried_with_rates_that_fall_by_then(
+    monkeypatch, figures, wanted, longer
+):
+    begun = []
+
+    def fit(self, draw, loss_function, judge):
+        epochs = int(self.config.epochs)
+        begun.append(float(self.user_rows.weight.detach()[1].sum()))
+        self.user_rows.weight.data.fill_(epochs)
+        self.read_users[:] = True
+        kept, figure = figures[epochs]
+        return kept, [{"epoch": at, "validation": figure} for at in range(epochs + 1)]
+
+    monkeypatch.setattr(RankerTrainer, "fit", fit)
+    config = replace(TINY_TRAINING, epochs=8, tried_rows=())
+    checkpoint = train_ranker(toy_dataset(), toy_embeddings(), scores=zero_scores, config=config)
+    assert [one["epochs"] for one in checkpoint.report["longer"]] == longer
+    assert checkpoint.report["epochs"] == wanted
+    assert checkpoint.user_features.max() == wanted
+    assert len(begun) == len(figures)
+    assert len(set(begun)) == 1  # each begins from the same weights
