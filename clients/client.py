@@ -43,6 +43,7 @@ from clients.policy import (
 from clients.results import Recommendations
 from clients.search import Picture, call_of_search
 from clients.tls import Tls
+from clients.tracing import CallSpan
 from clients.transport import GrpcTransport, Transport
 from clients.wire import Answer, Call, call_from_options, recommendations_from_answer
 from ensemble.options import Id, Ids, RequestOptions
@@ -130,7 +131,19 @@ class ClientCore:
         )
 
     def _asked(self, call: Call, priority: str) -> Generator[Wait, None, list[Recommendations]]:
-        """Answers a call: yields what to wait for, and gives the lists in the end."""
+        """Answers a call, in the caller's trace if there is one: yields what to wait for, and gives the lists
+        in the end."""
+        span = CallSpan(call)
+        try:
+            results = yield from self._lists(span.call, priority)
+        except BaseException as error:
+            span.end((), error)
+            raise
+        span.end(results, None)
+        return results
+
+    def _lists(self, call: Call, priority: str) -> Generator[Wait, None, list[Recommendations]]:
+        """Answers a call; where nobody does, with everybody's list."""
         if priority not in (HIGH, NORMAL):
             raise InvalidArgument(f"priority: must be {HIGH!r} or {NORMAL!r}, got {priority!r}")
         self._gate.enter(is_high=priority == HIGH)

@@ -171,8 +171,10 @@ class GrpcTransport:
 
     def _metadata_of(self, call: Call) -> tuple[tuple[str, str], ...]:
         """Gives the headers of a call; to a gateway, a search is a larger message than others."""
-        is_search = (call.model or self._model) == SEARCH
-        return (*self._metadata, (_CALL_HEADER, SEARCH)) if is_search else self._metadata
+        metadata = self._metadata
+        if (call.model or self._model) == SEARCH:
+            metadata = (*metadata, (_CALL_HEADER, SEARCH))
+        return (*metadata, ("traceparent", call.traceparent)) if call.traceparent else metadata
 
     def _error_of(self, rpc: Any) -> PeregrineError:
         """Makes the error of a call that has failed."""

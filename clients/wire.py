@@ -37,6 +37,7 @@ class Call:
     budget_ms: float | None = None
     model: str = ""  # the alias that is called; empty: the one that the transport calls
     contents: tuple[tuple[str, bytes], ...] = ()  # of a search, by input: the same for each user
+    traceparent: str = ""  # W3C's header of the caller's trace; empty where it has none
 
 
 def call_from_options(

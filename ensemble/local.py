@@ -20,6 +20,7 @@ from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, PipelineSpec, TensorSpec
 from ensemble.steps.served import ServedRelease
 from ensemble.telemetry import Metric
+from ensemble.tracing import Ran
 
 _DTYPES = {"bytes": "S1"}  # ids, as python_model gives them to steps
 NO_SEARCH = (
@@ -84,6 +85,10 @@ class FusedStep:
         """Turns the pipeline's inputs by name into the answer's tensors."""
         return self.pipeline.run(options, tensors)
 
+    def ran(self) -> list[Ran]:
+        """Says when each step of the last batch ran."""
+        return self.pipeline.ran
+
 
 def rows_of(array: Array, spec: TensorSpec, start: int, end: int, options: Options) -> Array:
     """Gives the rows of one request of a batch, cut along K to the most that it asked for."""
@@ -102,6 +107,7 @@ class LocalPipeline:
         self.release, self.spec = release, release.pipelines[name]
         self.steps = {model.name: open_step(model, release) for model in self.spec.models}
         self._seconds = dict.fromkeys(self.steps, 0.0)
+        self.ran: list[Ran] = []  # the steps of the last batch
 
     def metrics(self) -> list[Metric]:
         """Lists the tiers' numbers, and those of the steps."""
@@ -164,13 +170,15 @@ class LocalPipeline:
 
     def run(self, options: Options, tensors: Tensors) -> Tensors:
         """Runs all steps whose outputs are not yet among `tensors`; gives the answer's tensors."""
-        known = dict(tensors)
+        known, self.ran = dict(tensors), []
         for model in self.spec.models:
             if all(t.name in known for t in model.outputs):
                 continue
-            started = time.perf_counter()
+            started = time.time_ns()
             known.update(self.steps[model.name].run(options, **{t.name: known[t.name] for t in model.inputs}))
-            self._seconds[model.name] += time.perf_counter() - started
+            ended = time.time_ns()
+            self._seconds[model.name] += max(0, ended - started) / 1e9  # a clock may be set
+            self.ran.append(Ran(model.name, started, ended))
         return {t.name: known[t.name] for t in self.spec.outputs}
 
 

@@ -27,6 +27,7 @@ from ensemble.options import Options, default_options, parse_options, stack, wit
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Publisher
+from ensemble.tracing import spans_of
 
 
 class PythonModel:
@@ -53,6 +54,8 @@ class PythonModel:
             release.live.follow()
         own = getattr(self.step, "metrics", list)
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
+        self.ran = getattr(self.step, "ran", None)  # of steps inside this one
+        self.spans = spans_of(release.name) if self.ran else None
         self.publisher = Publisher(pb_utils, lambda: [*release.metrics(), *own()], labels)
         gc.collect()
         # What is loaded stays: no collection walks through all of it again in the middle of a request
@@ -81,11 +84,15 @@ class PythonModel:
         if good:
             for i, response in zip(good, self._answer(feeds, options), strict=True):
                 responses[i] = response
+            if self.spans and self.ran:
+                self.spans.send([requests[i] for i in good], self.ran())
         return responses
 
     def finalize(self) -> None:
-        """Ends the thread that follows the live items."""
+        """Ends the threads that follow the live items and send spans."""
         self.release.close()
+        if self.spans:
+            self.spans.close()
 
     def _options(self, request: Any, num_users: int) -> Options:
         """Parses a request's parameters; engines take none."""

@@ -263,7 +263,7 @@ def test_lock_fits_pyproject_and_names_no_place() -> None:
     project = pyproject()["project"]
     extras = dict(project["optional-dependencies"])
     for wanted in map(
-        Requirement, [text for name in ("test", "rtx", "s3", "deploy") for text in extras.pop(name)]
+        Requirement, [text for name in ("test", "rtx", "s3", "deploy", "traces") for text in extras.pop(name)]
     ):
         assert wanted.specifier.contains((install | tools)[wanted.name]), wanted
     needed = [*project["dependencies"], *pyproject()["build-system"]["requires"]]

@@ -106,6 +106,18 @@ AsRoot = Annotated[
         envvar="PEREGRINE_AS_ROOT",
     ),
 ]
+Traces = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Send spans of traced requests to this collector (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318/v1/traces: those whose callers trace, by the header traceparent.",
+        envvar="PEREGRINE_TRACES",
+    ),
+]
+TraceShare = Annotated[
+    float, typer.Option(help="Share of the other requests that are traced, too; 0.01 is one in a hundred.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Triton's own log.")]
 LogJson = Annotated[
     bool,
@@ -138,6 +150,8 @@ def serve(
     catalogue: CatalogueOption = None,
     route: RouteRelease = None,
     as_root: AsRoot = False,
+    traces: Traces = None,
+    trace_share: TraceShare = 0.0,
     verbose: Verbose = False,
     log_json: LogJson = False,
     start_timeout_s: StartTimeout = 300.0,
@@ -166,6 +180,8 @@ def serve(
         state=state.resolve() if state else None,
         catalogue=catalogue.resolve() if catalogue else None,
         route=check_name(route) if route else None,
+        traces=traces,
+        trace_share=trace_share,
         verbose=verbose,
         start_timeout_s=start_timeout_s,
     )

@@ -19,6 +19,7 @@ from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_servers
 from ensemble.tiers.connection import check_installed
+from ensemble.tracing import check_tracing
 
 
 def check_user(as_root: bool) -> None:
@@ -40,6 +41,8 @@ def check_packages(options: ServeOptions) -> None:
     here on this process sees the GPUs that it is to use."""
     if options.redis is not None:
         check_installed()
+    if options.traces is not None and options.fused:
+        check_tracing()
     if options.gpus is not None:
         show_cards(options.gpus)
     if options.index == GPU:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class ServeOptions:
     catalogue: Path | None = None  # where route and catalogue log lie; None: in the repository
     route: str | None = None  # the release to serve where there is no route
     verbose: bool = False  # Triton's own log is shown
+    traces: str | None = None  # URL of a collector of OTLP over HTTP; None: nothing is traced
+    trace_share: float = 0.0  # of the requests that bring no trace of their caller's
     start_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -54,6 +57,12 @@ class ServeOptions:
             raise InvalidInput(f"--instances {self.instances}: can be 1 to {MOST_INSTANCES}")
         if self.redis is not None:
             TierSettings(self.redis)  # refused here rather than in every step
+        if self.traces is not None:
+            _check_is_collector(self.traces)
+        if not 0 <= self.trace_share <= 1:
+            raise InvalidInput(f"--trace-share {self.trace_share:g}: is a share, 0 to 1")
+        if self.trace_share and self.traces is None:
+            raise InvalidInput(f"--trace-share {self.trace_share:g}: where to? give --traces URL, too")
         if not self.start_timeout_s > 0:
             raise InvalidInput(f"--start-timeout-s must be above 0, got {self.start_timeout_s}")
 
@@ -72,6 +81,18 @@ def check_requirement(require: str | None) -> None:
     """Raises InvalidInput unless `require` names something that engines run on, or nothing."""
     if require is not None and require not in ENGINES:
         raise InvalidInput(f"--require {require}: known are {', '.join(ENGINES)}")
+
+
+def _check_is_collector(url: str) -> None:
+    """Raises InvalidInput unless spans can be sent to `url`, which stands in a command line."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "," in url:
+        raise InvalidInput(f"--traces {url}: is no URL of a collector, such as http://host:4318/v1/traces")
+    if parts.username or parts.password:
+        raise InvalidInput(
+            "--traces: its URL holds a password, and other users can read command lines",
+            "send to a collector on this host, which holds the credentials",
+        )
 
 
 def _check_is_address(address: str) -> None:

@@ -30,6 +30,7 @@ from ensemble.server.options import ServeOptions
 from ensemble.server.router_files import models_to_load
 from ensemble.server.runtime import Runtime
 from ensemble.tiers import settings as tiers
+from ensemble.tracing import TRACES_VARIABLE
 from ensemble.vitals import Vitals, vitals_of
 
 EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
@@ -37,7 +38,8 @@ EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 DRAINED_EXIT_S = 6.0
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
 # PEREGRINE_REDIS may hold a password.
-_NOT_FOR_CHILDREN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")
+_NEVER = 2**31 - 1  # one request in so many
+_NOT_FOR_CHILDREN = (TRACES_VARIABLE, "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")
 _RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
 # Runs in the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel
 # sends it SIGTERM when we die without having stopped it. Not preexec_fn: forking a process with gRPC threads
@@ -99,11 +101,27 @@ def command_line(installation: Installation, run: RunFolder, launch: Launch) -> 
         *metrics,
         *launch.runtime.flags,
         *chosen,
+        *_traces(options),
         f"--grpc-restricted-protocol={restricted}={launch.secret}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--grpc-keepalive-time=30000",
         "--grpc-http2-min-recv-ping-interval-without-data=5000",
         f"--log-verbose={int(options.verbose)}",
+    ]
+
+
+def _traces(options: ServeOptions) -> list[str]:
+    """Gives the flags of Triton's traces: a request that brings a trace is in it, of the others a share."""
+    if options.traces is None:
+        return []
+    every = min(_NEVER, round(1 / options.trace_share)) if options.trace_share else _NEVER
+    return [
+        "--trace-config=mode=opentelemetry",
+        "--trace-config=level=TIMESTAMPS",
+        f"--trace-config=rate={every}",
+        f"--trace-config=opentelemetry,url={options.traces}",
+        "--trace-config=opentelemetry,resource=service.name=peregrine",
+        "--trace-config=opentelemetry,bsp_schedule_delay=500",
     ]
 
 
@@ -130,6 +148,7 @@ def _environment(installation: Installation, launch: Launch) -> dict[str, str]:
         "TRITON_SERVER_VERSION": str(installation.level or ""),
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "PATH": ":".join(path),
+        **({TRACES_VARIABLE: launch.options.traces} if launch.options.traces else {}),
     }
     return {**{k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN}, **ours}
 

@@ -50,8 +50,8 @@ def test_an_image_is_of_an_ordinary_user_and_of_a_base_that_is_told(name: str) -
 @pytest.mark.parametrize(
     ("lock", "extras"),
     [
-        ("serve-py311.lock", ("serve", "redis", "s3", "compile")),
-        ("serve-py312.lock", ("serve", "redis", "s3", "compile")),
+        ("serve-py311.lock", ("serve", "redis", "s3", "compile", "traces")),
+        ("serve-py312.lock", ("serve", "redis", "s3", "compile", "traces")),
         ("build-py311.lock", ("serve", "redis", "s3", "build", "encoders")),
     ],
 )
