@@ -36,7 +36,7 @@ def asked(example: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.triton
 def test_node_gets_what_the_twin_answers(example, tiny_server, twin):
-    options = {"exclude_seen": False, "caps": {"brand": 2}}
+    options = {"exclude_seen": False, "caps": {"brand": 2}, "deny": {"brand": ["Nobody's"]}}
     done = asked(example, tiny_server.url, "u1", "nobody", "--top-k", "4", "--options", json.dumps(options))
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
