@@ -161,7 +161,7 @@ class ClientCore:
             self._gate.leave()
         results = recommendations_from_answer(call, answer, (time.perf_counter() - started) * 1000)
         if self._has_popular:
-            self._popular.learn(results[0].release)
+            self._popular.learn(results[0].release, call)
         return results
 
     def _first_answer(self, call: Call, started: float) -> Generator[Wait, None, Answer]:

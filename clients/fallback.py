@@ -12,7 +12,7 @@ from clients.wire import Answer, Call, recommendations_from_answer
 from ensemble.contract import Degraded
 from ensemble.errors import PeregrineError
 
-_DEPTHS = (100, 10)  # items that are asked for; a shop may give fewer at once
+_RELEASES = 4  # that are remembered: while there is a canary, answers come from two by turns
 # What a list that is not made for the request cannot keep to
 _RULES = ("allow", "deny", "ranges", "caps", "time")
 _DEFAULT_TOP_K = 10
@@ -23,22 +23,26 @@ class Popular:
 
     def __init__(self, start: Callable[[Call], Future[Answer]]) -> None:
         self._start, self._lock = start, threading.Lock()
-        self._release, self._list = "", None  # type: tuple[str, Recommendations | None]
+        self._depths = dict[str, int]()  # by release: how many items were asked for
+        self._list: Recommendations | None = None
 
-    def learn(self, release: str, depth: int = 0) -> None:
-        """Takes note of a release that answered; fetches its list if it is another one than before."""
+    def learn(self, release: str, answered: Call) -> None:
+        """Takes note of a release that answered a call, and fetches its list where none as long is there: as
+        long as what was answered, as a shop may refuse more."""
+        depth = max(_each(answered, "top_k", len(answered.user_ids), _DEFAULT_TOP_K), default=_DEFAULT_TOP_K)
         with self._lock:
-            if release == self._release and not depth:
+            if self._depths.get(release, 0) >= depth:
                 return
-            self._release = release
-        call = Call((b"",), {"top_k": _DEPTHS[depth]})
+            self._depths[release] = depth
+            while len(self._depths) > _RELEASES:
+                del self._depths[next(iter(self._depths))]
+        call = Call((b"",), {"top_k": depth})
 
         def keep(done: Future[Answer]) -> None:
             try:
                 [found] = recommendations_from_answer(call, done.result(), 0.0)
             except PeregrineError:
-                if depth + 1 < len(_DEPTHS):
-                    self.learn(release, depth + 1)
+                self._forget(release)
                 return
             if found.items:
                 self._list = found
@@ -46,8 +50,12 @@ class Popular:
         try:
             self._start(call).add_done_callback(keep)
         except PeregrineError:
-            with self._lock:
-                self._release = ""  # the next answer tries again
+            self._forget(release)
+
+    def _forget(self, release: str) -> None:
+        """Lets the next answer of a release try again."""
+        with self._lock:
+            self._depths.pop(release, None)
 
     def answer(self, call: Call, latency_ms: float) -> list[Recommendations] | None:
         """Gives each user the list, without what the request excludes; None where there is none, or the

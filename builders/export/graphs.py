@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import os
-import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -119,23 +119,35 @@ def _is_ours(of: type) -> bool:
 
 
 def _skeleton(module: nn.Module) -> bytes | None:
-    """Gives the module pickled, with the shape of each weight in place of its numbers."""
+    """Gives all that a module is but the numbers of its weights; None where it holds what is not known
+    here."""
     weights = {id(weight) for weight in _weights(module)}
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing: Any) -> Any:
-            if not isinstance(thing, torch.Tensor):
-                return None
-            if id(thing) in weights:
-                return ("weight", tuple(thing.shape))
-            array = np.ascontiguousarray(thing.detach().numpy())
-            return ("tensor", array.shape, str(array.dtype), hashlib.sha256(array.tobytes()).hexdigest())
-
-    data = io.BytesIO()
-    with suppress(Exception):  # what cannot be pickled may raise anything
-        Pickler(data, protocol=4).dump(module)
-        return data.getvalue()
+    with suppress(TypeError, RecursionError):
+        return repr(_described(module, weights)).encode()
     return None
+
+
+def _described(thing: Any, weights: set[int]) -> Any:
+    """Gives a thing as plain values that say all of it; TypeError where it cannot."""
+    if thing is None or isinstance(thing, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+        return thing
+    if isinstance(thing, torch.Tensor):
+        if id(thing) in weights:
+            return ("weight", tuple(thing.shape))
+        return _described(thing.detach().numpy(), weights)
+    if isinstance(thing, np.ndarray):
+        return (thing.shape, str(thing.dtype), hashlib.sha256(thing.tobytes()).hexdigest())
+    if isinstance(thing, (tuple, list)):
+        return [_described(one, weights) for one in thing]
+    if isinstance(thing, (set, frozenset)):
+        return sorted(repr(_described(one, weights)) for one in thing)
+    if isinstance(thing, Mapping):
+        return [(_described(key, weights), _described(one, weights)) for key, one in thing.items()]
+    if isinstance(thing, (type, FunctionType, BuiltinFunctionType)) and "<" not in thing.__qualname__:
+        return (thing.__module__, thing.__qualname__)  # one made within a function may hold anything
+    if isinstance(thing, nn.Module) or is_dataclass(thing):
+        return (_described(type(thing), weights), _described(vars(thing), weights))
+    raise TypeError(f"{type(thing)} is not told apart from another one")
 
 
 def _with_distinct_weights(module: nn.Module) -> nn.Module:

@@ -6,13 +6,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 from fake_triton import FakeTriton
 
 from clients import AsyncClient, Client, Degraded, InvalidArgument, Overloaded, Unavailable
-from clients.errors import BudgetExceeded
+from clients.errors import BudgetExceeded, CallError
+from clients.fallback import Popular
 from clients.policy import NORMAL_SHARE, Allowance, Latencies
+from clients.wire import Answer, Call
 
 DRAINING = ("UNAVAILABLE", "Request for unknown model: 'recommend' has no available versions")
 CUT_SHORT = ("INVALID_ARGUMENT", "incomplete string data for inference input 'user_id'")
@@ -155,3 +158,34 @@ def test_what_is_too_much_is_refused_at_once_the_important_last() -> None:
         with pytest.raises(InvalidArgument, match="priority: must be 'high' or 'normal'"):
             client.recommend("u1", priority="urgent")
     triton.stop()
+
+
+def test_everybodys_list_is_fetched_once_a_release_and_never_longer_than_what_was_answered() -> None:
+    started: list[Call] = []
+
+    def start(call: Call) -> Future[Answer]:
+        started.append(call)
+        return Future()
+
+    popular = Popular(start)
+    for _ in range(10):  # a canary and the main release, by turns
+        for release in ("r1", "r2"):
+            popular.learn(release, Call((b"u1",), {}))
+    popular.learn("r1", Call((b"u1", b"u2"), {"top_k": "[5, 20]"}))
+    popular.learn("r1", Call((b"u1",), {"top_k": 20}))
+    assert [call.parameters["top_k"] for call in started] == [10, 10, 20]
+
+
+def test_a_list_that_could_not_be_fetched_is_asked_for_again() -> None:
+    asked_for: list[Future[Answer]] = []
+
+    def start(call: Call) -> Future[Answer]:
+        asked_for.append(Future())
+        return asked_for[-1]
+
+    popular = Popular(start)
+    popular.learn("r1", Call((b"u1",), {}))
+    popular.learn("r1", Call((b"u1",), {}))
+    asked_for[0].set_exception(CallError("gone"))
+    popular.learn("r1", Call((b"u1",), {}))
+    assert len(asked_for) == 2
