@@ -12,7 +12,7 @@ SECOND := ^\# Tests and checks
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check images test test-long soak check format lock clean
+.PHONY: help install demo bench gpu-check images rolling test test-long soak check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ ALL ?=
 RUNS ?= 1
 faults: install ## kills, stops and overloads a real server of the demo's release, both ways of serving (REPOSITORY=…, RUNS=5: the worst of five, ALL=1 for all)
 	@PEREGRINE_AS_ROOT=1 $(BIN)/python -m clients.bench.starred --repository $(REPOSITORY) --json demo/faults.json --runs $(RUNS) $(if $(ALL),--all --seconds 5)
+
+TO ?=
+rolling: $(TOOLS) ## replaces two servers behind nginx under load, as Kubernetes would (REPOSITORY=…, TO=r2 turns to it on the way)
+	@PEREGRINE_AS_ROOT=1 $(BIN)/python -m clients.bench.rolling --repository $(REPOSITORY) --json demo/rolling.json $(if $(TO),--to $(TO))
 
 test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -224,6 +227,31 @@ def test_limits_are_each_clients_own_and_read_again_at_a_reload(door: Gateway, a
     conf.write_text(conf.read_text().replace("zone=normal burst=2 ", "zone=normal burst=200 "))
     door.reload()
     until(lambda: not is_refused())
+
+
+def test_a_way_that_is_slow_is_no_reason_to_connect_again_and_again(door: Gateway, web: Tls) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as far:
+        came = []
+
+        def carry(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    time.sleep(0.15)  # longer than gRPC's pause between two tries
+                    sink.sendall(data)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    near = far.accept()[0]
+                    other = socket.create_connection(("127.0.0.1", int(door.url.rpartition(":")[2])))
+                    came.append(near)
+                    for pair in ((near, other), (other, near)):
+                        threading.Thread(target=carry, args=pair, daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        with Client(f"127.0.0.1:{far.getsockname()[1]}", tls=web) as client:
+            assert client.recommend("u1", top_k=1).release == "r1"
+        assert len(came) == 1
 
 
 class Asking:
