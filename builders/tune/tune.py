@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +103,21 @@ def _tuned(options: TuneOptions, console: Console, deadline: float) -> dict[str,
     finally:
         for left in inner.glob("trial-*"):
             shutil.rmtree(left, ignore_errors=True)
-    return _written(options, study, stopped)
+    with _undisturbed():
+        return _written(options, study, stopped)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Lets no Ctrl-C stop what takes a second and is what the study was for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _given(options: TuneOptions, inner: Path, console: Console) -> tuple[Stages, Any]:

@@ -54,28 +54,31 @@ def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, t
     out = tmp_path / "study"
     asked = [
         str(shop), "--preset", "tiny", "--over", "ranker", "--set", "ranker.list_epochs=1",
-        "--set", "encoders.epochs=1", "--trials", "2", "--out", str(out), "--repository", str(tmp_path),
+        "--set", "encoders.epochs=1", "--out", str(out), "--repository", str(tmp_path),
     ]  # fmt: skip
-    first = subprocess.Popen([*CLI, *asked], stderr=subprocess.PIPE, text=True, env=environment())
+    first = subprocess.Popen(
+        [*CLI, *asked, "--trials", "90"], stderr=subprocess.PIPE, text=True, env=environment()
+    )
     assert first.stderr is not None
     said = ""
     for line in first.stderr:
         said += line
-        if line.startswith("trial 0: "):
+        if line.startswith("trial 0: "):  # some of the 90 are still to come
             first.send_signal(signal.SIGINT)
     assert first.wait(60) == 130, said
     assert "stopped by interrupt: the same command goes on" in said
-    assert "nothing tried was better than preset tiny" in said
     assert named_preset(str(out / "tuned.toml")).changes["ranker.list_epochs"] == 1
     assert not list((out / "work").glob("trial-*")), "what was at work is swept"
 
-    second = tuned(*asked, "--json")
+    begun = json.loads((out / "tune.json").read_text())["trials"]
+    ended = sum(one["state"] in ("complete", "pruned") for one in begun)
+    second = tuned(*asked, "--json", "--trials", str(max(2, ended + 1)))
     assert second.returncode == 0, second.stderr
-    assert "has 1 trials: going on" in second.stderr
+    assert f"has {ended} trials: going on" in second.stderr
     report = json.loads(second.stdout, parse_constant=pytest.fail)
     values = [one["value"] for one in report["trials"] if one["value"] is not None]
     assert report["stopped"] == "trials"
-    assert len(values) == 2
+    assert len(values) >= 2
     assert min(values) > 0
     assert report["best"]["value"] == max(values)
     assert report["start"]["value"] == values[0]
@@ -90,9 +93,10 @@ def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, t
     tried = next(one["changes"] for one in report["trials"] if one["value"] is not None and one["changes"])
     assert {name.partition(".")[0] for name in tried} == {"ranker"}
 
-    other = tuned(*asked, "--seed", "7")
-    assert other.returncode == 2
-    assert other.stderr.startswith(f"error: {out} holds a study of another seed: its trials do not compare")
+    preset = named_preset("tiny", ["ranker.list_epochs=1", "encoders.epochs=1"])
+    other = TuneOptions(shop, out, preset, tmp_path, seed=7, only=("ranker",), fixed=tuple(preset.changes))
+    with pytest.raises(InvalidInput, match="holds a study of another seed: its trials do not compare"):
+        tune(other, Console(quiet=True))
 
 
 def test_what_is_wrong_is_named_before_anything_is_trained(shop: Path, tmp_path: Path):
