@@ -72,18 +72,19 @@ def shop_digest(shop: Path, digests: FileDigests) -> list[tuple[str, str]]:
     return [(os.path.relpath(path, shop), digests.of(path)) for path in shop_files(shop)]
 
 
-def own_key(source: str | None) -> OwnModel | None:
+def own_key(source: str | None, *folders: Path) -> OwnModel | None:
     """Gives a user's own model, "module:Class", with the digest of its code; None for None.
 
     Its code is its whole package, or its single file, and what these import of files beside it. A module that
-    cannot be imported has no digest: `own_model` refuses it, with the reason.
+    cannot be imported has no digest: `own_model` refuses it, with the reason. It is looked for in `folders`
+    first.
     """
     from builders.own_model import OwnModel, import_own
 
     if source is None:
         return None
     try:
-        module = import_own(source)
+        module = import_own(source, *folders)
     except Exception:  # the user's code may raise anything
         return OwnModel(source, "")
     if not module.__file__:

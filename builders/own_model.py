@@ -20,6 +20,7 @@ from ensemble.schema import Schema
 from ensemble.spec import ModelSpec, TensorSpec
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
+_BATCH = 3
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ def open_own(own: OwnModel | None, schema: Schema, model: str) -> nn.Module | No
     return None if own is None else own_model(own.source, schema, contract.recommend(schema).model(model))
 
 
-def import_own(source: str) -> ModuleType:
-    """Imports the module of "module:Class", looked for in the current folder first."""
-    sys.path.insert(0, str(Path.cwd()))
+def import_own(source: str, *folders: Path) -> ModuleType:
+    """Imports the module of "module:Class", looked for in `folders` first, then in the current folder."""
+    before = [str(folder.resolve()) for folder in (*folders, Path.cwd())]
+    sys.path[:0] = before
     try:
         return importlib.import_module(source.partition(":")[0])
     finally:
-        sys.path.pop(0)
+        for folder in before:
+            sys.path.remove(folder)
 
 
 def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
@@ -62,25 +65,38 @@ def own_model(source: str, schema: Schema, model: ModelSpec) -> nn.Module:
     InvalidInput names the option, what was wanted and what came.
     """
     option = f"--{model.name.replace('_', '-')} {source}"
-    attribute = source.partition(":")[2]
-    try:
-        kind = getattr(import_own(source), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidInput(
-            f"{option}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from "
-            f"{Path.cwd()}"
-        ) from None
-    try:
-        module = kind(schema)
-    except Exception as error:  # the user's code may raise anything
-        raise InvalidInput(f"{option}: {attribute}(schema) fails: {type(error).__name__}: {error}") from None
-    if not isinstance(module, nn.Module):
-        raise InvalidInput(
-            f"{option}: {kind.__name__}(schema) gives a {type(module).__name__}, not a torch.nn.Module"
-        )
-    _check_names(option, module, model)
-    _check_outputs(option, module, model)
+    module = own_module(option, source, schema=schema)
+    check_own(option, module, model)
     return module
+
+
+def own_module(where: str, source: str, *folders: Path, **arguments: object) -> nn.Module:
+    """Makes the module of "module:Class", given `arguments` by place; InvalidInput begins with `where`."""
+    attribute = source.partition(":")[2]
+    places = " or ".join(str(folder) for folder in (*folders, Path.cwd()))
+    try:
+        kind = getattr(import_own(source, *folders), attribute)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise InvalidInput(
+            f"{where}: cannot import it ({error}); give MODULE:CLASS, with MODULE importable from {places}"
+        ) from None
+    called = f"{attribute}({', '.join(arguments)})"
+    try:
+        module = kind(*arguments.values())
+    except Exception as error:  # the user's code may raise anything
+        raise InvalidInput(f"{where}: {called} fails: {type(error).__name__}: {error}") from None
+    if not isinstance(module, nn.Module):
+        raise InvalidInput(f"{where}: {called} gives a {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def check_own(
+    where: str, module: nn.Module, model: ModelSpec, feeds: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Raises InvalidInput unless the module takes and gives the contract's tensors, tried on `feeds` or on
+    zeros."""
+    _check_names(where, module, model)
+    _check_outputs(where, module, model, feeds or {s.name: example(s, _BATCH) for s in model.inputs})
 
 
 def _check_names(option: str, module: nn.Module, model: ModelSpec) -> None:
@@ -95,19 +111,21 @@ def _check_names(option: str, module: nn.Module, model: ModelSpec) -> None:
         )
 
 
-def _check_outputs(option: str, module: nn.Module, model: ModelSpec) -> None:
-    batch = 3
+def _check_outputs(option: str, module: nn.Module, model: ModelSpec, feeds: dict[str, torch.Tensor]) -> None:
+    batch = len(next(iter(feeds.values())))
     try:
         with torch.no_grad():
-            outputs = module.eval()(**{spec.name: example(spec, batch) for spec in model.inputs})
+            outputs = module.eval()(**feeds)
     except Exception as error:  # the user's code may raise anything
         raise InvalidInput(
             f"{option}: forward fails on tensors of the contract: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error).splitlines() or [''])[0]}"
         ) from None
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for spec, output in zip(model.outputs, outputs, strict=False):
         shape = (batch, *spec.dims)
+        if not isinstance(output, torch.Tensor):
+            raise InvalidInput(f"{option}: gives a {type(output).__name__} for {spec}, not a tensor")
         if tuple(output.shape) != shape or output.dtype != _TORCH[spec.dtype]:
             raise InvalidInput(
                 f"{option}: gives {list(output.shape)} {output.dtype} for {spec}; the contract wants "

@@ -22,10 +22,9 @@ from builders.folders import link, only_one
 from ensemble import contract
 from ensemble.arrays import Array, Tensors
 from ensemble.content.encoder import TOKENIZER, ContentEncoder, Encoded, EncoderFacts, read_facts
-from ensemble.content.texts import Tokenizer
 from ensemble.contract import TEXT
 from ensemble.engines import open_engine
-from ensemble.errors import InvalidInput
+from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.release.files import write_durably
 from ensemble.schema import EncoderSizes
 
@@ -101,6 +100,7 @@ def keep_encoder(source: Source, root: Path) -> KeptEncoder:
 def _export(source: Source, folder: Path) -> None:
     """Writes model.onnx, held against torch, the tokenizer, and last the facts."""
     from builders.content.models import open_source
+    from builders.content.tokenizer import copy_tokenizer
     from builders.export.onnx_export import export_alone
 
     opened = open_source(source)
@@ -108,28 +108,18 @@ def _export(source: Source, folder: Path) -> None:
         source.model, source.name, source.digest, opened.width, opened.max_tokens, opened.side
     )
     if source.model == TEXT:
-        _copy_tokenizer(source, opened, folder)
+        copy_tokenizer(source, opened, folder)
     model = contract.content_encoder(EncoderSizes(facts.model, facts.width, facts.side))
     temporary = folder / f".{_ONNX}"
-    export_alone(opened.module, model, temporary, _samples(facts, opened))
+    try:
+        export_alone(opened.module, model, temporary, _samples(facts, opened))
+    except PeregrineError:
+        raise
+    except Exception as error:  # of torch's exporter, about a module that it cannot follow
+        text = " ".join(str(error).split())[:200]
+        raise InvalidInput(f"encoder {source.name!r} cannot be exported as ONNX: {text}") from None
     temporary.rename(folder / _ONNX)
     write_durably(folder / "facts.json", facts.to_json())
-
-
-def _copy_tokenizer(source: Source, opened: Opened, folder: Path) -> None:
-    """Copies tokenizer.json; InvalidInput where it is none, or has tokens that the encoder does not know."""
-    path = source.folder / TOKENIZER
-    (folder / TOKENIZER).write_bytes(path.read_bytes())
-    try:
-        tokenizer = Tokenizer(folder / TOKENIZER, opened.max_tokens)
-    except Exception as error:
-        raise InvalidInput(f"encoder {source.name!r}: {path}: {error}") from None
-    if tokenizer.vocabulary_size > opened.vocabulary:
-        raise InvalidInput(
-            f"encoder {source.name!r}: {path} has {tokenizer.vocabulary_size} tokens, and the weights are of "
-            f"{opened.vocabulary}",
-            "use the tokenizer that the weights were trained with",
-        )
 
 
 def _samples(facts: EncoderFacts, opened: Opened) -> Tensors:

@@ -1,7 +1,7 @@
 """Opens checkpoints as torch modules whose inputs and outputs are the contract's.
 
-Axes: B batch, L tokens, V content vector, Y and X pixels. BERT and its kin, CLIP, ViT and ResNet are read by
-`transformers`, EfficientNet-Lite0 by its own package.
+Axes: B batch, L tokens, V content vector, Y and X pixels. BERT and its kin, CLIP, SigLIP, ViT, ResNet and
+EfficientNet are read by `transformers`, EfficientNet-Lite0 by its own package.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from builders.content.own import open_own_encoder
 from builders.content.sources import EFFICIENTNET, EXTRA, Source, read_config
+from builders.content.tokenizer import padding_of
 from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput
 
 MAX_TOKENS = 128  # of a title; more takes longer, and says little more
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Norms = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each colour
+_IMAGENET: Norms = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALVES: Norms = ((0.5,) * 3, (0.5,) * 3)
 _MEAN_POOLED = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta")
 _SIDES = 32, 512  # pixels, least and most
 
@@ -35,6 +40,8 @@ class Opened:
     max_tokens: int = 0
     side: int = 0
     vocabulary: int = 0  # token ids that its table has
+    tokenizer: Path | None = None  # the tokenizer.json of a user's own; else the folder's
+    lowers: bool = False  # was trained on small letters, whether its tokenizer makes them or not
 
 
 class TextEncoder(nn.Module):
@@ -54,13 +61,34 @@ class TextEncoder(nn.Module):
         return functional.normalize(summed / weights.sum(1).clamp(min=1.0), dim=-1)
 
 
+class SiglipTexts(nn.Module):
+    """Encodes texts as SigLIP's own text vector, of length 1.
+
+    It is the state of the last of a fixed number of tokens, and padding was read in training like any word:
+    every text is padded to that number here, so that its bucket changes nothing.
+    """
+
+    padding: Tensor
+
+    def __init__(self, inner: nn.Module, pad: int, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.tokens = inner, tokens
+        self.register_buffer("padding", torch.full((1, tokens), pad, dtype=torch.int64))
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Encodes token_ids [B, L] int64, token_mask [B, L] bool -> text_embedding [B, V] float32."""
+        ids = torch.where(token_mask, token_ids, self.padding[:, :1])
+        whole = torch.cat((ids, self.padding.expand(ids.shape[0], -1)), 1)[:, : self.tokens]
+        return functional.normalize(self.inner(input_ids=whole).pooler_output.float(), dim=-1)
+
+
 class ImageEncoder(nn.Module):
     """Encodes pixels from 0 to 1 as vectors of length 1; standardizes them as the checkpoint wants first."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], norms: Any) -> None:
+    def __init__(self, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], norms: Norms) -> None:
         super().__init__()
         self.inner, self.vector = inner, vector
         for name, values in zip(("mean", "deviation"), norms, strict=True):
@@ -76,6 +104,9 @@ def open_source(source: Source) -> Opened:
     """Opens a checkpoint; InvalidInput names what it is where that is nothing we read."""
     if source.name == EFFICIENTNET:
         return _efficientnet(source)
+    if source.own:
+        where = f"encoder {source.name!r}"
+        return open_own_encoder(where, source.name, source.model, source.folder).opened
     config = read_config(source)
     kind = str(config.get("model_type", ""))
     opener = (_TEXTS if source.model == TEXT else _IMAGES).get(kind)
@@ -101,17 +132,25 @@ def open_source(source: Source) -> Opened:
     return opened
 
 
-def _loaded(source: Source, name: str) -> Any:
-    """Loads a class of transformers from the folder, safetensors only; weights that are missing are an
-    error."""
+def _loaded(source: Source, name: str, tower: str = "") -> Any:
+    """Loads a class of transformers from the folder, safetensors only; weights that are missing are an error.
+
+    `tower` names its part of the folder's configuration where the folder may hold two towers.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
+        config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        if hasattr(config, tower):
+            whole, config = config, getattr(config, tower)
+            if hasattr(whole, "projection_dim"):  # the towers' own is not always written
+                config.projection_dim = whole.projection_dim
         model, info = getattr(transformers, name).from_pretrained(
             source.folder,
+            config=config,
             local_files_only=True,
             use_safetensors=True,
             attn_implementation="eager",  # what the exporter follows
@@ -139,10 +178,23 @@ def _bert(source: Source, config: dict[str, Any]) -> Opened:
 
 
 def _clip_text(source: Source, config: dict[str, Any]) -> Opened:
-    inner = _loaded(source, "CLIPTextModelWithProjection")
+    inner = _loaded(source, "CLIPTextModelWithProjection", "text_config")
     most = min(MAX_TOKENS, int(inner.config.max_position_embeddings))
     module = TextEncoder(inner, pools=False)
     return Opened(module, int(inner.config.projection_dim), max_tokens=most, vocabulary=_rows(inner))
+
+
+def _siglip_text(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "SiglipTextModel", "text_config")
+    tokens = int(inner.config.max_position_embeddings)
+    module = SiglipTexts(inner, padding_of(source, inner.config.pad_token_id, _rows(inner)), tokens)
+    return Opened(
+        module,
+        int(inner.config.projection_size),
+        max_tokens=min(MAX_TOKENS, tokens),
+        vocabulary=_rows(inner),
+        lowers=True,
+    )
 
 
 def _rows(inner: Any) -> int:
@@ -150,8 +202,14 @@ def _rows(inner: Any) -> int:
 
 
 def _clip_image(source: Source, config: dict[str, Any]) -> Opened:
-    inner = _loaded(source, "CLIPVisionModelWithProjection")
+    inner = _loaded(source, "CLIPVisionModelWithProjection", "vision_config")
     return _image(source, inner, _clip_vector, int(inner.config.projection_dim), int(inner.config.image_size))
+
+
+def _siglip_image(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "SiglipVisionModel", "vision_config")
+    size = int(inner.config.image_size)
+    return _image(source, inner, _pooler, int(inner.config.hidden_size), size, _HALVES)
 
 
 def _vit(source: Source, config: dict[str, Any]) -> Opened:
@@ -164,11 +222,34 @@ def _resnet(source: Source, config: dict[str, Any]) -> Opened:
     return _image(source, inner, _pooled, int(inner.config.hidden_sizes[-1]), 224)
 
 
+def _efficientnet_folder(source: Source, config: dict[str, Any]) -> Opened:
+    inner = _loaded(source, "EfficientNetModel")
+    said = _preprocessing(source)
+    norms = said.get("image_mean", _IMAGENET[0]), said.get("image_std", _IMAGENET[1])
+    if "image_std" in said and said.get("include_top", True):  # its pictures are divided twice
+        norms = norms[0], tuple(one * one for one in norms[1])
+    width = int(inner.encoder.top_bn.num_features)
+    opened = _image(source, inner, _pooled, width, int(inner.config.image_size))
+    return replace(opened, module=ImageEncoder(inner, _pooled, norms))
+
+
+def _preprocessing(source: Source) -> dict[str, Any]:
+    """Gives what a checkpoint says of its pictures; transformers 5 writes it inside another file."""
+    inside = read_config(source, "processor_config.json").get("image_processor", {})
+    return read_config(source, "preprocessor_config.json") or inside
+
+
 def _image(
-    source: Source, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], width: int, side: int
+    source: Source,
+    inner: nn.Module,
+    vector: Callable[[nn.Module, Tensor], Tensor],
+    width: int,
+    side: int,
+    norms: Norms = _IMAGENET,
 ) -> Opened:
-    """Puts together an image encoder with what preprocessor_config.json says."""
-    said = read_config(source, "preprocessor_config.json")
+    """Puts together an image encoder with what the checkpoint says of its pictures; `norms` where it says
+    none."""
+    said = _preprocessing(source)
     size: Any = said.get("crop_size", said.get("size", side))
     size = size.get("height", size.get("shortest_edge", side)) if isinstance(size, dict) else size
     if "image_size" not in read_config(source).get("vision_config", read_config(source)):
@@ -177,12 +258,16 @@ def _image(
         raise InvalidInput(
             f"encoder {source.name!r} wants pictures of {side} pixels; {_SIDES[0]} to {_SIDES[1]} are read"
         )
-    norms = said.get("image_mean", _IMAGENET[0]), said.get("image_std", _IMAGENET[1])
+    norms = said.get("image_mean", norms[0]), said.get("image_std", norms[1])
     return Opened(ImageEncoder(inner, vector, norms), width, side=side)
 
 
 def _clip_vector(inner: nn.Module, pixels: Tensor) -> Tensor:
     return inner(pixel_values=pixels).image_embeds
+
+
+def _pooler(inner: nn.Module, pixels: Tensor) -> Tensor:
+    return inner(pixel_values=pixels).pooler_output
 
 
 def _first_state(inner: nn.Module, pixels: Tensor) -> Tensor:
@@ -210,5 +295,15 @@ def _efficientnet(source: Source) -> Opened:
     return Opened(module.eval(), 1280, side=224)
 
 
-_TEXTS = {**dict.fromkeys(_MEAN_POOLED, _bert), "clip": _clip_text, "clip_text_model": _clip_text}
-_IMAGES = {"clip": _clip_image, "clip_vision_model": _clip_image, "vit": _vit, "resnet": _resnet}
+_TEXTS = {
+    **dict.fromkeys(_MEAN_POOLED, _bert),
+    **dict.fromkeys(("clip", "clip_text_model"), _clip_text),
+    **dict.fromkeys(("siglip", "siglip_text_model"), _siglip_text),
+}
+_IMAGES = {
+    **dict.fromkeys(("clip", "clip_vision_model"), _clip_image),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), _siglip_image),
+    "vit": _vit,
+    "resnet": _resnet,
+    "efficientnet": _efficientnet_folder,
+}

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,14 +30,24 @@ _PACKAGES = {
 }
 MODELS = {"text": TEXT, "image": IMAGE}
 _NEEDED = ("config.json", "model.safetensors")
-_READ = (*_NEEDED, "tokenizer.json", "preprocessor_config.json", "sentence_bert_config.json")
+_READ = (
+    *_NEEDED,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+)
 _LIBRARIES = ("transformers", "tokenizers", "pillow", "onnxruntime", "efficientnet-lite-pytorch")
 _CODE = (
     "builders/content/models.py",
+    "builders/content/own.py",
+    "builders/content/tokenizer.py",
     "ensemble/content/encoder.py",
     "ensemble/content/pictures.py",
     "ensemble/content/texts.py",
 )
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a user's own class, MODULE:CLASS
 _PICKLED = ("pytorch_model.bin", "model.bin", "pytorch_model.pt", "model.pth")
 
 
@@ -48,6 +59,7 @@ class Source:
     model: str  # text_encoder or image_encoder
     folder: Path
     digest: str
+    own: bool = False  # the name is a user's own MODULE:CLASS, the folder the shop's
 
 
 def is_installed(name: str) -> bool:
@@ -98,6 +110,8 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
         names = [one for one in _READ if (folder / one).is_file()] or sorted(
             path.name for path in folder.glob("*.pth")
         )
+    elif OWN.fullmatch(name):
+        return _own_source(where, name, model, shop)
     else:
         folder = shop / name if (shop / name).is_dir() else Path(name)
         _require_checkpoint(where, folder, feature.kind)
@@ -105,6 +119,15 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
     lines = [f"{one} {file_sha256(folder / one)}" for one in names]
     facts = "\n".join([model, *_what_encodes(), *lines])
     return Source(name, model, folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
+
+
+def _own_source(where: str, name: str, model: str, shop: Path) -> Source:
+    """Opens a user's own encoder, for its digest and for the errors that it has."""
+    from builders.content.own import open_own_encoder
+
+    digest = open_own_encoder(where, name, model, shop).digest
+    facts = "\n".join([model, *_what_encodes(), digest])
+    return Source(name, model, shop, hashlib.sha256(facts.encode()).hexdigest()[:16], own=True)
 
 
 def _what_encodes() -> list[str]:
@@ -134,7 +157,8 @@ def _require_checkpoint(where: str, folder: Path, kind: str) -> None:
         known = ", ".join(name for name, (of, _) in _PACKAGES.items() if of == kind)
         raise InvalidInput(
             f"{where} is no folder, and no encoder of {kind} is called so",
-            f"use {known}, or a folder with a Hugging Face checkpoint; nothing is downloaded",
+            f"use {known}, or a folder with a Hugging Face checkpoint, or MODULE:CLASS of your own; "
+            "nothing is downloaded",
         )
     pickled = next((name for name in _PICKLED if (folder / name).is_file()), None)
     needed = (*_NEEDED, "tokenizer.json") if kind == "text" else _NEEDED

@@ -87,7 +87,8 @@ class FeatureColumn(_Entry):
     vocabulary: int = Field(default=100_000, ge=1)
     log1p: bool = False  # number: log(1 + x) before it is standardized
     # items only: text "hashed" (the default) | "minilm", image "efficientnet-lite0", or a folder with a
-    # Hugging Face checkpoint (config.json, model.safetensors); an image without one is left aside
+    # Hugging Face checkpoint (config.json, model.safetensors), or MODULE:CLASS, a module of one's own; an
+    # image without one is left aside
     encoder: str | None = Field(default=None, min_length=1)
 
     @field_validator("kind")

@@ -87,7 +87,7 @@ class ContentEncoder:
         kept.sort(key=lambda at: len(tokens[at]))
         for start in range(0, len(kept), _TEXTS_AT_ONCE):
             part = kept[start : start + _TEXTS_AT_ONCE]
-            ids, mask = padded([tokens[at] for at in part])
+            ids, mask = padded([tokens[at] for at in part], self.facts.max_tokens)
             vectors[part] = self.engine.run({"token_ids": ids, "token_mask": mask})["text_embedding"]
             done(start + len(part))
 

@@ -46,11 +46,11 @@ class Tokenizer:
         return [encoding.ids for encoding in self._opened.encode_batch(whole)]
 
 
-def padded(tokens: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+def padded(tokens: Sequence[Sequence[int]], most: int) -> tuple[Array, Array]:
     """Lays tokens out as token_ids [n, L] int64 and token_mask [n, L] bool; L is the bucket that holds the
-    longest."""
+    longest, or `most`, the encoder's own limit, where that is less (CLIP has places for 77)."""
     longest = max(map(len, tokens))
-    length = next((bucket for bucket in BUCKETS if bucket >= longest), longest)
+    length = min(next((bucket for bucket in BUCKETS if bucket >= longest), longest), most)
     ids, mask = np.zeros((len(tokens), length), np.int64), np.zeros((len(tokens), length), bool)
     for row, one in enumerate(tokens):
         ids[row, : len(one)], mask[row, : len(one)] = one, True

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from checkpoints import KINDS, write_checkpoint
+from checkpoints import KINDS, TOKENS, WORDS, write_checkpoint
 from PIL import Image
 
+from builders.bench.search import Catalogue
 from builders.compile.builder import Request, build_plan
 from builders.content import sources
 from builders.content.cache import KeptEncoder, keep_encoder
@@ -31,6 +32,7 @@ from ensemble.engines.plans import Range
 from ensemble.errors import InvalidInput
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra encoders)")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TITLES = [
     "matte berry lipstick",
     "gloss coral blush",
@@ -38,6 +40,7 @@ TITLES = [
     "a \ud800 lone one",
     "zürich 口紅 💄 مكياج",
     "soft mask",
+    "velvet plum " * 12,  # more than CLIP and SigLIP have places for
 ]
 
 
@@ -72,31 +75,33 @@ def encoded(shop: Path, feature: FeatureColumn, cells: list[str | None]) -> Cont
     )  # fmt: skip
 
 
-ARCHITECTURES = [*KINDS["text"], *KINDS["image"]]
+ARCHITECTURES = [(of, kind) for of, kinds in KINDS.items() for kind in kinds]
 
 
 @pytest.fixture(scope="module")
-def kept(shop: Path) -> Callable[[str], tuple[Source, KeptEncoder]]:
+def kept(shop: Path) -> Callable[[str, str], tuple[Source, KeptEncoder]]:
     """Gives the checkpoint of one architecture, and what is kept of it: exported once, for all tests."""
 
-    def find(kind: str) -> tuple[Source, KeptEncoder]:
+    def find(of: str, kind: str) -> tuple[Source, KeptEncoder]:
         if not (shop / kind).exists():
             write_checkpoint(shop / kind, kind)
-        feature = text_feature(kind) if kind in KINDS["text"] else image_feature(kind)
+        feature = text_feature(kind) if of == "text" else image_feature(kind)
         source = find_source(feature, shop)
         return source, keep_encoder(source, shop / "cache")
 
     return find
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_kept_encoder_says_what_torch_says(kind, kept, rng):
-    source, one = kept(kind)
+@pytest.mark.parametrize(("of", "kind"), ARCHITECTURES)
+def test_a_kept_encoder_says_what_torch_says(of, kind, kept, rng):
+    source, one = kept(of, kind)
     encoder, opened = one.open(1), open_source(source)
-    if kind in KINDS["text"]:
+    if of == "text":
         assert encoder.tokenizer is not None
-        names, places = ("token_ids", "token_mask"), [0, 1, 4, 5]
-        wanted = [padded([tokens]) for tokens in encoder.tokenizer.tokens([TITLES[at] for at in places])]
+        names, places = ("token_ids", "token_mask"), [0, 1, 4, 5, 6]
+        most = one.facts.max_tokens
+        tokens = encoder.tokenizer.tokens([TITLES[at] for at in places])
+        wanted = [padded([one], most) for one in tokens]
         found = encoder.encode(TITLES).vectors
         assert not found[2].any(), "an empty text has no vector"
         found = found[places]
@@ -111,11 +116,11 @@ def test_a_kept_encoder_says_what_torch_says(kind, kept, rng):
     assert np.abs(found[0] - found[1]).max() > 0.01, "different inputs have different vectors"
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_nvidias_own_builder_makes_a_plan_of_it(kind, kept):
+@pytest.mark.parametrize(("of", "kind"), ARCHITECTURES)
+def test_nvidias_own_builder_makes_a_plan_of_it(of, kind, kept):
     pytest.importorskip("tensorrt_rtx_bindings", reason="the wheels tensorrt-rtx-cu13-* are not installed")
-    facts, model = kept(kind)[1].facts, kept(kind)[1].folder / "model.onnx"
-    if kind in KINDS["text"]:
+    facts, model = kept(of, kind)[1].facts, kept(of, kind)[1].folder / "model.onnx"
+    if of == "text":
         shapes = ((1, 1), (8, 16), (64, facts.max_tokens))
         profile = tuple(Range(name, *shapes) for name in ("token_ids", "token_mask"))
     else:
@@ -125,6 +130,86 @@ def test_nvidias_own_builder_makes_a_plan_of_it(kind, kept):
     assert len(build_plan(request, RTX)) > 10_000
     said = [line for line in heard if "Int64 binding" not in line]  # token_ids are bound as int64
     assert said == [], "the builder warns of nothing else"
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_both_towers_of_one_folder_say_what_transformers_says(kind, shop, kept, rng):
+    import transformers as hf
+
+    text, image = (kept(of, kind)[1].open(1) for of in ("text", "image"))
+    model = getattr(hf, {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]).from_pretrained(shop / kind)
+    assert text.tokenizer is not None
+    tokens = text.tokenizer.tokens(["Velvet PLUM lipstick"])[0]
+    mask = [1] * len(tokens) + [0] * (TOKENS - len(tokens))
+    ids = torch.tensor([tokens + [4] * (TOKENS - len(tokens))])  # as SigLIP's own processor pads
+    pixels = rng.random((1, 3, 32, 32), np.float32)
+    half, whole = image.of_pixels(list(pixels)), text.encode(["Velvet PLUM lipstick"]).vectors
+    mean, deviation = (0.5, 0.5) if kind == "siglip" else (np.float32(IMAGENET[0]), np.float32(IMAGENET[1]))
+    seen = torch.from_numpy(((pixels.transpose(0, 2, 3, 1) - mean) / deviation).transpose(0, 3, 1, 2))
+    more = {"attention_mask": torch.tensor([mask])} if kind == "clip" else {}
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids, pixel_values=seen.float(), **more)
+    np.testing.assert_allclose(wanted.text_embeds, whole, atol=2e-5)
+    np.testing.assert_allclose(wanted.image_embeds, half, atol=2e-5)
+    assert whole.shape == half.shape, "they share a space"
+
+
+@pytest.mark.parametrize(("kind", "width"), [("clip_text", 24), ("clip_image", 24)])
+def test_a_folder_may_have_one_tower_of_two(kind, width, tmp_path):
+    write_checkpoint(tmp_path / kind, kind)
+    feature = text_feature(kind) if kind == "clip_text" else image_feature(kind)
+    assert open_source(find_source(feature, tmp_path)).width == width
+
+
+@pytest.mark.parametrize("kind", KINDS["text"])
+def test_a_search_by_meaning_alone_finds_what_a_title_is_of(kind, kept, tmp_path):
+    titles = [f"{one} {two} {three}" for one in WORDS[:3] for two in WORDS[3:6] for three in WORDS[6:9]]
+    catalogue = Catalogue(titles, kept("text", kind)[1].open(1), tmp_path)
+    _, meaning = catalogue.scores([title.upper() for title in titles])
+    np.testing.assert_array_equal(meaning.argmax(axis=1), np.arange(len(titles)))
+
+
+@pytest.mark.parametrize(
+    ("said", "pad"),
+    [
+        ({"pad_token": "[SEP]"}, 3),
+        ({"pad_token": {"content": "[MASK]"}}, 4),
+        ({}, 1),
+    ],
+)
+def test_siglips_padding_is_the_tokenizers_own(said, pad, shop, kept, tmp_path):
+    kept("text", "siglip")
+    shutil.copytree(shop / "siglip", tmp_path / "siglip")
+    (tmp_path / "siglip" / "tokenizer_config.json").write_text(json.dumps(said))
+    module = open_source(find_source(text_feature("siglip"), tmp_path)).module
+    assert module.padding.unique().tolist() == [pad]
+    _changed_config(tmp_path / "siglip", model_type="siglip2")
+    with pytest.raises(InvalidInput, match="has the model_type 'siglip2'; a text_encoder is one of"):
+        open_source(find_source(text_feature("siglip"), tmp_path))
+
+
+def test_an_efficientnets_pictures_are_standardized_as_its_own_processor_does(shop, kept):
+    from transformers.models.efficientnet import image_processing_pil_efficientnet as own
+
+    source, _ = kept("image", "efficientnet")
+    processor = own.EfficientNetImageProcessorPil.from_pretrained(source.folder)
+    picture = np.array(Image.open(shop / "a.png").resize((32, 32)))
+    wanted = processor(picture, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+    module = open_source(source).module
+    pixels = torch.from_numpy(picture.transpose(2, 0, 1)[None] / np.float32(255))
+    np.testing.assert_allclose((pixels - module.mean) / module.deviation, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_what_a_checkpoint_says_of_its_pictures_is_read_from_either_file(name, shop, tmp_path):
+    shutil.copytree(shop / "vit", tmp_path / "vit")
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
+    inside = said if name.startswith("pre") else {"image_processor": said}
+    before = find_source(image_feature(), tmp_path)
+    (tmp_path / "vit" / name).write_text(json.dumps(inside))
+    source = find_source(image_feature(), tmp_path)
+    assert source.digest != before.digest
+    np.testing.assert_allclose(open_source(source).module.mean.flatten(), [0.1, 0.2, 0.3])
 
 
 def test_only_what_is_new_is_encoded(shop, monkeypatch):
