@@ -33,6 +33,7 @@ BESIDE = (
     "builders.report",
     "builders.compare",
     "builders.tune",
+    "builders.keys",  # which kept thing fits, never what is in it
     "ensemble.cli",
 )
 # Distributions whose version may change what a stage writes; of Faiss, whichever is installed.

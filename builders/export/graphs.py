@@ -25,8 +25,7 @@ import torch
 from torch import nn
 
 from builders.export.reweight import reweighted
-from builders.folders import only_one
-from builders.keys import SOURCES, code_digest, library_versions
+from builders.folders import SOURCES, only_one
 from ensemble.arrays import Array
 from ensemble.spec import ModelSpec
 
@@ -95,6 +94,8 @@ def _remove_oldest(folder: Path) -> None:
 
 def _key(module: nn.Module, model: ModelSpec) -> str | None:
     """Gives the digest of all that the exported graph depends on; None where that cannot be told."""
+    from builders.keys import code_digest, library_versions  # no code of a stage: see there
+
     if not 0 < sum(weight.numel() for weight in _weights(module)) < _MOST_WEIGHTS:
         return None
     if not all(_is_ours(of) or of.__module__.startswith("torch.nn.") for of in map(type, module.modules())):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from builders import keys
 from builders.export import graphs, onnx_export
 from ensemble.engines import open_engine
 from ensemble.spec import ENGINE_STEP, Axis, ModelSpec, TensorSpec
@@ -46,7 +47,7 @@ def traced(monkeypatch, tmp_path):
     """The modules that torch's exporter was asked for; the user's cache is a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(graphs, "_is_ours", lambda of: of is Layers)
-    monkeypatch.setattr(graphs, "code_digest", lambda package: package)
+    monkeypatch.setattr(keys, "code_digest", lambda package: package)
     trace, modules = onnx_export._trace, []
 
     def counted(module, *arguments):
