@@ -228,6 +228,7 @@ def traffic(*urls: str) -> Iterator[None]:
             thread.join()
 
 
+@pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while
 @pytest.mark.triton
 @pytest.mark.redis
 def test_each_services_command_runs(composed: Composed) -> None:
@@ -244,6 +245,7 @@ def test_each_services_command_runs(composed: Composed) -> None:
     assert set(said) | {"grafana"} == set(services())  # Grafana is in no registry that tests reach
 
 
+@pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while
 @pytest.mark.triton
 @pytest.mark.redis
 def test_no_panel_is_empty(composed: Composed) -> None:
@@ -260,6 +262,7 @@ def test_no_panel_is_empty(composed: Composed) -> None:
     assert {panel for panel, _ in pending} == set(EMPTY_HERE), pending
 
 
+@pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while
 @pytest.mark.triton
 @pytest.mark.redis
 def test_kubernetes_adapter_reads_how_long_requests_wait(composed: Composed) -> None:
@@ -275,6 +278,7 @@ def test_kubernetes_adapter_reads_how_long_requests_wait(composed: Composed) -> 
     assert all(0 < one < 1 for one in seconds)
 
 
+@pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while
 @pytest.mark.triton
 @pytest.mark.redis
 def test_shared_memory_is_no_more_than_a_release_says(composed: Composed, repository: Path) -> None:

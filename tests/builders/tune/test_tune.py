@@ -50,6 +50,7 @@ def tuned(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long  # trains for half a minute, and is stopped on the way
 def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, tmp_path: Path):
     out = tmp_path / "study"
     asked = [
