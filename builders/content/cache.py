@@ -29,7 +29,7 @@ from ensemble.release.files import write_durably
 from ensemble.schema import EncoderSizes
 
 if TYPE_CHECKING:
-    from builders.content.models import Opened
+    from builders.content.opened import Opened
 
 _AT_ONCE = 128  # inputs of one transaction
 _ASKED = 500  # keys of one query

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from builders.content.opened import Opened
 from builders.content.own import open_own_encoder
 from builders.content.sources import EFFICIENTNET, EXTRA, Source, read_config
 from builders.content.tokenizer import padding_of
@@ -29,19 +29,6 @@ _IMAGENET: Norms = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALVES: Norms = ((0.5,) * 3, (0.5,) * 3)
 _MEAN_POOLED = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta")
 _SIDES = 32, 512  # pixels, least and most
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Holds an encoder as a module, and its sizes."""
-
-    module: nn.Module
-    width: int
-    max_tokens: int = 0
-    side: int = 0
-    vocabulary: int = 0  # token ids that its table has
-    tokenizer: Path | None = None  # the tokenizer.json of a user's own; else the folder's
-    lowers: bool = False  # was trained on small letters, whether its tokenizer makes them or not
 
 
 class TextEncoder(nn.Module):

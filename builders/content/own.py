@@ -13,12 +13,12 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from builders.content.opened import Opened
 from builders.own_model import check_own, example, own_module
 from ensemble import contract
 from ensemble.content.texts import BUCKETS, Tokenizer
@@ -27,9 +27,6 @@ from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.files import file_sha256
 from ensemble.schema import EncoderSizes
 from ensemble.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from builders.content.models import Opened
 
 _LIMITS = {"width": (1, 8192), "max_tokens": (2, BUCKETS[-1]), "side": (32, 512)}  # least and most
 _SAID = {TEXT: ("width", "max_tokens"), contract.IMAGE: ("width", "side")}
@@ -69,8 +66,6 @@ class OwnEncoder:
 
 def open_own_encoder(where: str, source: str, model: str, shop: Path) -> OwnEncoder:
     """Opens "MODULE:CLASS", looked for in the shop's folder first; InvalidInput says what does not fit."""
-    from builders.content.models import Opened
-
     torch.manual_seed(0)  # weights that a constructor draws are the same the next time
     module = own_module(where, source, shop)
     sizes = {name: _said(where, source, module, name) for name in _SAID[model]}

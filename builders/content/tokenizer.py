@@ -11,7 +11,7 @@ from ensemble.content.texts import Tokenizer
 from ensemble.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from builders.content.models import Opened
+    from builders.content.opened import Opened
 
 
 def copy_tokenizer(source: Source, opened: Opened, folder: Path) -> None:
