@@ -10,8 +10,9 @@ from concurrent.futures import Future
 from clients.results import Recommendations
 from clients.wire import Answer, Call, recommendations_from_answer
 from ensemble.contract import Degraded
-from ensemble.errors import PeregrineError
+from ensemble.errors import InvalidArgument, PeregrineError
 
+_DEEPEST = 100  # items, of which a request may exclude some; a shop may give fewer at once
 _RELEASES = 4  # that are remembered: while there is a canary, answers come from two by turns
 # What a list that is not made for the request cannot keep to
 _RULES = ("allow", "deny", "ranges", "caps", "time")
@@ -27,20 +28,32 @@ class Popular:
         self._list: Recommendations | None = None
 
     def learn(self, release: str, answered: Call) -> None:
-        """Takes note of a release that answered a call, and fetches its list where none as long is there: as
-        long as what was answered, as a shop may refuse more."""
+        """Takes note of a release that answered a call, and fetches its list where none as long is there."""
         depth = max(_each(answered, "top_k", len(answered.user_ids), _DEFAULT_TOP_K), default=_DEFAULT_TOP_K)
         with self._lock:
-            if self._depths.get(release, 0) >= depth:
+            known = self._depths.get(release, 0)
+            if known >= depth:
                 return
-            self._depths[release] = depth
+            self._depths[release] = depth if known else max(depth, _DEEPEST)
+            asked = self._depths[release]
             while len(self._depths) > _RELEASES:
                 del self._depths[next(iter(self._depths))]
+        self._fetch(release, asked, depth)
+
+    def _fetch(self, release: str, depth: int, answered: int) -> None:
+        """Asks for the list of everybody, `depth` items; where the shop refuses so many, as many as it has
+        `answered`."""
         call = Call((b"",), {"top_k": depth})
 
         def keep(done: Future[Answer]) -> None:
             try:
                 [found] = recommendations_from_answer(call, done.result(), 0.0)
+            except InvalidArgument:
+                if depth > answered:
+                    with self._lock:
+                        self._depths[release] = answered
+                    self._fetch(release, answered, answered)
+                return
             except PeregrineError:
                 self._forget(release)
                 return

@@ -9,7 +9,6 @@ release has its ONNX model.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +65,11 @@ class OwnEncoder:
 
 def open_own_encoder(where: str, source: str, model: str, shop: Path) -> OwnEncoder:
     """Opens "MODULE:CLASS", looked for in the shop's folder first; InvalidInput says what does not fit."""
-    torch.manual_seed(0)  # weights that a constructor draws are the same the next time
-    module = own_module(where, source, shop)
+    from builders.keys import own_key  # no code of a stage: see there
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # weights that a constructor draws are the same the next time
+        module = own_module(where, source, shop)
     sizes = {name: _said(where, source, module, name) for name in _SAID[model]}
     tokenizer = _tokenizer(where, source, module, sizes["max_tokens"]) if model == TEXT else None
     check_own(where, module, *_tried(model, sizes, tokenizer))
@@ -82,8 +84,7 @@ def open_own_encoder(where: str, source: str, model: str, shop: Path) -> OwnEnco
         vocabulary=tokenizer[1] if tokenizer else 0,
         tokenizer=path,
     )
-    # by name: what makes keys is no stage's code (builders/keys.py), and makes no vector
-    key = importlib.import_module("builders.keys").own_key(source, shop)
+    key = own_key(source, shop)
     facts = [source, key.digest if key else "", str(sizes), path and file_sha256(path), _weights(module)]
     return OwnEncoder(opened, hashlib.sha256(repr(facts).encode()).hexdigest())
 

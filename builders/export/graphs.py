@@ -31,6 +31,7 @@ from ensemble.spec import ModelSpec
 
 _MOST_WEIGHTS = 1 << 23  # that float32 tells apart
 _MOST_BYTES = 1 << 29  # of kept graphs; those that nobody asked for the longest go first
+_PARTIAL = ".partial"  # of one graph: who holds its lock overwrites what a killed export left
 _NONE = b"no"  # what stands for a graph whose weights cannot be told apart
 
 
@@ -46,6 +47,8 @@ def from_kept_graph(
     if key is None:
         return None
     folder = graphs_folder()
+    if folder is None:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{key}.onnx"
@@ -60,17 +63,17 @@ def from_kept_graph(
     return None if graph == _NONE else reweighted(graph, _state(template), _state(module))
 
 
-def graphs_folder() -> Path:
-    """Gives the folder of kept graphs."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "peregrine" / "graphs"
+def graphs_folder() -> Path | None:
+    """Gives the folder of kept graphs; None for a user without a home, as a service's may be."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "peregrine" / "graphs" if os.path.isabs(home) else None
 
 
 def _keep(
     template: nn.Module, module: nn.Module, path: Path, export: Callable[[nn.Module, Path], None]
 ) -> None:
     """Exports the template and writes it to `path`, or what says that it cannot be given other weights."""
-    partial = path.with_suffix(f".{os.getpid()}")
+    partial = path.with_suffix(_PARTIAL)
     try:
         export(template, partial)
         if reweighted(partial.read_bytes(), _state(template), _state(module)) is None:

@@ -188,16 +188,9 @@ def _written(options: TuneOptions, study: Any, stopped: str) -> dict[str, Any]:
     }
     head = f"# found by `peregrine tune`, trial {best['trial']} of {len(trials)}: {gain_line(report)}\n"
     write_durably(options.out / PRESET_FILE, head + preset_text(options.preset.root, changes))
-    _write_bytes(options.out / PLOT, plot_of(report))
+    write_durably(options.out / PLOT, plot_of(report))
     write_durably(options.out / REPORT, json_text(report, indent=1))
     return report
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file through a temporary one and a rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _trial_report(trial: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, PeregrineError, ServerError
 from ensemble.json_text import json_text
 from ensemble.release.release import Release, open_release
-from ensemble.release.repository import require_active
+from ensemble.release.repository import require_active, require_folder
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import serve
 from ensemble.tiers.records import keys_from_identities, user_identities
@@ -350,10 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if unknown := sorted(set(given.faults) - set(ALL)):
             raise InvalidInput(f"--faults: there is no {unknown[0]!r}; there are {', '.join(ALL)}")
-        if not given.repository.is_dir():
-            raise InvalidInput(
-                f"repository {given.repository} does not exist; `peregrine build SHOP --activate` makes one"
-            )
+        require_folder(given.repository)
         with tempfile.TemporaryDirectory(dir=given.repository.parent) as folder:
             figures = measure(given, Path(folder))
         if given.json:

@@ -16,7 +16,6 @@ import contextlib
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import numpy as np
 
 from clients.aio import AsyncClient
 from clients.bench.faults import closed_loop
+from clients.bench.inputs import working_copy
 from clients.bench.machine import machine
 from clients.bench.starred.load import some_users
 from clients.policy import Allowance
@@ -38,7 +38,7 @@ from ensemble.contract import Degraded
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.json_text import json_text
 from ensemble.release.release import open_release
-from ensemble.release.repository import require_active
+from ensemble.release.repository import require_active, require_folder
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
 
@@ -129,8 +129,8 @@ def table(rows: list[Row]) -> str:
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Asks two servers with and without second calls, by turns, quiet and with pauses."""
-    name, copy, rows = require_active(given.repository), folder / "repository", list[Row]()
-    shutil.copytree(given.repository, copy, ignore=shutil.ignore_patterns(".build", ".lock", ".servers"))
+    name, rows = require_active(given.repository), list[Row]()
+    copy = working_copy(given.repository, folder / "repository")
     users = some_users(open_release(copy, name))
     spawn = multiprocessing.get_context("spawn")
 
@@ -175,10 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("seconds", "rounds"):
             if getattr(given, name) <= 0:
                 raise InvalidInput(f"--{name}: must be above 0, got {getattr(given, name):g}")
-        if not given.repository.is_dir():
-            raise InvalidInput(
-                f"repository {given.repository} does not exist", "peregrine build SHOP --activate"
-            )
+        require_folder(given.repository)
         with tempfile.TemporaryDirectory(prefix="peregrine-hedges-") as folder:
             figures = measure(given, Path(folder))
         if given.json:

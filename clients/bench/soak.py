@@ -10,7 +10,6 @@ nearest to all looks but those of the first fifth, when memories still fill.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 import time
@@ -19,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from clients.bench.inputs import WAYS, check_ways, working_copy
 from clients.bench.machine import machine
 from clients.bench.starred.load import Bench, Note, some_users
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.json_text import json_text
 from ensemble.release.release import open_release
-from ensemble.release.repository import require_active
+from ensemble.release.repository import require_active, require_folder
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
 
@@ -111,8 +111,7 @@ def table(rows: list[Row]) -> str:
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Asks a server of each way for the given time."""
     name, rows = require_active(given.repository), list[Row]()
-    copy = folder / "repository"
-    shutil.copytree(given.repository, copy, ignore=shutil.ignore_patterns(".build", ".lock", ".servers"))
+    copy = working_copy(given.repository, folder / "repository")
     for way in given.ways:
         bench = Bench(3.0, some_users(open_release(copy, name)))
         options = ServeOptions(port=0, metrics_port=None, fused=way == "fused", state=folder / way)
@@ -148,18 +147,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--minutes", type=float, default=10.0, help="for each way")
-    parser.add_argument(
-        "--ways", type=lambda text: text.split(","), default=["ensemble", "fused"], help="ensemble,fused"
-    )
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=[*WAYS], help=",".join(WAYS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, each look's too")
     given = parser.parse_args(arguments)
     try:
         if given.minutes <= 0:
             raise InvalidInput(f"--minutes: must be above 0, got {given.minutes:g}")
-        if not given.repository.is_dir():
-            raise InvalidInput(
-                f"repository {given.repository} does not exist", "peregrine build SHOP --activate"
-            )
+        check_ways(given.ways)
+        require_folder(given.repository)
         with tempfile.TemporaryDirectory(prefix="peregrine-soak-") as folder:
             figures = measure(given, Path(folder))
         if given.json:

@@ -17,23 +17,24 @@ LOCK, RESERVE_BYTES, _KEPT_BYTES = ".lock", 1 << 17, 32
 _PARTIAL = re.compile(r"\..+\.\d+")  # what write_durably names its temporary file
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file through a temporary one and a rename, down to the disk. Where that is full, the room that
     a lock has kept free is given up for it."""
+    data = content.encode() if isinstance(content, str) else content
     try:
-        _write(path, text)
+        _write(path, data)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not _give_up_reserve(path):
             raise
-        _write(path, text)
+        _write(path, data)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     """Writes a file once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ensemble import contract
-from ensemble.errors import ReleaseError
+from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release.audit import note_change
 from ensemble.release.files import LOCK, keep_reserve, partial_files, try_flock, write_durably
 from ensemble.release.manifest import MANIFEST
@@ -49,6 +49,14 @@ def alias_file(pipeline: str) -> str:
 
 _MEMBER = re.compile(rf"({NAME.pattern})_[a-z0-9_]+")
 _RELEASE_PARAMETER = re.compile(r'key:\s*"release"\s*value\s*\{\s*string_value:\s*"([^"]*)"')
+
+
+def require_folder(repository: Path) -> None:
+    """Raises InvalidInput unless the repository's folder is there."""
+    if not repository.is_dir():
+        raise InvalidInput(
+            f"repository {repository} does not exist; `peregrine build SHOP --activate` makes one"
+        )
 
 
 def require_active(repository: Path, home: Path | None = None) -> str:

@@ -13,7 +13,7 @@ from ensemble.engines.cards import show_cards
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.activation import settle_on_disk
 from ensemble.release.release import open_release
-from ensemble.release.repository import locked, require_active, sweep
+from ensemble.release.repository import locked, require_active, require_folder, sweep
 from ensemble.release.route import read_route
 from ensemble.server.installation import Installation
 from ensemble.server.options import ServeOptions
@@ -60,10 +60,7 @@ def check_servable(
     The route lies in `home`, which is the repository if not given; where there is none, `named` is served.
     """
     home = home or repository
-    if not repository.is_dir():
-        raise InvalidInput(
-            f"repository {repository} does not exist; `peregrine build SHOP --activate` makes one"
-        )
+    require_folder(repository)
     if not home.is_dir():
         raise InvalidInput(f"--catalogue {home} does not exist", "make the folder, or leave --catalogue out")
     if os.access(repository, os.W_OK):

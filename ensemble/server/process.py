@@ -37,8 +37,8 @@ EXIT_TIMEOUT_S = 20  # what tritonserver gives requests in flight at SIGTERM
 # When all are answered it ends within a second or two, unless a stub died at work (it waits for ever then)
 DRAINED_EXIT_S = 6.0
 CONTROL_HEADER = "triton-grpc-protocol-peregrine"
-# PEREGRINE_REDIS may hold a password.
 _NEVER = 2**31 - 1  # one request in so many
+# PEREGRINE_REDIS may hold a password.
 _NOT_FOR_CHILDREN = (TRACES_VARIABLE, "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PEREGRINE_REDIS")
 _RESTRICTED = "shared-memory,model-repository,model-config,statistics,trace,logging"
 # Runs in the child before it becomes tritonserver: no core dumps (they hold users' features), and the kernel

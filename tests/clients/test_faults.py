@@ -160,32 +160,45 @@ def test_what_is_too_much_is_refused_at_once_the_important_last() -> None:
     triton.stop()
 
 
-def test_everybodys_list_is_fetched_once_a_release_and_never_longer_than_what_was_answered() -> None:
-    started: list[Call] = []
+class Fetches:
+    """Starts calls for everybody's list, and answers none by itself."""
 
-    def start(call: Call) -> Future[Answer]:
-        started.append(call)
-        return Future()
+    def __init__(self) -> None:
+        self.depths: list[int] = []
+        self.replies: list[Future[Answer]] = []
+        self.popular = Popular(self._start)
 
-    popular = Popular(start)
+    def _start(self, call: Call) -> Future[Answer]:
+        self.depths.append(call.parameters["top_k"])
+        self.replies.append(Future())
+        return self.replies[-1]
+
+
+def test_everybodys_list_is_fetched_once_a_release() -> None:
+    fetches = Fetches()
     for _ in range(10):  # a canary and the main release, by turns
         for release in ("r1", "r2"):
-            popular.learn(release, Call((b"u1",), {}))
-    popular.learn("r1", Call((b"u1", b"u2"), {"top_k": "[5, 20]"}))
-    popular.learn("r1", Call((b"u1",), {"top_k": 20}))
-    assert [call.parameters["top_k"] for call in started] == [10, 10, 20]
+            fetches.popular.learn(release, Call((b"u1",), {}))
+    assert fetches.depths == [100, 100]
+
+
+def test_a_shop_that_refuses_a_long_list_is_asked_for_as_many_as_it_has_answered() -> None:
+    fetches = Fetches()
+    fetches.popular.learn("r1", Call((b"u1", b"u2"), {"top_k": "[5, 20]"}))
+    fetches.replies[0].set_exception(InvalidArgument("top_k: must be 1..50, got 100"))
+    assert fetches.depths == [100, 20]
+    fetches.popular.learn("r1", Call((b"u1",), {"top_k": 20}))
+    fetches.popular.learn("r1", Call((b"u1",), {"top_k": 30}))
+    assert fetches.depths == [100, 20, 30]
+    fetches.replies[-1].set_exception(InvalidArgument("top_k: must be 1..20, got 30"))
+    fetches.popular.learn("r1", Call((b"u1",), {"top_k": 30}))
+    assert fetches.depths == [100, 20, 30], "what is refused is not asked for with each answer"
 
 
 def test_a_list_that_could_not_be_fetched_is_asked_for_again() -> None:
-    asked_for: list[Future[Answer]] = []
-
-    def start(call: Call) -> Future[Answer]:
-        asked_for.append(Future())
-        return asked_for[-1]
-
-    popular = Popular(start)
-    popular.learn("r1", Call((b"u1",), {}))
-    popular.learn("r1", Call((b"u1",), {}))
-    asked_for[0].set_exception(CallError("gone"))
-    popular.learn("r1", Call((b"u1",), {}))
-    assert len(asked_for) == 2
+    fetches = Fetches()
+    for _ in range(2):
+        fetches.popular.learn("r1", Call((b"u1",), {}))
+    fetches.replies[0].set_exception(CallError("gone"))
+    fetches.popular.learn("r1", Call((b"u1",), {}))
+    assert len(fetches.depths) == 2

@@ -22,6 +22,7 @@ from clients.bench.machine import machine
 from clients.bench.rolling.update import Outcome, roll
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.json_text import json_text
+from ensemble.release.repository import require_folder
 
 
 def free_ports(count: int) -> list[int]:
@@ -62,10 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if lacks := missing():
             raise InvalidInput(lacks)
-        if not given.repository.is_dir():
-            raise InvalidInput(
-                f"repository {given.repository} does not exist; `peregrine build SHOP --activate` makes one"
-            )
+        require_folder(given.repository)
         with tempfile.TemporaryDirectory(prefix="peregrine-rolling-") as folder:
             say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             outcome = roll(given.repository, Path(folder), free_ports(10), given.rate, given.to, say)

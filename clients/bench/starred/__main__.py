@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.bench.faulty_redis import FaultyRedis
+from clients.bench.inputs import WAYS, check_ways, working_copy
 from clients.bench.machine import machine
 from clients.bench.starred import processes, releases, requests, stores
 from clients.bench.starred.load import Bench, Row, some_users
@@ -50,7 +50,7 @@ from clients.bench.starred.verdict import misses, table, worst
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.json_text import json_text
 from ensemble.release.release import open_release
-from ensemble.release.repository import require_active
+from ensemble.release.repository import require_active, require_folder
 from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
 from ensemble.tiers.settings import VARIABLE, TierSettings, write_settings
@@ -91,8 +91,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _run(given: argparse.Namespace, folder: Path, name: str, test: str, way: str) -> list[Row]:
     """Runs one test once, on a copy of the repository."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        copy = Path(own) / "repository"
-        shutil.copytree(given.repository, copy, ignore=shutil.ignore_patterns(".build", ".lock", ".servers"))
+        copy = working_copy(given.repository, Path(own) / "repository")
 
         def served(state: str) -> contextlib.AbstractContextManager[Server]:
             options = ServeOptions(
@@ -139,9 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--seconds", type=float, default=3.0, help="before and after each harm")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[*TESTS], help="some of them")
-    parser.add_argument(
-        "--ways", type=lambda text: text.split(","), default=["ensemble", "fused"], help="ensemble,fused"
-    )
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=[*WAYS], help=",".join(WAYS))
     parser.add_argument("--runs", type=int, default=1, help="of each test; each number is the worst")
     parser.add_argument("--all", action="store_true", help="as often as the scorecard says")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, those of each run too")
@@ -162,12 +159,10 @@ def _check(given: argparse.Namespace) -> None:
     """Raises InvalidInput for what cannot be run."""
     if unknown := sorted(set(given.only) - set(TESTS)):
         raise InvalidInput(f"--only: there is no {unknown[0]!r}; there are {', '.join(TESTS)}")
-    if unknown := sorted(set(given.ways) - {"ensemble", "fused"}):
-        raise InvalidInput(f"--ways: there is no {unknown[0]!r}; there are ensemble, fused")
+    check_ways(given.ways)
     if given.runs < 1:
         raise InvalidInput(f"--runs: must be at least 1, got {given.runs}")
-    if not given.repository.is_dir():
-        raise InvalidInput(f"repository {given.repository} does not exist", "peregrine build SHOP --activate")
+    require_folder(given.repository)
 
 
 if __name__ == "__main__":

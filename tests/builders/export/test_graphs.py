@@ -119,6 +119,24 @@ def test_a_home_that_cannot_be_written_costs_time_only(traced, tmp_path):
     assert traced == [module]
 
 
+def test_a_user_without_a_home_exports_as_before(traced, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is for an id without a name
+    monkeypatch.chdir(tmp_path)
+    module = Layers(0)
+    export(module, tmp_path)
+    assert traced == [module]
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_a_killed_export_left_is_used_by_the_next_one(traced, monkeypatch, tmp_path):
+    export(Layers(0), tmp_path)
+    (path,) = kept()
+    path.rename(path.with_suffix(".partial"))
+    export(Layers(0), tmp_path)
+    assert kept() == [path]
+
+
 def test_a_killed_export_leaves_no_graph(traced, monkeypatch, tmp_path):
     whole = torch.onnx.export
     monkeypatch.setattr(torch.onnx, "export", interrupted)
