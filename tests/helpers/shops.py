@@ -208,8 +208,9 @@ def one_thread(**more: str) -> dict[str, str]:
 def private_copy(repository: Path, target: Path) -> Path:
     """A copy of a repository without its stages and locks, for a test (or a server) to do with as it
     likes."""
-    shutil.copytree(repository, target, ignore=shutil.ignore_patterns(".build", ".lock", ".servers"))
-    return target
+    from clients.bench.inputs import working_copy
+
+    return working_copy(repository, target)
 
 
 if __name__ == "__main__":
