@@ -52,10 +52,10 @@ def _properties(folder: Path, out: Imported) -> tuple[pa.Table | None, list[dict
     found = []
     for part in parts:
         columns = read_table(folder, part.name, ["timestamp", "itemid", "property", "value"])
-        table = pa.table({name: texts_from_column(column) for name, column in columns.items()})
+        at = np.nan_to_num(numbers_from_column(columns.pop("timestamp")), nan=-np.inf)  # undated: the oldest
+        table = pa.table({"at": at} | {name: texts_from_column(column) for name, column in columns.items()})
         found.append(table.filter(pc.equal(table["property"], "categoryid")))
-    rows = pa.concat_tables(found)
-    rows = rows.append_column("at", pc.cast(rows["timestamp"], pa.int64())).sort_by("at")
+    rows = pa.concat_tables(found).sort_by("at")
     category = dict(zip(rows["itemid"].to_pylist(), rows["value"].to_pylist(), strict=True))  # the last stays
     tree = folder / "category_tree.csv"
     parent: dict[str, str] = {}
@@ -79,7 +79,10 @@ def read_amazon(source: Path, asked: Asked) -> Imported:
         asked = Asked(asked.name, {**asked.told, "item": "parent_asin"}, asked.like_from)
     out = _log(folder, file, asked, ("user", "item", "time", "rating"))
     liked = asked.liked
-    share = float(np.mean(out.interactions["rating"].drop_null().to_numpy() >= liked))
+    ratings = out.interactions["rating"].drop_null().to_numpy()
+    if not len(ratings):
+        raise InvalidInput(f"{file}: column {out.mapping[-1][1]!r}: no row has a rating")
+    share = float(np.mean(ratings >= liked))
     out.mapping[-1] = (*out.mapping[-1][:2], f"rating; {liked:g} and more is liked, {share:.0%} of the rows")
     label = {"column": "rating", "threshold": liked}
     out.tasks, out.history = [{"name": "like", "kind": "binary", "label": label}], "like"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,47 @@ def test_retailrocket_s_events_with_the_newest_category_of_each_item(tmp_path: P
     assert dataset.vocabularies["items"] == {"category": ["20"], "parent": ["7"]}
     assert dataset.schema.events == ("view", "addtocart", "transaction")
     assert int(dataset.histories.times.min()) == ms // 1000
+
+
+EVENTS = "timestamp,visitorid,event,itemid,transactionid\n" + "".join(
+    f"{at},{at % 5},{('view', 'addtocart')[at % 2]},{at % 7},\n" for at in range(1, 60)
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "files", "said"),
+    [
+        (
+            "retailrocket",
+            {
+                "events.csv": EVENTS,
+                "item_properties_part1.csv": "timestamp,itemid,property,value\nx,1,categoryid,2\n",
+            },
+            "item_properties_part1.csv: column 'timestamp', row 1: 'x' is no number",
+        ),
+        (
+            "amazon",
+            {"r.jsonl": '{"user_id": "a", "asin": "b", "timestamp": 1, "rating": null}\n'},
+            "r.jsonl: column 'rating': no row has a rating",
+        ),
+    ],
+)
+def test_a_log_s_mistake_is_named(tmp_path: Path, form: str, files: dict[str, str], said: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(said)):
+        import_shop(form, write(tmp_path / "src", files), tmp_path / "shop")
+
+
+def test_an_undated_category_is_the_oldest(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "rr",
+        {
+            "events.csv": EVENTS,
+            "item_properties_part1.csv": "timestamp,itemid,property,value\n"
+            "5,1,categoryid,20\n,1,categoryid,10\n",
+        },
+    )
+    import_shop("retailrocket", source, tmp_path / "shop")
+    assert load_dataset(tmp_path / "shop").vocabularies["items"]["category"] == ["20"]
 
 
 def test_amazon_s_reviews_by_header_by_map_and_from_a_rating(tmp_path: Path) -> None:
