@@ -31,10 +31,12 @@ from shops import ROOT, one_thread, private_copy
 
 import peregrine
 from clients import Client
+from ensemble.release.release import open_release
 from ensemble.release.store_state import StoreState, write_store_state
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import EXIT_TIMEOUT_S
 from ensemble.server.supervisor import Server, serve
+from ensemble.tiers.load import load_release
 
 yaml = pytest.importorskip("yaml")
 GRAFANA = ROOT / "docker" / "grafana"
@@ -182,6 +184,8 @@ def composed(
         )
         (folder / "features.log").write_bytes(loaded.stdout)
         logs["features"] = folder / "features.log"
+        # Without rows of its own a release that is tried is taken out within seconds, and its panels end
+        load_release(open_release(repository, "r2"), f"redis://127.0.0.1:{redis}")
         logs["serve"] = stack.enter_context(
             running(command_of("serve", here, *ports), folder, "serve", PEREGRINE_CATALOGUE=str(repository))
         )
@@ -282,7 +286,6 @@ def test_kubernetes_adapter_reads_how_long_requests_wait(composed: Composed) -> 
 @pytest.mark.triton
 @pytest.mark.redis
 def test_shared_memory_is_no_more_than_a_release_says(composed: Composed, repository: Path) -> None:
-    from ensemble.release.release import open_release
     from ensemble.release.shared_memory import shm_bytes
 
     need = shm_bytes(open_release(repository, "r1").schema)
