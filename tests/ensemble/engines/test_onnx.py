@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ensemble.engines.onnx import CUDA, OnnxEngine
+from ensemble.engines.onnx import CUDA, OnnxEngine, adds_exactly
 from ensemble.errors import InvalidInput, ReleaseError
 
 
@@ -37,6 +37,18 @@ def test_a_file_and_its_bytes_are_the_same_engine(model, tmp_path):
 def test_feeds_that_the_model_does_not_take_are_left_out(model):
     answer = OnnxEngine(model).run({"x": np.ones((1, 3), np.float32), "other": np.ones(1)})
     assert set(answer) == {"y"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [("avx2 avx512f", False), ("avx512f avx512_vnni", True), ("avx2 avx_vnni", True), (None, False)],
+)
+def test_exact_kernels_are_asked_for_only_where_the_fast_ones_overflow(flags, exact, tmp_path):
+    """With VNNI they give the same numbers, in twice the time."""
+    path = tmp_path / "cpuinfo"
+    if flags is not None:
+        path.write_text(f"processor : 0\nflags : fpu {flags}\n\nprocessor : 1\n")
+    assert adds_exactly(path) is exact
 
 
 def test_what_cannot_be_opened_is_named(model, tmp_path):
