@@ -1,7 +1,7 @@
 """Reads and writes ONNX graphs for compression: safely, with blocks by readable names, and their bytes.
 
-A *block* is what a precision can be chosen for: a MatMul or Gemm (with its bias and ReLU, if they follow),
-and a table that rows are gathered from. All else in a graph follows its neighbours.
+A *block* is what a precision can be chosen for: a MatMul or Gemm (with its bias and ReLU, if they follow), a
+convolution, and a table that rows are gathered from. All else in a graph follows its neighbours.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SCOPES, _CLASSES = (
 
 @dataclass(frozen=True)
 class Block:
-    """Describes a MatMul, Gemm or table of the graph. Tensors are named as in the graph."""
+    """Describes a MatMul, Gemm, Conv or table of the graph. Tensors are named as in the graph."""
 
     name: str
-    op: str  # "MatMul", "Gemm" or "Gather"
+    op: str  # "MatMul", "Gemm", "Conv" or "Gather"
     node: str  # the graph node's own name, unique
     inputs: tuple[
         str, ...
@@ -113,9 +113,9 @@ def blocks(proto: ModelProto) -> list[Block]:
 def bias_of(node: NodeProto, known: Index) -> tuple[str | None, NodeProto | None]:
     """Gives (the initializer added to a MatMul's or Gemm's output, the Add that does it).
 
-    The Add is None for a Gemm, which has it inside.
+    The Add is None for a Gemm or a Conv, which has it inside.
     """
-    if node.op_type == "Gemm":
+    if node.op_type in ("Gemm", "Conv"):
         return (node.input[2] if len(node.input) > 2 else None), None
     add = known.only_reader(node.output[0], "Add")
     other = next((name for name in add.input if name != node.output[0]), None) if add else None
@@ -277,6 +277,8 @@ def _is_block(node: NodeProto, known: Index) -> bool:
     if node.op_type == "MatMul":
         weight = known.constants.get(node.input[1])
         return node.input[0] not in known.constants and (weight is None or len(weight.dims) == 2)
+    if node.op_type == "Conv":
+        return node.input[1] in known.constants and all(name in known.constants for name in node.input[2:])
     if node.op_type == "Gemm":
         plain = all(
             a.name == "transB"

@@ -120,7 +120,7 @@ class _Saturation:
             return rule(sides)
         if op in _SAME:
             return sides[0]
-        if op in ("MatMul", "Gemm"):
+        if op in ("MatMul", "Gemm", "Conv"):
             return self._product(node, sides)
         if op == "LayerNormalization":
             width = self._width(node.input[1], 0)
@@ -149,6 +149,8 @@ class _Saturation:
     def _product(self, node: NodeProto, sides: list[float]) -> float:
         """Bounds a product by the largest sum of |weight|, or by its length where both sides vary."""
         weight = self.weights.get(node.input[1])
+        if weight is not None and node.op_type == "Conv":
+            return sides[0] * float(weight.sum(tuple(range(1, weight.ndim))).max()) + sum(sides[2:])
         if weight is None or weight.ndim != 2:
             return sides[0] * sides[1] * self._width(node.input[0], -1)
         turned = any(a.name == "transB" and a.i for a in node.attribute)

@@ -2,7 +2,8 @@
 
 A linear block becomes Q/DQ around a two-axis Gemm, which ONNX Runtime fuses to QGemm with bias and ReLU
 inside; codes stay uint8 from block to block and through concatenations, so no float copy of an activation is
-written that nobody reads. Tables become int8 rows with one scale each.
+written that nobody reads. A convolution becomes a QLinearConv, which has codes on both sides. Tables become
+int8 rows with one scale each.
 
 Scheme: Jacob et al. CVPR 2018 (affine uint8 activations, symmetric int8 weights per output channel, int32
 bias). Parts of a concatenation keep a scale each, moved into the weights' rows before those are rounded: the
@@ -45,6 +46,8 @@ def to_int8(proto: ModelProto, blocks: list[Block], ranges: Ranges) -> None:
         kind = (
             rewrite.table
             if block.op == "Gather"
+            else rewrite.convolution
+            if block.op == "Conv"
             else rewrite.product
             if block.weight is None
             else rewrite.linear
@@ -121,12 +124,7 @@ class _Rewrite:
         inputs = [
             self._decoded(self._rows(parts, source), scale, zero),
             self._constant(f"{block.name}.weight_int8", codes, steps, 1),
-            self._constant(
-                f"{block.name}.bias_int32",
-                np.rint(bias / (scale * steps)).astype(np.int32),
-                (scale * steps).astype(np.float32),
-                0,
-            ),
+            self._bias(block, bias, scale * steps),
         ]
         relu = self.known.only_reader((add or node).output[0], "Relu")
         old = [n for n in (node, add, relu) if n is not None]
@@ -150,6 +148,37 @@ class _Rewrite:
         )
         if relu:
             self._add("Relu", [whole], result)
+
+    def convolution(self, block: Block) -> None:
+        """Puts Q and DQ before a Conv and behind its ReLU or Clip: ONNX Runtime fuses the five.
+
+        Whoever reads the result reads what its codes stand for, else it would be written as floats, too.
+        """
+        node, source = self.nodes[block.node], block.inputs[0]
+        bias_name, _ = graph.bias_of(node, self.known)
+        weight = graph.array(self.known.constants[node.input[1]]).astype(np.float64)
+        channels = len(weight)
+        bias = graph.array(self.known.constants[bias_name]) if bias_name else np.zeros(channels)
+        scale, zero = affine(self.ranges[source])
+        least = np.abs(bias) / (scale * 2**30) + 1e-12  # the bias must fit into int32
+        codes, steps = rounded_weight(weight.reshape(channels, -1).T, least)
+        node.input[:] = [
+            self._decoded(self._codes(source, scale, zero), scale, zero),
+            self._constant(f"{block.name}.weight_int8", codes.T.reshape(weight.shape), steps, 0),
+            self._bias(block, bias, scale * steps),
+        ]
+        result = node.output[0]
+        limit = self.known.only_reader(result, "Relu") or self.known.only_reader(result, "Clip")
+        self._read_as_codes((limit or node).output[0])
+
+    def _read_as_codes(self, tensor: str) -> None:
+        """Lets all nodes that read a float tensor read what its codes stand for."""
+        if tensor in self.known.outputs:
+            return
+        scale, zero = affine(self.ranges[tensor])
+        decoded = self._decoded(self._codes(tensor, scale, zero), scale, zero)
+        for reader in self.known.readers.get(tensor, []):
+            reader.input[:] = [decoded if name == tensor else name for name in reader.input]
 
     def product(self, block: Block) -> None:
         """Rewrites a MatMul of two activations: Q and DQ before each."""
@@ -267,6 +296,11 @@ class _Rewrite:
         return self._add(
             "DequantizeLinear", [name, f"{name}_scale", f"{name}_zero_point"], f"{name}_decoded", axis=axis
         )
+
+    def _bias(self, block: Block, bias: Array, steps: Array) -> str:
+        """Stores a bias [N] as int32 codes, of the products' own scales [N]."""
+        codes = np.rint(bias / steps).astype(np.int32)
+        return self._constant(f"{block.name}.bias_int32", codes, steps.astype(np.float32), 0)
 
     def _store(self, name: str, value: Array | np.generic) -> None:
         if name not in self.made:

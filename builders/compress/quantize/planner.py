@@ -20,7 +20,13 @@ from builders.compress.judge.judge import Judge, Judged, Loss, compare
 from builders.compress.judge.timing import time_share
 from builders.compress.quantize.calibration import Ranges, check_finite
 from builders.compress.quantize.quantize import BITS, PRECISIONS, check_precisions, choices, quantize
-from builders.compress.quantize.sensitivity import Sensitivity, aligned_products, fp16_misfit, sensitivities
+from builders.compress.quantize.sensitivity import (
+    Sensitivity,
+    aligned_products,
+    fp16_misfit,
+    sensitivities,
+    shapes_of,
+)
 from builders.progress import Progress
 from ensemble.arrays import Array
 from ensemble.engines.flavors import RTX, TENSORRT
@@ -159,9 +165,7 @@ class Search:
         self.ranges, self.runtime, self.pinned = ranges, runtime, pinned
         proto = graph.load(model)
         self.blocks: list[Block] = graph.blocks(proto)
-        self.aligned = aligned_products(
-            self.blocks, {t.name: tuple(t.dims) for t in proto.graph.initializer}, ranges
-        )
+        self.aligned = aligned_products(self.blocks, shapes_of(proto), ranges)
         self.candidates = _checked(candidates, runtime)
         check_precisions(self.blocks, pinned, ranges, runtime)
         self.uncompressed: Judged = judge(model)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import ModelProto
 
 from builders.compress import graph
 from builders.compress.graph import Block
@@ -62,7 +63,7 @@ def sensitivities(
     """
     proto = graph.load(model)
     blocks = graph.blocks(proto)
-    flops = block_flops(blocks, ranges)
+    flops = block_flops(blocks, shapes_of(proto), ranges)
     total = sum(flops.values()) or 1.0
     possible = [(b, p) for b in blocks if b.name not in skip for p in precisions if p in choices(b, runtime)]
     todo = [(b, p) for b, p in possible if p != "fp16" or not fp16_misfit(model, b, ranges, runtime)]
@@ -81,14 +82,25 @@ def sensitivities(
     return rows
 
 
-def block_flops(blocks: list[Block], ranges: Ranges) -> dict[str, float]:
-    """Counts each block's floating point operations a user (2 a multiply-add), from the calibrated shapes."""
+def block_flops(
+    blocks: list[Block], weights: Mapping[str, tuple[int, ...]], ranges: Ranges
+) -> dict[str, float]:
+    """Counts each block's floating point operations a user (2 a multiply-add), from the calibrated shapes and
+    those of the weights."""
     found = {}
     for block in blocks:
         known = block.inputs and block.inputs[0] in ranges and block.output in ranges
         shape = ranges[block.inputs[0]].shape if known else ()
-        found[block.name] = 2.0 * float(np.prod(ranges[block.output].shape)) * shape[-1] if shape else 0.0
+        terms = shape[-1] if shape else 0
+        if known and block.op == "Conv":
+            terms = int(np.prod(weights[str(block.weight)][1:]))
+        found[block.name] = 2.0 * float(np.prod(ranges[block.output].shape)) * terms if shape else 0.0
     return found
+
+
+def shapes_of(proto: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Gives the shape of each constant."""
+    return {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
 
 
 def aligned_products(
@@ -101,7 +113,7 @@ def aligned_products(
 
     def sides(block: Block) -> tuple[int, ...]:
         if block.weight is not None:
-            return weights[block.weight]
+            return weights[block.weight][:2]  # of a convolution, the channels
         return tuple(ranges[name].shape[-1] for name in (*block.inputs, block.output) if name in ranges)
 
     return frozenset(block.name for block in blocks if all(side % _PIECE == 0 for side in sides(block)))

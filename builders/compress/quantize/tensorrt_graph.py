@@ -41,6 +41,7 @@ _ARITHMETIC = (
     "Sigmoid",
     "MatMul",
     "Gemm",
+    "Conv",
     "Cast",
     "Where",
 )
@@ -244,7 +245,8 @@ class _Typing:
         for place, original in enumerate(block.inputs):
             node.input[place] = self._coded(node.input[place], original, precision, kind)
         if block.weight is not None:
-            axis = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+            is_turned = any(a.name == "transB" and a.i for a in node.attribute)
+            axis = 0 if block.op == "Conv" or is_turned else 1
             node.input[1] = self._coded_weight(block, precision, axis, kind)
 
     def _coded(self, tensor: str, original: str, precision: str, kind: int) -> str:
@@ -260,8 +262,9 @@ class _Typing:
         assert block.weight is not None
         weight = graph.array(self.known.constants[block.weight]).astype(np.float64)
         if precision == "int8":
-            scale = _scale(np.abs(weight).max(1 - axis) / 127, kind)
-            steps = np.expand_dims(scale.astype(np.float64), 1 - axis)
+            others = tuple(at for at in range(weight.ndim) if at != axis)
+            scale = _scale(np.abs(weight).max(others) / 127, kind)
+            steps = np.expand_dims(scale.astype(np.float64), others)
             codes = np.rint(weight / steps).clip(-127, 127).astype(np.int8)
         else:
             scale = _scale(np.asarray(np.abs(weight).max() / FP8_MAX), kind)

@@ -278,3 +278,64 @@ def test_ranges_cover_what_was_seen_and_clip_rare_outliers(tiny):
     assert found.amplitude == 40.0
     assert found.high <= 40.0
     assert found.shape == (LENGTH, WIDTH)
+
+
+# --- convolutions: what image encoders are made of
+
+
+class Seen(nn.Module):
+    """Convolutions, one of them of each channel alone, limited and not, with a sum around two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU6())
+        self.wide = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU6())
+        self.each = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU())
+        self.narrow = nn.Conv2d(32, 16, 1)
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [B, 3, Y, X] -> [B, 8]."""
+        seen = self.first(pixels)
+        return self.out((seen + self.narrow(self.each(self.wide(seen)))).mean(dim=(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def seen() -> tuple[bytes, dict[str, np.ndarray]]:
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).random((32, 3, 16, 16), np.float32)
+    return exported(Seen(), torch.from_numpy(pixels[:3])), {"pixels": pixels}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kind", "most"),
+    [
+        ("onnxruntime", "int8", INT8_ERROR),
+        ("tensorrt", "int8", SYMMETRIC_INT8_ERROR),
+        ("tensorrt", "fp16", FP16_ERROR),
+    ],
+)
+def test_convolutions_are_rounded_and_hardly_change(seen, runtime, kind, most):
+    model, feeds = seen
+    ranges = calibrate(model, feeds, min_users=1)
+    blocks = graph.blocks(graph.load(model))
+    assert [block.op for block in blocks] == ["Conv"] * 4 + [blocks[-1].op]
+    small = quantize(model, {block.name: kind for block in blocks}, ranges, runtime)
+    onnx.checker.check_model(onnx.load_model_from_string(small), full_check=True)
+    assert error(model, small, feeds, fuse=runtime == "onnxruntime") < most
+    per_weight = {"int8": 1, "fp16": 2}[kind]
+    weights = [t for t in onnx.load_model_from_string(small).graph.initializer if len(t.dims) == 4]
+    assert len(weights) == 4
+    assert all(graph.array(tensor).itemsize == per_weight for tensor in weights)
+
+
+def test_onnxruntime_runs_each_convolution_on_codes_from_end_to_end(seen, tmp_path):
+    model, feeds = seen
+    names = [block.name for block in graph.blocks(graph.load(model))]
+    small = quantize(model, dict.fromkeys(names, "int8"), calibrate(model, feeds, min_users=1), "onnxruntime")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(small, options)
+    ops = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert ops.count("QLinearConv") == 4
+    assert not {"Conv", "FusedConv", "ConvInteger"} & set(ops)
