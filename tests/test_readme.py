@@ -170,8 +170,13 @@ def names_of(blocks: list[Block]) -> list[str]:
     return [f"{block.page}: {block.text.strip().splitlines()[0]}" for block in blocks]
 
 
+def _of_its_time(block: Block) -> Any:
+    """Gives a block as a test's parameter; the compressed build, the longest, belongs to the soaks."""
+    return pytest.param(block, marks=pytest.mark.long) if "--compress" in block.text else block
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize("block", COMMANDS, ids=names_of(COMMANDS))
+@pytest.mark.parametrize("block", [_of_its_time(block) for block in COMMANDS], ids=names_of(COMMANDS))
 def test_commands_run_in_order(workplace: Path, url: str, block: Block) -> None:
     for line in block.text.replace("\\\n", " ").splitlines():
         assert run(["bash", "-c", line], workplace), line

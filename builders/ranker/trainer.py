@@ -108,7 +108,9 @@ class RankerTrainer:
 
     @property
     def apart(self) -> bool:
-        """Says whether a list must be of one moment: a user's own module takes one user_state a list."""
+        """Says whether the module is a user's own. It takes one user_state a list, which so must be of one
+        moment, and it gives probabilities, which in 16 bits are soon exactly 1, whose log odds no loss
+        bears."""
         return not isinstance(self.model, Ranker)
 
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -242,7 +244,7 @@ class RankerTrainer:
             self._set_rates(1 - (epoch + step / num_batches) / self.config.epochs)
             batch = lists.take(part)
             tensors, square = self.tensors(batch)
-            with narrow_products(self.config.bf16):
+            with narrow_products(self.config.bf16 and not self.apart):
                 logits = self.model.logits(*tensors)
             loss = (
                 loss_function(self.in_place(logits.float(), batch), torch.from_numpy(batch.labels))

@@ -49,6 +49,7 @@ from builders.ranker.standardize import label_scales, standardize_scores, standa
 from builders.ranker.trainer import RankerTrainer
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
+from ensemble.errors import InvalidInput
 from ensemble.schema import Task
 from ensemble.steps.blend import Blend
 
@@ -223,6 +224,11 @@ def _choose_rows(
     for was_read in read:
         was_read.fill_(False)
     best = min(one["validation"] for one in tried)
+    if not np.isfinite(best):
+        raise InvalidInput(
+            f"the ranker's loss of held-out exposures is {best} after {c.tried_epochs} epochs: its outputs "
+            "must stay finite; a module of your own must bear the inputs' range (clamp before exp or log)"
+        )
     chosen = next(one for one in tried if one["validation"] <= best + _NO_GAIN * abs(best))
     tried.sort(key=lambda one: (one is not chosen, one["validation"]))
     trainer.restart(with_tried_rows(c, tried))

@@ -81,6 +81,7 @@ def run(workshop, source, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_all_losses_have_students_of_one_size(losses):
     assert [row.name for row in losses.rows] == ROWS
     assert losses.rows[-1].weights == {"kd": 1, "at": 1, "rd": 1}
@@ -88,6 +89,7 @@ def test_all_losses_have_students_of_one_size(losses):
     assert all(len(row.ndcg) == len(row.overlap) == 1 for row in losses.rows)
 
 
+@pytest.mark.long
 def test_a_taught_student_shows_more_of_its_teachers_items(losses):
     overlap = {row.name: mean_and_error(row.overlap)[0] for row in losses.rows}
     # recall's relevance, which all share, makes up most of a list: there is little left to teach
@@ -139,6 +141,7 @@ def test_a_model_without_a_network_to_compress_is_refused(source):
         gate.fill_(1)
 
 
+@pytest.mark.long
 def test_losses_are_printed_drawn_and_written_and_a_seeds_student_depends_on_nothing_but_its_seed(
     run, losses, tmp_path
 ):

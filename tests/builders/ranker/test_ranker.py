@@ -43,6 +43,7 @@ from builders.ranker.trainer import RankerTrainer, RunningMean
 from builders.ranker.training import train_ranker
 from ensemble import contract
 from ensemble.activity import state_width, touches_width
+from ensemble.errors import InvalidInput
 from ensemble.schema import DEFAULT_SOURCES, Schema, Task
 
 
@@ -330,14 +331,32 @@ class _Own(torch.nn.Module):
 
 def test_a_users_own_ranker_is_trained_and_calibrated_too():
     dataset = toy_dataset()
+    torch.manual_seed(0)  # its weights are those that it comes with
+    own = _Own()
     checkpoint = train_ranker(
-        dataset, toy_embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=_Own(), seed=0
+        dataset, toy_embeddings(), scores=zero_scores, config=TINY_TRAINING, ranker=own, seed=0
     )
     assert isinstance(checkpoint.ranker, OwnRanker)
     assert checkpoint.report["test"]["buy"]["auc"] > 0.55  # brands differ in how well they sell
     noise = metrics.ece(dataset.test_impressions.labels[:, 0], dataset.test_impressions.truth[:, 0])
     assert checkpoint.report["test"]["click"]["ece"] < noise + 0.04
     assert isinstance(checkpoint.ranker, CalibratedRanker)
+
+
+def test_a_users_own_ranker_that_does_not_stay_finite_is_refused():
+    class Overflows(_Own):
+        def forward(self, *tensors):
+            return super().forward(*tensors) * float("nan")
+
+    with pytest.raises(InvalidInput, match="loss of held-out exposures is nan"):
+        train_ranker(
+            toy_dataset(num_impressions=2000),
+            toy_embeddings(),
+            scores=zero_scores,
+            config=TINY_TRAINING,
+            ranker=Overflows(),
+            seed=0,
+        )
 
 
 # --- a shop without labels

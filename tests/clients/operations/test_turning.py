@@ -43,6 +43,7 @@ FAULTS = {
     "dies": ("import os; self.execute = lambda requests: os._exit(1)", "ask dies_recommend for 2 users"),
     "raises": ("raise ValueError('no such planet')", "load raises_recommend: .*no such planet"),
 }
+QUICK = ("hangs", "nan", "shape", "dies", "raises")  # one of each kind; the others are refused alike
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAULTS]
+)
 def test_what_fails_in_the_server_is_refused_and_gone_within_20_s(repository, server: Server, name):
     process, started = server.pid, time.monotonic()
     with pytest.raises(ReleaseError) as caught:

@@ -82,7 +82,9 @@ def within(limit_s: float, check) -> float:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.long)], ids=["ensemble", "fused"]
+)
 def test_what_is_killed_or_stopped_is_replaced_while_the_server_answers(repository, fused):
     said: list[str] = []
     model = "r1_recommend" if fused else "r1_ranker"
