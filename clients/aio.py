@@ -27,16 +27,23 @@ class AsyncClient(ClientCore):
         *,
         budget_ms: float | None = None,
         priority: str = NORMAL,
+        request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list, with Client.recommend's options and errors."""
-        return (await self._answer(self._call([user_id], options, budget_ms, per_user=False), priority))[0]
+        return (await self._answer(self._call([user_id], options, budget_ms, False, request_id), priority))[0]
 
     async def recommend_many(
-        self, user_ids: Ids, *, budget_ms: float | None = None, priority: str = NORMAL, **options: Any
+        self,
+        user_ids: Ids,
+        *,
+        budget_ms: float | None = None,
+        priority: str = NORMAL,
+        request_id: str | None = None,
+        **options: Any,
     ) -> list[Recommendations]:
         """Gives the lists of several users in one request, as Client.recommend_many does."""
-        return await self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
+        return await self._answer(self._call(user_ids, options, budget_ms, True, request_id), priority)
 
     async def search(
         self,
@@ -46,10 +53,11 @@ class AsyncClient(ClientCore):
         image: Picture | None = None,
         budget_ms: float | None = None,
         priority: str = NORMAL,
+        request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list of what fits a query, with Client.search's arguments and errors."""
-        call = self._search_call(user_id, text, image, options, budget_ms)
+        call = self._search_call(user_id, text, image, options, budget_ms, request_id)
         return (await self._answer(call, priority))[0]
 
     async def aclose(self) -> None:

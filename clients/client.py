@@ -10,7 +10,8 @@ clients.aio.AsyncClient does the same for asyncio, with the same arguments.
 
 The options are those of ensemble.options.RequestOptions, all optional; one of recommend_many is shared by its
 users, or a list with one value each. Wherever a list is taken, a numpy array is too. `budget_ms` says for how
-many milliseconds to wait.
+many milliseconds to wait; `request_id` is what the server's log calls the request (never a user's id, for
+many read logs), by default its trace's id or one by chance.
 
 Where nobody answers in time, or at all, the list is the one that the release gives to everybody
 (Degraded.POPULAR), if a first answer has come before and the request sets no filters; else BudgetExceeded or
@@ -112,11 +113,15 @@ class ClientCore:
             one.close()
 
     def _call(
-        self, user_ids: Ids, options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+        self,
+        user_ids: Ids,
+        options: Mapping[str, Any],
+        budget_ms: float | None,
+        per_user: bool,
+        request_id: str | None,
     ) -> Call:
-        return call_from_options(
-            user_ids, options, self._budget_ms if budget_ms is None else budget_ms, per_user
-        )
+        budget_ms = self._budget_ms if budget_ms is None else budget_ms
+        return call_from_options(user_ids, options, budget_ms, per_user, request_id)
 
     def _search_call(
         self,
@@ -125,10 +130,10 @@ class ClientCore:
         image: Picture | None,
         options: Mapping[str, Any],
         budget_ms: float | None,
+        request_id: str | None,
     ) -> Call:
-        return call_of_search(
-            user_id, text, image, options, self._budget_ms if budget_ms is None else budget_ms
-        )
+        budget_ms = self._budget_ms if budget_ms is None else budget_ms
+        return call_of_search(user_id, text, image, options, budget_ms, request_id)
 
     def _asked(self, call: Call, priority: str) -> Generator[Wait, None, list[Recommendations]]:
         """Answers a call, in the caller's trace if there is one: yields what to wait for, and gives the lists
@@ -137,6 +142,8 @@ class ClientCore:
         try:
             results = yield from self._lists(span.call, priority)
         except BaseException as error:
+            if isinstance(error, CallError):
+                error.request_id = span.call.request_id
             span.end((), error)
             raise
         span.end(results, None)
@@ -283,18 +290,25 @@ class Client(ClientCore):
         *,
         budget_ms: float | None = None,
         priority: str = NORMAL,
+        request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list; raises InvalidArgument, Overloaded, BudgetExceeded, Unavailable or
         ServerFault."""
-        return self._answer(self._call([user_id], options, budget_ms, per_user=False), priority)[0]
+        return self._answer(self._call([user_id], options, budget_ms, False, request_id), priority)[0]
 
     def recommend_many(
-        self, user_ids: Ids, *, budget_ms: float | None = None, priority: str = NORMAL, **options: Any
+        self,
+        user_ids: Ids,
+        *,
+        budget_ms: float | None = None,
+        priority: str = NORMAL,
+        request_id: str | None = None,
+        **options: Any,
     ) -> list[Recommendations]:
         """Gives the lists of several users in one request; each option of `recommend` is shared, or a list
         with one value per user."""
-        return self._answer(self._call(user_ids, options, budget_ms, per_user=True), priority)
+        return self._answer(self._call(user_ids, options, budget_ms, True, request_id), priority)
 
     def search(
         self,
@@ -304,11 +318,14 @@ class Client(ClientCore):
         image: Picture | None = None,
         budget_ms: float | None = None,
         priority: str = NORMAL,
+        request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Recommendations:
         """Gives one user's list of what fits a text, a picture (a file's bytes, or its path), both, or the
         items `like`; items say in `finders` what brought them. Errors as of `recommend`."""
-        return self._answer(self._search_call(user_id, text, image, options, budget_ms), priority)[0]
+        return self._answer(
+            self._search_call(user_id, text, image, options, budget_ms, request_id), priority
+        )[0]
 
     def __enter__(self) -> Client:
         return self

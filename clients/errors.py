@@ -31,7 +31,7 @@ __all__ = [
 
 class CallError(PeregrineError):
     """Says why a call was not answered. `retryable`: the same request, sent again, may well succeed, after
-    `retry_after_s` seconds."""
+    `retry_after_s` seconds; `request_id`: what the server's log calls it."""
 
     def __init__(
         self, message: str, status: str = "", retryable: bool = False, retry_after_s: float = 0.0
@@ -40,6 +40,7 @@ class CallError(PeregrineError):
         self.status = status
         self.retryable = retryable
         self.retry_after_s = retry_after_s
+        self.request_id = ""
 
 
 class Overloaded(CallError):
@@ -56,6 +57,9 @@ class Unavailable(CallError):
 
 class ServerFault(CallError):
     """Says that the server failed in a way that no request should be able to cause."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (request {self.request_id})" if self.request_id else super().__str__()
 
 
 _PREFIX = re.compile(

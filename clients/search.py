@@ -18,7 +18,12 @@ Picture: TypeAlias = bytes | str | os.PathLike[str]  # the file's bytes, or wher
 
 
 def call_of_search(
-    user_id: Id, text: str, image: Picture | None, options: Mapping[str, Any], budget_ms: float | None
+    user_id: Id,
+    text: str,
+    image: Picture | None,
+    options: Mapping[str, Any],
+    budget_ms: float | None,
+    request_id: str | None = None,
 ) -> Call:
     """Encodes a search as a Call; InvalidArgument for what no server takes."""
     if not isinstance(text, str):
@@ -26,7 +31,7 @@ def call_of_search(
     said, shown = text.encode("utf-8", "replace"), picture_of(image)
     if len(said) > MAX_TEXT_BYTES:
         raise InvalidArgument(f"query_text: at most {MAX_TEXT_BYTES:,} bytes, got {len(said):,}")
-    call = call_from_options([user_id], options, budget_ms, per_user=False)
+    call = call_from_options([user_id], options, budget_ms, per_user=False, request_id=request_id)
     return replace(call, model=SEARCH, contents=(("query_text", said), ("query_image", shown)))
 
 

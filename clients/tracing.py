@@ -6,6 +6,7 @@ recorded nothing is sent: a server that is told `--traces` keeps spans of every 
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,18 +18,26 @@ from ensemble.contract import PIPELINE
 
 
 class CallSpan:
-    """Is the client's span of one call; without a trace it does nothing."""
+    """Is the client's span of one call; without a trace it does nothing.
+
+    The call gets the request's id that servers log: its caller's, else the trace's, else one by chance.
+    """
 
     def __init__(self, call: Call) -> None:
         self._span: Any = None
-        self.call = call
         api: Any = sys.modules.get("opentelemetry.trace")
         if api is None or not _is_sampled(api.get_current_span()):
+            self.call = replace(call, request_id=call.request_id or f"{random.getrandbits(64):016x}")
             return
         name = call.model or PIPELINE
         self._span = api.get_tracer("peregrine").start_span(name, kind=api.SpanKind.CLIENT)
         context = self._span.get_span_context()
-        self.call = replace(call, traceparent=f"00-{context.trace_id:032x}-{context.span_id:016x}-01")
+        trace = f"{context.trace_id:032x}"
+        self.call = replace(
+            call,
+            traceparent=f"00-{trace}-{context.span_id:016x}-01",
+            request_id=call.request_id or trace,
+        )
 
     def end(self, results: Sequence[Recommendations], error: BaseException | None) -> None:
         """Ends it with what the call came to: counts and the release, never a user or an item."""

@@ -242,7 +242,7 @@ def proto_from_call(call: Call, model: str, *, is_local: bool = False) -> Any:
     from tritonclient.grpc import service_pb2
 
     called = call.model or model
-    request = service_pb2.ModelInferRequest(model_name=called)
+    request = service_pb2.ModelInferRequest(model_name=called, id=call.request_id)
     request.inputs.add(name="user_id", datatype="BYTES", shape=(len(call.user_ids), 1))
     request.raw_input_contents.append(encode_bytes(call.user_ids))
     for name, content in call.contents:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ensemble.options import NOTHING_ASKED, OPTION_NAMES, Ids
 Parameter: TypeAlias = bool | int | float | str
 Answer: TypeAlias = Mapping[str, Any]  # tensor name -> Array; a BYTES tensor is a flat list of bytes
 
+REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,64}", re.ASCII)
 _MANY = 64  # elements from which numpy is faster than a loop
 _ID_LISTS = ("session_items", "exclude_items", "like")
 _SCALARS = {type(None), bool, int, float, str, bytes}
@@ -38,10 +40,15 @@ class Call:
     model: str = ""  # the alias that is called; empty: the one that the transport calls
     contents: tuple[tuple[str, bytes], ...] = ()  # of a search, by input: the same for each user
     traceparent: str = ""  # W3C's header of the caller's trace; empty where it has none
+    request_id: str = ""  # Triton's, which the server's log names; empty: the client gives it one
 
 
 def call_from_options(
-    user_ids: Ids, options: Mapping[str, Any], budget_ms: float | None, per_user: bool
+    user_ids: Ids,
+    options: Mapping[str, Any],
+    budget_ms: float | None,
+    per_user: bool,
+    request_id: str | None = None,
 ) -> Call:
     """Encodes users and options as a Call; raises InvalidArgument for what cannot be sent.
 
@@ -53,6 +60,10 @@ def call_from_options(
         raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
     if budget_ms is not None and not budget_ms > 0:
         raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
+    if request_id is not None and not (isinstance(request_id, str) and REQUEST_ID.fullmatch(request_id)):
+        raise InvalidArgument(
+            f"request_id: must be 1 to 64 letters, digits or any of ._:/+=@-, got {request_id!r}"
+        )
     ids = _encoded_ids("user_id", user_ids)
     if not ids:
         raise InvalidArgument("user_id: at least one user is needed, got none")
@@ -60,7 +71,7 @@ def call_from_options(
     parameters = {
         name: _parameter(name, value, count) for name, value in options.items() if value is not None
     }
-    return Call(tuple(ids), parameters, budget_ms)
+    return Call(tuple(ids), parameters, budget_ms, request_id=request_id or "")
 
 
 def _encoded_ids(field: str, ids: Any) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Update = Callable[[str, float], None]  # what is being done, and the share of it all that is done (0..1)
+_OF_REQUEST = re.compile(r"release (\S+), request (\S+): ")  # as ensemble/request_log.py writes it
 _QUIET_S = 2.0  # work that takes no longer says nothing
 _APART_S, _AT_LEAST_EVERY_S = 1.0, 30.0  # between two lines; between two of the same words
 
@@ -24,14 +26,20 @@ def say(line: str) -> None:
 
 def log_of(as_json: bool) -> Callable[[str], None]:
     """Gives what writes a log's lines to stderr, each with time (UTC) and level; as JSON if that is asked
-    for. A line that begins with "WARNING: " is a warning."""
+    for. A line that begins with "WARNING: " or "ERROR: " is of that level; as JSON, one of a request has its
+    release and id as fields."""
 
     def log(line: str) -> None:
-        warned = line.removeprefix("WARNING: ")
-        level = "warning" if warned != line else "info"
+        level, message = next(
+            ((name, line[len(name) + 2 :]) for name in ("WARNING", "ERROR") if line.startswith(f"{name}: ")),
+            ("INFO", line),
+        )
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if as_json:
-            say(json.dumps({"time": at, "level": level, "message": warned}))
+            fields = {"time": at, "level": level.lower()}
+            if of := _OF_REQUEST.match(message):
+                fields |= {"release": of[1], "request": of[2]}
+            say(json.dumps({**fields, "message": message[of.end() if of else 0 :]}))
         else:
             say(f"{at} {line}")
 

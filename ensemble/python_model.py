@@ -24,6 +24,7 @@ from ensemble.errors import InvalidArgument, PeregrineError, ReleaseError
 from ensemble.id_rule import encode_ids
 from ensemble.local import open_step, read_request, rows_of, warm
 from ensemble.options import Options, default_options, parse_options, stack, with_deadline
+from ensemble.request_log import RequestLog, told
 from ensemble.spec import TensorSpec
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Publisher
@@ -57,6 +58,7 @@ class PythonModel:
         self.ran = getattr(self.step, "ran", None)  # of steps inside this one
         self.spans = spans_of(release.name) if self.ran else None
         self.publisher = Publisher(pb_utils, lambda: [*release.metrics(), *own()], labels)
+        self.log = RequestLog(args["model_name"])
         gc.collect()
         # What is loaded stays: no collection walks through all of it again in the middle of a request
         gc.freeze()
@@ -82,10 +84,11 @@ class PythonModel:
             good.append(i)
             feeds.append(tensors)
         if good:
-            for i, response in zip(good, self._answer(feeds, options), strict=True):
+            asked_for = [requests[i] for i in good]
+            for i, response in zip(good, self._answer(asked_for, feeds, options), strict=True):
                 responses[i] = response
             if self.spans and self.ran:
-                self.spans.send([requests[i] for i in good], self.ran())
+                self.spans.send(asked_for, self.ran())
         return responses
 
     def finalize(self) -> None:
@@ -102,18 +105,27 @@ class PythonModel:
         options = parse_options(parameters, num_users, self.schema)
         return with_deadline(options, deadline_of(parameters, request.timeout()))
 
-    def _answer(self, feeds: list[Tensors], options: list[Options]) -> list[Any]:
-        """Joins the feeds of good requests, runs the step once, and splits its outputs into responses."""
+    def _answer(self, requests: list[Any], feeds: list[Tensors], options: list[Options]) -> list[Any]:
+        """Joins the feeds of good requests, runs the step once, and splits its outputs into responses.
+
+        What fails is logged, and told to the callers without what the exception says: batch-mates read it.
+        """
         joined = feeds[0]
         if len(feeds) > 1:
             joined = {name: np.concatenate([one[name] for one in feeds]) for name in joined}
         try:
             outputs = self.step.run(stack(options), **joined)
-        except PeregrineError as error:
-            return [_failed(error, pb_utils.TritonError.INTERNAL)] * len(feeds)
+        except Exception as error:
+            self.log.failed(self.release.name, [one.request_id() for one in requests], error)
+            return [_failed(PeregrineError(told(error)), pb_utils.TritonError.INTERNAL)] * len(feeds)
         ends = np.cumsum([len(o) for o in options])
         responses = []
-        for start, end, request_options in zip([0, *ends[:-1]], ends, options, strict=True):
+        degraded = outputs.get("degraded")
+        for request, start, end, request_options in zip(
+            requests, [0, *ends[:-1]], ends, options, strict=True
+        ):
+            if degraded is not None and degraded[start:end].any():
+                self.log.answered(self.release.name, request.request_id(), degraded[start:end])
             tensors = [
                 pb_utils.Tensor(spec.name, rows_of(outputs[spec.name], spec, start, end, request_options))
                 for spec in self.model.outputs

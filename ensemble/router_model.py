@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ensemble.arrays import Array
-from ensemble.contract import PIPELINE, SEARCH
+from ensemble.contract import PIPELINE, SEARCH, Degraded
 from ensemble.engines import HOME_VARIABLE, REPOSITORY_VARIABLE
 from ensemble.engines.cards import take_card
 from ensemble.errors import InvalidArgument
@@ -29,11 +29,12 @@ from ensemble.local import BatchedPipeline, prepared
 from ensemble.python_model import check_numpy
 from ensemble.release.release import open_release
 from ensemble.release.route import route_from_json
+from ensemble.request_log import TROUBLE, RequestLog, told
 from ensemble.server.router_files import NUMBERS
 from ensemble.server.watched import PROBE
 from ensemble.spec import PipelineSpec
 from ensemble.steps.query import check_query
-from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
+from ensemble.steps.router import REQUEST_ID, CallFailed, FusedRouter, Request, Router
 from ensemble.steps.served import open_served
 from ensemble.telemetry import Metric, Publisher
 
@@ -76,6 +77,7 @@ class RouterModel:
             threading.Thread(target=self.loop.run_forever, name="router", daemon=True).start()
         labels = {"model": args["model_name"], "instance": args["model_instance_name"]}
         self.publisher = Publisher(pb_utils, self._metrics, labels)
+        self.log = RequestLog(args["model_name"])
         self.numbers = mounted.parent / NUMBERS / f"{args['model_instance_name']}.json"
         self.next_write_s = 0.0
         gc.collect()
@@ -118,15 +120,36 @@ class RouterModel:
         if isinstance(self.router, FusedRouter):
             good = [one for one in asked if isinstance(one, Request)]
             answers = iter(self.router.answer(good))
-            return [_response(next(answers) if isinstance(one, Request) else one) for one in asked]
+            return [self._fused_response(one, answers) for one in asked]
         for request, one in zip(requests, asked, strict=True):
             sender = request.get_response_sender()
-            done = partial(_send, sender)
+            done = partial(self._send, sender, request.request_id())
             if not isinstance(one, Request):
                 done(one)
             elif not self.router.start_main(one, done):
                 asyncio.run_coroutine_threadsafe(_answered(self.router, one, done), self.loop)
         return None
+
+    def _fused_response(self, asked: Request | InvalidArgument, answers: Iterator[Any]) -> Any:
+        """Makes a request's response of the next answer, unless it could not be read."""
+        if not isinstance(asked, Request):
+            return _response(asked)
+        answer = next(answers)
+        self._note(asked.request_id, answer, TROUBLE)
+        return _response(answer)
+
+    def _send(self, sender: Any, request_id: str, answer: Any) -> None:
+        """Sends a request's only response. What its steps lack they say themselves."""
+        self._note(request_id, answer, Degraded.CANARY_FAILED)
+        sender.send(_response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _note(self, request_id: str, answer: Any, trouble: Degraded) -> None:
+        """Logs an answer that failed by no fault of its caller's, or that has `trouble`."""
+        if isinstance(answer, BaseException):
+            if not isinstance(answer, InvalidArgument):
+                self.log.failed(self.route.main, [request_id], answer.__cause__ or answer)
+        elif not isinstance(answer, _Outputs) and answer["degraded"].any():
+            self.log.answered(self.route.main, request_id, answer["degraded"], trouble)
 
     def _publish(self) -> None:
         """Publishes the counts as metrics, and writes them for the guard, once a second."""
@@ -169,7 +192,7 @@ def _request(request: Any, spec: PipelineSpec) -> Request | InvalidArgument:
         given, columns = {tensor.name(): tensor for tensor in request.inputs()}, []
         for name in (tensor.name for tensor in spec.inputs):
             columns.append(given[name].as_numpy())
-        return Request(np.concatenate(columns, axis=1), parameters, request.timeout())
+        return Request(np.concatenate(columns, axis=1), parameters, request.timeout(), request.request_id())
     except Exception as error:
         return InvalidArgument(f"{name}: cannot be read: {error}")
 
@@ -192,6 +215,7 @@ def _ask(spec: PipelineSpec, release: str, inputs: Array, parameters: Mapping[st
                 for column, tensor in enumerate(spec.inputs)
             ],
             parameters=plain,
+            request_id=REQUEST_ID.get(),
         ).exec()
     except Exception as error:  # pb_utils.TritonModelException, where the model is not there
         raise CallFailed(str(error), pb_utils.TritonError.UNAVAILABLE) from error
@@ -211,11 +235,6 @@ async def _answered(router: Router, request: Request, done: Callable[[Any], None
     done(answer)
 
 
-def _send(sender: Any, answer: Any) -> None:
-    """Sends a request's only response."""
-    sender.send(_response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
 def _response(answer: Any) -> Any:
     """Makes a response of an answer's tensors, or of what went wrong. Triton's own error, passed on as it is,
     would become INTERNAL."""
@@ -225,6 +244,7 @@ def _response(answer: Any) -> Any:
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(answer, BaseException):
         code = getattr(answer, "code", None) or pb_utils.TritonError.INTERNAL
+        answer = answer if isinstance(answer, CallFailed) else told(answer)
     else:
         tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in answer.items()]
         return pb_utils.InferenceResponse(tensors)

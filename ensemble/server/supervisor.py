@@ -362,9 +362,12 @@ class Server:
         )
 
     def _forward(self, line: str) -> None:
-        """Logs a line of tritonserver: all of them if verbose, else the errors once it is ready."""
+        """Logs a line of tritonserver: all of them if verbose, else the errors once it is ready, and what
+        steps say of requests (ensemble/request_log.py)."""
         if self.launch.options.verbose or (
-            self._settled.is_set() and line.startswith("E") and not any(noise in line for noise in _NOISE)
+            self._settled.is_set()
+            and line.startswith(("E", "WARNING: "))
+            and not any(noise in line for noise in _NOISE)
         ):
             self.log(line)
 

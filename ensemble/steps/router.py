@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import queue
 import threading
 import time
@@ -18,12 +19,15 @@ from ensemble.arrays import Array, Tensors
 from ensemble.errors import InvalidArgument, PeregrineError
 from ensemble.options import parameters_of, read_parameters
 from ensemble.release.route import Route
+from ensemble.request_log import told
 from ensemble.steps.routing import Counts, Part, flagged, joined, parts_of, wait_s
 from ensemble.telemetry import Metric
 
 # Calls at once, of the 32 that Triton's Python backend has threads for in an instance; a canary that hangs
 # keeps its own only
 MAIN_CALLS, CANARY_CALLS = 20, 8
+# The id of the request that is answered, which the releases' own log lines name; threads of calls are told it
+REQUEST_ID = contextvars.ContextVar("request_id", default="")
 
 
 class CallFailed(PeregrineError):
@@ -42,11 +46,12 @@ Check = Callable[[str, Array, Mapping[str, Any]], None]
 
 class Request(NamedTuple):
     """Holds what a caller sent: the pipeline's inputs [B, C] object, users' ids in the first column,
-    parameters as JSON, a budget or 0."""
+    parameters as JSON, a budget or 0, the request's id or ""."""
 
     inputs: Array
     parameters: str
     budget_us: int = 0
+    request_id: str = ""
 
 
 class Router:
@@ -75,6 +80,7 @@ class Router:
 
         def run() -> None:
             counts, started = self.counts[0], time.perf_counter()
+            REQUEST_ID.set(request.request_id)
             try:
                 raw = read_parameters(request.parameters)
                 self._check(self.route.main, request.inputs, raw)
@@ -91,11 +97,14 @@ class Router:
         self._pools[0].submit(run)
         return True
 
-    async def answer(self, inputs: Array, parameters: str, budget_us: int = 0) -> Tensors:
+    async def answer(
+        self, inputs: Array, parameters: str, budget_us: int = 0, request_id: str = ""
+    ) -> Tensors:
         """Answers the users of one request: inputs [B, C] object, users' ids first -> the answer's [B, …].
 
         InvalidArgument or CallFailed if the request is wrong or the main release fails.
         """
+        REQUEST_ID.set(request_id)
         raw = read_parameters(parameters)
         parts = parts_of(self.route.places(inputs[:, 0].tolist()))
         if len(parts) == 1:
@@ -156,7 +165,7 @@ class Router:
         if limit_s is not None and self._overdue >= self._calls[1]:
             raise CallFailed("all calls to the canary hang")
         release = self.route.releases[place]
-        call = self._pools[place].submit(self._ask, release, inputs, raw)
+        call = self._pools[place].submit(contextvars.copy_context().run, self._ask, release, inputs, raw)
         waiting = asyncio.wrap_future(call)
         done, _ = await asyncio.wait({waiting}, timeout=limit_s)
         if not done:
@@ -167,7 +176,7 @@ class Router:
         except CallFailed:
             raise
         except Exception as error:  # of whatever kind: a release that fails is not the router's failure
-            raise CallFailed(f"{release}: {error!r}") from error
+            raise CallFailed(f"{release}: {told(error)}") from error
 
     def _give_up(self, call: Future[Tensors], waiting: asyncio.Future[Tensors]) -> None:
         """Waits no longer for a call, which nobody can end once it runs: it is counted while it does."""
@@ -235,7 +244,7 @@ class FusedRouter:
     def _jobs(self, requests: Sequence[Request], errors: dict[int, PeregrineError]) -> list[_Job]:
         """Cuts requests into parts; notes the error of those that are wrong, and leaves them out."""
         jobs = list[_Job]()
-        for i, (inputs, parameters, budget_us) in enumerate(requests):
+        for i, (inputs, parameters, budget_us, _) in enumerate(requests):
             place, mine = 0, list[_Job]()
             try:
                 raw = read_parameters(parameters)
@@ -282,10 +291,12 @@ class FusedRouter:
             return []
         try:
             answers = self._pipelines[0].run([job.prepared for job in jobs])
-        except PeregrineError as error:
+        except Exception as error:  # of whatever kind: no request brings down its batch-mates of the canary
+            failed = CallFailed(told(error))
+            failed.__cause__ = error
             for job in jobs:
                 counts.failure()
-                errors[job.request] = CallFailed(str(error))
+                errors[job.request] = failed
             return []
         for job, answer in zip(jobs, answers, strict=True):
             counts.answer(time.perf_counter() - started, answer, job.limit_s)

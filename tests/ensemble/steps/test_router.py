@@ -16,7 +16,7 @@ from ensemble.errors import InvalidArgument, ReleaseError
 from ensemble.options import parameters_of, read_parameters
 from ensemble.release.route import Route, Share
 from ensemble.steps import routing
-from ensemble.steps.router import CallFailed, FusedRouter, Request, Router
+from ensemble.steps.router import REQUEST_ID, CallFailed, FusedRouter, Request, Router
 from ensemble.steps.routing import Counts, Part, joined, parts_of, wait_s
 
 ROUTE = Route((Share("r1", 0.5), Share("r2", 0.5)), "salt", 7)
@@ -290,3 +290,26 @@ def test_requests_of_the_main_releases_users_take_one_thread(releases):
     assert answers[-1] is releases.fails["r1"]
     (main, canary) = router.counts
     assert (main.requests, main.refused, main.failed, canary.requests) == (4, 2, 1, 0)
+
+
+def test_both_releases_are_told_the_requests_id(releases):
+    told = list[tuple[str, str]]()
+
+    def ask(release, user_ids, parameters):
+        told.append((release, REQUEST_ID.get()))
+        return releases.ask(release, user_ids, parameters)
+
+    router = Router(ROUTE, ask, releases.check)
+    asyncio.run(router.answer(*Request(USERS, "{}", request_id="page-7")))
+    assert sorted(told) == [("r1", "page-7"), ("r2", "page-7")]
+    done = threading.Event()
+    assert router.start_main(Request(USERS[PLACES == 0], "{}", request_id="page-8"), lambda _: done.set())
+    assert done.wait(5)
+    assert told[-1] == ("r1", "page-8")
+
+
+def test_what_fails_tells_no_caller_what_an_exception_says(answered, releases):
+    releases.fails["r1"] = ValueError("no room for user u1")
+    (error,), _ = answered(Request(USERS[PLACES == 0], "{}"))
+    assert "u1" not in str(error)
+    assert "ValueError" in str(error)
