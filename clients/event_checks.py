@@ -87,6 +87,8 @@ def _numbers(name: str, numbers: Any, width: int, limits: tuple[int, int] | None
 
 def check_event(event: Event) -> tuple[bytes, bytes, str, float]:
     """Gives an event as it is written: user id, item id, name, time; InvalidArgument names the field."""
+    if not isinstance(event, Event):
+        raise InvalidArgument(f"events: must be a list of Event, got {event!r:.60} in it")
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
         raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
     user, item = encode_id("user_id", event.user_id), encode_id("item_id", event.item_id)

@@ -167,6 +167,8 @@ class ItemClient:
 
 def _sendable(change: Mapping[str, Any]) -> Mapping[str, Any]:
     """Gives a change as JSON can hold it: pictures as base64."""
+    if not isinstance(change, Mapping):
+        raise InvalidArgument(f"changes: must be a list of mappings, got {change!r:.60} in it")
     item = change.get("item")
     if not isinstance(item, Mapping) or not any(isinstance(v, bytes | Path) for v in item.values()):
         return change

@@ -27,7 +27,11 @@ Answer: TypeAlias = Mapping[str, Any]  # tensor name -> Array; a BYTES tensor is
 REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,64}", re.ASCII)
 _MANY = 64  # elements from which numpy is faster than a loop
 _ID_LISTS = ("session_items", "exclude_items", "like")
-_SCALARS = {type(None), bool, int, float, str, bytes}
+_MAPPINGS = ("allow", "deny", "ranges", "weights", "caps", "context")
+_OF_LISTS = ("allow", "deny", "ranges")  # mappings whose values are lists
+# A sequence of letters or of numbers to Python, and a list to nobody who passes one
+_TEXTS = (str, bytes, bytearray, memoryview)
+_SCALARS = {type(None), bool, int, float, str, bytes, bytearray, memoryview}
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def call_from_options(
 def _encoded_ids(field: str, ids: Any) -> list[bytes]:
     """Gives the ids of a list, a tuple or an array as bytes; refuses a lone text, a sequence of letters."""
     values = _plain(ids)
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+    if isinstance(values, _TEXTS) or not isinstance(values, Sequence):
         what = "user" if field == "user_id" else "item"
         raise InvalidArgument(f"{field}: must be a list of {what} ids, got {ids!r}")
     return [encode_id(field, value, may_be_empty=True) for value in values]
@@ -117,12 +121,16 @@ def _values_per_user(name: str, values: list[Any], num_users: int) -> list[Any]:
 
 
 def _checked(name: str, plain: Any) -> Any:
-    """Gives one value of an option in the form it is sent in: ids as texts, a lone text in allow or deny as a
-    list of one."""
+    """Gives one value of an option in the form it is sent in, ids as texts; refuses a lone text in the place
+    of a list or a mapping."""
     if name in _ID_LISTS:
         return [one.decode() for one in _encoded_ids(name, plain)]
-    if name in ("allow", "deny") and isinstance(plain, dict):
-        return {key: [value] if isinstance(value, str) else value for key, value in plain.items()}
+    if name in _MAPPINGS and isinstance(plain, _TEXTS):
+        raise InvalidArgument(f"{name}: must map names to values, got {plain!r}")
+    if name in _OF_LISTS and isinstance(plain, dict):
+        for key, value in plain.items():
+            if isinstance(value, _TEXTS):
+                raise InvalidArgument(f"{name}: {key!r} must be a list, [{value!r}], got {value!r}")
     return plain
 
 

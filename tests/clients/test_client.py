@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from fake_triton import FakeTriton
 from shops import ROOT
 
-from clients.client import Client
+from clients.aio import AsyncClient
+from clients.client import Client, ClientCore
 from clients.errors import (
     BudgetExceeded,
     CallError,
@@ -24,6 +26,8 @@ from clients.errors import (
     error_from_status,
     scrubbed,
 )
+from clients.events import EventWriter
+from clients.items import ItemClient
 from clients.search import call_of_search
 from clients.transport import FakeTransport, GrpcTransport, proto_from_call
 from clients.wire import call_from_options, decode_bytes, encode_bytes, recommendations_from_answer
@@ -92,6 +96,69 @@ def test_recommend_many_takes_one_value_per_user() -> None:
         "caps": {"brand": 1},
         "exclude_seen": [True, True],
     }
+
+
+TEXTS = ("abc", "", b"abc", np.str_("abc"), bytearray(b"abc"), memoryview(b"abc"))
+# Each argument that takes a list, given a text: what is called, and how what is said begins
+LISTS_OF_TEXTS: dict[str, tuple[Callable[..., object], str]] = {
+    "user_ids": (lambda c, text: c.recommend_many(text), "user_id: must be a list of user ids, got "),
+    **{
+        f"{call}, {name}": (ask, f"{name}: must be a list of item ids, got ")
+        for name in ("session_items", "exclude_items", "like")
+        for call, ask in {
+            "one": lambda c, text, name=name: c.recommend("u", **{name: text}),
+            "many": lambda c, text, name=name: c.recommend_many(["u", "v"], **{name: text}),
+            "each": lambda c, text, name=name: c.recommend_many(["u", "v"], **{name: [["i"], text]}),
+            "search": lambda c, text, name=name: c.search("u", "shoes", **{name: text}),
+        }.items()
+    },
+    **{
+        f"{name} of a feature": (
+            lambda c, text, name=name: c.recommend("u", **{name: {"brand": text}}),
+            f"{name}: 'brand' must be a list, [",
+        )
+        for name in ("allow", "deny", "ranges")
+    },
+    **{
+        f"{name} as a whole": (
+            lambda c, text, name=name: c.recommend("u", **{name: text}),
+            f"{name}: must map names to values, got ",
+        )
+        for name in ("allow", "deny", "ranges", "weights", "caps", "context")
+    },
+    "allow of each": (
+        lambda c, text: c.recommend_many(["u", "v"], allow=[{}, {"brand": text}]),
+        "allow: 'brand' must be a list, [",
+    ),
+}
+
+
+def awaited(answer: object) -> object:
+    """What a client of either kind answers."""
+    return asyncio.run(answer) if asyncio.iscoroutine(answer) else answer
+
+
+@pytest.mark.parametrize("argument", LISTS_OF_TEXTS)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_text_is_no_list_wherever_one_is_taken(kind: type[ClientCore], argument: str) -> None:
+    ask, words = LISTS_OF_TEXTS[argument]
+    transport = FakeTransport()
+    for text in TEXTS:
+        with pytest.raises(InvalidArgument) as caught:
+            awaited(ask(kind(transport=transport), text))
+        assert str(caught.value).startswith(words)
+        assert "\n" not in str(caught.value)
+    assert not transport.calls
+
+
+def test_a_text_is_no_list_of_events_or_changes() -> None:
+    with pytest.raises(InvalidArgument, match=r"^events: must be a list of Event, got 'a' in it$"):
+        EventWriter.record_events(object.__new__(EventWriter), "abc")  # type: ignore[arg-type]
+    for changes in ("abc", {"op": "delete"}):
+        with pytest.raises(
+            InvalidArgument, match=r"^changes: must be a list of mappings, got '(a|op)' in it$"
+        ):
+            ItemClient.apply(object.__new__(ItemClient), changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
