@@ -4,6 +4,7 @@ cure."""
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ from ensemble.engines import GPU
 from ensemble.engines.cards import show_cards
 from ensemble.errors import InvalidInput, ReleaseError, ServerError
 from ensemble.release.activation import settle_on_disk
-from ensemble.release.release import open_release
+from ensemble.release.release import Release, open_release
 from ensemble.release.repository import locked, require_active, require_folder, sweep
 from ensemble.release.route import read_route
-from ensemble.server.installation import Installation
+from ensemble.release.shared_memory import shm_bytes
+from ensemble.server.installation import SHM, Installation
 from ensemble.server.options import ServeOptions
 from ensemble.server.running import running_servers
 from ensemble.tiers.connection import check_installed
@@ -95,6 +97,21 @@ def _settle(repository: Path, home: Path, log: Callable[[str], None]) -> None:
     with locked(home):
         if not running_servers(repository, home) and (said := settle_on_disk(repository, home)):
             log(said)
+
+
+def warn_of_shared_memory(release: Release, options: ServeOptions, log: Callable[[str], None]) -> None:
+    """Logs a warning where /dev/shm has less room than the release may take: a container's 64 MiB, often."""
+    need = shm_bytes(release.schema, fused=options.fused, instances=options.instances) >> 20
+    try:
+        free = shutil.disk_usage(SHM).free >> 20
+    except OSError:  # Triton's Python backend does not start then, and says why
+        return
+    if free < need:
+        log(
+            f"WARNING: {SHM} has {free} MiB free, and release {release.name} may take {need}: where it is "
+            f"full requests fail; make it larger (compose's SHM={need}m, a pod's volume `shm`, docker run "
+            f"--shm-size {need}m), or serve with fewer --instances"
+        )
 
 
 def check_address(options: ServeOptions, installation: Installation) -> None:

@@ -19,7 +19,7 @@ from ensemble.errors import ServerError
 BACKENDS, MOUNT, STAGED = "backends", "models", ".mounting"
 TIERS, ROUTE, TURNING = "tiers.json", "route.json", "turning.lock"
 BYTECODE = "bytecode"  # stays: it is as good for the next server
-_SHM = Path("/dev/shm")
+SHM = Path("/dev/shm")
 _SHM_PREFIX = "triton_python_backend_shm_region_peregrine_"
 
 
@@ -177,7 +177,7 @@ def _put_our_packages_first(utils: Path, bytecode: Path | None) -> None:
 
 def sweep_regions() -> None:
     """Removes shared memory whose owner was killed."""
-    for region in _SHM.glob(f"{_SHM_PREFIX}*") if _SHM.is_dir() else ():
+    for region in SHM.glob(f"{_SHM_PREFIX}*") if SHM.is_dir() else ():
         owner = region.name[len(_SHM_PREFIX) :].partition("_")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             with contextlib.suppress(OSError):
@@ -186,6 +186,6 @@ def sweep_regions() -> None:
 
 def remove_regions(prefix: str) -> None:
     """Removes our stubs' shared memory, which stays behind after a kill -9."""
-    for region in _SHM.glob(f"{prefix}*"):
+    for region in SHM.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             region.unlink()

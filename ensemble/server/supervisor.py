@@ -25,7 +25,13 @@ from ensemble.release.route import Route
 from ensemble.server import health
 from ensemble.server.calls import drain, is_model_ready, is_open
 from ensemble.server.canary_watch import CanaryWatch
-from ensemble.server.checks import check_address, check_packages, check_port, check_servable
+from ensemble.server.checks import (
+    check_address,
+    check_packages,
+    check_port,
+    check_servable,
+    warn_of_shared_memory,
+)
 from ensemble.server.following import Follower, route_in
 from ensemble.server.http import answering
 from ensemble.server.illness import Stopped
@@ -417,6 +423,7 @@ def _prepared(repository: Path, options: ServeOptions, log: Callable[[str], None
     port, metrics = check_port(options.address, options.port), options.metrics_port
     metrics = None if metrics is None else check_port(options.address, metrics)
     sweep_regions()
+    warn_of_shared_memory(open_release(repository, name), options, log)
     launch = Launch(repository, dataclasses.replace(options, port=port, metrics_port=metrics), runtime)
     claim = Claim(state, repository, home)
     try:
