@@ -15,6 +15,7 @@ from builders.data.columns import columns_said, joins
 from builders.data.dataset import Dataset, Impressions
 from builders.data.stage import dataset_from_tables
 from builders.shop.columns.column import Column, is_list
+from builders.shop.interactions import known_at_once
 from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
@@ -64,6 +65,8 @@ def check_shop(
     )
     _context(report, tables, dataset)
     _tasks(report, dataset)
+    if dataset.schema.has_clock and (line := known_at_once(tables.shop)):
+        report.sections["labels"] = {"known at once": line}
     progress("looking for ids that do not join")
     joins(tables, report.sections, report.warnings)
     report.columns = columns_said(tables, report.warnings)

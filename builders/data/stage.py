@@ -34,6 +34,7 @@ from builders.shop.interactions import (
     Exposures,
     Periods,
     exposures_from_interactions,
+    known_at_once,
     refuse_all_censored,
 )
 from builders.shop.parts import NEVER, cuts_of, in_order, places_in_order, said_of
@@ -64,11 +65,12 @@ def run(
     if planted := tables.shop.interactions.planted:
         shutil.copyfile(inputs["shop"] / planted, folder / truth.FILE)
     contents = _encoded(tables, inputs, folder, part_of(progress, 0.4, 0.6))
-    (folder / LINES).write_text("\n".join([*contents.lines, *_split_lines(tables)]))
     contents.save(folder)
     dataset = dataset_from_tables(
         tables, sizes=sizes, contents=contents, progress=lambda text: progress(0.6, text)
     )
+    lines = [*contents.lines, *_split_lines(tables), *_label_lines(tables.shop, dataset.schema)]
+    (folder / LINES).write_text("\n".join(lines))
     save_dataset(dataset, folder)
 
 
@@ -223,6 +225,12 @@ def _split_lines(tables: ShopTables) -> list[str]:
         "split: "
         + ", ".join(f"{name} {value}" if name != "order" else str(value) for name, value in facts.items())
     ]
+
+
+def _label_lines(shop: Shop, schema: Schema) -> list[str]:
+    """Says, for whoever builds, which labels count as known at once, where times are times."""
+    line = known_at_once(shop) if schema.has_clock else ""
+    return [f"labels: {line}"] if line else []
 
 
 def _cuts(tables: ShopTables) -> tuple[Array, Array] | None:

@@ -161,6 +161,20 @@ def _occurring(ids: Array, index: Array) -> tuple[Array, Array]:
     return ids[used], places.astype(np.int64)
 
 
+def known_at_once(shop: Shop) -> str:
+    """Says which tasks' labels count as known when their rows happened, with the cure; "" where none does.
+
+    An event has a row and a time of its own; a column has none unless shop.toml names one.
+    """
+    names = [task.name for task in shop.tasks if task.label and task.label.column and not task.label.time]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: no column says when these labels came, so they count as known at once; where "
+        'one comes later, name it: label = {column = "…", time = "…"}'
+    )
+
+
 def _label_times(shop: Shop) -> list[str]:
     return [task.label.time for task in shop.tasks if task.label and task.label.time]
 

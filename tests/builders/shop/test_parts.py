@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders.data import stage
 from builders.data.check import check_shop
 from builders.data.stage import load_dataset
+from builders.shop.catalogue import write_changes
 from builders.shop.files import shop_files
 from ensemble.errors import InvalidInput
+from ensemble.schema import Sizes
 
 # user, item, time, clicked, part: u1's parts follow the clock, and so do u2's
 CLOCKED = """u1,a,100,1,train
@@ -132,3 +135,45 @@ def test_an_error_names_the_file_and_row_that_it_is_in(tmp_path):
 def test_labels_with_times_need_parts_that_follow_the_clock(tmp_path):
     with pytest.raises(InvalidInput, match="overlap in time, but task 'ctr' asks when its label came"):
         load_dataset(_write(tmp_path, MIXED, COLUMN, label=', time = "time", within = "1d"'))
+
+
+def _said_by_a_build(folder: Path, scratch: Path) -> list[str]:
+    """What the stage `data` leaves to be said to whoever builds."""
+    _, changes, _ = write_changes(scratch, scratch)
+    stage.run({"shop": folder, "catalogue": changes}, Sizes(), scratch, lambda share, text: None)
+    return (scratch / stage.LINES).read_text().splitlines()
+
+
+@pytest.mark.parametrize(("rows", "overlap"), [(CLOCKED, False), (MIXED, True)], ids=["clocked", "mixed"])
+def test_a_build_says_when_parts_overlap_in_time(tmp_path, rows, overlap):
+    (tmp_path / "work").mkdir()
+    [line] = _said_by_a_build(_write(tmp_path / "shop", rows, COLUMN), tmp_path / "work")
+    assert line.startswith("split: rows that train 4, ")
+    assert ("parts overlap in time" in line) == overlap
+
+
+AT_ONCE = "ctr: no column says when these labels came, so they count as known at once; "
+LATER = "\n".join(
+    f"u{user},{item},{10**9 + 100 * item},{item % 2},train" for user in (1, 2) for item in range(1, 9)
+)
+# The parts overlap, so that a label's time would be refused
+OVER = f"{LATER}\nu1,1,{10**9},1,test"
+
+
+@pytest.mark.parametrize(
+    ("rows", "split", "label", "is_said"),
+    [
+        (LATER, '{kind = "time"}', "", True),
+        (LATER, '{kind = "time"}', ', time = "time"', False),
+        (CLOCKED, COLUMN, "", False),
+        (OVER, COLUMN, "", False),
+    ],
+    ids=["no time", "time", "no clock", "overlap"],
+)
+def test_labels_without_a_time_are_said_where_there_is_a_clock(tmp_path, rows, split, label, is_said):
+    (tmp_path / "work").mkdir()
+    folder = _write(tmp_path / "shop", rows, split, label=label)
+    lines = _said_by_a_build(folder, tmp_path / "work")
+    assert [AT_ONCE in line for line in lines if line.startswith("labels: ")] == [True] * is_said
+    labels = check_shop(folder).sections.get("labels", {})
+    assert labels.get("known at once", "").startswith(AT_ONCE) == is_said
