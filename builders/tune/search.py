@@ -40,6 +40,7 @@ class _Running:
     line: Connection
     trial: Trial | None = None
     step: str = "begins"
+    epoch: int = 0  # the last one that was told: a ranker that stalled early is trained again, from 1
 
 
 def open_study(folder: Path, seed: int, start: Mapping[str, Any]) -> optuna.Study:
@@ -129,7 +130,7 @@ class Search:
         trial = self.study.ask()
         changes = changes_of(trial, self.space, self.start)
         trial.set_user_attr("changes", changes)
-        worker.trial, worker.step = trial, "begins"
+        worker.trial, worker.step, worker.epoch = trial, "begins", 0
         worker.line.send(Job(trial.number, changes))
         self._left -= 1
 
@@ -155,8 +156,10 @@ class Search:
         if isinstance(news, Step):
             worker.step = news.text
         elif isinstance(news, Epoch):
-            trial.report(news.validation, news.number)
-            worker.line.send("start" in trial.user_attrs or not trial.should_prune())
+            is_new, worker.epoch = news.number > worker.epoch, max(news.number, worker.epoch)
+            if is_new:
+                trial.report(news.validation, news.number)
+            worker.line.send(not is_new or "start" in trial.user_attrs or not trial.should_prune())
         else:
             self._end(worker, news)
 

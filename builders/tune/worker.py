@@ -5,6 +5,7 @@ It knows nothing of the study: one process writes that, so that a trial which is
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 from builders.presets import Preset
 
 ENCODERS, RANKER = "encoders", "ranker"  # whose epochs prune
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class _Pruned(Exception):
 
 def serve(work: Work, line: Connection) -> None:
     """Runs the trials that come over the `line`, until it is closed."""
+    # Whoever asked may be killed: nobody listens then
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch

@@ -4,6 +4,7 @@ up."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reading import wait_until
 from rich.console import Console
 from shops import ROOT
 
 from builders.presets import PRESETS
 from builders.settings import named_preset
-from builders.tune.search import give_up_running, num_ended, open_study
+from builders.tune.search import Search, _Running, give_up_running, num_ended, open_study
 from builders.tune.tune import TuneOptions, tune
+from builders.tune.worker import RANKER, Epoch, Work
 from ensemble.errors import InvalidInput
 
 CLI = [sys.executable, "-c", "import peregrine; peregrine.main()", "tune"]
@@ -125,3 +128,52 @@ def test_a_trial_that_does_worse_than_most_is_given_up_but_the_start_never(tmp_p
     assert num_ended(again) == 5
     assert len(again.trials) == 7, "the journal holds all"
     assert again.ask().suggest_float("x", 0, 1) != 0.5, "a start that has a value is not begun again"
+
+
+def test_a_training_that_begins_again_is_not_told_twice(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    study, (ours, theirs) = open_study(tmp_path, 0, {"x": 0.5}), multiprocessing.Pipe()
+    search = Search(study, {}, {}, Work(tmp_path, {}, PRESETS["tiny"], 0, 1, RANKER), 1, print, print)
+    trial = study.ask()
+    worker = _Running(multiprocessing.current_process(), ours, trial)
+    for number, validation in ((1, 0.1), (2, 0.3), (1, 0.2), (2, 0.4), (3, 0.5)):
+        search._take(worker, Epoch(number, validation))
+        assert theirs.recv() is True
+    assert study.get_trials()[0].intermediate_values == {1: 0.1, 2: 0.3, 3: 0.5}
+    assert not [one for one in recwarn if "already reported" in str(one.message)]
+
+
+KILLED = """
+import multiprocessing, os, signal, time
+from pathlib import Path
+
+
+def serve(line):
+    from builders.presets import PRESETS
+    from builders.tune import worker
+
+    def run(*of):
+        line.send(os.getpid())
+        time.sleep(60)  # an epoch in which nothing is told
+
+    worker._run = run
+    worker.serve(worker.Work(Path("."), {}, PRESETS["tiny"], 0, 1, worker.RANKER), line)
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs,)).start()
+    ours.send("a job")
+    print(ours.recv(), flush=True)
+    signal.pause()
+"""
+
+
+def test_who_works_for_a_search_that_is_killed_ends_with_it(tmp_path: Path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment()) as search:
+        assert search.stdout is not None
+        status = Path(f"/proc/{int(search.stdout.readline())}/stat")
+        search.kill()
+    wait_until(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
