@@ -10,6 +10,7 @@ from pathlib import Path
 from clients.items import make_ready
 from clients.operations.listing import check_repository
 from clients.operations.releases import disk_errors, show, told, try_out
+from clients.operations.rows import warn_of_missing_rows
 from clients.operations.worse import refuse_worse
 from ensemble.errors import InvalidInput
 from ensemble.release import activation, foreign
@@ -104,6 +105,7 @@ def _prepared(servers: Group, release: Release, require: str | None) -> list[str
     """Mounts a release in the servers at work, asks it in a process of its own if it is not in the route, and
     waits until it knows all items; gives what it runs on if that is less than could be."""
     route = _route(servers)
+    warn_of_missing_rows(servers, release)
     if not servers.servers and require is not None:
         raise InvalidInput(
             f"--require {require}: no server is at work on {servers.repository}, which could tell"

@@ -10,6 +10,7 @@ from typing import Any
 
 from clients.items import make_ready
 from clients.operations.listing import check_repository
+from clients.operations.rows import warn_of_missing_rows
 from clients.operations.worse import refuse_worse
 from ensemble.errors import InvalidInput, ReleaseError
 from ensemble.release import foreign
@@ -130,6 +131,7 @@ def _activate_in(servers: Group, release: Release, require: str | None, force: b
     settled, name, route = servers.settle(), release.name, servers.route
     previous = route.main if route else None
     worth = refuse_worse(release, previous, force=force)
+    warn_of_missing_rows(servers, release)
     notes = told(settled, *(server.prepare(name, require) for server in servers.servers), servers.note)
     if route is not None and route.releases == (name,) and servers.answers(route):
         return Activation(name, previous, served=True, notes=notes)

@@ -17,6 +17,7 @@ from shops import private_copy
 from clients.client import Client
 from clients.event_checks import Event
 from clients.events import EventWriter
+from clients.operations.releases import activate
 from ensemble.contract import Degraded
 from ensemble.server import process as server_process
 from ensemble.server.options import ServeOptions
@@ -51,7 +52,9 @@ def seconds_unaware(client: Client, user: str, item: str) -> float:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("fused", [False, True], ids=["ensemble", "fused"])
-def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tmp_path, fused, monkeypatch):
+def test_events_count_at_once_and_redis_may_go(
+    tiny_repository, tiny_release, tmp_path, fused, monkeypatch, capfd
+):
     # What is asked here is whether rows are known at all, so a call to Redis has time where the machine is
     # busy; as in conftest.py.
     monkeypatch.setattr(server_process.tiers, "TierSettings", partial(TierSettings, deadline_ms=250))
@@ -112,7 +115,13 @@ def test_events_count_at_once_and_redis_may_go(tiny_repository, tiny_release, tm
             answers = [client.recommend(user) for user in others]
             assert all(Degraded.FEATURES_STALE in answer.degraded and answer.items for answer in answers)
             redis.start()
+            assert activate(repository, "r1").served
+            said = capfd.readouterr().err
+            assert f"warning: Redis at redis://127.0.0.1:{redis.port} has no rows for release r1: " in said
+            assert f"features load --redis @FILE -r {repository.resolve()} --release r1" in said
             load_release(tiny_release, url)
+            activate(repository, "r1")
+            assert "warning" not in capfd.readouterr().err
             wait_until(lambda: all(client.recommend(user).degraded == 0 for user in others), 20)
     finally:
         redis.stop()
