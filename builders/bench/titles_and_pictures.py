@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builders.bench.cold_items import build
-from builders.content.cache import keep_encoder
+from builders.content.cache import KeptEncoder, keep_encoder
 from builders.content.sources import EFFICIENTNET, MINILM, find_source
 from builders.data.dataset import Dataset, history_windows, open_dataset
 from builders.index.stage import open_recall
@@ -40,6 +41,7 @@ from builders.shop.shop_toml import SHOP_FILE, FeatureColumn
 from ensemble.arrays import Array
 from ensemble.content.encoder import ContentEncoder
 from ensemble.content.projection import fitted_projection
+from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput, PeregrineError
 
 PLACES, _COMPONENTS, _FEWEST = 20, 128, 20
@@ -50,8 +52,29 @@ _STRENGTHS = {"picture": 0.003, "title": 0.03, "row": 0.1, "tf-idf": 10.0}
 
 def encoder_of(kind: str, name: str, cache: Path) -> ContentEncoder:
     """Opens a pretrained encoder as a build does, on one thread."""
+    return kept_encoder(kind, name, cache).open(1)
+
+
+def kept_encoder(kind: str, name: str, cache: Path) -> KeptEncoder:
+    """Exports a pretrained encoder into `cache`, once."""
     feature = FeatureColumn(name="content", kind=kind, encoder=name)
-    return keep_encoder(find_source(feature, cache), cache).open(1)
+    return keep_encoder(find_source(feature, cache), cache)
+
+
+def kept_vectors(kept: KeptEncoder, inputs: Sequence[bytes]) -> tuple[list[bytes], Array]:
+    """Encodes texts in UTF-8, or pictures' files, each once for all runs: the distinct ones [n] that have a
+    vector, and the vectors [n, V] float32."""
+    distinct = sorted(set(inputs))
+    keys = [hashlib.sha256(one).hexdigest() for one in distinct]
+
+    def read(places: list[int]) -> Any:
+        of = [distinct[at] for at in places]
+        return [one.decode() for one in of] if kept.facts.model == TEXT else of
+
+    said = _told(kept.facts.source, len(distinct))
+    vectors = kept.encoded(keys, read, 1, lambda done, total: said(done)).vectors
+    there = vectors.any(axis=1)
+    return [distinct[at] for at in np.flatnonzero(there)], vectors[there]
 
 
 def masked(titles: Sequence[str], types: Sequence[str]) -> list[str]:
@@ -117,13 +140,18 @@ def products_of(source: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def pictures_of(source: Path, rows: list[dict[str, str]]) -> list[bytes]:
+    """Reads the files of the products' pictures."""
+    with zipfile.ZipFile(source / "mm_fashion_small" / "images.zip") as file:
+        inside = {Path(name).name: name for name in file.namelist()}
+        return [file.read(inside[f"{row['product_id']}.jpg"]) for row in rows]
+
+
 def _content_vectors(
     source: Path, rows: list[dict[str, str]], texts: list[list[str]], out: Path
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """Encodes pictures, titles and masked titles: vectors [n, V] of each, and milliseconds of CPU each."""
-    with zipfile.ZipFile(source / "mm_fashion_small" / "images.zip") as file:
-        inside = {Path(name).name: name for name in file.namelist()}
-        pictures = [file.read(inside[f"{row['product_id']}.jpg"]) for row in rows]
+    pictures = pictures_of(source, rows)
     image, text = (encoder_of(*of, out / "encoded") for of in (("image", EFFICIENTNET), ("text", MINILM)))
     found, ms = {}, {}
     inputs: tuple[tuple[str, ContentEncoder, Any], ...] = (

@@ -12,10 +12,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from builders.toml_file import read_toml
+from ensemble.contract import IMAGE, TEXT
 from ensemble.errors import InvalidInput
 
 PRESETS = ("none", "balanced", "small", "fast")
 MODELS = ("user_encoder", "item_encoder", "ranker")
+CONTENT = (TEXT, IMAGE)  # encoders that are kept frozen: precision alone is chosen for them
 _FOLDER = Path(__file__).with_name("presets")
 Precision = Literal["int8", "fp8", "fp16", "fp32"]
 
@@ -120,6 +122,25 @@ class ModelRecipe(_Entry):
         return self.distil is None and self.prune is None
 
 
+class LossBudget(_Entry):
+    """Says which share of NDCG@10, of a search's own items, a smaller encoder of contents may lose."""
+
+    loss: float = Field(default=0.005, gt=0, le=0.5)
+
+
+class ContentQuantize(_Entry):
+    """Says what rounding an encoder of texts or pictures may cost; it runs on CPUs."""
+
+    budget: LossBudget = LossBudget()
+    pinned: dict[str, Literal["int8", "fp32"]] = {}  # node of the ONNX graph -> its precision
+
+
+class ContentRecipe(_Entry):
+    """Says what is done to a text_encoder or an image_encoder, where the shop has one."""
+
+    quantize: ContentQuantize | None = None
+
+
 class Gate(_Entry):
     """Holds the limits of what users may lose against the uncompressed release."""
 
@@ -143,12 +164,18 @@ class Recipe(_Entry):
     user_encoder: ModelRecipe = ModelRecipe()
     item_encoder: ModelRecipe = ModelRecipe()
     ranker: ModelRecipe = ModelRecipe()
+    text_encoder: ContentRecipe = ContentRecipe()
+    image_encoder: ContentRecipe = ContentRecipe()
     gate: Gate = Gate()
 
     def of(self, model: str) -> ModelRecipe:
         """Gives the part of `model`, one of MODELS."""
         parts = {"user_encoder": self.user_encoder, "item_encoder": self.item_encoder, "ranker": self.ranker}
         return parts[model]
+
+    def of_content(self, model: str) -> ContentQuantize | None:
+        """Gives what is done to `model`, one of CONTENT."""
+        return {TEXT: self.text_encoder, IMAGE: self.image_encoder}[model].quantize
 
     @model_validator(mode="after")
     def _students_fit(self) -> Recipe:
@@ -170,7 +197,9 @@ class Recipe(_Entry):
     @property
     def is_empty(self) -> bool:
         """Is true where nothing is done to any model."""
-        return all(self.of(model) == ModelRecipe() for model in MODELS)
+        return all(self.of(model) == ModelRecipe() for model in MODELS) and not any(
+            self.of_content(model) for model in CONTENT
+        )
 
     @property
     def keeps_weights(self) -> bool:

@@ -30,7 +30,7 @@ class NodePrecision(TypedDict):
     node: str
     op: str
     precision: str  # int8 | fp8 | fp16 | fp32
-    changed: float | None  # share of the shown items that are others then; None = pinned, or cannot be lower
+    changed: float | None  # share of the shown items that are others then; None = not asked of it alone
     loss: float | None  # relative NDCG@10 lost then; far noisier than `changed`
     parameters: int
     reason: str  # why it is not at its lowest; empty where it is

@@ -21,6 +21,7 @@ class Source:
 
     dataset: Dataset
     folder: Path
+    data: Path  # of the data stage
     modules: dict[str, nn.Module]  # by model
     item_id_embeddings: Array  # [I + 1, E] float32: what item_encoder reads of each item
     ranker_config: RankerConfig
@@ -32,6 +33,7 @@ def open_source(inputs: Inputs) -> Source:
     return Source(
         open_dataset(inputs["data"]),
         inputs["export"],
+        inputs["data"],
         trained.modules,
         trained.item_id_embeddings,
         read_config(inputs["ranker"]),

@@ -1,7 +1,7 @@
 """Stage `compress`: makes a staged release's engines smaller, and proves that the result may be served.
 
-    item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> gate, on the final engines of
-    each runtime
+    item_encoder -> (items encoded again, index) -> user_encoder -> ranker -> text_encoder, image_encoder
+    -> gate, on the final engines of each runtime
 
 Each model goes through distil, prune and quantize as the recipe says, judged in the chain as it stands by
 then; the gate holds the whole against the uncompressed release, on users that chose nothing.
@@ -16,12 +16,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from builders.compress.contents import SmallerEncoder, smaller_encoder
 from builders.compress.graph import parameters
 from builders.compress.judge import gate
 from builders.compress.judge.evaluation import Evaluation
 from builders.compress.judge.measure import Measured
 from builders.compress.quantize.engine import Choice, choose_engine
-from builders.compress.recipe import ModelRecipe, Recipe, facts
+from builders.compress.recipe import CONTENT, ModelRecipe, Recipe, facts
 from builders.compress.results import CompressionReport, EngineSize, NodePrecision, Variant
 from builders.compress.session import open_onnx
 from builders.compress.shrink import Shrunk, shrink
@@ -68,7 +69,11 @@ def compress(
     work.evaluation(source.folder).check_users(recipe.calibration_users or 0)  # before anything is trained
     for place, model in enumerate(ORDER):
         if recipe.of(model) != ModelRecipe():
-            work.compress(model, (place / 4, (place + 1) / 4))
+            work.compress(model, (place / 5, (place + 1) / 5))
+    for model in CONTENT:
+        if recipe.of_content(model) is not None:
+            progress(0.6, f"{model}: what a search finds with it at 8 bits")
+            work.compress_content(model)
     progress(0.75, "the gate: the whole chain on the test users")
     summary = work.summary(recipe_name)
     (folder / "compress.json").write_text(json_text(summary, indent=1))
@@ -88,6 +93,7 @@ class _Work:
     variants: list[Variant] = field(default_factory=list)
     nodes: list[NodePrecision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    contents: list[SmallerEncoder] = field(default_factory=list)
     verdicts: dict[str, gate.Verdict] = field(default_factory=dict)
 
     def compress(self, model: str, share: tuple[float, float]) -> None:
@@ -109,6 +115,23 @@ class _Work:
         if model == "item_encoder":
             progress(0.9, "items encoded again, index")
             self._encode_items(evaluation)
+
+    def compress_content(self, model: str) -> None:
+        """Rounds an encoder of texts or pictures; what nobody can judge stays as it is."""
+        source, recipe = self.source, self.recipe
+        wanted = recipe.of_content(model)
+        assert wanted is not None
+        found = smaller_encoder(
+            source.dataset, source.data, source.folder, model, wanted, recipe.gate, recipe.seed
+        )
+        if isinstance(found, str):
+            self.notes.append(found)
+            return
+        self._keep(model, "onnxruntime", found.choice.model)
+        self.contents.append(found)
+        self.variants += found.choice.variants
+        self.nodes += found.choice.nodes
+        self.notes += found.choice.notes
 
     def _choices(
         self, model: str, shrunk: Shrunk, evaluation: Evaluation, progress: Progress
@@ -171,6 +194,7 @@ class _Work:
         for runtime, file in FILES.items():
             if runtime == "onnxruntime" or any((self.folder / "engines").glob(f"*/{file}")):
                 self.verdicts[runtime] = self._verdict(before, evaluation.measure(self.folder, file=file))
+        self._add_contents()
         for slower in self.verdicts["onnxruntime"].slower:
             self.notes.append(
                 f"{slower.model} at batch {slower.batch} takes {slower.ms:.2f} ms, "
@@ -179,12 +203,24 @@ class _Work:
         return {
             "plan": facts(self.recipe),
             "plan_name": recipe_name,
-            "engines": [size for model in ORDER for runtime in FILES if (size := self._size(model, runtime))],
+            "engines": [
+                size
+                for model in (*ORDER, *(c for c in CONTENT if self.recipe.of_content(c) is not None))
+                for runtime in FILES
+                if (size := self._size(model, runtime))
+            ],
             "variants": self.variants,
             "nodes": self.nodes,
             "gates": {runtime: verdict.to_json() for runtime, verdict in self.verdicts.items()},
             "notes": self.notes,
         }
+
+    def _add_contents(self) -> None:
+        """Puts what the gate says of smaller encoders of contents to the runtime that runs them."""
+        own = self.verdicts["onnxruntime"]
+        rows = [row for found in self.contents for row in found.rows]
+        timings = [timing for found in self.contents for timing in found.timings]
+        self.verdicts["onnxruntime"] = gate.Verdict((*own.rows, *rows), (*own.timings, *timings))
 
     def _verdict(self, before: Measured, after: Measured) -> gate.Verdict:
         return gate.verdict(

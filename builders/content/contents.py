@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builders.content.samples import write_samples
 from builders.folders import link
 from ensemble.arrays import Array
 from ensemble.content.encoder import TOKENIZER
@@ -36,6 +37,7 @@ class Contents:
     projections: dict[str, Projection] = field(default_factory=dict)
     encoders: list[KeptEncoder] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)  # what a person reads of it
+    samples: dict[str, list[bytes]] = field(default_factory=dict)  # some inputs, by feature
 
     @property
     def sizes(self) -> tuple[EncoderSizes, ...]:
@@ -48,6 +50,7 @@ class Contents:
             encoder.link_into(folder)
         if self.projections:
             save_projections(self.projections, folder / PROJECTIONS)
+            write_samples(self.samples, folder)
 
 
 def link_encoders(data: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from builders.content.cache import KeptEncoder, keep_encoder, key_of_text
 from builders.content.contents import Content, Contents
+from builders.content.samples import MOST
 from builders.content.sources import MODELS, encoded_features, sources_of
 from builders.progress import Progress
 from builders.shop.columns.categories import texts_from_column
@@ -64,8 +65,16 @@ def encode_contents(
         values = projection.values(vectors[inputs.places], good[inputs.places])
         contents.by_feature[feature.name] = Content(model, values)
         contents.projections[feature.name] = projection
+        contents.samples[feature.name] = _samples(inputs, np.flatnonzero(good[:-1]))
         contents.lines.append(_line(feature.name, inputs, encoded))
     return contents
+
+
+def _samples(inputs: _Texts | _Pictures, places: Array) -> list[bytes]:
+    """Draws some of the inputs at `places` [n]."""
+    drawn = np.random.default_rng(0).choice(places, min(MOST, len(places)), replace=False)
+    read = inputs.read(np.sort(drawn).tolist())
+    return [one if isinstance(one, bytes) else one.encode("utf-8", "replace") for one in read]
 
 
 class _Texts:

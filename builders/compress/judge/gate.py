@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builders import bootstrap as figures
-from builders.compress.judge.judge import overlaps
+from builders.compress.judge.judge import Judged, overlaps
 from builders.compress.judge.measure import TOP_K, Measured, TaskOutcome, Timing
 from builders.compress.recipe import Gate
 from builders.compress.results import NodePrecision
@@ -141,7 +141,7 @@ def _cure(nodes: Sequence[NodePrecision]) -> str:
     low = [node for node in nodes if node["precision"] != "fp32" and node["changed"] is not None]
     worst = sorted(low, key=lambda node: -((node["changed"] or 0) + max(node["loss"] or 0, 0)))[:3]
     if not worst:
-        return "compress less: prune a smaller share, distil a larger student"
+        return "compress less: a smaller budget, prune a smaller share, distil a larger student"
     lines = [
         f"{n['model']}'s {n['node']} ({n['precision']} on {n['runtime']}, alone it changes "
         f"{n['changed']:.1%} of the lists)"
@@ -203,6 +203,37 @@ def _ranking_rows(
             )
         )
     return rows
+
+
+def finding_rows(model: str, before: Judged, after: Judged, limits: Gate, seed: int) -> list[GateRow]:
+    """Compares what an encoder's queries find: NDCG and recall of their own items, and the lists, which are
+    only told: which of much the same items comes first is no loss."""
+    queries, group = bootstrap.groups(np.arange(len(before.gains)))
+    changed = 1 - overlaps(before.lists, after.lists)
+    pairs = {"NDCG": (before.gains, after.gains), "R": (before.gains > 0, after.gains > 0)}
+    sums = [
+        [bootstrap.user_sums(group, np.asarray(values, np.float64), queries) for values in pair]
+        for pair in pairs.values()
+    ]
+    ratio = bootstrap.ratio(bootstrap.user_sums(group, changed, queries), bootstrap.user_rows(group, queries))
+    statistics = [*(figures.relative_loss(*pair) for pair in sums), ratio]
+    spreads = bootstrap.spreads(statistics, queries, samples=limits.samples, seed=seed)
+    rows = [
+        _row(
+            f"{model} {name}@{TOP_K}",
+            queries,
+            (_mean(one), _mean(other)),
+            spread,
+            limits.ranking,
+            relative=True,
+        )
+        for (name, (one, other)), spread in zip(pairs.items(), spreads, strict=False)
+    ]
+    told = _row(
+        f"{model} top-{TOP_K} overlap", queries, (1.0, 1 - spreads[-1].value), spreads[-1],
+        1 - limits.overlap, relative=True,
+    )  # fmt: skip
+    return [*rows, dataclasses.replace(told, verdict="reported")]
 
 
 def _task_rows(before: TaskOutcome, after: TaskOutcome, limits: Gate, seed: int) -> list[GateRow]:

@@ -118,6 +118,33 @@ def choose_precisions(
     return search.finish(low, may_lift=target_size is None)
 
 
+def choose_whole(
+    model: bytes,
+    feeds: Mapping[str, Array],
+    judge: Judge,
+    *,
+    ranges: Ranges,
+    runtime: str,
+    max_loss: float,
+    pinned: Mapping[str, str] | None = None,
+) -> ChosenPrecisions | None:
+    """Puts every block that is not pinned at int8, all at once; None where that loses more than `max_loss`.
+
+    For large models, whose blocks would take minutes to be judged one by one. Where the whole is slower than
+    fp32, as on CPUs without VNNI, all stay at fp32.
+    """
+    candidates = ("int8", PRECISIONS[runtime][-1])
+    search = Search(model, feeds, judge, ranges, runtime, candidates, dict(pinned or {}))
+    free = [block for block in search.blocks if block.name not in search.pinned]
+    search.lowest = {block.name: "int8" for block in free if "int8" in choices(block, runtime)}
+    low = frozenset(search.lowest)
+    trial = search.trial(low, "all at int8")
+    if trial.latency is not None and trial.latency > 1:
+        search.notes.append(f"all blocks stay at fp32: lower ones are slower on {runtime}")
+        return search.finish(frozenset(), may_lift=False)
+    return search.finish(low, may_lift=False) if trial.loss.relative <= max_loss else None
+
+
 def global_8bit(
     model: bytes,
     judge: Judge,

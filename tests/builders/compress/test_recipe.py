@@ -90,7 +90,7 @@ def test_a_students_widths_are_those_of_the_rankers_config():
         (
             '[rankr.prune]\nmethod = "two_four"',
             "rankr: no such key; known here: seed, calibration_users, user_encoder, item_encoder, ranker, "
-            "gate",
+            "text_encoder, image_encoder, gate",
         ),
         (
             '[ranker.quantize]\nonnxruntime = ["int4"]',

@@ -17,6 +17,10 @@ from PIL import Image
 
 from builders.bench.search import Catalogue
 from builders.compile.builder import Request, build_plan
+from builders.compile.graph import check_constants, drop_int8_activations, read_model
+from builders.compress import graph
+from builders.compress.quantize.calibration import calibrate
+from builders.compress.quantize.quantize import choices, quantize
 from builders.content import sources
 from builders.content.cache import KeptEncoder, keep_encoder
 from builders.content.contents import Contents
@@ -28,6 +32,7 @@ from builders.shop.shop_toml import FeatureColumn
 from ensemble.content.encoder import ContentEncoder
 from ensemble.content.texts import padded
 from ensemble.engines.flavors import RTX
+from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import Range
 from ensemble.errors import InvalidInput
 
@@ -130,6 +135,31 @@ def test_nvidias_own_builder_makes_a_plan_of_it(of, kind, kept):
     assert len(build_plan(request, RTX)) > 10_000
     said = [line for line in heard if "Int64 binding" not in line]  # token_ids are bound as int64
     assert said == [], "the builder warns of nothing else"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("of", "kind"), [("text", "bert"), ("image", "efficientnet")])
+def test_nvidias_own_builder_takes_it_at_8_and_16_bits(of, kind, kept, rng):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="the wheels tensorrt-rtx-cu13-* are not installed")
+    facts, model = kept(of, kind)[1].facts, (kept(of, kind)[1].folder / "model.onnx").read_bytes()
+    if of == "text":
+        shape, profile = (8, 16), [((1, 16), (8, 16), (8, 16))] * 2
+        feeds = {"token_ids": rng.integers(1, 30, shape), "token_mask": np.ones(shape, bool)}
+    else:
+        feeds = {"pixels": rng.random((8, 3, facts.side, facts.side), np.float32)}
+        profile = [tuple((batch, 3, facts.side, facts.side) for batch in (1, 8, 64))]
+    ranges, exact = calibrate(model, feeds, min_users=1), OnnxEngine(model).run(feeds)
+    blocks = graph.blocks(graph.load(model))
+    lowest = {b.name: choices(b, "tensorrt")[0] for b in blocks}  # int8; tables fp16
+    typed = quantize(model, lowest, ranges, "tensorrt")
+    found = OnnxEngine(typed, fuse=False).run(feeds)
+    assert all(np.abs(found[name] - wanted).max() < 0.3 for name, wanted in exact.items())
+    network = read_model(typed, "model.onnx")
+    assert check_constants(network, "model.onnx") == []
+    drop_int8_activations(network)  # as `compile` does for RTX cards
+    shapes = tuple(Range(name, *of) for name, of in zip(feeds, profile, strict=True))
+    request = Request(network.SerializeToString(), shapes, False, False, Path("none"))
+    assert len(build_plan(request, RTX)) > 10_000
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
