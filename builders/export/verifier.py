@@ -44,6 +44,22 @@ class Answer:
     shown: Array  # [B, N] int64, the same candidates in the order in which they are shown
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Holds a batch of users' candidates with the score that sorts their lists."""
+
+    tensors: Tensors  # the features step's
+    query: Array  # [B, M, D] float32, the users' embeddings
+    found: Tensors  # recall's
+    blended: Array  # [B, N] float32, -inf where padded
+
+    @property
+    def shown(self) -> Array:
+        """Gives the candidates [B, N] in the order in which they are shown, ties by row."""
+        rows = self.found["candidate_rows"]
+        return np.take_along_axis(rows, np.lexsort((rows, -self.blended), axis=-1), axis=1)
+
+
 class Runs(Protocol):
     """Runs a model: arrays by name into arrays by name."""
 
@@ -157,6 +173,12 @@ class Verifier:
 
     def answer(self, user_rows: Array, history_ends: Array) -> Answer:
         """Asks the chain about users [B] as they were at history_ends [B]."""
+        one = self.scored(user_rows, history_ends)
+        had = self.had(user_rows, history_ends)
+        return Answer(one.tensors, had, one.query, one.found["candidate_rows"], one.shown)
+
+    def scored(self, user_rows: Array, history_ends: Array) -> Scored:
+        """Scores the candidates of users [B] as they were at history_ends [B]."""
         options = default_options(len(user_rows))
         tensors = self.user_tensors(user_rows, history_ends)
         query = self._encode(tensors)
@@ -165,14 +187,9 @@ class Verifier:
         older = older_pasts(self.dataset, user_rows, history_ends)
         found = self.recall.run(options, **seen, older=older, **queries)
         ranked = self.ranker.run({name: {**tensors, **found}[name] for name in contract.RANKER_INPUTS})
-        blended = np.where(
-            found["candidate_rows"] > 0,
-            self.reranking.blend(options, ranked["candidate_probabilities"], found["candidate_scores"]),
-            -np.inf,
-        )
-        order = np.lexsort((found["candidate_rows"], -blended), axis=-1)
-        shown = np.take_along_axis(found["candidate_rows"], order, axis=1)
-        return Answer(tensors, self.had(user_rows, history_ends), query, found["candidate_rows"], shown)
+        blended = self.reranking.blend(options, ranked["candidate_probabilities"], found["candidate_scores"])
+        is_there = found["candidate_rows"] > 0
+        return Scored(tensors, query, found, np.where(is_there, blended, -np.inf))
 
     def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
         """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half.

@@ -62,14 +62,13 @@ def by_truth(verifier: Verifier, file: Path) -> Worth | str:
     truth = planted(dataset, file)
     if isinstance(truth, str):
         return truth
-    rows = sampled(len(dataset.test.user_rows), min(_ROWS, max(50, _PAIRS // dataset.num_items)))
-    if not len(rows):
+    targets = asked_targets(dataset)
+    if not len(targets.user_rows):
         return "nothing was held out"
-    targets = Targets(*(of[rows] for of in vars(dataset.test).values()))
     times = dataset.histories.times[targets.history_ends]
     popular = np.argsort(-verifier.popularity[1:], kind="stable") + 1
     parts = []
-    for start in range(0, len(rows), BATCH):
+    for start in range(0, len(targets.user_rows), BATCH):
         piece = slice(start, start + BATCH)
         answer = verifier.answer(targets.user_rows[piece], targets.history_ends[piece])
         seen = answer.had
@@ -78,7 +77,7 @@ def by_truth(verifier: Verifier, file: Path) -> Worth | str:
             "recall": answer.recalled[:, :PLACES],
             "popularity": unseen(popular[: PLACES + seen.shape[1]], seen),
         }
-        parts.append(_values(truth, targets.user_rows[piece], times[piece], seen, lists))
+        parts.append(values_of(truth, targets.user_rows[piece], times[piece], seen, lists))
     values = {way: np.concatenate([part[way] for part in parts]) for way in parts[0]}
     measure = (
         f"planted truth {hashlib.sha256(file.read_bytes()).hexdigest()[:8]}: {weights_text(truth.tasks)}"
@@ -86,7 +85,15 @@ def by_truth(verifier: Verifier, file: Path) -> Worth | str:
     return Worth("truth", measure, targets.user_rows, targets.item_rows, times, values)
 
 
-def _values(
+def asked_targets(dataset: Dataset) -> Targets:
+    """Gives the held-out targets that the truth is asked about, the same each time: fewer of a large
+    catalogue."""
+    most = min(_ROWS, max(50, _PAIRS // dataset.num_items))
+    rows = sampled(len(dataset.test.user_rows), most)
+    return Targets(*(of[rows] for of in vars(dataset.test).values()))
+
+
+def values_of(
     truth: _Planted, users: Array, times: Array, seen: Array, lists: dict[str, Array]
 ) -> dict[str, Array]:
     """Gives what each way's lists [Q, K] are worth, and random, knowable and best ones: [Q, 1 + T] each."""
