@@ -182,7 +182,6 @@ def test_no_source_of_an_image_holds_a_key() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in ignored if line and not line.startswith("#")]
     assert rules[0] == "*"
-    assert {"**/*.key", "**/*.pem", "**/.env", "**/credentials*"} <= set(rules)
     key = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\n|AKIA[0-9A-Z]{16}")
     for folder in sorted(COPIED):
         for path in (ROOT / folder).rglob("*"):
