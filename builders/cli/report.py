@@ -21,6 +21,10 @@ def report(
             "lists side by side."
         ),
     ] = None,
+    shop: Annotated[
+        Path | None,
+        typer.Option(help="With --compare: the shop's folder, whose pictures stand beside the items."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write every figure as PNG into this folder.")] = None,
 ) -> None:
     """Writes a release's report as one HTML page with its figures inside: worth, ranking, recall,
@@ -31,8 +35,10 @@ def report(
     from ensemble.release.release import active_release, open_release
 
     if compare:
-        _compare(repository, *compare, out)
+        _compare(repository, *compare, out, shop)
         return
+    if shop is not None:
+        raise InvalidInput(f"--shop {shop}: only a page of two releases has lists", "add --compare r1 r2")
     name = release or active_release(repository)
     if name is None:
         raise ReleaseError(
@@ -54,7 +60,7 @@ def report(
     print(f"{target}" + (f" and {len(pictures)} PNG in {png}" if png else ""))
 
 
-def _compare(repository: Path, first: str, second: str, out: Path | None) -> None:
+def _compare(repository: Path, first: str, second: str, out: Path | None, shop: Path | None) -> None:
     """Writes the page of two releases, and says which is better."""
     from builders.report.compare import comparison_page, sentence
     from ensemble.release.compared import comparison
@@ -63,7 +69,7 @@ def _compare(repository: Path, first: str, second: str, out: Path | None) -> Non
     old, new = (open_served(repository, name) for name in (first, second))
     verdict = comparison(new, old)
     target = out or Path(f"{first}-{second}.html")
-    _write(target, comparison_page(old, new, verdict))
+    _write(target, comparison_page(old, new, verdict, shop))
     print(sentence(verdict, first, second))
     print(target)
 

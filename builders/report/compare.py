@@ -7,11 +7,13 @@ figures below it are each release's own, and the lists are what each would answe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from builders.report.html import document, escaped, number, table_of
+from builders.report.thumbnails import Thumbnails, thumbnails
 from builders.verify.newcomers import GROUPS
 from ensemble.arrays import Array
 from ensemble.local import LocalPipeline
@@ -22,8 +24,11 @@ from ensemble.steps.served import ServedRelease
 USERS, PLACES = 50, 10
 
 
-def comparison_page(first: ServedRelease, second: ServedRelease, verdict: Comparison) -> str:
-    """Writes the page; `verdict` is of the second release beside the first."""
+def comparison_page(
+    first: ServedRelease, second: ServedRelease, verdict: Comparison, shop: Path | None = None
+) -> str:
+    """Writes the page; `verdict` is of the second release beside the first. Where the shop's folder is given,
+    its pictures stand beside the items."""
     reports = [release.manifest.get("report") or {} for release in (first, second)]
     names = [first.name, second.name]
     title = f"{first.manifest['shop']}: release {second.name} beside {first.name}"
@@ -34,7 +39,7 @@ def comparison_page(first: ServedRelease, second: ServedRelease, verdict: Compar
         "<h2>Figures of each release, on its own held-out rows</h2>",
         table_of(["", *names, "difference"], figure_rows(*reports)),
         *_for_whom(names, reports),
-        *_lists(first, second, users),
+        *_lists(first, second, users, shop),
     ]
     return document(title, parts)
 
@@ -121,7 +126,9 @@ def shared_users(first: Release, second: Release) -> list[bytes]:
     return np.sort(np.random.default_rng(0).permutation(both)[:USERS]).tolist()
 
 
-def _lists(first: ServedRelease, second: ServedRelease, users: Sequence[bytes]) -> list[str]:
+def _lists(
+    first: ServedRelease, second: ServedRelease, users: Sequence[bytes], shop: Path | None
+) -> list[str]:
     """Sets what each of the users would see side by side; what only one of the lists has is bold."""
     if not users:
         return []
@@ -130,15 +137,22 @@ def _lists(first: ServedRelease, second: ServedRelease, users: Sequence[bytes]) 
     ]
     is_shared = [_is_in(found[place], found[1 - place]) for place in (0, 1)]
     titles = [_titles(release, ids) for release, ids in zip((first, second), found, strict=True)]
+    shown = list(dict.fromkeys(item for ids in found for item in ids.ravel().tolist() if item))
+    pictures = None if shop is None else thumbnails(shop, shown, second.home)
+    classes = _classes(pictures)
     same = is_shared[0].sum() / max(1, sum(int(item != b"") for item in found[0].ravel().tolist()))
     head = ["user", first.name, second.name]
     lines = ["<tr>" + "".join(f"<th>{escaped(cell)}</th>" for cell in head) + "</tr>"]
     for at, user in enumerate(users):
-        cells = [_cell(titles[place][at], is_shared[place][at]) for place in (0, 1)]
+        cells = [
+            _cell(titles[place][at], is_shared[place][at], [classes.get(one) for one in found[place][at]])
+            for place in (0, 1)
+        ]
         lines.append(f"<tr><td>{escaped(user.decode(errors='replace'))}</td>{''.join(cells)}</tr>")
     return [
         f"<h2>What {len(users)} held-out users would see now</h2>",
         f"<p>{same:.0%} of the places hold an item that the other list has too; all others are bold.</p>",
+        *_styles(pictures, classes),
         f'<div class="scroll"><table class="lists">{"".join(lines)}</table></div>',
     ]
 
@@ -159,10 +173,26 @@ def _titles(release: ServedRelease, ids: Array) -> list[list[str]]:
     ]
 
 
-def _cell(titles: Sequence[str], is_shared: Array) -> str:
+def _classes(pictures: Thumbnails | None) -> dict[bytes, str]:
+    """Names each picture's style: in the page it stands once, however many lists show it."""
+    return {item: f"p{at}" for at, item in enumerate(pictures.by_item)} if pictures else {}
+
+
+def _styles(pictures: Thumbnails | None, classes: Mapping[bytes, str]) -> list[str]:
+    """Writes the pictures, and how many there are."""
+    if pictures is None:
+        return []
+    rules = [
+        f".{classes[item]}{{background-image:url(data:image/jpeg;base64,{text})}}"
+        for item, text in pictures.by_item.items()
+    ]
+    return [f"<p>{escaped(pictures.note())}</p>", f"<style>{''.join(rules)}</style>"]
+
+
+def _cell(titles: Sequence[str], is_shared: Array, classes: Sequence[str | None]) -> str:
     """Writes a list; what the other lacks is bold."""
-    items = (
-        f"<li>{escaped(title)}</li>" if shared else f"<li><b>{escaped(title)}</b></li>"
-        for title, shared in zip(titles, is_shared, strict=False)
-    )
+    items = []
+    for title, shared, of in zip(titles, is_shared, classes, strict=False):
+        text = escaped(title) if shared else f"<b>{escaped(title)}</b>"
+        items.append(f'<li><i class="picture {of}"></i>{text}</li>' if of else f"<li>{text}</li>")
     return f"<td><ol>{''.join(items)}</ol></td>"

@@ -35,6 +35,8 @@ th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
 img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}
 ol{margin:0;padding-left:1.3rem}.lists td{text-align:left;vertical-align:top;white-space:normal;width:40%}
+.picture{display:inline-block;width:56px;height:56px;margin:0 .5rem .2rem 0;vertical-align:middle}
+.picture{background:#fff center/contain no-repeat}
 .tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
 .tile b{display:block;font-size:1.25rem}.tile span{color:#666;font-size:.82rem}
 """
