@@ -34,7 +34,7 @@ from builders.bench.coarse import Coarse, Gathered, distil, gather, known_of
 from builders.data.dataset import Targets
 from builders.evaluate.kept import STAGES, Kept, open_kept
 from builders.export.verifier import Verifier
-from builders.report.figures import BLUE, GREY, ORANGE, axes_of, png
+from builders.report.figures import BLUE, ORANGE, axes_of, png
 from builders.shop.truth import FILE
 from builders.verify.by_truth import asked_targets, planted, values_of
 from builders.verify.values import PLACES, sampled
@@ -265,23 +265,32 @@ def table_of(report: Mapping[str, Any]) -> str:
 def plot_of(report: Mapping[str, Any]) -> bytes:
     """Draws the figure over how many the ranker sees, and over what a list costs, as a PNG."""
     name = "worth" if "worth" in report["rows"][0] else "ndcg@10"
-    colours = {"recall": BLUE, "coarse": ORANGE}
+    there = {row["way"] for row in report["rows"]}
+    colours = {way: colour for way, colour in (("recall", BLUE), ("coarse", ORANGE)) if way in there}
 
     def draw() -> Figure:
-        figure, panels = axes_of(9, 3.4, 2)
-        for axes, x in zip(panels, ("ranked", "ms_all"), strict=True):
-            for way, colour in colours.items():
-                rows = [row for row in report["rows"] if row["way"] == way]
-                if rows:
-                    label = way if way == "recall" else f"coarse ranker of {rows[0]['gathered']}"
-                    points = [[row[of] for row in rows] for of in (x, name)]
-                    axes.plot(*points, "o-", color=colour, label=label, markersize=4)
-                    for row in rows if x == "ms_all" else ():
-                        axes.annotate(f" {row['ranked']}", (row[x], row[name]), color=GREY, fontsize=7)
-            axes.set_ylabel(name)
-        panels[0].set(title="Over candidates", xlabel="candidates that the ranker sees", xscale="log")
-        panels[1].set(title="Over cost", xlabel="milliseconds of CPU a user")
-        panels[0].legend(frameon=False, fontsize=8)
+        figure, [over, cost] = axes_of(9, 3.4, 2)
+        for way, colour in colours.items():
+            rows = [row for row in report["rows"] if row["way"] == way]
+            for axes, x in ((over, "ranked"), (cost, "ms_all")):
+                points = [[row[of] for row in rows] for of in (x, name)]
+                axes.plot(*points, "o-", color=colour, markersize=4)
+            place = (-4, 5) if way == "recall" else (4, -10)  # the two lines' numbers lie apart
+            for row in rows:
+                spot = row["ms_all"], row[name]
+                cost.annotate(
+                    row["ranked"], spot, place, textcoords="offset points", color=colour, fontsize=7
+                )
+        over.set(title="Over candidates", xlabel="candidates that the ranker sees", xscale="log")
+        depths = sorted({row["ranked"] for row in report["rows"]})
+        over.set_xticks(depths, map(str, depths))
+        over.minorticks_off()
+        over.set_ylabel(name)
+        cost.set(title="Over cost", xlabel="milliseconds of CPU a user", xscale="log")
+        cost.xaxis.set_major_formatter("{x:g}")
+        cost.xaxis.set_minor_formatter("{x:g}")
+        labels = {"recall": "recall alone", "coarse": "a coarse ranker cuts"}
+        over.legend([labels[way] for way in colours], frameon=False, fontsize=8)
         return figure
 
     return png(draw)
