@@ -194,5 +194,7 @@ def _cell(titles: Sequence[str], is_shared: Array, classes: Sequence[str | None]
     items = []
     for title, shared, of in zip(titles, is_shared, classes, strict=False):
         text = escaped(title) if shared else f"<b>{escaped(title)}</b>"
-        items.append(f'<li><i class="picture {of}"></i>{text}</li>' if of else f"<li>{text}</li>")
+        items.append(
+            f'<li class="pictured"><i class="picture {of}"></i>{text}</li>' if of else f"<li>{text}</li>"
+        )
     return f"<td><ol>{''.join(items)}</ol></td>"

@@ -34,9 +34,11 @@ th{border-bottom:1px solid #999;font-weight:600}td{border-bottom:1px solid #eee}
 .headline{font-size:1.15rem;max-width:52rem;border-left:4px solid #0072B2;padding-left:.8rem}
 img{max-width:100%;margin:.4rem 0}.scroll{overflow-x:auto}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin:.8rem 0}
-ol{margin:0;padding-left:1.3rem}.lists td{text-align:left;vertical-align:top;white-space:normal;width:40%}
-.picture{display:inline-block;width:56px;height:56px;margin:0 .5rem .2rem 0;vertical-align:middle}
-.picture{background:#fff center/contain no-repeat}
+ol{margin:0;padding-left:1.6rem}
+.lists td,.lists th{text-align:left;vertical-align:top;white-space:normal;width:45%}
+.lists td:first-child,.lists th:first-child{width:10%}
+.pictured{clear:left;min-height:60px}
+.picture{float:left;width:56px;height:56px;margin:0 .5rem 0 0;background:#fff center/contain no-repeat}
 .tile{border:1px solid #ddd;border-radius:6px;padding:.5rem .9rem}
 .tile b{display:block;font-size:1.25rem}.tile span{color:#666;font-size:.82rem}
 """
