@@ -58,6 +58,10 @@ class RequestLog:
             names = ", ".join(str(flag.name).lower() for flag in bits)
             self._say("WARNING", self._degraded, release, request, f"answered, degraded: {names}")
 
+    def warned(self, release: str, request: str, words: str) -> None:
+        """Says something of a request, or, where it is "", of many."""
+        self._say("WARNING", self._failures, release, request, words)
+
     def _say(self, level: str, limit: _Limit, release: str, request: str, words: str) -> None:
         """Writes a line, unless there were too many within this second."""
         passed_over = limit.take()

@@ -8,7 +8,6 @@ All are plain numbers; python_model.py publishes them.
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ from ensemble.arrays import Array
 from ensemble.index.filters import RowMask
 from ensemble.index.main_index import MainIndex
 from ensemble.live.state import LiveView
+from ensemble.request_log import RequestLog
 
 _WAITING = 64  # queries; a probe that cannot keep up samples less
 _REMEMBERED = 1000  # the last probed queries make the figures
@@ -97,8 +97,9 @@ def _embeddings(view: LiveView, rows: Array) -> Array:
 class RecallProbe:
     """Takes queries as they are served, with the rows found for them; compares in a thread of its own."""
 
-    def __init__(self, settings: ProbeSettings, base: QueryBaseline | None) -> None:
+    def __init__(self, settings: ProbeSettings, base: QueryBaseline | None, release: str) -> None:
         self.settings, self.base = settings, base
+        self._release, self._log = release, RequestLog("recall's probe")
         self._rng, self._lock = np.random.default_rng(settings.seed), threading.Lock()
         self._waiting: queue.Queue[tuple[Array, Array, RowMask | None, LiveView]] = queue.Queue(_WAITING)
         self._shares: deque[float] = deque(maxlen=_REMEMBERED)
@@ -130,9 +131,9 @@ class RecallProbe:
             started = time.thread_time()
             try:
                 self._compare(*query)
-            except Exception:  # a probe must never end, and never harm what it watches
+            except Exception as error:  # a probe must never end, and never harm what it watches
                 self._failed += 1
-                logging.getLogger(__name__).exception("recall probe")
+                self._log.failed(self._release, [""], error)
             self._waiting.task_done()
             time.sleep((time.thread_time() - started) * (1 / self.settings.most_busy - 1))
 
@@ -152,9 +153,8 @@ class RecallProbe:
             self._compared += 1
             recall = self.recall()
         if recall < self.settings.alarm_below and self._compared % 100 == 1:
-            logging.getLogger(__name__).warning(
-                "recall_at_n of live queries is %.3f, below %.3f", recall, self.settings.alarm_below
-            )
+            words = f"recall_at_n of live queries is {recall:.3f}, below {self.settings.alarm_below:.3f}"
+            self._log.warned(self._release, "", words)
 
     def _exact(self, view: LiveView, query: Array, rows: Array, depth: int) -> tuple[Array, Array]:
         """Gives the true best rows [<= depth] and their scores; in pieces, so that the interpreter is let go

@@ -104,7 +104,8 @@ class Nearest:
         release.live.attach(
             open_main(release, query), lambda segment: open_segment_index(release, query, segment)
         )
-        self.probe = RecallProbe(ProbeSettings(settings.probe_share), read_baseline(release.path / BASELINE))
+        baseline = read_baseline(release.path / BASELINE)
+        self.probe = RecallProbe(ProbeSettings(settings.probe_share), baseline, release.name)
 
     def offer(self, batch: Batch) -> Array:
         """Gives rows [B, deepest * M]: each interest's best, then each one's second, and so on; what two
