@@ -6,6 +6,9 @@ three things on validation rows, which neither encoders nor ranker have learned 
 item comes in the list, where the next conversion comes (the last binary task), and how well the exposures of
 each user are told apart. What is surely worse than recall's own order for next items or conversions is left
 out; of the rest the one that keeps the largest share of what could be had, summed over the three, is taken.
+
+Of a shop that logs what it showed, next items and conversions count by one over the chance that it showed
+them (propensities.py).
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from builders.data.dataset import Dataset, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, states_of
+from builders.ranker.propensities import exposure_weights, shows_lists
 from builders.ranker.trainer import RankerTrainer
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.steps.blend import Blend
 
-POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+POWERS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _SURELY = 0.975  # share of resamples below recall's order that rules a power out
 _MOST_LISTS, _MOST_EXPOSURES = 3000, 30_000  # sampled; a thousand tell powers apart
 WHY_FEW = "too few held-out items were recalled to choose the power of recall's relevance by"
@@ -40,15 +44,17 @@ class _Asked:
 
     lists: Lists
     values: Array  # [L, N] float32, the tasks' weighted sums
+    weights: Array  # [L] float64, how much each list counts
 
     def gains(self, blend: Blend) -> Array:
-        """Gives each list's NDCG@10 [L] under a blend; 0 where the true item was not recalled."""
+        """Gives each list's NDCG@10 [L] under a blend, weighed; 0 where the true item was not recalled."""
         count = len(self.lists)
         powers, uses = np.full(count, blend.power, np.float32), np.full(count, blend.uses_tasks)
         scores = blend.score(self.values, self.lists.scores, powers, uses)
         scores = np.where(self.lists.item_rows > 0, scores, -np.inf)
         true = self.lists.labels[..., 0] == 1
-        return metrics.gains(metrics.ranks_from_scores(scores, np.where(true.any(1), true.argmax(1), -1)), 10)
+        ranks = metrics.ranks_from_scores(scores, np.where(true.any(1), true.argmax(1), -1))
+        return self.weights * metrics.gains(ranks, 10)
 
 
 def fit_blend(
@@ -77,7 +83,7 @@ def fit_blend(
     exposed = _exposed(trainer, scores)
     tried = [_tried(blend, asked, exposed, options[-1]) for blend in options]
     best = int(np.argmax(_utilities(tried)))
-    return options[best], {"chosen": best, "tried": tried}
+    return options[best], {"chosen": best, "tried": tried, "by_exposure": shows_lists(dataset)}
 
 
 def _utilities(tried: list[dict[str, Any]]) -> Array:
@@ -120,7 +126,11 @@ def _asked(trainer: RankerTrainer, targets: Targets, candidates: CandidateFuncti
         # logits come in the shape of labels, and those of targets have one column
         wide = np.zeros((*part.item_rows.shape, len(trainer.dataset.schema.tasks)), np.float32)
         parts.append(_values(trainer, trainer.logits(replace(part, labels=wide))))
-    return _Asked(lists, np.concatenate(parts))
+    weights = np.ones(len(lists))
+    if shows_lists(trainer.dataset):
+        true = lists.labels[..., 0] == 1
+        weights = exposure_weights(trainer.dataset, lists.user_rows, lists.item_rows, lists.scores, true)
+    return _Asked(lists, np.concatenate(parts), weights)
 
 
 def _pieces(count: int, size: int = 512) -> Iterator[Array]:

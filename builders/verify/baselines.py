@@ -240,17 +240,26 @@ def shortfalls(baselines: dict[str, Any]) -> list[str]:
     return lines
 
 
+_BY_EXPOSURE = (
+    "this shop logs what it showed, and its next items are of its own lists: where they chose the blend, "
+    "each counted by one over the chance that it was shown; as they are, they favour whoever repeats the shop"
+)
+
+
 def blend_lines(report: dict[str, Any]) -> list[str]:
-    """Says in a line where a ranker's report has the tasks out of the order of lists; else gives none."""
+    """Says where a ranker's report has the tasks out of the order of lists, and by what its power was chosen
+    where that is not next items as they were; else gives none."""
     fitted = report.get("blend", {})
     tried = fitted.get("tried")
     if "why" in fitted:
         return [f"{fitted['why']}; it is {fitted['power']:g}"]
+    lines = [_BY_EXPOSURE] if fitted.get("by_exposure") else []
     if not tried or tried[report["blend"]["chosen"]]["uses_tasks"]:
-        return []
+        return lines
     return [
+        *lines,
         "ranking gained nothing on held-out next items and conversions, so lists are in recall's order; "
-        "a request that weighs a task has it ranked all the same"
+        "a request that weighs a task has it ranked all the same",
     ]
 
 
