@@ -25,9 +25,8 @@ from builders.compress.judge.measure import TOP_K, Timing
 from builders.compress.judge.timing import time_pair
 from builders.compress.quantize.calibration import calibrate
 from builders.compress.quantize.engine import Choice, nodes_of, uncompressed, variants_of
-from builders.compress.quantize.planner import ChosenPrecisions, choose_precisions, choose_whole
+from builders.compress.quantize.planner import choose_whole
 from builders.compress.recipe import ContentQuantize, Gate
-from builders.compress.session import open_onnx
 from builders.content.samples import read_samples
 from builders.data.dataset import Dataset
 from builders.index.staged import StagedRelease
@@ -38,6 +37,7 @@ from ensemble.content.pictures import pixels_from_picture
 from ensemble.content.projection import PROJECTIONS, Projection, read_projections
 from ensemble.content.texts import Tokenizer, padded
 from ensemble.contract import TEXT
+from ensemble.engines.onnx import OnnxEngine
 from ensemble.index.looks import unit_rows
 from ensemble.schema import Feature
 
@@ -92,7 +92,16 @@ def smaller(
     calibrating, judging, gating = (known[start::3].tolist() for start in range(3))
     feeds = finding.feeds([inputs[at] for at in calibrating])
     judge, last = (finding.judge([inputs[at] for at in part], own[part]) for part in (judging, gating))
-    chosen = _chosen(reference, feeds, judge, wanted)
+    ranges = calibrate(reference, feeds, min_users=1)
+    chosen = choose_whole(
+        reference,
+        feeds,
+        judge,
+        ranges=ranges,
+        runtime=RUNTIME,
+        max_loss=wanted.budget.loss,
+        pinned=wanted.pinned,
+    )
     timings = tuple(_timing(model, chosen.model, reference, feeds, batch) for batch in _BATCHES)
     ms = timings[-1].reference_ms
     variants = [uncompressed(model, RUNTIME, reference, ms), *variants_of(model, chosen, reference, ms)]
@@ -102,22 +111,10 @@ def smaller(
     return SmallerEncoder(choice, rows, timings)
 
 
-def _chosen(reference: bytes, feeds: Tensors, judge: Judge, wanted: ContentQuantize) -> ChosenPrecisions:
-    """Puts all blocks down at once where that loses no more than is allowed, else those that cost least."""
-    ranges, loss = calibrate(reference, feeds, min_users=1), wanted.budget.loss
-    pinned = dict(wanted.pinned)
-    whole = choose_whole(
-        reference, feeds, judge, ranges=ranges, runtime=RUNTIME, max_loss=loss, pinned=pinned
-    )
-    return whole or choose_precisions(
-        reference, feeds, judge, ranges=ranges, runtime=RUNTIME, max_loss=loss, min_overlap=0.0, pinned=pinned
-    )
-
-
 def _timing(model: str, engine: bytes, reference: bytes, feeds: Tensors, batch: int) -> Timing:
     """Times both engines by turns on the first inputs of the calibration."""
     piece = {name: tensor[:batch] for name, tensor in feeds.items()}
-    calls = [partial(open_onnx(one).run, piece) for one in (engine, reference)]
+    calls = [partial(OnnxEngine(one).run, piece) for one in (engine, reference)]
     return Timing(model, batch, *time_pair(calls[0], calls[1]))
 
 
@@ -161,7 +158,7 @@ class Finding:
 
     def scores(self, engine: bytes, inputs: Sequence[Any]) -> Array:
         """Gives the cosine of inputs [Q], as an engine encodes them, with every item: [Q, I] float32."""
-        encoder = ContentEncoder(open_onnx(engine), self.facts, self.tokenizer)
+        encoder = ContentEncoder(OnnxEngine(engine), self.facts, self.tokenizer)
         vectors = encoder.encode(inputs).vectors if self.tokenizer else encoder.of_pixels(inputs)
         return unit_rows(self.projection.values(vectors, vectors.any(axis=1))) @ self.items.T
 

@@ -20,11 +20,12 @@ import numpy as np
 from clients.bench.measuring_process import Measure, serve_measurement
 from clients.wire import Call, decode_bytes
 from ensemble.arrays import Array
-from ensemble.contract import PIPELINE
+from ensemble.contract import PIPELINE, SEARCH
 
 PERCENTILES = {"p50_ms": 50.0, "p95_ms": 95.0, "p99_ms": 99.0, "p999_ms": 99.9}
 MAX_LAG_MS = 5.0  # at p99; above it the generator, not the server, is what was measured
 _DISTINCT = 4000  # requests that are encoded beforehand and sent in turn
+_SEARCHES = 400  # of which each may hold a picture
 _CHECK_EVERY = 20  # answers between two that are read, not only counted
 _DRAIN_S = 120.0
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -46,6 +47,8 @@ class Load:
     warmup_s: float = 0.5
     max_in_flight: int = 4000
     parameters: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)  # searched for in turn, by one user a request
+    pictures: list[str] = field(default_factory=list)  # files that are searched for, beside them or alone
 
     def to_spec(self) -> dict[str, Any]:
         """Gives the load as a dict that JSON can hold."""
@@ -130,9 +133,26 @@ def encoded_requests(load: Load, rng: np.random.Generator) -> list[bytes]:
     from clients.transport import proto_from_call
 
     users = np.load(load.users_file, mmap_mode="r", allow_pickle=False)
+    if load.texts or load.pictures:
+        return _encoded_searches(load, zipf_users(users, _SEARCHES, load.zipf, rng).tolist())
     drawn = zipf_users(users, _DISTINCT * load.batch_size, load.zipf, rng).reshape(-1, load.batch_size)
     calls = (Call(tuple(ids), load.parameters) for ids in drawn.tolist())
     return [proto_from_call(call, PIPELINE).SerializeToString() for call in calls]
+
+
+def _encoded_searches(load: Load, users: list[bytes]) -> list[bytes]:
+    """Encodes searches for the texts and pictures in turn, one for each of the users."""
+    from clients.search import call_of_search
+    from clients.transport import proto_from_call
+
+    texts = load.texts or [""]
+    pictures: list[str | None] = [*load.pictures] or [None]
+    asked = []
+    for at, user in enumerate(users):
+        text, picture = texts[at % len(texts)], pictures[at % len(pictures)]
+        call = call_of_search(user.decode(), text, picture, load.parameters, None)
+        asked.append(proto_from_call(call, SEARCH).SerializeToString())
+    return asked
 
 
 def has_items(raw: bytes) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,10 +147,12 @@ class Words:
         out = np.zeros(num_rows, np.float32)
         if not terms:
             return out
-        importance, own, length = self._importance(terms, live), 0.0, float(sum(terms.values()))
+        all_postings = self._of(terms)
+        importance = self._importance(terms, all_postings, live)
+        own, length = 0.0, float(sum(terms.values()))
         for term, count in terms.items():
             own += importance[term] * weight_of(count, length, self.mean)
-            postings = self._of(term)
+            postings = all_postings[term]
             out[postings["row"]] += importance[term] * postings["weight"]
         if live.terms:
             changed = live.changed()
@@ -161,20 +163,31 @@ class Words:
                 out[rows[there]] += importance[term] * weights[there]
         return out / np.float32(max(own, 1e-9))
 
-    def _of(self, term: bytes) -> Array:
-        """Gives the postings of a term, none where no title has it."""
-        place = int(np.searchsorted(self._terms, np.bytes_(term)))
-        if place >= len(self._terms) or self._terms[place] != term or len(self._starts) < 2:
-            return self._postings[:0]
-        return self._postings[self._starts[place] : self._starts[place + 1]]
+    def _of(self, terms: Iterable[bytes]) -> dict[bytes, Array]:
+        """Gives the postings of each term, none where no title has it; all are looked up at once."""
+        found = dict.fromkeys(terms, self._postings[:0])
+        # NumPy would widen the whole vocabulary for a term that is longer than any of it
+        asked = [term for term in found if len(term) <= self._terms.itemsize]
+        if not asked or len(self._starts) < 2:
+            return found
+        keys = np.array(asked, self._terms.dtype)
+        places = np.minimum(np.searchsorted(self._terms, keys), len(self._terms) - 1)
+        there = self._terms[places] == keys
+        starts, ends = self._starts[places].tolist(), self._starts[places + 1].tolist()
+        for term, is_there, start, end in zip(asked, there.tolist(), starts, ends, strict=True):
+            if is_there:
+                found[term] = self._postings[start:end]
+        return found
 
-    def _importance(self, terms: Mapping[bytes, float], live: LiveWords) -> dict[bytes, float]:
+    def _importance(
+        self, terms: Mapping[bytes, float], postings: Mapping[bytes, Array], live: LiveWords
+    ) -> dict[bytes, float]:
         """Gives what each term of a query counts: its inverse document frequency, always above 0, as often as
         it stands there. A longer word that no title has counts by its trigrams alone: it may be mistyped."""
         total = self.num_titles + len(live.terms)
         found, unknown = {}, list[bytes]()
         for term, count in terms.items():
-            have = min(total, len(self._of(term)) + len(live.rows.get(term, ())))
+            have = min(total, len(postings[term]) + len(live.rows.get(term, ())))
             found[term] = float(np.log1p((total - have + 0.5) / (have + 0.5))) * max(1.0, count)
             if not have and not term.startswith(b"~"):
                 unknown.append(term)

@@ -34,6 +34,7 @@ from ensemble.errors import InvalidInput
 
 MIN_OVERLAP = 0.95  # quantization alone has far less noise than NDCG: below it the lists are not the same
 TIMED = (1, 8)  # users at once
+_FIRST = (0, 1, 2, 3, 4, 6)  # blocks of a large model that stay up, tried in this order
 _WORTH = 0.01  # of the time; smaller differences are not told from noise
 # of all operations: what is smaller may cost more to convert than it saves, and is timed by itself
 _SURELY_FASTER = 0.05
@@ -127,22 +128,34 @@ def choose_whole(
     runtime: str,
     max_loss: float,
     pinned: Mapping[str, str] | None = None,
-) -> ChosenPrecisions | None:
-    """Puts every block that is not pinned at int8, all at once; None where that loses more than `max_loss`.
+) -> ChosenPrecisions:
+    """Puts every block that is not pinned at int8, all at once, or all but the first few, which see what was
+    rounded least (a convolution on pixels, say).
 
-    For large models, whose blocks would take minutes to be judged one by one. Where the whole is slower than
-    fp32, as on CPUs without VNNI, all stay at fp32.
+    For large models, whose blocks would take minutes to be judged one by one. Where even that loses more than
+    `max_loss`, or the whole is slower than fp32, as on CPUs without VNNI, all stay at fp32, and a note says
+    why.
     """
     candidates = ("int8", PRECISIONS[runtime][-1])
     search = Search(model, feeds, judge, ranges, runtime, candidates, dict(pinned or {}))
     free = [block for block in search.blocks if block.name not in search.pinned]
     search.lowest = {block.name: "int8" for block in free if "int8" in choices(block, runtime)}
-    low = frozenset(search.lowest)
-    trial = search.trial(low, "all at int8")
-    if trial.latency is not None and trial.latency > 1:
-        search.notes.append(f"all blocks stay at fp32: lower ones are slower on {runtime}")
-        return search.finish(frozenset(), may_lift=False)
-    return search.finish(low, may_lift=False) if trial.loss.relative <= max_loss else None
+    names = list(search.lowest)
+    for first in _FIRST:
+        low = frozenset(names[first:])
+        trial = search.trial(low, f"all but the first {first} at int8" if first else "all at int8")
+        if trial.latency is not None and trial.latency > 1:
+            search.notes.append(f"all blocks stay at fp32: lower ones are slower on {runtime}")
+            return search.finish(frozenset(), may_lift=False)
+        if trial.loss.relative <= max_loss:
+            return search.finish(low, may_lift=False)
+        if first < len(names):
+            search.reasons[names[first]] = f"lifted: with it the joint loss was {trial.loss.relative:.2%}"
+    lost = ", ".join(f"{one.loss.relative:.2%}" for one in search.trials.values())
+    search.notes.append(
+        f"all blocks stay at fp32: with none and with up to {_FIRST[-1]} of them up, the others lose {lost}"
+    )
+    return search.finish(frozenset(), may_lift=False)
 
 
 def global_8bit(

@@ -86,3 +86,13 @@ def test_a_catalogue_without_titles_finds_nothing(tmp_path):
 
 def test_a_very_long_text_has_so_many_terms_and_no_more():
     assert len(terms_of(" ".join(f"word{at}" for at in range(10_000)))) <= 600
+
+
+def test_a_term_longer_than_any_of_the_vocabulary_is_none_of_its_terms(words):
+    """Cut to the vocabulary's width it would be another term, and widening that copies all of it."""
+    longest = max(terms_of("".join(TITLES)), key=len).decode()
+    live = words.live()
+    scores = words.scores(terms_of(f"{'velvet' * 6} {longest * 2} lipstick"), len(TITLES), live)
+    assert 0 < scores.max() < 0.9
+    found = words._of([b"velvet", b"velvet" * 8, b"zz"])
+    assert [len(found[term]) for term in (b"velvet", b"velvet" * 8, b"zz")] == [2, 0, 0]
