@@ -35,7 +35,7 @@ class FollowedFile:
         A file that was renamed is read to its end before the new one of its name; one that was cut is read
         from its start.
         """
-        held = b""
+        held, rotated = b"", False
         while True:
             data = os.read(self._descriptor, _READ_BYTES)
             *lines, held = (held + data).split(b"\n")
@@ -49,13 +49,16 @@ class FollowedFile:
             if data:
                 continue
             yield None
-            if self._is_rotated():
+            if rotated:
                 if held:  # the old file's last line, without an end
                     self.offset += len(held)
                     yield held
                     yield None
-                held = b""
+                held, rotated = b"", False
                 self._reopen()
+            elif self._is_rotated():  # lines may have come between the last look and the new name
+                rotated = True
+                time.sleep(_WAIT_S)
             elif os.fstat(self._descriptor).st_size < self.offset:
                 print(f"{self.path} was cut; read from its start", file=sys.stderr)
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
