@@ -94,7 +94,7 @@ def traces(pid: int) -> list[Path]:
     """Lists state folders and shared memory of the supervising process `pid`."""
     states = Path(os.environ["XDG_STATE_HOME"]).glob(f"peregrine/*/{CLAIM}")
     return [
-        *server_folder._SHM.glob(f"{server_folder._SHM_PREFIX}{pid}_*"),
+        *server_folder.SHM.glob(f"{server_folder._SHM_PREFIX}{pid}_*"),
         *(path.parent for path in states if f'"pid": {pid},' in path.read_text()),
     ]
 
