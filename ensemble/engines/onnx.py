@@ -109,7 +109,7 @@ def adds_exactly(cpu_facts: Path) -> bool:
     """Says whether a CPU adds 8-bit products in 32 bits (VNNI), by what Linux says of it; False where nothing
     can be read."""
     try:
-        first = cpu_facts.read_text(encoding="ascii", errors="replace").partition("\n\n")[0]
+        first = cpu_facts.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:
         return False
     return not _VNNI.isdisjoint(first.split())
