@@ -260,8 +260,10 @@ def test_items_added_during_a_canary_are_seen_from_both_releases(served, reposit
 @pytest.mark.triton
 def test_a_process_of_the_canary_that_dies_takes_it_out(served, repository):
     server, said = served
-    canaries.canary(repository, "r2", 0.3)
     said.clear()
+    canaries.canary(repository, "r2", 0.3)
+    # Who dies before it is watched is replaced, and that is all.
+    until(lambda: any("it is watched" in line for line in said))
     route = read_route(repository)
     model = f"route_{route.sequence}" if len(server.stubs()) < 5 else "r2_ranker"
     process = server.pid
