@@ -125,6 +125,8 @@ class PythonModel:
         ends = np.cumsum([len(o) for o in options])
         responses = []
         degraded = outputs.get("degraded")
+        if degraded is not None and not degraded.any():
+            degraded = None  # nothing to say of any request
         for request, start, end, request_options in zip(
             requests, [0, *ends[:-1]], ends, options, strict=True
         ):

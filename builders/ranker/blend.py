@@ -25,7 +25,7 @@ from builders.data.dataset import Dataset, Targets
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, states_of
-from builders.ranker.propensities import exposure_weights, shows_lists
+from builders.ranker.propensities import binary_tasks, exposure_weights, shows_lists
 from builders.ranker.trainer import RankerTrainer
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
@@ -65,9 +65,9 @@ def fit_blend(
 ) -> tuple[Blend, dict[str, Any]]:
     """Chooses the blend of a trained, calibrated ranker; gives it with what was tried. `scores` are
     recall's; the ranker itself reads none of them (CalibratedRanker.score_gate)."""
-    dataset = trainer.dataset
+    dataset, by_exposure = trainer.dataset, shows_lists(trainer.dataset)
     asked = {
-        name: _asked(trainer, targets, candidates)
+        name: _asked(trainer, targets, candidates, by_exposure)
         for name, targets in (("next items", dataset.validation), ("next conversions", _conversions(dataset)))
     }
     first = next(iter(asked.values())).lists
@@ -83,7 +83,7 @@ def fit_blend(
     exposed = _exposed(trainer, scores)
     tried = [_tried(blend, asked, exposed, options[-1]) for blend in options]
     best = int(np.argmax(_utilities(tried)))
-    return options[best], {"chosen": best, "tried": tried, "by_exposure": shows_lists(dataset)}
+    return options[best], {"chosen": best, "tried": tried, "by_exposure": by_exposure}
 
 
 def _utilities(tried: list[dict[str, Any]]) -> Array:
@@ -114,8 +114,11 @@ def _tried(
     return {**option, "figures": figures, "ruled_out": bool(ruled_out)}
 
 
-def _asked(trainer: RankerTrainer, targets: Targets, candidates: CandidateFunction) -> _Asked:
-    """Asks recall and ranker about (a sample of) the targets."""
+def _asked(
+    trainer: RankerTrainer, targets: Targets, candidates: CandidateFunction, by_exposure: bool
+) -> _Asked:
+    """Asks recall and ranker about (a sample of) the targets, which count by how likely they were shown, or
+    alike."""
     places = np.random.default_rng(0).permutation(len(targets.user_rows))[:_MOST_LISTS]
     chosen = np.sort(places)
     some = Targets(targets.user_rows[chosen], targets.history_ends[chosen], targets.item_rows[chosen])
@@ -127,7 +130,7 @@ def _asked(trainer: RankerTrainer, targets: Targets, candidates: CandidateFuncti
         wide = np.zeros((*part.item_rows.shape, len(trainer.dataset.schema.tasks)), np.float32)
         parts.append(_values(trainer, trainer.logits(replace(part, labels=wide))))
     weights = np.ones(len(lists))
-    if shows_lists(trainer.dataset):
+    if by_exposure:
         true = lists.labels[..., 0] == 1
         weights = exposure_weights(trainer.dataset, lists.user_rows, lists.item_rows, lists.scores, true)
     return _Asked(lists, np.concatenate(parts), weights)
@@ -156,16 +159,11 @@ def _values(trainer: RankerTrainer, logits: Array) -> Array:
     return total
 
 
-def _binary(dataset: Dataset) -> list[int]:
-    """Lists the places of the binary tasks; a shop may have numbers alone."""
-    return [t for t, task in enumerate(dataset.schema.tasks) if task.kind == "binary"]
-
-
 def _conversions(dataset: Dataset) -> Targets:
     """Gives each user's first held-out exposure that led to the event of the last binary task."""
     shown = dataset.validation_impressions
     assert shown is not None
-    binary = _binary(dataset)
+    binary = binary_tasks(dataset)
     came = shown.labels[:, binary[-1]] == 1 if binary else np.zeros(len(shown.times), bool)
     rows = np.flatnonzero(came)  # in time order
     users, first = np.unique(shown.user_rows[rows], return_index=True)
@@ -178,7 +176,7 @@ def _exposed(trainer: RankerTrainer, scores: ScoreFunction) -> tuple[Array, Arra
     held-out exposures came to its first task's event [E] bool; None where too few users tell anything."""
     shown = trainer.dataset.validation_impressions
     assert shown is not None
-    binary = _binary(trainer.dataset)
+    binary = binary_tasks(trainer.dataset)
     if not binary:
         return None
     first = binary[0]

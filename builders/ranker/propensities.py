@@ -23,14 +23,16 @@ _MOST_CANDIDATES = 200_000  # that the regression learns from
 _CUT = 0.99  # quantile at which weights are cut
 
 
+def binary_tasks(dataset: Dataset) -> list[int]:
+    """Lists the places of the binary tasks; a shop may have numbers alone."""
+    return [t for t, task in enumerate(dataset.schema.tasks) if task.kind == "binary"]
+
+
 def shows_lists(dataset: Dataset) -> bool:
     """Says whether the shop logs what it showed in vain: exposures that are no events of a past. Where a view
     is both an exposure and an event, users chose it, and there is nothing to correct."""
-    shown = dataset.validation_impressions
-    if shown is None or not len(shown.times):
-        return False
-    binary = [t for t, task in enumerate(dataset.schema.tasks) if task.kind == "binary"]
-    if not binary:
+    shown, binary = dataset.validation_impressions, binary_tasks(dataset)
+    if shown is None or not binary:
         return False
     in_vain = np.flatnonzero(shown.labels[:, binary[0]] == 0)[:_MOST_EXPOSURES]
     events = dataset.histories
@@ -45,7 +47,8 @@ def shows_lists(dataset: Dataset) -> bool:
 def exposure_weights(
     dataset: Dataset, user_rows: Array, item_rows: Array, scores: Array, is_true: Array
 ) -> Array:
-    """Gives what each list counts [L] float64, 1 on average: 1 over the chance that its true item was shown.
+    """Gives what each list counts [L] float64: one over the chance that its true item was shown, 1 on
+    average.
 
     user_rows [L], item_rows [L, N] (-1 padded) with recall's scores [L, N, S], is_true [L, N] bool. Lists
     whose true item was not recalled count 1.

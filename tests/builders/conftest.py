@@ -1,4 +1,4 @@
-"""What the tests of compression share beside tests/conftest.py."""
+"""What the tests of builds share beside tests/conftest.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shops import ReleaseCache
+
+from builders.evaluate.kept import Kept, open_kept
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +23,18 @@ def one_registry() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", classmethod(functools.cache(make)))
         yield
+
+
+@pytest.fixture(scope="module")
+def repository(release_cache: ReleaseCache) -> Path:
+    """The tiny shop's repository with the stages of its build; read it only."""
+    return release_cache.folder("tiny") / "repository"
+
+
+@pytest.fixture(scope="module")
+def kept(repository: Path) -> Kept:
+    """What the build of that repository's release keeps to be asked again."""
+    return open_kept(repository, "r1")
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,7 @@ import pytest
 
 from builders.bench.coarse import Coarse, Gathered, distil
 from builders.bench.depth import Depths, main, measure, plot_of, table_of
-from builders.evaluate.kept import open_kept
 from ensemble.steps.blend import Blend
-
-
-@pytest.fixture(scope="module")
-def repository(release_cache):
-    """The tiny shop's repository with the stages of its build; read it only."""
-    return release_cache.folder("tiny") / "repository"
-
-
-@pytest.fixture(scope="module")
-def kept(repository):
-    return open_kept(repository, "r1")
 
 
 @pytest.fixture(scope="module")

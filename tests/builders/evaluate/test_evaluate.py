@@ -19,20 +19,9 @@ from builders.compress.recipe import read_recipe
 from builders.data.stage import load_dataset
 from builders.evaluate.asked import asked_of, next_of_event, targets_at
 from builders.evaluate.evaluation import evaluate, means_of
-from builders.evaluate.kept import Kept, open_kept
+from builders.evaluate.kept import Kept
 from builders.presets import preset
 from ensemble.errors import InvalidInput, ReleaseError
-
-
-@pytest.fixture(scope="module")
-def repository(release_cache):
-    """The tiny shop's repository with the stages of its build; read it only."""
-    return release_cache.folder("tiny") / "repository"
-
-
-@pytest.fixture(scope="module")
-def kept(repository):
-    return open_kept(repository, "r1")
 
 
 def _run(*arguments):
