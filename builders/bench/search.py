@@ -29,7 +29,7 @@ from ensemble.arrays import Array
 from ensemble.content.encoder import ContentEncoder
 from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
-from ensemble.index.looks import unit_rows
+from ensemble.index.looks import query_rows
 from ensemble.index.words import Words, terms_of, write_words
 
 _COMPONENTS, _TOP, _FEWEST = 128, 10, 20
@@ -45,16 +45,17 @@ class Catalogue:
         self._words, self._encoder = Words(folder), encoder
         vectors = encoder.encode(titles).vectors
         self._projection = fitted_projection(vectors, _COMPONENTS)
-        self._vectors = self._unit(vectors)
+        self.vectors = query_rows(self._projection, vectors)  # [I, P] float32 of length 1
 
-    def _unit(self, vectors: Array) -> Array:
-        return unit_rows(self._projection.values(vectors, vectors.any(axis=1)))
+    def rows(self, texts: list[str]) -> Array:
+        """Encodes texts as rows hold titles: [Q, P] float32 of length 1."""
+        return query_rows(self._projection, self._encoder.encode(texts).vectors)
 
     def scores(self, texts: list[str]) -> tuple[Array, Array]:
         """Gives what words and meaning say of every title: [Q, I] float32 each."""
-        live, size = self._words.live(), len(self._vectors) + 1
+        live, size = self._words.live(), len(self.vectors) + 1
         words = np.stack([self._words.scores(terms_of(text), size, live)[1:] for text in texts])
-        return words, np.maximum(self._unit(self._encoder.encode(texts).vectors) @ self._vectors.T, 0)
+        return words, np.maximum(self.rows(texts) @ self.vectors.T, 0)
 
 
 def figures(source: Path, out: Path, num_items: int) -> dict[str, Any]:
@@ -64,11 +65,11 @@ def figures(source: Path, out: Path, num_items: int) -> dict[str, Any]:
     encoder = encoder_of("text", MINILM, out)
     with tempfile.TemporaryDirectory() as folder:
         catalogue = Catalogue(titles, encoder, Path(folder))
-        texts, items, kinds = _queries(titles, types, num_items, rng)
+        texts, items, kinds = queries_about(titles, types, num_items, rng)
         started = time.process_time()
         words, text = catalogue.scores(texts)
         ms = (time.process_time() - started) / len(texts) * 1e3
-    ranks = np.stack([_ranks(share * words + (1 - share) * text, items) for share in _SHARES], axis=1)
+    ranks = np.stack([ranks_of(share * words + (1 - share) * text, items) for share in _SHARES], axis=1)
     _, number = np.unique(items, return_inverse=True)
     tuned = number % 2 == 0
     gains = [
@@ -95,12 +96,18 @@ def figures(source: Path, out: Path, num_items: int) -> dict[str, Any]:
     }
 
 
-def _queries(
-    titles: list[str], types: list[str], num_items: int, rng: np.random.Generator
+def queries_about(
+    titles: list[str],
+    types: list[str],
+    num_items: int,
+    rng: np.random.Generator,
+    among: Array | None = None,
 ) -> tuple[list[str], Array, Array]:
-    """Makes queries of titles that one product has alone: texts [Q], places of their products, kinds."""
+    """Makes queries of titles that one product has alone: texts [Q], places of their products, kinds; of the
+    products `among` [I] bool, all where it is None."""
     _, first, counts = np.unique(np.array(titles), return_index=True, return_counts=True)
     alone = first[counts == 1]
+    alone = alone if among is None else alone[among[alone]]
     untyped = masked(titles, sorted(set(types)))
     texts, items, kinds = list[str](), list[int](), list[str]()
     for item in np.sort(rng.choice(alone, min(num_items, len(alone)), replace=False)).tolist():
@@ -114,7 +121,7 @@ def _queries(
     return texts, np.array(items), np.array(kinds, dtype=object)
 
 
-def _ranks(scores: Array, items: Array) -> Array:
+def ranks_of(scores: Array, items: Array) -> Array:
     """Gives the place from 0 of each query's product [Q] among scores [Q, I]."""
     own = scores[np.arange(len(items)), items][:, None]
     return (scores > own).sum(axis=1)

@@ -25,63 +25,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from builders.bench.titles_and_pictures import kept_encoder, kept_vectors, masked, pictures_of, products_of
 from builders.content.sources import EFFICIENTNET, MINILM
+from builders.search.shared_space import WIDTH, Heads, train
 from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
 
-_WIDTH, _FIRST, _BATCH = 128, 10, 512
-_RATE, _DECAY, _DROPOUT, _TEMPERATURE, _SHARPEST = 2e-3, 0.01, 0.3, 0.07, 100.0
-
-
-class Heads(nn.Module):
-    """Maps frozen vectors [n, V] of two kinds into one space [n, D], of length 1."""
-
-    def __init__(self, widths: tuple[int, int], hidden: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(_head(width, hidden) for width in widths)
-        self.log_scale = nn.Parameter(torch.tensor(np.log(1 / _TEMPERATURE), dtype=torch.float32))
-
-    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives both kinds' places in the space."""
-        one, other = (
-            functional.normalize(head(x)) for head, x in zip(self.heads, (first, second), strict=True)
-        )
-        return one, other
-
-    def loss(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Gives the contrastive loss of true pairs [n, V] among each other."""
-        one, other = self(first, second)
-        logits = one @ other.T * self.log_scale.exp().clamp(max=_SHARPEST)
-        own = torch.arange(len(first))
-        return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
+_FIRST = 10
+_RATE, _DROPOUT = 2e-3, 0.3  # of whole vectors, which have more components than rows
 
 
 def _head(width: int, hidden: int) -> nn.Module:
     if not hidden:
-        return nn.Sequential(nn.Dropout(_DROPOUT), nn.Linear(width, _WIDTH))
-    inside = (nn.Linear(width, hidden), nn.GELU(), nn.Dropout(_DROPOUT), nn.Linear(hidden, _WIDTH))
+        return nn.Sequential(nn.Dropout(_DROPOUT), nn.Linear(width, WIDTH))
+    inside = (nn.Linear(width, hidden), nn.GELU(), nn.Dropout(_DROPOUT), nn.Linear(hidden, WIDTH))
     return nn.Sequential(nn.Dropout(_DROPOUT), *inside)
 
 
 def trained(first: Array, second: Array, hidden: int, epochs: int, seed: int) -> Heads:
     """Trains heads on pairs of standardized vectors [n, V]."""
     torch.manual_seed(seed)
-    heads = Heads((first.shape[1], second.shape[1]), hidden)
-    steps = max(1, len(first) // _BATCH)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=_RATE, weight_decay=_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * steps)
-    one, other, rng = torch.from_numpy(first), torch.from_numpy(second), np.random.default_rng(seed)
-    for _ in range(epochs):
-        for chosen in np.array_split(rng.permutation(len(first)), steps):
-            optimizer.zero_grad()
-            heads.loss(one[chosen], other[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-    return heads.eval()
+    heads = Heads([_head(of.shape[1], hidden) for of in (first, second)])
+    return train(heads, (first, second), seed, _RATE, epochs)
 
 
 def pair_figures(first: Array, second: Array) -> dict[str, float]:
@@ -108,8 +75,8 @@ def figures(source: Path, out: Path, hidden: int, epochs: int, seed: int) -> dic
     """Measures all ways: {way: figures}, and how many products they are of."""
     rows = products_of(source)
     titles = masked([row["title"] for row in rows], sorted({row["article_type"] for row in rows}))
-    words = _vectors("text", MINILM, [title.encode() for title in titles], out)
-    looks = _vectors("image", EFFICIENTNET, pictures_of(source, rows), out)
+    words = vectors_of("text", MINILM, [title.encode() for title in titles], out)
+    looks = vectors_of("image", EFFICIENTNET, pictures_of(source, rows), out)
     there = words.any(axis=1) & looks.any(axis=1)
     held = np.array([zlib.crc32(row["product_id"].encode()) % 5 == 0 for row in rows])
     learns, tests = np.flatnonzero(there & ~held), np.flatnonzero(there & held)
@@ -125,7 +92,7 @@ def figures(source: Path, out: Path, hidden: int, epochs: int, seed: int) -> dic
     return told
 
 
-def _vectors(kind: str, name: str, inputs: list[bytes], out: Path) -> Array:
+def vectors_of(kind: str, name: str, inputs: list[bytes], out: Path) -> Array:
     """Encodes inputs [n], each distinct one once for all runs: [n, V] float32, 0 where there is none."""
     distinct, vectors = kept_vectors(kept_encoder(kind, name, out / "encoded"), inputs)
     place = {one: at for at, one in enumerate(distinct)}
@@ -135,7 +102,7 @@ def _vectors(kind: str, name: str, inputs: list[bytes], out: Path) -> Array:
 
 def _components(learned: Array, asked: Array) -> Array:
     """Gives the components of vectors [n, V] that an item's row holds, by those that were learned from."""
-    return fitted_projection(learned, _WIDTH).values(asked, np.ones(len(asked), bool))[:, :-1]
+    return fitted_projection(learned, WIDTH).values(asked, np.ones(len(asked), bool))[:, :-1]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from builders.export.trained import Trained, open_trained
 from builders.folders import Inputs, link
 from builders.index.snapshot import write_items, write_older, write_users
 from builders.index.stage import OPTIONAL_FILES, SERVED_FILES, open_recall
-from builders.progress import Progress
+from builders.progress import Progress, part_of
 from builders.ranker.positions import POSITIONS
 from builders.search.files import write_search_files
 from ensemble import contract
@@ -32,7 +32,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
     errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
     progress(0.75, "rows of items and users")
-    _write_rows(dataset, trained, item_embeddings, folder)
+    _write_rows(dataset, trained, item_embeddings, folder, part_of(progress, 0.8, 1.0))
     (folder / "export.json").write_text(json.dumps({"largest_relative_error_against_torch": errors}))
 
 
@@ -84,12 +84,18 @@ def _export_engines(
     return errors
 
 
-def _write_rows(dataset: Dataset, trained: Trained, item_embeddings: Array, folder: Path) -> None:
+def _write_rows(
+    dataset: Dataset,
+    trained: Trained,
+    item_embeddings: Array,
+    folder: Path,
+    progress: Progress = lambda share, text: None,
+) -> None:
     """Writes the snapshot's rows of items and users, their ids and titles, and a new item's id row."""
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
     write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
     write_older(dataset, folder)
-    write_search_files(dataset, folder)
+    write_search_files(dataset, folder, progress)
     write_ids(folder / "user_ids.npy", dataset.user_ids)
     np.save(folder / "item_titles.npy", dataset.item_titles)
     np.save(folder / "new_item_id_embedding.npy", trained.item_id_embeddings[:1])

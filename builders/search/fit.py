@@ -3,7 +3,8 @@ served.
 
 What words and meaning weigh is what finds most items again (NDCG@10) while a full title finds its own first;
 log odds are a logistic regression on what was found. Taste gets the largest weight that loses at most 2% of
-that NDCG. All is chosen on one half of the items and told of the other.
+that NDCG. What pictures show of a text has its own choice (builders/search/shown.py). All is chosen on one
+half of the items and told of the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 from builders.data.dataset import Dataset
 from builders.index.staged import StagedRelease
 from builders.metrics import ndcg
+from builders.search.measures import FIRST, MOST_LOST, TOP, full_titles_first, mean_ndcg, place_of
 from builders.search.queries import FULL, KINDS, Queries, queries_of
+from builders.search.shown import fit_shown, judged_rows
 from ensemble.arrays import Array, Tensors
 from ensemble.contract import IMAGE, SEARCH
 from ensemble.local import LocalPipeline, column_of
@@ -27,10 +30,7 @@ from ensemble.steps.search_settings import SearchSettings
 
 _SHARES = tuple(np.round(np.arange(0, 1.01, 0.1), 1).tolist())
 _TASTES = (3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
-_MOST_LOST = 0.02  # of the relevance's NDCG
-_FIRST = 0.95  # of full titles that find their own item first
 _OTHERS = 20  # items beside the right one that odds are fitted on, the nearest of each query
-_TOP = 10
 _MISSED = 0.02  # of right items that may lie below the least
 _NONSENSE = 40  # texts that mean nothing
 
@@ -51,27 +51,34 @@ def fit_search(dataset: Dataset, staged: Path, seed: int = 0) -> tuple[SearchSet
     release, rng = StagedRelease(staged), np.random.default_rng(seed)
     pipeline = LocalPipeline(release, SEARCH)
     try:
-        queries = queries_of(dataset, release, rng)
+        recall = pipeline.steps["search_recall"]
+        assert isinstance(recall, SearchRecall)
+        queries = queries_of(dataset, release, rng, judged_rows(dataset) if recall.shared else None)
         if not len(queries.rows):
             return SearchSettings(), {}
-        return _fitted(dataset, pipeline, queries, rng)
+        return _fitted(dataset, pipeline, recall, queries, rng)
     finally:
         release.close()
 
 
 def _fitted(
-    dataset: Dataset, pipeline: LocalPipeline, queries: Queries, rng: np.random.Generator
+    dataset: Dataset,
+    pipeline: LocalPipeline,
+    recall: SearchRecall,
+    queries: Queries,
+    rng: np.random.Generator,
 ) -> tuple[SearchSettings, dict[str, Any]]:
     """Fits on every other item, and tells of the rest."""
-    recall = pipeline.steps["search_recall"]
-    assert isinstance(recall, SearchRecall)
-    found = _ask(pipeline, recall, queries)
+    asked = _queries(pipeline, recall, queries.texts)
+    found = _ask(recall, asked, queries.rows)
     _, item = np.unique(queries.rows, return_inverse=True)
     tuned = item % 2 == 0 if item.max() else np.ones(len(item), bool)
     told = ~tuned if (~tuned).any() else tuned
     share_at = _best_share(found.ranks[tuned], queries.kinds[tuned])
     settings = _with_odds(SearchSettings(words_share=_SHARES[share_at]), found, tuned)
     settings = _with_images(settings, recall, rng)
+    weight, shown = fit_shown(dataset, recall, asked, queries, settings)
+    settings = replace(settings, shown_weight=weight)
     titles = [text for text, kind in zip(queries.texts, queries.kinds, strict=True) if kind == FULL]
     settings = replace(settings, probe=titles[0][:200] if titles else queries.texts[0])
     recall.search = settings
@@ -86,6 +93,7 @@ def _fitted(
         },
         "with_taste": _figures(ranks[told, at], queries.kinds[told]),
         "without_taste": _figures(ranks[told, -1], queries.kinds[told]),
+        "shown": shown,
         "settings": vars(settings),
         "nonsense_refused": _refused(pipeline, recall, rng),
     }
@@ -95,15 +103,15 @@ def _fitted(
 # --- what the finders say
 
 
-def _ask(pipeline: LocalPipeline, recall: SearchRecall, queries: Queries) -> Found:
-    """Asks words and meaning about all rows, query by query."""
+def _ask(recall: SearchRecall, asked: list[Query], own: Array) -> Found:
+    """Asks words and meaning about all rows, query by query, each made of the item at its own row [Q]."""
     view, parts = recall.live.view, list[tuple[Any, ...]]()
-    for query, row in zip(_queries(pipeline, recall, queries.texts), queries.rows.tolist(), strict=True):
+    for query, row in zip(asked, own.tolist(), strict=True):
         scores = recall.scores(query, view)
         words, text = scores.words, scores.text if scores.text is not None else np.zeros_like(scores.words)
         text = np.maximum(text, 0)
         both = [share * words + (1 - share) * text for share in _SHARES]
-        ranks = [_rank(x, row) for x in both]
+        ranks = [place_of(x, row) for x in both]
         near = np.argsort(-both[len(_SHARES) // 2], kind="stable")[: _OTHERS + 1]
         near = near[near != row][:_OTHERS]
         near = np.pad(near, (0, _OTHERS - len(near)))
@@ -123,23 +131,12 @@ def _queries(pipeline: LocalPipeline, recall: SearchRecall, texts: list[str]) ->
     return out
 
 
-def _rank(x: Array, row: int) -> int:
-    """Gives a row's place from 0 among all [R], ties by row."""
-    better = np.count_nonzero(x[1:] > x[row])
-    return better + int(np.count_nonzero(x[1:row] == x[row]))
-
-
 def _best_share(ranks: Array, kinds: Array) -> int:
     """Chooses the share of words: of those by which full titles find their own, the one that finds most."""
-    gains = np.array([_mean_ndcg(ranks[:, at], kinds) for at in range(ranks.shape[1])])
-    first = (ranks[kinds == FULL] == 0).mean(axis=0)
-    allowed = first >= min(_FIRST, float(first.max()))
+    gains = np.array([mean_ndcg(ranks[:, at], kinds) for at in range(ranks.shape[1])])
+    first = full_titles_first(ranks, kinds)
+    allowed = first >= min(FIRST, float(first.max()))
     return int(np.argmax(np.where(allowed, gains, -1)))
-
-
-def _mean_ndcg(ranks: Array, kinds: Array) -> float:
-    """Gives NDCG@10, the mean over the kinds of queries."""
-    return float(np.mean([ndcg(ranks[kinds == kind], _TOP) for kind in KINDS if (kinds == kind).any()]))
 
 
 def _with_odds(settings: SearchSettings, found: Found, tuned: Array) -> SearchSettings:
@@ -221,12 +218,11 @@ def _before_reranking(pipeline: LocalPipeline, users: Array, texts: list[str]) -
 def _best_taste(ranks: Array, kinds: Array) -> int:
     """Chooses the largest weight of taste that loses at most 2% of NDCG, and by which full titles still find
     their own item first, where they do without it."""
-    without = _mean_ndcg(ranks[:, -1], kinds)
-    full = ranks[kinds == FULL]
-    first = (full == 0).mean(axis=0) if len(full) else np.ones(len(_TASTES))
+    without = mean_ndcg(ranks[:, -1], kinds)
+    first = full_titles_first(ranks, kinds)
     for at in range(len(_TASTES)):
-        keeps = _mean_ndcg(ranks[:, at], kinds) >= (1 - _MOST_LOST) * without
-        if keeps and first[at] >= min(_FIRST, float(first[-1])):
+        keeps = mean_ndcg(ranks[:, at], kinds) >= (1 - MOST_LOST) * without
+        if keeps and first[at] >= min(FIRST, float(first[-1])):
             return at
     return len(_TASTES) - 1
 
@@ -238,9 +234,9 @@ def _figures(ranks: Array, kinds: Array) -> dict[str, Any]:
     """Gives NDCG@10 of all kinds together and of each, and how often a full title finds its item first."""
     full = ranks[kinds == FULL]
     return {
-        "ndcg@10": _mean_ndcg(ranks, kinds),
+        "ndcg@10": mean_ndcg(ranks, kinds),
         "full_title_first": float((full == 0).mean()) if len(full) else None,
-        "by_kind": {k: float(ndcg(ranks[kinds == k], _TOP)) for k in KINDS if (kinds == k).any()},
+        "by_kind": {k: float(ndcg(ranks[kinds == k], TOP)) for k in KINDS if (kinds == k).any()},
     }
 
 

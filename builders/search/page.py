@@ -1,4 +1,5 @@
-"""Writes the report's part on search: what words, meaning and both find, and what taste moves."""
+"""Writes the report's part on search: what words, meaning and both find, what taste moves, and what pictures
+find of what no text tells of."""
 
 from __future__ import annotations
 
@@ -38,4 +39,24 @@ def search_note(found: Mapping[str, Any]) -> str:
         f"looks for its own item among all. Words weigh {settings['words_share']:.0%}, meaning the rest; "
         f"taste weighs {settings['taste_weight']:g}, the largest that costs at most 2%. Of texts that "
         f"mean nothing, {found['nonsense_refused']:.0%} find nothing, as they should."
+    ) + "".join(f" {line}" for line in shown_lines(found))
+
+
+def shown_lines(found: Mapping[str, Any]) -> list[str]:
+    """Says whether a text finds what only a picture shows, and what that gains and costs; nothing where a
+    shop has too few titles and pictures to learn it from."""
+    shown = found.get("shown")
+    if not shown:
+        return []
+    hidden, told, first = shown["hidden"], shown["told"], shown["full_title_first"]
+    figures = (
+        f"NDCG@10 of items whose titles were hidden {hidden['without']:.3f} -> {hidden['with']:.3f} "
+        f"({hidden['title_in_first_ten']:.0%} of their titles find them among the first ten), of the others "
+        f"beside them {told['without']:.3f} -> {told['with']:.3f}, whose full titles come first in "
+        f"{first['with']:.1%} (before: {first['without']:.1%})"
     )
+    if shown["on"]:
+        return [f"A text finds items without a text by their pictures: {figures}."]
+    return [
+        f"A text does not find items without a text by their pictures, it would gain too little: {figures}."
+    ]

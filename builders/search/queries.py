@@ -30,16 +30,21 @@ class Queries:
         return Queries([self.texts[at] for at in chosen.tolist()], self.rows[chosen], self.kinds[chosen])
 
 
-def queries_of(dataset: Dataset, release: Release, rng: np.random.Generator) -> Queries:
-    """Makes queries of evenly drawn items whose titles no other item has."""
+def queries_of(
+    dataset: Dataset, release: Release, rng: np.random.Generator, before: Array | None = None
+) -> Queries:
+    """Makes queries of evenly drawn items whose titles no other item has; of rows `before` [I + 1] bool
+    before others, where that is given."""
     titles = dataset.item_titles
     _, first, counts = np.unique(titles, return_index=True, return_counts=True)
     rows = np.sort(first[(counts == 1)])
     rows = rows[(rows > 0) & (titles[rows] != b"")]
     most = _MOST if len(titles) < _MANY_ROWS else _FEW
-    rows = np.sort(rng.choice(rows, min(most, len(rows)), replace=False))
-    texts: list[str] = []
-    of_row, kinds = [], []
+    rows = rng.permutation(rows)
+    if before is not None:
+        rows = rows[np.argsort(~before[rows], kind="stable")]
+    rows = np.sort(rows[:most])
+    texts, of_row, kinds = list[str](), list[int](), list[str]()
     for row in rows.tolist():
         title = titles[row].decode(errors="replace")
         for kind, text in asked_of(title, _category_words(release, row), rng).items():

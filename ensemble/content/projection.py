@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
+_Part = TypeVar("_Part")
 PROJECTIONS = "projections.npz"  # file of a release: those of all its features
 
 
@@ -48,17 +50,30 @@ def fitted_projection(vectors: Array, width: int) -> Projection:
     return Projection(mean.astype(np.float32), (components / scale).astype(np.float32))
 
 
+def save_by_feature(parts: Mapping[str, Any], path: Path) -> None:
+    """Writes dataclasses of arrays by feature; read_by_feature reads them."""
+    arrays = {f"{name}.{part}": array for name, of in parts.items() for part, array in vars(of).items()}
+    np.savez(path, **arrays)
+
+
+def read_by_feature(kind: type[_Part], path: Path) -> dict[str, _Part]:
+    """Reads what save_by_feature wrote; ReleaseError where it is none of that."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parts = {name: dict[str, Array]() for name in sorted({key.rpartition(".")[0] for key in file})}
+            for key in file:
+                name, _, part = key.rpartition(".")
+                parts[name][part] = file[key]
+        return {name: kind(**arrays) for name, arrays in parts.items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise ReleaseError(f"{path} cannot be read: {error}", "build the release again") from error
+
+
 def save_projections(projections: Mapping[str, Projection], path: Path) -> None:
     """Writes projections by feature; read_projections reads them."""
-    arrays = {f"{name}.{part}": array for name, of in projections.items() for part, array in vars(of).items()}
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    save_by_feature(projections, path)
 
 
 def read_projections(path: Path) -> dict[str, Projection]:
     """Reads what save_projections wrote."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = sorted({key.rpartition(".")[0] for key in file})
-            return {name: Projection(file[f"{name}.mean"], file[f"{name}.components"]) for name in names}
-    except (OSError, ValueError, KeyError) as error:
-        raise ReleaseError(f"{path} cannot be read: {error}", "build the release again") from error
+    return read_by_feature(Projection, path)

@@ -11,7 +11,8 @@ class Finder(IntFlag):
 
     WORDS = 1  # words of its title
     TEXT = 2  # what its text means
-    IMAGE = 4  # what its picture shows
+    IMAGE = 4  # what its picture shows, of a picture
+    SHOWN = 8  # what its picture shows, of a text
 
 
 @lru_cache(maxsize=16)

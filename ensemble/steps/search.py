@@ -3,6 +3,8 @@
     words   BM25 over the titles (ensemble/index/words.py)
     text    the cosine of the text's vector with the items' text vectors (ensemble/index/looks.py)
     image   the cosine of the picture's vector with the items' image vectors
+    shown   of an item of which nothing is told in words: the cosine of the text's vector with that of the
+            item's picture, in the space that both share (ensemble/content/shared_space.py)
 
 Every finder scores every item, the release's own and live ones, so what is found depends on no index. The
 scores become log odds that an item fits (ensemble/steps/search_settings.py); what falls below the least is no
@@ -21,9 +23,10 @@ import numpy as np
 
 from ensemble.arrays import Array, Tensors
 from ensemble.content.projection import PROJECTIONS, read_projections
+from ensemble.content.shared_space import SHARED, Head, read_heads
 from ensemble.contract import IMAGE, QUERY_TENSORS, TEXT, Degraded
 from ensemble.index.filters import RowMask
-from ensemble.index.looks import Looks, vectors_file
+from ensemble.index.looks import Looks, query_rows, shared_file, vectors_file
 from ensemble.index.words import FILES, Words, terms_of
 from ensemble.live.state import LiveView
 from ensemble.live.titles import LiveTitles
@@ -38,6 +41,7 @@ from ensemble.steps.served import ServedRelease
 from ensemble.steps.sources import STRIDE, Batch
 
 _FOUND = 0.05  # of a finder's score from which it brought an item
+_BEHIND = 0.99  # of the best title's x, that pictures alone reach at most: a title that fits stays first
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,17 @@ class Scores:
     image: Array | None
     has_text: bool
     is_like: bool = False
+    shown: Array | None = None  # 0 where an item is told of in words, or has no picture
 
     def x_text(self, settings: SearchSettings) -> Array:
-        """Joins words and meaning."""
+        """Joins words and meaning, and what pictures show instead of them."""
         if self.text is None:
             return self.words
         share = np.float32(settings.words_share)
-        return share * self.words + (1 - share) * np.maximum(self.text, 0)
+        x = share * self.words + (1 - share) * np.maximum(self.text, 0)
+        if self.shown is None or not settings.shown_weight:
+            return x
+        return np.maximum(x, shown_beside(self.shown, float(x[1:].max(initial=0)), settings.shown_weight))
 
     def relevance(self, settings: SearchSettings) -> tuple[Array, Array]:
         """Gives the log odds that each item fits [R], and whether they are enough [R] bool."""
@@ -85,10 +93,18 @@ class Scores:
     def finders(self, rows: Array) -> Array:
         """Says in bits which finders brought rows [n]: [n] int64."""
         found = (self.words[rows] >= _FOUND) * int(Finder.WORDS)
-        for scores, bit in ((self.text, Finder.TEXT), (self.image, Finder.IMAGE)):
+        asked = ((self.text, Finder.TEXT), (self.image, Finder.IMAGE), (self.shown, Finder.SHOWN))
+        for scores, bit in asked:
             if scores is not None:
                 found = found | (scores[rows] >= _FOUND) * int(bit)
         return found.astype(np.int64)
+
+
+def shown_beside(shown: Array, best: float, weight: float) -> Array:
+    """Gives what pictures count [R] beside titles, of which the `best` one fits so well: always a little less
+    than that one. Cosines of a text with pictures are of another scale, and say less of a query of two words
+    than of a whole title; so do titles, and the best of them says how much."""
+    return np.float32(best) * np.clip(np.float32(weight) * shown, 0, np.float32(_BEHIND))
 
 
 class SearchRecall(Recall):
@@ -107,7 +123,22 @@ class SearchRecall(Recall):
         projections = read_projections(release.path / PROJECTIONS)
         encoded = [feature for feature in release.schema.items.features if feature.encoder]
         release.verify_data(*(vectors_file(feature.name) for feature in encoded))
-        self.looks = {f.name: Looks(f, projections[f.name], release.path) for f in encoded}
+        self.projections = {f.name: projections[f.name] for f in encoded}
+        self.looks = {f.name: Looks(f, release.path) for f in encoded}
+        self._heads, self.shared = self._open_space(release)
+
+    def _open_space(self, release: ServedRelease) -> tuple[dict[str, Head], dict[str, Looks]]:
+        """Opens the space of titles and pictures: the heads of texts, and the pictures' places; none where a
+        release has none."""
+        if not (release.path / SHARED).exists():
+            return {}, {}
+        release.verify_data(SHARED)
+        heads = read_heads(release.path / SHARED)
+        pictures = {name: looks.feature for name, looks in self.looks.items() if name in heads}
+        pictures = {name: feature for name, feature in pictures.items() if feature.encoder == IMAGE}
+        release.verify_data(*map(shared_file, pictures))
+        texts = {name: head for name, head in heads.items() if name not in pictures}
+        return texts, {name: Looks(f, release.path, heads[name]) for name, f in pictures.items()}
 
     def read(self, options: Options, **tensors: Array) -> Tensors:
         """Refuses one request that asks for nothing; InvalidArgument."""
@@ -176,7 +207,7 @@ class SearchRecall(Recall):
         """Gives each user's query, the keys (user * STRIDE + row) [X] of items that it is made of, and the
         users [Y] who name items that nobody knows."""
         vectors = {
-            name: looks.query(words if looks.feature.encoder == TEXT else look)
+            name: query_rows(self.projections[name], words if looks.feature.encoder == TEXT else look)
             for name, looks in self.looks.items()
         }
         owners, ids = options.ids("like")
@@ -215,9 +246,24 @@ class SearchRecall(Recall):
         for name, looks in self.looks.items():
             if query.vectors[name].any():
                 found[looks.feature.encoder].append(looks.scores(view, query.vectors[name][None])[0])
-        best = {model: np.max(parts, axis=0) if parts else None for model, parts in found.items()}
         words = self.words.scores(query.terms, view.num_rows, self.live_words)
-        return Scores(words, best[TEXT], best[IMAGE], query.has_text, query.is_like)
+        if view.num_deleted:  # nothing is measured by what is gone
+            gone = view.state.deleted[: view.num_rows]
+            for scores in (words, *found[TEXT]):
+                scores[gone] = 0
+        best = {model: np.max(parts, axis=0) if parts else None for model, parts in found.items()}
+        shown = None
+        if self.search.shown_weight and found[TEXT] and (cosines := self.cosines(query, view)) is not None:
+            untold = (words == 0) & np.all([scores == 0 for scores in found[TEXT]], axis=0)
+            shown = np.where(untold, cosines, 0)
+        return Scores(words, best[TEXT], best[IMAGE], query.has_text, query.is_like, shown)
+
+    def cosines(self, query: Query, view: LiveView) -> Array | None:
+        """Compares a query's text with the pictures of all items [R] in the space that both share; None where
+        no text is asked, or the release has no such space."""
+        asked = [head.unit(query.vectors[name][None]) for name, head in self._heads.items()]
+        found = [looks.scores(view, of)[0] for looks in self.shared.values() for of in asked if of.any()]
+        return np.max(found, axis=0) if found else None
 
     def _found(
         self, user: int, query: Query, excluded: Array, mask: RowMask | None, view: LiveView

@@ -1,6 +1,7 @@
 """Holds what the build chose for search: search.json of a release.
 
-text      x = words_share * words + (1 - words_share) * text
+text      x = words_share * words + (1 - words_share) * text; of an item without a text, the best x of all
+          times shown_weight * shown, or .99 where that is more
 relevance log odds = slope * x + bias, of a picture by its own slope and bias; of several the mean
 order     relevance + taste_weight * taste, where taste [-1, 1] is an item's place by the ranker
 """
@@ -27,6 +28,7 @@ class SearchSettings:
     image_bias: float = -4.0
     least_text: float = 0.3  # x below which an item does not fit
     least_image: float = 0.4
+    shown_weight: float = 0.0  # of what pictures show of a text; 0: it is not asked
     taste_weight: float = 0.0
     probe: str = "item"  # a text that is asked for before a release is served
 

@@ -1,4 +1,5 @@
-"""A search meets what changes: items that come and go, another release, a canary, a release without one."""
+"""A search meets what changes: items that come and go, another release, a canary, a release without one, one
+without the space that titles and pictures share."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from shops import private_copy
+from untold import asks_pictures, best_told, knows_no_space
 from variants import publish_variant
 
 from clients import Client
@@ -76,11 +78,14 @@ def test_live_items_are_found_by_title_and_picture_at_once_and_deleted_ones_neve
 
 @pytest.fixture(scope="module")
 def repository(pictured_repository: Path, tiny_repository: Path, tmp_path_factory) -> Path:
-    """r1, active, and r2, which search; r3, of a shop that encodes nothing."""
+    """r1, active, and r2, which search; r3, of a shop that encodes nothing; r4 asks pictures where no text
+    tells of an item, r5 is as releases were before there was such a thing."""
     folder = tmp_path_factory.mktemp("searches")
     repository = private_copy(pictured_repository, folder / "repository")
     publish_variant(repository, "r1", "r2", folder / "two")
     publish_variant(repository, "r1", "r3", folder / "three", origin=tiny_repository)
+    publish_variant(repository, "r1", "r4", folder / "four", asks_pictures)
+    publish_variant(repository, "r1", "r5", folder / "five", knows_no_space)
     return repository
 
 
@@ -139,3 +144,20 @@ def test_a_live_item_is_found_by_a_served_search_at_once(served, repository):
         assert client.search("u1", "glimmerstone aurora").item_ids[:1] == ("fresh",)
         items.delete("fresh")
         assert "fresh" not in client.search("u1", "glimmerstone aurora").item_ids
+
+
+@pytest.mark.triton
+def test_an_item_without_a_title_is_found_where_a_release_asks_pictures(served, repository, pictured_shop):
+    title, picture = best_told(pictured_shop, open_served(repository, "r4"))
+    with Client(served.url) as client, ItemClient(repository) as items:
+        items.add({"item_id": "untold", "image": picture})
+        for name in ("r5", "r4", "r5"):  # forward, and back
+            releases.activate(repository, name)
+            found = client.search("u1", title, top_k=20)
+            assert found.release == name
+            assert found.items[0].item_id != "untold"
+            twin = LocalPipeline(open_served(repository, name), "search")
+            assert list(found.item_ids) == ids(twin, title)
+            finders = {item.item_id: item.finders for item in found.items}
+            assert finders.get("untold") == {"r4": ("shown",), "r5": None}[name]
+        items.delete("untold")

@@ -3,16 +3,21 @@ encoders."""
 
 from __future__ import annotations
 
+import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shops import private_copy
+from untold import best_told
 
 from ensemble import contract
 from ensemble.contract import Degraded
 from ensemble.errors import InvalidArgument
+from ensemble.live.merge import merge
+from ensemble.live.writer import ItemWriter
 from ensemble.local import LocalPipeline, column_of
 from ensemble.options import default_options, stack, with_deadline
 from ensemble.release.release import Release
@@ -233,3 +238,42 @@ def test_settings_that_do_not_fit_are_refused(pictured_repository, tmp_path):
     path.write_text("{}")
     with pytest.raises(Exception, match=r"sha256 mismatch r1/search.json"):
         SearchRecall(release.pipelines["search"].model("search_recall"), release)
+
+
+# --- items without a text, found by their pictures
+
+
+@pytest.fixture
+def shown(pictured_repository, tmp_path) -> LocalPipeline:
+    """A search of a copy that may be changed, whose pictures are asked, too."""
+    search = LocalPipeline(
+        open_served(private_copy(pictured_repository, tmp_path / "repository"), "r1"), "search"
+    )
+    recall = search.steps["search_recall"]
+    recall.search = replace(recall.search, shown_weight=2.0)
+    return search
+
+
+def test_an_item_without_a_title_is_found_by_what_its_picture_shows(shown, pictured_shop):
+    recall = shown.steps["search_recall"]
+    release = recall.live.release
+    title, photo = best_told(pictured_shop, release)
+    ask = lambda: shown.search(["u1"], [title], parameters={"top_k": 10})  # noqa: E731
+    before, writer = ask()["item_ids"][0].tolist(), ItemWriter(release)
+    picture = {"base64": base64.b64encode(photo.read_bytes()).decode()}
+    writer.apply([{"op": "add", "item": {"item_id": "untold", "image": picture}}])
+    found = ask()
+    ids = found["item_ids"][0].tolist()
+    assert ids[0] == before[0], "a title that fits stays first"
+    assert found["finders"][0, ids.index(b"untold")] == b"shown"
+    assert b"untold" not in shown.search(["u1"], ["xqzvkj wpfgh"])["item_ids"][0]
+    writer.overlay.turn_to(merge(release, writer.sequence), writer.sequence)
+    assert ask()["item_ids"][0].tolist() == ids, "merged"
+    told = {"item_id": "untold", "title": "Zorblax starlight serum"}
+    writer.apply([{"op": "update", "item": told}])
+    assert b"untold" not in ask()["item_ids"][0], "its title counts as soon as it has one"
+    writer.apply([{"op": "update", "item": {**told, "title": ""}}])
+    assert b"untold" in ask()["item_ids"][0]
+    recall.search = replace(recall.search, shown_weight=0.0)
+    assert ask()["item_ids"][0].tolist() == before, "off"
+    writer.close()
