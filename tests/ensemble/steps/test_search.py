@@ -258,15 +258,19 @@ def test_an_item_without_a_title_is_found_by_what_its_picture_shows(shown, pictu
     recall = shown.steps["search_recall"]
     release = recall.live.release
     title, photo = best_told(pictured_shop, release)
-    ask = lambda: shown.search(["u1"], [title], parameters={"top_k": 10})  # noqa: E731
+    ask = lambda **more: shown.search(["u1"], [title], parameters={"top_k": 10, **more})  # noqa: E731
     before, writer = ask()["item_ids"][0].tolist(), ItemWriter(release)
     picture = {"base64": base64.b64encode(photo.read_bytes()).decode()}
-    writer.apply([{"op": "add", "item": {"item_id": "untold", "image": picture}}])
+    value = release.vocabularies["items"]["category"][0]
+    new = {"item_id": "untold", "image": picture, "category": value}
+    writer.apply([{"op": "add", "item": new}])
     found = ask()
     ids = found["item_ids"][0].tolist()
     assert ids[0] == before[0], "a title that fits stays first"
     assert found["finders"][0, ids.index(b"untold")] == b"shown"
     assert b"untold" not in shown.search(["u1"], ["xqzvkj wpfgh"])["item_ids"][0]
+    assert b"untold" in ask(allow=json.dumps({"category": [value]}))["item_ids"][0]
+    assert b"untold" not in ask(deny=json.dumps({"category": [value]}))["item_ids"][0]
     writer.overlay.turn_to(merge(release, writer.sequence), writer.sequence)
     assert ask()["item_ids"][0].tolist() == ids, "merged"
     told = {"item_id": "untold", "title": "Zorblax starlight serum"}
