@@ -34,7 +34,7 @@ from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
 
 _FIRST = 10
-_RATE, _DROPOUT = 2e-3, 0.3  # of whole vectors, which have more components than rows
+_RATE, _DECAY, _DROPOUT = 2e-3, 0.01, 0.3  # of whole vectors, which have more components than rows
 
 
 def _head(width: int, hidden: int) -> nn.Module:
@@ -48,7 +48,7 @@ def trained(first: Array, second: Array, hidden: int, epochs: int, seed: int) ->
     """Trains heads on pairs of standardized vectors [n, V]."""
     torch.manual_seed(seed)
     heads = Heads([_head(of.shape[1], hidden) for of in (first, second)])
-    return train(heads, (first, second), seed, _RATE, epochs)
+    return train(heads, (first, second), seed, rate=_RATE, decay=_DECAY, epochs=epochs)
 
 
 def pair_figures(first: Array, second: Array) -> dict[str, float]:

@@ -29,7 +29,8 @@ from ensemble.schema import Feature, Schema
 WIDTH = 128
 _FEWEST, _MOST = 64, 20_000  # pairs: too few teach nothing, more take long
 _EPOCHS, _STEPS, _BATCH = 30, 300, 512  # few pairs are seen as often as fills the steps
-_RATE, _DECAY, _DROPOUT = 5e-3, 0.01, 0.2
+_RATE, _DROPOUT = 5e-3, 0.2
+_PRIOR, _MOST_DECAY = 1600, 2.0  # weights decay by so many over the pairs: the fewer, the plainer the map
 _TEMPERATURE, _SHARPEST = 0.07, 100.0
 _JUDGED = 5  # one item in so many teaches nothing
 
@@ -61,14 +62,17 @@ def train(
     heads: Heads,
     pairs: tuple[Array, Array],
     seed: int,
+    *,
     rate: float = _RATE,
+    decay: float | None = None,
     epochs: int | None = None,
     progress: Progress = lambda share, text: None,
 ) -> Heads:
     """Trains heads on pairs of standardized vectors [n, P of each] float32, in place."""
     steps = max(1, len(pairs[0]) // _BATCH)
     epochs = epochs or max(_EPOCHS, _STEPS // steps)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, weight_decay=_DECAY)
+    decay = min(_MOST_DECAY, _PRIOR / len(pairs[0])) if decay is None else decay
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
     one, other = map(torch.from_numpy, pairs)
     rng = np.random.default_rng(seed)

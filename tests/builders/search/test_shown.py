@@ -93,7 +93,7 @@ NEVER, FIRST = [99] * len(WEIGHTS), [0] * len(WEIGHTS)
 
 
 def test_the_weight_that_finds_most_is_taken():
-    weight, report = choose(ranks([99, 7, 5, 3, *[3] * 6], FIRST))
+    weight, report = choose(ranks([99, 7, 5, *[3] * 9], FIRST))
     assert weight == WEIGHTS[3]
     assert report["on"]
     assert report["hidden"]["with"] > report["hidden"]["without"] == 0
@@ -108,7 +108,7 @@ def test_the_weight_that_finds_most_is_taken():
 
 @pytest.mark.parametrize(
     ("hidden", "told"),
-    [(NEVER, FIRST), ([99, *[0] * 9], [0, *[1] * 9])],
+    [(NEVER, FIRST), ([99, *[0] * 11], [0, *[1] * 11])],
     ids=["nothing is gained", "full titles no longer find their own first"],
 )
 def test_what_gains_nothing_or_costs_too_much_is_off(hidden, told):
