@@ -26,11 +26,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-import builders.data.stage as data
-import builders.encoders.stage as encoders
-import builders.index.stage as index
+from builders.bench.recall_stages import recall_stages
 from builders.data.dataset import Dataset, history_windows, open_dataset
 from builders.folders import new_folder
 from builders.index.stage import open_recall
@@ -93,25 +90,10 @@ def _pairs(path: Path) -> Array:
 
 
 def build(shop: Path, out: Path, preset_name: str, epochs: int, seed: int) -> dict[str, Path]:
-    """Runs the stages up to the index; gives their folders."""
+    """Runs the stages up to the index, with the encoders that are there already; gives their folders."""
     chosen = preset(preset_name)
-    torch.set_num_threads(1)
-    (out / "none.jsonl").write_text("")
-    folders = {name: out / name for name in ("data", "encoders", "index")}
-
-    def tell(share: float, text: str) -> None:
-        print(f"{share:.0%} {text}", flush=True)
-
-    with new_folder(folders["data"], force=True) as folder:
-        data.run({"shop": shop, "catalogue": out / "none.jsonl"}, chosen.sizes, folder, tell)
-    if not folders["encoders"].exists():
-        training = encoders.Options(replace(chosen.encoders, epochs=epochs), None, seed)
-        with new_folder(folders["encoders"]) as folder:
-            encoders.run({"data": folders["data"]}, training, folder, tell)
-    inputs = {name: folders[name] for name in ("data", "encoders")}
-    with new_folder(folders["index"], force=True) as folder:
-        index.run(inputs, index.Options(seed, None), folder, tell)
-    return folders
+    chosen = replace(chosen, encoders=replace(chosen.encoders, epochs=epochs))
+    return recall_stages(shop, out, chosen, seed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Measures the user encoder alone against the item-transition kNN and recall: a build without its ranker.
+
+    python -m builders.bench.user_encoder SHOP --out DIR [--preset base] [--set NAME=VALUE …] [--seed 0]
+        [--test]
+
+DIR gets the stages data, encoders and index of SHOP's build; what is there is made anew. Printed, as JSON:
+the encoders' learning curve, the CPU seconds of the three stages, and HR@10, NDCG@10 and recall@N of each
+way on the validation targets, full ranking, all that a user has had left out. Choose settings by these;
+--test adds the test targets, for once the choice is made. Recall's weights are fitted on the validation
+targets, so its figures there are too good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builders import metrics
+from builders.bench.recall_stages import recall_stages
+from builders.data.dataset import Dataset, Targets, history_windows, open_dataset
+from builders.index.offline import OfflineRecall
+from builders.index.stage import open_recall
+from builders.settings import named_preset
+from ensemble.arrays import Array
+from ensemble.errors import PeregrineError
+from ensemble.steps.sources import Transitions
+
+_BATCH = 256
+
+
+def measure(folders: dict[str, Path], dataset: Dataset, targets: Targets) -> dict[str, dict[str, float]]:
+    """Asks about every target: {way: {figure: value}}."""
+    offline, embeddings = open_recall(folders, dataset)
+    parts = []
+    for start in range(0, len(targets.user_rows), _BATCH):
+        piece = slice(start, start + _BATCH)
+        users, ends = targets.user_rows[piece], targets.history_ends[piece]
+        parts.append(_ranks(offline, embeddings, users, ends, targets.item_rows[piece]))
+    num_candidates = dataset.schema.sizes.candidates
+    return {
+        way: _figures(np.concatenate([part[way] for part in parts]), num_candidates)
+        for way in (parts[0] if parts else ())
+    }
+
+
+def _ranks(
+    offline: OfflineRecall, embeddings: Array, users: Array, ends: Array, wanted: Array
+) -> dict[str, Array]:
+    """Ranks the wanted items [B] of users [B] at their ends [B] by each way: {way: ranks [B]}."""
+    histories = offline.dataset.histories
+    longest = int(max((ends - histories.offsets[users]).max(), offline.recall.sizes.seen))
+    had = history_windows(histories, users, ends, longest)
+    target = np.where((had == wanted[:, None]).any(axis=1), -1, wanted)  # nothing is shown twice
+    query = offline.encode_users(users, ends)
+    scores = np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2)
+    rows, followed = offline.recall.source(Transitions).followers(had[:, -offline.recall.sizes.seen :])
+    dense = np.zeros_like(scores)
+    lines, columns = np.nonzero(rows > 0)
+    dense[lines, rows[lines, columns]] = followed[lines, columns]
+    return {
+        "user_encoder": _rank_of(scores, had, target),
+        "transition_knn": _rank_of(dense, had, target),
+        "recall": metrics.ranks_from_lists(offline.candidates_for(query, users, ends)[0], wanted),
+    }
+
+
+def _rank_of(scores: Array, had: Array, target: Array) -> Array:
+    """Ranks targets [B] in scores [B, I + 1] without what was had [B, *], padded with -1, and row 0."""
+    lines, columns = np.nonzero(had > 0)
+    scores[lines, had[lines, columns]] = -np.inf
+    scores[:, 0] = -np.inf
+    return metrics.ranks_from_scores(scores, target)
+
+
+def _figures(ranks: Array, num_candidates: int) -> dict[str, float]:
+    figures = {
+        "ndcg@10": metrics.ndcg(ranks, 10),
+        "hr@10": metrics.hit_rate(ranks, 10),
+        f"recall@{num_candidates}": metrics.recall_at(ranks, num_candidates),
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, measures, and prints JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shop", type=Path, metavar="SHOP")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", action="store_true")
+    given = parser.parse_args(arguments)
+    try:
+        chosen, begun = named_preset(given.preset, given.changes), time.process_time()
+        folders = recall_stages(given.shop, given.out, chosen, given.seed, keep_encoders=False)
+        told: dict[str, Any] = {"cpu_seconds_of_stages": round(time.process_time() - begun)}
+        told["encoders"] = json.loads((folders["encoders"] / "report.json").read_text())
+        dataset = open_dataset(folders["data"])
+        told["validation"] = measure(folders, dataset, dataset.validation)
+        if given.test:
+            told["test"] = measure(folders, dataset, dataset.test)
+        print(json.dumps(told, indent=1))
+    except PeregrineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
