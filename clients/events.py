@@ -280,8 +280,8 @@ def _target(version: bytes, meta: Mapping[str, Any], live: LiveItems | None) -> 
 
 def _of_a_past(schema: Schema) -> tuple[str, ...] | None:
     """Gives the names of the events that a release's pasts are of; None where any may be: the shop has no
-    names, or more of them than a release tells apart."""
-    is_any = schema.events == Schema.events or len(schema.events) >= MAX_KINDS
+    names but those of its tasks, or more of them than a release tells apart."""
+    is_any = schema.events[:1] == Schema.events or len(schema.events) >= MAX_KINDS
     return None if is_any else schema.events
 
 

@@ -8,9 +8,12 @@ were known before each row foretell the row best. Numbers have their mean in pla
 Where the shop logs positions, an exposure counts in n as much as its place is worth against all (clicks over
 expected clicks: Zhang & Jones 2007): what stood at the end and was passed over says little against an item.
 
-A row's own label is never in its own rates. With a clock they are those known strictly before the row's
-time, of exposures that had been shown and events that had happened by then (ordered target statistics:
-Prokhorenkova et al. 2018, section 3.2); without one they come from the other four fifths of the rows.
+A row's own label is never in its own rates. With a clock they are those known strictly before a moment, of
+exposures that had been shown and events that had happened by then (ordered target statistics: Prokhorenkova
+et al. 2018, section 3.2). That moment is some time before the row's own, since what is served is as old as
+its release: a ranker that learns from rates of the moment leans on what nobody tells it when it serves, and
+hardly reads what the past tells of a user instead. Without a clock they come from the other four fifths of
+the rows.
 
     item rates [P]   for each group of items (the item itself, then each of its category features with one
                      value) one rate a task; last log(1 + exposures of the item)
@@ -61,15 +64,28 @@ def grouping(schema: Schema) -> list[Feature]:
 class Rates:
     """Holds the rates of one shop's training impressions."""
 
-    of_rows: tuple[Array, Array]  # [E, P] and [E, Q] float32: those known before each training impression
+    # [E, P] and [E, Q] float32: those known at or some time before each training impression (moments_of)
+    of_rows: tuple[Array, Array]
     items: Array  # [I + 1, P] float32: known when training ended; row 0 and the groups' columns are 0
     users: Array  # [U + 1, Q] float32; row 0 is 0
     codes: Array  # [codes, T] float32: the rates of each value of the grouping features
     priors: Array  # [T] float32: logit of the rate of all; 0 for numbers, which are standardized
 
 
-def rates_of(dataset: Dataset, impressions: Impressions) -> Rates:
-    """Counts the rates of the impressions [E], which are those that may be trained on."""
+def moments_of(times: Array, age: float, *, has_clock: bool) -> Array:
+    """Draws up to when each row [E] knows its rates [E] int64: back from its own time by up to a share `age`
+    of all rows, as held-out parts are cut by rows; its own time without a clock. The same times give the
+    same."""
+    if not has_clock or not age:
+        return times
+    in_order = np.sort(times)
+    back = (np.random.default_rng(0).random(len(times)) * age * len(times)).astype(np.int64)
+    return in_order[np.maximum(np.searchsorted(in_order, times) - back, 0)]
+
+
+def rates_of(dataset: Dataset, impressions: Impressions, age: float = 0.0) -> Rates:
+    """Counts the rates of the impressions [E], which are those that may be trained on; of_rows are old by up
+    to a share `age` of them."""
     schema, num = dataset.schema, len(impressions.times)
     tasks = len(schema.tasks)
     groups = [np.asarray(impressions.item_rows)]
@@ -78,7 +94,7 @@ def rates_of(dataset: Dataset, impressions: Impressions) -> Rates:
         for f in grouping(schema)
     ]
     sizes = [dataset.num_items + 1, *[schema.items.num_codes] * (len(groups) - 1)]
-    own = _Log(impressions, schema.tasks, has_clock=schema.has_clock)
+    own = _Log(impressions, schema.tasks, age, has_clock=schema.has_clock)
     of_items = np.zeros((num, schema.sizes.item_rates), np.float32)
     of_users = np.zeros((num, schema.sizes.user_rates), np.float32)
     items = np.zeros((dataset.num_items + 1, schema.sizes.item_rates), np.float32)
@@ -107,9 +123,10 @@ def rates_of(dataset: Dataset, impressions: Impressions) -> Rates:
 class _Log:
     """Holds the impressions of training as counts can be taken of them."""
 
-    def __init__(self, impressions: Impressions, tasks: tuple[Task, ...], *, has_clock: bool):
+    def __init__(self, impressions: Impressions, tasks: tuple[Task, ...], age: float, *, has_clock: bool):
         self.tasks, self.has_clock = tasks, has_clock
         self.times = np.asarray(impressions.times)
+        self.asked = moments_of(self.times, age, has_clock=has_clock)
         self.labels = np.asarray(impressions.labels, np.float64)
         known = impressions.known_times
         self.known = np.repeat(self.times[:, None], len(tasks), 1) if known is None else np.asarray(known)
@@ -128,8 +145,8 @@ class _Log:
         self.worth = np.where(np.isnan(rates), 1.0, rates / [p for p, _ in self.scales])
 
     def rates(self, t: int, group: Array, size: int) -> tuple[Array, Array]:
-        """Gives the rates of task t that were known of each row's group before it [E], and of each group
-        in the end [size]; group [E] int64, each below `size`."""
+        """Gives the rates of task t that were known of each row's group when it was asked for [E], and of
+        each group in the end [size]; group [E] int64, each below `size`."""
         defined = np.flatnonzero(~np.isnan(self.labels[:, t]))
         given = self.tasks[t].given
         since = self.known[:, self._place(given)] if given else self.times
@@ -143,16 +160,17 @@ class _Log:
         return self._rate(t, before_n, before_s, strength), self._rate(t, n, s, strength)
 
     def exposures(self, group: Array, size: int) -> tuple[Array, Array]:
-        """Counts the exposures of each row's group before it [E], and of each group in the end [size]."""
+        """Counts the exposures of each row's group before it is asked for [E], and of each group in the end
+        [size]."""
         every = np.arange(len(self.times))
         return self._before(group, every, self.times, np.ones(len(every))), np.bincount(group, minlength=size)
 
     def _before(self, group: Array, rows: Array, since: Array, values: Array) -> Array:
-        """Sums, for each row [E], the `values` of those of `rows` in its group that count since before its
-        time; without a clock, of those in the other folds, scaled to all."""
+        """Sums, for each row [E], the `values` of those of `rows` in its group that count since before it is
+        asked for; without a clock, of those in the other folds, scaled to all."""
         if not self.has_clock:
             return _in_other_folds(group, self.folds, rows, values)
-        return _sums_before(group[rows], since, values, group, self.times)
+        return _sums_before(group[rows], since, values, group, self.asked)
 
     def _strength(self, t: int, n: Array, s: Array, values: Array, worth: Array) -> float:
         """Chooses the strength of the prior that foretells `values` best from what was known before, and from

@@ -287,8 +287,11 @@ def event_kinds(tables: ShopTables) -> tuple[str, ...]:
     if isinstance(rule, list):
         return tuple(dict.fromkeys(rule))
     first = _history_task(shop)
+    if first is None and interactions.events is None:
+        told = (task.name for task in _told_with(shop, None))
+        return tuple(dict.fromkeys((*Schema.events, *told)))[:MAX_KINDS]
     if first is None:
-        return tuple(sorted(filter(None, interactions.event_names))[:MAX_KINDS]) or ("event",)
+        return tuple(sorted(filter(None, interactions.event_names))[:MAX_KINDS]) or Schema.events
     if first.label and first.label.event:
         return (first.label.event,)
     return tuple(task.name for task in (first, *_told_with(shop, first)))
@@ -301,8 +304,8 @@ def _history_task(shop: Shop) -> ShopTask | None:
     return None if isinstance(rule, list) or rule == "all" or not named else named[0]
 
 
-def _told_with(shop: Shop, first: ShopTask) -> list[ShopTask]:
-    """Gives the binary tasks whose label stands in the same row as that of the history's task, and came in
+def _told_with(shop: Shop, first: ShopTask | None) -> list[ShopTask]:
+    """Gives the binary tasks, but the history's own, whose label stands in the row of the event and came in
     with it: what comes in later would tell the future."""
     others = [t for t in shop.tasks if t is not first and t.kind == "binary" and t.label]
     return [t for t in others if t.label and t.label.column and not t.label.time]
@@ -314,11 +317,11 @@ def _kinds(tables: ShopTables, exposures: Exposures) -> Array:
     shop, interactions, names = tables.shop, tables.interactions, event_kinds(tables)
     kinds = np.ones(len(interactions), np.uint8)
     first = _history_task(shop)
-    if first is None or (first.label and first.label.event):
-        for place, name in enumerate(names if interactions.events is not None else ()):
+    if interactions.events is not None and (first is None or (first.label and first.label.event)):
+        for place, name in enumerate(names):
             kinds[interactions.is_event(name)] = 1 + place
         return kinds
-    for task in _told_with(shop, first):
+    for task in (task for task in _told_with(shop, first) if task.name in names):
         told = exposures.rows[exposures.labels[:, shop.tasks.index(task)] == 1]
         kinds[told] = 1 + names.index(task.name)
     return kinds

@@ -136,7 +136,8 @@ def _first(folder: Path, samples: list[Sample], told: Mapping[str, str], like_fr
         f"name = {json.dumps(name)}",
     ]
     body, is_clock = _log_lines(log, mapping, like_from)
-    lines += [f'split = "{"time" if is_clock else "leave_one_out"}"  # or the other one', *body]
+    split, other = ("time", "leave_one_out")[:: 1 if is_clock else -1]
+    lines += [f'split = "{split}"  # or "{other}"', *body]
     for what, sample, role in (("items", items, "item"), ("users", users, "user")):
         if sample is not None:
             lines += _entity_lines(what, sample, role, mapping)
@@ -190,7 +191,7 @@ def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[l
             f'history = "all"  # or a list of what makes a past, of {", ".join(map(repr, names[:8]))}'
         )
     elif "rating" in log.roles and "label" not in log.roles:
-        lines.append('history = "like"  # what a past is made of: a task, or "all"')
+        lines.append('history = "all"  # what a past is made of: all that was rated, or "like"')
     used = {*(log.roles[r] for r in ("user", "item", "time", "event", "rating", "label") if r in log.roles)}
     lines += [f"# not used: {', '.join(rest)}"] if (rest := [n for n in log.columns if n not in used]) else []
     return lines, not column.said.what.startswith("times: positions")

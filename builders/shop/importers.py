@@ -178,7 +178,8 @@ def _read_recbole(source: Path, asked: Asked) -> Imported:
         if column in columns:
             label = column
             of: dict[str, Any] = {"column": column} | ({"threshold": threshold} if threshold else {})
-            tasks, history = [{"name": "like", "kind": "binary", "label": of}], "like"
+            tasks = [{"name": "like", "kind": "binary", "label": of}]
+            history = "all" if threshold else "like"  # what was rated badly was taken all the same
             names["label" if threshold is None else f"rating; {threshold:g} and more is liked"] = column
             break
     table = _inter_table(inter, columns, user, item, time, label)
@@ -331,7 +332,6 @@ def _read_movielens(source: Path, asked: Asked) -> Imported:
         item_features,
         users,
         user_features if users else [],
-        "like",
         mapping=[("ratings", "rating", f"rating; {asked.liked:g} and more is liked")],
     )
 

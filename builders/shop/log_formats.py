@@ -85,7 +85,7 @@ def read_amazon(source: Path, asked: Asked) -> Imported:
     share = float(np.mean(ratings >= liked))
     out.mapping[-1] = (*out.mapping[-1][:2], f"rating; {liked:g} and more is liked, {share:.0%} of the rows")
     label = {"column": "rating", "threshold": liked}
-    out.tasks, out.history = [{"name": "like", "kind": "binary", "label": label}], "like"
+    out.tasks = [{"name": "like", "kind": "binary", "label": label}]
     if meta:
         _add_products(folder, meta, asked, out)
     return out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from builders.data.dataset import Impressions
-from builders.data.rates import _STRENGTHS, rates_of, with_rates
+from builders.data.rates import _STRENGTHS, moments_of, rates_of, with_rates
 from ensemble.schema import Feature, Schema, Sizes, Table, Task
 
 TASKS = (Task("click", "binary"), Task("buy", "binary", "click"), Task("dwell", "regression", "click"))
@@ -39,13 +39,14 @@ def _impressions(rng, count=400):
     return Impressions(users, items, times, ends, labels, ends, None, known_times=known)
 
 
-def test_a_row_knows_what_had_been_shown_and_had_happened_before_it_and_nothing_else(rng):
+def test_a_row_knows_what_had_been_shown_and_had_happened_some_time_before_it_and_nothing_else(rng):
     shop, shown = Shop(), _impressions(rng)
-    rates = rates_of(shop, shown)
+    rates = rates_of(shop, shown, 0.1)
     prior = shown.labels[:, 0].mean()
+    asked = moments_of(shown.times, 0.1, has_clock=True)
     for row in (0, 57, 200, 399):
-        before = (shown.item_rows == shown.item_rows[row]) & (shown.times < shown.times[row])
-        came = before & (shown.known_times[:, 0] < shown.times[row])
+        before = (shown.item_rows == shown.item_rows[row]) & (shown.times < asked[row])
+        came = before & (shown.known_times[:, 0] < asked[row])
         positive = float((shown.labels[came, 0] == 1).sum())
         fits = [
             np.log((s := (positive + m * prior) / (before.sum() + m)) / (1 - s)) - np.log(prior / (1 - prior))
@@ -57,6 +58,18 @@ def test_a_row_knows_what_had_been_shown_and_had_happened_before_it_and_nothing_
     assert rates.priors[0] == pytest.approx(np.log(prior / (1 - prior)), rel=1e-5)
     assert not rates.items[0].any()
     assert not rates.users[0].any()
+
+
+def test_rates_of_training_are_as_old_as_those_that_are_served():
+    times = 1_700_000_000 + np.concatenate([np.arange(5_000) * 1_000, 5_000_000 + np.arange(5_000)])  # a sale
+    asked = np.searchsorted(times, moments_of(times, 0.1, has_clock=True))
+    back = np.arange(10_000) - asked
+    assert (back.min(), back[5_000:].max()) == (0, pytest.approx(999, abs=2)), (
+        "by rows, whatever the clock says"
+    )
+    assert back[1_000:].mean() == pytest.approx(500, rel=0.05)
+    assert (moments_of(times, 0.1, has_clock=False) == times).all()
+    assert (moments_of(times, 0.0, has_clock=True) == times).all()
 
 
 @pytest.mark.parametrize("has_clock", [True, False])

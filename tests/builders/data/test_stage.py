@@ -414,6 +414,15 @@ def test_a_threshold_makes_a_rating_a_label(tmp_path: Path) -> None:
     assert dataset.histories.times.tolist() == [1, 3]
 
 
+def test_a_past_of_all_that_was_rated_tells_what_was_liked(tmp_path: Path) -> None:
+    rows = "user_id,item_id,time,stars\nu,7,1,4.5\nu,8,2,3\nv,9,3,4\nv,7,4,\n"
+    task = "[[tasks]]\nname = 'like'\nlabel = {column = 'stars', threshold = 4}\n"
+    dataset = load(tmp_path, rows, interactions='history = "all"', tasks=task)
+    assert dataset.schema.events == ("event", "like")
+    assert dataset.histories.times.tolist() == [1, 2, 3, 4]
+    assert dataset.histories.kinds.tolist() == [2, 1, 2, 1]
+
+
 def test_positions_follow_their_impressions_into_each_part(tmp_path: Path) -> None:
     rows = [(f"u{place % 3}", 7 + place % 4, place, (place * 7) % 5) for place in range(1, 41)]
     text = "user_id,item_id,time,clicked,place,chance\n" + "".join(

@@ -131,7 +131,8 @@ def test_movielens(tmp_path: Path, form: str) -> None:
     assert dataset.train_impressions is not None
     assert dataset.train_impressions.times[0] == 900_000_011
     likes = sum(rating >= 4 for _, _, rating, _ in RATINGS)
-    assert len(dataset.histories.item_rows) == likes
+    assert len(dataset.histories.item_rows) == len(RATINGS)
+    assert (dataset.histories.kinds == 2).sum() == likes
     if form != "latest":
         assert dataset.vocabularies["users"]["gender"] == ["F", "M"]
 
