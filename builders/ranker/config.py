@@ -37,8 +37,7 @@ class RankerTraining:
     bf16: bool = True
     # weight of a conditional task's loss on its own rows; the product alone learns it slowly from few clicks
     conditional: float = 1.0
-    # rates of training are old by up to such a share of the rows, as those that are served are old; rates of
-    # the moment are tried beside them, where rows are
+    # rates of training are old by up to such a share of the rows (rates.py), as those that are served are
     rate_age: float = 0.1
     # (row_rate, id_dropout) tried before training, beside those above, for so many epochs of a sample
     tried_rows: tuple[tuple[float, float], ...] = ((1e-4, 0.5), (1e-3, 0.3), (1e-2, 0.1))

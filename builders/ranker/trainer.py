@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from builders.data.dataset import Dataset, history_windows
-from builders.data.rates import Rates, rates_of
+from builders.data.rates import rates_of
 from builders.layers import narrow_products
 from builders.progress import Progress, Watch, unwatched
 from builders.ranker.config import RankerTraining, num_batches_of
@@ -49,9 +49,13 @@ class RankerTrainer:
             progress,
         )
         self.head = ItemFeatures(dataset.schema, config.model)
-        self.static_rates = torch.zeros(dataset.num_items + 1, s.item_rates)
+        # rates as they are when training has ended; none without labels
         impressions = dataset.train_impressions
-        self.take_rates(None if impressions is None else rates_of(dataset, impressions, config.rate_age))
+        self.rates = None if impressions is None else rates_of(dataset, impressions, config.rate_age)
+        self.static_rates = torch.zeros(dataset.num_items + 1, s.item_rates)
+        if self.rates is not None:
+            self.static_rates = torch.from_numpy(self.rates.items)
+            self.head.code_rates.copy_(torch.from_numpy(self.rates.codes))
         self.item_rows = nn.Embedding(dataset.num_items + 1, self.head.width, sparse=True)
         self.user_rows = nn.Embedding(dataset.num_users + 1, s.user_features, sparse=True)
         for table in (self.item_rows, self.user_rows):
@@ -85,14 +89,6 @@ class RankerTrainer:
         ]
         self.dense = dense
         self.restart(config)
-
-    def take_rates(self, rates: Rates | None) -> None:
-        """Reads these rates from now on: items' and users' as they are when training has ended. None: the
-        shop has no labels."""
-        self.rates = rates
-        if rates is not None:
-            self.static_rates = torch.from_numpy(rates.items)
-            self.head.code_rates.copy_(torch.from_numpy(rates.codes))
 
     def restart(self, config: RankerTraining) -> None:
         """Begins a training under `config` from the weights that are there."""
