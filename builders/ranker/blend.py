@@ -4,11 +4,12 @@ The ranker learns from what was shown, but orders what recall offers, most of wh
 that is likely once an item is seen says little of whether it would be wanted at all. So each power is asked
 three things on validation rows, which neither encoders nor ranker have learned from: where each user's next
 item comes in the list, where the next conversion comes (the last binary task), and how well the exposures of
-each user are told apart. What is surely worse than recall's own order for next items or conversions is left
+each user are told apart. What is likely worse than recall's own order for next items or conversions is left
 out; of the rest the one that keeps the largest share of what could be had, summed over the three, is taken.
 
 Of a shop that logs what it showed, next items and conversions count by one over the chance that it showed
-them (propensities.py).
+them (propensities.py); as the shop's own lists are recall's all the same, only what is surely worse is left
+out there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from ensemble.bootstrap import paired_difference
 from ensemble.steps.blend import Blend
 
 POWERS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-_SURELY = 0.975  # share of resamples below recall's order that rules a power out
+# share of resamples below recall's order that rules a power out; the latter where the shop chose what it showed
+_LIKELY, _SURELY = 2 / 3, 0.975
 _MOST_LISTS, _MOST_EXPOSURES = 3000, 30_000  # sampled; a thousand tell powers apart
 WHY_FEW = "too few held-out items were recalled to choose the power of recall's relevance by"
 _FEWEST = 30  # lists in which the true item was recalled, or users whose exposures differ: fewer tell nothing
@@ -81,7 +83,8 @@ def fit_blend(
     options = [Blend(True, power, source_weights, slope, bias) for power in POWERS]
     options.append(Blend(False, 1.0, source_weights, slope, bias))
     exposed = _exposed(trainer, scores)
-    tried = [_tried(blend, asked, exposed, options[-1]) for blend in options]
+    most = _SURELY if by_exposure else _LIKELY
+    tried = [_tried(blend, asked, exposed, options[-1], most) for blend in options]
     best = int(np.argmax(_utilities(tried)))
     return options[best], {"chosen": best, "tried": tried, "by_exposure": by_exposure}
 
@@ -95,16 +98,21 @@ def _utilities(tried: list[dict[str, Any]]) -> Array:
 
 
 def _tried(
-    blend: Blend, asked: dict[str, _Asked], exposed: tuple[Array, Array, Array, Array] | None, recall: Blend
+    blend: Blend,
+    asked: dict[str, _Asked],
+    exposed: tuple[Array, Array, Array, Array] | None,
+    recall: Blend,
+    most: float,
 ) -> dict[str, Any]:
-    """Gives an option's figures, and whether it is surely worse than recall's order."""
+    """Gives an option's figures, and whether more than the share `most` of resamples sees it below recall's
+    order."""
     figures: dict[str, float] = {}
     ruled_out = False
     for name, one in asked.items():
         gains, base = one.gains(blend), one.gains(recall)
         figures[f"NDCG@10 of {name}"] = float(gains.mean())
         doubt = paired_difference(base, gains, one.lists.user_rows).p_worse
-        ruled_out |= blend is not recall and doubt > _SURELY
+        ruled_out |= blend is not recall and doubt > most
     if exposed is not None:
         users, values, offered, labels = exposed
         every = (np.full(len(users), one) for one in (np.float32(blend.power), blend.uses_tasks))
