@@ -8,8 +8,8 @@ each user are told apart. What is likely worse than recall's own order for next 
 out; of the rest the one that keeps the largest share of what could be had, summed over the three, is taken.
 
 Of a shop that logs what it showed, next items and conversions count by one over the chance that it showed
-them (propensities.py); as the shop's own lists are recall's all the same, only what is surely worse is left
-out there.
+them (propensities.py). Weighed so they still lean to what it shows: only what is surely worse is left out
+there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ensemble.bootstrap import paired_difference
 from ensemble.steps.blend import Blend
 
 POWERS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-# share of resamples below recall's order that rules a power out; the latter where the shop chose what it showed
+# share of resamples below recall's order that rules a power out, and where the shop chose what it showed
 _LIKELY, _SURELY = 2 / 3, 0.975
 _MOST_LISTS, _MOST_EXPOSURES = 3000, 30_000  # sampled; a thousand tell powers apart
 WHY_FEW = "too few held-out items were recalled to choose the power of recall's relevance by"
