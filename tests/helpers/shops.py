@@ -190,7 +190,8 @@ def build_release(name: str, folder: Path) -> None:
     # Of a killed run the finished stages (.build) stay, half a release does not.
     for left in repository.glob("[!.]*"):
         shutil.rmtree(left)
-    options = ["--preset", "tiny", "--activate", "--json", "--repository", str(repository)]
+    # named, as a killed build may have used a number up
+    options = ["--release", "r1", "--preset", "tiny", "--activate", "--json", "--repository", str(repository)]
     sys.argv = ["peregrine", "build", str(shop), *options]
     try:
         peregrine.main()
