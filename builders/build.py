@@ -41,6 +41,7 @@ from builders.presets import Preset
 from builders.shop.catalogue import write_changes
 from builders.stages import REFIT, Stage, Stages, stages_folder
 from ensemble.errors import InvalidInput
+from ensemble.release.names import check_name, taken
 from ensemble.release.release import UNREAD, Watermark
 from ensemble.release.repository import sweep
 
@@ -127,9 +128,14 @@ def publication(options: BuildOptions, *, is_refit: bool, why_not: str = "") -> 
 
 
 def build(options: BuildOptions, console: Console) -> tuple[str, Stages]:
-    """Runs all stages; returns the new release's name and the stages, for the closing table."""
+    """Runs all stages; returns the new release's name and the stages, for the closing table. A name that
+    cannot be given is refused before anything is trained."""
+    if options.release is not None:
+        check_name(options.release)
     options.repository.mkdir(parents=True, exist_ok=True)
     sweep(options.repository, console.print)
+    if options.release and (line := taken(options.repository, options.release)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     stages = _run(options, console, upto="repository")
     return publish.read_name(stages.done[-1].folder), stages
 

@@ -74,6 +74,17 @@ def is_there(repository: Path, name: str, release_id: str) -> bool:
     return (repository / name / MANIFEST).exists()
 
 
+def taken(repository: Path, name: str) -> str:
+    """Says, before a build, that its name is given already; nothing where it is free."""
+    if name not in names_given(repository):
+        return ""
+    return (
+        f"warning: release name {name} is given already: this build can only give the very same content to "
+        "it, and ends in an error otherwise (its stages are kept); the next free name is "
+        f"{next_release_name(repository)}"
+    )
+
+
 def remember_names(repository: Path) -> None:
     """Writes down whose names are given, also those of releases copied in. Call it under locked()."""
     given = names_given(repository)

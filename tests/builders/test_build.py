@@ -477,6 +477,12 @@ def test_a_wrong_own_model_stops_the_build_before_it_trains(own_models, warm):
     assert release_names(repository) == before
 
 
+def test_a_name_that_cannot_be_given_stops_the_build_before_it_reads_anything(tmp_path):
+    with pytest.raises(InvalidInput, match=r"^release name 'R1': use lower-case letters"):
+        build(tmp_path / "no shop", tmp_path / "models", release="R1")
+    assert not (tmp_path / "models").exists()
+
+
 def test_own_models_are_built_into_a_release_that_answers(own_models, small_shop, tmp_path):
     """Both at once: trained, exported, indexed, verified, and asked."""
     from ensemble.local import LocalPipeline

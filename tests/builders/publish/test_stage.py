@@ -18,7 +18,7 @@ from toy_repository import manifest_of, publish_toy
 from builders.publish import stage as publishing
 from builders.publish.stage import publish
 from ensemble.errors import InvalidInput, ReleaseError
-from ensemble.release.names import names_given, next_release_name, release_names
+from ensemble.release.names import names_given, next_release_name, release_names, taken
 from ensemble.release.release import active_release, open_release
 from ensemble.release.repository import half_releases, locked, member_folders, remove, staging, sweep
 
@@ -57,6 +57,8 @@ def test_a_release_is_never_overwritten_and_the_same_once_more_is_nothing_to_do(
     repository = tmp_path / "models"
     assert publish_toy(repository, "r1", tmp_path / "1")
     before = (repository / "r1" / "manifest.json").read_bytes()
+    assert taken(repository, "r1").startswith("warning: release name r1 is given already: ")
+    assert not taken(repository, "r2")
     other = r"^release name r1 was given to other content \(id \w{16}; this has \w{16}\), .* free one is r2$"
     with pytest.raises(InvalidInput, match=other):
         publish_toy(repository, "r1", tmp_path / "2", padding_bytes=2000)
