@@ -303,18 +303,18 @@ class RankerTrainer:
         self, draw: Callable[[], Lists], loss_function: Loss, judge: Callable[[], float]
     ) -> tuple[int, list[dict[str, float]], list[dict[str, float]]]:
         """Does fit(), and where it stalls in the first half of its epochs begins again from the same weights,
-        with rates that fall to 0 over those that were kept: cut off, a schedule has learned at high rates to
-        its end. The better training stays; gives the longer ones beside it, in one line each."""
+        with rates that fall to 0 over those that were kept, one at least: cut off, a schedule has learned at
+        high rates to its end. The better training stays; gives the longer ones beside it, a line each."""
         start, longer = copy.deepcopy(self.trained.state_dict()), list[dict[str, float]]()
         kept, curve = self.fit(draw, loss_function, judge)
-        while 0 < kept <= self.config.epochs / 2:
+        while kept <= self.config.epochs / 2 and self.config.epochs > 1:
             best, state, config = (
                 curve[kept]["validation"],
                 copy.deepcopy(self.trained.state_dict()),
                 self.config,
             )
             self.trained.load_state_dict(start)
-            self.restart(replace(config, epochs=kept))
+            self.restart(replace(config, epochs=max(1, kept)))
             again, shorter = self.fit(draw, loss_function, judge)
             if shorter[again]["validation"] >= best:
                 self.trained.load_state_dict(state)

@@ -269,10 +269,10 @@ def _fit_lists(
     _start_at_recall(trainer, learn, source_weights)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    kept, curve = 0, list[dict[str, float]]()
+    kept, curve, longer = 0, list[dict[str, float]](), list[dict[str, float]]()
     if len(recalled) >= _FEW_TARGETS:
         pool = with_uniform(recalled, dataset.num_items, c.uniform_negatives, scores, trainer.rng)
-        kept, curve = trainer.fit(
+        kept, curve, longer = trainer.fit_shorter(
             lambda: _sampled(pool, c, trainer.rng),
             list_loss,
             lambda: -float(metrics.gains(_ranks(trainer, judged), 10).mean()),
@@ -288,6 +288,7 @@ def _fit_lists(
     curve = [{**one, "validation": -one["validation"]} for one in curve]
     report = {
         **learning_report(kept, curve, "NDCG@10 of held-out users"),
+        "longer": [{**one, "validation": -one["validation"]} for one in longer],
         "deep_path": deep,
         "gain_on_held_out_users": str(gain),
         "validation": _list_figures(trainer, judged),

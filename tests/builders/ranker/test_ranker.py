@@ -575,9 +575,10 @@ def test_a_small_log_is_cut_into_finer_batches():
         ({8: (2, 0.5), 2: (1, 0.4), 1: (1, 0.3)}, 1, [8, 2]),
         ({8: (2, 0.5), 2: (1, 0.6)}, 8, []),
         ({8: (5, 0.5)}, 8, []),
-        ({8: (0, 0.5)}, 8, []),
+        ({8: (0, 0.5), 1: (0, 0.5)}, 8, []),
+        ({8: (0, 0.5), 1: (1, 0.4)}, 1, [8]),
     ],
-    ids=["better", "better twice", "worse", "no early stall", "never better than before"],
+    ids=["better", "better twice", "worse", "no early stall", "never better than before", "better if short"],
 )
 def test_a_training_that_stalls_early_is_tried_with_rates_that_fall_by_then(
     monkeypatch, figures, wanted, longer
