@@ -33,7 +33,13 @@ _DERIVED = {
     *(f"encoders.{name}" for name in ("num_user_codes", "user_code_slices", "max_history", "interests")),
     "encoders.ordered",
 }
-_SHARES = ("dropout", "held_out", "average", "hard_from")  # names, or ends of names, of what lies in 0 to 1
+_SHARES = (
+    "dropout",
+    "held_out",
+    "average",
+    "hard_from",
+    "rate_age",
+)  # names, or ends of names, of what lies in 0 to 1
 _MAY_BE_NOTHING = ("num_hard", "tried_epochs", "warmup_steps", "item_features", "user_features")
 Changes = Mapping[str, Any]
 

@@ -281,8 +281,9 @@ def _target(version: bytes, meta: Mapping[str, Any], live: LiveItems | None) -> 
 def _of_a_past(schema: Schema) -> tuple[str, ...] | None:
     """Gives the names of the events that a release's pasts are of; None where any may be: the shop has no
     names but those of its tasks, or more of them than a release tells apart."""
-    is_any = schema.events[:1] == Schema.events or len(schema.events) >= MAX_KINDS
-    return None if is_any else schema.events
+    named = set(schema.events) - set(Schema.events) - {task.name for task in schema.tasks}
+    has_none = not named and schema.events[:1] == Schema.events
+    return None if has_none or len(schema.events) >= MAX_KINDS else schema.events
 
 
 def _live_items(

@@ -23,13 +23,13 @@ import numpy as np
 
 from builders import metrics
 from builders.bench.recall_stages import recall_stages
-from builders.data.dataset import Dataset, Targets, history_windows, open_dataset
+from builders.data.dataset import Dataset, Targets, open_dataset
+from builders.export.verifier import all_had, knn_scores, rank_unseen
 from builders.index.offline import OfflineRecall
 from builders.index.stage import open_recall
 from builders.settings import named_preset
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
-from ensemble.steps.sources import Transitions
 
 _BATCH = 256
 
@@ -53,29 +53,15 @@ def _ranks(
     offline: OfflineRecall, embeddings: Array, users: Array, ends: Array, wanted: Array
 ) -> dict[str, Array]:
     """Ranks the wanted items [B] of users [B] at their ends [B] by each way: {way: ranks [B]}."""
-    histories = offline.dataset.histories
-    longest = int(max((ends - histories.offsets[users]).max(), offline.recall.sizes.seen))
-    had = history_windows(histories, users, ends, longest)
-    target = np.where((had == wanted[:, None]).any(axis=1), -1, wanted)  # nothing is shown twice
+    seen = offline.recall.sizes.seen
+    had = all_had(offline.dataset.histories, users, ends, seen)
     query = offline.encode_users(users, ends)
     scores = np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2)
-    rows, followed = offline.recall.source(Transitions).followers(had[:, -offline.recall.sizes.seen :])
-    dense = np.zeros_like(scores)
-    lines, columns = np.nonzero(rows > 0)
-    dense[lines, rows[lines, columns]] = followed[lines, columns]
     return {
-        "user_encoder": _rank_of(scores, had, target),
-        "transition_knn": _rank_of(dense, had, target),
+        "user_encoder": rank_unseen(scores, had, wanted),
+        "transition_knn": rank_unseen(knn_scores(offline.recall, had[:, -seen:]), had, wanted),
         "recall": metrics.ranks_from_lists(offline.candidates_for(query, users, ends)[0], wanted),
     }
-
-
-def _rank_of(scores: Array, had: Array, target: Array) -> Array:
-    """Ranks targets [B] in scores [B, I + 1] without what was had [B, *], padded with -1, and row 0."""
-    lines, columns = np.nonzero(had > 0)
-    scores[lines, had[lines, columns]] = -np.inf
-    scores[:, 0] = -np.inf
-    return metrics.ranks_from_scores(scores, target)
 
 
 def _figures(ranks: Array, num_candidates: int) -> dict[str, float]:

@@ -64,7 +64,7 @@ def grouping(schema: Schema) -> list[Feature]:
 class Rates:
     """Holds the rates of one shop's training impressions."""
 
-    # [E, P] and [E, Q] float32: those known at or some time before each training impression (moments_of)
+    # [E, P] and [E, Q] float32: those known before each training impression, or some time before (moments_of)
     of_rows: tuple[Array, Array]
     items: Array  # [I + 1, P] float32: known when training ended; row 0 and the groups' columns are 0
     users: Array  # [U + 1, Q] float32; row 0 is 0
@@ -83,7 +83,7 @@ def moments_of(times: Array, age: float, *, has_clock: bool) -> Array:
     return in_order[np.maximum(np.searchsorted(in_order, times) - back, 0)]
 
 
-def rates_of(dataset: Dataset, impressions: Impressions, age: float = 0.0) -> Rates:
+def rates_of(dataset: Dataset, impressions: Impressions, age: float) -> Rates:
     """Counts the rates of the impressions [E], which are those that may be trained on; of_rows are old by up
     to a share `age` of them."""
     schema, num = dataset.schema, len(impressions.times)

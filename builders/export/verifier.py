@@ -11,7 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from builders import metrics
-from builders.data.dataset import Dataset, Impressions, Targets, history_windows, moments, past_windows
+from builders.data.dataset import (
+    Dataset,
+    Histories,
+    Impressions,
+    Targets,
+    history_windows,
+    moments,
+    past_windows,
+)
 from builders.index.offline import OfflineRecall
 from builders.index.snapshot import older_pasts
 from builders.index.staged import StagedRelease
@@ -24,6 +32,7 @@ from ensemble.options import default_options
 from ensemble.release.pasts import MOST
 from ensemble.release.snapshot import gather
 from ensemble.steps.features import FeatureLookup
+from ensemble.steps.recall import Recall
 from ensemble.steps.reranking import Reranking
 from ensemble.steps.sources import Popular, Transitions
 
@@ -166,9 +175,9 @@ class Verifier:
         seen = answer.had
         scores = np.matmul(self.embeddings, answer.query.transpose(0, 2, 1)).max(axis=2)
         return ranks | {
-            "user_encoder": self._rank_of(scores, seen, target),
-            "popularity": self._rank_of(np.tile(self.popularity, (len(piece), 1)), seen, target),
-            "transition_knn": self._knn_ranks(answer.tensors["seen_rows"], seen, target),
+            "user_encoder": rank_unseen(scores, seen, target),
+            "popularity": rank_unseen(np.tile(self.popularity, (len(piece), 1)), seen, target),
+            "transition_knn": rank_unseen(knn_scores(self.recall, answer.tensors["seen_rows"]), seen, target),
         }
 
     def answer(self, user_rows: Array, history_ends: Array) -> Answer:
@@ -191,25 +200,6 @@ class Verifier:
         is_there = found["candidate_rows"] > 0
         return Scored(tensors, query, found, np.where(is_there, blended, -np.inf))
 
-    def _rank_of(self, scores: Array, seen_rows: Array, target: Array) -> Array:
-        """Ranks the targets [Q] in scores [Q, I + 1] without seen items and row 0; ties count half.
-
-        A target that the user has had before is missed, as it is by the chain, which shows nothing twice.
-        """
-        scores = scores.astype(np.float32, copy=True)
-        lines, columns = np.nonzero(seen_rows > 0)
-        scores[lines, seen_rows[lines, columns]] = -np.inf
-        scores[:, 0] = -np.inf
-        return metrics.ranks_from_scores(scores, np.where(had_before(seen_rows, target), -1, target))
-
-    def _knn_ranks(self, seen_rows: Array, had: Array, target: Array) -> Array:
-        """Ranks by transition score alone; items without one are tied behind, by half."""
-        rows, scores = self.recall.source(Transitions).followers(seen_rows)
-        dense = np.zeros((len(rows), self.dataset.num_items + 1), np.float32)
-        lines, columns = np.nonzero(rows > 0)
-        dense[lines, rows[lines, columns]] = scores[lines, columns]
-        return self._rank_of(dense, had, target)
-
     def repeats(self, targets: Targets) -> float:
         """Gives the share of (a sample of) the targets that no way may show: the user has had them before."""
         of = self.sampled(targets)
@@ -222,9 +212,7 @@ class Verifier:
     def had(self, user_rows: Array, history_ends: Array) -> Array:
         """Gives all that users [B] had at `history_ends` [B]: [B, longest past] int64, padded with -1; of
         very long pasts the newest, as recall does."""
-        lengths = history_ends - self.dataset.histories.offsets[user_rows]
-        longest = int(np.clip(lengths.max(initial=0), self.sizes.seen, self.sizes.seen + MOST))
-        return history_windows(self.dataset.histories, user_rows, history_ends, longest)
+        return all_had(self.dataset.histories, user_rows, history_ends, self.sizes.seen)
 
     def task_metrics(
         self, impressions: Impressions, values: Array | None = None
@@ -295,6 +283,34 @@ class Verifier:
             ]
             parts.append(out.reshape(-1, out.shape[2]))
         return np.concatenate(parts)[places]
+
+
+def all_had(histories: Histories, user_rows: Array, history_ends: Array, seen: int) -> Array:
+    """Gives what Verifier.had does, `seen` being the events that a request tells recall."""
+    lengths = history_ends - histories.offsets[user_rows]
+    longest = int(np.clip(lengths.max(initial=0), seen, seen + MOST))
+    return history_windows(histories, user_rows, history_ends, longest)
+
+
+def rank_unseen(scores: Array, had: Array, target: Array) -> Array:
+    """Ranks the targets [Q] in scores [Q, I + 1] without what was had [Q, *] and row 0; ties count half.
+
+    A target that the user has had before is missed, as it is by the chain, which shows nothing twice.
+    """
+    scores = scores.astype(np.float32, copy=True)
+    lines, columns = np.nonzero(had > 0)
+    scores[lines, had[lines, columns]] = -np.inf
+    scores[:, 0] = -np.inf
+    return metrics.ranks_from_scores(scores, np.where(had_before(had, target), -1, target))
+
+
+def knn_scores(recall: Recall, seen_rows: Array) -> Array:
+    """Gives the transition score of every item [Q, I + 1] for pasts seen_rows [Q, W]; 0 where it has none."""
+    rows, scores = recall.source(Transitions).followers(seen_rows)
+    dense = np.zeros((len(rows), len(recall.source(Popular).popularity)), np.float32)
+    lines, columns = np.nonzero(rows > 0)
+    dense[lines, rows[lines, columns]] = scores[lines, columns]
+    return dense
 
 
 def had_before(seen_rows: Array, target: Array) -> Array:

@@ -83,10 +83,14 @@ def fit_blend(
     options = [Blend(True, power, source_weights, slope, bias) for power in POWERS]
     options.append(Blend(False, 1.0, source_weights, slope, bias))
     exposed = _exposed(trainer, scores)
-    most = _SURELY if by_exposure else _LIKELY
-    tried = [_tried(blend, asked, exposed, options[-1], most) for blend in options]
+    tried = [_tried(blend, asked, exposed, options[-1], _most_doubt(by_exposure)) for blend in options]
     best = int(np.argmax(_utilities(tried)))
     return options[best], {"chosen": best, "tried": tried, "by_exposure": by_exposure}
+
+
+def _most_doubt(by_exposure: bool) -> float:
+    """Gives the share of resamples that may see a blend below recall's order."""
+    return _SURELY if by_exposure else _LIKELY
 
 
 def _utilities(tried: list[dict[str, Any]]) -> Array:

@@ -14,14 +14,12 @@ from ensemble.index.looks import write_vectors
 from ensemble.index.words import write_words
 
 
-def write_search_files(
-    dataset: Dataset, folder: Path, progress: Progress = lambda share, text: None, seed: int = 0
-) -> None:
+def write_search_files(dataset: Dataset, folder: Path, progress: Progress) -> None:
     """Writes them where the shop has a search: where something encodes texts or pictures."""
     if not dataset.schema.encoders:
         return
     write_words([title.decode() for title in dataset.item_titles.tolist()], folder)
-    heads = fit_heads(dataset, seed, progress) or {}
+    heads = fit_heads(dataset, 0, progress) or {}
     for feature in dataset.schema.items.features:
         if feature.encoder:
             write_vectors(feature, dataset.item_values, folder)

@@ -477,6 +477,17 @@ def test_a_wrong_own_model_stops_the_build_before_it_trains(own_models, warm):
     assert release_names(repository) == before
 
 
+def test_a_build_warns_at_once_of_a_name_that_is_given(warm):
+    from builders.build import BuildOptions
+    from builders.build import build as build_release
+    from builders.presets import preset
+
+    shop, repository = warm
+    said = io.StringIO()
+    build_release(BuildOptions(shop, repository, preset("tiny"), release="r1"), Console(file=said))
+    assert said.getvalue().startswith("warning: release name r1 is given already: ")
+
+
 def test_a_name_that_cannot_be_given_stops_the_build_before_it_reads_anything(tmp_path):
     with pytest.raises(InvalidInput, match=r"^release name 'R1': use lower-case letters"):
         build(tmp_path / "no shop", tmp_path / "models", release="R1")

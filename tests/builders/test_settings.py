@@ -42,6 +42,7 @@ WRONG = {
     "encoders.epochs=1.5": "--set encoders.epochs=1.5: should be a valid integer",
     "encoders.epochs=0": "--set encoders.epochs=0: should be at least 1",
     "encoders.dropout=1": "--set encoders.dropout=1: should be a share, 0 to below 1",
+    "ranker.rate_age=1.5": "--set ranker.rate_age=1.5: should be a share, 0 to below 1",
     "encoders.learning_rate=nan": "--set encoders.learning_rate=nan: should be a finite number",
     "encoders.dim=64": "--set encoders.dim: no such setting",
     "encoders.heads=5": "--set: encoders.heads does not divide sizes.embedding",

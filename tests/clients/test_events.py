@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -21,7 +22,9 @@ from clients.event_checks import Event, ItemUpdate
 from clients.events import EventWriter, Outcome
 from ensemble.errors import InvalidArgument, ServerError
 from ensemble.tiers.load import load_release
+from ensemble.tiers.reader import RowReaders
 from ensemble.tiers.records import item_identities, keys_from_identities, prefix, user_identities
+from ensemble.tiers.settings import TierSettings
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 
@@ -402,6 +405,26 @@ def test_events_that_no_past_is_of_are_left_out_and_named(own_server, tmp_path):
         assert writer.record_events(events).left_out == ()
     with EventWriter(own_server.url, "random", only="all") as writer:
         assert writer.record_events(events).left_out == ()
+
+
+@pytest.mark.parametrize(("second", "left_out"), [("ctr", ()), ("view", ("rate",))])
+def test_a_shop_without_event_names_takes_any_and_tells_its_tasks_apart(
+    own_server, tmp_path, second, left_out
+):
+    """A past of all that was rated is of `event` and of what a row tells: whatever else comes is an event."""
+    schema = dataclasses.replace(schema_of(), events=("event", second))
+    release = make_release(tmp_path / "r", np.random.default_rng(0), schema=schema)
+    load_release(release, own_server.url)
+    events = [
+        Event("u00001", item(1 + at), name, 1_790_000_000.0 + at) for at, name in enumerate(("rate", second))
+    ]
+    with EventWriter(own_server.url, "random") as writer:
+        assert writer.record_events(events) == Outcome(changed=1, left_out=left_out)
+    with contextlib.closing(RowReaders(release, TierSettings(own_server.url, deadline_ms=250))) as readers:
+        row = read_users(readers, release, ["u00001"])
+    times, kinds = row.field("seen_times")[0], row.field("seen_kinds")[0]
+    wanted = [2] if left_out else [1, 2]
+    assert kinds[np.isin(times, [event.time for event in events])].tolist() == wanted
 
 
 def test_a_follower_outlives_its_server_and_a_rotation_and_goes_on_where_it_was(tmp_path, own_server):

@@ -75,13 +75,13 @@ def test_rates_of_training_are_as_old_as_those_that_are_served():
 @pytest.mark.parametrize("has_clock", [True, False])
 def test_a_rows_own_label_is_not_in_its_own_rates(rng, has_clock):
     shop, shown = Shop(replace(SCHEMA, has_clock=has_clock)), _impressions(rng)
-    first = rates_of(shop, shown)
+    first = rates_of(shop, shown, 0.0)
     row = 200
     labels = shown.labels.copy()
     labels[row, 0] = 1 - labels[row, 0]
     labels[row, 1:] = np.nan if labels[row, 0] == 0 else 1.0
     # compare orders of rows: a changed label moves the prior of all alike
-    second = rates_of(shop, replace(shown, labels=labels))
+    second = rates_of(shop, replace(shown, labels=labels), 0.0)
     own, other = first.of_rows[0][:, 0], second.of_rows[0][:, 0]
     same = (shown.item_rows == shown.item_rows[row]) & (shown.times == shown.times[row])
     if has_clock:
@@ -93,7 +93,7 @@ def test_a_rows_own_label_is_not_in_its_own_rates(rng, has_clock):
 
 def test_groups_share_their_rates_and_a_new_item_of_a_group_has_them(rng):
     shop, shown = Shop(), _impressions(rng)
-    rates = rates_of(shop, shown)
+    rates = rates_of(shop, shown, 0.0)
     assert rates.codes[1:4].any(axis=1).all(), "each brand has its own"
     assert (rates.codes[1] != rates.codes[2]).any()
     brand = shown.labels[np.isin(shown.item_rows, (1, 2)), 0].mean()
@@ -106,7 +106,7 @@ def test_labels_that_tell_nothing_give_rates_of_nothing():
     shop, shown = Shop(), _impressions(rng, 5000)
     labels = shown.labels.copy()
     labels[:, 0] = rng.random(5000) < 0.3
-    rates = rates_of(shop, replace(shown, labels=labels, known_times=None))
+    rates = rates_of(shop, replace(shown, labels=labels, known_times=None), 0.0)
     assert np.abs(rates.of_rows[0][1000:, 0]).max() < 0.5
 
 
@@ -120,6 +120,8 @@ def test_an_exposure_at_the_end_of_a_list_counts_less_against_its_item(rng):
     labels[clicked, 1], labels[clicked, 2] = 1, 2
     times, none = np.arange(count), np.zeros(count, np.int64)
     shown = Impressions(np.ones(count, np.int64), items, times, none, labels, positions)
-    found, blind = (rates_of(Shop(), one).items[1:3, 0] for one in (shown, replace(shown, positions=none)))
+    found, blind = (
+        rates_of(Shop(), one, 0.0).items[1:3, 0] for one in (shown, replace(shown, positions=none))
+    )
     assert np.abs(found).max() < 0.1
     assert blind[0] - blind[1] > 1

@@ -65,6 +65,7 @@ def test_amazon_reviews_and_their_catalogue(tmp_path: Path):
     assert ("reviews.jsonl", "parent_asin", "item") in first.mapping, "which the catalogue has, too"
     assert ("reviews.jsonl", "rating", "rating; 3 and more is liked, 60% of the first rows") in first.mapping
     shop = open_shop(folder)
+    assert shop.interactions.history == "all", "what was rated badly was taken all the same"
     assert (shop.items.title, [f.name for f in shop.items.features][:1]) == ("title", ["main_category"])
     assert check_shop(folder).sections["catalogue"]["items"] == 6
 

@@ -67,6 +67,7 @@ def test_recbole_s_atomic_files(tmp_path: Path) -> None:
     )
     import_shop("recbole", source, tmp_path / "shop")
     dataset = load_dataset(tmp_path / "shop")
+    assert dataset.schema.events == ("event", "like")
     assert [(f.name, f.kind) for f in dataset.schema.items.features] == [
         ("words", "text"),
         ("class", "category"),
@@ -300,6 +301,7 @@ def test_amazon_s_reviews_by_header_by_map_and_from_a_rating(tmp_path: Path) -> 
     assert dataset.item_titles[1] == b"Lipstick no. 0"
     assert dataset.train_impressions is not None
     assert open_shop(tmp_path / "shop").tasks[0].label.threshold == 5
+    assert dataset.schema.events == ("event", "like")
 
     (source / "meta_All_Beauty.jsonl").unlink()
     again = import_shop("amazon", source, tmp_path / "other", asked=Asked(told={"item": "asin"}))
