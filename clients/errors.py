@@ -79,6 +79,8 @@ _HANDSHAKES = {
 }
 # Triton (2.51) says it to all requests of a batch; ours are well formed
 _MATES_FAULT = "incomplete string data"
+# gRPC says it of a call whose answer had begun: nginx cannot ask another replica then, the caller can
+_BROKEN_OFF = ("RST_STREAM", "Stream removed")
 
 
 def stripped(text: str) -> str:
@@ -144,6 +146,12 @@ def _error(status: str, text: str, target: str) -> PeregrineError:
     if status == "UNAVAILABLE":
         return Unavailable(
             f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?",
+            status,
+            retryable=True,
+        )
+    if any(words in text for words in _BROKEN_OFF):
+        return Unavailable(
+            f"server {target} broke the answer off ({status}), as when it is killed; ask again",
             status,
             retryable=True,
         )

@@ -366,6 +366,12 @@ def test_a_tensor_without_content_is_the_servers_fault(triton: FakeTriton, budge
             "server s:1 failed (INTERNAL): KeyError: 'x'; its log has the details",
         ),
         (
+            "INTERNAL",
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))",
+            Unavailable,
+            "server s:1 broke the answer off (INTERNAL), as when it is killed; ask again",
+        ),
+        (
             "UNAVAILABLE",
             "Exceeds maximum queue size",
             Overloaded,
@@ -393,6 +399,13 @@ def test_errors_say_what_to_do_and_leak_nothing(
     assert type(error) is kind
     assert str(error) == message
     assert isinstance(error, PeregrineError)
+
+
+def test_an_answer_that_broke_off_is_asked_for_again() -> None:
+    text = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+    transport = FakeTransport(LISTS, failures=[error_from_status("INTERNAL", text, "s:1")])
+    assert Client(transport=transport).recommend("u1").items
+    assert len(transport.calls) == 2
 
 
 def test_scrubbed_removes_keys_paths_and_addresses() -> None:

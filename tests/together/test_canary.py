@@ -97,10 +97,10 @@ class Load:
             thread.join()
 
 
-def until(holds, within_s: float = 60.0) -> None:
+def until(holds, within_s: float = 60.0, otherwise=lambda: "it does not come") -> None:
     deadline = time.monotonic() + within_s
     while not holds():
-        assert time.monotonic() < deadline, "it does not come"
+        assert time.monotonic() < deadline, otherwise()
         time.sleep(0.05)
 
 
@@ -225,7 +225,7 @@ def test_a_canary_that_fails_is_taken_out_by_itself_and_callers_see_nothing(
     assert "requests failed or were late; the main release: " in line
     assert by.startswith("guard@")
     until(lambda: loaded(repository) == {"r1"})
-    until(lambda: all(model.startswith("r1_") for model in server.stubs()))
+    until(lambda: all(model.startswith("r1_") for model in server.stubs()), otherwise=server.stubs)
     time.sleep(1.5)
     assert server.pid == process, "tritonserver goes on"
 
