@@ -12,10 +12,10 @@ SECOND := ^\# Tests and checks
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check images rolling test test-long soak check format lock clean
+.PHONY: help install demo bench bench-shops gpu-check images rolling test test-long soak check format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## .venv with what the demo needs, in the versions of requirements.lock, and the `peregrine` command
 
@@ -38,6 +38,13 @@ demo: install ## a generated shop, trained, served by a real Triton and asked: t
 
 bench: install ## latency, throughput and cost of the demo's release, beside the same pipeline without a server
 	@builders/demo.sh bench
+
+SHOPS ?=
+PRESET ?= base
+OUT ?= demo/shops
+AGAINST ?=
+bench-shops: install ## whether real shops rank as well as before: builds each, compares (SHOPS="a b", OUT=…, AGAINST=…, PRESET=tiny)
+	@$(BIN)/python -m builders.bench.shops $(SHOPS) --preset $(PRESET) --out $(OUT) $(if $(AGAINST),--against $(AGAINST))
 
 REPOSITORY ?= demo/model_repository
 gpu-check: install ## on a machine with a GPU: builds plans, checks and times engines, Faiss and the chain (REPOSITORY=…)
