@@ -19,8 +19,9 @@ served, what the build took, the code's commit, machine and date. FOLDER/SHOP.pa
 have the rows behind them (record.py says which), FOLDER/SHOP.log the build's lines.
 
 --against says of each figure whether it is surely better, surely worse, or no difference is seen: a 95%
-interval by a bootstrap over the users of both runs. Of some twenty figures a shop one in forty is surely
-worse by chance alone, once training draws otherwise; the same code, seed and machine give the same figures.
+interval by a bootstrap over the users of both runs. It is of the users that were asked, not of the training's
+luck: code that draws otherwise may be surely worse as another seed may, so ask --seed 1 of both, too. The
+same code, seed and machine give the same figures.
 
 A shop that is done is not built again unless --force is given; a run that was stopped goes on where it was.
 Exit code 1: something is surely worse or is no longer measured, something else is served than before (the

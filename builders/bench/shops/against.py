@@ -40,6 +40,7 @@ ALONE, FEW = "without interval", f"fewer than {FEWEST_USERS} users"
 GONE, APART = "gone", "no rows in common"
 _LESS_IS_BETTER = ("ece", "rmse")
 _BAD = (WORSE, GONE, APART)
+_LUCK = "surely worse is said of these users: whether the training had bad luck, another --seed of both runs says"
 Interval = tuple[float, float, float]  # difference, low, high
 
 
@@ -97,9 +98,10 @@ def compared(before: Record, after: Record) -> Comparison:
     rows = _Rows.of(before, after)
     known = {figure.name: figure for figure in after.figures}
     changes = [_change(figure, known.get(figure.name), before, after, rows) for figure in before.figures]
-    return Comparison(
-        [*changes, *_costs(before, after)], list(_served(before, after)), rows.notes(before, after)
-    )
+    notes = rows.notes(before, after)
+    if any(change.verdict == WORSE for change in changes):
+        notes.append(_LUCK)
+    return Comparison([*changes, *_costs(before, after)], list(_served(before, after)), notes)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from ensemble.errors import InvalidInput
 from ensemble.json_text import json_text
 from ensemble.release.files import write_durably
 from ensemble.release.held_out import HELD_OUT, read_held_out
+from ensemble.schema import Task
 from ensemble.steps.blend import read_blend
 
 NEXT, WORTH = "next item", "worth"  # what a figure is of, where it is of no task
@@ -152,23 +153,27 @@ def _task_figures(dataset: Dataset, tasks: pa.Table | None) -> list[Figure]:
     """Gives AUC and ECE, or RMSE, of each task's values."""
     if tasks is None:
         return []
-    found = []
+    found: list[Figure] = []
     for task in dataset.schema.tasks:
         labels = column(tasks, f"label_{task.name}")
         rows = np.flatnonzero(np.isfinite(labels))
-        ways = [way for way in (RANKER, PLACED) if f"{way}_{task.name}" in tasks.column_names]
-        names = [(way, of) for way in ways for of in (("auc", "ece") if task.kind == "binary" else ("rmse",))]
-        num_users, group = groups(tasks["user_id"].to_numpy()[rows])
-        statistics = [
-            STATISTICS[figure](labels[rows], column(tasks, f"{way}_{task.name}")[rows], group, num_users)
-            for way, figure in names
-            if len(rows)
-        ]
-        measured = spreads(statistics, num_users, width=len(rows)) if len(rows) else []
-        found += [
-            _figure(task.name, way, figure, of)
-            for (way, figure), of in zip(names if len(rows) else [], measured, strict=True)
-        ]
+        users = tasks["user_id"].to_numpy()[rows]
+        for way in (RANKER, PLACED) if len(rows) else ():
+            if f"{way}_{task.name}" in tasks.column_names:
+                values = column(tasks, f"{way}_{task.name}")[rows]
+                found += _of_values(task, way, labels[rows], values, users)
+    return found
+
+
+def _of_values(task: Task, way: str, labels: Array, values: Array, users: Array) -> list[Figure]:
+    """Gives the figures of one way's values [E]. An ECE has no interval of its own: noise is all that it
+    sums, so a resample's is larger; in a difference that cancels."""
+    num_users, group = groups(users)
+    figure = "auc" if task.kind == "binary" else "rmse"
+    [spread] = spreads([STATISTICS[figure](labels, values, group, num_users)], num_users, width=len(labels))
+    found = [_figure(task.name, way, figure, spread)]
+    if task.kind == "binary":
+        found.append(Figure(task.name, way, "ece", metrics.ece(labels, values)))
     return found
 
 

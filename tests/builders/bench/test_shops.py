@@ -107,6 +107,7 @@ def test_lists_upside_down_are_surely_worse_and_recall_is_as_it_was(old, new, ti
     )
     assert "recall" not in last
     assert "95% interval" in printed
+    assert "whether the training had bad luck, another --seed of both runs says" in printed
     assert "serves order of lists: tasks" in printed
 
 
