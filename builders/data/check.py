@@ -13,6 +13,7 @@ import numpy as np
 from builders.content.sources import sources_of
 from builders.data.columns import columns_said, joins
 from builders.data.dataset import Dataset, Impressions
+from builders.data.splits import MANY_AGAIN, share_again
 from builders.data.stage import dataset_from_tables
 from builders.shop.columns.column import Column, is_list
 from builders.shop.interactions import known_at_once
@@ -128,6 +129,7 @@ def _histories(report: Report, dataset: Dataset) -> None:
         "validation users": len(dataset.validation.user_rows),
         "test users": len(dataset.test.user_rows),
     }
+    _repeats(report, dataset)
     report.sections["catalogue"] = {
         "items": len(dataset.item_ids),
         "items nobody took": int(len(dataset.item_ids) - len(np.unique(dataset.histories.item_rows))),
@@ -139,6 +141,18 @@ def _histories(report: Report, dataset: Dataset) -> None:
                 f"the {name} split has {len(targets.user_rows)} users; quality cannot be measured (see "
                 "split in shop.toml)"
             )
+
+
+def _repeats(report: Report, dataset: Dataset) -> None:
+    """Says how many events are of an item that their user had before; warns where they are many, since
+    nothing shows such items unless it is asked to."""
+    share = share_again(dataset.histories)
+    report.sections["histories"]["events with an item had before"] = f"{share:.1%}"
+    if share >= MANY_AGAIN:
+        report.warnings.append(
+            f"{share:.0%} of events are of an item that their user had before; lists leave such items out, "
+            "and held-out figures are of new ones: to show them, ask with exclude_seen = false"
+        )
 
 
 def _features(

@@ -13,6 +13,8 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.release.route import user_hashes
 
+MANY_AGAIN = 1 / 3  # share of events with an item had before, from which whoever builds is told
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -38,6 +40,20 @@ def histories_from_positives(
 def users_of(histories: Histories) -> Array:
     """Gives the user row of each event: [P] int64."""
     return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
+
+
+def share_again(histories: Histories) -> float:
+    """Gives the share of events whose item their user had before; 0 where there is none."""
+    new = are_new(histories)
+    return float(1 - new.mean()) if len(new) else 0.0
+
+
+def are_new(histories: Histories) -> Array:
+    """Says which events are the first of their user with their item: [P] bool."""
+    pair = users_of(histories) * (int(histories.item_rows.max(initial=0)) + 1) + histories.item_rows
+    new = np.zeros(len(pair), bool)
+    new[np.unique(pair, return_index=True)[1]] = True
+    return new
 
 
 def split_histories(
@@ -107,10 +123,8 @@ def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> S
         begins + np.bincount(users[times_of < cut[users]], minlength=num_users) for cut in cuts
     )
     known_ends = before_test if split.keep_test else histories.offsets[1:].copy()
-    pair = users * (int(histories.item_rows.max(initial=0)) + 1) + histories.item_rows
-    new = np.zeros(len(pair), bool)
-    new[np.unique(pair, return_index=True)[1]] = True
-    fit = new & (np.arange(len(pair)) > histories.offsets[users])
+    new = are_new(histories)
+    fit = new & (np.arange(len(new)) > histories.offsets[users])
 
     def first_targets(begin: Array, end: Array) -> Targets:
         rows = np.flatnonzero(fit & (times_of >= begin[users]) & (times_of < end[users]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builders.shop.columns.categories import texts_from_column, undeclared_separator, with_lists
-from builders.shop.columns.column import Column, distinct_of, is_list, is_textual
+from builders.shop.columns.column import Column, Said, distinct_of, is_list, is_textual
 from builders.shop.columns.ids import known_ids
 from builders.shop.columns.labels import labels_from_column
 from builders.shop.columns.numbers import numbers_from_column
 from builders.shop.columns.times import times_from_column
+from builders.shop.formats.streams import not_utf8
 from builders.shop.shop_toml import SHOP_FILE
-from builders.shop.tables import first_columns, table_files
+from builders.shop.tables import files_of, first_columns, is_text_file, table_files
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.release.files import write_durably
@@ -29,8 +31,10 @@ from ensemble.release.files import write_durably
 ROLES = {
     role: tuple(names.split())
     for role, names in {
-        "user": "userid user visitorid customerid reviewerid memberid uid sessionid",
-        "item": "itemid item parentasin productid asin movieid articleid sku artistid iid",
+        "user": "userid user visitorid visitor customerid customer householdid household clientid client "
+        "reviewerid memberid member accountid account buyerid shopperid uid sessionid session",
+        "item": "itemid item parentasin productid product asin movieid movie articleid article sku stockcode "
+        "songid song trackid track bookid book isbn artistid artist videoid iid",
         "time": "timestamp time unixreviewtime datetime eventtime ts createdat date day",
         "event": "event eventtype eventname action behavior behaviortype",
         "rating": "rating stars overall score ratings",
@@ -41,6 +45,12 @@ ROLES = {
 TABLES = ("interactions", "items", "users")
 _LIKED = {5: 4.0, 10: 7.0, 100: 70.0}  # what counts as liked on a scale that ends there
 Mapped = list[tuple[str, str, str]]  # (file, column, role)
+_MOMENT = re.compile(r"(?i)(?:timestamp|datetime|date|time|_at)$|[a-z]At$")  # ends of names of times
+_CODE = re.compile(r"(?i:(?:^|[_\W])(?:id|code|zip|sku|ean|upc))$|[a-z](?:Id|ID|Code)$")  # and of codes
+# how days and moments are written, where they are no ISO texts; the first that reads all is taken
+_DAYS = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%y", "%m/%d/%y")
+_FORMATS = tuple(day + clock for clock in ("", " %H:%M", " %H:%M:%S") for day in _DAYS)
+_LEGACY = "cp1252"  # what a text that is no UTF-8 is taken for
 _LONG = 25  # characters of a cell on average, from which a column is a text
 
 
@@ -51,6 +61,7 @@ class Sample:
     file: str
     columns: dict[str, Column]
     roles: dict[str, str] = field(default_factory=dict)
+    encoding: str | None = None  # of a text that is no UTF-8
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def _samples(folder: Path, told: Mapping[str, str]) -> list[Sample]:
     files = sorted({str(part.relative_to(folder).parts[0]) for part in parts})
     if not files:
         raise InvalidInput(f"{folder} holds no file of a table (csv, tsv, jsonl, parquet, arrow)")
-    samples = [Sample(file, first_columns(folder, file)) for file in files]
+    samples = [_sample(folder, file) for file in files]
     for role, name in told.items():
         if role in ROLES and not any(name in sample.columns for sample in samples):
             there = ", ".join(f"{s.file}: {' '.join(s.columns)}" for s in samples)
@@ -100,9 +111,73 @@ def _samples(folder: Path, told: Mapping[str, str]) -> list[Sample]:
             raise InvalidInput(f"--map {role}={name}: no such file; there are {', '.join(files)}")
     for sample in samples:
         for role, names in ROLES.items():
-            if (found := named_column(sample.columns, names, told.get(role))) is not None:
+            found = named_column(sample.columns, names, told.get(role))
+            if found is not None and (role in told or found not in sample.roles.values()):
                 sample.roles[role] = found
+        if {"user", "item"} <= sample.roles.keys() and "time" not in sample.roles:
+            _find_time(sample)
     return samples
+
+
+def _sample(folder: Path, file: str) -> Sample:
+    """Reads the first rows of a table; a text that is no UTF-8 as most such texts of shops are written."""
+    try:
+        return Sample(file, first_columns(folder, file))
+    except InvalidInput as error:
+        part = files_of(folder / file, file)[0]
+        if not is_text_file(part) or not_utf8(part) is None:
+            raise
+        try:
+            return Sample(file, first_columns(folder, file, _LEGACY), encoding=_LEGACY)
+        except InvalidInput:
+            raise error from None
+
+
+def _find_time(sample: Sample) -> None:
+    """Takes for the time a column that is called somewhat like one, else the only one that holds moments;
+    refuses to choose among several."""
+    free = {name: one for name, one in sample.columns.items() if name not in sample.roles.values()}
+    moments = [name for name, one in free.items() if _is_moment(one, is_named=bool(_MOMENT.search(name)))]
+    named = [name for name in moments if _MOMENT.search(name)]
+    fit = named or moments
+    if len(fit) > 1:
+        raise InvalidInput(
+            f"{sample.file} has several columns of times, {', '.join(fit)}; say which tells when an event "
+            "happened: --map time=COLUMN"
+        )
+    if fit:
+        sample.roles["time"] = fit[0]
+
+
+def _is_moment(column: Column, *, is_named: bool) -> bool:
+    """Says whether a column holds times that have passed. A number of any size may read as one, so numbers
+    do only where the name says so."""
+    if not is_named and not (is_textual(column.values.type) or pa.types.is_temporal(column.values.type)):
+        return False
+    if _formats(column):
+        return True
+    try:
+        times_from_column(replace(column, said=Said(column.file, column.name)), time.time())
+    except InvalidInput:
+        return False
+    return True
+
+
+def _formats(column: Column) -> list[str]:
+    """Gives the formats of _FORMATS that read all cells of a column of texts as times that have passed."""
+    if not is_textual(column.values.type):
+        return []
+
+    def reads(form: str) -> bool:
+        one = replace(
+            column, reading=replace(column.reading, time_format=form), said=Said(column.file, column.name)
+        )
+        try:
+            return bool(times_from_column(one, time.time()).min(initial=0) >= 0)
+        except InvalidInput:
+            return False
+
+    return [form for form in _FORMATS if reads(form)]
 
 
 def named_column(columns: Iterable[str], names: tuple[str, ...], told: str | None) -> str | None:
@@ -171,20 +246,16 @@ def _is_key(column: Column) -> bool:
 
 def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[list[str], bool]:
     """Writes [interactions], and says whether its times are a clock."""
-    if "time" not in log.roles:
-        raise InvalidInput(
-            f"{log.file} has no column that is called like a time; name it: --map time=COLUMN (its columns: "
-            f"{', '.join(log.columns)})"
-        )
-    lines = ["", "[interactions]", f"file = {json.dumps(log.file)}"]
-    for role in ("user", "item", "time", "event"):
-        if role in log.roles:
-            name = log.roles[role]
-            lines.append(f"{role} = {json.dumps(name)}")
-            mapping.append((log.file, name, role))
-    column = log.columns[log.roles["time"]]
-    times_from_column(column, float("inf"))
-    lines[-1 if "event" not in log.roles else -2] += f"  # {column.said.what.removeprefix('times: ')}"
+    lines = ["", "[interactions]", *_file_lines(log, mapping)]
+    for role in ("user", "item"):
+        lines.append(f"{role} = {json.dumps(log.roles[role])}")
+        mapping.append((log.file, log.roles[role], role))
+    clock, is_clock = _time_lines(log, mapping)
+    lines += clock
+    if "event" in log.roles:
+        name = log.roles["event"]
+        lines.append(f"event = {json.dumps(name)}")
+        mapping.append((log.file, name, "event"))
     if "event" in log.roles:
         names = distinct_of(_textual(log.columns[log.roles["event"]]).values)[0].to_pylist()
         lines.append(
@@ -194,7 +265,33 @@ def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[l
         lines.append('history = "all"  # what a past is made of: all that was rated, or "like"')
     used = {*(log.roles[r] for r in ("user", "item", "time", "event", "rating", "label") if r in log.roles)}
     lines += [f"# not used: {', '.join(rest)}"] if (rest := [n for n in log.columns if n not in used]) else []
-    return lines, not column.said.what.startswith("times: positions")
+    return lines, is_clock
+
+
+def _file_lines(sample: Sample, mapping: Mapped) -> list[str]:
+    """Writes the name of a table's file, and its encoding where that is not UTF-8."""
+    lines = [f"file = {json.dumps(sample.file)}"]
+    if sample.encoding:
+        lines.append(f"encoding = {json.dumps(sample.encoding)}  # the file is no UTF-8; are letters right?")
+        mapping.append((sample.file, "encoding", f"{sample.encoding}, since it is no UTF-8"))
+    return lines
+
+
+def _time_lines(log: Sample, mapping: Mapped) -> tuple[list[str], bool]:
+    """Writes which column holds the times, and how, and says whether they are a clock."""
+    if "time" not in log.roles:
+        mapping.append((log.file, "(none)", "time; --map time=COLUMN if there is one"))
+        return ['time = ""  # no column of times was found: only the rows\' order is left'], False
+    name = log.roles["time"]
+    column = log.columns[name]
+    if forms := _formats(column):
+        others = f"; or {' or '.join(map(json.dumps, forms[1:]))}" if forms[1:] else ""
+        mapping.append((log.file, name, f"time, written {forms[0]}{others}"))
+        return [f"time = {json.dumps(name)}", f"time_format = {json.dumps(forms[0])}  # UTC{others}"], True
+    mapping.append((log.file, name, "time"))
+    times_from_column(column, float("inf"))
+    line = f"time = {json.dumps(name)}  # {column.said.what.removeprefix('times: ')}"
+    return [line], not column.said.what.startswith("times: positions")
 
 
 def _textual(column: Column) -> Column:
@@ -205,7 +302,7 @@ def _textual(column: Column) -> Column:
 def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped) -> list[str]:
     """Writes [items] or [users] with a feature for each column that looks like one."""
     key = sample.roles[role]
-    lines = ["", f"[{what}]", f"file = {json.dumps(sample.file)}", f"id = {json.dumps(key)}"]
+    lines = ["", f"[{what}]", *_file_lines(sample, mapping), f"id = {json.dumps(key)}"]
     mapping.append((sample.file, key, role))
     title = sample.roles.get("title") if what == "items" else None
     if title and is_textual(sample.columns[title].values.type):
@@ -216,7 +313,7 @@ def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped) -> list
     for name, column in sample.columns.items():
         if name == key:
             continue
-        kind, why = _kind(column, is_title=name == title)
+        kind, why = _kind(column, is_title=name == title, is_code=bool(_CODE.search(name)))
         if kind is None:
             lines.append(f"# {name}: {why}")
             continue
@@ -228,7 +325,7 @@ def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped) -> list
     return lines
 
 
-def _kind(column: Column, *, is_title: bool) -> tuple[list[str] | None, str]:
+def _kind(column: Column, *, is_title: bool, is_code: bool) -> tuple[list[str] | None, str]:
     """Says what kind of feature a column looks like, as lines of shop.toml; None and why, if none."""
     if column.values.null_count == len(column.values):
         return None, "empty"
@@ -238,7 +335,7 @@ def _kind(column: Column, *, is_title: bool) -> tuple[list[str] | None, str]:
             return _list_kind(listed)
         if not is_textual(column.values.type) or not is_title:
             numbers = _numbers(column)
-            if numbers is not None and _are_amounts(numbers[~np.isnan(numbers)]):
+            if numbers is not None and not is_code and _are_amounts(numbers[~np.isnan(numbers)]):
                 return ['kind = "number"'], ""
         texts = texts_from_column(column)
         distinct = [text for text in texts.unique().to_pylist() if text]

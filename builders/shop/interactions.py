@@ -22,6 +22,7 @@ from builders.shop.tables import read_table, read_tables
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 
+_SORTED = 0.9  # share of neighbouring rows of a user whose items' ids ascend, from which a file is sorted
 MOST_UNNAMED = 0.5  # share of rows that may lack their user or item; more is no log of who took what
 
 
@@ -112,7 +113,10 @@ def read_interactions(folder: Path, shop: Shop, now_s: float | None = None) -> I
             "learn what users share"
         )
     now_s = clock.time() if now_s is None else now_s
-    times = times_from_column(columns[entry.time], now_s)
+    if entry.time:
+        times = times_from_column(columns[entry.time], now_s)
+    else:
+        times = places_of_rows(users, items, item_ids, columns[entry.item].said)
     names, events = _events(columns[entry.event]) if entry.event else ([], None)
     _check_event_names(shop, names)
     per_task = [_row_labels(task, columns, names, events, len(times)) for task in shop.tasks]
@@ -155,6 +159,36 @@ def _refuse_mostly_unnamed(
             )
 
 
+def places_of_rows(users: Array, items: Array, item_ids: Array, said: Said) -> Array:
+    """Gives places [n] int64 to rows of a log without times: the file's order, which says what came first.
+
+    Where most of a user's rows follow the items' ids, the file is sorted and its order says nothing: there it
+    is a random one, the same for the same file, since last items would all be those with the last ids.
+    users, items [n] int64 are rows, the latter of item_ids [I] S.
+    """
+    places = np.arange(len(users))
+    order = np.lexsort((places, users))
+    same = (users[order][1:] == users[order][:-1]) & (items[order][1:] != items[order][:-1])
+    ranks = [items, _as_numbers(item_ids)[items]]
+    ascending = max(float(np.mean(np.diff(rank[order])[same] > 0)) if same.any() else 0.0 for rank in ranks)
+    if ascending < _SORTED:
+        said.note("the file's order stands for times")
+        return places
+    said.note(
+        f"no times, and {ascending:.0%} of a user's rows follow the items' ids: a random order stands for "
+        "times"
+    )
+    return np.random.default_rng(0).permutation(len(users))
+
+
+def _as_numbers(ids: Array) -> Array:
+    """Gives ids [I] S as numbers [I] float64; zeros where some are none."""
+    try:
+        return ids.astype(np.float64)
+    except ValueError:
+        return np.zeros(len(ids))
+
+
 def _occurring(ids: Array, index: Array) -> tuple[Array, Array]:
     """Gives those ids [K] S that index [n] names, and their places."""
     used, places = np.unique(index, return_inverse=True)
@@ -183,8 +217,8 @@ def _columns_of(shop: Shop) -> list[str]:
     """Lists the columns of the interactions that shop.toml names."""
     entry = shop.interactions
     labels = [name for task in shop.tasks if (of := task.label) for name in (of.column, of.time) if name]
-    some = filter(None, [entry.event, entry.position, entry.propensity, shop.split.column])
-    return [entry.user, entry.item, entry.time, *some, *labels, *[one.source for one in shop.context_columns]]
+    some = filter(None, [entry.time, entry.event, entry.position, entry.propensity, shop.split.column])
+    return [entry.user, entry.item, *some, *labels, *[one.source for one in shop.context_columns]]
 
 
 def _events(column: Column) -> tuple[list[str], Array]:

@@ -13,7 +13,8 @@ file = "interactions.parquet"        # parquet, CSV or TSV, JSON lines, Arrow; o
 user = "user_id"
 item = "item_id"
 time = "time"                        # Unix seconds, milliseconds, …, ISO texts, timestamps, or any number
-                                     # that orders; time_unit = "ms" and time_format = "%d/%m/%Y" name others
+                                     # that orders; time_unit = "ms" and time_format = "%d/%m/%Y" name others;
+                                     # "": there is none, and the rows' order stands for it
 [items]
 file = "items.parquet"
 id = "item_id"

@@ -95,9 +95,9 @@ def read_tables(
     return whole, np.repeat(np.arange(len(files)), lengths)
 
 
-def first_columns(folder: Path, file: str) -> dict[str, Column]:
+def first_columns(folder: Path, file: str, encoding: str | None = None) -> dict[str, Column]:
     """Reads all columns of the first rows of a file, or of a folder's first file."""
-    path, reading = folder / file, Reading()
+    path, reading = folder / file, Reading(encoding=encoding)
     part = files_of(path, file)[0]
     in_path = [name.split("=", 1)[0] for name in part.relative_to(path).parent.parts if "=" in name]
     columns = list(dict.fromkeys([*names_of(part, [], reading), *in_path]))
@@ -142,6 +142,11 @@ def table_files(path: Path) -> Iterator[Path]:
 
 def _ending(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def is_text_file(path: Path) -> bool:
+    """Says whether a table's file is text: CSV and its kin, or JSON lines."""
+    return form_of(path) in _TEXT.values()
 
 
 def form_of(path: Path) -> str:

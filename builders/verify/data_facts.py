@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from builders.data.dataset import Dataset, Impressions, training_histories
+from builders.data.splits import MANY_AGAIN, share_again
 from ensemble.arrays import Array
 
 _FEW_TARGETS, _SHORT = 500, 5
@@ -67,6 +68,11 @@ def _lacks(dataset: Dataset, num_users: int, items: Array) -> list[str]:
         told.append(
             f"long pasts: {len(items) / num_users:.1f} training events a user, so that popularity and "
             "sessions have much to say"
+        )
+    if (again := share_again(dataset.histories)) >= MANY_AGAIN:
+        told.append(
+            f"items that a user had before, though {again:.0%} of events are of such ones: lists leave them "
+            "out unless a request says exclude_seen = false, and these figures are of new items"
         )
     untaken = 1 - len(np.unique(items)) / max(1, dataset.num_items)
     if untaken > 0.1:

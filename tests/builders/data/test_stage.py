@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders.data.check import check_shop
 from builders.data.dataset import Dataset
 from builders.data.refit import refit_dataset
 from builders.data.splits import history_ends
 from builders.data.stage import load_dataset
+from builders.verify.data_facts import data_facts
 from ensemble.errors import InvalidInput
 
 NOW_S = 1_000_000_000.0
@@ -462,3 +464,14 @@ def test_users_of_the_users_file_have_rows_and_features(tmp_path: Path) -> None:
 def test_history_ends_of_users_without_history_are_their_empty_range(tmp_path: Path) -> None:
     histories = load(tmp_path, ROWS).histories
     assert history_ends(histories, np.array([0, 3, 3]), np.array([100, 0, 3])).tolist() == [0, 6, 7]
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_what_is_taken_again_is_said(tmp_path: Path, often: bool) -> None:
+    rows = [(user, 7 + n % (2 if often else 4), n + 1) for user in "uv" for n in range(4)]
+    dataset = load(tmp_path, "user_id,item_id,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    report = check_shop(tmp_path, now_s=NOW_S)
+    assert report.sections["histories"]["events with an item had before"] == ("50.0%" if often else "0.0%")
+    told = "50% of events are of", "exclude_seen = false"
+    assert any(all(part in line for part in told) for line in report.warnings) == often
+    assert any(all(part in line for part in told) for line in data_facts(dataset)["lacks"]) == often

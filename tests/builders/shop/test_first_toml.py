@@ -9,6 +9,7 @@ import pytest
 
 from builders.data.check import check_shop
 from builders.shop.first_toml import init_shop
+from builders.shop.read import read_shop
 from builders.shop.shop_toml import open_shop
 from ensemble.errors import InvalidInput
 
@@ -72,11 +73,6 @@ def test_amazon_reviews_and_their_catalogue(tmp_path: Path):
 
 def test_any_folder_with_roles_that_are_told(tmp_path: Path):
     folder = written(tmp_path / "mine", PLAIN)
-    with pytest.raises(
-        InvalidInput, match="no column that is called like a time; name it: --map time=COLUMN"
-    ):
-        init_shop(folder)
-    assert not (folder / "shop.toml").exists()
     first = init_shop(folder, told={"time": "when"})
     shop = open_shop(folder)
     assert (shop.interactions.user, shop.interactions.item, shop.split.kind) == ("customer_id", "sku", "time")
@@ -87,6 +83,7 @@ def test_any_folder_with_roles_that_are_told(tmp_path: Path):
     assert shop.users.id == "customer_id"
     report = check_shop(folder)
     assert report.sections["ids that join"]["users of people.csv"].startswith("7 of 7 (100.0%)")
+    assert init_shop(folder, force=True).text == first.text, "the only column of moments is the time"
     with pytest.raises(InvalidInput, match="is there already; --force"):
         init_shop(folder)
     assert init_shop(folder, told={"time": "when", "item": "sku"}, force=True).text == first.text
@@ -103,3 +100,66 @@ def test_any_folder_with_roles_that_are_told(tmp_path: Path):
 def test_what_is_told_wrongly_is_named(tmp_path: Path, told: dict[str, str], message: str):
     with pytest.raises(InvalidInput, match=message):
         init_shop(written(tmp_path / "mine", PLAIN), told=told)
+
+
+def test_orders_of_a_till_that_writes_days_and_letters_in_its_own_way(tmp_path: Path):
+    folder = tmp_path / "till"
+    folder.mkdir()
+    rows = "".join(
+        f"k{i % 9}@müller.de;Ä-{i % 7};{i % 28 + 1:02}.{i % 12 + 1:02}.2023;1.{i:03},50\n" for i in range(80)
+    )
+    (folder / "orders.csv").write_bytes(("client;sku;order_date;sum\n" + rows).encode("cp1252"))
+    first = init_shop(folder)
+    assert ("orders.csv", "order_date", "time, written %d.%m.%Y") in first.mapping
+    assert ("orders.csv", "encoding", "cp1252, since it is no UTF-8") in first.mapping
+    report = check_shop(folder)
+    assert report.columns[0]["high"] == "k8@müller.de"
+    assert report.sections["interactions"]["from"] == "2023-01-01"
+
+
+@pytest.mark.parametrize(("second", "others"), [("05/06/2023", True), ("05/28/2023", False)])
+def test_days_that_two_ways_of_writing_fit_are_told(tmp_path: Path, second: str, others: bool):
+    rows = "".join(f"u{i % 3},i{i % 4},{second if i % 2 else '05/04/2023'}\n" for i in range(12))
+    first = init_shop(written(tmp_path / "days", {"log.csv": "user,item,day\n" + rows}))
+    role = next(role for _, column, role in first.mapping if column == "day")
+    assert role == ('time, written %d/%m/%Y; or "%m/%d/%Y"' if others else "time, written %m/%d/%Y")
+
+
+def test_several_columns_of_times_are_not_guessed_among(tmp_path: Path):
+    rows = "".join(f"u{i % 3},i{i % 4},2023-05-0{i % 9 + 1},2023-06-01\n" for i in range(12))
+    folder = written(tmp_path / "two", {"log.csv": "user,item,order_date,delivery_date\n" + rows})
+    with pytest.raises(
+        InvalidInput, match=r"order_date, delivery_date; say which tells .* --map time=COLUMN"
+    ):
+        init_shop(folder)
+    assert init_shop(folder, told={"time": "order_date"}).mapping[2] == ("log.csv", "order_date", "time")
+
+
+def test_ids_that_are_numbers_are_categories(tmp_path: Path):
+    rows = "".join(f"p{i},{i * 7 % 50 + 1000},{i * 3 % 40},{i * 1.5}\n" for i in range(60))
+    log = "".join(f"u{i % 5},p{i % 60},{1_600_000_000 + i}\n" for i in range(99))
+    first = init_shop(
+        written(tmp_path / "codes", {
+            "log.csv": "household_id,product_id,transaction_timestamp\n" + log,
+            "products.csv": "product_id,manufacturer_id,shelfCode,price\n" + rows,
+        })
+    )  # fmt: skip
+    kinds = {column: role for file, column, role in first.mapping if file == "products.csv"}
+    assert kinds["manufacturer_id"] == kinds["shelfCode"] == 'feature, "category"'
+    assert kinds["price"] == 'feature, "number"'
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_log_without_times_is_ordered_by_its_rows(tmp_path: Path, is_sorted: bool):
+    pairs = [(u, (u * 7 + n * 5) % 23) for u in range(12) for n in range(8)]
+    pairs = sorted(pairs) if is_sorted else pairs
+    text = "user\tmovie\tscore\n" + "".join(f"{u}\t{i}\t{(u + i) % 5 + 1}\n" for u, i in pairs)
+    folder = written(tmp_path / "untimed", {"ratings.tsv": text})
+    first = init_shop(folder)
+    assert ("ratings.tsv", "(none)", "time; --map time=COLUMN if there is one") in first.mapping
+    tables = read_shop(folder)
+    last = tables.interactions.times.reshape(12, 8).argmax(axis=1)
+    assert (last == 7).all() != is_sorted, "of a sorted file the last rows would be those of the last ids"
+    notes = [note for column in check_shop(folder).columns for note in column["notes"]]
+    assert any("a random order stands for times" in note for note in notes) == is_sorted
+    assert check_shop(folder).sections["histories"]["test users"] == 12
