@@ -89,7 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (PeregrineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(_run(given, shops))
+    try:
+        sys.exit(_run(given, shops))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on where it was")
+        sys.exit(130)
 
 
 def _named(folders: list[Path]) -> dict[str, Path]:
@@ -294,8 +298,9 @@ def _line(record: Record, comparison: Comparison | None) -> str:
     named = [(_short(figure), figure) for figure in record.figures]
     parts = [f"{name} {_number(figure.value)}" for name, figure in named if name]
     cost, code = record.facts["build"], record.facts["code"]
-    again = f" ({len(cost['skipped'])} stages were there)" if cost["skipped"] else ""
-    took = f"{cost['seconds']:.0f} s{again}, {cost['peak_bytes'] / 2**20:,.0f} MiB, {_words(code)}"
+    there = f", {len(cost['skipped'])} of its stages were there" if cost["skipped"] else ""
+    took = f"{cost['cpu_seconds']:.0f} s of CPU ({cost['seconds']:.0f} s{there})"
+    took += f", {cost['peak_bytes'] / 2**20:,.0f} MiB, {_words(code)}"
     if comparison is not None:
         return f"{comparison.line()}; {took}"
     return f"{', '.join(parts)}; {took}"

@@ -89,7 +89,9 @@ def test_the_same_release_twice_differs_in_nothing(old, new, tiny_shop, capsys):
     assert verdicts["next item", "chain"] == verdicts["ctr", "ranker"] == verdicts["worth", "chain"] == SAME
     assert verdicts["ctr", "two_rates"] == verdicts["build", ""] == "without interval"
     assert "shop: is done, by the code of digest 000000000000; --force builds it again" in printed.err
-    assert re.search(r"^shop: no difference seen in \d\d figures; 1 s, 1 MiB", printed.err, re.MULTILINE)
+    assert re.search(
+        r"^shop: no difference seen in \d\d figures; 1 s of CPU \(1 s\), 1 MiB", printed.err, re.MULTILINE
+    )
 
 
 def test_lists_upside_down_are_surely_worse_and_recall_is_as_it_was(old, new, tiny_shop, capsys):
