@@ -51,6 +51,8 @@ _CODE = re.compile(r"(?i:(?:^|[_\W])(?:id|code|zip|sku|ean|upc))$|[a-z](?:Id|ID|
 _DAYS = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%y", "%m/%d/%y")
 _FORMATS = tuple(day + clock for clock in ("", " %H:%M", " %H:%M:%S") for day in _DAYS)
 _LEGACY = "cp1252"  # what a text that is no UTF-8 is taken for
+_OFTEN = 2  # rows an id on average, from which a column with one value for each id tells of the id
+_SLIPS = 1.02  # values an id on average, up to which a column has one for each
 _LONG = 25  # characters of a cell on average, from which a column is a text
 
 
@@ -201,6 +203,8 @@ def _first(folder: Path, samples: list[Sample], told: Mapping[str, str], like_fr
     rest = [sample for sample in samples if sample is not log]
     items = _table(rest, "items", told, {"item"}, {"user"})
     users = _table([s for s in rest if s is not items], "users", told, {"user"}, {"item"})
+    items = items or _inside(log, "item", log.roles["user"])
+    users = users or _inside(log, "user", log.roles["item"])
     if items is not None and items.roles["item"] != log.roles["item"] and items.roles["item"] in log.columns:
         log.roles["item"] = items.roles["item"]  # of two names of items, the one that both tables have
     mapping: Mapped = []
@@ -210,12 +214,13 @@ def _first(folder: Path, samples: list[Sample], told: Mapping[str, str], like_fr
         "# `peregrine shop check`. All keys: `peregrine shop --help`.",
         f"name = {json.dumps(name)}",
     ]
-    body, is_clock = _log_lines(log, mapping, like_from)
+    inside = [name for of in (items, users) if of is not None and of.file == log.file for name in of.columns]
+    body, is_clock = _log_lines(log, mapping, inside)
     split, other = ("time", "leave_one_out")[:: 1 if is_clock else -1]
     lines += [f'split = "{split}"  # or "{other}"', *body]
     for what, sample, role in (("items", items, "item"), ("users", users, "user")):
         if sample is not None:
-            lines += _entity_lines(what, sample, role, mapping)
+            lines += _entity_lines(what, sample, role, mapping, is_log=sample.file == log.file)
     lines += _task_lines(log, like_from, mapping)
     lines += [f"# not used: {s.file}" for s in samples if s not in (log, items, users)]
     return First("\n".join(lines) + "\n", mapping)
@@ -235,6 +240,39 @@ def _table(
     return max(fit, key=lambda sample: ("time" in sample.roles, len(sample.columns)), default=None)
 
 
+def _inside(log: Sample, role: str, other: str) -> Sample | None:
+    """Finds what a log itself tells of its items, or users: columns with one value for each, as a table of
+    their first rows; None where there is none. `other` is the column of the other ones."""
+    key = log.columns[log.roles[role]]
+    ids, index = known_ids(replace(key, said=Said(key.file, key.name)))
+    first = np.unique(index[index >= 0], return_index=True)[1] if (index >= 0).all() else index[:0]
+    if not len(index) / max(1, len(first)) >= _OFTEN:
+        return None
+    taken = {name for kind, name in log.roles.items() if kind != "title"}
+    told = {
+        name: column
+        for name, column in log.columns.items()
+        if name not in taken and _tells_of(column, index, len(ids))
+    }
+    if not told:
+        return None
+    mask = np.zeros(len(index), bool)
+    mask[first] = True
+    rows = {name: column.where(mask) for name, column in {key.name: key, **told}.items()}
+    roles = {role: key.name} | {kind: name for kind, name in log.roles.items() if name in told}
+    return Sample(log.file, rows, roles, log.encoding)
+
+
+def _tells_of(column: Column, index: Array, count: int) -> bool:
+    """Says whether a column has, but for slips, one value for each of the `count` ids of index [n], and not
+    the same for all."""
+    if is_list(column) or pa.types.is_nested(column.values.type):
+        return False
+    values, place = distinct_of(column.values)
+    pairs = len(np.unique(index * (len(values) + 1) + place))
+    return len(values) > 1 and pairs <= _SLIPS * count
+
+
 def _is_key(column: Column) -> bool:
     """Says whether each row has an id of its own."""
     try:
@@ -244,7 +282,7 @@ def _is_key(column: Column) -> bool:
     return len(ids) == len(index) > 0
 
 
-def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[list[str], bool]:
+def _log_lines(log: Sample, mapping: Mapped, inside: Iterable[str]) -> tuple[list[str], bool]:
     """Writes [interactions], and says whether its times are a clock."""
     lines = ["", "[interactions]", *_file_lines(log, mapping)]
     for role in ("user", "item"):
@@ -264,6 +302,7 @@ def _log_lines(log: Sample, mapping: Mapped, like_from: float | None) -> tuple[l
     elif "rating" in log.roles and "label" not in log.roles:
         lines.append('history = "all"  # what a past is made of: all that was rated, or "like"')
     used = {*(log.roles[r] for r in ("user", "item", "time", "event", "rating", "label") if r in log.roles)}
+    used |= {*inside}
     lines += [f"# not used: {', '.join(rest)}"] if (rest := [n for n in log.columns if n not in used]) else []
     return lines, is_clock
 
@@ -299,10 +338,11 @@ def _textual(column: Column) -> Column:
     return Column(column.file, column.name, pa.chunked_array([texts]))
 
 
-def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped) -> list[str]:
+def _entity_lines(what: str, sample: Sample, role: str, mapping: Mapped, *, is_log: bool) -> list[str]:
     """Writes [items] or [users] with a feature for each column that looks like one."""
     key = sample.roles[role]
     lines = ["", f"[{what}]", *_file_lines(sample, mapping), f"id = {json.dumps(key)}"]
+    lines[2] += "  # the log itself: the first row of each counts" if is_log else ""
     mapping.append((sample.file, key, role))
     title = sample.roles.get("title") if what == "items" else None
     if title and is_textual(sample.columns[title].values.type):

@@ -63,8 +63,8 @@ def read_shop(
     first thing that is wrong."""
     shop, applied = open_shop(folder), Applied()
     progress("reading items and users")
-    items = _read_entities(folder, shop.items, changes or {}, applied)
-    users = _read_entities(folder, shop.users, {}, applied)
+    items = _read_entities(folder, shop, shop.items, changes or {}, applied)
+    users = _read_entities(folder, shop, shop.users, {}, applied)
     progress("reading interactions")
     interactions = read_interactions(folder, shop, now_s)
     if shop.interactions.planted:
@@ -126,8 +126,9 @@ def _hints(absent: Array, known: Array) -> str:
 
 
 def _read_entities(
-    folder: Path, entry: Entities | None, changes: Mapping[str, Entry], applied: Applied
+    folder: Path, shop: Shop, entry: Entities | None, changes: Mapping[str, Entry], applied: Applied
 ) -> Rows | None:
+    """Reads a table of items or users, one row each; of a log that tells of them, too, their first rows."""
     if entry is None:
         return None
     wanted = [entry.id, *([entry.title] if entry.title else []), *(f.source for f in entry.features)]
@@ -140,6 +141,11 @@ def _read_entities(
         raise InvalidInput(f"{columns[entry.id].place(0)}: the id is missing, as in all rows")
     if not named.all():
         columns, index = {name: column.where(named) for name, column in columns.items()}, index[named]
+    if len(ids) < len(index) and entry.file == shop.interactions.file:
+        first = np.zeros(len(index), bool)
+        first[np.unique(index, return_index=True)[1]] = True
+        columns, index = {name: column.where(first) for name, column in columns.items()}, index[first]
+        columns[entry.id].said.note("the first row of each counts")
     if len(ids) < len(index):
         first_row = np.unique(index, return_index=True)[1]
         again = first_true(first_row[index] != np.arange(len(index)))

@@ -16,7 +16,7 @@ time = "time"                        # Unix seconds, milliseconds, …, ISO text
                                      # that orders; time_unit = "ms" and time_format = "%d/%m/%Y" name others;
                                      # "": there is none, and the rows' order stands for it
 [items]
-file = "items.parquet"
+file = "items.parquet"               # or the log itself: the first row of each counts
 id = "item_id"
 title = "title"
 features = [{name = "brand", kind = "category"}, {name = "price", kind = "number", log1p = true}]

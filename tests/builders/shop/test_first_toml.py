@@ -163,3 +163,23 @@ def test_a_log_without_times_is_ordered_by_its_rows(tmp_path: Path, is_sorted: b
     notes = [note for column in check_shop(folder).columns for note in column["notes"]]
     assert any("a random order stands for times" in note for note in notes) == is_sorted
     assert check_shop(folder).sections["histories"]["test users"] == 12
+
+
+def test_a_log_that_tells_of_its_items_is_their_table_too(tmp_path: Path):
+    rows = "".join(
+        f"u{i % 7},m{i % 60:02},{1_600_000_000 + i * 60},Film no. {i % 60}{' (slip)' * (i == 70)},"
+        f"{['drama', 'comedy'][i % 60 % 2]},{i // 13 % 4},town {i % 7 % 2}\n"
+        for i in range(800)
+    )
+    folder = written(tmp_path / "one", {"log.csv": "user,movie,time,title,genre,mood,town\n" + rows})
+    first = init_shop(folder)
+    shop = open_shop(folder)
+    assert (shop.items.file, shop.items.title) == ("log.csv", "title")
+    assert [f.name for f in shop.items.features] == ["title", "genre"]
+    assert [f.name for f in shop.users.features] == ["town"]
+    assert "# not used: mood" in first.text
+    tables = read_shop(folder)
+    assert tables.items.ids.tolist() == [b"m%02d" % i for i in range(60)]
+    assert tables.items.columns["genre"].values.to_pylist() == ["drama", "comedy"] * 30
+    assert len(tables.interactions) == 800, "the log's rows are all there"
+    assert check_shop(folder).sections["catalogue"]["items without title"] == 0
