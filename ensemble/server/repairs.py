@@ -17,9 +17,10 @@ from typing import Any
 from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.server.control import Control
 from ensemble.server.illness import Diagnosis, Ill
+from ensemble.server.leftovers import LEFT_S, Leftovers
 from ensemble.server.mount import Busy, Mount
 from ensemble.server.probes import Probes
-from ensemble.server.process import TritonProcess
+from ensemble.server.process import Stub, TritonProcess
 from ensemble.server.running import RunningServer
 from ensemble.server.watched import Watched, watched_models
 
@@ -45,6 +46,7 @@ class Repairs:
         self.probes = Probes(server.url)
         self._diagnosis = Diagnosis(process.pid, self.probes)
         self._route_text, self.models = "", dict[str, Watched]()
+        self._leftovers = Leftovers()
         self._replaced: dict[int, float] = {}  # processes that have been, and until when they may work
         self._done: dict[str, collections.deque[float]] = {}
         self.alive = dict(collections.Counter(stub.model for stub in process.stubs()))
@@ -59,6 +61,7 @@ class Repairs:
         self._learn()
         self._end_replaced()
         stubs = [stub for stub in self._process.stubs() if stub.pid not in self._replaced]
+        self._end_leftovers(stubs)
         self.alive = dict(collections.Counter(stub.model for stub in stubs))
         problem, ill = self._diagnosis.look(stubs, self.models)
         if problem or self._process.exit_code is not None:
@@ -122,6 +125,25 @@ class Repairs:
         _kill(late)
         for pid in late:
             del self._replaced[pid]
+
+    def _end_leftovers(self, stubs: list[Stub]) -> None:
+        """Kills processes of models that went long ago, unless Triton still holds the model: then a change
+        was cut off before it could unload it, and the next one does."""
+        late = self._leftovers.look(stubs, self.models)
+        if not late:
+            return
+        self._leftovers.wait_again(late)
+        try:
+            with Control(self._server) as control:
+                held = control.models()
+        except PeregrineError:
+            return
+        gone = [stub for stub in late if stub.model not in held]
+        _kill(stub.pid for stub in gone)
+        for model, count in collections.Counter(stub.model for stub in gone).items():
+            self._log(
+                f"WARNING: {count} processes of {model} had not ended {LEFT_S:.0f} s after it went; killed"
+            )
 
     def report(self) -> Mapping[str, Any]:
         """Says of each model how many processes it has of how many, and when it last answered."""

@@ -109,6 +109,12 @@ def loaded(repository: Path) -> set[str]:
         return {model.partition("_")[0] for model in control.models()} - {"recommend"}
 
 
+def still_there(repository: Path, server: Server) -> str:
+    """Says what Triton and the system know of processes and models that should have gone."""
+    with Control(running_server(repository)) as control:
+        return f"processes {server.stubs()}, models {control._index()}"
+
+
 @pytest.mark.triton
 def test_users_are_split_as_the_route_says_whatever_they_ask(served, repository):
     """Mixed users in one request, options of each user, one request that is wrong among good ones."""
@@ -225,7 +231,10 @@ def test_a_canary_that_fails_is_taken_out_by_itself_and_callers_see_nothing(
     assert "requests failed or were late; the main release: " in line
     assert by.startswith("guard@")
     until(lambda: loaded(repository) == {"r1"})
-    until(lambda: all(model.startswith("r1_") for model in server.stubs()), otherwise=server.stubs)
+    until(
+        lambda: all(model.startswith("r1_") for model in server.stubs()),
+        otherwise=lambda: still_there(repository, server),
+    )
     time.sleep(1.5)
     assert server.pid == process, "tritonserver goes on"
 

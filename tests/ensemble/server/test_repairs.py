@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from toy_repository import allow_toys, publish_toy
 
+from clients.operations import releases
 from clients.transport import GrpcTransport
 from clients.wire import call_from_options
-from ensemble.server import predecessor
+from ensemble.server import leftovers, predecessor
 from ensemble.server.illness import BUSY_S, HANGS_S, STOPPED_S, Diagnosis, Stopped
+from ensemble.server.leftovers import LEFT_S, Leftovers
 from ensemble.server.options import ServeOptions
 from ensemble.server.process import Stub
 from ensemble.server.restarts import FIRST_TRIES, Restarts
@@ -114,6 +116,30 @@ def test_a_process_killed_at_the_very_first_moment_is_replaced(repository):
 
 
 @pytest.mark.triton
+def test_a_process_that_does_not_end_when_its_model_goes_is_killed(repository, monkeypatch):
+    monkeypatch.setattr(leftovers, "LEFT_S", 1.0)
+    publish_toy(repository, "r2", repository.parent)
+    said: list[str] = []
+    with serve(repository, ServeOptions(port=0, metrics_port=None), log=said.append) as server:
+        first, (hangs, _) = server.pid, server.stubs()["r1_ranker"]
+
+        def stop_after_the_flip() -> None:
+            within(30, lambda: server.route().main == "r2")
+            os.kill(hangs, signal.SIGSTOP)
+
+        stopper = threading.Thread(target=stop_after_the_flip)
+        stopper.start()
+        releases.activate(repository, "r2")
+        stopper.join()
+        assert hangs in server.stubs()["r1_ranker"], "it waits to be ended"
+        within(3 * RECOVERS_S, lambda: not any(model.startswith("r1_") for model in server.stubs()))
+        assert any("r1_ranker had not ended" in line for line in said), said
+        releases.activate(repository, "r1")
+        within(3 * RECOVERS_S, lambda: not any(model.startswith("r2_") for model in server.stubs()))
+        assert server.pid == first, "tritonserver was started again"
+
+
+@pytest.mark.triton
 def test_a_stopped_tritonserver_is_started_again(repository):
     said: list[str] = []
     with serve(repository, ServeOptions(port=0, metrics_port=None, fused=True), log=said.append) as server:
@@ -126,6 +152,24 @@ def test_a_stopped_tritonserver_is_started_again(repository):
 
 
 # --- without a server
+
+
+def test_only_who_served_and_serves_no_longer_is_left_over():
+    now = [0.0]
+    left = Leftovers(lambda: now[0])
+    old, new, kept = Stub(1, "r1_ranker", ""), Stub(2, "r2_ranker", ""), Stub(3, "r1_recall", "")
+    assert left.look([old, new, kept], {"r1_ranker", "r1_recall"}) == []
+    now[0] = LEFT_S
+    assert left.look([old, new, kept], {"r2_ranker", "r1_recall"}) == [], "it has just gone"
+    now[0] = 1.5 * LEFT_S
+    assert left.look([old, new], {"r1_ranker"}) == [], "it is served again"
+    now[0] = 2 * LEFT_S
+    assert left.look([old, new], {"r2_ranker"}) == []
+    now[0] = 3 * LEFT_S
+    assert left.look([old, new], {"r2_ranker"}) == [old]
+    left.wait_again([old])
+    assert left.look([old, new], {"r2_ranker"}) == []
+    assert left.look([Stub(4, "r1_ranker", "")], {"r2_ranker"}) == [], "it is being loaded"
 
 
 class Probed:
