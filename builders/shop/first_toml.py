@@ -22,7 +22,7 @@ from builders.shop.columns.numbers import numbers_from_column
 from builders.shop.columns.times import times_from_column
 from builders.shop.formats.streams import not_utf8
 from builders.shop.shop_toml import SHOP_FILE
-from builders.shop.tables import files_of, first_columns, is_text_file, table_files
+from builders.shop.tables import ENDINGS, files_of, first_columns, is_text_file, table_files
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.release.files import write_durably
@@ -48,8 +48,12 @@ Mapped = list[tuple[str, str, str]]  # (file, column, role)
 _MOMENT = re.compile(r"(?i)(?:timestamp|datetime|date|time|_at)$|[a-z]At$")  # ends of names of times
 _CODE = re.compile(r"(?i:(?:^|[_\W])(?:id|code|zip|sku|ean|upc))$|[a-z](?:Id|ID|Code)$")  # and of codes
 # how days and moments are written, where they are no ISO texts; the first that reads all is taken
-_DAYS = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%y", "%m/%d/%y")
-_FORMATS = tuple(day + clock for clock in ("", " %H:%M", " %H:%M:%S") for day in _DAYS)
+_DAYS = (
+    *("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%Y/%m/%d", "%Y.%m.%d", "%d.%m.%y", "%m/%d/%y"),
+    *("%d-%b-%Y", "%d %b %Y", "%b %d, %Y"),
+)
+_CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+_FORMATS = tuple(day + clock for clock in _CLOCKS for day in _DAYS)
 _LEGACY = "cp1252"  # what a text that is no UTF-8 is taken for
 _OFTEN = 2  # rows an id on average, from which a column with one value for each id tells of the id
 _SLIPS = 1.02  # values an id on average, up to which a column has one for each
@@ -103,7 +107,11 @@ def _samples(folder: Path, told: Mapping[str, str]) -> list[Sample]:
     parts = sorted(table_files(folder))
     files = sorted({str(part.relative_to(folder).parts[0]) for part in parts})
     if not files:
-        raise InvalidInput(f"{folder} holds no file of a table (csv, tsv, jsonl, parquet, arrow)")
+        others = sorted(one.name for one in folder.iterdir() if one.is_file())[:3]
+        raise InvalidInput(
+            f"{folder} holds no file of a table ({', '.join(ENDINGS)})"
+            + (f", only {', '.join(others)}; save what they hold as CSV, or as JSON lines" if others else "")
+        )
     samples = [_sample(folder, file) for file in files]
     for role, name in told.items():
         if role in ROLES and not any(name in sample.columns for sample in samples):
@@ -170,16 +178,16 @@ def _formats(column: Column) -> list[str]:
     if not is_textual(column.values.type):
         return []
 
-    def reads(form: str) -> bool:
-        one = replace(
-            column, reading=replace(column.reading, time_format=form), said=Said(column.file, column.name)
-        )
+    def reads(form: str, values: pa.ChunkedArray) -> bool:
+        reading, said = replace(column.reading, time_format=form), Said(column.file, column.name)
         try:
-            return bool(times_from_column(one, time.time()).min(initial=0) >= 0)
+            times = times_from_column(replace(column, values=values, reading=reading, said=said), time.time())
         except InvalidInput:
             return False
+        return bool(times.min(initial=0) >= 0)
 
-    return [form for form in _FORMATS if reads(form)]
+    few = [form for form in _FORMATS if reads(form, column.values.slice(0, 100))]  # most columns are no times
+    return [form for form in few if reads(form, column.values)]
 
 
 def named_column(columns: Iterable[str], names: tuple[str, ...], told: str | None) -> str | None:
@@ -198,7 +206,7 @@ def _first(folder: Path, samples: list[Sample], told: Mapping[str, str], like_fr
         there = "; ".join(f"{s.file} has {', '.join(s.columns)}" for s in samples)
         raise InvalidInput(
             f"{folder}: no file has a column of users and one of items; name them: --map user=COLUMN --map "
-            f"item=COLUMN ({there})"
+            f"item=COLUMN (by their first lines, {there})"
         )
     rest = [sample for sample in samples if sample is not log]
     items = _table(rest, "items", told, {"item"}, {"user"})
@@ -327,8 +335,12 @@ def _time_lines(log: Sample, mapping: Mapped) -> tuple[list[str], bool]:
         others = f"; or {' or '.join(map(json.dumps, forms[1:]))}" if forms[1:] else ""
         mapping.append((log.file, name, f"time, written {forms[0]}{others}"))
         return [f"time = {json.dumps(name)}", f"time_format = {json.dumps(forms[0])}  # UTC{others}"], True
+    try:
+        times_from_column(column, float("inf"))
+    except InvalidInput as error:
+        mapping.append((log.file, name, "time, but it cannot be read; shop.toml says why"))
+        return [f"time = {json.dumps(name)}", f"# {error}", '# time_format = "%d/%m/%Y %H:%M"'], True
     mapping.append((log.file, name, "time"))
-    times_from_column(column, float("inf"))
     line = f"time = {json.dumps(name)}  # {column.said.what.removeprefix('times: ')}"
     return [line], not column.said.what.startswith("times: positions")
 

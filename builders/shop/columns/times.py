@@ -27,7 +27,7 @@ def times_from_column(column: Column, now_s: float) -> Array:
     values, kind = column.values, column.values.type
     missing = first_true(to_numpy(values.is_null()))
     if missing >= 0:
-        raise InvalidInput(f"{column.place(missing)}: the time is missing")
+        raise InvalidInput(f"{column.place(missing)}: the time is missing; fill it in, or leave the row out")
     if column.reading.time_format and is_textual(kind):
         times, what = _formatted(column, column.reading.time_format), "texts by time_format, read as UTC"
     elif is_textual(kind):

@@ -17,6 +17,7 @@ from ensemble.errors import InvalidInput
 
 BLOCK_BYTES = 8 << 20
 _USUAL = (",", "\t", ";", "|")
+_SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?$')
 _NAMES = {"\t": "tabs", " ": "blanks"}
 
 
@@ -24,8 +25,9 @@ def header_of(path: Path, columns: list[str], reading: Reading) -> tuple[list[st
     """Gives a file's column names and its separator: the one named, or the one by which the header has the
     wanted `columns`, else most names."""
     line = first_line(path, reading.encoding)
-    if reading.separator is not None:
-        return _split(line, reading.separator), reading.separator
+    separator = reading.separator or _told_separator(path, reading.encoding)
+    if separator is not None:
+        return _split(line, separator), separator
     usual = ["\t", *_USUAL] if ".tsv" in path.suffixes else list(_USUAL)
     odd = [sign for sign in dict.fromkeys(line) if not (sign.isalnum() or sign in "_\"'.-()[]\r\n")]
     candidates = list(dict.fromkeys([*usual, *odd]))
@@ -39,12 +41,20 @@ def first_line(path: Path, encoding: str | None) -> str:
     """Gives the line of column names; InvalidInput for a file without one."""
     name = encoding_of(path, encoding)
     text = head(path).decode(name, errors="replace").removeprefix("\ufeff")
-    line = text.splitlines()[0] if text.strip() else ""
+    lines = text.splitlines()[:2] if text.strip() else [""]
+    line = lines[-1] if _SEPARATOR_LINE.match(lines[0]) else lines[0]
     if not line.strip():
         raise InvalidInput(f"{path} has no first line; it must name the columns")
     if "\0" in line:
         raise InvalidInput(f"{path} is no text: its first line holds NUL bytes")
     return line
+
+
+def _told_separator(path: Path, encoding: str | None) -> str | None:
+    """Gives the separator that a file's first line says, as spreadsheets write it: sep=; before the names."""
+    text = head(path, 16).decode(encoding_of(path, encoding), errors="replace").removeprefix("\ufeff")
+    told = _SEPARATOR_LINE.match(text.splitlines()[0]) if text.strip() else None
+    return told[1] if told else None
 
 
 def _split(line: str, sign: str) -> list[str]:
@@ -62,6 +72,7 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
     from pyarrow import csv
 
     names, sign = header_of(path, columns, reading)
+    above = 1 if _told_separator(path, reading.encoding) is None else 2  # lines before the first row
     quote = '"' if sign != '"' else False
     parse = csv.ParseOptions(delimiter=sign, quote_char=quote, newlines_in_values=True)
     places = [f"c{at}" for at in range(len(names))]
@@ -72,7 +83,7 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
         strings_can_be_null=True,
         null_values=[""],
     )
-    read = csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=places, skip_rows=1)
+    read = csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES, column_names=places, skip_rows=above)
     done = 0
     try:
         with (

@@ -183,3 +183,31 @@ def test_a_log_that_tells_of_its_items_is_their_table_too(tmp_path: Path):
     assert tables.items.columns["genre"].values.to_pylist() == ["drama", "comedy"] * 30
     assert len(tables.interactions) == 800, "the log's rows are all there"
     assert check_shop(folder).sections["catalogue"]["items without title"] == 0
+
+
+LOG = "".join(f"u{i % 3};i{i % 4};0{i % 9 + 1}/28/2023 0{i % 9 + 1}:26 PM\n" for i in range(40))
+
+
+def test_a_spreadsheet_says_its_separator_above_the_names(tmp_path: Path):
+    folder = written(tmp_path / "sheet", {"log.csv": "sep=;\nuser;item;date\n" + LOG})
+    assert init_shop(folder).mapping[2] == ("log.csv", "date", "time, written %m/%d/%Y %I:%M %p")
+    report = check_shop(folder)
+    assert report.sections["interactions"]["rows"] == 40
+    assert report.sections["interactions"]["from"] == "2023-01-28"
+
+
+def test_times_that_nobody_can_read_do_not_keep_shop_toml_from_being_written(tmp_path: Path):
+    folder = written(tmp_path / "odd", {"log.csv": "user;item;date\n" + LOG.replace("/28/2023", " d'été")})
+    init_shop(folder)
+    with pytest.raises(InvalidInput, match=r"column 'date', row 1: .* is no time; .*time_format"):
+        check_shop(folder)
+    text = (folder / "shop.toml").read_text()
+    (folder / "shop.toml").write_text(
+        text.replace('# time_format = "%d/%m/%Y %H:%M"', 'time_format = "%m d\'été %I:%M %p"')
+    )
+    assert check_shop(folder).sections["interactions"]["rows"] == 40
+
+
+def test_files_that_are_no_tables_are_named_with_a_cure(tmp_path: Path):
+    with pytest.raises(InvalidInput, match=r"only orders\.xlsx; save what they hold as CSV"):
+        init_shop(written(tmp_path / "sheet", {"orders.xlsx": "PK"}))

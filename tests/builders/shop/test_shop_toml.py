@@ -158,7 +158,7 @@ def test_the_tiny_shop_is_right(shop: Path) -> None:
         (
             "interactions.csv",
             INTERACTIONS.replace("u2,c,40", "u2,c,"),
-            "interactions.csv: column 'time', row 4: the time is missing",
+            "interactions.csv: column 'time', row 4: the time is missing; fill it in, or leave the row out",
         ),
         (
             "interactions.csv",
