@@ -49,7 +49,8 @@ WAYS = {
     "user_encoder": "the user encoder alone",
     "recall": "recall's order",
 }
-WAYS |= {RANKER: "the ranker", PLACED: "the ranker that knows the place", "random": "any item"}
+WAYS |= {RANKER: "the ranker", PLACED: "the ranker, place known", "random": "any item"}
+WAYS |= {"knowable": "the best by what is known", "best": "the best possible"}
 STATISTICS: Mapping[str, Callable[..., Statistic]] = {
     "auc": bootstrap.auc,
     "ece": bootstrap.ece,
