@@ -21,9 +21,11 @@ import numpy as np
 
 from builders import metrics
 from builders.data.dataset import Dataset
-from builders.index.offline import OfflineRecall
+from builders.data.splits import MANY_AGAIN, share_again
+from builders.index.offline import EncodeUsers, OfflineRecall
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
+from ensemble.options import Options, UserOptions
 from ensemble.schema import DEFAULT_SOURCES
 from ensemble.steps.recall import fused
 from ensemble.steps.recall_settings import RecallSettings
@@ -37,6 +39,7 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "content": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
     "walks": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
 }
+_AGAIN = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 _LAST_ITEMS = 5  # whose content is asked for; else all that the snapshot holds of a past
 
 
@@ -89,6 +92,30 @@ class Fitting:
             settings, lists = self._with(name, settings, lists)
         return dataclasses.replace(settings, source_weights=lists.best(self.names, settings.off))
 
+    def again(self, settings: RecallSettings, encode_users: EncodeUsers) -> RecallSettings:
+        """Fits how much it counts that a user took an item often, for who asks for what he had: on each
+        held-out user's next event, with an item had before or not.
+
+        Only where events often are of items had before, and nothing says what was shown: a ranker that learns
+        from exposures knows such candidates.
+        """
+        dataset, ends = self.dataset, self.dataset.train_ends
+        users = dataset.validation.user_rows[self.chosen]
+        users = users[ends[users] > dataset.histories.offsets[users]]
+        weighs = "transitions" in self.names and settings.source_weights[self.names.index("transitions")]
+        is_shown = dataset.train_impressions is not None
+        if is_shown or not weighs or len(users) < _FEWEST or share_again(dataset.histories) < MANY_AGAIN:
+            return settings
+        embeddings, next_items = encode_users(users, ends[users]), dataset.histories.item_rows[ends[users]]
+        ways = [dataclasses.replace(settings, again=again) for again in _AGAIN]
+        gains = []
+        for way in ways:
+            rows, scores = self._asked(way).candidates_for(embeddings, users, ends[users], _with_had)
+            lists = _Lists(users, rows, scores, _columns(rows, next_items))
+            gains.append(lists.gains(settings.source_weights))
+        best = int(np.argmax([of.mean() for of in gains]))
+        return ways[best] if paired_difference(gains[0], gains[best], users).low > 0 else settings
+
     def _with(self, name: str, before: RecallSettings, lists: _Lists) -> tuple[RecallSettings, _Lists]:
         """Tries one more source; gives what is better, settings and lists."""
         if len(self.chosen) < _FEWEST:
@@ -127,13 +154,27 @@ class Fitting:
 
     def _lists(self, settings: RecallSettings, most: slice = slice(None)) -> _Lists:
         """Asks recall under these settings about the chosen users."""
-        (self.folder / "recall.json").write_text(settings.to_json())
         targets, chosen = self.dataset.validation, self.chosen[most]
-        offline = OfflineRecall(self.dataset, self.folder, lambda user_rows, history_ends: np.zeros(0))
+        offline = self._asked(settings)
         users = targets.user_rows[chosen]
         rows, scores = offline.candidates_for(self.embeddings[most], users, targets.history_ends[chosen])
-        is_target = rows == targets.item_rows[chosen][:, None]
-        return _Lists(users, rows, scores, np.where(is_target.any(axis=1), is_target.argmax(axis=1), -1))
+        return _Lists(users, rows, scores, _columns(rows, targets.item_rows[chosen]))
+
+    def _asked(self, settings: RecallSettings) -> OfflineRecall:
+        """Opens the recall of the folder under these settings."""
+        (self.folder / "recall.json").write_text(settings.to_json())
+        return OfflineRecall(self.dataset, self.folder, lambda user_rows, history_ends: np.zeros(0))
+
+
+def _columns(rows: Array, items: Array) -> Array:
+    """Says where in rows [Q, N] the items [Q] stand: [Q] int64, -1 where they do not."""
+    is_there = rows == items[:, None]
+    return np.where(is_there.any(axis=1), is_there.argmax(axis=1), -1)
+
+
+def _with_had(num_users: int) -> Options:
+    """Gives the options of users who ask for what they had, too."""
+    return Options((UserOptions(exclude_seen=False),) * num_users)
 
 
 def _gains(

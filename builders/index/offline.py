@@ -15,7 +15,7 @@ from ensemble.arrays import Array
 from ensemble.contract import QUERY_TENSORS, SEEN_TENSORS
 from ensemble.index.probe import ProbeSettings
 from ensemble.local import open_step
-from ensemble.options import default_options
+from ensemble.options import Options, default_options
 from ensemble.release.release import Release
 from ensemble.release.snapshot import gather
 from ensemble.spec import ModelSpec
@@ -47,9 +47,14 @@ class OfflineRecall:
         return self.candidates_for(self.encode_users(user_rows, history_ends), user_rows, history_ends)
 
     def candidates_for(
-        self, user_embeddings: Array, user_rows: Array, history_ends: Array
+        self,
+        user_embeddings: Array,
+        user_rows: Array,
+        history_ends: Array,
+        options: Callable[[int], Options] = default_options,
     ) -> tuple[Array, Array]:
-        """Does candidates() with the users' embeddings [L, M, D] already there."""
+        """Does candidates() with the users' embeddings [L, M, D] already there, and what a number of users
+        ask for."""
         sizes = self.recall.sizes
         rows, scores = (
             np.full((len(user_rows), sizes.candidates), -1, np.int64),
@@ -61,7 +66,7 @@ class OfflineRecall:
                 user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
             )
             older = older_pasts(self.dataset, user_rows[piece], history_ends[piece])
-            found = self.recall.run(default_options(len(seen)), seen_rows=seen, older=older, **queries)
+            found = self.recall.run(options(len(seen)), seen_rows=seen, older=older, **queries)
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
 

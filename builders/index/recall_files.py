@@ -20,6 +20,7 @@ from builders.index.choice import (
     pack_vectors,
 )
 from builders.index.fitting import Fitting
+from builders.index.offline import EncodeUsers
 from builders.index.snapshot import write_items
 from builders.index.sources import write_sources
 from builders.index.transitions import item_transitions
@@ -55,12 +56,14 @@ def write_recall(
     seed: int = 0,
     budget_bytes: int | None = None,
     verified: RecallSettings | None = None,
+    encode_users: EncodeUsers | None = None,
 ) -> RecallFacts:
     """Writes into `folder` all that Recall opens beside the data stage's files, which are linked there
     before.
 
     user_embeddings [Q, M, D] are those of dataset.validation, in its order. Only the training part of the
-    histories is learned from. Sources are on, and weigh, as in a verified model; None: that is fitted.
+    histories is learned from. encode_users gives users' embeddings at any time; without it nothing is fitted
+    of what is taken again. Sources are on, and weigh, as in a verified model; None: that is fitted.
     """
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))  # an index that was searched before sets one
     tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
@@ -71,13 +74,14 @@ def write_recall(
     more = write_sources(dataset, folder, seed)
     settings = RecallSettings(**dataclasses.asdict(tuned.query), **more, quotas=_quotas(dataset.schema))
     if verified is not None:
-        same = {name: getattr(verified, name) for name in ("source_weights", "off", "content_items")}
+        same = {name: getattr(verified, name) for name in ("source_weights", "off", "content_items", "again")}
         settings = dataclasses.replace(settings, **same)
         (folder / "recall.json").write_text(settings.to_json())
         return RecallFacts(tuned.tried, [], [])
     fitting = Fitting(dataset, user_embeddings, folder)  # Recall itself helps to fit its weights
     settings = fitting.settings(settings)
     adds = fitting.left_out(settings)
+    settings = fitting.again(settings, encode_users) if encode_users else settings
     (folder / "recall.json").write_text(settings.to_json())
     return RecallFacts(tuned.tried, fitting.tried, adds)
 

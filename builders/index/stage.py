@@ -71,7 +71,14 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
     verified = inputs.get("verified_index")
     settings = None if verified is None else _settings(verified)
     facts = write_recall(
-        dataset, item_embeddings, user_embeddings, folder, options.seed, options.index_bytes, settings
+        dataset,
+        item_embeddings,
+        user_embeddings,
+        folder,
+        options.seed,
+        options.index_bytes,
+        settings,
+        encode_users,
     )
     tried = facts.tried
     (folder / "tried.json").write_text(json.dumps(tried))

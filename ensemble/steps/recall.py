@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from ensemble.activity import touches, touches_width
-from ensemble.arrays import Array, Tensors, first_kept, without_repeats
+from ensemble.arrays import Array, Tensors, first_kept, look_up, sum_by_row, without_repeats
 from ensemble.contract import QUERY_TENSORS, Degraded
 from ensemble.errors import InvalidArgument
 from ensemble.index.filters import ItemFilters, RowMask
@@ -32,7 +32,7 @@ from ensemble.release.pasts import Older, Pasts
 from ensemble.spec import ModelSpec
 from ensemble.steps.recall_settings import settings_from_json
 from ensemble.steps.served import ServedRelease
-from ensemble.steps.sources import STRIDE, Batch, Nearest, Popular, Silent, open_sources
+from ensemble.steps.sources import STRIDE, Batch, Nearest, Popular, Silent, best_first, open_sources
 from ensemble.telemetry import Metric
 
 _EXCLUDED = np.concatenate([[0], 1 << np.arange(6, 41, 2)])  # steps of depth: 0, 64, 256, 1024, ...
@@ -105,7 +105,11 @@ class Recall:
         depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
         masks = self.filters.masks([user.filter for user in options.users], view)
         batch = Batch(query, seen_rows, view, masks, depths)
-        found = self._scored(batch, self._merge(self._offers(batch, excluded)))
+        own, offers = self._own(options, seen_rows), self._offers(batch, excluded)
+        if own is not None:
+            most = best_first(*own)[0][:, : self.sizes.candidates // 2]
+            offers = np.concatenate([self._eligible(most, excluded, masks, view), offers], axis=1)
+        found = self._scored(batch, self._merge(offers), own)
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
         found["candidate_status"] |= self._status(options, view)
         marked = options.late(SPENT_S)  # by now: the ranker need not see them
@@ -280,11 +284,23 @@ class Recall:
         gap = ((0, 0), (0, wanted - merged.shape[1]))
         return np.pad(merged, gap, constant_values=-1) if gap[1][1] else merged
 
-    def _scored(self, batch: Batch, rows: Array) -> Tensors:
+    def _own(self, options: Options, seen_rows: Array) -> tuple[Array, Array] | None:
+        """Gives what users who ask for what they had have in their pasts seen_rows [B, W]: rows [B, W]
+        ascending, -1 between them, and the log of how often; None where nobody asks, or it counts nothing."""
+        if not self.settings.again or options.exclude_seen.all():
+            return None
+        had = np.where(options.exclude_seen[:, None], -1, seen_rows)
+        rows, counts = sum_by_row(had, (had > 0).astype(np.float32))
+        return rows, np.log1p(counts)
+
+    def _scored(self, batch: Batch, rows: Array, own: tuple[Array, Array] | None = None) -> Tensors:
         """Gives the candidate_* tensors but the state of rows [B, N] in any order: by fused score, ties by
-        row, padding last."""
+        row, padding last. What of them is `own`, as _own gives it, follows the past all the more."""
         items = read_items(self.item_reader, batch.view, rows)
         scores = self._scores(batch, rows, items.field("embedding"))
+        if own is not None:
+            at = self.schema.source_names.index("transitions")
+            scores[..., at] += self.settings.again * np.where(rows > 0, look_up(rows, *own, STRIDE), 0)
         order = np.lexsort((rows, -fused(rows, scores, self.settings.source_weights)), axis=-1)
         users = np.arange(len(rows))[:, None]
         rows = rows[users, order]  # whole rows move; take_along_axis would move element by element

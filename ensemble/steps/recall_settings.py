@@ -25,6 +25,9 @@ class RecallSettings:
     quotas: Mapping[str, int] = field(default_factory=lambda: {"transitions": 96, "popular": 16})
     # Of the schema's sources, in their order, in the fused score.
     source_weights: tuple[float, ...] = (1.0, 1.0, 0.0)
+    # How much more an item follows a past in which it is, times the log of how often: for who asks for what
+    # he had, where the ranker never saw such a candidate
+    again: float = 0.0
     off: tuple[str, ...] = ()  # sources that gained nothing on held-out users: they offer and say nothing
 
     def to_json(self) -> str:

@@ -132,7 +132,7 @@ class Transitions:
 
     def offer(self, batch: Batch) -> Array:
         """Gives rows [B, P]."""
-        return _best_first(*self._by_row(batch))[0]
+        return best_first(*self._by_row(batch))[0]
 
     def score(self, batch: Batch, rows: Array, embeddings: Array) -> Array:
         """Gives log(1 + score) of what followed [B, N]; 0 where nothing of the past leads there."""
@@ -141,7 +141,7 @@ class Transitions:
     def followers(self, seen_rows: Array) -> tuple[Array, Array]:
         """Gives what followed the last of seen_rows [B, W]: rows [B, P] best first, distinct, padded with -1;
         scores [B, P], where the k-th newest item counts 1 / k."""
-        return _best_first(*self._summed(seen_rows))
+        return best_first(*self._summed(seen_rows))
 
     def _by_row(self, batch: Batch) -> tuple[Array, Array]:
         """Gives the batch's followers in order of rows, computed once a batch."""
@@ -162,7 +162,7 @@ class Transitions:
         return sum_by_row(rows, np.where(rows > 0, scores, 0))
 
 
-def _best_first(rows: Array, scores: Array) -> tuple[Array, Array]:
+def best_first(rows: Array, scores: Array) -> tuple[Array, Array]:
     """Sorts rows and scores [B, P] by score, the greatest first, ties by row; `rows` ascend already."""
     best = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)

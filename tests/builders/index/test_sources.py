@@ -16,7 +16,7 @@ import builders.data.stage as data
 from builders.data.dataset import Dataset, open_dataset, training_histories
 from builders.folders import link
 from builders.index.content import COMPONENTS, content_table
-from builders.index.offline import OfflineRecall
+from builders.index.offline import EncodeUsers, OfflineRecall
 from builders.index.recall_files import RecallFacts, write_recall
 from builders.index.stage import _FROM_DATA
 from builders.index.walks import item_walks
@@ -51,7 +51,12 @@ def dataset_of(folder: Path, more: str = MORE, *, shuffled: bool = False) -> Dat
     return open_dataset(folder / "data")
 
 
-def written(folder: Path, dataset: Dataset, verified: RecallSettings | None = None) -> RecallFacts:
+def written(
+    folder: Path,
+    dataset: Dataset,
+    verified: RecallSettings | None = None,
+    encode: EncodeUsers | None = None,
+) -> RecallFacts:
     """Writes all that recall opens into folder/index, beside encoders that know nothing."""
     index = folder / "index"
     index.mkdir()
@@ -61,7 +66,7 @@ def written(folder: Path, dataset: Dataset, verified: RecallSettings | None = No
     rng = np.random.default_rng(0)
     items = rng.standard_normal((dataset.num_items + 1, 32), dtype=np.float32)
     users = rng.standard_normal((len(dataset.validation.user_rows), 1, 32), dtype=np.float32)
-    return write_recall(dataset, items, users, index, verified=verified)
+    return write_recall(dataset, items, users, index, verified=verified, encode_users=encode)
 
 
 def settings_in(folder: Path) -> RecallSettings:
@@ -216,3 +221,34 @@ def test_settings_of_before_are_refused_with_the_cure():
     old = json.dumps({"nprobe": 1, "transition_quota": 96, "source_weights": [1, 1, 0]})
     with pytest.raises(Exception, match="build the release again"):
         settings_from_json(old)
+
+
+@pytest.mark.parametrize("kind", ["again", "never again", "labelled"])
+def test_what_is_taken_again_counts_where_it_is_and_nobody_says_what_was_shown(tmp_path, kind):
+    rng, shop = np.random.default_rng(3), tmp_path / "shop"
+    shop.mkdir()
+    rows = []
+    for user in range(150):
+        usual, taken = rng.choice(60, 3, replace=False), [int(rng.integers(60))]
+        while len(taken) < 16:  # what he is used to, or what most take next
+            is_usual = kind != "never again" and rng.random() < 0.6
+            taken.append(int(rng.choice(usual)) if is_usual else (taken[-1] + 1) % 60)
+        rows += [f"u{user},i{item},{at + 1},1" for at, item in enumerate(taken)]
+    (shop / "log.csv").write_text("user_id,item_id,time,clicked\n" + "\n".join(rows))
+    labels = '[[tasks]]\nname = "ctr"\nlabel = {column = "clicked"}\n' * (kind == "labelled")
+    (shop / "shop.toml").write_text(f'name = "again"\n[interactions]\nfile = "log.csv"\n{labels}')
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "data").mkdir()
+    inputs = {"shop": shop, "catalogue": tmp_path / "none.jsonl"}
+    data.run(inputs, preset("tiny").sizes, tmp_path / "data", lambda *told: None)
+    dataset = open_dataset(tmp_path / "data")
+
+    def encode(users: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        return rng.standard_normal((len(users), 1, 32), np.float32)
+
+    written(tmp_path, dataset, encode=encode)
+    assert (settings_in(tmp_path).again > 0) == (kind == "again")
+    verified = dataclasses.replace(settings_in(tmp_path), again=3.0)
+    (tmp_path / "index").rename(tmp_path / "before")
+    written(tmp_path, dataset, verified)
+    assert settings_in(tmp_path).again == 3.0, "a refit keeps it"

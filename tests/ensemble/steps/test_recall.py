@@ -303,3 +303,32 @@ def test_a_release_without_numbers_is_refused_when_it_is_loaded(tmp_path, rng):
     (release.path / "numbers.npy").unlink()
     with pytest.raises(ReleaseError, match=r"numbers\.npy"):
         open_recall(release)
+
+
+def test_who_asks_for_what_he_had_gets_it_by_how_often(tmp_path, rng):
+    release = make_release(tmp_path, rng, num_items=500)
+    often = dataclasses.replace(SETTINGS, again=2.0)
+    users = rng.integers(0, len(release.users), 24)
+    seen = seen_rows_of(release, users)
+    seen[:, -6:] = seen[:, -1:]  # whoever has a past had one item several times
+    query = rng.standard_normal((24, 1, 8), dtype=np.float32)
+    options = options_of(release, [{"exclude_seen": bool(user % 3)} for user in range(24)])
+    recall = open_recall(release)
+    before = recall.run(options, seen_rows=seen, user_embeddings=query)
+    recall.settings = often
+    found = recall.run(options, seen_rows=seen, user_embeddings=query)
+    alone = recall.run(options.of(np.arange(3)), seen_rows=seen[:3], user_embeddings=query[:3])
+    for name in ("candidate_rows", "candidate_scores"):
+        np.testing.assert_array_equal(found[name][:3], alone[name], "whoever asks beside them")
+        np.testing.assert_array_equal(*(of[name][options.exclude_seen] for of in (before, found)))
+    for user in np.flatnonzero(~options.exclude_seen):
+        rows, counts = np.unique(seen[user][seen[user] > 0], return_counts=True)
+        most = rows[np.lexsort((rows, -counts))][: recall.sizes.candidates // 2]
+        shown = found["candidate_rows"][user].tolist()
+        assert set(most.tolist()) <= set(shown)
+        moves = transition_scores(release, recall, seen[user])
+        had = dict(zip(rows.tolist(), counts.tolist(), strict=True))
+        expected = [np.log1p(moves.get(row, 0)) + 2 * np.log1p(had.get(row, 0)) for row in shown if row > 0]
+        np.testing.assert_allclose(
+            found["candidate_scores"][user][: len(expected), 1], expected, rtol=1e-5, atol=1e-6
+        )
