@@ -40,6 +40,32 @@ def fit_platt(logits: Array, labels: Array, steps: int = 30) -> tuple[float, flo
     return float(scale), float(weights[1] - scale * middle)
 
 
+def fit_share_slope(scores: Array, labels: Array, steps: int = 50) -> float:
+    """Fits the slope by which softmax(slope * score) over each list is likeliest to give its positive, by
+    Newton's method: scores [L, N] float, labels [L, N] 1, 0 or NaN (left out). Lists without a positive tell
+    nothing; 1 without any."""
+    known = ~np.isnan(labels)
+    positive = known & (labels == 1)
+    told = positive.any(axis=1)
+    if not told.any():
+        return 1.0
+    known, positive, x = known[told], positive[told], scores[told].astype(np.float64)
+    spread = max(float(x[known].std()), 1e-6)
+    x = np.where(known, x / spread, -np.inf)
+    wanted, finite = x[positive].mean(), np.where(known, x, 0.0)
+    slope = 1.0
+    for _ in range(steps):
+        share = np.exp(slope * (x - x.max(axis=1, keepdims=True)))
+        share /= share.sum(axis=1, keepdims=True)
+        mean = (share * finite).sum(axis=1)
+        variance = (share * finite**2).sum(axis=1) - mean**2
+        step = float(np.clip((wanted - mean.mean()) / max(float(variance.mean()), 1e-9), -2.0, 2.0))
+        slope = max(slope + step, MIN_SCALE)
+        if abs(step) < 1e-6:
+            break
+    return slope / spread
+
+
 def fit_line(outputs: Array, labels: Array) -> tuple[float, float]:
     """Fits scale and bias of the least-squares line of labels [E] (NaN = not defined) on outputs [E]."""
     outputs, labels = _defined(outputs, labels)

@@ -25,7 +25,9 @@ from builders.data.dataset import Dataset, Histories, Targets, history_windows
 from builders.data.rates import rates_of, with_rates
 from builders.ranker import blend as blending
 from builders.ranker import calibrate
+from builders.ranker import training as training_module
 from builders.ranker.blend import WHY_FEW, auc_within
+from builders.ranker.calibrate import MIN_SCALE, fit_share_slope
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
 from builders.ranker.config import TINY_TRAINING, num_batches_of
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
@@ -437,8 +439,30 @@ def test_interact_that_gains_nothing_at_high_rates_is_tried_over_one_epoch(monke
     monkeypatch.setattr(RankerTrainer, "fit", fit)
     _, checkpoint = _interact(informative=True)
     assert begun == [TINY_TRAINING.list_epochs, 1]
-    assert checkpoint.report["longer"] == [{"epochs": begun[0], "kept": 0, "validation": 0.5}]
+    assert checkpoint.report["longer"] == [{"epochs": begun[0], "kept": 0, "validation": -0.5}]
     assert checkpoint.report["kept_epoch"] == 1
+
+
+def test_lists_that_gain_below_the_tenth_place_are_kept(monkeypatch):
+    """NDCG@10 of few held-out users is noise: as long as it is not likely lost, their loss decides."""
+    monkeypatch.setattr(training_module.metrics, "gains", lambda ranks, k: np.zeros(len(ranks)))
+    _, checkpoint = _interact(informative=True)
+    assert checkpoint.report["deep_path"]
+
+
+def test_the_best_scale_of_scores_gives_the_positives_the_most():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(400, 12))
+    drawn = (2.5 * scores + rng.gumbel(size=scores.shape)).argmax(axis=1)  # by a softmax of slope 2.5
+    labels = (np.arange(12) == drawn[:, None]).astype(np.float32)
+    labels[:, -1] = np.where(drawn == 11, 1, np.nan)
+    told = np.arange(12) < 11
+    slope = fit_share_slope(scores, labels)
+    assert slope == pytest.approx(2.5, rel=0.15)
+    assert fit_share_slope(10 * scores + 3, labels) == pytest.approx(slope / 10, rel=1e-4)
+    assert fit_share_slope(np.where(told, scores, -np.inf), np.where(told, labels, np.nan)) > 0
+    assert fit_share_slope(-scores, labels) == pytest.approx(MIN_SCALE, rel=0.2), "an order is never turned"
+    assert fit_share_slope(scores, np.zeros_like(scores)) == 1.0
 
 
 def test_training_without_labels_or_candidates_is_refused():
