@@ -26,5 +26,9 @@ def learning_lines(report: Mapping[str, Any]) -> list[str]:
         still = " It was still gaining at its last epoch." if judged and 0 < epochs == kept else ""
         for one in of.get("longer", []):
             still = f" A training over {one['epochs']:g} epochs was best at {one['kept']}, and worse."
+        if losses := of.get("losses"):
+            large, small = (f"{losses[size]:.4f}" for size in ("large", "small"))
+            still += f" The preset's ranker had {large}, a small one {small}: the "
+            still += "small one is served." if of["is_small"] else "preset's is."
         lines.append(f"{model}: epoch {kept} of {epochs} is kept, {why}.{still}")
     return lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from builders.ranker.model import TINY, RankerConfig
 
@@ -42,6 +44,9 @@ class RankerTraining:
     # (row_rate, id_dropout) tried before training, beside those above, for so many epochs of a sample
     tried_rows: tuple[tuple[float, float], ...] = ((1e-4, 0.5), (1e-3, 0.3), (1e-2, 0.1))
     tried_epochs: int = 3
+    # of a shop with labels a small ranker is trained beside, and kept where held-out exposures are likelier
+    # under it: a large one soon learns a short log by heart
+    tries_small: bool = True
     list_epochs: int = 4  # `interact`: in place of epochs
     list_learning_rate: float = 3e-3  # `interact`: in place of learning_rate
     list_negatives: int = 128  # `interact`: recalled items a list and epoch
@@ -57,6 +62,17 @@ def with_tried_rows(config: RankerTraining, tried: list[dict[str, float]]) -> Ra
     if not tried:
         return config
     return replace(config, row_rate=tried[0]["row_rate"], id_dropout=tried[0]["id_dropout"])
+
+
+def small_of(config: RankerTraining) -> RankerTraining:
+    """Gives the training of the small ranker beside this one's; what is no matter of size stays."""
+    return replace(TINY_TRAINING, rate_age=config.rate_age, conditional=config.conditional)
+
+
+def trained_as(config: RankerTraining, report: Mapping[str, Any]) -> RankerTraining:
+    """Gives the training that made the ranker of a `report` under `config`: its size, and its rows."""
+    config = small_of(config) if report.get("is_small") else config
+    return with_tried_rows(config, report.get("rows_tried", []))
 
 
 def num_batches_of(num_candidates: int, most: int) -> int:
@@ -77,6 +93,7 @@ TINY_TRAINING = RankerTraining(
     list_learning_rate=5e-3,
     id_dropout=0.1,
     tried_epochs=1,
+    tries_small=False,
     history_dropout=0.1,
     list_negatives=32,
     uniform_negatives=8,

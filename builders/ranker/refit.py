@@ -17,7 +17,7 @@ import torch
 from builders.data.dataset import Dataset, Impressions
 from builders.progress import Progress
 from builders.ranker.checkpoint import RankerCheckpoint
-from builders.ranker.config import RankerTraining, with_tried_rows
+from builders.ranker.config import RankerTraining, trained_as
 from builders.ranker.lists import lists_from_impressions, no_scores, states_of
 from builders.ranker.loss import impression_loss
 from builders.ranker.trainer import RankerTrainer
@@ -41,7 +41,7 @@ def refit_ranker(
 ) -> RankerCheckpoint:
     """Goes on from the verified ranker, which has learned from the first `known` of the dataset's training
     impressions, over the others; without any only the items' features are made anew."""
-    config = with_tried_rows(config, verified.report.get("rows_tried", []))
+    config = trained_as(config, verified.report)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         trainer = RankerTrainer(

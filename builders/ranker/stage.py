@@ -12,7 +12,7 @@ from builders.index.stage import open_recall
 from builders.own_model import OwnModel, open_own
 from builders.progress import Progress, Watch, unwatched
 from builders.ranker.checkpoint import open_ranker, save_ranker
-from builders.ranker.config import RankerTraining
+from builders.ranker.config import RankerTraining, trained_as
 from builders.ranker.refit import refit_ranker
 from builders.ranker.training import train_ranker
 
@@ -56,7 +56,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress, watc
             progress=progress,
             watch=watch,
         )
-    save_ranker(trained, folder, options.training.model, options.own)
+    save_ranker(trained, folder, trained_as(options.training, trained.report).model, options.own)
     save_span(span, folder)
 
 

@@ -27,7 +27,7 @@ from builders.progress import Progress, Watch, unwatched
 from builders.ranker import calibrate
 from builders.ranker.blend import fit_blend
 from builders.ranker.checkpoint import RankerCheckpoint
-from builders.ranker.config import BASE_TRAINING, RankerTraining, with_tried_rows
+from builders.ranker.config import BASE_TRAINING, RankerTraining, small_of, with_tried_rows
 from builders.ranker.lists import (
     Lists,
     States,
@@ -91,29 +91,46 @@ def train_ranker(
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Ranker(dataset.schema, config.model) if ranker is None else OwnRanker(dataset.schema, ranker)
-        trainer = RankerTrainer(
-            dataset,
-            item_embeddings,
-            model,
-            config,
-            np.random.default_rng(seed),
-            progress or (lambda done, text: None),
-            watch,
-        )
+
+        def begin(config: RankerTraining, progress: Progress, watch: Watch) -> RankerTrainer:
+            schema = dataset.schema
+            model = Ranker(schema, config.model) if ranker is None else OwnRanker(schema, ranker)
+            rng = np.random.default_rng(seed)
+            return RankerTrainer(dataset, item_embeddings, model, config, rng, progress, watch)
+
+        progress = progress or (lambda done, text: None)
+        trainer = begin(config, progress, watch)
         blend, positions = Blend(), None
         if candidates is None or dataset.train_impressions is not None:
             report, positions = _fit_impressions(trainer)
+            if config.tries_small and ranker is None:
+                small = begin(small_of(config), lambda done, text: progress(done, f"small {text}"), unwatched)
+                trainer, report, positions = _better(
+                    (trainer, report, positions), (small, *_fit_impressions(small))
+                )
             if candidates is not None:
                 blend, report["blend"] = fit_blend(trainer, candidates, scores, source_weights)
         else:
             report = _fit_lists(trainer, candidates, scores, source_weights)
     trainer.trained.eval()
     trainer.forget_unread()
+    model = trainer.model
     report["parameters"] = num_parameters(model)
     if isinstance(model, Ranker):
         report["mflops_per_user"] = flops_per_user(model, dataset.schema.sizes.candidates) / 1e6
     return checkpoint_of(trainer, blend, positions, report)
+
+
+_Fitted = tuple[RankerTrainer, dict[str, Any], Positions | None]
+
+
+def _better(large: _Fitted, small: _Fitted) -> _Fitted:
+    """Gives the one under which held-out exposures are likelier; its report names the other."""
+    losses = [report["curve"][report["kept_epoch"]]["validation"] for _, report, _ in (large, small)]
+    is_small = losses[1] < losses[0]
+    trainer, report, positions = small if is_small else large
+    sizes = {"is_small": is_small, "losses": {"large": losses[0], "small": losses[1]}}
+    return trainer, {**report, **sizes}, positions
 
 
 def checkpoint_of(

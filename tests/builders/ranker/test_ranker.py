@@ -23,13 +23,15 @@ from toy_dataset import (
 from builders import metrics
 from builders.data.dataset import Dataset, Histories, Targets, history_windows
 from builders.data.rates import rates_of, with_rates
+from builders.learning import learning_lines
 from builders.ranker import blend as blending
 from builders.ranker import calibrate
+from builders.ranker import config as config_module
 from builders.ranker import training as training_module
 from builders.ranker.blend import WHY_FEW, auc_within
 from builders.ranker.calibrate import MIN_SCALE, fit_share_slope
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
-from builders.ranker.config import TINY_TRAINING, num_batches_of
+from builders.ranker.config import TINY_TRAINING, num_batches_of, trained_as
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
 from builders.ranker.model import (
@@ -514,6 +516,32 @@ def test_of_settings_as_good_as_each_other_the_slowest_rows_are_trained_with(mon
         toy_dataset(num_impressions=500), toy_embeddings(), scores=zero_scores, config=config
     )
     assert checkpoint.report["rows_tried"][0]["row_rate"] == 1e-4, "a thousandth of the loss is no gain"
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_the_size_that_held_out_exposures_like_best_is_kept_and_refitted(monkeypatch, tmp_path, is_small):
+    large = replace(TINY_TRAINING, epochs=1, tried_rows=(), tries_small=True, model=replace(TINY, hidden=48))
+    monkeypatch.setattr(config_module, "TINY_TRAINING", replace(TINY_TRAINING, epochs=1, tried_rows=()))
+    fit, losses = RankerTrainer.fit, {48: 0.5, TINY.hidden: 0.4 if is_small else 0.6}
+
+    def fit_with(self, *arguments):
+        kept, curve = fit(self, *arguments)
+        return kept, [{**one, "validation": losses[self.config.model.hidden]} for one in curve]
+
+    monkeypatch.setattr(RankerTrainer, "fit", fit_with)
+    dataset = toy_dataset(num_impressions=1000)
+    kept = train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=large)
+    assert kept.report["is_small"] is is_small
+    assert kept.report["losses"] == {"large": 0.5, "small": losses[TINY.hidden]}
+    assert (kept.ranker.user_in.out_features == TINY.hidden) is is_small
+    (tmp_path / "it").mkdir()
+    save_ranker(kept, tmp_path / "it", trained_as(large, kept.report).model)
+    opened = open_ranker(tmp_path / "it", dataset.schema)
+    known = len(dataset.train_impressions.times) - 100
+    again = refit_ranker(dataset, toy_embeddings(), opened, known, config=large, progress=lambda *_: None)
+    assert again.ranker.user_in.out_features == kept.ranker.user_in.out_features
+    size = "small one is served" if is_small else "preset's is"
+    assert size in learning_lines({"ranker": again.report})[0]
 
 
 def test_what_recall_counted_of_the_training_clicks_tells_the_ranker_of_a_labelled_shop_nothing():
