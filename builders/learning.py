@@ -13,6 +13,14 @@ def learning_report(kept: int, curve: Sequence[Mapping[str, float]], metric: str
     return {"epochs": epochs, "kept_epoch": kept, "metric": metric, "curve": [dict(one) for one in curve]}
 
 
+def size_line(ranker: Mapping[str, Any]) -> str:
+    """Says which of two rankers is served, by the `losses` of a ranker's report."""
+    served, other = ("small", "large") if ranker["is_small"] else ("large", "small")
+    losses = ranker["losses"]
+    why = f"held-out exposures have the loss {losses[served]:.4f}, with the {other} one {losses[other]:.4f}"
+    return f"ranker: the {served} one is served: {why}"
+
+
 def learning_lines(report: Mapping[str, Any]) -> list[str]:
     """Says in a sentence for each model which epoch was kept, and whether it was still learning then."""
     lines = []
@@ -26,9 +34,7 @@ def learning_lines(report: Mapping[str, Any]) -> list[str]:
         still = " It was still gaining at its last epoch." if judged and 0 < epochs == kept else ""
         for one in of.get("longer", []):
             still = f" A training over {one['epochs']:g} epochs was best at {one['kept']}, and worse."
-        if losses := of.get("losses"):
-            large, small = (f"{losses[size]:.4f}" for size in ("large", "small"))
-            still += f" The preset's ranker had {large}, a small one {small}: the "
-            still += "small one is served." if of["is_small"] else "preset's is."
         lines.append(f"{model}: epoch {kept} of {epochs} is kept, {why}.{still}")
+        if "losses" in of:
+            lines.append(f"{size_line(of)}.")
     return lines

@@ -55,7 +55,7 @@ PRESETS = {
         "quick",
         Sizes(),
         EncoderConfig(learning_rate=3e-3, epochs=1),
-        replace(BASE_TRAINING, epochs=1, list_epochs=1),
+        replace(BASE_TRAINING, epochs=1, list_epochs=1, tries_small=False),
         refit=False,
     ),
 }

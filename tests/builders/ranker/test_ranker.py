@@ -25,9 +25,8 @@ from builders.data.dataset import Dataset, Histories, Targets, history_windows
 from builders.data.rates import rates_of, with_rates
 from builders.learning import learning_lines
 from builders.ranker import blend as blending
-from builders.ranker import calibrate
+from builders.ranker import calibrate, next_items
 from builders.ranker import config as config_module
-from builders.ranker import training as training_module
 from builders.ranker.blend import WHY_FEW, auc_within
 from builders.ranker.calibrate import MIN_SCALE, fit_share_slope
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
@@ -447,7 +446,7 @@ def test_interact_that_gains_nothing_at_high_rates_is_tried_over_one_epoch(monke
 
 def test_lists_that_gain_below_the_tenth_place_are_kept(monkeypatch):
     """NDCG@10 of few held-out users is noise: as long as it is not likely lost, their loss decides."""
-    monkeypatch.setattr(training_module.metrics, "gains", lambda ranks, k: np.zeros(len(ranks)))
+    monkeypatch.setattr(next_items.metrics, "gains", lambda ranks, k: np.zeros(len(ranks)))
     _, checkpoint = _interact(informative=True)
     assert checkpoint.report["deep_path"]
 
@@ -530,7 +529,14 @@ def test_the_size_that_held_out_exposures_like_best_is_kept_and_refitted(monkeyp
 
     monkeypatch.setattr(RankerTrainer, "fit", fit_with)
     dataset = toy_dataset(num_impressions=1000)
-    kept = train_ranker(dataset, toy_embeddings(), scores=zero_scores, config=large)
+    said: list[str] = []
+    kept = train_ranker(
+        dataset,
+        toy_embeddings(),
+        scores=zero_scores,
+        config=large,
+        progress=lambda done, text: said.append(text),
+    )
     assert kept.report["is_small"] is is_small
     assert kept.report["losses"] == {"large": 0.5, "small": losses[TINY.hidden]}
     assert (kept.ranker.user_in.out_features == TINY.hidden) is is_small
@@ -540,8 +546,8 @@ def test_the_size_that_held_out_exposures_like_best_is_kept_and_refitted(monkeyp
     known = len(dataset.train_impressions.times) - 100
     again = refit_ranker(dataset, toy_embeddings(), opened, known, config=large, progress=lambda *_: None)
     assert again.ranker.user_in.out_features == kept.ranker.user_in.out_features
-    size = "small one is served" if is_small else "preset's is"
-    assert size in learning_lines({"ranker": again.report})[0]
+    assert ("the small one is served" if is_small else "the large one is served") in said[-1]
+    assert said[-1] in learning_lines({"ranker": again.report})[1]
 
 
 def test_what_recall_counted_of_the_training_clicks_tells_the_ranker_of_a_labelled_shop_nothing():
