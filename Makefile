@@ -62,11 +62,11 @@ TO ?=
 rolling: $(TOOLS) ## replaces two servers behind nginx under load, as Kubernetes would (REPOSITORY=…, TO=r2 turns to it on the way)
 	@PEREGRINE_AS_ROOT=1 $(BIN)/python -m clients.bench.rolling --repository $(REPOSITORY) --json demo/rolling.json $(if $(TO),--to $(TO))
 
-test: $(TOOLS) ## all tests that this machine can run, and the slowest twenty; a skip says what is missing
+test: $(TOOLS) ## all tests that this machine can run, and the slowest hundred; a skip says what is missing
 	@command -v redis-server >/dev/null || echo "redis-server is not installed: tests marked redis will be skipped"
 	@command -v nginx >/dev/null || echo "nginx (Debian: nginx-light) is not installed: the tests of the gateway will be skipped"
 	@ldconfig -p 2>/dev/null | grep -q libb64 || echo "libb64 (Debian: libb64-0d) is not installed: the test of `bench` runs without perf_analyzer"
-	@$(call pytest,not alone and not long,--numprocesses auto --maxprocesses 4 --durations 20)
+	@$(call pytest,not alone and not long,--numprocesses auto --maxprocesses 4 --durations 100)
 	@$(call pytest,alone and not long,--durations 5)
 
 test-long: $(TOOLS) ## the soaks: the same tests for longer

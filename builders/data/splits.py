@@ -42,9 +42,12 @@ def users_of(histories: Histories) -> Array:
     return np.repeat(np.arange(len(histories.offsets) - 1), np.diff(histories.offsets))
 
 
-def share_again(histories: Histories) -> float:
-    """Gives the share of events whose item their user had before; 0 where there is none."""
+def share_again(histories: Histories, ends: Array | None = None) -> float:
+    """Gives the share of events whose item their user had before; 0 where there is none. `ends` [U + 1] are
+    where each user's events end that may be counted; None: all may."""
     new = are_new(histories)
+    if ends is not None:
+        new = new[np.arange(len(new)) < ends[users_of(histories)]]
     return float(1 - new.mean()) if len(new) else 0.0
 
 

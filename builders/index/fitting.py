@@ -104,7 +104,9 @@ class Fitting:
         users = users[ends[users] > dataset.histories.offsets[users]]
         weighs = "transitions" in self.names and settings.source_weights[self.names.index("transitions")]
         is_shown = dataset.train_impressions is not None
-        if is_shown or not weighs or len(users) < _FEWEST or share_again(dataset.histories) < MANY_AGAIN:
+        if is_shown or not weighs or len(users) < _FEWEST:
+            return settings
+        if share_again(dataset.histories, dataset.train_ends) < MANY_AGAIN:
             return settings
         embeddings, next_items = encode_users(users, ends[users]), dataset.histories.item_rows[ends[users]]
         ways = [dataclasses.replace(settings, again=again) for again in _AGAIN]

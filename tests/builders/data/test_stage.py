@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from builders.data.check import check_shop
-from builders.data.dataset import Dataset
+from builders.data.dataset import Dataset, Histories
 from builders.data.refit import refit_dataset
-from builders.data.splits import history_ends
+from builders.data.splits import history_ends, share_again
 from builders.data.stage import load_dataset
 from builders.verify.data_facts import data_facts
 from ensemble.errors import InvalidInput
@@ -475,3 +475,10 @@ def test_what_is_taken_again_is_said(tmp_path: Path, often: bool) -> None:
     told = "50% of events are of", "exclude_seen = false"
     assert any(all(part in line for part in told) for line in report.warnings) == often
     assert any(all(part in line for part in told) for line in data_facts(dataset)["lacks"]) == often
+
+
+def test_what_is_held_out_tells_nothing_of_how_often_items_are_taken_again():
+    of_both = Histories(np.array([0, 0, 4]), np.array([1, 2, 1, 2]), np.arange(4), np.ones(4, np.uint8))
+    assert share_again(of_both) == 0.5
+    assert share_again(of_both, np.array([0, 2])) == 0.0
+    assert share_again(of_both, np.array([0, 0])) == 0.0
