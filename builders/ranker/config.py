@@ -66,7 +66,8 @@ def with_tried_rows(config: RankerTraining, tried: list[dict[str, float]]) -> Ra
 
 def small_of(config: RankerTraining) -> RankerTraining:
     """Gives the training of the small ranker beside this one's; what is no matter of size stays."""
-    return replace(TINY_TRAINING, rate_age=config.rate_age, conditional=config.conditional)
+    tried = TINY_TRAINING.tried_rows if config.tried_rows else ()
+    return replace(TINY_TRAINING, rate_age=config.rate_age, conditional=config.conditional, tried_rows=tried)
 
 
 def trained_as(config: RankerTraining, report: Mapping[str, Any]) -> RankerTraining:

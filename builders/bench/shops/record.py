@@ -126,7 +126,11 @@ def served(kept: Kept, folder: Path, size: int) -> dict[str, str]:
         "candidates": f"{size}",
         "compressed": "yes" if "compress" in report else "no",
     }
-    return facts | ({"deep path": "on" if ranker["deep_path"] else "off"} if "deep_path" in ranker else {})
+    if "is_small" in ranker:
+        facts["size of the ranker"] = "small" if ranker["is_small"] else "the preset's"
+    if "deep_path" in ranker:
+        facts["deep path"] = "on" if ranker["deep_path"] else "off"
+    return facts
 
 
 # --- figures

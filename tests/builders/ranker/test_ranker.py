@@ -30,7 +30,7 @@ from builders.ranker import config as config_module
 from builders.ranker.blend import WHY_FEW, auc_within
 from builders.ranker.calibrate import MIN_SCALE, fit_share_slope
 from builders.ranker.checkpoint import open_ranker, read_ranker, save_ranker
-from builders.ranker.config import TINY_TRAINING, num_batches_of, trained_as
+from builders.ranker.config import BASE_TRAINING, TINY_TRAINING, num_batches_of, trained_as
 from builders.ranker.lists import Lists, lists_from_impressions, states_of
 from builders.ranker.loss import impression_loss
 from builders.ranker.model import (
@@ -548,6 +548,11 @@ def test_the_size_that_held_out_exposures_like_best_is_kept_and_refitted(monkeyp
     assert again.ranker.user_in.out_features == kept.ranker.user_in.out_features
     assert ("the small one is served" if is_small else "the large one is served") in said[-1]
     assert said[-1] in learning_lines({"ranker": again.report})[1]
+
+
+def test_who_tries_no_rows_tries_none_in_the_small_ranker_either():
+    assert config_module.small_of(replace(BASE_TRAINING, tried_rows=())).tried_rows == ()
+    assert config_module.small_of(BASE_TRAINING).tried_rows == TINY_TRAINING.tried_rows
 
 
 def test_what_recall_counted_of_the_training_clicks_tells_the_ranker_of_a_labelled_shop_nothing():
