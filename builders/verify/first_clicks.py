@@ -16,8 +16,9 @@ import numpy as np
 
 from builders import metrics
 from builders.data.dataset import Dataset, Targets
-from builders.data.splits import users_of
+from builders.data.splits import are_new
 from builders.export.verifier import Verifier
+from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 
 FIRST_CLICKS = "New users, of whom nothing was learned, after their first clicks: HR@10 of the next new item."
@@ -27,18 +28,32 @@ _MOST, _FEWEST = 500, 30  # users that are asked about a number of clicks; with 
 
 def targets_after(dataset: Dataset, clicks: int) -> Targets:
     """Gives (a sample of) the new users' next events after so many clicks, where the item is new to them."""
-    histories = dataset.histories
-    begins, ends = histories.offsets[:-1], histories.offsets[1:]
-    chosen_by = np.isin(np.arange(len(begins)), dataset.validation.user_rows)
-    is_new = (dataset.train_ends <= begins) & (ends - begins > clicks) & ~chosen_by
-    users = np.flatnonzero(is_new)
-    places = begins[users] + clicks
-    pairs = users_of(histories) * (dataset.num_items + 1) + histories.item_rows
-    first_time = np.zeros(len(pairs), bool)
-    first_time[np.unique(pairs, return_index=True)[1]] = True
-    asked = np.random.default_rng(0).permutation(np.flatnonzero(first_time[places]))[:_MOST]
+    found = next_new(dataset, new_users(dataset) & ~_chosen_by(dataset), clicks)
+    asked = np.random.default_rng(0).permutation(len(found.user_rows))[:_MOST]
     asked.sort()
-    return Targets(users[asked], places[asked], histories.item_rows[places[asked]])
+    return Targets(found.user_rows[asked], found.history_ends[asked], found.item_rows[asked])
+
+
+def new_users(dataset: Dataset) -> Array:
+    """Says of each user row whether nothing of theirs trains: [U + 1] bool."""
+    return np.asarray(dataset.train_ends <= dataset.histories.offsets[:-1])
+
+
+def _chosen_by(dataset: Dataset) -> Array:
+    """Says by whose held-out events something was chosen: [U + 1] bool."""
+    return np.isin(np.arange(len(dataset.train_ends)), dataset.validation.user_rows)
+
+
+def next_new(dataset: Dataset, users: Array, clicks: int, ends: Array | None = None) -> Targets:
+    """Gives what users [U + 1] bool took after so many clicks, where the item is new to them and lies before
+    `ends` [U + 1] int64; None: the end of all that is known."""
+    histories = dataset.histories
+    begins = histories.offsets[:-1]
+    ends = histories.offsets[1:] if ends is None else ends
+    rows = np.flatnonzero(users & (ends - begins > clicks))
+    places = begins[rows] + clicks
+    kept = are_new(histories)[places]
+    return Targets(rows[kept], places[kept], histories.item_rows[places[kept]])
 
 
 def first_clicks(dataset: Dataset, verifier: Verifier) -> dict[str, Any]:
