@@ -10,7 +10,7 @@ import numpy as np
 
 from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument
-from ensemble.id_rule import encode_id
+from ensemble.id_rule import recorded_id
 from ensemble.schema import Feature, Schema
 from ensemble.tiers import records as rows
 from ensemble.time_rule import check_time
@@ -91,5 +91,5 @@ def check_event(event: Event) -> tuple[bytes, bytes, str, float]:
         raise InvalidArgument(f"events: must be a list of Event, got {event!r:.60} in it")
     if not isinstance(event.event, str) or not 0 < len(event.event.encode(errors="replace")) <= 64:
         raise InvalidArgument(f"event: must be a name of 1 to 64 bytes, got {event.event!r:.60}")
-    user, item = encode_id("user_id", event.user_id), encode_id("item_id", event.item_id)
+    user, item = recorded_id("user_id", event.user_id), recorded_id("item_id", event.item_id)
     return user, item, event.event, check_time(event.time)[0]

@@ -26,7 +26,7 @@ import numpy as np
 from clients.event_checks import Event, Id, ItemUpdate, check_event, packed_update
 from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument, ReleaseError, ServerError
-from ensemble.id_rule import encode_id
+from ensemble.id_rule import recorded_id
 from ensemble.release.names import release_names
 from ensemble.release.release import open_release
 from ensemble.schema import MAX_KINDS, Schema, kind_of, schema_from_json
@@ -117,7 +117,7 @@ class EventWriter:
     def update_item(self, update: ItemUpdate) -> Outcome:
         """Replaces parts of an item's row. For each number the latest `time` wins, so that late and repeated
         updates do no harm."""
-        item_id, time = encode_id("item_id", update.item_id), check_time(update.time)[0]
+        item_id, time = recorded_id("item_id", update.item_id), check_time(update.time)[0]
         return self._guarded(lambda: self._update(item_id, time, update))
 
     def close(self) -> None:

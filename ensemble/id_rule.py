@@ -14,6 +14,7 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidArgument
 
 MAX_ID_BYTES = 128
+MISSING_WORDS = ("", "nan", "null", "none", "<na>", "n/a")  # in any case, what says that there is none
 _SHOWN = 40  # characters of a wrong value in an error
 
 
@@ -27,6 +28,18 @@ def encode_id(field: str, value: Any, *, may_be_empty: bool = False) -> bytes:
     if not is_good and (encoded or not may_be_empty):
         raise InvalidArgument(f"{field}: {id_fault(encoded)}")
     return encoded
+
+
+def recorded_id(field: str, value: Any) -> bytes:
+    """Gives the bytes of an id that somebody's log or program recorded, mended as a shop's files are: no
+    blanks at its ends, a whole float as a whole number; InvalidArgument where it says that there is none."""
+    if isinstance(value, (float, np.floating)):
+        value = int(value) if float(value).is_integer() and abs(float(value)) <= 2**53 else value
+    value = value.strip() if isinstance(value, (str, bytes)) else value
+    word = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if word and value is not None and word.lower() in MISSING_WORDS:
+        raise InvalidArgument(f"{field}: the id is missing, got {_shown(value)}")
+    return encode_id(field, value)
 
 
 def _bytes_from_others(field: str, value: Any) -> bytes:

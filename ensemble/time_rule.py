@@ -1,14 +1,15 @@
 """Reads times by one rule, wherever they come in: shop files, events, options.
 
 A number's size says its unit: Unix seconds (from 1973 on), milliseconds, microseconds and nanoseconds lie
-three decimal places apart from each other. What reads as a calendar day (20231204) or moment
-(20231204062340) is one.
+three decimal places apart from each other. What reads as a calendar day (20231204), minute (202312040623) or
+moment (20231204062340) is one.
 Smaller numbers are positions: they order, and are no clock.
 """
 
 from __future__ import annotations
 
 import datetime
+import re
 import time as clock
 from typing import Any
 
@@ -26,8 +27,10 @@ NAMES = {
     "us": "Unix microseconds",
     "ns": "Unix nanoseconds",
     "day": "calendar days, YYYYMMDD",
+    "minute": "calendar minutes, YYYYMMDDhhmm",
     "moment": "calendar moments, YYYYMMDDhhmmss",
 }
+CALENDAR = {"day": 1, "minute": 10_000, "moment": 1_000_000}  # what a day's number is multiplied by
 UNITS = tuple(NAMES)
 _BOUNDS = (1e8, 1e11, 1e14, 1e17)  # where seconds (1973), milliseconds, microseconds and nanoseconds begin
 _LONGEST_MONTH = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
@@ -36,14 +39,21 @@ _LONGEST_MONTH = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 def units_of(numbers: Array) -> Array:
     """Gives the unit that each number's [n] size says: [n] int64, places in UNITS."""
     sizes = np.searchsorted(_BOUNDS, numbers, side="right")
-    days, moments = numbers, numbers // 1_000_000
-    sizes = np.where((sizes == 0) & _are_days(days), UNITS.index("day"), sizes)
-    maybe = (sizes == UNITS.index("ms")) & _are_days(moments)
-    if maybe.any():
-        rest = np.where(maybe, numbers, 0).astype(np.int64) % 1_000_000
-        is_clock = (rest // 10_000 < 24) & (rest // 100 % 100 < 60) & (rest % 100 < 60)
-        sizes = np.where(maybe & is_clock, UNITS.index("moment"), sizes)
+    sizes = np.where((sizes == 0) & _are_days(numbers), UNITS.index("day"), sizes)
+    for unit in ("minute", "moment"):
+        maybe = (sizes == UNITS.index("ms")) & _are_days(numbers // CALENDAR[unit])
+        if maybe.any():
+            rest = np.where(maybe, numbers, 0).astype(np.int64) % CALENDAR[unit]
+            hour, minute, second = _clock(rest, unit)
+            is_clock = (hour < 24) & (minute < 60) & (second < 60)
+            sizes = np.where(maybe & is_clock, UNITS.index(unit), sizes)
     return sizes
+
+
+def _clock(rest: Array, unit: str) -> tuple[Array, Array, Array]:
+    """Takes what stands behind the day in a calendar number apart: hour, minute, second, [n] int64 each."""
+    rest = rest * (CALENDAR["moment"] // CALENDAR[unit])
+    return rest // 10_000, rest // 100 % 100, rest % 100
 
 
 def _are_days(numbers: Array) -> Array:
@@ -59,15 +69,12 @@ def _are_days(numbers: Array) -> Array:
 
 def seconds_from_numbers(numbers: Array, unit: str) -> Array:
     """Gives numbers [n] of one unit as seconds: int64 where they are whole numbers, else float64."""
-    if unit in ("day", "moment"):
-        whole = numbers.astype(np.int64)
-        rest = np.zeros_like(whole)
-        if unit == "moment":
-            whole, rest = whole // 1_000_000, whole % 1_000_000
+    if unit in CALENDAR:
+        whole, rest = np.divmod(numbers.astype(np.int64), CALENDAR[unit])
         months = (whole // 10_000 - 1970) * 12 + whole // 100 % 100 - 1
         first = months.astype("datetime64[M]").astype("datetime64[s]").astype(np.int64)
-        clock_s = rest // 10_000 * 3_600 + rest // 100 % 100 * 60 + rest % 100
-        return first + (whole % 100 - 1) * 86_400 + clock_s
+        hour, minute, second = _clock(rest, unit)
+        return first + (whole % 100 - 1) * 86_400 + hour * 3_600 + minute * 60 + second
     per_second = PER_SECOND.get(unit, 1)
     if numbers.dtype.kind == "i":
         return numbers // per_second
@@ -93,7 +100,7 @@ def check_time(value: Any, now_s: float | None = None) -> tuple[float, str]:
         raise InvalidArgument(f"time: must be a finite number or an ISO 8601 time, got {value!r:.60}")
     else:
         unit = UNITS[int(units_of(np.array([number]))[0])]
-        fine = number if unit not in ("day", "moment") else np.floor(number)
+        fine = number if unit not in CALENDAR else np.floor(number)
         seconds = float(seconds_from_numbers(np.array([fine], np.float64), unit)[0])
     if seconds > (clock.time() if now_s is None else now_s) + CLOCK_SKEW_S:
         raise InvalidArgument(
@@ -116,7 +123,7 @@ def _number(value: Any) -> float | None:
 def _seconds_from_iso(text: str) -> float:
     """Reads ISO 8601 text, UTC where it names no zone, as seconds since 1970."""
     try:
-        moment = datetime.datetime.fromisoformat(text.strip())
+        moment = datetime.datetime.fromisoformat(re.sub(" ?(UTC|GMT)$", "Z", text.strip().upper()))
         return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
     except (ValueError, OverflowError):
         raise InvalidArgument(f"time: must be a number or an ISO 8601 time, got {text!r:.60}") from None

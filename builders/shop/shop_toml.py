@@ -150,7 +150,7 @@ class Interactions(TableFile):
     item: str = "item_id"
     time: str = "time"
     # what its numbers are, where their sizes do not tell; "position" only orders
-    time_unit: Literal["position", "s", "ms", "us", "ns", "day", "moment"] | None = None
+    time_unit: Literal["position", "s", "ms", "us", "ns", "day", "minute", "moment"] | None = None
     time_format: str | None = None  # of texts that are no ISO times, as strptime has it: "%d/%m/%Y %H:%M"
     event: str | None = None  # column with event names, for shops that log one row per event
     impression: str | None = None  # the event that shows an item; later events of that user and item label it

@@ -141,7 +141,8 @@ def table_files(path: Path) -> Iterator[Path]:
 
 
 def _ending(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    """Gives the ending that names the format, in small letters: .csv of LOG.CSV.gz."""
+    return (Path(path.stem).suffix if path.suffix.lower() in PACKED else path.suffix).lower()
 
 
 def is_text_file(path: Path) -> bool:
@@ -152,7 +153,7 @@ def is_text_file(path: Path) -> bool:
 def form_of(path: Path) -> str:
     """Names a file's format by its ending: csv, jsonl, parquet or arrow."""
     ending = _ending(path)
-    if path.suffix in PACKED and ending in _BINARY:
+    if path.suffix.lower() in PACKED and ending in _BINARY:
         raise InvalidInput(f"{path}: {ending} files are compressed inside; unpack this one")
     try:
         return {**_TEXT, **_BINARY}[ending]
@@ -233,6 +234,7 @@ def _say_separator(path: Path, columns: list[str], reading: Reading, said: dict[
 def _compact(values: pa.Array, is_time: bool) -> pa.Array:
     """Keeps a batch's cells in little room, so that nothing is lost: whole numbers that a file has as text in
     8 bytes, other texts once each."""
+    values = _of_a_plain_type(values)
     if pa.types.is_dictionary(values.type) and not is_textual(values.type):
         values = values.cast(values.type.value_type)
     if not is_textual(values.type):
@@ -251,6 +253,33 @@ def _compact(values: pa.Array, is_time: bool) -> pa.Array:
         return pa.nulls(len(values))
     encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
     return encoded.cast(pa.dictionary(pa.int32(), pa.large_string()))
+
+
+def _of_a_plain_type(values: pa.Array) -> pa.Array:
+    """Gives what an extension type stores, UUIDs as their usual text; decimals of 32 and 64 bits in 128."""
+    kind = values.type
+    if isinstance(kind, pa.UuidType):
+        return _uuid_texts(values.storage)
+    if isinstance(kind, pa.BaseExtensionType):
+        return values.storage
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return values.cast(pa.decimal128(kind.precision, kind.scale))
+    return values
+
+
+def _uuid_texts(stored: pa.Array) -> pa.Array:
+    """Writes UUIDs [n] of 16 bytes as texts of 36 letters, null where one is."""
+    filled = stored.fill_null(bytes(16)) if stored.null_count else stored
+    octets = np.frombuffer(filled.buffers()[1], np.uint8)[filled.offset * 16 :][: len(filled) * 16]
+    nibbles = np.stack([octets >> 4, octets & 15], axis=1).reshape(-1, 32)
+    letters = np.insert(
+        np.frombuffer(b"0123456789abcdef", np.uint8)[nibbles], [8, 12, 16, 20], ord("-"), axis=1
+    )
+    offsets = np.arange(0, 36 * len(filled) + 1, 36, dtype=np.int64)
+    texts = pa.LargeStringArray.from_buffers(
+        len(filled), pa.py_buffer(offsets), pa.py_buffer(letters.tobytes())
+    )
+    return pc.if_else(stored.is_valid(), texts, None) if stored.null_count else texts
 
 
 def _laid_out(values: pa.Array, changed: pa.Array) -> pa.Array:

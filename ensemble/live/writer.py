@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble.errors import InvalidInput, PeregrineError
-from ensemble.id_rule import encode_id
+from ensemble.id_rule import recorded_id
 from ensemble.live.catalogue import DELETE, REPLACE, UPDATE, UPSERT, Entry
 from ensemble.live.catalogue_log import CatalogueLog
 from ensemble.live.items import LiveItems
@@ -182,4 +182,4 @@ def _item_id(change: Change) -> str:
             "a change must be an operation and an item with an item_id (text or a whole number), got "
             f"{str(change)[:60]!r}"
         )
-    return encode_id("item_id", item_id).decode()
+    return recorded_id("item_id", item_id).decode()

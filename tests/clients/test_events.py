@@ -193,6 +193,7 @@ def test_items_are_updated_and_late_updates_lose(server, release, open_readers, 
             Event("", "i", "click", 1.0),
             "user_id: an id must not be empty",
         ),
+        (Event("NULL", "i", "click", 1.0), "user_id: the id is missing, got 'NULL'"),
         (Event("u", None, "click", 1.0), "item_id: an id must be a string or an integer, got None"),
         (Event(b"\xff", "i", "click", 1.0), "user_id: an id must be valid UTF-8, got b'\\xff'"),
         (
@@ -388,9 +389,15 @@ def test_times_of_any_unit_are_one_clock(server, release, open_readers, writer):
         second + 2,
         str((second + 3) * 10**6),
         (second + 4) * 10**9,
+        "2023-11-14 22:13:25 UTC",
     ]
     writer.record_events([Event("u00009", item(1 + n), "click", at) for n, at in enumerate(ways)])
-    assert past(readers, release, "u00009")[-5:] == [1, 2, 3, 4, 5]
+    assert past(readers, release, "u00009")[-6:] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ids_are_mended_as_those_of_files_are(server, release, open_readers, writer):
+    assert writer.record_event(" u00010", f"{item(1)} ", "click", 1_700_000_000).changed == 1
+    assert past(open_readers(server), release, "u00010")[-1:] == [1]
 
 
 def test_events_that_no_past_is_of_are_left_out_and_named(own_server, tmp_path):

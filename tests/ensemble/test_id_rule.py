@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ensemble.errors import InvalidArgument
-from ensemble.id_rule import encode_id, encode_ids, id_fault
+from ensemble.id_rule import encode_id, encode_ids, id_fault, recorded_id
 
 FAULTS = {
     b"": "an id must not be empty",
@@ -60,3 +60,14 @@ def test_a_batch_of_ids_is_held_to_the_same_rule(wrong):
         with pytest.raises(InvalidArgument) as caught:
             encode_ids("user_id", ids)
         assert str(caught.value) == str(alone.value)
+
+
+def test_recorded_ids_are_mended_as_those_of_files_are():
+    mended = [recorded_id("f", one) for one in (" u1\t", b" u1 ", 7.0, np.float32(7), 7, "7.0")]
+    assert mended == [b"u1", b"u1", b"7", b"7", b"7", b"7.0"]
+    for word in ("nan", " NULL ", "None", b"null", float("nan")):
+        with pytest.raises(InvalidArgument, match=r"^f: the id is missing, got "):
+            recorded_id("f", word)
+    for wrong in (None, 1.5, True, " ", float("inf"), 2.0**60):
+        with pytest.raises(InvalidArgument, match=r"^f: an id must "):
+            recorded_id("f", wrong)

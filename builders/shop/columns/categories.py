@@ -24,6 +24,7 @@ from builders.shop.columns.column import (
 from ensemble.arrays import Array
 
 _SIGNS = ("|", ";", ",")  # that separate values in one cell
+_JSON_LIST = r"^\s*\[.*\]\s*$"
 _LOOKS_LIKE = 0.2  # share of distinct cells with such a sign, from which a column looks like several values
 _PARTS_ARE = 0.5  # parts are few: at most this many distinct ones for each distinct cell
 
@@ -81,7 +82,7 @@ def with_lists(column: Column) -> Column:
         return column
     texts, index = distinct_of(column.values)
     texts = pc.utf8_trim_whitespace(texts.cast(pa.large_string()))
-    is_json = pc.match_substring_regex(texts, r"^\[.*\]$")
+    is_json = pc.match_substring_regex(texts, _JSON_LIST)
     empty = pc.equal(texts, "")
     if not pc.any(is_json, min_count=0).as_py() or not pc.all(pc.or_(is_json, empty)).as_py():
         return column
@@ -136,6 +137,13 @@ def undeclared_separator(column: Column) -> str | None:
     return None
 
 
+def _unlike_lists(texts: pa.Array) -> str | None:
+    """Finds the first of distinct texts [K] that is no JSON list, where most others are; None elsewhere."""
+    is_json = pc.match_substring_regex(texts, _JSON_LIST)
+    others = texts.filter(pc.invert(pc.or_(is_json, pc.equal(pc.utf8_trim_whitespace(texts), ""))))
+    return others[0].as_py() if 0 < len(others) <= len(texts) / 2 else None
+
+
 def warn_of_words(column: Column) -> None:
     """Warns of words in a category's cells that usually say that a value is missing, and of several values in
     one cell."""
@@ -149,5 +157,7 @@ def warn_of_words(column: Column) -> None:
         column.said.warn(
             f"{shown(named)} count as values ({rows:,} rows); leave cells empty where one is missing"
         )
-    if sign := undeclared_separator(column):
+    if half := _unlike_lists(texts.cast(pa.large_string())):
+        column.said.warn(f"cells look like JSON lists, but {half!r} is none; each is taken as one value")
+    elif sign := undeclared_separator(column):
         column.said.warn(f"cells look like several values each; write separator = {sign!r} if so")

@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-
-MISSING_WORDS = ("", "nan", "null", "none", "<na>", "n/a")  # in any case, cells that say nothing
+from ensemble.id_rule import MISSING_WORDS
 
 
 @dataclass(frozen=True)

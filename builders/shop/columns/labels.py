@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builders.shop.columns.column import Column, distinct_of, is_textual, to_numpy
+from builders.shop.columns.column import Column, distinct_of, is_textual, shown, to_numpy
 from builders.shop.columns.numbers import numbers_from_column
 from ensemble.arrays import Array
 
@@ -37,8 +37,10 @@ def labels_from_column(column: Column) -> Array:
             column.reading, said=column.said,
         )  # fmt: skip
         labels = numbers_from_column(words)
-        used = sorted(set(texts.filter(is_word).to_pylist()))
-        column.said.note(f"{', '.join(map(repr, used[:6]))} read as 1 and 0")
+        for written, label in ((_YES, 1), (_NO, 0)):
+            there = texts.filter(pc.is_in(lower, value_set=pa.array(written, lower.type)))
+            if used := sorted(there.to_pylist()):
+                column.said.note(f"{shown(used)} read as {label}")
     column.said.what = "labels"
     return labels
 

@@ -12,7 +12,15 @@ import pyarrow.compute as pc
 from builders.shop.columns.column import Column, distinct_of, first_true, is_textual, to_numpy
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-from ensemble.time_rule import CLOCK_SKEW_S, NAMES, UNITS, date_of, seconds_from_numbers, units_of
+from ensemble.time_rule import (
+    CALENDAR,
+    CLOCK_SKEW_S,
+    NAMES,
+    UNITS,
+    date_of,
+    seconds_from_numbers,
+    units_of,
+)
 
 CURE = (
     "times are Unix seconds (or milliseconds, …), ISO 8601 texts, timestamps, or numbers that order; another "
@@ -20,6 +28,10 @@ CURE = (
 )
 _UTC = pa.timestamp("ns", "UTC")
 _ZONE = r"(?i)(?:[0-9]Z|[0-9:.][+-][0-9]{2}(?::?[0-9]{2})?)$"
+_BASIC = r"^([0-9]{4})([0-9]{2})([0-9]{2})T([0-9]{2})([0-9]{2})([0-9]{2})"  # 20231204T062340Z
+_WIDE = r"\1-\2-\3T\4:\5:\6"
+# nanoseconds in 64 bits hold the years 1678 to 2261; Arrow's reader turns others into some year of these
+_FAR = r"^\s*(?:0|1[0-5]|16[0-6]|167[0-7]|226[2-9]|22[7-9]|2[3-9]|[3-9])[0-9]*-"
 
 
 def times_from_column(column: Column, now_s: float) -> Array:
@@ -53,7 +65,10 @@ def _named(column: Column) -> str:
 
 
 def parsed_times(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Reads ISO texts as moments in UTC, to the nanosecond; ArrowInvalid where one is none."""
+    """Reads ISO texts as moments in UTC, to the nanosecond; ArrowInvalid where one is none, or is of a year
+    that such moments do not reach."""
+    if _any_far(texts):
+        raise pa.ArrowInvalid("a year before 1678 or after 2261")
     with contextlib.suppress(pa.ArrowInvalid):
         return texts.cast(_UTC)
     with contextlib.suppress(pa.ArrowInvalid):
@@ -62,11 +77,23 @@ def parsed_times(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Arra
     upper = pc.replace_substring_regex(upper, r" ?(UTC|GMT)$", "Z")
     upper = pc.replace_substring_regex(upper, r"([0-9]) ([+-][0-9])", r"\1\2")
     upper = pc.replace_substring_regex(upper, r",([0-9]+)", r".\1")
+    upper = pc.replace_substring_regex(upper, _BASIC, _WIDE)
     zoned = pc.and_(pc.match_substring_regex(upper, _ZONE), pc.greater(pc.utf8_length(upper), 10))
     zone = pc.if_else(zoned, upper, pc.binary_join_element_wise(upper, _text("Z"), _text("")))
     # a day alone takes no zone in Arrow's reader
     day = pc.match_substring_regex(zone, r"^[0-9]{4}-[0-9]{2}-[0-9]{2}Z$")
     return pc.if_else(day, pc.replace_substring_regex(zone, "Z$", "T00:00:00Z"), zone).cast(_UTC)
+
+
+def _any_far(texts: pa.ChunkedArray | pa.Array) -> bool:
+    """Says whether a text begins with a year that nanoseconds do not reach; texts of usual years are told by
+    the least and the largest alone."""
+    if pa.types.is_string_view(texts.type):
+        texts = texts.cast(pa.large_string())
+    ends = pc.min_max(texts).as_py()
+    if ends["min"] is None or "1678" <= ends["min"] <= ends["max"] < "2262":
+        return False
+    return bool(pc.any(pc.match_substring_regex(texts, _FAR), min_count=0).as_py())
 
 
 def _text(text: str) -> pa.Scalar:
@@ -89,6 +116,8 @@ def _from_texts(column: Column) -> tuple[Array, str]:
 def _numbers(texts: pa.Array) -> Array | None:
     """Gives texts [K] as numbers, int64 if all are whole, else float64; None where one is no number."""
     trimmed = pc.utf8_trim_whitespace(texts)
+    if pc.any(pc.match_substring_regex(trimmed, "(?i)^[+-]?0x"), min_count=0).as_py():
+        return None  # Arrow would read 0x65 as 101
     for kind in (pa.int64(), pa.float64()):
         with contextlib.suppress(pa.ArrowInvalid):
             return to_numpy(trimmed.cast(kind))
@@ -102,6 +131,8 @@ def _wrong_text(column: Column, texts: pa.Array, index: Array) -> InvalidInput:
     neither = np.flatnonzero(~is_number & ~is_iso)
     if len(neither):
         row = first_true(np.isin(index, neither))
+        if _any_far(texts.slice(int(index[row]), 1)):
+            return column.error(row, "is outside the years 1678 to 2261; leave such rows out")
         return column.error(row, f"is no time; {CURE}")
     if not len(is_number) < len(texts):
         few = is_number if is_number.sum() <= is_iso.sum() else is_iso
@@ -174,7 +205,7 @@ def _from_numbers(column: Column, numbers: Array) -> tuple[Array, str]:
         wrong = first_true(units != UNITS.index(unit))
         if wrong >= 0:
             raise _mixed(column, wrong, UNITS[int(units[wrong])], unit)
-    elif unit in ("day", "moment"):
+    elif unit in CALENDAR:
         wrong = first_true(units_of(numbers) != UNITS.index(unit))
         if wrong >= 0:
             raise column.error(wrong, f"is none of {NAMES[unit]}, as time_unit = {unit!r} wants")

@@ -8,8 +8,10 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from builders.shop.columns.column import Reading
 from builders.shop.formats.streams import encoding_of, head, not_utf8, opened
@@ -18,6 +20,7 @@ from ensemble.errors import InvalidInput
 BLOCK_BYTES = 8 << 20
 _USUAL = (",", "\t", ";", "|")
 _SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?$')
+_STAND_IN = "\x1f"  # of a separator beyond ASCII: the sign that ASCII has for it
 _NAMES = {"\t": "tabs", " ": "blanks"}
 
 
@@ -28,7 +31,7 @@ def header_of(path: Path, columns: list[str], reading: Reading) -> tuple[list[st
     separator = reading.separator or _told_separator(path, reading.encoding)
     if separator is not None:
         return _split(line, separator), separator
-    usual = ["\t", *_USUAL] if ".tsv" in path.suffixes else list(_USUAL)
+    usual = ["\t", *_USUAL] if ".tsv" in map(str.lower, path.suffixes) else list(_USUAL)
     odd = [sign for sign in dict.fromkeys(line) if not (sign.isalnum() or sign in "_\"'.-()[]\r\n")]
     candidates = list(dict.fromkeys([*usual, *odd]))
     splits = {sign: _split(line, sign) for sign in candidates}
@@ -74,7 +77,9 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
     names, sign = header_of(path, columns, reading)
     above = 1 if _told_separator(path, reading.encoding) is None else 2  # lines before the first row
     quote = '"' if sign != '"' else False
-    parse = csv.ParseOptions(delimiter=sign, quote_char=quote, newlines_in_values=True)
+    parse = csv.ParseOptions(
+        delimiter=sign if sign.isascii() else _STAND_IN, quote_char=quote, newlines_in_values=True
+    )
     places = [f"c{at}" for at in range(len(names))]
     wanted = [places[names.index(name)] for name in columns]
     convert = csv.ConvertOptions(
@@ -88,15 +93,51 @@ def batches(path: Path, columns: list[str], reading: Reading) -> Iterator[pa.Rec
     try:
         with (
             opened(path, reading.encoding) as stream,
-            csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
+            csv.open_csv(
+                _in_ascii(stream, sign), read_options=read, parse_options=parse, convert_options=convert
+            ) as reader,
         ):
             for batch in reader:
                 done += batch.num_rows
-                yield batch.rename_columns(columns)
+                yield _as_written(batch.rename_columns(columns), sign)
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error) and not done:
             return
         raise _fault(path, sign, error) from None
+
+
+class _InAscii(io.RawIOBase):
+    """Reads a stream of UTF-8 in which a stand-in takes the place of a sign that Arrow takes for no
+    separator."""
+
+    def __init__(self, stream: Any, sign: str) -> None:
+        self._stream, self._sign, self._held = stream, sign.encode(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while True:
+            new = self._stream.read(size)
+            data = self._held + new
+            cuts = range(1, len(self._sign)) if new else ()
+            cut = next((n for n in cuts if data.endswith(self._sign[:n])), 0)  # half a sign at the end
+            self._held = data[len(data) - cut :]
+            whole: bytes = data[: len(data) - cut].replace(self._sign, _STAND_IN.encode())
+            if whole or not new:
+                return whole
+
+
+def _in_ascii(stream: Any, sign: str) -> Any:
+    return stream if sign.isascii() else _InAscii(stream, sign)
+
+
+def _as_written(batch: pa.RecordBatch, sign: str) -> pa.RecordBatch:
+    """Puts the sign back where it stood inside a cell, in quotes."""
+    if sign.isascii():
+        return batch
+    cells = [pc.replace_substring(one, _STAND_IN, sign) for one in batch.columns]
+    return pa.record_batch(cells, names=batch.schema.names)
 
 
 _ROW = re.compile(r"CSV parse error: (?:Row #(\d+): )?Expected (\d+) columns, got (\d+): ?(.*)", re.DOTALL)

@@ -21,7 +21,7 @@ HEAD_BYTES = 1 << 20
 def opened(path: Path, encoding: str | None) -> Iterator[Any]:
     """Opens `path` as a stream of UTF-8 bytes; InvalidInput for an encoding that nobody knows."""
     name = encoding_of(path, encoding)
-    with pa.input_stream(str(path), compression=PACKED.get(path.suffix)) as raw:
+    with pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower())) as raw:
         if name in ("utf-8", "ascii"):
             yield raw
         else:
@@ -44,7 +44,7 @@ def encoding_of(path: Path, encoding: str | None) -> str:
 
 def head(path: Path, size: int = HEAD_BYTES) -> bytes:
     """Reads the first bytes of a file, decompressed."""
-    with pa.input_stream(str(path), compression=PACKED.get(path.suffix)) as stream:
+    with pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower())) as stream:
         data: bytes = stream.read(size)
     return data
 
@@ -52,7 +52,7 @@ def head(path: Path, size: int = HEAD_BYTES) -> bytes:
 def not_utf8(path: Path) -> InvalidInput | None:
     """Makes the error for the first line of a file that is no UTF-8; None where all are."""
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
-    with pa.input_stream(str(path), compression=PACKED.get(path.suffix)) as stream:
+    with pa.input_stream(str(path), compression=PACKED.get(path.suffix.lower())) as stream:
         while data := stream.read(HEAD_BYTES):
             held = decoder.getstate()[0]
             try:

@@ -13,6 +13,7 @@ from builders.shop.columns.categories import (
     lists_from_column,
     texts_from_column,
     undeclared_separator,
+    warn_of_words,
     with_lists,
 )
 from builders.shop.columns.column import Column, Reading
@@ -46,6 +47,7 @@ TIMES = {
     "microseconds": ([MOMENT * 10**6], "Unix microseconds"),
     "nanoseconds as text": ([str(MOMENT * 10**9 + 1)], "Unix nanoseconds"),
     "moments": ([20231204062340], "calendar moments"),
+    "without signs": (["20231204T062340Z", "20231204T082340+0200"], "ISO"),
     "timestamps": (pa.array([MOMENT * 1000], pa.timestamp("ms", "Europe/Berlin")), "timestamps"),
     "decimals": ([decimal.Decimal(MOMENT)], "Unix seconds"),
 }
@@ -63,6 +65,8 @@ def test_days_and_positions_are_told_apart():
     midnight = MOMENT - 6 * 3600 - 23 * 60 - 40
     for cells in ([20231204], ["2023-12-04"], ["20231204"], [datetime.date(2023, 12, 4)]):
         assert times_from_column(column(cells), NOW_S).tolist() == [midnight]
+    for cells in ([202312040623], ["202312040623"], [202312040623.0]):
+        assert times_from_column(column(cells), NOW_S).tolist() == [MOMENT - 40]
     assert times_from_column(column([20231204, 7]), NOW_S).tolist() == [20231204, 7], "no day is 7"
     assert times_from_column(column([20231204], time_unit="position"), NOW_S).tolist() == [20231204]
     assert times_from_column(column([5.9, -3]), NOW_S).tolist() == [5, -3]
@@ -81,6 +85,9 @@ WRONG_TIMES = {
     ),
     "day first": (["04/12/2023"], 'row 1: .*time_format = "%d/%m'),
     "future": ([int(NOW_S) + 90_000], "row 1: .* is in the future"),
+    "no year of Arrow's": (["2023-12-04", "9999-12-31"], "row 2: '9999-12-31' is outside the years 1678"),
+    "no year at all": (["0001-01-01T00:00:00Z"], "row 1: .* is outside the years 1678 to 2261; leave"),
+    "hex": (["0x65"], "row 1: '0x65' is no time"),
     "no calendar day": (["2023-02-30"], "row 1: '2023-02-30' is no time"),
     "clock": (pa.array([1], pa.time32("s")), "has type time32"),
     "nothing": ([MOMENT, None], "row 2: the time is missing"),
@@ -204,6 +211,23 @@ def test_a_decimal_sign_may_be_said():
 )
 def test_labels_are_words_or_numbers(cells):
     np.testing.assert_array_equal(labels_from_column(column(cells)), [1, 0, np.nan])
+
+
+def test_words_of_labels_are_said_with_what_they_are():
+    read = column(["yes", "No", "Y", None])
+    labels_from_column(read)
+    assert read.said.notes == ["'Y', 'yes' read as 1", "'No' read as 0"]
+
+
+def test_a_cell_that_is_no_list_among_lists_is_named():
+    read = column([f"[{i}, {i + 1}]" for i in range(9)] + ["[1, 2", ""])
+    warn_of_words(with_lists(read))
+    assert read.said.warnings == [
+        "cells look like JSON lists, but '[1, 2' is none; each is taken as one value"
+    ]
+    titles = column(["[a] b", "c", "d", "[e]"])
+    warn_of_words(titles)
+    assert not titles.said.warnings
 
 
 def test_lists_of_all_kinds_are_read():

@@ -75,6 +75,7 @@ CELLS = [
     "9" * 30,
     "1.0",
     "20231204",
+    "9999-12-31",
     "True",
     "\ud7ff",
     "a\nb",
@@ -84,7 +85,7 @@ TYPES = [
     *(pa.duration("s"), pa.decimal128(20, 3), pa.large_binary(), pa.binary(3), pa.string_view(), pa.null()),
     *(pa.list_(pa.int32()), pa.list_(pa.string()), pa.struct([("a", pa.int32())])),
     *(pa.map_(pa.string(), pa.int32()), pa.dictionary(pa.int8(), pa.int64())),
-    pa.dictionary(pa.int8(), pa.string()),
+    *(pa.dictionary(pa.int8(), pa.string()), pa.uuid(), pa.json_(), pa.bool8(), pa.decimal32(9, 2)),
 ]
 
 
@@ -138,7 +139,7 @@ def odd_columns(rng: random.Random, table: dict[str, list]) -> bytes:
     names = list(table)
     rng.shuffle(names)
     drop = rng.random() < 0.3
-    sign = rng.choice([",", ";", "\t", "|", "~", " ", "\x01"])
+    sign = rng.choice([",", ";", "\t", "|", "~", " ", "\x01", "¦"])
     return csv_of({name: table[name] for name in names[drop:]}, sign).replace(
         b"user_id", rng.choice([b"user_id", b'"user_id"', b" user_id "]), 1
     )

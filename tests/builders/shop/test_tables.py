@@ -7,6 +7,7 @@ import gzip
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from shops import ROOT
 
 from builders.shop.columns.column import Reading
+from builders.shop.columns.ids import known_ids
 from builders.shop.tables import read_table
 from ensemble.errors import InvalidInput
 
@@ -56,6 +58,8 @@ FILES = {
     "tabs.tsv": text_of("\t").encode(),
     "bar.txt": text_of("|").encode(),
     "odd.csv": text_of("~").encode(),
+    "bar.csv": text_of("¦", '"').encode(),
+    "LARGE.CSV.GZ": gzip.compress(text_of(",").encode()),
     "quoted.csv": text_of(",", '"').encode(),
     "mark.csv": b"\xef\xbb\xbf" + text_of(",").encode(),
     "wide.csv": text_of(",").encode("utf-16"),
@@ -92,6 +96,34 @@ def test_encodings_and_separators_may_be_said(tmp_path: Path):
     (tmp_path / "a.csv").write_bytes(text_of("x").encode("latin-1"))
     table = read_table(tmp_path, "a.csv", COLUMNS, Reading(separator="x", encoding="latin-1"))
     assert table["user"].values.to_pylist() == ["u1", "ü2", "u1"]
+
+
+def test_a_separator_beyond_ascii_may_stand_inside_a_cell(tmp_path: Path, monkeypatch):
+    from builders.shop.formats import delimited
+
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 61)  # some blocks end within a sign
+    rows = [(f"{'u' * (at % 5)}¦1", "é", at) for at in range(50)]
+    (tmp_path / "a.csv").write_text(
+        "user¦item¦time\n" + "".join(f'"{user}"¦{item}¦{at}\n' for user, item, at in rows)
+    )
+    table = read_table(tmp_path, "a.csv", ["user", "item", "time"])
+    assert list(zip(*(column.values.to_pylist() for column in table.values()), strict=True)) == rows
+
+
+def test_types_that_an_extension_stores_are_read(tmp_path: Path):
+    uuids = [uuid.UUID(int=7), None, uuid.UUID(int=2**128 - 9)]
+    cells = {
+        "user": pa.array([one and one.bytes for one in [None, *uuids]], pa.uuid()).slice(1),
+        "item": pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array(["a", "b", None])),
+        "time": pa.array([1, 2, 3], pa.decimal32(5, 0)),
+    }
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.table(cells).schema) as writer:
+        writer.write_table(pa.table(cells))
+    table = read_table(tmp_path, "a.arrow", COLUMNS)
+    assert table["user"].values.to_pylist() == [one and str(one) for one in uuids]
+    assert table["item"].values.to_pylist() == ["a", "b", None]
+    assert known_ids(table["user"])[1].tolist() == [0, -1, 1]
+    assert known_ids(table["time"])[0].tolist() == [b"1", b"2", b"3"]
 
 
 def test_a_folder_of_partitions_is_one_table(tmp_path: Path):
