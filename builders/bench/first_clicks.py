@@ -1,7 +1,7 @@
 """Compares ways to answer a new user's first clicks: the session path, a meta-learned start, simple ones.
 
     python -m builders.bench.first_clicks SHOP --out DIR [--preset base] [--set NAME=VALUE …] [--seed 0]
-        [--keep]
+        [--updates 600] [--keep]
 
 DIR gets the stages data, encoders and index of SHOP's build, anew but with --keep. SHOP's split must leave
 out whole users (time, random, column, files): nothing of those who are asked was learned. Settings of the
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
-from builders.bench.meta_start import Learned, Tasks, learn
+from builders.bench.meta_start import UPDATES, Learned, Tasks, learn
 from builders.bench.recall_stages import recall_stages
 from builders.data.dataset import Dataset, Targets, history_windows, open_dataset, training_histories
 from builders.export.verifier import all_had, knn_scores, rank_unseen
@@ -43,6 +43,7 @@ from ensemble.steps.recall import fused
 from ensemble.steps.sources import Popular
 
 _BATCH, _OFFERED, _FEWEST = 128, 64, 30
+_MOST = 4000  # targets that choose
 _WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 _TRIED = ((1, 1), (3, 1), (5, 1), (1, 32), (3, 32), (5, 32))  # steps, groups
 _PAIRS = (
@@ -61,6 +62,13 @@ class Asked:
 
     targets: Targets
     clicks: Array
+
+    def some(self) -> Asked:
+        """Gives at most _MOST of them, always the same ones."""
+        rows = np.sort(np.random.default_rng(0).permutation(len(self.clicks))[:_MOST])
+        of = self.targets
+        some = Targets(of.user_rows[rows], of.history_ends[rows], of.item_rows[rows])
+        return Asked(some, self.clicks[rows])
 
     def pieces(self) -> list[slice]:
         """Gives the slices that are asked about at once."""
@@ -144,7 +152,7 @@ def _columns(rows: Array, wanted: Array) -> Array:
     return np.where(is_there.any(axis=1), is_there.argmax(axis=1), -1)
 
 
-def compare(folders: Mapping[str, Path], seed: int) -> dict[str, Any]:
+def compare(folders: Mapping[str, Path], seed: int, updates: int = UPDATES) -> dict[str, Any]:
     """Trains the starts, chooses by validation users, and asks about the test's users: a report."""
     dataset = open_dataset(folders["data"])
     offline, embeddings = open_recall(dict(folders), dataset)
@@ -155,7 +163,8 @@ def compare(folders: Mapping[str, Path], seed: int) -> dict[str, Any]:
     best, best_value = None, -1.0
     for steps, num_groups in _TRIED:
         began = time.process_time()
-        meta = learn(embeddings, counts, tasks, steps=steps, groups=num_groups, seed=seed)
+        sizes = {"steps": steps, "groups": num_groups}
+        meta = learn(embeddings, counts, tasks, **sizes, seed=seed, updates=updates)
         value = metrics.ndcg(_alone(dataset, meta, embeddings, chooses), 10)
         tried[f"steps {steps}, starts {num_groups}"] = {
             "ndcg@10": round(value, 4),
@@ -181,7 +190,7 @@ def groups(dataset: Dataset) -> tuple[Asked, Asked, Asked]:
     new = new_users(dataset)
     chooses = np.isin(np.arange(len(new)), dataset.validation.user_rows)
     past = asked_of(dataset, ~new, dataset.train_ends)
-    groups = past, asked_of(dataset, new & chooses), asked_of(dataset, new & ~chooses)
+    groups = past, asked_of(dataset, new & chooses).some(), asked_of(dataset, new & ~chooses)
     if min(len(group.clicks) for group in groups) < _FEWEST:
         raise InvalidInput(
             f"{dataset.schema.shop}: the split leaves out {int(new[1:].sum())} whole users, too few to ask",
@@ -235,12 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="base")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=UPDATES, help="of the meta-learned start")
     parser.add_argument("--keep", action="store_true", help="take the encoders that DIR has")
     given = parser.parse_args(arguments)
     try:
         chosen = named_preset(given.preset, given.changes)
         folders = recall_stages(given.shop, given.out, chosen, given.seed, keep_encoders=given.keep)
-        print(json.dumps(compare(folders, given.seed), indent=1))
+        print(json.dumps(compare(folders, given.seed, given.updates), indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """Learns how a new user's vector starts and how it steps after each click: over past users' first clicks.
 
 Items are vectors that stay as they are, and a user is a vector whose products with them are logits. It starts
-at one of G learned vectors, by the group of the first click, and takes S steps down the mean cross entropy of
-the clicks so far (inner loss), each with a learned size a component; starts and sizes are learned by what the
-stepped vector says of the next new item (outer loss). A step's gradient is in closed form, so the outer one
-goes through the steps whole.
+at one of G learned vectors, by the group of the first click, and takes S steps down the cross entropy of the
+clicks so far (inner loss), each with a learned size a component; a click counts by a learned weight of its
+age. All that is learned by what the stepped vector says of the next new item (outer loss). A step's gradient
+is in closed form, so the outer one goes through the steps whole.
 
 Sources: ANIL (Raghu et al., ICLR 2020): only the head adapts, here the user's vector; MAML's second-order
 gradient (Finn et al., ICML 2017); Meta-SGD (Li et al., 2017) for the sizes a component.
@@ -14,7 +14,6 @@ Axes: Q tasks (a user after some clicks), C clicks, N candidates, I items, D emb
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import faiss
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 
 from ensemble.arrays import Array
 
-_BATCH, _UNIFORM, _EPOCHS, _RATE = 256, 1024, 6, 0.03
+UPDATES = 600
+_BATCH, _UNIFORM, _RATE = 256, 1024, 0.03
+_TOLD = 6  # mean losses in a report
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,17 @@ class Tasks:
 
 
 class MetaStart(nn.Module):
-    """Holds starts [G, D], step sizes [S, D] and the groups' centres [G, D]."""
+    """Holds starts [G, D], step sizes [S, D], clicks' weights by age [C] and the groups' centres [G, D]."""
 
     centres: Tensor
 
-    def __init__(self, centres: Array, steps: int) -> None:
+    def __init__(self, centres: Array, steps: int, clicks: int) -> None:
         super().__init__()
         groups, dim = centres.shape
         self.register_buffer("centres", torch.from_numpy(centres))
         self.start = nn.Parameter(torch.zeros(groups, dim))
         self.sizes = nn.Parameter(torch.full((steps, dim), 1.0 / max(1, steps)))
+        self.ages = nn.Parameter(torch.zeros(clicks))  # the newest click last
 
     def forward(self, clicked: Tensor, known: Tensor, candidates: Tensor, log_chance: Tensor) -> Tensor:
         """Adapts to clicked embeddings [Q, C, D], known [Q, C] bool, against candidates [N, D]: [Q, D].
@@ -58,7 +60,8 @@ class MetaStart(nn.Module):
         """
         first = clicked[torch.arange(len(known)), known.float().argmax(1)]
         users = self.start[(first @ self.centres.T).argmax(1)]
-        mean = (clicked * known[..., None]).sum(1) / known.sum(1, keepdim=True)
+        weights = torch.where(known, self.ages, -torch.inf).softmax(1)
+        mean = (clicked * weights[..., None]).sum(1)
         for size in self.sizes:
             chance = (users @ candidates.T - log_chance).softmax(1)
             users = users - size * (chance @ candidates - mean)
@@ -72,7 +75,7 @@ class Learned:
     items: Tensor  # [I + 1, D]
     taken: Array  # [n] int64, the items that somebody took: the inner loss's candidates
     model: MetaStart
-    losses: list[float] = field(default_factory=list)  # the mean outer loss of each epoch
+    losses: list[float] = field(default_factory=list)  # the mean outer loss of each sixth of the updates
 
     @torch.no_grad()
     def users(self, clicks: Array) -> Array:
@@ -93,9 +96,9 @@ def learn(
     steps: int,
     groups: int,
     seed: int = 0,
-    epochs: int = _EPOCHS,
+    updates: int = UPDATES,
 ) -> Learned:
-    """Trains starts and sizes on past users' tasks.
+    """Trains starts, sizes and weights on past users' tasks.
 
     items [I + 1, D] float32 stay as they are; counts [I + 1] say how often each was taken in training, and
     those of 0 are no candidates. Same arguments, threads and machine: the same result.
@@ -104,21 +107,19 @@ def learn(
     taken = np.flatnonzero(counts)
     taken = taken[taken > 0]
     share = counts / max(1, counts.sum())
-    model = MetaStart(_centres(items[taken], groups, seed), steps)
+    model = MetaStart(_centres(items[taken], groups, seed), steps, tasks.clicks.shape[1])
     learned = Learned(torch.from_numpy(np.ascontiguousarray(items)), taken, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=_RATE)
-    total = epochs * math.ceil(len(tasks.wanted) / _BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total))
-    for _ in range(epochs):
-        order, losses = rng.permutation(len(tasks.wanted)), []
-        for start in range(0, len(order), _BATCH):
-            loss = _loss(learned, tasks.take(order[start : start + _BATCH]), share, rng)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        learned.losses.append(float(np.mean(losses)))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    losses = []
+    for _ in range(updates):
+        loss = _loss(learned, tasks.take(rng.integers(0, len(tasks.wanted), _BATCH)), share, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    learned.losses = [float(np.mean(part)) for part in np.array_split(losses, _TOLD)]
     return learned
 
 
