@@ -31,6 +31,9 @@ COMMANDS = {
         "tune",
         "Search the settings that are worth most to a shop; end in a preset file.",
     ),
+    "encoders": Command(
+        "builders.cli.encoders", "app", "Fine-tune the encoders of titles and pictures on a shop itself."
+    ),
     "evaluate": Command(
         "builders.cli.evaluate",
         "evaluate",

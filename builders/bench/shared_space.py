@@ -28,12 +28,12 @@ from torch import nn
 
 from builders.bench.titles_and_pictures import kept_encoder, kept_vectors, masked, pictures_of, products_of
 from builders.content.sources import EFFICIENTNET, MINILM
+from builders.content.tuning.figures import pair_figures
 from builders.search.shared_space import WIDTH, Heads, train
 from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
 
-_FIRST = 10
 _RATE, _DECAY, _DROPOUT = 2e-3, 0.01, 0.3  # of whole vectors, which have more components than rows
 
 
@@ -51,26 +51,6 @@ def trained(first: Array, second: Array, hidden: int, epochs: int, seed: int) ->
     return train(heads, (first, second), seed, rate=_RATE, decay=_DECAY, epochs=epochs)
 
 
-def pair_figures(first: Array, second: Array) -> dict[str, float]:
-    """Compares pairs [n, D]: mean cosines, and R@10 both ways; ties count half."""
-    one, other = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (first, second))
-    scores, count = one @ other.T, len(first)
-    true = float(np.trace(scores)) / count
-    return {
-        "true pairs": round(true, 3),
-        "others": round((float(scores.sum()) - true * count) / (count * (count - 1)), 3),
-        "title -> picture": round(_recall(scores), 3),
-        "picture -> title": round(_recall(scores.T), 3),
-    }
-
-
-def _recall(scores: Array) -> float:
-    """Gives the share of rows of scores [n, n] whose own column is among the first ten."""
-    own = np.diag(scores)[:, None]
-    ranks = (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) - 1) / 2
-    return float((ranks < _FIRST).mean())
-
-
 def figures(source: Path, out: Path, hidden: int, epochs: int, seed: int) -> dict[str, Any]:
     """Measures all ways: {way: figures}, and how many products they are of."""
     rows = products_of(source)
@@ -81,7 +61,7 @@ def figures(source: Path, out: Path, hidden: int, epochs: int, seed: int) -> dic
     held = np.array([zlib.crc32(row["product_id"].encode()) % 5 == 0 for row in rows])
     learns, tests = np.flatnonzero(there & ~held), np.flatnonzero(there & held)
     frozen = [_components(of[learns], of[tests]) for of in (words, looks)]
-    told: dict[str, Any] = {"products held out": len(tests), "frozen": pair_figures(*frozen)}
+    told: dict[str, Any] = {"products held out": len(tests), "frozen": pair_figures(frozen[0], frozen[1])}
     scaled = [(of - of[learns].mean(axis=0)) / (of[learns].std(axis=0) + 1e-6) for of in (words, looks)]
     for name, width in (("linear heads", 0), (f"heads of {hidden}", hidden)):
         heads = trained(scaled[0][learns], scaled[1][learns], width, epochs, seed)

@@ -47,7 +47,7 @@ from ensemble.errors import InvalidInput, PeregrineError
 PLACES, _COMPONENTS, _FEWEST = 20, 128, 20
 _AT_ONCE = 1024
 # how little each kind of vector is regularized (scikit-learn's C); one value was tried each
-_STRENGTHS = {"picture": 0.003, "title": 0.03, "row": 0.1, "tf-idf": 10.0}
+STRENGTHS = {"picture": 0.003, "title": 0.03, "row": 0.1, "tf-idf": 10.0}
 
 
 def encoder_of(kind: str, name: str, cache: Path) -> ContentEncoder:
@@ -109,22 +109,22 @@ def types_figures(source: Path, out: Path) -> dict[str, Any]:
 
     def probe(values: Any, strength: float) -> dict[str, float]:
         return {
-            name: _accuracy(values, types, chosen & trains, chosen & ~trains, strength)
+            name: accuracy(values, types, chosen & trains, chosen & ~trains, strength)
             for name, chosen in (("all", known), ("beauty", known & beauty))
         }
 
     def words(of: list[str]) -> Any:
         return TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(of)
 
-    c = _STRENGTHS
-    both = np.concatenate([_scaled(vectors["masked"], trains), _scaled(vectors["picture"], trains)], axis=1)
+    c = STRENGTHS
+    both = np.concatenate([scaled(vectors["masked"], trains), scaled(vectors["picture"], trains)], axis=1)
     return {
-        "picture": probe(_scaled(vectors["picture"], trains), c["picture"]),
-        "picture, components of a row": probe(_row(vectors["picture"]), c["row"]),
-        "title": probe(_scaled(vectors["title"], trains), c["title"]),
-        "title, components of a row": probe(_row(vectors["title"]), c["row"]),
+        "picture": probe(scaled(vectors["picture"], trains), c["picture"]),
+        "picture, components of a row": probe(row_of(vectors["picture"]), c["row"]),
+        "title": probe(scaled(vectors["title"], trains), c["title"]),
+        "title, components of a row": probe(row_of(vectors["title"]), c["row"]),
         "title, TF-IDF": probe(words(titles), c["tf-idf"]),
-        "masked title": probe(_scaled(vectors["masked"], trains), c["title"]),
+        "masked title": probe(scaled(vectors["masked"], trains), c["title"]),
         "masked title, TF-IDF": probe(words(without), c["tf-idf"]),
         "masked title and picture": probe(both, c["picture"]),
         "milliseconds of CPU each": ms,
@@ -176,17 +176,17 @@ def _told(name: str, total: int) -> Callable[[int], None]:
     return told
 
 
-def _scaled(vectors: Array, trains: Array) -> Array:
+def scaled(vectors: Array, trains: Array) -> Array:
     """Standardizes vectors [n, V] by those that train."""
     return (vectors - vectors[trains].mean(axis=0)) / (vectors[trains].std(axis=0) + 1e-6)
 
 
-def _row(vectors: Array) -> Array:
+def row_of(vectors: Array) -> Array:
     """Gives the components [n, P] that an item's row holds."""
     return fitted_projection(vectors, _COMPONENTS).values(vectors, np.ones(len(vectors), bool))[:, :-1]
 
 
-def _accuracy(values: Any, types: Array, trains: Array, tests: Array, strength: float) -> float:
+def accuracy(values: Any, types: Array, trains: Array, tests: Array, strength: float) -> float:
     """Gives the share of `tests` [n] bool whose type a regression learned from `trains` tells."""
     from sklearn.linear_model import LogisticRegression
 

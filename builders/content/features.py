@@ -52,7 +52,7 @@ def encode_contents(
         model = MODELS[feature.kind]
         texts = texts_from_column(columns[feature.source]).to_pylist()
         cells = np.array([text or "" for text in texts], dtype=object)
-        inputs = _Texts(cells) if feature.kind == "text" else _Pictures(cells, shop, catalogue)
+        inputs = Texts(cells) if feature.kind == "text" else Pictures(cells, shop, catalogue)
 
         def told(at: int, of: int, name: str = feature.name) -> None:
             progress(at / of, f"{name}: {at:,} of {of:,} new ones")
@@ -70,14 +70,14 @@ def encode_contents(
     return contents
 
 
-def _samples(inputs: _Texts | _Pictures, places: Array) -> list[bytes]:
+def _samples(inputs: Texts | Pictures, places: Array) -> list[bytes]:
     """Draws some of the inputs at `places` [n]."""
     drawn = np.random.default_rng(0).choice(places, min(MOST, len(places)), replace=False)
     read = inputs.read(np.sort(drawn).tolist())
     return [one if isinstance(one, bytes) else one.encode("utf-8", "replace") for one in read]
 
 
-class _Texts:
+class Texts:
     """Gives distinct texts, each by its key; places [n] int64 says which of them each row has."""
 
     def __init__(self, cells: Array) -> None:
@@ -93,7 +93,7 @@ class _Texts:
         return str(self.texts[at])[:40].strip("\0 \t\r\n")
 
 
-class _Pictures:
+class Pictures:
     """Gives distinct pictures, each by its file's digest; places [n] int64, -1 where there is no file."""
 
     def __init__(self, cells: Array, shop: Path, catalogue: Path) -> None:
@@ -122,7 +122,7 @@ class _Pictures:
         return self.files[self.keys[at]].name
 
 
-def _line(feature: str, inputs: _Texts | _Pictures, encoded: Encoded) -> str:
+def _line(feature: str, inputs: Texts | Pictures, encoded: Encoded) -> str:
     """Says how many rows have a vector, and counts and names the inputs that have none, by kind."""
     counts, named = Counter(inputs.absent), {kind: list(names) for kind, names in inputs.named.items()}
     rows = np.bincount(inputs.places[inputs.places >= 0], minlength=len(inputs.keys))

