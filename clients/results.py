@@ -14,7 +14,7 @@ class Item(NamedTuple):
     item_id: str
     score: float  # the blended number that sorts
     probabilities: dict[str, float]  # by task: calibrated probability, or a regression's predicted number
-    finders: tuple[str, ...] = ()  # of a search: what brought it, of words, text, image, shown
+    finders: tuple[str, ...] = ()  # of a search: what brought it, of words, text, image, shown, told
 
 
 @dataclass(frozen=True)

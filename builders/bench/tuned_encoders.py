@@ -39,10 +39,10 @@ from builders.bench.titles_and_pictures import (
 )
 from builders.content.sources import EFFICIENTNET, MINILM, find_source
 from builders.content.tuning.figures import pair_figures
-from builders.content.tuning.folders import write_tower
+from builders.content.tuning.folders import write_towers
 from builders.content.tuning.material import Material, View, is_held_out, numbered
 from builders.content.tuning.training import Limits
-from builders.content.tuning.tune import NAMES, tune_material
+from builders.content.tuning.tune import tune_material
 from builders.folders import new_folder
 from builders.shop.shop_toml import FeatureColumn
 from ensemble.arrays import Array
@@ -98,8 +98,7 @@ def tune(products: Products, out: Path, minutes: float, seed: int) -> dict[str, 
 
     with new_folder(out / "tuned") as folder:
         towers, report = tune_material(products.material(), seed, limits, say, progress)
-        for tower in towers:
-            write_tower(tower, folder / NAMES[tower.is_text])
+        write_towers(towers, folder)
     return report
 
 

@@ -39,7 +39,7 @@ from ensemble.content.projection import fitted_projection
 from ensemble.content.shared_space import Head
 from ensemble.errors import PeregrineError
 from ensemble.index.looks import query_rows
-from ensemble.steps.search import shown_beside
+from ensemble.steps.search import beside
 
 _HIDDEN, _COMPONENTS, _TOP = (0.02, 0.1, 0.5), 128, 10
 _WORDS_SHARE = 0.9
@@ -94,8 +94,8 @@ def found_by(
 ) -> dict[str, Any]:
     """Tells of queries [Q], whose titles say x [Q, I] and whose pictures `cosines`, what they find."""
     best = x.max(axis=1, keepdims=True)
-    beside = [shown_beside(of, float(top), weight) for of, top in zip(cosines, best[:, 0], strict=True)]
-    ranks, gone = ranks_of(np.where(hidden, beside, x), items), hidden[items]
+    shown = [beside(of, float(top), weight) for of, top in zip(cosines, best[:, 0], strict=True)]
+    ranks, gone = ranks_of(np.where(hidden, shown, x), items), hidden[items]
     of_kind = {str(kind): kinds == kind for kind in dict.fromkeys(kinds)}
     full = kinds == FULL
     return {

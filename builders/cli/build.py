@@ -173,13 +173,14 @@ def _tell(console: Console, stages: Stages, repository: Path, name: str, is_acti
     from rich.markdown import Markdown
 
     from builders.publish.stage import was_there
-    from builders.search.page import shown_lines
+    from builders.search.page import shown_lines, told_lines
 
     console.print(stages.table())
     console.print(Markdown((repository / name / "report.md").read_text()))
     report = json.loads((repository / name / "report.json").read_text())
     lines = [f"warning: {line}" for line in report.get("shortfalls", [])]
-    for line in (*lines, *shown_lines(report.get("search", {}))):
+    search = report.get("search", {})
+    for line in (*lines, *shown_lines(search), *told_lines(search)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     after = "serve it: peregrine serve" if is_active else f"activate it: peregrine release activate {name}"
     where = (

@@ -105,7 +105,7 @@ def _export(source: Source, folder: Path) -> None:
 
     opened = open_source(source)
     facts = EncoderFacts(
-        source.model, source.name, source.digest, opened.width, opened.max_tokens, opened.side
+        source.model, source.name, source.digest, opened.width, opened.max_tokens, opened.side, opened.space
     )
     if source.model == TEXT:
         copy_tokenizer(source, opened, folder)

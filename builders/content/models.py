@@ -24,6 +24,7 @@ from builders.content.sources import EFFICIENTNET, EXTRA, HEAD, Source, read_con
 from builders.content.tokenizer import padding_of
 from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput
+from ensemble.release.files import file_sha256
 
 MAX_TOKENS = 128  # of a title; more takes longer, and says little more
 Norms = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each colour
@@ -126,6 +127,8 @@ def open_source(source: Source) -> Opened:
     except Exception as error:  # transformers raises whatever it meets
         text = " ".join(str(error).split())[:200]
         raise InvalidInput(f"encoder {source.name!r} cannot be read from {source.folder}: {text}") from None
+    if kind in _PAIRS:  # both towers of one folder were trained beside each other
+        opened = replace(opened, space=file_sha256(source.folder / "model.safetensors"))
     opened = _with_head(opened, source)
     for parameter in opened.module.parameters():
         parameter.requires_grad_(False)
@@ -149,7 +152,15 @@ def _with_head(opened: Opened, source: Source) -> Opened:
     head = nn.Linear(opened.width, width)
     head.load_state_dict(state)
     opened.module.head = head
-    return replace(opened, width=width)
+    return replace(opened, width=width, space=_space(path))
+
+
+def _space(path: Path) -> str:
+    """Gives what names the space of a head, as the tuning wrote it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return str((file.metadata() or {}).get("space", ""))
 
 
 def _read_weights(source: Source, path: Path) -> dict[str, Tensor]:
@@ -340,6 +351,7 @@ def _efficientnet_lite_folder(source: Source, config: dict[str, Any]) -> Opened:
     return _image(source, inner, _efficient_vector, 1280, side, _LITE_NORMS)
 
 
+_PAIRS = ("clip", "siglip")
 _TEXTS = {
     **dict.fromkeys(_MEAN_POOLED, _bert),
     **dict.fromkeys(("clip", "clip_text_model"), _clip_text),

@@ -18,4 +18,5 @@ class Opened:
     side: int = 0
     vocabulary: int = 0  # token ids that its table has
     tokenizer: Path | None = None  # the tokenizer.json of a user's own; else the folder's
+    space: str = ""  # what two encoders have alike whose vectors can be compared; "": none has it
     lowers: bool = False  # was trained on small letters, whether its tokenizer makes them or not

@@ -3,8 +3,8 @@ served.
 
 What words and meaning weigh is what finds most items again (NDCG@10) while a full title finds its own first;
 log odds are a logistic regression on what was found. Taste gets the largest weight that loses at most 2% of
-that NDCG. What pictures show of a text has its own choice (builders/search/shown.py). All is chosen on one
-half of the items and told of the other.
+that NDCG. What pictures show of a text, and texts tell of a picture, have choices of their own
+(builders/search/shown.py, told.py). All is chosen on one half of the items and told of the other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from builders.metrics import ndcg
 from builders.search.measures import FIRST, MOST_LOST, TOP, full_titles_first, mean_ndcg, place_of
 from builders.search.queries import FULL, KINDS, Queries, queries_of
 from builders.search.shown import fit_shown, judged_rows
+from builders.search.told import fit_told
 from ensemble.arrays import Array, Tensors
 from ensemble.contract import IMAGE, SEARCH
 from ensemble.local import LocalPipeline, column_of
@@ -79,6 +80,8 @@ def _fitted(
     settings = _with_images(settings, recall, rng)
     weight, shown = fit_shown(dataset, recall, asked, queries, settings)
     settings = replace(settings, shown_weight=weight)
+    weight, told_of = fit_told(dataset, recall, settings, np.random.default_rng(len(queries.rows)))
+    settings = replace(settings, told_weight=weight)
     titles = [text for text, kind in zip(queries.texts, queries.kinds, strict=True) if kind == FULL]
     settings = replace(settings, probe=titles[0][:200] if titles else queries.texts[0])
     recall.search = settings
@@ -94,6 +97,7 @@ def _fitted(
         "with_taste": _figures(ranks[told, at], queries.kinds[told]),
         "without_taste": _figures(ranks[told, -1], queries.kinds[told]),
         "shown": shown,
+        "told": told_of,
         "settings": vars(settings),
         "nonsense_refused": _refused(pipeline, recall, rng),
     }

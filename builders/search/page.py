@@ -39,7 +39,7 @@ def search_note(found: Mapping[str, Any]) -> str:
         f"looks for its own item among all. Words weigh {settings['words_share']:.0%}, meaning the rest; "
         f"taste weighs {settings['taste_weight']:g}, the largest that costs at most 2%. Of texts that "
         f"mean nothing, {found['nonsense_refused']:.0%} find nothing, as they should."
-    ) + "".join(f" {line}" for line in shown_lines(found))
+    ) + "".join(f" {line}" for line in [*shown_lines(found), *told_lines(found)])
 
 
 def shown_lines(found: Mapping[str, Any]) -> list[str]:
@@ -59,4 +59,23 @@ def shown_lines(found: Mapping[str, Any]) -> list[str]:
         return [f"A text finds items without a text by their pictures: {figures}."]
     return [
         f"A text does not find items without a text by their pictures, it would gain too little: {figures}."
+    ]
+
+
+def told_lines(found: Mapping[str, Any]) -> list[str]:
+    """Says whether a photo finds what only a text tells, and what that gains and costs; nothing where a shop
+    has too few titles and pictures to learn it from."""
+    told = found.get("told")
+    if not told:
+        return []
+    hidden, stay = told["hidden"], told["first_ten_stay"]
+    figures = (
+        f"NDCG@10 of items whose pictures were hidden, by these, {hidden['without']:.3f} -> "
+        f"{hidden['with']:.3f} ({hidden['in_first_ten']:.0%} are among the first ten); of what others find, "
+        f"{stay['with']:.1%} stays in the first ten (before: {stay['without']:.1%})"
+    )
+    if told["on"]:
+        return [f"A photo finds items without a picture by their texts: {figures}."]
+    return [
+        f"A photo does not find items without a picture by their texts, it would gain too little: {figures}."
     ]

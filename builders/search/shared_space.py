@@ -5,6 +5,10 @@ batch: the symmetric contrastive loss of CLIP (Radford et al., ICML 2021) with a
 encoders frozen. A fifth of the items, by a hash of their ids, teaches nothing: on these is judged what the
 space finds (builders/search/shown.py).
 
+Encoders whose own vectors share a space (both towers of a CLIP folder, or encoders that were tuned together)
+need no training: their heads turn rows back into what these vectors were. Trained ones take their place only
+where they find more of a tenth of the pairs.
+
 Axes: n pairs, P components of a feature in a row, D those of the space.
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +26,8 @@ from torch.nn import functional
 from builders.data.dataset import Dataset
 from builders.progress import Progress
 from ensemble.arrays import Array
+from ensemble.content.encoder import read_facts
+from ensemble.content.projection import PROJECTIONS, Projection, read_projections
 from ensemble.content.shared_space import Head
 from ensemble.contract import IMAGE, TEXT
 from ensemble.index.looks import unit_rows
@@ -32,6 +39,7 @@ _EPOCHS, _STEPS, _BATCH = 30, 300, 512  # few pairs are seen as often as fills t
 _RATE, _DROPOUT = 5e-3, 0.2
 _PRIOR, _MOST_DECAY = 1600, 2.0  # weights decay by so many over the pairs: the fewer, the plainer the map
 _TEMPERATURE, _SHARPEST = 0.07, 100.0
+_ASKED = 10  # one pair in so many says whether exact heads or trained ones find more
 _JUDGED = 5  # one item in so many teaches nothing
 
 
@@ -98,10 +106,37 @@ def is_judged(item_ids: Array) -> Array:
     return np.array([zlib.crc32(one) % _JUDGED == 0 for one in item_ids.tolist()], bool)
 
 
-def fit_heads(dataset: Dataset, seed: int, progress: Progress) -> dict[str, Head] | None:
+def exact_heads(schema: Schema, folder: Path) -> dict[str, Head] | None:
+    """Computes the heads, by feature, of encoders whose vectors share a space, of a data stage's or a staged
+    release's `folder`; None where they share none."""
+    features = shared_features(schema)
+    if features is None:
+        return None
+    spaces = {read_facts(folder / f"{feature.encoder}.json").space for feature in features}
+    if len(spaces) > 1 or not spaces.pop():
+        return None
+    projections = read_projections(folder / PROJECTIONS)
+    return {feature.name: _undone(projections[feature.name]) for feature in features}
+
+
+def _undone(projection: Projection) -> Head:
+    """Turns a row of length 1 back into the direction of the vector [V] that was projected: its mean stands
+    for what the row's length was, as a vector of length 1 is as far from the mean as most are."""
+    scale = 1 / np.linalg.norm(projection.components, axis=1).mean()
+    away = np.sqrt(max(1e-6, 1 - float(projection.mean @ projection.mean)))
+    return Head(
+        np.ascontiguousarray(projection.components * scale, np.float32),
+        np.asarray(projection.mean / away, np.float32),
+    )
+
+
+def fit_heads(
+    dataset: Dataset, seed: int, progress: Progress, exact: dict[str, Head] | None = None
+) -> dict[str, Head] | None:
     """Trains the heads of a shop's items, by feature; None where too few have both a title and a picture.
 
-    The same data and seed give the same heads.
+    `exact` ones, where there are any, stay unless trained ones find more. The same data and seed give the
+    same heads.
     """
     features = shared_features(dataset.schema)
     if features is None:
@@ -111,11 +146,31 @@ def fit_heads(dataset: Dataset, seed: int, progress: Progress) -> dict[str, Head
     there = np.all([np.asarray(values[1:, f.columns.stop - 1]) == 0 for f in features], axis=0)
     rows = 1 + np.flatnonzero(there & ~is_judged(dataset.item_ids))
     if len(rows) < _FEWEST:
-        return None
+        return exact
     if len(rows) > _MOST:
         rows = np.sort(np.random.default_rng(seed).choice(rows, _MOST, replace=False))
     pairs = [unit_rows(np.asarray(values[rows][:, f.columns])) for f in features]
-    return dict(zip((f.name for f in features), fitted_heads(pairs, seed, progress), strict=True))
+    names = [f.name for f in features]
+    if exact is not None and _is_better([exact[name] for name in names], pairs, seed, progress):
+        return exact
+    return dict(zip(names, fitted_heads(pairs, seed, progress), strict=True))
+
+
+def _is_better(exact: list[Head], pairs: list[Array], seed: int, progress: Progress) -> bool:
+    """Says whether exact heads find as many of a tenth of the pairs as heads trained on the others do."""
+    asked = np.arange(len(pairs[0])) % _ASKED == 0
+    trained = fitted_heads([of[~asked] for of in pairs], seed, progress)
+    of = [of[asked] for of in pairs]
+    return _finds(exact, of) >= _finds(trained, of)
+
+
+def _finds(heads: list[Head], pairs: list[Array]) -> float:
+    """Gives the mean reciprocal rank of true pairs [n, P of each], both ways."""
+    one, other = (head.unit(of) for head, of in zip(heads, pairs, strict=True))
+    scores = one @ other.T
+    own = np.diag(scores)
+    ranks = [1 + (scores > own[:, None]).sum(axis=1), 1 + (scores > own[None]).sum(axis=0)]
+    return float(np.mean([1 / of for of in ranks]))
 
 
 def fitted_heads(pairs: list[Array], seed: int, progress: Progress) -> list[Head]:

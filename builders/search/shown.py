@@ -137,7 +137,7 @@ def _ranks(
     scores = recall.scores(query, view)
     text = scores.text if scores.text is not None else np.zeros_like(scores.words)
     words, text = np.where(hidden, 0, scores.words), np.where(hidden, 0, text)
-    cosines = recall.cosines(query, view)
+    cosines = recall.cosines(query, view, TEXT, IMAGE)
     if cosines is not None:
         cosines = np.where((words == 0) & (text == 0), cosines, 0)
     scores = replace(scores, words=words, text=text, shown=cosines)

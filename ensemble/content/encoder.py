@@ -35,6 +35,7 @@ class EncoderFacts:
     width: int  # V, components of its vectors
     max_tokens: int = 0  # TEXT
     side: int = 0  # IMAGE: pixels
+    space: str = ""  # the same of two encoders whose vectors share a space; "": it shares none
 
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=1)

@@ -1,7 +1,8 @@
 """Holds the space that titles and pictures share: a linear map a kind, of what an item's row holds of it.
 
 A map reads the components that rows hold already, so a live item, a merge and another release need nothing
-more than the row, and a query nothing more than its own vector. builders/search/shared_space.py trains them.
+more than the row, and a query nothing more than its own vector. builders/search/shared_space.py trains them,
+or, of encoders whose own vectors share a space, computes them.
 
 Axes: n rows, P components of a feature in a row, D components of the space.
 """

@@ -13,9 +13,10 @@ class Finder(IntFlag):
     TEXT = 2  # what its text means
     IMAGE = 4  # what its picture shows, of a picture
     SHOWN = 8  # what its picture shows, of a text
+    TOLD = 16  # what its text tells, of a picture
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def names_of(bits: int) -> bytes:
     """Gives the names of finders, such as b"words,text"."""
     return ",".join(str(one.name).lower() for one in Finder if bits & one).encode()

@@ -5,6 +5,8 @@
     image   the cosine of the picture's vector with the items' image vectors
     shown   of an item of which nothing is told in words: the cosine of the text's vector with that of the
             item's picture, in the space that both share (ensemble/content/shared_space.py)
+    told    of an item without a picture: the cosine of the picture's vector with that of the item's text,
+            in the same space
 
 Every finder scores every item, the release's own and live ones, so what is found depends on no index. The
 scores become log odds that an item fits (ensemble/steps/search_settings.py); what falls below the least is no
@@ -65,6 +67,7 @@ class Scores:
     has_text: bool
     is_like: bool = False
     shown: Array | None = None  # 0 where an item is told of in words, or has no picture
+    told: Array | None = None  # 0 where an item has a picture, or no text
 
     def x_text(self, settings: SearchSettings) -> Array:
         """Joins words and meaning, and what pictures show instead of them."""
@@ -74,7 +77,15 @@ class Scores:
         x = share * self.words + (1 - share) * np.maximum(self.text, 0)
         if self.shown is None or not settings.shown_weight:
             return x
-        return np.maximum(x, shown_beside(self.shown, float(x[1:].max(initial=0)), settings.shown_weight))
+        return np.maximum(x, beside(self.shown, float(x[1:].max(initial=0)), settings.shown_weight))
+
+    def x_image(self, settings: SearchSettings) -> Array:
+        """Gives what pictures say, and what texts tell instead of them; a picture has to be asked for."""
+        assert self.image is not None
+        if self.told is None or not settings.told_weight:
+            return self.image
+        best = float(self.image[1:].max(initial=0))
+        return np.maximum(self.image, beside(self.told, best, settings.told_weight))
 
     def relevance(self, settings: SearchSettings) -> tuple[Array, Array]:
         """Gives the log odds that each item fits [R], and whether they are enough [R] bool."""
@@ -86,25 +97,32 @@ class Scores:
             odds.append(settings.text_slope * x + settings.text_bias)
             fits |= x >= least_text
         if self.image is not None:
-            odds.append(settings.image_slope * self.image + settings.image_bias)
-            fits |= self.image >= least_image
+            x = self.x_image(settings)
+            odds.append(settings.image_slope * x + settings.image_bias)
+            fits |= x >= least_image
         return np.mean(odds, axis=0, dtype=np.float32), fits
 
     def finders(self, rows: Array) -> Array:
         """Says in bits which finders brought rows [n]: [n] int64."""
         found = (self.words[rows] >= _FOUND) * int(Finder.WORDS)
-        asked = ((self.text, Finder.TEXT), (self.image, Finder.IMAGE), (self.shown, Finder.SHOWN))
+        asked = (
+            (self.text, Finder.TEXT),
+            (self.image, Finder.IMAGE),
+            (self.shown, Finder.SHOWN),
+            (self.told, Finder.TOLD),
+        )
         for scores, bit in asked:
             if scores is not None:
                 found = found | (scores[rows] >= _FOUND) * int(bit)
         return found.astype(np.int64)
 
 
-def shown_beside(shown: Array, best: float, weight: float) -> Array:
-    """Gives what pictures count [R] beside titles, of which the `best` one fits so well: always a little less
-    than that one. Cosines of a text with pictures are of another scale, and say less of a query of two words
-    than of a whole title; so do titles, and the best of them says how much."""
-    return np.float32(best) * np.clip(np.float32(weight) * shown, 0, np.float32(_BEHIND))
+def beside(cosines: Array, best: float, weight: float) -> Array:
+    """Gives what pictures count [R] beside titles, of which the `best` one fits so well, or titles beside
+    pictures: always a little less than that one. Cosines of a text with pictures are of another scale, and
+    say less of a query of two words than of a whole title; so do titles, and the best of them says how
+    much."""
+    return np.float32(best) * np.clip(np.float32(weight) * cosines, 0, np.float32(_BEHIND))
 
 
 class SearchRecall(Recall):
@@ -128,17 +146,16 @@ class SearchRecall(Recall):
         self._heads, self.shared = self._open_space(release)
 
     def _open_space(self, release: ServedRelease) -> tuple[dict[str, Head], dict[str, Looks]]:
-        """Opens the space of titles and pictures: the heads of texts, and the pictures' places; none where a
-        release has none."""
+        """Opens the space of titles and pictures: the heads of both, and the items' places in it; none where
+        a release has none. One that was built before photos found titles has the pictures' places alone."""
         if not (release.path / SHARED).exists():
             return {}, {}
         release.verify_data(SHARED)
         heads = read_heads(release.path / SHARED)
-        pictures = {name: looks.feature for name, looks in self.looks.items() if name in heads}
-        pictures = {name: feature for name, feature in pictures.items() if feature.encoder == IMAGE}
-        release.verify_data(*map(shared_file, pictures))
-        texts = {name: head for name, head in heads.items() if name not in pictures}
-        return texts, {name: Looks(f, release.path, heads[name]) for name, f in pictures.items()}
+        features = {name: looks.feature for name, looks in self.looks.items() if name in heads}
+        placed = {name: f for name, f in features.items() if (release.path / shared_file(name)).exists()}
+        release.verify_data(*map(shared_file, placed))
+        return heads, {name: Looks(f, release.path, heads[name]) for name, f in placed.items()}
 
     def read(self, options: Options, **tensors: Array) -> Tensors:
         """Refuses one request that asks for nothing; InvalidArgument."""
@@ -249,20 +266,31 @@ class SearchRecall(Recall):
         words = self.words.scores(query.terms, view.num_rows, self.live_words)
         if view.num_deleted:  # nothing is measured by what is gone
             gone = view.state.deleted[: view.num_rows]
-            for scores in (words, *found[TEXT]):
+            for scores in (words, *found[TEXT], *found[IMAGE]):
                 scores[gone] = 0
         best = {model: np.max(parts, axis=0) if parts else None for model, parts in found.items()}
         shown = None
-        if self.search.shown_weight and found[TEXT] and (cosines := self.cosines(query, view)) is not None:
+        if self.search.shown_weight and found[TEXT]:
+            cosines = self.cosines(query, view, TEXT, IMAGE)
             untold = (words == 0) & np.all([scores == 0 for scores in found[TEXT]], axis=0)
-            shown = np.where(untold, cosines, 0)
-        return Scores(words, best[TEXT], best[IMAGE], query.has_text, query.is_like, shown)
+            shown = None if cosines is None else np.where(untold, cosines, 0)
+        told = None
+        if self.search.told_weight and found[IMAGE]:
+            cosines = self.cosines(query, view, IMAGE, TEXT)
+            unseen = np.all([scores == 0 for scores in found[IMAGE]], axis=0)
+            told = None if cosines is None else np.where(unseen, cosines, 0)
+        return Scores(words, best[TEXT], best[IMAGE], query.has_text, query.is_like, shown, told)
 
-    def cosines(self, query: Query, view: LiveView) -> Array | None:
-        """Compares a query's text with the pictures of all items [R] in the space that both share; None where
-        no text is asked, or the release has no such space."""
-        asked = [head.unit(query.vectors[name][None]) for name, head in self._heads.items()]
-        found = [looks.scores(view, of)[0] for looks in self.shared.values() for of in asked if of.any()]
+    def cosines(self, query: Query, view: LiveView, asked: str, of: str) -> Array | None:
+        """Compares a query's text with the pictures of all items [R] in the space that both share, or its
+        picture with their texts (`asked` and `of`: TEXT, IMAGE); None where nothing of that kind is asked,
+        or the release has no such space."""
+        heads = [
+            (name, head) for name, head in self._heads.items() if self.looks[name].feature.encoder == asked
+        ]
+        units = [head.unit(query.vectors[name][None]) for name, head in heads]
+        placed = [looks for looks in self.shared.values() if looks.feature.encoder == of]
+        found = [looks.scores(view, unit)[0] for looks in placed for unit in units if unit.any()]
         return np.max(found, axis=0) if found else None
 
     def _found(

@@ -2,6 +2,7 @@
 
 text      x = words_share * words + (1 - words_share) * text; of an item without a text, the best x of all
           times shown_weight * shown, or .99 where that is more
+image     x = image; of an item without a picture, the best x of all times told_weight * told, likewise
 relevance log odds = slope * x + bias, of a picture by its own slope and bias; of several the mean
 order     relevance + taste_weight * taste, where taste [-1, 1] is an item's place by the ranker
 """
@@ -29,6 +30,7 @@ class SearchSettings:
     least_text: float = 0.3  # x below which an item does not fit
     least_image: float = 0.4
     shown_weight: float = 0.0  # of what pictures show of a text; 0: it is not asked
+    told_weight: float = 0.0  # of what texts tell of a picture; 0: they are not asked
     taste_weight: float = 0.0
     probe: str = "item"  # a text that is asked for before a release is served
 

@@ -34,7 +34,7 @@ def asks_pictures(own: Path, members: dict[str, Path]) -> None:
 def knows_no_space(own: Path, members: dict[str, Path]) -> None:
     """Makes a release what one was before titles and pictures shared a space."""
     settings = json.loads((own / SEARCH_FILE).read_text())
-    del settings["shown_weight"]
+    del settings["shown_weight"], settings["told_weight"]
     (own / SEARCH_FILE).write_text(json.dumps(settings))
-    for name in (SHARED, shared_file("image")):
+    for name in (SHARED, shared_file("image"), shared_file("words")):
         (own / name).unlink()

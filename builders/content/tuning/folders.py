@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +14,21 @@ from safetensors.torch import save_file
 from builders.content.sources import EFFICIENTNET, HEAD, READ, read_config
 from builders.content.tuning.towers import Tower
 
+NAMES = {True: "text", False: "image"}  # of the folders, by whether they read texts
 _OWN = ("config.json", "model.safetensors", HEAD)  # written anew; the rest is copied
 
 
-def write_tower(tower: Tower, folder: Path) -> None:
+def write_towers(towers: Sequence[Tower], folder: Path) -> None:
+    """Writes a folder each, `text` and `image`, whose heads name the space that they share."""
+    digest = hashlib.sha256()
+    for tower in towers:
+        for of in tower.head.state_dict().values():
+            digest.update(of.numpy().tobytes())
+    for tower in towers:
+        write_tower(tower, folder / NAMES[tower.is_text], digest.hexdigest())
+
+
+def write_tower(tower: Tower, folder: Path, space: str = "") -> None:
     """Writes config.json, model.safetensors, head.safetensors, and copies what belongs to them."""
     folder.mkdir()
     source = tower.source
@@ -31,7 +44,8 @@ def write_tower(tower: Tower, folder: Path) -> None:
         save_file(weights, folder / "model.safetensors")
     else:
         tower.module.inner.save_pretrained(folder)
-    save_file({name: of.contiguous() for name, of in tower.head.state_dict().items()}, folder / HEAD)
+    head = {name: of.contiguous() for name, of in tower.head.state_dict().items()}
+    save_file(head, folder / HEAD, metadata={"space": space})
     for name in READ:
         if name not in _OWN and (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)

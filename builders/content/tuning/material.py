@@ -29,7 +29,9 @@ class View:
 
     def at(self, chosen: Array) -> View:
         """Gives the view of some of the items [k] int64."""
-        return replace(self, keys=self.keys[chosen], read=lambda places: self.read(chosen[list(places)].tolist()))
+        return replace(
+            self, keys=self.keys[chosen], read=lambda places: self.read(chosen[list(places)].tolist())
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from builders.content.tuning.folders import write_tower
+from builders.content.tuning.folders import NAMES, write_towers
 from builders.content.tuning.material import Material
 from builders.content.tuning.shop import material_of
 from builders.content.tuning.towers import Tower, side_for
@@ -31,7 +31,6 @@ FEWEST, _MOST = 64, 20_000  # items: fewer teach nothing, more are not seen ofte
 _MOST_HELD = 1000  # held-out items that judge; more take long
 _ENCODING = 0.25  # of the time goes at most to encoding all items as they are
 _SAMPLED = 64  # pictures whose size is looked at
-NAMES = {True: "text", False: "image"}  # of the folders
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ def tune_shop(options: TuneOptions, say: Callable[[str], None], progress: Progre
         material = material_of(options.shop)
         limits = Limits(60 * options.minutes, options.steps, began=began)
         towers, report = tune_material(material, options.seed, limits, say, progress)
-        for tower in towers:
-            write_tower(tower, folder / NAMES[tower.is_text])
+        write_towers(towers, folder)
     for tower, view in zip(towers, material.views, strict=True):
         report["features"][view.feature] = str(options.out.resolve() / NAMES[tower.is_text])
     return report

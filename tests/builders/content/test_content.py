@@ -182,6 +182,7 @@ def test_both_towers_of_one_folder_say_what_transformers_says(kind, shop, kept, 
     np.testing.assert_allclose(wanted.text_embeds, whole, atol=2e-5)
     np.testing.assert_allclose(wanted.image_embeds, half, atol=2e-5)
     assert whole.shape == half.shape, "they share a space"
+    assert text.facts.space == image.facts.space != "", "and say so"
 
 
 @pytest.mark.parametrize(("kind", "width"), [("clip_text", 24), ("clip_image", 24)])

@@ -131,6 +131,7 @@ def test_what_is_written_is_exported_like_any_checkpoint_and_shares_a_space(tune
     text = Tower(source_of("text", out / "text"), 1)  # reads what it was given, not the head that is there
     opened = open_source(text.source)
     assert image.facts.width == opened.width == 128
+    assert image.facts.space == opened.space != ""
     held = [at for at in range(ITEMS) if is_held_out([f"i{at:03}".encode()])[0]]
     looks = image.encode([(shop / f"{at}.png").read_bytes() for at in held]).vectors
     words = opened.module(*text.tensors([" ".join(title_of(at)) for at in held])).numpy()

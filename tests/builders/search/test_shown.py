@@ -14,8 +14,16 @@ import torch
 from builders.data.dataset import Dataset, open_dataset
 from builders.search.page import shown_lines
 from builders.search.queries import FULL, SOME
-from builders.search.shared_space import fit_heads, is_judged, shared_features
+from builders.search.shared_space import exact_heads, fit_heads, is_judged, shared_features
 from builders.search.shown import WEIGHTS, Ranks, choose, hidden_rows, judged_rows
+from ensemble.content.encoder import EncoderFacts
+from ensemble.content.projection import (
+    PROJECTIONS,
+    Projection,
+    fitted_projection,
+    read_projections,
+    save_projections,
+)
 from ensemble.content.shared_space import SHARED, read_heads
 from ensemble.index.looks import unit_rows
 from ensemble.steps.served import ServedRelease
@@ -64,6 +72,44 @@ def test_too_few_pairs_make_no_space(dataset):
     picture = next(f for f in dataset.schema.items.features if f.name == "image")
     values[63:, picture.columns.stop - 1] = 1
     assert fit_heads(_with_values(dataset, values), 0, lambda share, text: None) is None
+
+
+def test_encoders_that_share_a_space_need_no_training(dataset, tmp_path, rng):
+    """Rows of few components turn back into the vectors' directions; where trained heads find more, because a
+    space was shared by name alone, these stay."""
+    features = shared_features(dataset.schema)
+    assert features is not None
+    common = rng.normal(size=(dataset.num_items, 16)).astype(np.float32)
+    vectors, values = [], np.array(dataset.item_values)
+    for feature in features:
+        of = common + 0.3 * rng.normal(size=common.shape).astype(np.float32) + 0.5
+        vectors.append(of / np.linalg.norm(of, axis=1, keepdims=True))
+        projection = fitted_projection(vectors[-1], 16)
+        values[1:, feature.columns] = projection.values(vectors[-1], np.ones(len(common), bool))
+        facts = EncoderFacts(feature.encoder, "clip", "", 16, space="one")
+        (tmp_path / f"{feature.encoder}.json").write_text(facts.to_json())
+        save_projections({**_read(tmp_path), feature.name: projection}, tmp_path / PROJECTIONS)
+    exact = exact_heads(dataset.schema, tmp_path)
+    assert exact is not None
+    for feature, of in zip(features, vectors, strict=True):
+        placed = exact[feature.name].unit(unit_rows(values[1:, feature.columns]))
+        assert (placed * of).sum(axis=1).mean() > 0.98
+    shared = _with_values(dataset, values)
+    assert fit_heads(shared, 0, lambda share, text: None, exact) is exact
+    wrong = {
+        **exact,
+        features[0].name: replace(exact[features[0].name], matrix=-exact[features[0].name].matrix),
+    }
+    found = fit_heads(shared, 0, lambda share, text: None, wrong)
+    assert found is not None
+    assert found is not wrong
+    facts = EncoderFacts(features[0].encoder, "bert", "", 16)
+    (tmp_path / f"{features[0].encoder}.json").write_text(facts.to_json())
+    assert exact_heads(dataset.schema, tmp_path) is None
+
+
+def _read(folder: Path) -> dict[str, Projection]:
+    return read_projections(folder / PROJECTIONS) if (folder / PROJECTIONS).exists() else {}
 
 
 def _with_values(dataset: Dataset, values: np.ndarray) -> Dataset:

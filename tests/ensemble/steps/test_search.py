@@ -281,3 +281,36 @@ def test_an_item_without_a_title_is_found_by_what_its_picture_shows(shown, pictu
     recall.search = replace(recall.search, shown_weight=0.0)
     assert ask()["item_ids"][0].tolist() == before, "off"
     writer.close()
+
+
+# --- items without a picture, found by their texts
+
+
+def test_an_item_without_a_picture_is_found_by_a_photo_of_what_its_title_tells(shown, pictured_shop):
+    recall = shown.steps["search_recall"]
+    release = recall.live.release
+    recall.search = replace(recall.search, told_weight=2.0)
+    title, photo = best_told(pictured_shop, release)
+    data = photo.read_bytes()
+    ask = lambda **more: shown.search(["u1"], [""], [data], parameters={"top_k": 10, **more})  # noqa: E731
+    before, writer = ask()["item_ids"][0].tolist(), ItemWriter(release)
+    value = release.vocabularies["items"]["category"][0]
+    writer.apply([{"op": "add", "item": {"item_id": "unseen", "title": title, "category": value}}])
+    found = ask()
+    ids = found["item_ids"][0].tolist()
+    assert ids[0] == before[0], "a picture that fits stays first"
+    assert found["finders"][0, ids.index(b"unseen")] == b"told"
+    assert b"unseen" not in ask(deny=json.dumps({"category": [value]}))["item_ids"][0]
+    assert shown.search(["u1"], [title])["finders"][0, 0].startswith(b"words"), "a text asks nothing of it"
+    writer.overlay.turn_to(merge(release, writer.sequence), writer.sequence)
+    assert ask()["item_ids"][0].tolist() == ids, "merged"
+    picture = {"base64": base64.b64encode(data).decode()}
+    writer.apply([{"op": "update", "item": {"item_id": "unseen", "image": picture}}])
+    found = ask()
+    place = found["item_ids"][0].tolist().index(b"unseen")
+    assert found["finders"][0, place] == b"image", "its picture counts as soon as it has one"
+    writer.apply([{"op": "delete", "item": {"item_id": "unseen"}}])
+    assert b"unseen" not in ask()["item_ids"][0]
+    recall.search = replace(recall.search, told_weight=0.0)
+    assert ask()["item_ids"][0].tolist() == before, "off"
+    writer.close()
