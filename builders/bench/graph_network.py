@@ -26,7 +26,7 @@ from builders.encoders.sequences import Sequences, windows
 from ensemble.arrays import Array
 
 PARTS = 4
-CLICKS = 8
+CLICKS = 4
 _WINDOW, _HALF_LIVES = 8, 4  # half-lives of a tie within the whole log
 _BATCH, _UNIFORM, _RATE, _LENGTH = 512, 1024, 2e-3, 0.07**-0.5
 
@@ -122,7 +122,7 @@ class GraphScores:
 
 
 def learn(
-    events: Events, start: Array, *, seed: int = 0, updates: int = 800
+    events: Events, start: Array, *, seed: int = 0, updates: int = 500
 ) -> tuple[GraphScores, list[float]]:
     """Trains on the events from a start [I + 1, D]; gives the scores, and the mean loss of each sixth."""
     num_items, rng = len(start) - 1, np.random.default_rng(seed)

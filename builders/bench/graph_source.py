@@ -1,12 +1,13 @@
 """Says what a graph adds to recall: today's sources, walks of two steps, a graph network.
 
     python -m builders.bench.graph_source SHOP --out DIR [--preset base] [--set NAME=VALUE …] [--seed 0]
-        [--updates 800] [--keep]
+        [--updates 500] [--starts encoders,random] [--keep]
 
 DIR gets the stages data, encoders and index of SHOP's build, anew but with --keep; its shop.toml must name
 the source `walks`. Weights are fitted on (a sample of) the validation targets, figures are of the test's. A
 graph network's best 32 items take the places of the candidates that are last in recall's order, as walks have
-32 places of their own, and its score is one more among the sources'. Printed, as JSON: recall@N and NDCG@10
+32 places of their own, and its score is one more among the sources'; beside it stands what 32 more of the
+user encoder's best would do there. Printed, as JSON: recall@N and NDCG@10
 in the order of all scores, and differences by a paired bootstrap over users, for all targets and for those
 that cross categories: items that share no attribute with the last item taken, or with none of the past.
 Attributes that more than a fifth of all items have tell nothing and are left out.
@@ -21,7 +22,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.steps.recall import fused
 
 _MOST_FITTED, _MOST, _BATCH, _PLACES, _COMMON = 2000, 4000, 256, 32, 0.2
+_FEWEST = 30  # targets of a figure
 _WEIGHTS: dict[str, tuple[float, ...]] = {
     "user_embeddings": (1.0,),
     "transitions": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
@@ -50,6 +52,10 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "walks": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
     "graph network": (0.0, 0.125, 0.25, 0.5, 1.0, 2.0),
 }
+
+
+# users [Q], history_ends [Q], what they had [Q, *] -> scores [Q, I + 1]
+Scores = Callable[[Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Asking:
         finally:
             path.write_text(before)
 
-    def found(self, targets: Targets, off: tuple[str, ...], graph: GraphScores | None = None) -> Found:
+    def found(self, targets: Targets, off: tuple[str, ...], graph: Scores | None = None) -> Found:
         """Gives what recall finds about the targets, with the graph network's items and scores at the end."""
         key = (id(targets), off)
         if key not in self.kept:
@@ -109,11 +115,11 @@ class Asking:
         return Found(rows, scores, np.where(is_there.any(axis=1), is_there.argmax(axis=1), -1))
 
     def _with_graph(
-        self, offline: OfflineRecall, targets: Targets, candidates: Array, piece: slice, graph: GraphScores
+        self, offline: OfflineRecall, targets: Targets, candidates: Array, piece: slice, graph: Scores
     ) -> tuple[Array, Array]:
         users, ends = targets.user_rows[piece], targets.history_ends[piece]
         had = history_windows(self.dataset.histories, users, ends, offline.recall.sizes.seen)
-        own = graph(had)
+        own = graph(users, ends, had)
         rows = with_best(candidates[piece], own, had)
         more = np.take_along_axis(own, np.maximum(rows, 0), axis=1)[..., None]
         return rows, np.concatenate([offline.scores(users, ends, rows), more], axis=2)
@@ -157,7 +163,7 @@ def crossing(dataset: Dataset, targets: Targets) -> dict[str, Array]:
     return everybody | {"unlike the last item": last, "unlike all of the past": whole}
 
 
-def compare(folders: Mapping[str, Path], seed: int, updates: int) -> dict[str, Any]:
+def compare(folders: Mapping[str, Path], starts: Sequence[str], seed: int, updates: int) -> dict[str, Any]:
     """Fits on validation targets, and asks about the test's: a report."""
     dataset = open_dataset(folders["data"])
     if "walks" not in dataset.schema.source_names:
@@ -167,12 +173,14 @@ def compare(folders: Mapping[str, Path], seed: int, updates: int) -> dict[str, A
         )
     asking = Asking(dataset, folders)
     fits, test = some(dataset.validation, _MOST_FITTED), some(dataset.test, _MOST)
-    graphs, losses = _graphs(dataset, folders, seed, updates)
-    ways: dict[str, tuple[tuple[str, ...], GraphScores | None]] = {
+    graphs, losses = _graphs(dataset, folders, starts, seed, updates)
+    more: dict[str, Scores] = {"user encoder's 32 more": _user_encoder(dataset, folders)}
+    more |= {f"network, {start} start": _by_past(graph) for start, graph in graphs.items()}
+    ways: dict[str, tuple[tuple[str, ...], Scores | None]] = {
         "today": (("walks",), None),
         "walks": ((), None),
-        **{f"network, {start} start": (("walks",), graph) for start, graph in graphs.items()},
-        **{f"walks and network, {start} start": ((), graph) for start, graph in graphs.items()},
+        **{way: (("walks",), of) for way, of in more.items()},
+        **{f"walks and {way}": ((), of) for way, of in more.items() if way.startswith("network")},
     }
     told: dict[str, Any] = {"losses": losses, "ways": {}}
     found: dict[str, tuple[Array, Array]] = {}
@@ -194,13 +202,29 @@ def _on(found: Found, names: Sequence[str], off: Sequence[str]) -> Found:
     return dataclasses.replace(found, scores=found.scores[:, :, kept])
 
 
+def _user_encoder(dataset: Dataset, folders: Mapping[str, Path]) -> Scores:
+    """Gives the user encoder's scores of all items."""
+    offline, embeddings = open_recall(folders, dataset)
+
+    def scores(users: Array, ends: Array, had: Array) -> Array:
+        query = offline.encode_users(users, ends)
+        return np.asarray(np.matmul(embeddings, query.transpose(0, 2, 1)).max(axis=2))
+
+    return scores
+
+
+def _by_past(graph: GraphScores) -> Scores:
+    return lambda users, ends, had: graph(had)
+
+
 def _graphs(
-    dataset: Dataset, folders: Mapping[str, Path], seed: int, updates: int
+    dataset: Dataset, folders: Mapping[str, Path], starts: Sequence[str], seed: int, updates: int
 ) -> tuple[dict[str, GraphScores], dict[str, list[float]]]:
     """Trains a network from each start; gives them, and their losses."""
     embeddings = np.load(folders["index"] / "item_embeddings.npy")
-    starts = {"encoders": embeddings, "random": random_start(dataset.num_items, embeddings.shape[1], seed)}
-    learned = {name: learn(events_of(dataset), of, seed=seed, updates=updates) for name, of in starts.items()}
+    of_start = {"encoders": embeddings, "random": random_start(dataset.num_items, embeddings.shape[1], seed)}
+    events = events_of(dataset)
+    learned = {name: learn(events, of_start[name], seed=seed, updates=updates) for name in starts}
     return {name: of[0] for name, of in learned.items()}, {name: of[1] for name, of in learned.items()}
 
 
@@ -227,6 +251,8 @@ def _figures(
     told: dict[str, Any] = {}
     for kind, chosen in kinds.items():
         told[kind] = {"targets": int(chosen.sum())}
+        if chosen.sum() < _FEWEST:
+            continue
         for way, values in found.items():
             told[kind][way] = {}
             for figure, of, today in zip(("recall", "ndcg@10"), values, found["today"], strict=True):
@@ -245,14 +271,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", default="base")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=800, help="of the graph network")
+    parser.add_argument("--updates", type=int, default=500, help="of the graph network")
+    parser.add_argument("--starts", default="encoders,random", help="of the graph network")
     parser.add_argument("--keep", action="store_true", help="take the encoders that DIR has")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         chosen = named_preset(given.preset, given.changes)
         folders = recall_stages(given.shop, given.out, chosen, given.seed, keep_encoders=given.keep)
-        print(json.dumps(compare(folders, given.seed, given.updates), indent=1))
+        print(json.dumps(compare(folders, given.starts.split(","), given.seed, given.updates), indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

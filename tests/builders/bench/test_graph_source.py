@@ -95,7 +95,7 @@ def test_walks_and_networks_stand_beside_today(tmp_path, capsys):
     shop = tmp_path / "shop"
     write_sequences_shop(shop, users=250, items=120)
     out = ["--out", str(tmp_path / "out"), "--preset", "tiny", "--set", "encoders.epochs=2"]
-    out += ["--updates", "12"]
+    out += ["--updates", "12", "--starts", "encoders"]
     with pytest.raises(SystemExit):
         main([str(shop), *out])
     assert "has no source walks" in capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_walks_and_networks_stand_beside_today(tmp_path, capsys):
     told = json.loads(printed[printed.index("{") :])
     assert set(told["test"]["all"]) == {"targets", *told["ways"]}
     for way, weighs in told["ways"].items():
-        assert len(weighs["weights"]) == 3 + ("walks" in way) + ("network" in way)
+        assert len(weighs["weights"]) == 3 + ("walks" in way) + ("network" in way or "more" in way)
         assert 0 < float(told["test"]["all"][way]["recall"].split(",")[0]) <= 1
     crossed = told["test"]["unlike all of the past"]["targets"]
     assert crossed <= told["test"]["unlike the last item"]["targets"] < told["test"]["all"]["targets"]
