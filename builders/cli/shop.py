@@ -37,8 +37,9 @@ Add what you have:
     title = "title"
     [[items.features]]            # [users] and [[users.features]] likewise
     name = "brand"                # the column; or: name = "words", column = "title"
-    kind = "category"             # category | number | text | image | vector(<dim>)
-                                  # text, image of items: encoder = "minilm" | "efficientnet-lite0" | FOLDER
+    kind = "category"             # category | number | text | image | video | vector(<dim>)
+                                  # text, image, video (a list of frames) of items:
+                                  # encoder = "minilm" | "efficientnet-lite0" | FOLDER
     [[tasks]]                     # what the ranker learns; without one: will the user take it
     name = "ctr"
     kind = "binary"               # or "regression"

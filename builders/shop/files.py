@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from builders.shop.shop_toml import SHOP_FILE, Shop, open_shop
+from builders.shop.shop_toml import PICTURED, SHOP_FILE, Shop, open_shop
 
 
 def shop_files(folder: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def shop_files(folder: Path) -> list[Path]:
 
 def _has_images(shop: Shop) -> bool:
     entries = [entry for entry in (shop.items, shop.users) if entry is not None]
-    return any(feature.kind == "image" for entry in entries for feature in entry.features)
+    return any(feature.kind in PICTURED for entry in entries for feature in entry.features)
 
 
 def _below(folder: Path) -> Iterator[Path]:

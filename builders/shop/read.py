@@ -13,7 +13,7 @@ from builders.shop.columns.categories import with_lists
 from builders.shop.columns.column import Column, Said, first_true
 from builders.shop.columns.ids import ids_from_column, known_ids, with_text_ids, would_join
 from builders.shop.interactions import Interactions, read_interactions
-from builders.shop.shop_toml import Entities, Shop, open_shop
+from builders.shop.shop_toml import LISTED, Entities, Shop, open_shop
 from builders.shop.tables import read_table
 from builders.shop.truth import open_truth
 from ensemble.arrays import Array
@@ -153,7 +153,7 @@ def _read_entities(
         raise columns[entry.id].error(again, f"is there already ({before}); one row per {entry.id}")
     columns[entry.id] = with_text_ids(columns[entry.id], ids, index)
     for feature in entry.features:
-        if feature.kind == "category" and feature.separator is None:
+        if feature.kind in LISTED and feature.separator is None:
             columns[feature.source] = with_lists(columns[feature.source])
     if changes:
         columns = changed_columns(columns, entry, changes, applied)

@@ -50,7 +50,9 @@ from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource
 SHOP_FILE = "shop.toml"
 _UNITS_S = {"s": 1, "min": 60, "h": 3_600, "d": 86_400}
 NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
-KINDS = "category, number, text, image, vector(<dim>)"
+KINDS = "category, number, text, image, video, vector(<dim>)"
+LISTED = ("category", "video")  # kinds of which a cell may hold several values
+PICTURED = ("image", "video")  # kinds that name files of pictures
 HASHED = "hashed"  # the encoder of a text whose words are hashed into buckets
 
 
@@ -78,7 +80,7 @@ class FeatureColumn(_Entry):
     """Describes one feature of the items or users."""
 
     name: str = Field(pattern=NAME)
-    kind: str  # category | number | text | image | vector(<dim>)
+    kind: str  # category | number | text | image | video (a list of frames, image files) | vector(<dim>)
     column: str = ""  # default: the feature's name
     # values kept per row: category 1 (lists 8), text 16; components, where an encoder is named: 128
     width: int | None = Field(default=None, ge=1, le=256)
@@ -95,16 +97,16 @@ class FeatureColumn(_Entry):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, kind: str) -> str:
-        if not re.fullmatch(r"category|number|text|image|vector\([1-9][0-9]{0,4}\)", kind):
+        if not re.fullmatch(r"category|number|text|image|video|vector\([1-9][0-9]{0,4}\)", kind):
             raise ValueError(f"{kind!r} is no kind of feature; use {KINDS}")
         return kind
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> FeatureColumn:
-        if self.encoder is not None and self.kind not in ("text", "image"):
+        if self.encoder is not None and self.kind not in ("text", *PICTURED):
             raise ValueError(f"an encoder reads a text or an image, and {self.name!r} is a {self.kind}")
-        if self.encoder == HASHED and self.kind == "image":
-            raise ValueError(f"{HASHED!r} is for texts, and {self.name!r} is an image")
+        if self.encoder == HASHED and self.kind in PICTURED:
+            raise ValueError(f"{HASHED!r} is for texts, and {self.name!r} is of kind {self.kind}")
         return self
 
     @property

@@ -46,6 +46,8 @@ def write_tower(tower: Tower, folder: Path, space: str = "") -> None:
         tower.module.inner.save_pretrained(folder)
     head = {name: of.contiguous() for name, of in tower.head.state_dict().items()}
     save_file(head, folder / HEAD, metadata={"space": space})
+    for path in folder.glob("*.safetensors"):  # which are written for their owner alone
+        path.chmod(0o644)
     for name in READ:
         if name not in _OWN and (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from builders.content.features import Pictures, Texts
-from builders.content.sources import MODELS, encoded_features, find_source
+from builders.content.features import Pictures, Texts, inputs_of
+from builders.content.sources import encoded_features, find_source
 from builders.content.tuning.material import Material, View, is_held_out, numbered
 from builders.content.tuning.towers import refuse_own
 from builders.data.dataset import Dataset, training_histories
 from builders.data.stage import dataset_from_tables
-from builders.shop.columns.categories import lists_from_column, texts_from_column
+from builders.shop.columns.categories import lists_from_column
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import FeatureColumn
 from ensemble.arrays import Array
@@ -52,7 +52,7 @@ def material_of(shop: Path) -> Material:
 def _tuned_features(tables: ShopTables) -> list[FeatureColumn]:
     """Gives the first text and the first image that an encoder reads; InvalidInput where there is neither."""
     features = encoded_features(tables.shop.items.features if tables.shop.items else [])
-    found = [next((f for f in features if f.kind == kind), None) for kind in MODELS]
+    found = [next((f for f in features if f.kind == kind), None) for kind in ("text", "image")]
     if not any(found):
         raise InvalidInput(
             "shop.toml names no encoder of its items' texts or images, so there is nothing to tune",
@@ -62,14 +62,11 @@ def _tuned_features(tables: ShopTables) -> list[FeatureColumn]:
 
 
 def _inputs(feature: FeatureColumn, tables: ShopTables, shop: Path) -> Texts | Pictures:
-    column = texts_from_column(tables.items.columns[feature.source]).to_pylist()
-    cells = np.array([text or "" for text in column], dtype=object)
-    if feature.kind == "image":
-        return Pictures(cells, shop, shop)
-    texts = Texts(cells)
-    empty = np.array([not text.strip("\0 \t\r\n") for text in texts.texts], bool)
-    texts.places = np.where(empty[texts.places], -1, texts.places)
-    return texts
+    inputs = inputs_of(feature, tables.items.columns[feature.source], shop, shop)
+    if isinstance(inputs, Texts):
+        empty = np.array([not text.strip("\0 \t\r\n") for text in inputs.texts], bool)
+        inputs.places = np.where(empty[inputs.places], -1, inputs.places)
+    return inputs
 
 
 def _view(feature: FeatureColumn, inputs: Texts | Pictures, rows: Array, shop: Path) -> View:

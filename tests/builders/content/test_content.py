@@ -24,7 +24,7 @@ from builders.compress.quantize.quantize import choices, quantize
 from builders.content import sources
 from builders.content.cache import KeptEncoder, keep_encoder
 from builders.content.contents import Contents
-from builders.content.features import encode_contents
+from builders.content.features import Frames, encode_contents, inputs_of
 from builders.content.models import open_source
 from builders.content.sources import Source, find_source, sources_of
 from builders.shop.columns.column import Column
@@ -35,6 +35,7 @@ from ensemble.engines.flavors import RTX
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.engines.plans import Range
 from ensemble.errors import InvalidInput
+from ensemble.release.files import file_sha256
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra encoders)")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -297,6 +298,43 @@ def test_what_cannot_be_encoded_is_counted_and_named(shop):
     np.testing.assert_array_equal(values[:, :-1].any(axis=1), 1 - absent)
     lines = encoded(shop, text_feature(), ["soft mask", "", None, " \0 "]).lines
     assert lines == ["title: 1 of 4 items encoded; without: 3 empty"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "separator"),
+    [([["a.png", "b.png", "a.png"], ["torn.jpg", "b.png"], [], None], None),
+     (["a.png|b.png|a.png", "torn.jpg| b.png", "", None], "|")],
+)  # fmt: skip
+def test_a_videos_vector_is_the_mean_of_its_frames(shop, kept, cells, separator):
+    feature = FeatureColumn(name="clip", kind="video", encoder="vit", width=2, separator=separator)
+    kind = pa.large_list(pa.large_string()) if separator is None else pa.large_string()
+    column = Column("items.parquet", "clip", pa.chunked_array([pa.array(cells, kind)]))
+    inputs = inputs_of(feature, column, shop, shop / "changes.jsonl")
+    assert isinstance(inputs, Frames)
+    own = kept("image", "vit")[1].open(1).encode(inputs.read(list(range(len(inputs.keys))))).vectors
+    there = own.any(axis=1)
+    pooled, has = inputs.pooled(own[inputs.places], there[inputs.places])
+    assert has.tolist() == [True, True, False, False]
+    a, b = (own[inputs.keys.index(file_sha256(shop / name))] for name in ("a.png", "b.png"))
+    np.testing.assert_allclose(pooled[0], (2 * a + b) / np.linalg.norm(2 * a + b), atol=1e-6)
+    np.testing.assert_allclose(pooled[1], b, atol=1e-6)
+    found = encode_contents(
+        [feature], {"clip": column}, shop=shop, catalogue=shop / "changes.jsonl", cache=shop / "cache",
+        threads=1, progress=lambda share, text: None,
+    )  # fmt: skip
+    values = found.by_feature["clip"].values
+    assert values[:, -1].tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(values[:2], found.projections["clip"].values(pooled[:2], has[:2]), atol=1e-5)
+    assert found.lines == ["clip: 4 of 5 frames encoded; without: 1 corrupt (torn.jpg)"]
+
+
+def test_frames_of_a_long_video_are_evenly_spaced(shop):
+    names = [f"{at}.png" for at in range(100)]
+    cells = pa.array([names, ["a.png"]], pa.large_list(pa.large_string()))
+    frames = Frames(Column("items.parquet", "clip", pa.chunked_array([cells])), None, shop, shop)
+    assert np.bincount(frames.owners).tolist() == [16, 1]
+    assert frames.named["missing"][0] == "0.png"
+    assert "99.png" in frames.named["missing"]
 
 
 def test_a_shop_without_a_single_picture_is_built(shop):

@@ -202,7 +202,7 @@ def test_wrong_files_are_named(shop: Path, file: str, text: str | None, message:
             'kind = "number"',
             'kind = "nr"',
             "items.features.1.kind: 'nr' is no kind of feature; use category, number, text, image, "
-            "vector(<dim>)",
+            "video, vector(<dim>)",
         ),
         ('name = "price"', 'name = "brand"', "items: two features are called 'brand'"),
         (
