@@ -14,6 +14,7 @@ not seen the held-out rows; what is published has gone on from it with them (bui
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from builders.data.refit import holds_out
 from builders.keys import FileDigests, own_key, shop_digest
 from builders.own_model import open_own
 from builders.presets import Preset
+from builders.settings import settings_of
 from builders.shop.catalogue import write_changes
 from builders.stages import REFIT, Stage, Stages, stages_folder
 from ensemble.errors import InvalidInput
@@ -114,13 +116,15 @@ def _training(options: BuildOptions) -> tuple[list[Stage], list[Stage]]:
     return [replace(stage, verified=()) for stage in first], second
 
 
-def publication(options: BuildOptions, *, is_refit: bool, why_not: str = "") -> Stage:
+def publication(
+    options: BuildOptions, *, is_refit: bool, why_not: str = "", stages_s: Mapping[str, float] | None = None
+) -> Stage:
     """Gives the last stage: the refitted release's, or the verified one's."""
     final, before = "export" if options.recipe.is_empty else "compress", REFIT if is_refit else ""
     where, watermark = str(options.repository.resolve()), options.watermark
     release = publish.Options(
         where, options.release, options.preset.name, options.seed, watermark, is_refit, why_not,
-        options.preset.changes,
+        options.preset.changes, settings_of(options.preset), stages_s or {},
     )  # fmt: skip
     reads = (before + name for name in (final, "verify", "encoders", "ranker"))
     kept = ("data", final)  # `evaluate` asks the verified model
@@ -177,7 +181,8 @@ def _run(options: BuildOptions, console: Console, *, upto: str) -> Stages:
     why_not = _refit(options, stages)
     if why_not:
         console.print(f"the verified model is published, not a refit of it: {why_not}")
-    stages.run(publication(options, is_refit=not why_not, why_not=why_not))
+    took = {done.name: round(done.took_s, 2) for done in stages.done if done.took_s is not None}
+    stages.run(publication(options, is_refit=not why_not, why_not=why_not, stages_s=took))
     return stages
 
 

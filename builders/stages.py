@@ -31,8 +31,10 @@ from builders.keys import code_digest, library_versions
 from builders.progress import Progress
 from ensemble.errors import ReleaseError
 from ensemble.progress import bar
+from ensemble.release.files import write_durably
 
 REFIT = "refit_"  # begins the names of a refit's stages
+_SECONDS = "seconds.json"  # beside the folders: what each took
 _KEPT = 3  # finished folders kept of each stage
 
 
@@ -62,6 +64,7 @@ class Done:
     skipped: bool
     duration_s: float
     peak_bytes: int
+    took_s: float | None = None  # of the build that ran it, which may be an earlier one; None: not known
 
 
 @dataclass
@@ -91,8 +94,9 @@ class Stages:
             if told is None:
                 raise
             raise told from error
-        peak = 0 if skipped else peak_bytes()
-        self.done.append(Done(stage.name, key, folder, skipped, time.monotonic() - start, peak))
+        peak, duration_s = 0 if skipped else peak_bytes(), time.monotonic() - start
+        took_s = self._took(folder.name, None if skipped else duration_s)
+        self.done.append(Done(stage.name, key, folder, skipped, duration_s, peak, took_s))
         self.given[stage.name] = key, folder
         return self.done[-1]
 
@@ -121,6 +125,18 @@ class Stages:
             self._fill(stage, folder)
         self._drop_old(stage.name)
         return True
+
+    def _took(self, name: str, duration_s: float | None) -> float | None:
+        """Gives what a stage took when it ran, which is kept for builds that skip it; None: it is skipped."""
+        kept: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads((self.root / _SECONDS).read_text())
+        if duration_s is None:
+            return kept.get(name)
+        there = {one: seconds for one, seconds in kept.items() if (self.root / one).is_dir()}
+        with contextlib.suppress(OSError):  # a report that lacks it is no reason to stop a build
+            write_durably(self.root / _SECONDS, json.dumps({**there, name: round(duration_s, 2)}))
+        return duration_s
 
     def _tell_waiting(self, name: str) -> None:
         self.console.print(f"stage {name}: another build is at work on it; waiting until it is done")
@@ -166,9 +182,11 @@ def stages_folder(repository: Path, shop: Path) -> Path:
 
 
 def _plain(options: Any) -> Any:
-    """Gives a stage's options as JSON-able data: dataclasses and pydantic's models become tables."""
+    """Gives a stage's options as JSON-able data: dataclasses and pydantic's models become tables. What is
+    marked as no part of a key is left out."""
     if dataclasses.is_dataclass(options):
-        return {entry.name: _plain(getattr(options, entry.name)) for entry in dataclasses.fields(options)}
+        entries = [entry for entry in dataclasses.fields(options) if entry.metadata.get("in_key", True)]
+        return {entry.name: _plain(getattr(options, entry.name)) for entry in entries}
     return options.model_dump(mode="json") if hasattr(options, "model_dump") else options
 
 

@@ -46,6 +46,9 @@ class Options:
     is_refit: bool = False  # its models have learned from the held-out rows too
     why_not: str = ""  # why the refit is not published
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the preset, those that were changed
+    training: Mapping[str, Any] = field(default_factory=dict)  # all settings, with their values
+    # what each stage took, in the build that ran it
+    stages_s: Mapping[str, float] = field(default_factory=dict, metadata={"in_key": False})
 
 
 def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> None:
@@ -76,8 +79,9 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         final = "verified_compress" if "verified_compress" in inputs else "verified_export"
         kept = {"data": inputs["verified_data"], "verified": inputs[final]}
         manifest["stages"] = {name: os.path.relpath(path, repository) for name, path in kept.items()}
-    if options.settings:
-        manifest["settings"] = dict(options.settings)
+    for entry in ("settings", "training", "stages_s"):
+        if told := getattr(options, entry):
+            manifest[entry] = dict(told)
     if options.why_not:
         manifest["why_no_refit"] = options.why_not
     if options.watermark.log:

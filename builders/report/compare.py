@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from builders.report.html import document, escaped, number, table_of
+from builders.report.html import document
+from builders.report.markup import escaped, number, table_of
 from builders.report.thumbnails import Thumbnails, thumbnails
 from builders.verify.newcomers import GROUPS
 from ensemble.arrays import Array

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ from builders.compress.recipe import Gate
 from builders.compress.results import CompressionReport
 from builders.learning import learning_lines
 from builders.report import figures
+from builders.report.made import beside_simple_ways, groups, how_built, sources
+from builders.report.markup import escaped, number, table_of
 from builders.search.page import search_note, search_table
 from builders.verify.data_facts import data_notes, data_table
 from builders.verify.first_clicks import FIRST_CLICKS, first_click_table
@@ -104,6 +105,8 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_worth(report, found),
         *_ranking(report, found),
         *_tasks(report, found),
+        *beside_simple_ways(report),
+        *groups(report),
         *_shown(report),
         *_first_clicks(report),
         *_search(report),
@@ -111,6 +114,7 @@ def page(manifest: Mapping[str, Any], found: Figures) -> str:
         *_learning(report, found),
         *_data(report),
         *_trained(manifest),
+        *how_built(manifest),
     ]
     parts += ["<h2>Compression</h2>"]
     if report.get("compress"):
@@ -237,9 +241,12 @@ def _data(report: Mapping[str, Any]) -> list[str]:
 
 
 def _recall(report: Mapping[str, Any]) -> list[str]:
-    settings = dict(report.get("recall", {}))
+    settings = {name: of for name, of in report.get("recall", {}).items() if "sources" not in name}
     tried = settings.pop("tried", [])
+    quotas = settings.pop("quotas", {})
+    settings |= {f"quota of {source}": places for source, places in quotas.items()}
     parts = [
+        *sources(report),
         "<h2>Recall</h2>",
         table_of(["setting", "chosen"], [[name, number(value)] for name, value in settings.items()]),
     ]
@@ -363,15 +370,6 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2%}"
 
 
-def table_of(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """Writes a table; cells are text, not HTML. `classes`: one for each row."""
-    lines = ["<tr>" + "".join(f"<th>{escaped(cell)}</th>" for cell in head) + "</tr>"]
-    for place, row in enumerate(rows):
-        of = f' class="{classes[place]}"' if classes and classes[place] != "ok" else ""
-        lines.append(f"<tr{of}>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
 def _image(found: Figures, name: str) -> list[str]:
     if name not in found:
         return []
@@ -379,21 +377,3 @@ def _image(found: Figures, name: str) -> list[str]:
         f'<img alt="{escaped(name.replace("_", " "))}" '
         f'src="data:image/png;base64,{base64.b64encode(found[name]).decode()}">'
     ]
-
-
-def number(value: Any, digits: int = 4) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, list | tuple):
-        return ", ".join(number(part) for part in value)
-    return (
-        f"{value:.{digits}f}".rstrip("0").rstrip(".")
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
-
-
-def escaped(value: str) -> str:
-    return html.escape(str(value))

@@ -4,6 +4,7 @@ they promise."""
 from __future__ import annotations
 
 import copy
+import html
 import io
 import json
 import re
@@ -125,6 +126,30 @@ def test_a_release_without_compression_says_so_and_shows_its_ranking(manifest):
     assert all(f"<h2>{part}</h2>" in text for part in ("What the lists show", "What it was made of"))
     assert "A list of 10 that this release shows is worth " in opening
     assert f"<td>{manifest['report']['worth']['ways']['best']['worth']:.4f}</td>" in text
+
+
+def test_a_page_says_all_that_the_release_knows_of_itself(manifest):
+    """What is below simple ways, each figure's interval, each source, each group of users, and how it was
+    built."""
+    manifest |= {"stages_s": {"data": 1.25, "ranker": 10.0}, "settings": {"encoders.epochs": 3}}
+    manifest["training"] = {"encoders.epochs": 3, "ranker.bf16": True}
+    report = manifest["report"]
+    text = page(manifest, {})
+    assert all(html.escape(f"{line}.") in text for line in report["shortfalls"])
+    worth = report["newcomers"]["users"]["1 to 5"]["worth"]
+    assert f"<td>{worth:.4f}</td>" in text[text.index("events of the user") :]
+    way = report["baselines"]["ranking"]["ndcg@10"]["ways"]["chain"]
+    assert f"{way['value']:.4f} [{way['low']:.4f}, {way['high']:.4f}]" in text
+    assert "<h2>What each source of recall adds</h2>" in text
+    assert "{'" not in html.unescape(text), "nothing is shown as Python writes it"
+    assert "The slowest stage was ranker: 10.0 of 11.2 s." in text
+    assert "<td>encoders.epochs</td><td>3</td><td>changed</td>" in text
+    assert "<td>ranker.bf16</td><td>True</td><td></td>" in text
+
+
+def test_a_build_keeps_its_settings_and_what_its_stages_took(manifest):
+    assert {"data", "encoders", "ranker", "verify"} <= set(manifest["stages_s"])
+    assert manifest["training"]["encoders.epochs"] > 0
 
 
 def test_a_release_keeps_what_each_epoch_had_and_marks_the_kept_one(manifest):
