@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def tail(
         return EventWriter(url, name, only=names, repository=repository, home=catalogue)
 
     events = Tail()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a daemon's end is no failure: it counts, too
     with contextlib.suppress(KeyboardInterrupt):
         if follow and file != "-":
             _follow(events, connected, Path(file), offset or Path(f"{file}.offset"))

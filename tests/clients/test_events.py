@@ -396,8 +396,9 @@ def test_times_of_any_unit_are_one_clock(server, release, open_readers, writer):
 
 
 def test_ids_are_mended_as_those_of_files_are(server, release, open_readers, writer):
+    readers = open_readers(server)
     assert writer.record_event(" u00010", f"{item(1)} ", "click", 1_700_000_000).changed == 1
-    assert past(open_readers(server), release, "u00010")[-1:] == [1]
+    assert past(readers, release, "u00010")[-1:] == [1]
 
 
 def test_events_that_no_past_is_of_are_left_out_and_named(own_server, tmp_path):
@@ -456,9 +457,10 @@ def test_a_follower_outlives_its_server_and_a_rotation_and_goes_on_where_it_was(
         state = json.loads((tmp_path / "events.jsonl.offset").read_text())
         return state["offset"] if state["inode"] == file.stat().st_ino else -1
 
-    def ended(process: subprocess.Popen) -> tuple[dict, str]:
-        process.send_signal(signal.SIGINT)
+    def ended(process: subprocess.Popen, by: signal.Signals = signal.SIGINT) -> tuple[dict, str]:
+        process.send_signal(by)
         out, said = process.communicate(timeout=30)
+        assert process.returncode == 0
         return json.loads(out), said
 
     log(1, 2)
@@ -483,5 +485,5 @@ def test_a_follower_outlives_its_server_and_a_rotation_and_goes_on_where_it_was(
     log(7)
     with follow() as process:
         wait_until(lambda: dealt_with() == file.stat().st_size, 30)
-        counts, _ = ended(process)
+        counts, _ = ended(process, signal.SIGTERM)
     assert counts["lines"] == 2, "one of the file that was renamed meanwhile, one of the new"
