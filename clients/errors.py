@@ -15,6 +15,7 @@ Triton's texts carry prefixes of its own, shared-memory keys, paths and tracebac
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from ensemble.errors import InvalidArgument, PeregrineError
 
@@ -68,6 +69,8 @@ _PREFIX = re.compile(
 _SECRETS = re.compile(r"'[^']*(?:shm|/)[^']*'|/[\w./+-]{2,}|\b(?:\w*shm_\w+|0x[0-9a-fA-F]+)\b")
 _BATCH = re.compile(r"batch-size must be <= (\d+)")
 _MAX_TEXT = 300
+# Triton (2.51) says it to all requests of a batch; ours are well formed
+_MATES_FAULT = "incomplete string data"
 # What gRPC says where the two ends do not agree on TLS, and what that means
 _HANDSHAKES = {
     "http1.x server": "it wants TLS: name its authority (`tls`, in the command line --ca)",
@@ -77,10 +80,95 @@ _HANDSHAKES = {
     "Failed to create security handshaker": "key and certificate do not belong together (--key, "
     "--certificate)",
 }
-# Triton (2.51) says it to all requests of a batch; ours are well formed
-_MATES_FAULT = "incomplete string data"
-# gRPC says it of a call whose answer had begun: nginx cannot ask another replica then, the caller can
-_BROKEN_OFF = ("RST_STREAM", "Stream removed")
+
+
+class _Kind(NamedTuple):
+    """Holds one thing that can go wrong: what it is known by, and how we say it."""
+
+    status: str  # gRPC's name of the code; empty: any
+    text: str  # what Triton's text, or gRPC's, has: a regular expression
+    error: type[CallError]
+    says: str  # of {server}, {theirs}, their text without secrets, and {status}
+    retryable: bool = False
+
+
+_OVERLOADED = "{server} is overloaded: {theirs}"
+_LATE = "budget_ms: {server} gave up within the request's own timeout"
+_NO_SEARCH = (
+    "{server} has no search: its release encodes no texts or pictures, or it is draining; "
+    "give a feature of its items an `encoder` in shop.toml and build again"
+)
+_NOT_LET_IN = (
+    "{server} does not let this client in: {theirs}; give it another certificate (`tls`, in the command line "
+    "--certificate and --key)"
+)
+_KINDS = (  # the first that fits is taken
+    _Kind(
+        "INVALID_ARGUMENT",
+        _MATES_FAULT,
+        Unavailable,
+        "{server} met this request together with another caller's, whose ids were cut short; send it again",
+        True,
+    ),
+    _Kind("RESOURCE_EXHAUSTED", "", Overloaded, _OVERLOADED),
+    _Kind("", "Exceeds maximum queue size|memory pool size", Overloaded, _OVERLOADED),
+    _Kind("DEADLINE_EXCEEDED", "", BudgetExceeded, _LATE),
+    _Kind("", "Request timeout expired", BudgetExceeded, _LATE),
+    _Kind(
+        "",
+        "This protocol is restricted",
+        Unavailable,
+        "{server} keeps this call to its operator; pass the header that `peregrine serve` wrote into "
+        "server.json in its state folder",
+    ),
+    # another server may not be draining
+    _Kind("", "(?s)'search'.*has no available versions", Unavailable, _NO_SEARCH, True),
+    _Kind("NOT_FOUND", "'search'", Unavailable, _NO_SEARCH),
+    _Kind("UNAUTHENTICATED", "", Unavailable, _NOT_LET_IN),
+    _Kind("PERMISSION_DENIED", "", Unavailable, _NOT_LET_IN),
+    _Kind("UNIMPLEMENTED", "", Unavailable, "{server} does not offer this call: {theirs}"),
+    *(
+        _Kind("UNAVAILABLE", re.escape(theirs), Unavailable, f"{{server}}: {ours}")
+        for theirs, ours in _HANDSHAKES.items()
+    ),
+    _Kind(
+        "UNAVAILABLE",
+        "",
+        Unavailable,
+        "{server} is not available: {theirs}; is `peregrine serve` running?",
+        True,
+    ),
+    # a call whose answer had begun: nginx cannot ask another replica then, the caller can
+    _Kind(
+        "",
+        "RST_STREAM|Stream removed",
+        Unavailable,
+        "{server} broke the answer off ({status}), as when it is killed; ask again",
+        True,
+    ),
+    _Kind(
+        "",
+        "(?s)Stub process.*is not healthy",
+        Unavailable,
+        "{server}: a step's process died; restart the server if this goes on",
+        True,
+    ),
+    # at SIGTERM `peregrine serve` takes the alias away first
+    _Kind(
+        "",
+        "has no available versions",
+        Unavailable,
+        "{server} is draining or has no active release; ask another one",
+        True,
+    ),
+    _Kind(
+        "NOT_FOUND",
+        "",
+        Unavailable,
+        "{server}: {theirs}; activate a release with `peregrine release activate`",
+    ),
+    _Kind("", "", ServerFault, "{server} failed ({status}): {theirs}; its log has the details"),
+)
 
 
 def stripped(text: str) -> str:
@@ -106,72 +194,11 @@ def error_from_status(status: str, text: str, target: str, retry_after_s: float 
 
 def _error(status: str, text: str, target: str) -> PeregrineError:
     """Chooses the exception and says it in our words."""
-    if status == "INVALID_ARGUMENT":
-        if _MATES_FAULT in text:
-            return Unavailable(
-                f"server {target} met this request together with another caller's, whose ids were cut short; "
-                "send it again",
-                status,
-                retryable=True,
-            )
+    if status == "INVALID_ARGUMENT" and _MATES_FAULT not in text:
         return _invalid_argument(text)
-    if status == "RESOURCE_EXHAUSTED" or "Exceeds maximum queue size" in text or "memory pool size" in text:
-        return Overloaded(f"server {target} is overloaded: {scrubbed(text)}", status)
-    if status == "DEADLINE_EXCEEDED" or "Request timeout expired" in text:
-        return BudgetExceeded(f"budget_ms: server {target} gave up within the request's own timeout", status)
-    if "This protocol is restricted" in text:
-        return Unavailable(
-            f"server {target} keeps this call to its operator; pass the header that `peregrine serve` wrote "
-            "into server.json in its state folder",
-            status,
-        )
-    if "'search'" in text and ("has no available versions" in text or status == "NOT_FOUND"):
-        return Unavailable(
-            f"server {target} has no search: its release encodes no texts or pictures, or it is draining; "
-            "give a feature of its items an `encoder` in shop.toml and build again",
-            status,
-            retryable="has no available versions" in text,  # another server may not be draining
-        )
-    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return Unavailable(
-            f"server {target} does not let this client in: {scrubbed(text)}; give it another certificate "
-            "(`tls`, in the command line --certificate and --key)",
-            status,
-        )
-    if status == "UNIMPLEMENTED":
-        return Unavailable(f"server {target} does not offer this call: {scrubbed(text)}", status)
-    reason = next((ours for theirs, ours in _HANDSHAKES.items() if theirs in text), "")
-    if status == "UNAVAILABLE" and reason:
-        return Unavailable(f"server {target}: {reason}", status)
-    if status == "UNAVAILABLE":
-        return Unavailable(
-            f"server {target} is not available: {scrubbed(text)}; is `peregrine serve` running?",
-            status,
-            retryable=True,
-        )
-    if any(words in text for words in _BROKEN_OFF):
-        return Unavailable(
-            f"server {target} broke the answer off ({status}), as when it is killed; ask again",
-            status,
-            retryable=True,
-        )
-    if "Stub process" in text and "is not healthy" in text:
-        return Unavailable(
-            f"server {target}: a step's process died; restart the server if this goes on",
-            status,
-            retryable=True,
-        )
-    if "has no available versions" in text:  # at SIGTERM `peregrine serve` takes the alias away first
-        return Unavailable(
-            f"server {target} is draining or has no active release; ask another one", status, retryable=True
-        )
-    if status == "NOT_FOUND":
-        return Unavailable(
-            f"server {target}: {scrubbed(text)}; activate a release with `peregrine release activate`", status
-        )
-    return ServerFault(
-        f"server {target} failed ({status}): {scrubbed(text)}; its log has the details", status
-    )
+    kind = next(kind for kind in _KINDS if kind.status in ("", status) and re.search(kind.text, text))
+    said = kind.says.format(server=f"server {target}", theirs=scrubbed(text), status=status)
+    return kind.error(said, status, kind.retryable)
 
 
 def _invalid_argument(text: str) -> InvalidArgument:
