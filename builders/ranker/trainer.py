@@ -39,39 +39,15 @@ class RankerTrainer:
         progress: Progress,
         watch: Watch = unwatched,
     ):
-        self.watch = watch
-        s, self.dataset, self.model, self.config, self.rng, self.progress = (
-            dataset.schema.sizes,
-            dataset,
-            model,
-            config,
-            rng,
-            progress,
-        )
+        self.dataset, self.model, self.config = dataset, model, config
+        self.rng, self.progress, self.watch = rng, progress, watch
         self.head = ItemFeatures(dataset.schema, config.model)
-        # rates as they are when training has ended; none without labels
-        impressions = dataset.train_impressions
-        self.rates = None if impressions is None else rates_of(dataset, impressions, config.rate_age)
-        self.static_rates = torch.zeros(dataset.num_items + 1, s.item_rates)
-        if self.rates is not None:
-            self.static_rates = torch.from_numpy(self.rates.items)
-            self.head.code_rates.copy_(torch.from_numpy(self.rates.codes))
-        self.item_rows = nn.Embedding(dataset.num_items + 1, self.head.width, sparse=True)
-        self.user_rows = nn.Embedding(dataset.num_users + 1, s.user_features, sparse=True)
-        for table in (self.item_rows, self.user_rows):
-            nn.init.normal_(table.weight, std=config.row_scale)
-            table.weight.data[0] = 0
-        # rows that a training step has read; the others say nothing, and are served as row 0
-        self.read_items = torch.zeros(dataset.num_items + 1, dtype=torch.bool)
-        self.read_users = torch.zeros(dataset.num_users + 1, dtype=torch.bool)
+        self._count_rates()
+        self._begin_rows()
         self.embeddings = torch.from_numpy(np.ascontiguousarray(item_embeddings, dtype=np.float32))
-        self.item_codes, self.item_values = (
-            torch.from_numpy(dataset.item_codes),
-            torch.from_numpy(dataset.item_values),
-        )
-        self.user_codes, self.user_values = (
-            torch.from_numpy(dataset.user_codes),
-            torch.from_numpy(dataset.user_values),
+        self.item_codes, self.item_values, self.user_codes, self.user_values = (
+            torch.from_numpy(of)
+            for of in (dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values)
         )
         self.positions = PositionBias(len(dataset.schema.tasks))
         self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows, self.positions])
@@ -81,14 +57,30 @@ class RankerTrainer:
             max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0
         )
         self.head.direct.requires_grad_(not trusted)  # it stays 0 where the embeddings say what codes would
-        dense = [
-            weight
-            for part in (self.model, self.head, self.positions)
-            for weight in part.parameters()
-            if weight.requires_grad
-        ]
-        self.dense = dense
+        dense = (weight for part in (self.model, self.head, self.positions) for weight in part.parameters())
+        self.dense = [weight for weight in dense if weight.requires_grad]
         self.restart(config)
+
+    def _count_rates(self) -> None:
+        """Counts the rates as they are when training has ended; there are none without labels."""
+        dataset, impressions = self.dataset, self.dataset.train_impressions
+        self.rates = None if impressions is None else rates_of(dataset, impressions, self.config.rate_age)
+        self.static_rates = torch.zeros(dataset.num_items + 1, dataset.schema.sizes.item_rates)
+        if self.rates is not None:
+            self.static_rates = torch.from_numpy(self.rates.items)
+            self.head.code_rates.copy_(torch.from_numpy(self.rates.codes))
+
+    def _begin_rows(self) -> None:
+        """Draws the rows of single items and users. Those that no training step reads say nothing, and are
+        served as row 0."""
+        items, users = self.dataset.num_items + 1, self.dataset.num_users + 1
+        self.item_rows = nn.Embedding(items, self.head.width, sparse=True)
+        self.user_rows = nn.Embedding(users, self.dataset.schema.sizes.user_features, sparse=True)
+        for table in (self.item_rows, self.user_rows):
+            nn.init.normal_(table.weight, std=self.config.row_scale)
+            table.weight.data[0] = 0
+        self.read_items = torch.zeros(items, dtype=torch.bool)
+        self.read_users = torch.zeros(users, dtype=torch.bool)
 
     def restart(self, config: RankerTraining) -> None:
         """Begins a training under `config` from the weights that are there."""
