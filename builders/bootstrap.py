@@ -46,8 +46,7 @@ def ece(labels: Array, values: Array, group: Array, num_users: int) -> Statistic
 
     labels 0/1 [E], values [E] (probabilities), group [E] = their users.
     """
-    order = np.argsort(values, kind="stable")
-    edges = np.linspace(0, len(order), min(_BINS, len(order)) + 1).astype(np.int64)
+    order, edges = bins_of(values)
     bins = np.searchsorted(edges, np.arange(len(order)), "right") - 1
     count = len(edges) - 1
     gaps = np.bincount(
@@ -55,6 +54,13 @@ def ece(labels: Array, values: Array, group: Array, num_users: int) -> Statistic
     ).reshape(num_users, count)
     rows = user_rows(group, num_users)
     return lambda weights: np.abs(weights @ gaps).sum(1) / (weights @ rows)
+
+
+def bins_of(values: Array) -> tuple[Array, Array]:
+    """Gives the order [E] of values [E] from the least on, and where in it bins of equal mass begin and
+    end."""
+    order = np.argsort(values, kind="stable")
+    return order, np.linspace(0, len(order), min(_BINS, len(order)) + 1).astype(np.int64)
 
 
 def rmse(labels: Array, values: Array, group: Array, num_users: int) -> Statistic:

@@ -41,6 +41,21 @@ def ece(labels: Array, probabilities: Array) -> float:
     return _over_all(bootstrap.ece, labels, probabilities)
 
 
+def ece_by_chance(labels: Array, probabilities: Array) -> float:
+    """Gives the calibration error that these probabilities would have on so few rows if they were right: each
+    bin's gap is that of a sum of coins, which is normal (mean of its size: the root of 2 / pi deviations).
+
+    labels [E] 0/1/NaN, probabilities [E]; an error below it is no better than right.
+    """
+    labels, probabilities = _defined(labels, probabilities)
+    if not len(labels):
+        return float("nan")
+    order, edges = bootstrap.bins_of(probabilities)
+    spread = (probabilities * (1 - probabilities))[order]
+    deviations = np.sqrt(np.add.reduceat(spread, edges[:-1]))
+    return float(np.sqrt(2 / np.pi) * deviations.sum() / len(order))
+
+
 def log_loss(labels: Array, probabilities: Array) -> float:
     """Gives the mean binary cross entropy in nats. labels [E] 0/1/NaN, probabilities [E]."""
     labels, probabilities = _defined(labels, probabilities)

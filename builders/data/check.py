@@ -12,7 +12,7 @@ import numpy as np
 
 from builders.content.sources import sources_of
 from builders.data.columns import columns_said, joins
-from builders.data.dataset import Dataset, Impressions
+from builders.data.dataset import Dataset, Impressions, Targets
 from builders.data.splits import MANY_AGAIN, share_again
 from builders.data.stage import dataset_from_tables
 from builders.shop.columns.categories import lists_from_column
@@ -127,8 +127,8 @@ def _histories(report: Report, dataset: Dataset) -> None:
         "users without history": int((lengths == 0).sum()),
         "median length": float(np.median(some)) if len(some) else 0.0,
         "longest": int(lengths.max(initial=0)),
-        "validation users": len(dataset.validation.user_rows),
-        "test users": len(dataset.test.user_rows),
+        "validation users": _num_users(dataset.validation),
+        "test users": _num_users(dataset.test),
     }
     _repeats(report, dataset)
     report.sections["catalogue"] = {
@@ -137,11 +137,14 @@ def _histories(report: Report, dataset: Dataset) -> None:
         "items without title": int((dataset.item_titles[1:] == b"").sum()),
     }
     for name, targets in (("validation", dataset.validation), ("test", dataset.test)):
-        if len(targets.user_rows) < 2:
+        if (held_out := _num_users(targets)) < 2:
             report.warnings.append(
-                f"the {name} split has {len(targets.user_rows)} users; quality cannot be measured (see "
-                "split in shop.toml)"
+                f"the {name} split has {held_out} users; quality cannot be measured (see split in shop.toml)"
             )
+
+
+def _num_users(targets: Targets) -> int:
+    return len(np.unique(targets.user_rows))
 
 
 def _repeats(report: Report, dataset: Dataset) -> None:

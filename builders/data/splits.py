@@ -13,6 +13,7 @@ from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
 from ensemble.release.route import user_hashes
 
+_FEW, _MANY = 8, 20_000  # held-out targets of a user that validate, and of all users
 MANY_AGAIN = 1 / 3  # share of events with an item had before, from which whoever builds is told
 
 
@@ -118,7 +119,9 @@ def _by_user(histories: Histories, earliest: int, split: Split, user_ids: Array)
 
 
 def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> Splits:
-    """Takes as target a user's first event in the period whose item is new, if any item is known before."""
+    """Takes as targets a user's events in the period whose item is new, if any item is known before: to test
+    the first, as a user is one user; to validate the first few, as what is chosen by few rows is chosen by
+    chance."""
     users = users_of(histories)
     num_users = len(histories.offsets) - 1
     begins, times_of = histories.offsets[:-1], histories.times
@@ -129,13 +132,36 @@ def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> S
     new = are_new(histories)
     fit = new & (np.arange(len(new)) > histories.offsets[users])
 
-    def first_targets(begin: Array, end: Array) -> Targets:
-        rows = np.flatnonzero(fit & (times_of >= begin[users]) & (times_of < end[users]))
-        who, first = np.unique(users[rows], return_index=True)
-        return Targets(who, rows[first], histories.item_rows[rows[first]])
+    def targets_in(begin: Array, end: Array) -> Array:
+        return np.flatnonzero(fit & (times_of >= begin[users]) & (times_of < end[users]))
 
-    never = np.full(num_users, NEVER)
-    return Splits(train_ends, known_ends, first_targets(*cuts), first_targets(cuts[1], never), cuts)
+    def targets_at(rows: Array) -> Targets:
+        return Targets(users[rows], rows, histories.item_rows[rows])
+
+    validation, test = targets_in(*cuts), targets_in(cuts[1], np.full(num_users, NEVER))
+    return Splits(
+        train_ends,
+        known_ends,
+        targets_at(validation[first_few_of_users(users[validation])]),
+        targets_at(test[first_of_users(users[test], 1)]),
+        cuts,
+    )
+
+
+def first_few_of_users(users: Array) -> Array:
+    """Gives the places [R] int64 of the first few entries of each user among `users` [n]: up to eight, fewer
+    where a shop would have more than 20,000 in all."""
+    counts = np.unique(users, return_counts=True)[1]
+    fits = [most for most in range(1, _FEW + 1) if np.minimum(counts, most).sum() <= _MANY]
+    return first_of_users(users, max(fits, default=1))
+
+
+def first_of_users(users: Array, most: int) -> Array:
+    """Gives the places [R] int64 of the first `most` entries of each user among `users` [n], in order."""
+    order = np.argsort(users, kind="stable")
+    _, starts, counts = np.unique(users[order], return_index=True, return_counts=True)
+    place = np.arange(len(users)) - np.repeat(starts, counts)
+    return np.sort(order[place < most])
 
 
 def history_ends(histories: Histories, users: Array, times: Array) -> Array:

@@ -229,6 +229,7 @@ class Verifier:
                 report[task.name] |= {
                     "auc": metrics.auc(labels, values[:, t]),
                     "ece": metrics.ece(labels, values[:, t]),
+                    "ece_by_chance": metrics.ece_by_chance(labels, values[:, t]),
                     "rate": float(labels[given].mean()),
                 }
                 if placed is not None:

@@ -52,8 +52,8 @@ class _Lists:
     scores: Array  # [Q, N, S]
     column: Array  # [Q] int64, -1: not among the candidates
 
-    def take(self, chosen: slice) -> _Lists:
-        """Picks some of the users."""
+    def take(self, chosen: Array) -> _Lists:
+        """Picks some of the lists."""
         return _Lists(*(getattr(self, f.name)[chosen] for f in dataclasses.fields(self)))
 
     def gains(self, weights: tuple[float, ...]) -> Array:
@@ -100,7 +100,7 @@ class Fitting:
         from exposures knows such candidates.
         """
         dataset, ends = self.dataset, self.dataset.train_ends
-        users = dataset.validation.user_rows[self.chosen]
+        users = np.unique(dataset.validation.user_rows[self.chosen])
         users = users[ends[users] > dataset.histories.offsets[users]]
         weighs = "transitions" in self.names and settings.source_weights[self.names.index("transitions")]
         is_shown = dataset.train_impressions is not None
@@ -120,7 +120,8 @@ class Fitting:
 
     def _with(self, name: str, before: RecallSettings, lists: _Lists) -> tuple[RecallSettings, _Lists]:
         """Tries one more source; gives what is better, settings and lists."""
-        if len(self.chosen) < _FEWEST:
+        users, owner = np.unique(lists.users, return_inverse=True)
+        if len(users) < _FEWEST:
             self.tried.append({"source": name, "kept": False, "why": "too few held-out users to tell"})
             return before, lists
         on = dataclasses.replace(before, off=tuple(other for other in before.off if other != name))
@@ -128,14 +129,14 @@ class Fitting:
         depths = (_LAST_ITEMS, seen) if name == "content" else (before.content_items,)
         ways = [dataclasses.replace(on, content_items=items) for items in depths]
         found = [self._lists(way) for way in ways]
-        half, other = slice(0, None, 2), slice(1, None, 2)
+        half, other = (np.flatnonzero(owner % 2 == of) for of in (0, 1))
         weights = [one.take(half).best(self.names, on.off) for one in found]
         place = int(np.argmax([o.take(half).gains(w).mean() for o, w in zip(found, weights, strict=True)]))
         judged, plain = found[place].take(other), lists.take(other)
         base = lists.take(half).best(self.names, before.off)
         gain = _gains(plain, base, judged, weights[place])
         kept = any(of["low"] > 0 for of in gain.values()) and all(of["high"] >= 0 for of in gain.values())
-        self.tried.append({"source": name, "kept": kept, "users": len(judged.users), "gain": gain})
+        self.tried.append({"source": name, "kept": kept, "users": len(users) // 2, "gain": gain})
         return (ways[place], found[place]) if kept else (before, lists)
 
     def left_out(self, settings: RecallSettings) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ class Fitting:
             without = self._lists(dataclasses.replace(settings, off=(*settings.off, name)), most)
             adds = _gains(without, weights, every, settings.source_weights)
             facts = {"quota": settings.quotas.get(name), "weight": settings.source_weights[place]}
-            rows.append({"source": name, **facts, "users": len(every.users), "adds": adds})
+            rows.append({"source": name, **facts, "users": len(np.unique(every.users)), "adds": adds})
         return rows
 
     def _lists(self, settings: RecallSettings, most: slice = slice(None)) -> _Lists:

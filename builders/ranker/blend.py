@@ -23,6 +23,7 @@ import torch
 
 from builders import metrics
 from builders.data.dataset import Dataset, Targets
+from builders.data.splits import first_few_of_users
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, states_of
@@ -172,15 +173,14 @@ def _values(trainer: RankerTrainer, logits: Array) -> Array:
 
 
 def _conversions(dataset: Dataset) -> Targets:
-    """Gives each user's first held-out exposure that led to the event of the last binary task."""
+    """Gives each user's first few held-out exposures that led to the event of the last binary task."""
     shown = dataset.validation_impressions
     assert shown is not None
     binary = binary_tasks(dataset)
     came = shown.labels[:, binary[-1]] == 1 if binary else np.zeros(len(shown.times), bool)
     rows = np.flatnonzero(came)  # in time order
-    users, first = np.unique(shown.user_rows[rows], return_index=True)
-    rows = rows[first]
-    return Targets(users, shown.history_ends[rows], shown.item_rows[rows])
+    rows = rows[first_few_of_users(shown.user_rows[rows])]
+    return Targets(shown.user_rows[rows], shown.history_ends[rows], shown.item_rows[rows])
 
 
 def _exposed(trainer: RankerTrainer, scores: ScoreFunction) -> tuple[Array, Array, Array, Array] | None:

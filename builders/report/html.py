@@ -17,7 +17,15 @@ from builders.report.markup import escaped, number, table_of
 from builders.search.page import search_note, search_table
 from builders.verify.data_facts import data_notes, data_table
 from builders.verify.first_clicks import FIRST_CLICKS, first_click_table
-from builders.verify.markdown import NEXT_ITEMS, WAYS, WORTH_WAYS, headline, worth_note, worth_table
+from builders.verify.markdown import (
+    NEXT_ITEMS,
+    WAYS,
+    WORTH_WAYS,
+    calibration_note,
+    headline,
+    worth_note,
+    worth_table,
+)
 from builders.verify.shown import variety_note, variety_table
 
 Figures = dict[str, bytes]  # name without suffix -> PNG
@@ -214,6 +222,7 @@ def _tasks(report: Mapping[str, Any], found: Figures) -> list[str]:
     parts = [
         "<h2>Tasks on held-out impressions</h2>",
         table_of(["task", *columns], [[t, *(number(of.get(c)) for c in columns)] for t, of in tasks.items()]),
+        f"<p>{escaped(calibration_note(tasks))}</p>",
     ]
     if "calibration" in found:
         text = (

@@ -37,6 +37,12 @@ NEXT_ITEMS = (
 )
 
 
+_CALIBRATION = (
+    "ece is how far probabilities are from how often things come true; ece_by_chance how far right ones "
+    "would be on so few rows: not more than that is no fault."
+)
+
+
 _HOW = {
     "propensities": "by what became of the items that it would have shown too, weighted by one over the "
     "chance with which each was shown",
@@ -229,7 +235,19 @@ def _tasks(tasks: Mapping[str, Mapping[str, float]] | None) -> list[str]:
         ]
     names = sorted({name for of in tasks.values() for name in of})  # a line each: 80 columns hold that
     rows = [[name, *(_number(of.get(name)) for of in tasks.values())] for name in names]
-    return ["", "## Tasks on held-out impressions", "", *_table(["", *tasks], rows)]
+    return [
+        "",
+        "## Tasks on held-out impressions",
+        "",
+        *_table(["", *tasks], rows),
+        "",
+        calibration_note(tasks),
+    ]
+
+
+def calibration_note(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """Explains the tasks' calibration errors, where there are any."""
+    return _CALIBRATION if any("ece_by_chance" in of for of in tasks.values()) else ""
 
 
 def _shown(shown: Mapping[str, Any] | None) -> list[str]:

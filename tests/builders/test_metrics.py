@@ -36,6 +36,15 @@ def test_rmse_and_log_loss_leave_undefined_rows_out():
     assert np.isnan(metrics.rmse(np.array([np.nan]), np.zeros(1)))
 
 
+@pytest.mark.parametrize(("rows", "spread"), [(100, 0.3), (1246, 0.2), (20_000, 0.05)])
+def test_what_right_probabilities_miss_on_few_rows_is_told(rng, rows, spread):
+    foretold = np.clip(rng.normal(0.4, spread, rows), 0.01, 0.99)
+    drawn = [metrics.ece((rng.random(rows) < foretold).astype(float), foretold) for _ in range(200)]
+    told = metrics.ece_by_chance(np.zeros(rows), foretold)
+    assert told == pytest.approx(np.mean(drawn), rel=0.1)
+    assert metrics.ece_by_chance(np.r_[np.zeros(rows), np.nan], np.r_[foretold, 0.5]) == told
+
+
 def test_ece_is_small_for_true_probabilities_and_their_bias_otherwise():
     rng = np.random.default_rng(0)
     probabilities = rng.beta(1, 20, 200_000)

@@ -34,6 +34,7 @@ from builders.compress.judge.measure import (
 from builders.compress.judge.timing import time_pair
 from builders.compress.session import open_onnx
 from builders.data.dataset import Dataset, Targets
+from builders.data.splits import first_of_users
 from builders.export.verifier import BATCH, EVERY_USER_BELOW, Verifier, had_before
 from builders.index.staged import StagedRelease
 from ensemble import contract
@@ -185,7 +186,8 @@ class Evaluation:
 
     def _sample(self, count: int) -> Targets:
         targets = self.dataset.validation
-        judging = np.flatnonzero(~np.isin(targets.user_rows, self._own_users))
+        firsts = first_of_users(targets.user_rows, 1)  # a user judges once
+        judging = firsts[~np.isin(targets.user_rows[firsts], self._own_users)]
         if not len(judging):
             raise InvalidInput("no held-out users to judge by: the shop's split leaves no validation targets")
         chosen = judging[np.sort(np.random.default_rng(self.seed).permutation(len(judging))[:count])]

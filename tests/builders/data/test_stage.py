@@ -10,7 +10,7 @@ import pytest
 from builders.data.check import check_shop
 from builders.data.dataset import Dataset, Histories
 from builders.data.refit import refit_dataset
-from builders.data.splits import history_ends, share_again
+from builders.data.splits import first_few_of_users, first_of_users, history_ends, share_again
 from builders.data.stage import load_dataset
 from builders.verify.data_facts import data_facts
 from ensemble.errors import InvalidInput
@@ -204,6 +204,15 @@ def test_splits_and_history_ends_agree_with_plain_loops(tmp_path: Path, split: s
                 assert histories.item_rows[end] == item
                 assert histories.offsets[user] < end
                 assert item not in histories.item_rows[histories.offsets[user] : end]
+        assert len(np.unique(dataset.test.user_rows)) == len(dataset.test.user_rows), "a user is one user"
+        expected = [
+            at
+            for user in range(1, 13)
+            for at in range(histories.offsets[user] + 1, histories.offsets[user + 1])
+            if late <= histories.times[at] < later
+            and histories.item_rows[at] not in histories.item_rows[histories.offsets[user] : at]
+        ]
+        assert dataset.validation.history_ends.tolist() == expected
         train, test = parts[0], parts[2]
         assert train is not None
         assert test is not None
@@ -475,6 +484,15 @@ def test_what_is_taken_again_is_said(tmp_path: Path, often: bool) -> None:
     told = "50% of events are of", "exclude_seen = false"
     assert any(all(part in line for part in told) for line in report.warnings) == often
     assert any(all(part in line for part in told) for line in data_facts(dataset)["lacks"]) == often
+
+
+def test_a_user_validates_by_a_few_items_and_by_fewer_where_users_are_many():
+    users = np.array([3, 1, 3, 3, 2] + [1] * 20)
+    assert first_of_users(users, 2).tolist() == [0, 1, 2, 4, 5]
+    assert np.bincount(users[first_few_of_users(users)]).tolist() == [0, 8, 1, 3]
+    assert len(first_few_of_users(np.repeat(np.arange(6000), 5))) == 18_000
+    assert len(first_few_of_users(np.repeat(np.arange(30_000), 2))) == 30_000
+    assert first_few_of_users(np.zeros(0, np.int64)).tolist() == []
 
 
 def test_what_is_held_out_tells_nothing_of_how_often_items_are_taken_again():
