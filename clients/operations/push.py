@@ -20,6 +20,7 @@ from ensemble.release.route import Route, Share, read_route
 
 CHUNK_BYTES = 1 << 20  # of the log: what has not changed is not sent again
 THREADS = 8
+Blobs = dict[str, tuple[Path, int]]  # by digest: the file that has it, and its bytes
 
 
 @dataclass(frozen=True)
@@ -60,41 +61,39 @@ def push(repository: Path, store: Store, names: Sequence[str] = (), home: Path |
 
 
 def _push_release(repository: Path, store: Store, name: str) -> tuple[int, int]:
-    """Pushes a release; gives how many blobs of how many bytes were sent."""
+    """Pushes a release, or what the store has lost of it; gives how many blobs of how many bytes it sent."""
     release = open_release(repository, name)
     manifest = (repository / name / MANIFEST).read_bytes()
     there = store.read_json(f"releases/{name}.json")
-    if there is not None:
-        if there.get("id") != release.id:
-            raise InvalidInput(
-                f"release {name} of {store.url} is another one (id {there.get('id')}; this has {release.id})",
-                "a name is given once: build it under a name of its own",
-            )
-        return 0, 0
-    release.verify()
+    if there is not None and there.get("id") != release.id:
+        raise InvalidInput(
+            f"release {name} of {store.url} is another one (id {there.get('id')}; this has {release.id})",
+            "a name is given once: build it under a name of its own",
+        )
     files = {
         str(entry["sha256"]): (repository / path, int(entry["bytes"]))
         for path, entry in release.manifest["files"].items()
     }
-    done = _send(store, files)
-    store.write(f"releases/{name}.json", manifest)
-    return done
+    lacking = _lacking(store, files)
+    if lacking:
+        release.verify()
+        _send(store, lacking)
+    if there is None:
+        store.write(f"releases/{name}.json", manifest)
+    return len(lacking), sum(size for _, size in lacking.values())
 
 
-def _send(store: Store, files: dict[str, tuple[Path, int]]) -> tuple[int, int]:
-    """Sends the blobs that the store has not, several at once."""
-
-    def send(digest: str) -> int:
-        """Sends one; gives its bytes, -1 where it was there."""
-        path, size = files[digest]
-        if store.has_blob(digest, size):
-            return -1
-        store.put_blob(digest, path)
-        return size
-
+def _lacking(store: Store, files: Blobs) -> Blobs:
+    """Gives the blobs that the store has not, or of another size, asking for several at once."""
     with ThreadPoolExecutor(THREADS) as pool:
-        sizes = [size for size in pool.map(send, files) if size >= 0]
-    return len(sizes), sum(sizes)
+        there = pool.map(lambda digest: store.has_blob(digest, files[digest][1]), files)
+        return {digest: files[digest] for digest, is_there in zip(files, there, strict=True) if not is_there}
+
+
+def _send(store: Store, files: Blobs) -> None:
+    """Sends blobs, several at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda digest: store.put_blob(digest, files[digest][0]), files))
 
 
 def _push_log(home: Path, store: Store) -> tuple[int, int, int]:
@@ -120,7 +119,9 @@ def _push_log(home: Path, store: Store) -> tuple[int, int, int]:
     _refuse_other_log(store, there, reader)
     if there == facts:
         return reader.sequence, 0, 0
-    blobs, sent = _send(store, {name: (path, path.stat().st_size) for name, path in pictures.items()})
+    lacking = _lacking(store, {name: (path, path.stat().st_size) for name, path in pictures.items()})
+    _send(store, lacking)
+    blobs, sent = len(lacking), sum(size for _, size in lacking.values())
     for digest, piece in chunks:
         if not store.has_blob(digest, len(piece)):
             store.put_blob(digest, piece)

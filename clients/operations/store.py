@@ -117,7 +117,7 @@ class Store:
             part.unlink()
         raise StoreError(
             f"{self.url}: blob {digest} is not what its name says",
-            "push the release again, or look at the disk",
+            f"delete blobs/{digest[:2]}/{digest} there, and push the release again",
         )
 
     def _fetch(self, digest: str, file: Any) -> str:

@@ -145,6 +145,25 @@ def test_a_changed_blob_never_becomes_a_release(url, repository, tmp_path):
     assert release_names(tmp_path / "node") == []
 
 
+def test_what_a_store_has_lost_or_damaged_is_pushed_again_as_the_error_says(repository, tmp_path):
+    store = Store(str(tmp_path / "store"))
+    push(repository, store)
+    digest = open_release(repository, "r1").manifest["files"]["r1/schema.json"]["sha256"]
+    blob = tmp_path / "store" / "blobs" / digest[:2] / digest
+    good = blob.read_bytes()
+    blob.write_bytes(b"x" * len(good))
+    with pytest.raises(StoreError, match=f"delete blobs/{digest[:2]}/{digest} there, and push the release"):
+        pull(tmp_path / "node", store)
+    blob.unlink()
+    with pytest.raises(StoreError, match="push the release again"):
+        pull(tmp_path / "node", store)
+    assert push(repository, store, ["r1"]).blobs == 1
+    assert push(repository, store, ["r1"]).blobs == 0
+    assert blob.read_bytes() == good
+    pull(tmp_path / "node", store)
+    open_release(tmp_path / "node", "r1").verify()
+
+
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(repository, tmp_path):
     from ensemble.release.manifest import sealed
 
