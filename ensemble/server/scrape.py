@@ -17,21 +17,27 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 # Summed over all processes; the labels that are kept
 _LISTS, _FLAGS = "peregrine_lists", "peregrine_lists_degraded"
 _CLOSED, _FAILURES = "peregrine_tier_breaker_closed", "peregrine_tier_failures"
+_TRACKING = "peregrine_tier_tracking"  # 0 also where Redis was never reached: nothing opens a breaker then
 
 Counts = dict[tuple[str, str], float]
 
 
 def counts_from(text: str) -> Counts:
-    """Reads Prometheus' text: {(name, flag or cause): sum over processes}; of breakers, how many are open."""
+    """Reads Prometheus' text: {(name, flag or cause): sum over processes}; of breakers, how many are open
+    or have nobody behind them."""
     counts = collections.defaultdict[tuple[str, str], float](float)
+    reached: dict[tuple[str, str], bool] = {}  # by process
     for line in text.splitlines():
         if not (match := _LINE.match(line)):
             continue
         labels = dict(_LABEL.findall(match[2] or ""))
         if match[1] in (_LISTS, _FLAGS, _FAILURES):
             counts[match[1], labels.get("flag") or labels.get("cause", "")] += float(match[3])
-        elif match[1] == _CLOSED:
-            counts[match[1], "open"] += float(match[3]) == 0
+        elif match[1] in (_CLOSED, _TRACKING):
+            process = labels.get("model", ""), labels.get("instance", "")
+            reached[process] = reached.get(process, True) and float(match[3]) != 0
+    if reached:
+        counts[_CLOSED, "open"] = float(len(reached) - sum(reached.values()))
     return dict(counts)
 
 

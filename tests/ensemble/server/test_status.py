@@ -141,6 +141,18 @@ def test_a_server_is_shown_whole_and_then_ill(repository):
     assert status("-r", str(repository), "--ready").exit_code == 3
 
 
+def test_a_redis_that_was_never_reached_does_not_answer():
+    """Its breaker is closed: nobody has asked it."""
+    text = 'peregrine_tier_{0}{{instance="{1}",model="a",tier="redis"}} {2}\n'
+    lines = [("breaker_closed", 0, 1), ("tracking", 0, 0), ("breaker_closed", 1, 1), ("tracking", 1, 1)]
+    minute = LastMinute(None)
+    for now in (0, 5):
+        minute.note(now, counts_from("".join(text.format(*line) for line in lines)))
+    report = minute.report()
+    assert report is not None
+    assert report["open_breakers"] == 1.0
+
+
 def test_the_last_minute_is_what_was_counted_since():
     minute = LastMinute(None)
     assert minute.report() is None
