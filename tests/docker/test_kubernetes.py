@@ -50,7 +50,9 @@ def test_the_base_is_valid_by_kubernetes_own_schemas(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", [FOLDER / "base", FOLDER / "monitoring", *OVERLAYS], ids=lambda path: path.name
+    "folder",
+    [FOLDER / "base", FOLDER / "monitoring", FOLDER / "redis", *OVERLAYS],
+    ids=lambda path: path.name,
 )
 def test_a_kustomization_names_files_that_are_there(folder: Path) -> None:
     (kustomization,) = documents(folder / "kustomization.yaml")
@@ -119,6 +121,31 @@ def test_probes_ask_for_an_answer_and_the_grace_is_longer_than_the_drain() -> No
     assert paths == ["/readyz", "/readyz", "/livez"]
     pause_s = int(serve["lifecycle"]["preStop"]["exec"]["command"][1])
     assert base["terminationGracePeriodSeconds"] > pause_s + EXIT_TIMEOUT_S + max(DRAINED_EXIT_S, 10)
+
+
+def test_redis_is_a_secrets_file_that_serve_reads() -> None:
+    """The patch, put onto the base as kustomize does it, is valid, and names what `serve` takes."""
+    import typer
+
+    validate = pytest.importorskip("kubernetes_validate")
+    (whole,) = documents(FOLDER / "base" / "deployment.yaml")
+    (patch,) = documents(FOLDER / "redis" / "serve.yaml")
+    pod, added = whole["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
+    (serve,) = [one for one in pod["containers"] if one["name"] == "serve"]
+    (more,) = added["containers"]
+    serve["env"] = [*serve.get("env", ()), *more["env"]]
+    serve["volumeMounts"] += more["volumeMounts"]
+    pod["volumes"] += added["volumes"]
+    validate.validate(whole, "1.30", strict=True)
+    app = typer.main.get_command(peregrine._app(peregrine.COMMANDS["serve"]))
+    (variable,) = more["env"]
+    assert variable["name"] in {parameter.envvar for parameter in app.params}
+    folder, _, key = variable["value"].removeprefix("@").rpartition("/")
+    assert [mount["mountPath"] for mount in more["volumeMounts"]] == [folder]
+    secret = added["volumes"][0]["secret"]["secretName"]
+    command = (FOLDER / "redis" / "kustomization.yaml").read_text()
+    assert f"create secret generic {secret} " in command
+    assert f"--from-literal={key}=" in command
 
 
 def test_pods_are_added_when_requests_wait_and_when_the_cpu_is_busy() -> None:
