@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,7 +63,7 @@ def call_from_options(
     unknown = next((name for name in options if name not in OPTION_NAMES), None)
     if unknown is not None:
         raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
-    if budget_ms is not None and not budget_ms > 0:
+    if budget_ms is not None and not (isinstance(budget_ms, Real) and budget_ms > 0):
         raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
     if request_id is not None and not (isinstance(request_id, str) and REQUEST_ID.fullmatch(request_id)):
         raise InvalidArgument(

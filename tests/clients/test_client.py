@@ -181,6 +181,7 @@ def test_a_text_is_no_list_of_events_or_changes() -> None:
             "ranges, weights, caps, diversity, time, context, like",
         ),
         ("u", {"budget_ms": 0}, "budget_ms: must be above 0, got 0"),
+        ("u", {"budget_ms": "9"}, "budget_ms: must be above 0, got '9'"),
     ],
 )
 def test_bad_options_are_refused_before_they_are_sent(user: object, options: dict, message: str) -> None:
