@@ -9,7 +9,9 @@ not: the whole title, two words of it, one of them mistyped, the title without w
 share and weight of what pictures show (0: they are not asked): NDCG@10 of the product itself by kind of
 query, how often a hidden product's full title finds it among the first ten, how often any other's full title
 finds it first, and milliseconds of CPU a query that asking pictures takes. Words weigh 90%, meaning the rest.
-DIR keeps the encoders and their vectors.
+The reverse, too: photos of products without a picture, as a build asks them (builders/search/told.py).
+--encoders FOLDER takes FOLDER/text and FOLDER/image, as `peregrine encoders tune` writes them. DIR keeps the
+encoders and their vectors.
 
 Axes: Q queries, I products.
 """
@@ -34,25 +36,31 @@ from builders.content.sources import EFFICIENTNET, MINILM
 from builders.metrics import ndcg
 from builders.search.queries import FULL
 from builders.search.shared_space import fitted_heads, is_judged
+from builders.search.shown import hides
+from builders.search.told import Photos, choose, places_of
 from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 from ensemble.content.shared_space import Head
 from ensemble.errors import PeregrineError
 from ensemble.index.looks import query_rows
 from ensemble.steps.search import beside
+from ensemble.steps.search_settings import SearchSettings
 
 _HIDDEN, _COMPONENTS, _TOP = (0.02, 0.1, 0.5), 128, 10
 _WORDS_SHARE = 0.9
+_PHOTOS = 400  # of products, hidden and others each
 
 
-def figures(source: Path, out: Path, num_items: int, weights: list[float]) -> dict[str, Any]:
+def figures(
+    source: Path, out: Path, num_items: int, weights: list[float], encoders: tuple[str, str]
+) -> dict[str, Any]:
     """Measures all shares and weights: {share hidden: {weight: figures}}, and milliseconds."""
     rows, rng = products_of(source), np.random.default_rng(0)
     titles, types = [row["title"] for row in rows], [row["article_type"] for row in rows]
     ids = np.array([row["product_id"] for row in rows], "S")
-    pictures = vectors_of("image", EFFICIENTNET, pictures_of(source, rows), out)
+    pictures = vectors_of("image", encoders[1], pictures_of(source, rows), out)
     with tempfile.TemporaryDirectory() as folder:
-        catalogue = Catalogue(titles, encoder_of("text", MINILM, out / "encoded"), Path(folder))
+        catalogue = Catalogue(titles, encoder_of("text", encoders[0], out / "encoded"), Path(folder))
         looks = query_rows(fitted_projection(pictures[pictures.any(axis=1)], _COMPONENTS), pictures)
         text_head, head = _heads(catalogue.vectors, looks, ~is_judged(ids))
         there = is_judged(ids) & looks.any(axis=1)
@@ -64,6 +72,7 @@ def figures(source: Path, out: Path, num_items: int, weights: list[float]) -> di
     ms = (time.process_time() - started) / len(texts) * 1e3
     x = _WORDS_SHARE * words + (1 - _WORDS_SHARE) * text
     told: dict[str, Any] = {"queries": len(texts), "ms of CPU a query more": round(ms, 2)}
+    told["photos"] = photo_figures(ids, looks, places, text_head.unit(catalogue.vectors), there)
     for share in _HIDDEN:
         hidden = hidden_products(ids, share)
         told[f"{share:.0%} without a title"] = {
@@ -71,6 +80,26 @@ def figures(source: Path, out: Path, num_items: int, weights: list[float]) -> di
             for weight in weights
         }
     return told
+
+
+def photo_figures(ids: Array, looks: Array, seen: Array, told: Array, there: Array) -> dict[str, Any]:
+    """Chooses and judges what titles count for photos as a build does: of pictures' rows [I, P], and of
+    pictures and titles in the space they share, [I, D] each; `there` [I] bool have both, and taught
+    nothing."""
+    rows = np.array([hides(one) for one in ids.tolist()]) & is_judged(ids)
+    found = []
+    for gone in (True, False):
+        asked = np.flatnonzero(there & told.any(axis=1) & (rows == gone))[:_PHOTOS]
+        found.append([_photo(looks, seen, told, rows, int(at)) for at in asked])
+    return choose(Photos(np.array([one[0] for one in found[0]]), np.array([one[1] for one in found[1]])))[1]
+
+
+def _photo(looks: Array, seen: Array, told: Array, hidden: Array, at: int) -> tuple[list[int], list[float]]:
+    """Asks a product's own picture: see builders/search/told.py, whose rows begin at 1."""
+    image = np.concatenate([[0], looks @ looks[at]])
+    gone = np.concatenate([[False], hidden | ~looks.any(axis=1)])
+    cosines = np.where(gone, np.concatenate([[0], told @ seen[at]]), 0)
+    return places_of(image, np.where(gone, 0, image), cosines, at + 1, SearchSettings())
 
 
 def hidden_products(ids: Array, share: float) -> Array:
@@ -114,10 +143,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--weights", default="0,1,2,3")
+    parser.add_argument("--encoders", type=Path)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     weights = [float(weight) for weight in asked.weights.split(",")]
-    print(json.dumps(figures(asked.data, asked.out, asked.items, weights), indent=1))
+    folder = asked.encoders and asked.encoders.resolve()
+    encoders = (f"{folder}/text", f"{folder}/image") if folder else (MINILM, EFFICIENTNET)
+    print(json.dumps(figures(asked.data, asked.out, asked.items, weights, encoders), indent=1))
 
 
 if __name__ == "__main__":

@@ -73,8 +73,13 @@ def judged_rows(dataset: Dataset) -> Array:
 
 def hidden_rows(dataset: Dataset) -> Array:
     """Says which rows [I + 1] are asked as if nothing told of them: every other of the judged ones."""
-    other = [zlib.crc32(b"hidden" + one) % 2 == 0 for one in dataset.item_ids.tolist()]
+    other = [hides(one) for one in dataset.item_ids.tolist()]
     return judged_rows(dataset) & np.concatenate([[False], np.array(other, bool)])
+
+
+def hides(item_id: bytes) -> bool:
+    """Says whether an item is hidden, where it is judged."""
+    return zlib.crc32(b"hidden" + item_id) % 2 == 0
 
 
 def fit_shown(

@@ -25,7 +25,7 @@ from builders.search.shown import WEIGHTS, hidden_rows, judged_rows
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.contract import IMAGE, TEXT
-from ensemble.steps.search import Query, SearchRecall
+from ensemble.steps.search import Query, Scores, SearchRecall
 from ensemble.steps.search_settings import SearchSettings
 
 _MOST = 240  # items whose pictures are asked
@@ -111,14 +111,22 @@ def _found(
     vectors[feature] = recall.looks[feature].own[row]
     query = Query(Counter(), vectors, has_text=False, has_image=True)
     scores = recall.scores(query, view)
-    assert scores.image is not None
-    whole = _first(scores.image)
-    image = np.where(hidden, 0, scores.image)
     cosines = recall.cosines(query, view, IMAGE, TEXT)
-    told = None if cosines is None else np.where(image == 0, cosines, 0)
-    scores = replace(scores, image=image, told=told)
+    assert scores.image is not None
+    assert cosines is not None
+    image = np.where(hidden, 0, scores.image)
+    return places_of(scores.image, image, np.where(image == 0, cosines, 0), row, settings)
+
+
+def places_of(
+    whole: Array, image: Array, told: Array, row: int, settings: SearchSettings
+) -> tuple[list[int], list[float]]:
+    """Gives a row's place under each weight, and the share of the first ten of `whole` [R] that stays, where
+    pictures say `image` [R] and texts of items without one `told` [R]."""
+    scores = Scores(image, None, image, has_text=False, told=told)
     ways = [scores.x_image(replace(settings, told_weight=weight)) for weight in WEIGHTS]
-    return [place_of(x, row) for x in ways], [len(whole & _first(x)) / len(whole) for x in ways]
+    first = _first(whole)
+    return [place_of(x, row) for x in ways], [len(first & _first(x)) / len(first) for x in ways]
 
 
 def _first(x: Array) -> set[int]:

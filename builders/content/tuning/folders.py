@@ -22,7 +22,7 @@ def write_towers(towers: Sequence[Tower], folder: Path) -> None:
     """Writes a folder each, `text` and `image`, whose heads name the space that they share."""
     digest = hashlib.sha256()
     for tower in towers:
-        for of in tower.head.state_dict().values():
+        for of in tower.head.folded().values():
             digest.update(of.numpy().tobytes())
     for tower in towers:
         write_tower(tower, folder / NAMES[tower.is_text], digest.hexdigest())
@@ -44,8 +44,7 @@ def write_tower(tower: Tower, folder: Path, space: str = "") -> None:
         save_file(weights, folder / "model.safetensors")
     else:
         tower.module.inner.save_pretrained(folder)
-    head = {name: of.contiguous() for name, of in tower.head.state_dict().items()}
-    save_file(head, folder / HEAD, metadata={"space": space})
+    save_file(tower.head.folded(), folder / HEAD, metadata={"space": space})
     for path in folder.glob("*.safetensors"):  # which are written for their owner alone
         path.chmod(0o644)
     for name in READ:

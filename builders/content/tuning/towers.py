@@ -36,6 +36,29 @@ _AT_ONCE = 64
 _SIDE_STEP, _LEAST_SIDE = 32, 96
 
 
+class Head(nn.Module):
+    """Maps an encoder's vectors [B, V] into the space [B, D], standardized first: pooled vectors have a large
+    mean, beside which a plain linear map learns badly."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, own: int, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(own, width)
+        self.register_buffer("mean", torch.zeros(own))
+        self.register_buffer("spread", torch.ones(own))
+
+    def forward(self, own: Tensor) -> Tensor:
+        """Gives places in the space, of any length."""
+        return self.map((own - self.mean) / self.spread)
+
+    def folded(self) -> dict[str, Tensor]:
+        """Gives weight [D, V] and bias [D] of the plain map that does the same."""
+        weight, bias = self.map.weight.detach() / self.spread, self.map.bias.detach()
+        return {"weight": weight.contiguous(), "bias": bias - weight @ self.mean}
+
+
 class Tower:
     """Holds one encoder with its head, and makes tensors of what it reads."""
 
@@ -49,7 +72,7 @@ class Tower:
             self.module.to(memory_format=torch.channels_last)
         self.side = side or opened.side
         self.opened = replace(opened, side=self.side)
-        self.head = nn.Linear(opened.width, width)
+        self.head = Head(opened.width, width)
         self.tokenizer = _open_tokenizer(source, self.opened) if source.model == TEXT else None
 
     @property
@@ -99,7 +122,7 @@ class Tower:
         for start in range(0, count, _AT_ONCE):
             inputs = read(range(start, min(start + _AT_ONCE, count)))
             good = [at for at, one in enumerate(inputs) if self.is_text or _is_picture(one, self.side)]
-            width = self.head.out_features if placed else self.opened.width
+            width = self.head.map.out_features if placed else self.opened.width
             part = np.zeros((len(inputs), width), np.float32)
             if good:
                 with torch.inference_mode():

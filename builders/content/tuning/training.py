@@ -35,8 +35,8 @@ from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 
 _BATCH = 128
-_RATES = {True: 1e-4, False: 5e-4}  # of the top group, of texts and of pictures
-_HEAD_RATE, _DECAY, _SHARPEST = 1e-3, 0.05, 100.0
+_RATES = {True: 2e-5, False: 6e-5}  # of the top group, of texts and of pictures
+_HEAD_RATE, _DECAY, _SHARPEST = 1e-4, 0.05, 100.0
 _BELOW = 2.6  # a group's rate is so much less than that of the one above it
 _UNFROZEN_BY = 0.4  # of the training: then all layers learn
 _WARM = 0.1  # of the training: rates rise
@@ -104,17 +104,16 @@ class Training:
         if len(frozen) == 1:
             means, spreads = means * 2, spreads * 2
         scaled = [(of - m) / s for of, m, s in zip(pairs, means, spreads, strict=True)]
-        maps = [nn.Linear(tower.opened.width, tower.head.out_features) for tower in self.towers]
+        maps = [tower.head.map for tower in self.towers]
         both = maps * 2 if len(maps) == 1 else maps
         heads = Heads([nn.Sequential(nn.Dropout(_DROPOUT), one) for one in both])
         pair = scaled[0], scaled[1]
         train_heads(heads, pair, self.seed, rate=_FROZEN_RATE, decay=_FROZEN_DECAY, progress=progress)
         with torch.no_grad():
             self.log_scale.copy_(heads.log_scale)
-            for tower, one, mean, spread in zip(self.towers, maps, means, spreads, strict=False):
-                weight = one.weight / torch.from_numpy(spread)
-                tower.head.weight.copy_(weight)
-                tower.head.bias.copy_(one.bias - weight @ torch.from_numpy(mean))
+            for tower, mean, spread in zip(self.towers, means, spreads, strict=False):
+                tower.head.mean.copy_(torch.from_numpy(mean))
+                tower.head.spread.copy_(torch.from_numpy(spread))
 
     # --- all of it
 
@@ -130,8 +129,10 @@ class Training:
         told.planned = self._planned(limits, told.seconds_a_step, judging)
         self._say_plan(told, limits)
         best, every = self._state(), max(1, told.planned // _JUDGED_TIMES)
+        before = limits.spent()
         for step in range(1, told.planned + 1):
-            share = max((step - 1) / told.planned, limits.spent() if not limits.steps else 0.0)
+            in_time = 0.0 if limits.steps else (limits.spent() - before) / max(1e-9, 1 - before)
+            share = max((step - 1) / told.planned, in_time)
             if share >= 1:
                 break
             _set_rates(optimizer, rates, groups, share)
@@ -262,7 +263,7 @@ class Training:
     def _optimizer(self) -> tuple[torch.optim.Optimizer, list[float], list[tuple[int, list[nn.Parameter]]]]:
         """Gives the optimizer, its rates at their peak, and the groups of layers with their depth from the
         top, in the order of its parameter groups behind the heads'."""
-        heads = [p for tower in self.towers for p in tower.head.parameters()]
+        heads = [p for tower in self.towers for p in tower.head.map.parameters()]
         parts: list[dict[str, Any]] = [{"params": [*heads, self.log_scale]}]
         rates, groups = [_HEAD_RATE], list[tuple[int, list[nn.Parameter]]]()
         for tower in self.towers:

@@ -252,7 +252,7 @@ def test_efficientnet_lite0_is_a_folder_too(tmp_path):
         wanted = torch.nn.functional.normalize(tower.head(tower.module(pixels)), dim=-1)
         torch.testing.assert_close(opened.module(pixels), wanted, atol=1e-4, rtol=1e-4)
     again = Tower(source_of("image", tmp_path / "lite"), 8)
-    assert again.head.in_features == 1280, "tuned once more, it gets another head"
+    assert again.head.map.in_features == 1280, "tuned once more, it gets another head"
 
 
 def _no_pictures(shop: Path) -> None:
