@@ -26,9 +26,10 @@ def best_told(shop: Path, release: Release) -> tuple[str, Path]:
 
 
 def asks_pictures(own: Path, members: dict[str, Path]) -> None:
-    """Makes a release ask pictures where no text tells of an item, whatever its build has chosen."""
+    """Makes a release ask pictures where no text tells of an item, and texts where it has no picture,
+    whatever its build has chosen."""
     settings = json.loads((own / SEARCH_FILE).read_text())
-    (own / SEARCH_FILE).write_text(json.dumps({**settings, "shown_weight": 2.0}))
+    (own / SEARCH_FILE).write_text(json.dumps({**settings, "shown_weight": 2.0, "told_weight": 2.0}))
 
 
 def knows_no_space(own: Path, members: dict[str, Path]) -> None:

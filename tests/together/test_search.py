@@ -147,7 +147,9 @@ def test_a_live_item_is_found_by_a_served_search_at_once(served, repository):
 
 
 @pytest.mark.triton
-def test_an_item_without_a_title_is_found_where_a_release_asks_pictures(served, repository, pictured_shop):
+def test_an_item_without_a_title_or_a_picture_is_found_where_a_release_asks_the_other(
+    served, repository, pictured_shop
+):
     title, picture = best_told(pictured_shop, open_served(repository, "r4"))
     with Client(served.url) as client, ItemClient(repository) as items:
         items.add({"item_id": "untold", "image": picture})
@@ -161,3 +163,10 @@ def test_an_item_without_a_title_is_found_where_a_release_asks_pictures(served, 
             finders = {item.item_id: item.finders for item in found.items}
             assert finders.get("untold") == {"r4": ("shown",), "r5": None}[name]
         items.delete("untold")
+        items.add({"item_id": "unseen", "title": title})
+        for name in ("r4", "r5"):
+            releases.activate(repository, name)
+            found = client.search("u1", image=picture, top_k=20)
+            finders = {item.item_id: item.finders for item in found.items}
+            assert finders.get("unseen") == {"r4": ("told",), "r5": None}[name]
+        items.delete("unseen")
