@@ -6,7 +6,8 @@ that it was clicked with, view by view. Half of a batch are drawn items, the oth
 item clicked with it, or one of its group, which is hard to tell from it. Equal inputs are no negatives.
 
 Heads are trained first, over frozen vectors; then layers are unfrozen one group after the other, the top one
-first, each at a rate 2.6 times below that of the one above (ULMFiT, Howard & Ruder, ACL 2018). The state with
+first, each at a rate 2.6 times below that of the one above (ULMFiT, Howard & Ruder, ACL 2018); where the time
+allows few rounds of all, the lower ones stay frozen. The state with
 the least loss of the held-out items stays; it may be the start.
 
 Axes: n items, B batch, D components of the space, V those of an encoder.
@@ -35,7 +36,7 @@ from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 
 _BATCH = 128
-_RATES = {True: 2e-5, False: 6e-5}  # of the top group, of texts and of pictures
+_RATES = {True: 3e-5, False: 1e-4}  # of the top group, of texts and of pictures
 _HEAD_RATE, _DECAY, _SHARPEST = 1e-4, 0.05, 100.0
 _BELOW = 2.6  # a group's rate is so much less than that of the one above it
 _UNFROZEN_BY = 0.4  # of the training: then all layers learn
@@ -43,7 +44,7 @@ _WARM = 0.1  # of the training: rates rise
 _TOGETHER = 0.3  # weight of the items that are clicked together
 _MOST_ROUNDS = 30
 _JUDGED_TIMES = 5
-_MEASURED = 3  # steps that the estimate of the time rests on
+_FEW_ROUNDS = 8  # fewer of all layers gain less than more of the upper ones, which take half the time
 _DROPOUT = 0.3  # of heads over frozen vectors, and their rate and decay
 _FROZEN_RATE, _FROZEN_DECAY = 2e-3, 0.01
 
@@ -69,6 +70,7 @@ class Told:
     rounds: float = 0.0  # how often each item was seen
     steps: int = 0
     planned: int = 0
+    groups: int = 0  # of layers that learn, from the top
     seconds: float = 0.0
     seconds_a_step: float = 0.0
     best_at: int = 0  # the step whose state stays; 0: the start
@@ -125,8 +127,7 @@ class Training:
         told.losses.append((0, self.held_out_loss()))
         judging = limits.clock() - started
         batches = self._batches()
-        told.seconds_a_step = self._measured(batches, groups, limits.clock)
-        told.planned = self._planned(limits, told.seconds_a_step, judging)
+        self._plan(told, limits, judging, batches, groups)
         self._say_plan(told, limits)
         best, every = self._state(), max(1, told.planned // _JUDGED_TIMES)
         before = limits.spent()
@@ -135,7 +136,7 @@ class Training:
             share = max((step - 1) / told.planned, in_time)
             if share >= 1:
                 break
-            _set_rates(optimizer, rates, groups, share)
+            _set_rates(optimizer, rates, groups, share, told.groups)
             optimizer.zero_grad(set_to_none=True)
             loss = self._loss(next(batches))
             loss.backward()
@@ -273,23 +274,43 @@ class Training:
                 groups.append((depth, group))
         return torch.optim.AdamW(parts, lr=0.0, weight_decay=_DECAY), rates, groups
 
+    def _plan(
+        self,
+        told: Told,
+        limits: Limits,
+        judging: float,
+        batches: Iterator[Any],
+        groups: list[tuple[int, list[nn.Parameter]]],
+    ) -> None:
+        """Chooses how deep to train: as deep as the time allows _FEW_ROUNDS of, else the top group alone."""
+        deepest = 1 + max(depth for depth, _ in groups)
+        self._measured(batches, groups, 1, limits.clock)  # the first step of all is slower
+        for told.groups in sorted({deepest, max(1, deepest // 2), 1}, reverse=True):
+            told.seconds_a_step = self._measured(batches, groups, told.groups, limits.clock)
+            told.planned = self._planned(limits, told.seconds_a_step, judging)
+            if limits.steps or told.planned * _BATCH >= _FEW_ROUNDS * len(self.learns):
+                return
+
     def _measured(
-        self, batches: Iterator[Any], groups: list[tuple[int, list[nn.Parameter]]], clock: Callable[[], float]
+        self,
+        batches: Iterator[Any],
+        groups: list[tuple[int, list[nn.Parameter]]],
+        learning: int,
+        clock: Callable[[], float],
     ) -> float:
-        """Gives seconds a step in which all layers learn; changes nothing."""
+        """Gives the seconds of a step in which the upper `learning` groups of layers learn; changes
+        nothing."""
         state, rng = torch.random.get_rng_state(), copy.deepcopy(self.rng)
-        for _, group in groups:
-            _unfreeze(group, True)
-        times = []
-        for _ in range(_MEASURED):
-            begun = clock()
-            self._loss(next(batches)).backward()
-            times.append(clock() - begun)
+        for depth, group in groups:
+            _unfreeze(group, depth < learning)
+        begun = clock()
+        self._loss(next(batches)).backward()
+        seconds = clock() - begun
         for _, group in groups:
             _unfreeze(group, False)
         torch.random.set_rng_state(state)
         self.rng.bit_generator.state = rng.bit_generator.state
-        return float(np.median(times))
+        return seconds
 
     def _planned(self, limits: Limits, seconds_a_step: float, judging: float) -> int:
         most = max(1, _MOST_ROUNDS * len(self.learns) // _BATCH)
@@ -303,7 +324,8 @@ class Training:
         rounds = told.planned * _BATCH / max(1, len(self.learns))
         self.say(
             f"a step of {_BATCH} items takes {told.seconds_a_step:.2f} s: about {told.planned:,} steps, "
-            f"{rounds:.1f} rounds of {len(self.learns):,} items, in {minutes:.0f} minutes; "
+            f"{rounds:.1f} rounds of {len(self.learns):,} items, in {minutes:.0f} minutes, of the upper "
+            f"{told.groups} groups of layers; "
             f"{len(self.judges):,} items judge, whose loss is {told.losses[0][1]:.4f} now"
         )
 
@@ -320,15 +342,15 @@ def _set_rates(
     rates: list[float],
     groups: list[tuple[int, list[nn.Parameter]]],
     share: float,
+    learning: int,
 ) -> None:
-    """Sets the rates at a share of the training: they rise, then fall as a cosine does; layers that are still
-    frozen get no gradient."""
+    """Sets the rates at a share of the training: they rise, then fall as a cosine does. Of the upper
+    `learning` groups of layers those that are still frozen get no gradient, nor do all below."""
     form = min(1.0, share / _WARM + 0.05) * (1 + np.cos(np.pi * share)) / 2
-    deepest = max((depth for depth, _ in groups), default=0)
     for part, rate in zip(optimizer.param_groups, rates, strict=True):
         part["lr"] = rate * form
     for depth, group in groups:
-        _unfreeze(group, share >= depth * _UNFROZEN_BY / max(1, deepest))
+        _unfreeze(group, depth < learning and share >= depth * _UNFROZEN_BY / max(1, learning - 1))
 
 
 def _unfreeze(group: list[nn.Parameter], learns: bool) -> None:

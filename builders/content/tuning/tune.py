@@ -157,6 +157,7 @@ def _report(training: Training, told: Told, figures: dict[str, Any]) -> dict[str
         "steps": told.steps,
         "best_step": told.best_at,
         "rounds": told.rounds,
+        "groups": told.groups,
         "seconds": told.seconds,
         "seconds_a_step": round(told.seconds_a_step, 3),
         "temperature": told.temperature,
