@@ -4,8 +4,9 @@ The ranker learns from what was shown, but orders what recall offers, most of wh
 that is likely once an item is seen says little of whether it would be wanted at all. So each power is asked
 three things on validation rows, which neither encoders nor ranker have learned from: where each user's next
 item comes in the list, where the next conversion comes (the last binary task), and how well the exposures of
-each user are told apart. What is likely worse than recall's own order for next items or conversions is left
-out; of the rest the one that keeps the largest share of what could be had, summed over the three, is taken.
+each user are told apart. What is likely worse than recall's own order for next items or conversions, by more
+than a little, is left out; of the rest the one that keeps the largest share of what could be had, summed over
+the three, is taken.
 
 Of a shop that logs what it showed, next items and conversions count by one over the chance that it showed
 them (propensities.py). Weighed so they still lean to what it shows: only what is surely worse is left out
@@ -36,6 +37,7 @@ from ensemble.steps.blend import Blend
 POWERS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 # share of resamples below recall's order that rules a power out, and where the shop chose what it showed
 _LIKELY, _SURELY = 2 / 3, 0.975
+_LITTLE = 0.01  # of recall's figure may be lost: of many lists, resamples would see the smallest loss
 _MOST_LISTS, _MOST_EXPOSURES = 3000, 30_000  # sampled; a thousand tell powers apart
 WHY_FEW = "too few held-out items were recalled to choose the power of recall's relevance by"
 _FEWEST = 30  # lists in which the true item was recalled, or users whose exposures differ: fewer tell nothing
@@ -110,13 +112,13 @@ def _tried(
     most: float,
 ) -> dict[str, Any]:
     """Gives an option's figures, and whether more than the share `most` of resamples sees it below recall's
-    order."""
+    order by more than a little."""
     figures: dict[str, float] = {}
     ruled_out = False
     for name, one in asked.items():
         gains, base = one.gains(blend), one.gains(recall)
         figures[f"NDCG@10 of {name}"] = float(gains.mean())
-        doubt = paired_difference(base, gains, one.lists.user_rows).p_worse
+        doubt = paired_difference((1 - _LITTLE) * base, gains, one.lists.user_rows).p_worse
         ruled_out |= blend is not recall and doubt > most
     if exposed is not None:
         users, values, offered, labels = exposed

@@ -610,21 +610,36 @@ def test_a_recall_that_knows_the_next_item_is_never_surely_worsened():
     assert not report["tried"][-1]["ruled_out"], "recall's own order can always be kept"
 
 
+def _ruled_out(second_by_tasks, second_by_recall, most: float) -> bool:
+    """Of lists of two, says where tasks alone and where recall put the true item second [L] bool: are tasks
+    ruled out?"""
+    count = len(second_by_tasks)
+    items, none = np.tile([1, 2], (count, 1)), np.zeros((count, 1, 1), np.float16)
+    labels = np.tile([1.0, 0.0], (count, 1)).astype(np.float32)[..., None]
+    values, first = (
+        np.stack([~second, second], axis=1).astype(np.float32)
+        for second in (second_by_tasks, second_by_recall)
+    )
+    scores = np.stack([first, first * 0, first * 0], axis=-1)
+    lists = Lists(np.arange(count), np.arange(count), items, scores, labels, none, none)
+    recall = Blend(False, 1.0, (1.0, 0.0, 0.0), 1.0, 0.0)
+    tasks = replace(recall, uses_tasks=True, power=0.0)
+    asked = {"next items": blending._Asked(lists, values, np.ones(count))}
+    return blending._tried(tasks, asked, None, recall, most)["ruled_out"]
+
+
 @pytest.mark.parametrize("shows_lists", [False, True])
 def test_what_is_likely_worse_is_left_out_unless_the_shop_chose_what_it_showed(shows_lists):
     """Tasks alone put the true item second in 24 of 40 lists and first in 16, where recall does the reverse:
     worse in 9 of 10 resamples, and not surely so."""
     worse = np.arange(40) < 24
-    items, none = np.tile([1, 2], (40, 1)), np.zeros((40, 1, 1), np.float16)
-    labels = np.tile([1.0, 0.0], (40, 1)).astype(np.float32)[..., None]
-    first = np.stack([worse, ~worse], axis=1).astype(np.float32)  # where recall puts the true item
-    scores = np.stack([first, first * 0, first * 0], axis=-1)
-    lists = Lists(np.arange(40), np.arange(40), items, scores, labels, none, none)
-    recall = Blend(False, 1.0, (1.0, 0.0, 0.0), 1.0, 0.0)
-    tasks = replace(recall, uses_tasks=True, power=0.0)
-    asked = {"next items": blending._Asked(lists, 1 - first, np.ones(40))}
-    most = blending._most_doubt(shows_lists)
-    assert blending._tried(tasks, asked, None, recall, most)["ruled_out"] is not shows_lists
+    assert _ruled_out(worse, ~worse, blending._most_doubt(shows_lists)) is not shows_lists
+
+
+@pytest.mark.parametrize(("lists", "is_out"), [(5, False), (100, True)])
+def test_what_is_surely_but_hardly_worse_stays(lists, is_out):
+    second = np.arange(1000) < lists
+    assert _ruled_out(second, np.zeros(1000, bool), blending._most_doubt(False)) is is_out
 
 
 def test_a_recall_that_knows_nothing_leaves_the_order_to_the_tasks():
