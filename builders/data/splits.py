@@ -14,6 +14,7 @@ from ensemble.errors import InvalidInput
 from ensemble.release.route import user_hashes
 
 _FEW, _MANY = 8, 20_000  # held-out targets of a user that validate, and of all users
+_LEFT = 20  # items of a shop for each of them
 MANY_AGAIN = 1 / 3  # share of events with an item had before, from which whoever builds is told
 
 
@@ -142,17 +143,18 @@ def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> S
     return Splits(
         train_ends,
         known_ends,
-        targets_at(validation[first_few_of_users(users[validation])]),
+        targets_at(validation[first_few_of_users(users[validation], len(np.unique(histories.item_rows)))]),
         targets_at(test[first_of_users(users[test], 1)]),
         cuts,
     )
 
 
-def first_few_of_users(users: Array) -> Array:
+def first_few_of_users(users: Array, num_items: int) -> Array:
     """Gives the places [R] int64 of the first few entries of each user among `users` [n]: up to eight, fewer
-    where a shop would have more than 20,000 in all."""
+    where a shop would have more than 20,000 in all, or has so few items that later ones are what is left."""
     counts = np.unique(users, return_counts=True)[1]
-    fits = [most for most in range(1, _FEW + 1) if np.minimum(counts, most).sum() <= _MANY]
+    few = range(1, min(_FEW, num_items // _LEFT) + 1)
+    fits = [most for most in few if np.minimum(counts, most).sum() <= _MANY]
     return first_of_users(users, max(fits, default=1))
 
 

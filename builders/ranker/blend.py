@@ -181,7 +181,7 @@ def _conversions(dataset: Dataset) -> Targets:
     binary = binary_tasks(dataset)
     came = shown.labels[:, binary[-1]] == 1 if binary else np.zeros(len(shown.times), bool)
     rows = np.flatnonzero(came)  # in time order
-    rows = rows[first_few_of_users(shown.user_rows[rows])]
+    rows = rows[first_few_of_users(shown.user_rows[rows], dataset.num_items)]
     return Targets(shown.user_rows[rows], shown.history_ends[rows], shown.item_rows[rows])
 
 

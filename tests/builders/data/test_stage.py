@@ -10,8 +10,15 @@ import pytest
 from builders.data.check import check_shop
 from builders.data.dataset import Dataset, Histories
 from builders.data.refit import refit_dataset
-from builders.data.splits import first_few_of_users, first_of_users, history_ends, share_again
+from builders.data.splits import (
+    first_few_of_users,
+    first_of_users,
+    history_ends,
+    share_again,
+    split_histories,
+)
 from builders.data.stage import load_dataset
+from builders.shop.shop_toml import Split
 from builders.verify.data_facts import data_facts
 from ensemble.errors import InvalidInput
 
@@ -212,7 +219,8 @@ def test_splits_and_history_ends_agree_with_plain_loops(tmp_path: Path, split: s
             if late <= histories.times[at] < later
             and histories.item_rows[at] not in histories.item_rows[histories.offsets[user] : at]
         ]
-        assert dataset.validation.history_ends.tolist() == expected
+        first = first_of_users(np.searchsorted(histories.offsets, expected, "right"), 1)
+        assert dataset.validation.history_ends.tolist() == np.array(expected)[first].tolist()
         train, test = parts[0], parts[2]
         assert train is not None
         assert test is not None
@@ -489,10 +497,14 @@ def test_what_is_taken_again_is_said(tmp_path: Path, often: bool) -> None:
 def test_a_user_validates_by_a_few_items_and_by_fewer_where_users_are_many():
     users = np.array([3, 1, 3, 3, 2] + [1] * 20)
     assert first_of_users(users, 2).tolist() == [0, 1, 2, 4, 5]
-    assert np.bincount(users[first_few_of_users(users)]).tolist() == [0, 8, 1, 3]
-    assert len(first_few_of_users(np.repeat(np.arange(6000), 5))) == 18_000
-    assert len(first_few_of_users(np.repeat(np.arange(30_000), 2))) == 30_000
-    assert first_few_of_users(np.zeros(0, np.int64)).tolist() == []
+    assert np.bincount(users[first_few_of_users(users, 1000)]).tolist() == [0, 8, 1, 3]
+    assert np.bincount(users[first_few_of_users(users, 59)]).tolist() == [0, 2, 1, 2]
+    assert np.bincount(users[first_few_of_users(users, 4)]).tolist() == [0, 1, 1, 1], (
+        "the rest is what is left"
+    )
+    assert len(first_few_of_users(np.repeat(np.arange(6000), 5), 1000)) == 18_000
+    assert len(first_few_of_users(np.repeat(np.arange(30_000), 2), 1000)) == 30_000
+    assert first_few_of_users(np.zeros(0, np.int64), 1000).tolist() == []
 
 
 def test_what_is_held_out_tells_nothing_of_how_often_items_are_taken_again():
@@ -500,3 +512,12 @@ def test_what_is_held_out_tells_nothing_of_how_often_items_are_taken_again():
     assert share_again(of_both) == 0.5
     assert share_again(of_both, np.array([0, 2])) == 0.0
     assert share_again(of_both, np.array([0, 0])) == 0.0
+
+
+def test_several_new_items_of_a_user_validate_and_one_tests():
+    items = np.arange(1, 101)  # one user takes item after item, the others nothing
+    histories = Histories(np.array([0, 0, 100]), items, np.arange(100), np.ones(100, np.uint8))
+    splits = split_histories(Split(kind="time"), histories, histories.times, np.array(["u"]))
+    assert splits.validation.item_rows.tolist() == [81, 82, 83, 84, 85]
+    assert splits.validation.history_ends.tolist() == [80, 81, 82, 83, 84]
+    assert splits.test.item_rows.tolist() == [91]
