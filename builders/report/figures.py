@@ -68,10 +68,22 @@ def worth(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> 
     return _bars(values, names, "worth of an item shown to a held-out user")
 
 
-def ranking(ways: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Figure:
-    """Draws NDCG@10 of each way of ranking, best on top."""
+def ranking(
+    ways: Mapping[str, Mapping[str, float]],
+    names: Mapping[str, str],
+    sure: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """Draws NDCG@10 of each way of ranking, best on top, with its interval where `sure` has one."""
     values = {way: of["ndcg@10"] for way, of in ways.items()}
-    return _bars(values, names, "NDCG@10, full ranking of held-out next items")
+    known = {way: of for way, of in (sure or {}).items() if way in values and of.get("low") is not None}
+    lines = "; lines: 95% intervals" if known else ""
+    figure = _bars(values, names, f"NDCG@10, full ranking of held-out next items{lines}")
+    [axes] = figure.axes
+    for place, way in enumerate(sorted(values, key=lambda way: values[way])):
+        if of := known.get(way):  # below the middle, where the value stands
+            axes.hlines(place - 0.22, of["low"], of["high"], color=GREY, linewidth=1.2)
+    axes.set_xlim(0, max([axes.get_xlim()[1], *(1.04 * of["high"] for of in known.values())]))
+    return figure
 
 
 def calibration(tasks: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:

@@ -60,7 +60,8 @@ def release_figures(report: Mapping[str, Any]) -> Figures:
         found["worth"] = figures.png(partial(figures.worth, worth, WORTH_WAYS))
     ways = report.get("ranking", {}).get("ways", {})
     if ways:
-        found["ranking"] = figures.png(partial(figures.ranking, ways, WAYS))
+        sure = report.get("baselines", {}).get("ranking", {}).get("ndcg@10", {}).get("ways")
+        found["ranking"] = figures.png(partial(figures.ranking, ways, WAYS, sure))
     learned = {name: report[name] for name in ("encoders", "ranker") if report.get(name, {}).get("curve")}
     if learned:
         found["learning"] = figures.png(partial(figures.learning, learned))

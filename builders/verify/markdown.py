@@ -150,10 +150,18 @@ def _estimates(worth: Mapping[str, Any]) -> str:
 
 
 def worth_table(worth: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Gives head and rows of the table of ways, the best first."""
+    """Gives head and rows of the table of ways, the best first, and what this release is worth more than
+    each, with its interval."""
     ways = sorted(worth["ways"].items(), key=lambda way: -way[1]["worth"])
-    rows = [[WORTH_WAYS.get(name, name), *(f"{value:.4f}" for value in of.values())] for name, of in ways]
-    return ["", *worth["ways"]["chain"]], rows
+    rows = [
+        [
+            WORTH_WAYS.get(name, name),
+            *(f"{value:.4f}" for value in of.values()),
+            _sure(worth["chain_minus"][name]) if name in worth["chain_minus"] else "",
+        ]
+        for name, of in ways
+    ]
+    return ["", *worth["ways"]["chain"], "this release minus it"], rows
 
 
 def _times(worth: Mapping[str, Any], way: str) -> str:

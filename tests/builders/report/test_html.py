@@ -140,6 +140,8 @@ def test_a_page_says_all_that_the_release_knows_of_itself(manifest):
     assert f"<td>{worth:.4f}</td>" in text[text.index("events of the user") :]
     way = report["baselines"]["ranking"]["ndcg@10"]["ways"]["chain"]
     assert f"{way['value']:.4f} [{way['low']:.4f}, {way['high']:.4f}]" in text
+    minus = report["worth"]["chain_minus"]["popularity"]
+    assert f"<td>{minus['mean']:+.4f} [{minus['low']:+.4f}, {minus['high']:+.4f}]</td>" in text
     assert "<h2>What each source of recall adds</h2>" in text
     assert "{'" not in html.unescape(text), "nothing is shown as Python writes it"
     assert "The slowest stage was ranker: 10.0 of 11.2 s." in text
