@@ -36,6 +36,7 @@ from builders.presets import preset
 from builders.shop.shop_toml import SHOP_FILE
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.json_text import json_text
 from ensemble.steps.content import Content
 from ensemble.steps.recall import Recall, fused
 from ensemble.steps.sources import Batch, Nearest
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_shop(source, folder, given.new_items)
         folders = build(given.out / "shop", given.out, given.preset, given.epochs, given.seed)
         told = json.loads((folders["index"] / SOURCES_FILE).read_text())
-        print(json.dumps({**told, "figures": measure(folders, source)}, indent=1))
+        print(json_text({**told, "figures": measure(folders, source)}, indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,6 @@ them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ensemble.content.projection import fitted_projection
 from ensemble.contract import IMAGE, TEXT
 from ensemble.errors import PeregrineError
 from ensemble.index.looks import unit_rows
+from ensemble.json_text import json_text
 
 
 def figures(source: Path, out: Path, model: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    print(json.dumps({model: figures(asked.data, asked.out, model) for model in (TEXT, IMAGE)}, indent=1))
+    print(json_text({model: figures(asked.data, asked.out, model) for model in (TEXT, IMAGE)}, indent=1))
 
 
 if __name__ == "__main__":

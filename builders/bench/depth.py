@@ -19,7 +19,6 @@ and `all` with users' rows and encoder. A coarse row adds up parts that were tim
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,7 @@ from builders.verify.values import PLACES, sampled
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.json_text import json_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
             asked.plot.write_bytes(plot_of(report))
     except PeregrineError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(report, indent=1) if asked.json else table_of(report))
+    print(json_text(report, indent=1) if asked.json else table_of(report))
 
 
 if __name__ == "__main__":

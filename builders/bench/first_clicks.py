@@ -17,7 +17,6 @@ items stand among the candidates, and its score among the sources'. Axes: Q targ
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from builders.verify.first_clicks import CLICKS, new_users, next_new
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.json_text import json_text
 from ensemble.steps.recall import fused
 from ensemble.steps.sources import Popular
 
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         chosen = named_preset(given.preset, given.changes)
         folders = recall_stages(given.shop, given.out, chosen, given.seed, keep_encoders=given.keep)
-        print(json.dumps(compare(folders, given.seed, given.updates), indent=1))
+        print(json_text(compare(folders, given.seed, given.updates), indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -47,6 +47,7 @@ from builders.index.choice import IndexKind, IndexTarget, exact_positions, index
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput, PeregrineError
 from ensemble.index.vectors import packed_vectors
+from ensemble.json_text import json_text
 
 PUBLISHED = {  # Recall@20, NDCG@20: the BARS leaderboard, then two that were measured on these files
     "ItemCF": (0.1570, 0.1214),
@@ -313,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    (given.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (given.out / "report.json").write_text(json_text(report, indent=1) + "\n", "utf-8")
     print(ranking_table(report["ranking"]), index_table(report["index"], report["k"]), sep="\n\n")
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from builders.settings import named_preset
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.json_text import json_text
 from ensemble.steps.recall import fused
 
 _MOST_FITTED, _MOST, _BATCH, _PLACES, _COMMON = 2000, 4000, 256, 32, 0.2
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         chosen = named_preset(given.preset, given.changes)
         folders = recall_stages(given.shop, given.out, chosen, given.seed, keep_encoders=given.keep)
-        print(json.dumps(compare(folders, given.starts.split(","), given.seed, given.updates), indent=1))
+        print(json_text(compare(folders, given.starts.split(","), given.seed, given.updates), indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -41,6 +41,7 @@ from ensemble.index.found import recall_share
 from ensemble.index.item_index import VECTORS
 from ensemble.index.main_index import MainIndex, QuerySettings, open_index
 from ensemble.index.vectors import open_vectors
+from ensemble.json_text import json_text
 from ensemble.local import open_step
 from ensemble.options import default_options
 from ensemble.steps.served import ServedRelease, open_served
@@ -312,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.measure:
-        print(json.dumps(measure(given.measure, json.loads((given.measure / "facts.json").read_text()))))
+        print(json_text(measure(given.measure, json.loads((given.measure / "facts.json").read_text()))))
         return
     release = open_served(given.like.parent, given.like.name)
     like, queries = (
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not facts_path.exists():
             budget = int(given.bytes_per_item * count) if given.bytes_per_item else None
             facts = build(count, like, queries, folder, IndexTarget(given.recall), budget)
-            facts_path.write_text(json.dumps(facts, indent=1))
+            facts_path.write_text(json_text(facts, indent=1))
         # a fresh process: what building left in this one's memory is not the index's
         command = [
             sys.executable,
@@ -339,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    (given.out / "report.json").write_text(json.dumps(rows, indent=1))
+    (given.out / "report.json").write_text(json_text(rows, indent=1))
     plot(rows, given.out / "growth.png")
     print(table(rows))
 

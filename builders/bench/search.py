@@ -12,7 +12,6 @@ that type. DIR keeps the encoder.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
 from ensemble.index.looks import query_rows
 from ensemble.index.words import Words, terms_of, write_words
+from ensemble.json_text import json_text
 
 _COMPONENTS, _TOP, _FEWEST = 128, 10, 20
 _SHARES = np.round(np.arange(0, 1.01, 0.1), 1)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=400)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(figures(asked.data, asked.out, asked.items), indent=1))
+    print(json_text(figures(asked.data, asked.out, asked.items), indent=1))
 
 
 if __name__ == "__main__":

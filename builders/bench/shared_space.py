@@ -16,7 +16,6 @@ Axes: n products, V a frozen vector's components, D those of the space.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -33,6 +32,7 @@ from builders.search.shared_space import WIDTH, Heads, train
 from ensemble.arrays import Array
 from ensemble.content.projection import fitted_projection
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
 
 _RATE, _DECAY, _DROPOUT = 2e-3, 0.01, 0.3  # of whole vectors, which have more components than rows
 
@@ -96,7 +96,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     told = figures(asked.data, asked.out, asked.hidden, asked.epochs, asked.seed)
-    print(json.dumps(told, indent=1))
+    print(json_text(told, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import json
 import re
 import sys
 import time
@@ -43,6 +42,7 @@ from ensemble.content.encoder import ContentEncoder
 from ensemble.content.projection import fitted_projection
 from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput, PeregrineError
+from ensemble.json_text import json_text
 
 PLACES, _COMPONENTS, _FEWEST = 20, 128, 20
 _AT_ONCE = 1024
@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
                 figures[name] = cold_figures(given.source, folder, given.epochs, given.seed)
             else:
                 raise InvalidInput(f"--only {name}: unknown; known: types, cold")
-        print(json.dumps(figures, indent=1))
+        print(json_text(figures, indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,6 @@ DIR keeps the folders DIR/tuned/text and DIR/tuned/image, the encoders and their
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -47,6 +46,7 @@ from builders.folders import new_folder
 from builders.shop.shop_toml import FeatureColumn
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
 
 _FEWEST = 20
 
@@ -163,8 +163,8 @@ def main() -> None:
     products, told = Products(asked.data), dict[str, Any]()
     if not (asked.out / "tuned").exists():
         told["training"] = tune(products, asked.out, asked.minutes, asked.seed)
-        print(json.dumps(told, indent=1), flush=True)
-    print(json.dumps(figures(products, asked.out), indent=1))
+        print(json_text(told, indent=1), flush=True)
+    print(json_text(figures(products, asked.out), indent=1))
 
 
 if __name__ == "__main__":

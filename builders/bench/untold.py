@@ -19,7 +19,6 @@ Axes: Q queries, I products.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from ensemble.content.projection import fitted_projection
 from ensemble.content.shared_space import Head
 from ensemble.errors import PeregrineError
 from ensemble.index.looks import query_rows
+from ensemble.json_text import json_text
 from ensemble.steps.search import beside
 from ensemble.steps.search_settings import SearchSettings
 
@@ -149,7 +149,7 @@ def main() -> None:
     weights = [float(weight) for weight in asked.weights.split(",")]
     folder = asked.encoders and asked.encoders.resolve()
     encoders = (f"{folder}/text", f"{folder}/image") if folder else (MINILM, EFFICIENTNET)
-    print(json.dumps(figures(asked.data, asked.out, asked.items, weights, encoders), indent=1))
+    print(json_text(figures(asked.data, asked.out, asked.items, weights, encoders), indent=1))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from builders.index.stage import open_recall
 from builders.settings import named_preset
 from ensemble.arrays import Array
 from ensemble.errors import PeregrineError
+from ensemble.json_text import json_text
 
 _BATCH = 256
 
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         told["validation"] = measure(folders, dataset, dataset.validation)
         if given.test:
             told["test"] = measure(folders, dataset, dataset.test)
-        print(json.dumps(told, indent=1))
+        print(json_text(told, indent=1))
     except PeregrineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -116,7 +116,11 @@ class FollowedFile:
             return False
 
     def _reopen(self) -> None:
-        descriptor = _open(self.path)
+        """Goes over to the file that has the name now; stays where none has it again already."""
+        try:
+            descriptor = _open(self.path)
+        except InvalidInput:
+            return
         os.close(self._descriptor)
         self._descriptor, self.offset = descriptor, 0
 
