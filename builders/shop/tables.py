@@ -256,7 +256,8 @@ def _compact(values: pa.Array, is_time: bool) -> pa.Array:
 
 
 def _of_a_plain_type(values: pa.Array) -> pa.Array:
-    """Gives what an extension type stores, UUIDs as their usual text; decimals of 32 and 64 bits in 128."""
+    """Gives what an extension type stores, UUIDs as their usual text; decimals of 32 and 64 bits in 128,
+    floats of 16 bits in 32: Arrow does little with either."""
     kind = values.type
     if isinstance(kind, pa.UuidType):
         return _uuid_texts(values.storage)
@@ -264,7 +265,7 @@ def _of_a_plain_type(values: pa.Array) -> pa.Array:
         return values.storage
     if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
         return values.cast(pa.decimal128(kind.precision, kind.scale))
-    return values
+    return values.cast(pa.float32()) if pa.types.is_float16(kind) else values
 
 
 def _uuid_texts(stored: pa.Array) -> pa.Array:

@@ -86,6 +86,7 @@ TYPES = [
     *(pa.list_(pa.int32()), pa.list_(pa.string()), pa.struct([("a", pa.int32())])),
     *(pa.map_(pa.string(), pa.int32()), pa.dictionary(pa.int8(), pa.int64())),
     *(pa.dictionary(pa.int8(), pa.string()), pa.uuid(), pa.json_(), pa.bool8(), pa.decimal32(9, 2)),
+    *(pa.float16(), pa.decimal256(60, 2), pa.date64()),
 ]
 
 

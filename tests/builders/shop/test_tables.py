@@ -116,14 +116,16 @@ def test_types_that_an_extension_stores_are_read(tmp_path: Path):
         "user": pa.array([one and one.bytes for one in [None, *uuids]], pa.uuid()).slice(1),
         "item": pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array(["a", "b", None])),
         "time": pa.array([1, 2, 3], pa.decimal32(5, 0)),
+        "half": pa.array([1, 2, None], pa.float16()),
     }
     with pa.ipc.new_file(tmp_path / "a.arrow", pa.table(cells).schema) as writer:
         writer.write_table(pa.table(cells))
-    table = read_table(tmp_path, "a.arrow", COLUMNS)
+    table = read_table(tmp_path, "a.arrow", list(cells))
     assert table["user"].values.to_pylist() == [one and str(one) for one in uuids]
     assert table["item"].values.to_pylist() == ["a", "b", None]
     assert known_ids(table["user"])[1].tolist() == [0, -1, 1]
     assert known_ids(table["time"])[0].tolist() == [b"1", b"2", b"3"]
+    assert known_ids(table["half"])[0].tolist() == [b"1", b"2"]
 
 
 def test_a_folder_of_partitions_is_one_table(tmp_path: Path):
