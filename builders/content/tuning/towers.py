@@ -5,7 +5,6 @@ Axes: B batch, V the encoder's own components, D those of the space.
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from builders.content.models import open_source
 from builders.content.opened import Opened
-from builders.content.sources import EFFICIENTNET, Source, read_config
+from builders.content.sources import Source
 from builders.content.tokenizer import copy_tokenizer
 from builders.layers import narrow_products
 from ensemble.arrays import Array
@@ -33,7 +32,6 @@ GROUPS = 4  # of layers, which are unfrozen one after the other
 _DROPPED = 0.15  # of a text's words, in training
 _MARGIN = 1.14  # a picture is read so much larger in training, and a square of it cut out
 _AT_ONCE = 64
-_SIDE_STEP, _LEAST_SIDE = 32, 96
 
 
 class Head(nn.Module):
@@ -62,7 +60,7 @@ class Head(nn.Module):
 class Tower:
     """Holds one encoder with its head, and makes tensors of what it reads."""
 
-    def __init__(self, source: Source, width: int, side: int = 0) -> None:
+    def __init__(self, source: Source, width: int) -> None:
         opened = open_source(source)
         self.source, self.module = source, _module(opened)
         if self.module.head is not None:  # tuned before: its head is learned anew
@@ -70,8 +68,7 @@ class Tower:
             self.module.head = None
         if source.model != TEXT:  # takes convolutions on a CPU a third less time
             self.module.to(memory_format=torch.channels_last)
-        self.side = side or opened.side
-        self.opened = replace(opened, side=self.side)
+        self.opened, self.side = opened, opened.side
         self.head = Head(opened.width, width)
         self.tokenizer = _open_tokenizer(source, self.opened) if source.model == TEXT else None
 
@@ -185,30 +182,6 @@ def _layer_groups(inner: nn.Module) -> list[list[nn.Parameter]]:
         depth = depths.get(id(parameter), most if depth else 0)
         groups[len(groups) - 1 - depth * len(groups) // (most + 1)].append(parameter)
     return groups
-
-
-def side_for(source: Source, pictures: Sequence[bytes]) -> int:
-    """Gives the pixels that pictures are tuned, and then served, with: 0 where the checkpoint's own.
-
-    EfficientNet-Lite0 reads any size, and pixels that a shop's pictures never had cost time and tell nothing:
-    the median of their longer sides, rounded up.
-    """
-    is_lite = source.name == EFFICIENTNET or read_config(source).get("model_type") == EFFICIENTNET
-    longest = [side for side in map(_longest, pictures) if side]
-    if not is_lite or not longest:
-        return 0
-    step = -(-int(np.median(longest)) // _SIDE_STEP) * _SIDE_STEP
-    return min(max(step, _LEAST_SIDE), 224)
-
-
-def _longest(data: bytes) -> int:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return max(picture.size)
-    except Exception:  # what cannot be read is left out elsewhere, and named
-        return 0
 
 
 def refuse_own(source: Source) -> None:

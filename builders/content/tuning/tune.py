@@ -18,19 +18,17 @@ import torch
 from builders.content.tuning.folders import NAMES, write_towers
 from builders.content.tuning.material import Material
 from builders.content.tuning.shop import material_of
-from builders.content.tuning.towers import Tower, side_for
+from builders.content.tuning.towers import Tower
 from builders.content.tuning.training import Limits, Told, Training, frozen_figures
 from builders.folders import new_folder
 from builders.progress import Progress, part_of
 from builders.search.shared_space import WIDTH
 from ensemble.arrays import Array
-from ensemble.contract import TEXT
 from ensemble.errors import InvalidInput
 
 FEWEST, _MOST = 64, 20_000  # items: fewer teach nothing, more are not seen often enough in an hour
 _MOST_HELD = 1000  # held-out items that judge; more take long
 _ENCODING = 0.25  # of the time goes at most to encoding all items as they are
-_SAMPLED = 64  # pictures whose size is looked at
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def tune_material(
     """Tunes the encoders of a material's views: the towers as they are best, and what was gained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        towers = [_tower(view.source, material, at) for at, view in enumerate(material.views)]
+        towers = [Tower(view.source, WIDTH) for view in material.views]
         material = _sample(material, seed)
         material, frozen = _encoded(towers, material, limits, part_of(progress, 0.0, 0.1))
         training = Training(towers, material, seed, say)
@@ -91,14 +89,6 @@ def tune_material(
         told = training.run(limits, part_of(progress, 0.15, 1.0))
         figures["tuned"] = training.figures(training.places(judges), judges)
     return towers, _report(training, told, figures)
-
-
-def _tower(source: Any, material: Material, at: int) -> Tower:
-    side = 0
-    if source.model != TEXT:
-        places = np.random.default_rng(0).permutation(len(material))[:_SAMPLED]
-        side = side_for(source, material.views[at].read(places.tolist()))
-    return Tower(source, WIDTH, side)
 
 
 def _sample(material: Material, seed: int) -> Material:
@@ -153,7 +143,6 @@ def _report(training: Training, told: Told, figures: dict[str, Any]) -> dict[str
         "clicked_together": len(training.material.together),
         "figures": figures,
         "gained": told.best_at > 0,
-        "side": next((tower.side for tower in training.towers if not tower.is_text), 0),
         "steps": told.steps,
         "best_step": told.best_at,
         "rounds": told.rounds,

@@ -25,9 +25,10 @@ from builders.cli.encoders import app
 from builders.content.cache import keep_encoder
 from builders.content.models import open_source
 from builders.content.sources import EFFICIENTNET, Source, find_source, is_installed
+from builders.content.tuning.folders import write_tower
 from builders.content.tuning.material import Material, View, is_held_out
 from builders.content.tuning.shop import clicked_together, material_of
-from builders.content.tuning.towers import GROUPS, Tower, side_for
+from builders.content.tuning.towers import GROUPS, Tower
 from builders.content.tuning.training import Limits, Training
 from builders.content.tuning.tune import TuneOptions, tune_shop
 from builders.data.stage import load_dataset
@@ -235,18 +236,16 @@ def test_a_single_view_learns_from_clicks_alone(shop, tmp_path):
 
 @pytest.mark.skipif(not is_installed(EFFICIENTNET), reason="efficientnet-lite0 is not installed")
 def test_efficientnet_lite0_is_a_folder_too(tmp_path):
-    """Its side is that of the shop's pictures: pixels that they never had cost time."""
-    from builders.content.tuning.folders import write_tower
-
+    """Its folder says how large its pictures are, as it reads any size."""
     source = find_source(FeatureColumn(name="image", kind="image", encoder=EFFICIENTNET), tmp_path)
-    path = tmp_path / "small.png"
-    Image.new("RGB", (60, 110)).save(path)
-    assert side_for(source, [path.read_bytes(), b"torn"]) == 128
-    tower = Tower(source, 16, 128)
+    tower = Tower(source, 16)
     write_tower(tower, tmp_path / "lite")
+    config = tmp_path / "lite" / "config.json"
+    assert json.loads(config.read_text()) == {"model_type": EFFICIENTNET, "image_size": 224}
+    config.write_text(config.read_text().replace("224", "96"))
     opened = open_source(source_of("image", tmp_path / "lite"))
-    assert (opened.side, opened.width) == (128, 16)
-    pixels = torch.rand(1, 3, 128, 128)
+    assert (opened.side, opened.width) == (96, 16)
+    pixels = torch.rand(1, 3, 96, 96)
     tower.module.eval()
     with torch.no_grad():
         wanted = torch.nn.functional.normalize(tower.head(tower.module(pixels)), dim=-1)
