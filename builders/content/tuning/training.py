@@ -143,8 +143,10 @@ class Training:
             optimizer.step()
             told.steps = step
             progress(share, f"tuning: step {step:,} of {told.planned:,}, loss {float(loss.detach()):.3f}")
-            if step % every == 0 or step == told.planned:
+            if step % every == 0:
                 best = self._judge(told, step, best)
+        if told.steps > told.losses[-1][0]:  # the time may end before the steps do
+            best = self._judge(told, told.steps, best)
         self._restore(best)
         told.rounds = round(told.steps * _BATCH / max(1, len(self.learns)), 1)
         told.seconds = round(limits.clock() - started, 1)

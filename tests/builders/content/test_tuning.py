@@ -30,7 +30,7 @@ from builders.content.tuning.material import Material, View, is_held_out
 from builders.content.tuning.shop import clicked_together, material_of
 from builders.content.tuning.towers import GROUPS, Tower
 from builders.content.tuning.training import Limits, Training
-from builders.content.tuning.tune import TuneOptions, tune_shop
+from builders.content.tuning.tune import TuneOptions, tune_material, tune_shop
 from builders.data.stage import load_dataset
 from builders.shop.shop_toml import FeatureColumn
 from ensemble.errors import InvalidInput
@@ -349,8 +349,18 @@ def test_killed_half_way_it_leaves_no_folder_and_the_next_one_sweeps(shop, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["encoders"]
 
 
-def test_the_limit_of_time_is_kept():
-    now = [0.0]
-    limits = Limits(100, clock=lambda: now[0], began=0.0)
-    now[0] = 25.0
-    assert limits.spent() == 0.25
+def test_a_training_that_the_time_cuts_short_is_judged_at_its_end(shop):
+    now, pace = [0.0], [0.01]
+
+    def clock() -> float:
+        now[0] += pace[0]
+        return now[0]
+
+    def slower(share: float, text: str) -> None:
+        if text.startswith("tuning: step 2 "):
+            pace[0] = 1000.0
+
+    limits = Limits(100, clock=clock, began=0.0)
+    _, report = tune_material(material_of(shop), 0, limits, lambda line: None, slower)
+    assert report["steps"] == 2
+    assert [step for step, _ in report["losses"]] == [0, 2]
