@@ -277,7 +277,10 @@ def test_kubernetes_adapter_reads_how_long_requests_wait(composed: Composed) -> 
         .replace("<<.LabelMatchers>>", 'instance=~".+"')
         .replace("<<.GroupBy>>", "instance")
     )
-    seconds = composed.prometheus.numbers(query)
+    deadline, seconds = time.monotonic() + 60, composed.prometheus.numbers(query)
+    while len(seconds) < 2 and time.monotonic() < deadline:  # a rate needs two scrapes
+        time.sleep(0.5)
+        seconds = composed.prometheus.numbers(query)
     assert len(seconds) == 2  # servers
     assert all(0 < one < 1 for one in seconds)
 
