@@ -26,6 +26,7 @@ Parameter: TypeAlias = bool | int | float | str
 Answer: TypeAlias = Mapping[str, Any]  # tensor name -> Array; a BYTES tensor is a flat list of bytes
 
 REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,64}", re.ASCII)
+_MOST_SHOWN = 120  # characters of a value in an error
 _MANY = 64  # elements from which numpy is faster than a loop
 _ID_LISTS = ("session_items", "exclude_items", "like")
 _MAPPINGS = ("allow", "deny", "ranges", "weights", "caps", "context")
@@ -64,10 +65,10 @@ def call_from_options(
     if unknown is not None:
         raise InvalidArgument(f"{unknown}: unknown parameter; known: {', '.join(OPTION_NAMES)}")
     if budget_ms is not None and not (isinstance(budget_ms, Real) and budget_ms > 0):
-        raise InvalidArgument(f"budget_ms: must be above 0, got {budget_ms!r}")
+        raise InvalidArgument(f"budget_ms: must be above 0, got {shown(budget_ms)}")
     if request_id is not None and not (isinstance(request_id, str) and REQUEST_ID.fullmatch(request_id)):
         raise InvalidArgument(
-            f"request_id: must be 1 to 64 letters, digits or any of ._:/+=@-, got {request_id!r}"
+            f"request_id: must be 1 to 64 letters, digits or any of ._:/+=@-, got {shown(request_id)}"
         )
     ids = _encoded_ids("user_id", user_ids)
     if not ids:
@@ -79,12 +80,18 @@ def call_from_options(
     return Call(tuple(ids), parameters, budget_ms, request_id=request_id or "")
 
 
+def shown(value: Any) -> str:
+    """Shows a value in an error: in one short line, whatever it is (a table has many)."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} … ({type(value).__name__})"
+
+
 def _encoded_ids(field: str, ids: Any) -> list[bytes]:
     """Gives the ids of a list, a tuple or an array as bytes; refuses a lone text, a sequence of letters."""
     values = _plain(ids)
     if isinstance(values, _TEXTS) or not isinstance(values, Sequence):
         what = "user" if field == "user_id" else "item"
-        raise InvalidArgument(f"{field}: must be a list of {what} ids, got {ids!r}")
+        raise InvalidArgument(f"{field}: must be a list of {what} ids, got {shown(ids)}")
     return [encode_id(field, value, may_be_empty=True) for value in values]
 
 
@@ -127,7 +134,7 @@ def _checked(name: str, plain: Any) -> Any:
     if name in _ID_LISTS:
         return [one.decode() for one in _encoded_ids(name, plain)]
     if name in _MAPPINGS and isinstance(plain, _TEXTS):
-        raise InvalidArgument(f"{name}: must map names to values, got {plain!r}")
+        raise InvalidArgument(f"{name}: must map names to values, got {shown(plain)}")
     if name in _OF_LISTS and isinstance(plain, dict):
         for key, value in plain.items():
             if isinstance(value, _TEXTS):
@@ -159,9 +166,9 @@ def _json(name: str, value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        raise InvalidArgument(f"{name}: numbers must be finite, got {value!r}") from None
+        raise InvalidArgument(f"{name}: numbers must be finite, got {shown(value)}") from None
     except TypeError:
-        raise InvalidArgument(f"{name}: cannot be written as JSON: {value!r}") from None
+        raise InvalidArgument(f"{name}: cannot be written as JSON: {shown(value)}") from None
 
 
 def encode_bytes(values: Sequence[bytes]) -> bytes:

@@ -585,3 +585,21 @@ def test_a_search_brings_a_picture_that_no_recommendation_could():
     assert request.model_name == "search"
     with pytest.raises(InvalidArgument, match=r"request: .* bytes, at most 1,048,576; send fewer users"):
         proto_from_call(call_from_options(["u" * 100] * 12_000, {}, None, True), "recommend")
+
+
+class Table:
+    """Stands for a data frame: it shows itself in many long lines."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"row {row}   {'u' * 40}" for row in range(30))
+
+
+@pytest.mark.parametrize("field", ["user_ids", "exclude_items", "weights", "budget_ms"])
+def test_an_error_shows_whatever_was_given_in_one_short_line(field: str) -> None:
+    given = {"user_ids": ["u1"], field: Table()}
+    with Client(transport=FakeTransport()) as client, pytest.raises(InvalidArgument) as caught:
+        client.recommend_many(given.pop("user_ids"), **given)
+    assert "row 0 uuu" in str(caught.value)
+    assert "(Table)" in str(caught.value)
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
