@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ensemble.errors import PeregrineError, ServerError
 from ensemble.server.measures import Measures, Reported
-from ensemble.server.probe import Probe
+from ensemble.server.list_probe import Probe
 
 SILENT_S = 60.0  # without a list for so long, it is not alive
 _FETCH_S = 3.0

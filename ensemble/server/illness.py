@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from ensemble.server.probes import SERVER, Probes
+from ensemble.server.model_probes import SERVER, Probes
 from ensemble.server.process import Stub
 from ensemble.server.watched import Watched
 from ensemble.vitals import Vitals, vitals_of

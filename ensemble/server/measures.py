@@ -14,7 +14,7 @@ from ensemble.errors import PeregrineError
 from ensemble.live.catalogue import last_sequence
 from ensemble.release.manifest import MANIFEST, read_manifest
 from ensemble.release.route import Route, read_route
-from ensemble.server.probe import Probe
+from ensemble.server.list_probe import Probe
 from ensemble.server.process import Launch
 from ensemble.server.runtime import has_gpu
 

@@ -18,7 +18,7 @@ from clients import Client
 from ensemble.errors import ServerError
 from ensemble.server.http import Health, answering, application
 from ensemble.server.options import ServeOptions
-from ensemble.server.probe import Answer, Probe
+from ensemble.server.list_probe import Answer, Probe
 from ensemble.server.supervisor import Server, serve
 
 pytestmark = pytest.mark.triton
