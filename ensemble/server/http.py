@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ensemble.errors import PeregrineError, ServerError
-from ensemble.server.measures import Measures, Reported
 from ensemble.server.list_probe import Probe
+from ensemble.server.measures import Measures, Reported
 
 SILENT_S = 60.0  # without a list for so long, it is not alive
 _FETCH_S = 3.0

@@ -18,8 +18,8 @@ from ensemble.errors import PeregrineError, ReleaseError
 from ensemble.server.control import Control
 from ensemble.server.illness import Diagnosis, Ill
 from ensemble.server.leftovers import LEFT_S, Leftovers
-from ensemble.server.mount import Busy, Mount
 from ensemble.server.model_probes import Probes
+from ensemble.server.mount import Busy, Mount
 from ensemble.server.process import Stub, TritonProcess
 from ensemble.server.running import RunningServer
 from ensemble.server.watched import Watched, watched_models

@@ -17,8 +17,8 @@ from shops import private_copy
 from clients import Client
 from ensemble.errors import ServerError
 from ensemble.server.http import Health, answering, application
-from ensemble.server.options import ServeOptions
 from ensemble.server.list_probe import Answer, Probe
+from ensemble.server.options import ServeOptions
 from ensemble.server.supervisor import Server, serve
 
 pytestmark = pytest.mark.triton
