@@ -50,8 +50,8 @@ def tune(
         peregrine build shops/demo --preset tune-demo/tuned.toml
 
     The first trial is the preset as it is. Ctrl-C, a kill or the end of the minutes leaves the study as it
-    is, with the best so far in tuned.toml; the same command goes on with it. What --set gives is not
-    searched; `build --show-settings` lists all settings.
+    is, with the best so far in tuned.toml, or the preset while nothing is surely better; the same command
+    goes on with it. What --set gives is not searched; `build --show-settings` lists all settings.
     """
     # read when torch is imported; spinning threads make a busy machine ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

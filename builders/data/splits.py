@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from builders.data.dataset import Histories, Impressions, Targets
+from builders.data.dataset import Dataset, Histories, Impressions, Targets
 from builders.shop.parts import NEVER
 from builders.shop.shop_toml import Split
 from ensemble.arrays import Array
@@ -147,6 +147,18 @@ def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> S
         targets_at(test[first_of_users(users[test], 1)]),
         cuts,
     )
+
+
+def few_of_users(dataset: Dataset) -> Targets:
+    """Gives the first few new items of each user in the test part, where the dataset has but the first: they
+    tell settings apart that one would not."""
+    histories, test = dataset.histories, dataset.test
+    users = users_of(histories)
+    begins = np.full(len(histories.offsets), len(users))
+    begins[test.user_rows] = test.history_ends
+    rows = np.flatnonzero(are_new(histories) & (np.arange(len(users)) >= begins[users]))
+    rows = rows[first_few_of_users(users[rows], dataset.num_items)]
+    return Targets(users[rows], rows, histories.item_rows[rows])
 
 
 def first_few_of_users(users: Array, num_items: int) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from builders import metrics
 from builders.data.dataset import open_dataset
+from builders.data.splits import few_of_users
 from builders.encoders import stage as encoders
 from builders.export import stage as export
 from builders.export.torch_engine import TorchEngine
@@ -94,7 +95,7 @@ def _judged(data: Path, staged: Path, trained: Trained, progress: Progress) -> J
     worth = worth_of(verifier, data)
     if isinstance(worth, Worth):
         return Judged(WORTH, worth.measure, worth.users, worth.values["chain"][:, 0])
-    users, ranks = verifier.ranks(dataset.test, progress, chain_only=True)
+    users, ranks = verifier.ranks(few_of_users(dataset), progress, chain_only=True)
     if not len(users):
         raise InvalidInput(f"no user of the validation part can judge a setting ({worth})")
     return Judged(FIGURE, "NDCG@10 of held-out next items", users, metrics.gains(ranks["chain"], 10))

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from ensemble.release.files import write_durably
 
 STUDY, PRESET_FILE, PLOT, REPORT = "study.json", "tuned.toml", "tune.png", "tune.json"
 _INNER = "work"
+# resamples that may see the best below the preset, over all trials: the best of many is soon so by chance
+_DOUBT, _SAMPLES = 0.05, 10_000
 
 
 @dataclass(frozen=True)
@@ -176,17 +178,25 @@ def _written(options: TuneOptions, study: Any, stopped: str) -> dict[str, Any]:
         return report
     first = next(one for one in done if one["start"])
     best = max(done, key=lambda one: one["value"])  # of equals the first: the preset, if it is one
-    changes = {**options.preset.changes, **best["changes"]}
+    gain = _gain(options.out / _INNER, first, best)
+    is_sure = best is not first and gain["p_worse"] < _DOUBT / len(done)
+    changes = {**options.preset.changes, **(best["changes"] if is_sure else {})}
     report |= {
         "figure": best["figure"],
         "measure": best["measure"],
         "start": {"preset": options.preset.name, "value": first["value"]},
-        "best": {"trial": best["trial"], "value": best["value"], "settings": best["changes"]},
-        "gain": _gain(options.out / _INNER, first, best),
+        "best": {
+            "trial": best["trial"],
+            "value": best["value"],
+            "settings": best["changes"],
+            "is_sure": is_sure,
+        },
+        "gain": gain,
         "preset": str(options.out / PRESET_FILE),
         "plot": str(options.out / PLOT),
     }
-    head = f"# found by `peregrine tune`, trial {best['trial']} of {len(trials)}: {gain_line(report)}\n"
+    of = f"trial {best['trial']} of {len(trials)}"
+    head = f"# found by `peregrine tune`, the best is {of}: {gain_line(report)}\n"
     write_durably(options.out / PRESET_FILE, head + preset_text(options.preset.root, changes))
     write_durably(options.out / PLOT, plot_of(report))
     write_durably(options.out / REPORT, json_text(report, indent=1))
@@ -208,11 +218,11 @@ def _trial_report(trial: Any) -> dict[str, Any]:
     }
 
 
-def _gain(folder: Path, first: dict[str, Any], best: dict[str, Any]) -> dict[str, float | None]:
-    """Compares the best trial with the start, row by row: mean and 95% interval over users."""
+def _gain(folder: Path, first: dict[str, Any], best: dict[str, Any]) -> dict[str, float]:
+    """Compares the best trial with the start, row by row: mean, 95% interval over users, and the share of
+    resamples that see it worse."""
     (users, before), (_, after) = (np.load(folder / one["rows"]) for one in (first, best))
-    found = paired_difference(before, after, users.astype(np.int64))
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+    return asdict(paired_difference(before, after, users.astype(np.int64), samples=_SAMPLES))
 
 
 def gain_line(report: dict[str, Any]) -> str:
@@ -222,7 +232,8 @@ def gain_line(report: dict[str, Any]) -> str:
     if not best["settings"]:
         return f"{what} {start['value']:.5f}: nothing tried was better than preset {start['preset']}"
     share = f" ({gain['mean'] / start['value']:+.1%})" if start["value"] else ""
+    kept = "" if best["is_sure"] else f": not surely better, so preset {start['preset']} is kept"
     return (
         f"{what} {start['value']:.5f} of preset {start['preset']} -> {best['value']:.5f}{share}, difference "
-        f"{gain['low']:+.5f} to {gain['high']:+.5f}, on the validation part that chose it"
+        f"{gain['low']:+.5f} to {gain['high']:+.5f}, on the validation part that chose it{kept}"
     )

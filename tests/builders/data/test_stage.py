@@ -3,6 +3,7 @@
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from builders.data.check import check_shop
 from builders.data.dataset import Dataset, Histories
 from builders.data.refit import refit_dataset
 from builders.data.splits import (
+    few_of_users,
     first_few_of_users,
     first_of_users,
     history_ends,
@@ -521,3 +523,7 @@ def test_several_new_items_of_a_user_validate_and_one_tests():
     assert splits.validation.item_rows.tolist() == [81, 82, 83, 84, 85]
     assert splits.validation.history_ends.tolist() == [80, 81, 82, 83, 84]
     assert splits.test.item_rows.tolist() == [91]
+    dataset = SimpleNamespace(histories=histories, test=splits.test, num_items=100)
+    assert few_of_users(dataset).item_rows.tolist() == [91, 92, 93, 94, 95]
+    alone = few_of_users(SimpleNamespace(histories=histories, test=splits.test, num_items=30))
+    assert alone.history_ends.tolist() == splits.test.history_ends.tolist() == [90]

@@ -21,7 +21,7 @@ from shops import ROOT
 from builders.presets import PRESETS
 from builders.settings import named_preset
 from builders.tune.search import Search, _Running, give_up_running, num_ended, open_study
-from builders.tune.tune import TuneOptions, tune
+from builders.tune.tune import TuneOptions, _written, gain_line, tune
 from builders.tune.worker import RANKER, Epoch, Work
 from ensemble.errors import InvalidInput
 
@@ -92,7 +92,7 @@ def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, t
     assert {**found.changes} == {
         "ranker.list_epochs": 1,
         "encoders.epochs": 1,
-        **report["best"]["settings"],
+        **(report["best"]["settings"] if report["best"]["is_sure"] else {}),
     }
     tried = next(one["changes"] for one in report["trials"] if one["value"] is not None and one["changes"])
     assert {name.partition(".")[0] for name in tried} == {"ranker"}
@@ -101,6 +101,29 @@ def test_a_stopped_study_has_its_best_and_the_same_command_goes_on(shop: Path, t
     other = TuneOptions(shop, out, preset, tmp_path, seed=7, only=("ranker",), fixed=tuple(preset.changes))
     with pytest.raises(InvalidInput, match="holds a study of another seed: its trials do not compare"):
         tune(other, Console(quiet=True))
+
+
+@pytest.mark.parametrize(("gains", "is_sure"), [(0.02, True), (0.0001, False)])
+def test_the_preset_is_kept_unless_the_best_is_surely_better(tmp_path: Path, rng, gains, is_sure):
+    """Twenty trials whose rows differ by chance from the preset's; one gains as much besides."""
+    (tmp_path / "work").mkdir()
+    study, before = open_study(tmp_path, 0, {"ranker.row_decay": 0.01}), rng.random(300)
+    for number in range(20):
+        trial = study.ask()
+        trial.suggest_float("ranker.row_decay", 0, 1)
+        after = before if number == 0 else before + rng.normal(gains * (number == 7), 0.02, 300)
+        np.save(tmp_path / "work" / f"{number}.npy", np.stack([np.arange(300.0), after]))
+        facts = {"rows": f"{number}.npy", "changes": {"ranker.row_decay": 0.5} if number else {}}
+        for name, fact in {**facts, "start": number == 0, "figure": "ndcg@10", "measure": ""}.items():
+            trial.set_user_attr(name, fact)
+        study.tell(trial, float(after.mean()))
+    options = TuneOptions(tmp_path, tmp_path, PRESETS["tiny"], tmp_path)
+    report = _written(options, study, "trials")
+    assert report["best"]["is_sure"] is is_sure
+    assert report["best"]["value"] > report["start"]["value"]
+    assert ("not surely better, so preset tiny is kept" in gain_line(report)) is not is_sure
+    kept = named_preset(str(tmp_path / "tuned.toml")).changes
+    assert dict(kept) == ({"ranker.row_decay": 0.5} if is_sure else {})
 
 
 def test_what_is_wrong_is_named_before_anything_is_trained(shop: Path, tmp_path: Path):
