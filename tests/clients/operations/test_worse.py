@@ -143,7 +143,9 @@ def publish_upside_down(root: Path, repository: Path, work: Path) -> str:
     staged, verified, published = (work / name for name in ("export", "verify", "repository stage"))
     shutil.copytree(stages["export"], staged)
     blend = read_blend(staged)  # whether it ranks by tasks was fitted: here it does not
-    (staged / BLEND).write_text(replace(blend, uses_tasks=False, slope=-abs(blend.slope)).to_json())
+    # flat: a relevance that is 1 for whatever is least relevant would leave no order at all
+    turned = replace(blend, uses_tasks=False, slope=-abs(blend.slope) / 100, bias=0.0)
+    (staged / BLEND).write_text(turned.to_json())
     for folder in (verified, published):
         folder.mkdir()
     inputs = {**stages, "export": staged, "verify": verified}
