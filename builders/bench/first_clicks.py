@@ -16,7 +16,6 @@ items stand among the candidates, and its score among the sources'. Axes: Q targ
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ import numpy as np
 
 from builders import metrics
 from builders.bench.meta_start import UPDATES, Learned, Tasks, learn
-from builders.bench.recall_stages import recall_stages
+from builders.bench.recall_stages import recall_parser, recall_stages
 from builders.data.dataset import Dataset, Targets, history_windows, open_dataset, training_histories
 from builders.export.verifier import all_had, knn_scores, rank_unseen
 from builders.index.offline import OfflineRecall
@@ -236,14 +235,7 @@ def _figures(asked: Asked, ranks: Mapping[str, Array]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, compares, and prints JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shop", type=Path, metavar="SHOP")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="base")
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = recall_parser(__doc__)
     parser.add_argument("--updates", type=int, default=UPDATES, help="of the meta-learned start")
     parser.add_argument("--keep", action="store_true", help="take the encoders that DIR has")
     given = parser.parse_args(arguments)

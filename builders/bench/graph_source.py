@@ -18,7 +18,6 @@ Axes: Q targets, N candidates, S sources, I items, C code columns.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import sys
@@ -32,7 +31,7 @@ import torch
 
 from builders import metrics
 from builders.bench.graph_network import Events, GraphScores, learn, random_start
-from builders.bench.recall_stages import recall_stages
+from builders.bench.recall_stages import recall_parser, recall_stages
 from builders.data.dataset import Dataset, Targets, history_windows, open_dataset, training_histories
 from builders.encoders.sequences import Sequences
 from builders.index.offline import OfflineRecall
@@ -271,14 +270,7 @@ def _figures(
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, compares, and prints JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shop", type=Path, metavar="SHOP")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="base")
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = recall_parser(__doc__)
     parser.add_argument("--updates", type=int, default=500, help="of the graph network")
     parser.add_argument("--starts", default="encoders,random", help="of the graph network")
     parser.add_argument("--keep", action="store_true", help="take the encoders that DIR has")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -11,6 +12,19 @@ import builders.encoders.stage as encoders
 import builders.index.stage as index
 from builders.folders import new_folder
 from builders.presets import Preset
+
+
+def recall_parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes a parser of what these stages want: SHOP, --out, --preset, --set (`changes`) and --seed."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shop", type=Path, metavar="SHOP")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def recall_stages(

@@ -12,7 +12,6 @@ targets, so its figures there are too good.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from builders import metrics
-from builders.bench.recall_stages import recall_stages
+from builders.bench.recall_stages import recall_parser, recall_stages
 from builders.data.dataset import Dataset, Targets, open_dataset
 from builders.export.verifier import all_had, knn_scores, rank_unseen
 from builders.index.offline import OfflineRecall
@@ -76,14 +75,7 @@ def _figures(ranks: Array, num_candidates: int) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, measures, and prints JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shop", type=Path, metavar="SHOP")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="base")
-    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="NAME=VALUE")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = recall_parser(__doc__)
     parser.add_argument("--test", action="store_true")
     given = parser.parse_args(arguments)
     try:

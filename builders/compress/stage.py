@@ -27,6 +27,7 @@ from builders.compress.results import CompressionReport, EngineSize, NodePrecisi
 from builders.compress.session import open_onnx
 from builders.compress.shrink import Shrunk, shrink
 from builders.compress.source import Source, open_source
+from builders.data.splits import first_of_users
 from builders.export.verifier import Verifier
 from builders.folders import Inputs, link
 from builders.index.choice import build_index
@@ -172,8 +173,9 @@ class _Work:
                 link(self.source.folder / name, folder / name)
         write_items(dataset, embeddings, features, folder)
         targets = dataset.validation
+        firsts = first_of_users(targets.user_rows, 1)[:_QUERIES]
         queries = Verifier(dataset, folder).encode_users(
-            targets.user_rows[:_QUERIES], targets.history_ends[:_QUERIES]
+            targets.user_rows[firsts], targets.history_ends[firsts]
         )[:, 0]
         tuned, kind = build_index(
             np.ascontiguousarray(embeddings[1:]), np.ascontiguousarray(queries), self.recipe.seed

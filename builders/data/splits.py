@@ -143,7 +143,7 @@ def _by_cuts(histories: Histories, cuts: tuple[Array, Array], split: Split) -> S
     return Splits(
         train_ends,
         known_ends,
-        targets_at(validation[first_few_of_users(users[validation], len(np.unique(histories.item_rows)))]),
+        targets_at(validation[first_few_of_users(users[validation], num_taken(histories))]),
         targets_at(test[first_of_users(users[test], 1)]),
         cuts,
     )
@@ -157,13 +157,19 @@ def few_of_users(dataset: Dataset) -> Targets:
     begins = np.full(len(histories.offsets), len(users))
     begins[test.user_rows] = test.history_ends
     rows = np.flatnonzero(are_new(histories) & (np.arange(len(users)) >= begins[users]))
-    rows = rows[first_few_of_users(users[rows], dataset.num_items)]
+    rows = rows[first_few_of_users(users[rows], num_taken(histories))]
     return Targets(users[rows], rows, histories.item_rows[rows])
+
+
+def num_taken(histories: Histories) -> int:
+    """Counts the items that somebody took."""
+    return len(np.unique(histories.item_rows))
 
 
 def first_few_of_users(users: Array, num_items: int) -> Array:
     """Gives the places [R] int64 of the first few entries of each user among `users` [n]: up to eight, fewer
-    where a shop would have more than 20,000 in all, or has so few items that later ones are what is left."""
+    where a shop would have more than 20,000 in all, or where so few items are taken (num_taken) that later
+    ones are what is left."""
     counts = np.unique(users, return_counts=True)[1]
     few = range(1, min(_FEW, num_items // _LEFT) + 1)
     fits = [most for most in few if np.minimum(counts, most).sum() <= _MANY]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from builders.data.dataset import Dataset, history_windows
+from builders.data.splits import first_of_users
 from builders.index.choice import build_index
 from ensemble.arrays import Array
 from ensemble.schema import Schema
@@ -82,8 +83,12 @@ def _sparse(codes: Array, weights: Array) -> torch.Tensor:
 def _queries(dataset: Dataset, vectors: Array) -> Array:
     """Makes queries [Q, E] float32 as they will come: of held-out users, or of items where there are none."""
     held_out = dataset.validation
+    firsts = first_of_users(held_out.user_rows, 1)[:512]
     rows = history_windows(
-        dataset.histories, held_out.user_rows[:512], held_out.history_ends[:512], dataset.schema.sizes.history
+        dataset.histories,
+        held_out.user_rows[firsts],
+        held_out.history_ends[firsts],
+        dataset.schema.sizes.history,
     )
     means = vectors[np.maximum(rows, 0)].astype(np.float32).mean(axis=1)
     known = means[means.any(axis=1)]

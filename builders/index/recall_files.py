@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 
 from builders.data.dataset import Dataset, training_histories
+from builders.data.splits import first_of_users
 from builders.index.choice import (
     FLAT_BELOW,
     IndexKind,
@@ -66,7 +67,9 @@ def write_recall(
     of what is taken again. Sources are on, and weigh, as in a verified model; None: that is fitted.
     """
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))  # an index that was searched before sets one
-    tuned = _write_index(item_embeddings, user_embeddings, folder, seed, budget_bytes)
+    # a user tunes it once: queries of one user are alike
+    firsts = first_of_users(dataset.validation.user_rows, 1)
+    tuned = _write_index(item_embeddings, user_embeddings[firsts], folder, seed, budget_bytes)
     offsets, item_rows = training_histories(dataset)
     _write_transitions(offsets, item_rows, dataset.num_items, folder)
     np.save(folder / "popular.npy", _popularity(dataset, item_rows))

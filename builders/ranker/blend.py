@@ -24,7 +24,7 @@ import torch
 
 from builders import metrics
 from builders.data.dataset import Dataset, Targets
-from builders.data.splits import first_few_of_users
+from builders.data.splits import first_few_of_users, num_taken
 from builders.index.offline import CandidateFunction, ScoreFunction
 from builders.ranker import calibrate
 from builders.ranker.lists import Lists, lists_from_impressions, lists_from_targets, states_of
@@ -181,7 +181,7 @@ def _conversions(dataset: Dataset) -> Targets:
     binary = binary_tasks(dataset)
     came = shown.labels[:, binary[-1]] == 1 if binary else np.zeros(len(shown.times), bool)
     rows = np.flatnonzero(came)  # in time order
-    rows = rows[first_few_of_users(shown.user_rows[rows], dataset.num_items)]
+    rows = rows[first_few_of_users(shown.user_rows[rows], num_taken(dataset.histories))]
     return Targets(shown.user_rows[rows], shown.history_ends[rows], shown.item_rows[rows])
 
 

@@ -523,7 +523,8 @@ def test_several_new_items_of_a_user_validate_and_one_tests():
     assert splits.validation.item_rows.tolist() == [81, 82, 83, 84, 85]
     assert splits.validation.history_ends.tolist() == [80, 81, 82, 83, 84]
     assert splits.test.item_rows.tolist() == [91]
-    dataset = SimpleNamespace(histories=histories, test=splits.test, num_items=100)
-    assert few_of_users(dataset).item_rows.tolist() == [91, 92, 93, 94, 95]
-    alone = few_of_users(SimpleNamespace(histories=histories, test=splits.test, num_items=30))
-    assert alone.history_ends.tolist() == splits.test.history_ends.tolist() == [90]
+    several = few_of_users(SimpleNamespace(histories=histories, test=splits.test))
+    assert several.item_rows.tolist() == [91, 92, 93, 94, 95]
+    few = Histories(np.array([0, 0, 30]), items[:30], np.arange(30), np.ones(30, np.uint8))
+    first = split_histories(Split(kind="time"), few, few.times, np.array(["u"])).test
+    assert few_of_users(SimpleNamespace(histories=few, test=first)).item_rows.tolist() == [28]

@@ -13,8 +13,9 @@ import pytest
 from shops import write_sequences_shop
 
 import builders.data.stage as data
-from builders.data.dataset import Dataset, open_dataset, training_histories
+from builders.data.dataset import Dataset, Targets, open_dataset, training_histories
 from builders.folders import link
+from builders.index import recall_files
 from builders.index.content import COMPONENTS, content_table
 from builders.index.offline import EncodeUsers, OfflineRecall
 from builders.index.recall_files import RecallFacts, write_recall
@@ -87,6 +88,20 @@ def test_content_is_kept_where_it_gains(tmp_path):
     page = "\n".join(source_lines(dataclasses.asdict(facts)))
     assert "## What each source of recall adds" in page
     assert "| content | 8 |" in page
+
+
+def test_a_user_tunes_the_index_once_however_often_he_validates(tmp_path, monkeypatch):
+    dataset, asked = dataset_of(tmp_path), []
+    twice = Targets(*(np.repeat(of, 2) for of in vars(dataset.validation).values()))
+    write = recall_files._write_index
+
+    def watched(items, users, *rest):
+        asked.append(users)
+        return write(items, users, *rest)
+
+    monkeypatch.setattr(recall_files, "_write_index", watched)
+    written(tmp_path, dataclasses.replace(dataset, validation=twice))
+    assert len(asked[0]) == len(dataset.validation.user_rows) == len(twice.user_rows) / 2
 
 
 def test_content_is_left_out_where_it_says_nothing_and_recall_is_what_it_was(tmp_path):
