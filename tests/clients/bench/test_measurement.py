@@ -310,9 +310,9 @@ def test_a_whole_run_against_a_real_server(tmp_path: Path, monkeypatch: pytest.M
         assert row["achieved_per_s"] > 5
         assert row["cpu_ms"] >= 0  # the kernel counts in steps of 10 ms a process
     assert sum(row["cpu_ms"] for row in report["closed"]) > 0.1
-    assert report["lone"]["triton"]["steps"]["recall"]["mean_batch"] == 1.0
-    mean_batch = report["batches"][0]["triton"]["steps"]["recall"]["mean_batch"]
-    assert 1.8 < mean_batch <= 2.0, "the server's own canary, one user a second, is counted too"
+    own = "the server's own canary, one user a second, is counted too, and may share a batch"
+    assert 1.0 <= report["lone"]["triton"]["steps"]["recall"]["mean_batch"] < 1.2, own
+    assert 1.8 < report["batches"][0]["triton"]["steps"]["recall"]["mean_batch"] < 2.2, own
     if perf_analyzer.find():
         assert all(
             row["achieved_per_s"] > 5 and row["failed"] == 0 and list(row["steps"]) == steps
