@@ -6,11 +6,14 @@ JSON is what Grafana reads, this is what people read. In a query `@` stands for 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent / "dashboards"
+_RULES = (Path(__file__).parents[1] / "prometheus" / "rules.yaml").read_text(encoding="utf-8")
 _WIDTH, _HEIGHT, _COLUMNS = 12, 8, 2
+_LISTS = "suffix: lists/s"  # Grafana has no unit of that name, but suffixes
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -22,11 +25,13 @@ class Panel(NamedTuple):
     queries: tuple[tuple[str, str], ...]
     text: str = ""  # what to make of it
     is_stacked: bool = False
+    alert: str = ""  # whose limit is drawn
 
 
 # Steps are models of their own, <release>_<step>; pipelines are <release>_recommend, routers route_<number>.
 _STEP = 'model=~"[^_]+_.+", model!~"route_.*|.*_recommend|.*_search"'
 _PIPELINES = 'model=~"recommend|search"'
+_USED = '@, tier="snapshot"'  # old rows that an answer was made of: those of memory are asked for again first
 
 
 def _by_step(expression: str) -> str:
@@ -40,12 +45,40 @@ def _rate(name: str, labels: str = "@") -> str:
     return f"rate({name}{{{labels}}}[$__rate_interval])"
 
 
+def _those_above_0(expression: str, label: str) -> str:
+    """Leaves out series of 0, whose names would fill the legend; where all are, one is called "none"."""
+    none = f'label_replace(0 * sum({expression}), "{label}", "none", "", "")'
+    return f"({expression}) > 0 or {none}"
+
+
+def thresholds(alert: str) -> dict[str, Any]:
+    """Gives the limit of an alert of ../prometheus/rules.yaml for Grafana, red where it rings."""
+    rule = re.search(rf"alert: {alert}\b.*?([<>]) ([\d.]+)\n\s+for:", _RULES, re.DOTALL)
+    assert rule, f"no limit of {alert} in rules.yaml"
+    below, above = ("green", "red") if rule[1] == ">" else ("red", "green")
+    steps = [{"color": below, "value": None}, {"color": above, "value": float(rule[2])}]
+    return {"mode": "absolute", "steps": steps}
+
+
 def _a_request(expression: str) -> str:
     """Divides by the requests a second."""
     return f"{expression} / scalar(sum({_rate('nv_inference_request_success', '@, ' + _PIPELINES)}))"
 
 
 CHAIN = (
+    Panel(
+        "Alerts that ring",
+        "short",
+        (
+            (
+                'sum by (alertname, instance) (ALERTS{alertstate="firing", @}) or '
+                'label_replace(vector(0), "alertname", "none", "", "")',
+                "{{alertname}} {{instance}}",
+            ),
+        ),
+        "docker/RUNBOOK.md says what to do, by the alert's name.",
+        is_stacked=True,
+    ),
     Panel(
         "Requests answered",
         "reqps",
@@ -60,7 +93,20 @@ CHAIN = (
                 "{{model}} q{{quantile}}",
             ),
         ),
-        "The slowest instance's. SlowLists rings at 50 ms.",
+        "The slowest instance's.",
+        alert="SlowLists",
+    ),
+    Panel(
+        "Slowest of a hundred lists, by instance",
+        "µs",
+        (
+            (
+                'max by (instance) (nv_inference_request_summary_us{@, model="recommend", quantile="0.99"})',
+                "{{instance}}",
+            ),
+        ),
+        "One that is slower than the others: its node, or its share of the requests (capacity).",
+        alert="SlowLists",
     ),
     Panel(
         "What a request costs, by step",
@@ -90,7 +136,8 @@ CHAIN = (
                 "whole pipelines (--fused)",
             ),
         ),
-        "QueueGrows rings at 20 ms a request; pods are added at 5.",
+        "QueueGrows rings for the sum of all; pods are added at 5 ms.",
+        alert="QueueGrows",
     ),
     Panel(
         "Users a batch, by step",
@@ -105,32 +152,51 @@ CHAIN = (
         ),
     ),
     Panel(
-        "Requests that failed",
+        "Requests that failed, by instance",
+        "percentunit",
+        (
+            (
+                f"sum by (instance) ({_rate('nv_inference_request_failure', '@, ' + _PIPELINES)})"
+                f" / sum by (instance) ({_rate('nv_inference_count', '@, ' + _PIPELINES)})",
+                "{{instance}}",
+            ),
+        ),
+        alert="FailedRequests",
+    ),
+    Panel(
+        "Requests that failed, by reason",
         "reqps",
         (
             (
-                f"sum by (model, reason) ({_rate('nv_inference_request_failure', '@, ' + _PIPELINES)})",
-                "{{model}} {{reason}}",
+                _those_above_0(
+                    f"sum by (reason) ({_rate('nv_inference_request_failure', '@, ' + _PIPELINES)})", "reason"
+                ),
+                "{{reason}}",
             ),
         ),
+        "REJECTED: turned away, too much to do. CANCELED: the caller left. BACKEND: a step failed.",
     ),
     Panel(
         "Lists that lack something",
         "percentunit",
         (
             (
-                f"sum by (flag) ({_rate('peregrine_lists_degraded')}) / "
-                f"scalar(sum({_rate('peregrine_lists')}))",
+                _those_above_0(
+                    f"sum by (flag) ({_rate('peregrine_lists_degraded')})"
+                    f" / scalar(sum({_rate('peregrine_lists')}))",
+                    "flag",
+                ),
                 "{{flag}}",
             ),
         ),
-        "Share of the lists with each flag of `degraded` (README).",
+        "Share of the lists with each flag of `degraded` (README). Strangers ring no alert.",
+        alert="DegradedLists",
     ),
 )
 TIERS = (
     Panel(
         "Rows found, by tier",
-        "ops",
+        "rowsps",
         ((f"sum by (tier) ({_rate('peregrine_tier_hits')})", "{{tier}}"),),
         is_stacked=True,
     ),
@@ -155,19 +221,19 @@ TIERS = (
             )
             for q in (0.5, 0.99)
         ),
-        "It has 5 ms; what it says later is kept for the next request.",
+        "It has 5 ms; what it says later is kept for the next request. 10 ms: or longer.",
     ),
     Panel(
         "Redis: failures by cause",
         "ops",
         (
             (
-                f"sum by (cause) ({_rate('peregrine_tier_failures')}) or "
-                f"0 * sum({_rate('peregrine_tier_read_bytes')})",
+                _those_above_0(f"sum by (cause) ({_rate('peregrine_tier_failures')})", "cause")
+                + f" or 0 * sum({_rate('peregrine_tier_read_bytes')})",
                 "{{cause}}",
             ),
         ),
-        "A cause is there once it was; a line without a name: none was yet.",
+        "A line without a name: none was since it started.",
     ),
     Panel(
         "Redis: processes that leave it alone, or hear of no change",
@@ -178,10 +244,11 @@ TIERS = (
         ),
     ),
     Panel(
-        "Rows older than their soft time to live",
-        "ops",
-        ((f"sum by (tier) ({_rate('peregrine_tier_stale')})", "{{tier}}"),),
-        "StaleFeatures rings at one a second.",
+        "Old rows that were used, by instance",
+        "rowsps",
+        ((f"sum by (instance) ({_rate('peregrine_tier_stale', _USED)})", "{{instance}}"),),
+        "Past their time to live, and Redis did not say what has changed.",
+        alert="StaleFeatures",
     ),
     Panel(
         "Memory of rows",
@@ -193,7 +260,7 @@ TIERS = (
     ),
     Panel(
         "Rows that memory dropped",
-        "ops",
+        "rowsps",
         (
             (f"sum({_rate('peregrine_tier_evictions')})", "no room"),
             (f"sum({_rate('peregrine_tier_invalidations')})", "changed in Redis"),
@@ -205,7 +272,8 @@ INDEX = (
         "Recall of the index",
         "percentunit",
         (("min by (instance) (peregrine_recall_at_n{@})", "{{instance}}"),),
-        "What of an exact search's items it finds. RecallLost rings below 90%.",
+        "What of an exact search's items it finds.",
+        alert="RecallLost",
     ),
     Panel(
         "Searches that were compared",
@@ -254,12 +322,17 @@ ROUTE = (
     Panel(
         "Share of users",
         "percentunit",
-        (("avg by (release) (peregrine_route_share{@})", "{{release}}"),),
+        (
+            (
+                "sum by (release) (peregrine_route_share{@}) / scalar(sum(peregrine_route_share{@}))",
+                "{{release}}",
+            ),
+        ),
         is_stacked=True,
     ),
     Panel(
         "Lists, by release",
-        "ops",
+        _LISTS,
         (
             (
                 "sum by (release) (label_replace("
@@ -272,7 +345,7 @@ ROUTE = (
     ),
     Panel(
         "Late, failed, empty, by release",
-        "ops",
+        _LISTS,
         tuple(
             (f"sum by (release) ({_rate(f'peregrine_route_{what}')})", f"{{{{release}}}} {what}")
             for what in ("late", "failed", "empty")
@@ -298,7 +371,12 @@ ROUTE = (
     Panel(
         "Held-out figures of the chain",
         "short",
-        (("max by (release, figure) (peregrine_release_figure{@})", "{{release}} {{figure}}"),),
+        (
+            (
+                'max by (release, figure) (peregrine_release_figure{@, figure!~".*.(5|20)"})',
+                "{{release}} {{figure}}",
+            ),
+        ),
         "As the build measured them.",
     ),
     Panel(
@@ -317,7 +395,23 @@ CAPACITY = (
     Panel(
         "Gives lists",
         "short",
-        (("min by (instance) (peregrine_ready{@})", "{{instance}}"),),
+        (
+            (
+                'min by (instance) (peregrine_ready{@} or up{job=~"peregrine|serve", @} == 0)',
+                "{{instance}}",
+            ),
+        ),
+        "0: it starts, drains or gives none (`/readyz` says why), or is gone.",
+    ),
+    Panel(
+        "Requests answered, by instance",
+        "reqps",
+        (
+            (
+                f"sum by (instance) ({_rate('nv_inference_request_success', '@, ' + _PIPELINES)})",
+                "{{instance}}",
+            ),
+        ),
     ),
     Panel(
         "Probes: time of a list",
@@ -434,17 +528,23 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
         for place, (expression, legend) in enumerate(panel.queries)
     ]
     drawn: dict[str, Any] = {"lineWidth": 1, "fillOpacity": 10, "showPoints": "auto"}
+    defaults: dict[str, Any] = {"unit": panel.unit, "min": 0, "custom": drawn}
     if panel.is_stacked:
         drawn |= {"fillOpacity": 40, "stacking": {"mode": "normal", "group": "A"}}
+    if panel.alert:
+        drawn |= {"thresholdsStyle": {"mode": "dashed"}}
+        defaults |= {"thresholds": thresholds(panel.alert)}
     return {
         "id": number + 1,
         "type": "timeseries",
         "title": panel.title,
-        "description": panel.text,
+        "description": f"{panel.text} {panel.alert} rings at the line.".strip()
+        if panel.alert
+        else panel.text,
         "datasource": _DATASOURCE,
         "gridPos": {"x": column * _WIDTH, "y": row * _HEIGHT, "w": _WIDTH, "h": _HEIGHT},
         "targets": targets,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": drawn}, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list", "placement": "bottom"}},
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import shutil
@@ -12,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +19,7 @@ from composed import (
     Prometheus,
     command_of,
     free_ports,
+    grafana_script,
     interpolated,
     prometheus_folder,
     running,
@@ -45,15 +44,6 @@ EMPTY_HERE = {
     "GPU": "needs an NVIDIA GPU",
     "Memory of the GPU": "needs an NVIDIA GPU",
 }
-
-
-def dashboards() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboards", GRAFANA / "dashboards.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- what is written
@@ -103,7 +93,7 @@ def test_a_server_that_is_stopped_may_drain() -> None:
 
 def test_dashboards_are_those_of_their_tables() -> None:
     there = {path.name: path.read_text() for path in (GRAFANA / "dashboards").iterdir()}
-    assert there == dashboards().texts(), "cure: python docker/grafana/dashboards.py"
+    assert there == grafana_script("dashboards").texts(), "cure: python docker/grafana/dashboards.py"
 
 
 def test_grafana_finds_what_it_is_given() -> None:
@@ -264,6 +254,19 @@ def test_no_panel_is_empty(composed: Composed) -> None:
             break
         time.sleep(0.5)
     assert {panel for panel, _ in pending} == set(EMPTY_HERE), pending
+
+
+@pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while
+@pytest.mark.triton
+@pytest.mark.redis
+def test_every_panel_is_drawn(composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the test above, when each query has had numbers."""
+    out = tmp_path / "dashboards.png"
+    grafana_script("draw").main([composed.prometheus.url, "--out", str(out), "--minutes", "2"])
+    first, *empty = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: {len({panel for panel, _ in queries()})} panels"
+    assert {line.rpartition(": ")[2] for line in empty} == set(EMPTY_HERE)
+    assert 20_000 < len(out.read_bytes()) < 400_000
 
 
 @pytest.mark.long  # two servers, a canary and a Prometheus that has to scrape for a while

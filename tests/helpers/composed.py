@@ -4,6 +4,7 @@ machine."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ports import free_port
@@ -120,3 +122,13 @@ def prometheus_folder(folder: Path, targets: list[str]) -> Path:
 def free_ports(count: int) -> list[int]:
     """Gives ports that nobody listens on."""
     return [free_port() for _ in range(count)]
+
+
+def grafana_script(name: str) -> ModuleType:
+    """Imports a script of docker/grafana, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docker" / "grafana" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
