@@ -31,6 +31,9 @@ class Panel(NamedTuple):
 # Steps are models of their own, <release>_<step>; pipelines are <release>_recommend, routers route_<number>.
 _STEP = 'model=~"[^_]+_.+", model!~"route_.*|.*_recommend|.*_search"'
 _PIPELINES = 'model=~"recommend|search"'
+_CALLERS_OWN = re.findall(r'flag!~"(.+?)"', _RULES)[0]  # what DegradedLists leaves out
+_OURS, _CALLERS = f'flag!~"{_CALLERS_OWN}"', f'flag=~"{_CALLERS_OWN}"'
+_WORKERS = '@, model!~"route_.*"'  # a router's process answers several at once
 _USED = '@, tier="snapshot"'  # old rows that an answer was made of: those of memory are asked for again first
 
 
@@ -45,9 +48,9 @@ def _rate(name: str, labels: str = "@") -> str:
     return f"rate({name}{{{labels}}}[$__rate_interval])"
 
 
-def _those_above_0(expression: str, label: str) -> str:
+def _those_above_0(expression: str, label: str, there: str = "") -> str:
     """Leaves out series of 0, whose names would fill the legend; where all are, one is called "none"."""
-    none = f'label_replace(0 * sum({expression}), "{label}", "none", "", "")'
+    none = f'label_replace(0 * sum({there or expression}), "{label}", "none", "", "")'
     return f"({expression}) > 0 or {none}"
 
 
@@ -71,12 +74,12 @@ CHAIN = (
         "short",
         (
             (
-                'sum by (alertname, instance) (ALERTS{alertstate="firing", @}) or '
+                "sum by (alertname, alertstate) (ALERTS{@}) or "
                 'label_replace(vector(0), "alertname", "none", "", "")',
-                "{{alertname}} {{instance}}",
+                "{{alertstate}} {{alertname}}",
             ),
         ),
-        "docker/RUNBOOK.md says what to do, by the alert's name.",
+        "On how many instances; pending ones are about to. docker/RUNBOOK.md has each by its name.",
         is_stacked=True,
     ),
     Panel(
@@ -174,7 +177,7 @@ CHAIN = (
                 "{{reason}}",
             ),
         ),
-        "REJECTED: turned away, too much to do. CANCELED: the caller left. BACKEND: a step failed.",
+        "OTHER: a step said no, as when no time is left. REJECTED: a queue did. BACKEND: a step failed.",
     ),
     Panel(
         "Lists that lack something",
@@ -182,15 +185,30 @@ CHAIN = (
         (
             (
                 _those_above_0(
-                    f"sum by (flag) ({_rate('peregrine_lists_degraded')})"
+                    f"sum by (flag) ({_rate('peregrine_lists_degraded', '@, ' + _OURS)})"
                     f" / scalar(sum({_rate('peregrine_lists')}))",
                     "flag",
                 ),
                 "{{flag}}",
             ),
         ),
-        "Share of the lists with each flag of `degraded` (README). Strangers ring no alert.",
+        "Share of the lists with each flag of `degraded` (README) that is no caller's own.",
         alert="DegradedLists",
+    ),
+    Panel(
+        "Lists for strangers, or of what nobody knows",
+        "percentunit",
+        (
+            (
+                _those_above_0(
+                    f"sum by (flag) ({_rate('peregrine_lists_degraded', '@, ' + _CALLERS)})"
+                    f" / scalar(sum({_rate('peregrine_lists')}))",
+                    "flag",
+                ),
+                "{{flag}}",
+            ),
+        ),
+        "A sudden rise: users or items that no release has, or a caller that sends other ids. Probes count.",
     ),
 )
 TIERS = (
@@ -228,20 +246,23 @@ TIERS = (
         "ops",
         (
             (
-                _those_above_0(f"sum by (cause) ({_rate('peregrine_tier_failures')})", "cause")
-                + f" or 0 * sum({_rate('peregrine_tier_read_bytes')})",
+                _those_above_0(
+                    f"sum by (cause) ({_rate('peregrine_tier_failures')})",
+                    "cause",
+                    _rate("peregrine_tier_read_bytes"),  # there before anything has failed
+                ),
                 "{{cause}}",
             ),
         ),
-        "A line without a name: none was since it started.",
     ),
     Panel(
-        "Redis: processes that leave it alone, or hear of no change",
+        "Redis: processes without it",
         "short",
         (
             ("sum(1 - peregrine_tier_breaker_closed{@})", "left alone"),
             ("sum(1 - peregrine_tier_tracking{@})", "not tracking"),
         ),
+        "After failures a process leaves it alone for a while; without tracking it hears of no change.",
     ),
     Panel(
         "Old rows that were used, by instance",
@@ -362,6 +383,7 @@ ROUTE = (
                 "{{release}}",
             ),
         ),
+        "Strangers count.",
     ),
     Panel(
         "Age of releases",
@@ -423,17 +445,20 @@ CAPACITY = (
         "percentunit",
         (
             (
-                "sum by (instance, model) (" + _rate("nv_inference_compute_infer_duration_us") + ") / 1e6"
+                f"sum by (instance, model) ({_rate('nv_inference_compute_infer_duration_us', _WORKERS)}"
+                f" * {_rate('nv_inference_exec_count', _WORKERS)}"
+                f" / {_rate('nv_inference_request_success', _WORKERS)}) / 1e6"
                 " / on (instance, model) peregrine_stubs{@}",
                 "{{instance}} {{model}}",
             ),
         ),
-        "Near 1 requests begin to wait: `serve --instances`, or another node.",
+        "Near 100% requests begin to wait: `serve --instances`, or another node.",
     ),
     Panel(
-        "Requests on their way",
+        "Requests that wait for a process",
         "short",
-        ((f"sum by (instance) (nv_inference_pending_request_count{{@, {_PIPELINES}}})", "{{instance}}"),),
+        (("sum by (instance) (nv_inference_pending_request_count{@})", "{{instance}}"),),
+        "Of all steps: a pipeline has no queue of its own.",
     ),
     Panel("CPU of the node", "percentunit", (("max by (instance) (nv_cpu_utilization{@})", "{{instance}}"),)),
     Panel(
@@ -453,9 +478,13 @@ CAPACITY = (
         ),
     ),
     Panel(
-        "Started again",
+        "Started again, processes replaced",
         "short",
-        (("sum by (instance) (peregrine_restarts_total{@})", "{{instance}}"),),
+        (
+            ("sum by (instance) (peregrine_restarts_total{@})", "{{instance}} started again"),
+            ("sum by (instance) (peregrine_repairs_total{@})", "{{instance}} replaced"),
+        ),
+        "Since `serve` began. Its log says why.",
     ),
     Panel(
         "GPU",

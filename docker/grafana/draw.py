@@ -20,6 +20,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +91,15 @@ class Prometheus:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DrawError(f"{self.url} answers no {path} ({error}); cure: Prometheus' address") from None
 
-    def scrape_s(self) -> float:
-        """Gives the longest interval at which a Peregrine server is scraped, in seconds."""
-        found = self.get("query", query="peregrine_ready")["result"]
+    def scrape_s(self, at_s: float) -> float:
+        """Gives the longest interval, in seconds, at which servers are scraped that were there at a time."""
+        found = self.get("query", query="last_over_time(peregrine_ready[1h])", time=at_s)["result"]
         instances = {one["metric"]["instance"] for one in found}
         targets = self.get("targets", state="active")["activeTargets"]
         every = [one["scrapeInterval"] for one in targets if one["labels"].get("instance") in instances]
         if not every:
             raise DrawError(
-                f"{self.url} has no peregrine_ready: it scrapes no server; cure: its scrape_configs"
+                f"{self.url} scraped no server in that hour (peregrine_ready); cure: scrape_configs"
             )
         return max(map(_seconds, every))
 
@@ -129,9 +130,8 @@ def _line(series: dict[str, Any], legend: str, step_s: float) -> Line:
     return Line(name or "all", times_s, values)
 
 
-def span_of(minutes: float, scrape_s: float, end_s: float | None = None) -> Span:
-    """Gives the last minutes, with the step and the rate's window that Grafana takes."""
-    end_s = end_s or time.time()
+def span_of(minutes: float, scrape_s: float, end_s: float) -> Span:
+    """Gives the minutes before `end_s`, with the step and the rate's window that Grafana takes."""
     step_s = max(scrape_s, math.ceil(minutes * 60 / _POINTS))
     return Span(end_s - minutes * 60, end_s, step_s, max(step_s + scrape_s, 4 * scrape_s))
 
@@ -194,7 +194,7 @@ def draw_panel(axes: Axes, panel: dict[str, Any], lines: list[Line], span: Span)
     _draw_limits(axes, defaults, lines)
     above = any(value > 0 for line in lines for value in line.values)
     _write_axes(axes, defaults["unit"], span, above)
-    _write_legend(axes, lines, defaults["unit"])
+    _write_legend(axes, lines, defaults["unit"], span)
 
 
 def _colour(place: int) -> str:
@@ -250,13 +250,13 @@ def _write_axes(axes: Axes, unit: str, span: Span, is_above: bool) -> None:
     axes.set_xticks(ticks, [time.strftime("%H:%M", time.localtime(at)) for at in ticks])
 
 
-def _write_legend(axes: Axes, lines: list[Line], unit: str) -> None:
+def _write_legend(axes: Axes, lines: list[Line], unit: str, span: Span) -> None:
     """Writes under a panel what its lines are, each with its last value."""
     from matplotlib.patches import Patch
 
     shown = lines if len(lines) <= _MOST_LINES else lines[: _MOST_LINES - 1]
     handles = [
-        Patch(color=_colour(place), label=f"{_cut(line.legend)}: {_last(line, unit)}")
+        Patch(color=_colour(place), label=f"{_cut(line.legend)}: {_last(line, unit, span)}")
         for place, line in enumerate(shown)
     ]
     if len(shown) < len(lines):
@@ -277,9 +277,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _last(line: Line, unit: str) -> str:
-    known = [value for value in line.values if math.isfinite(value)]
-    return formatted(known[-1], unit) if known else "-"
+def _last(line: Line, unit: str, span: Span) -> str:
+    """Writes a line's value at the end, or a dash where it has none there."""
+    is_there = line.times_s and line.times_s[-1] > span.end_s - 2 * span.step_s
+    return formatted(line.values[-1], unit) if is_there and math.isfinite(line.values[-1]) else "–"
 
 
 def draw(
@@ -328,7 +329,9 @@ def _png(figure: Figure) -> bytes:
 
     raw, out = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png")
-    Image.open(raw).convert("RGB").quantize(64).save(out, format="png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(64, Image.Quantize.FASTOCTREE).save(
+        out, format="png", optimize=True
+    )
     return out.getvalue()
 
 
@@ -349,13 +352,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prometheus", help="its address, such as http://127.0.0.1:9090")
     parser.add_argument("--out", type=Path, default=Path("dashboards.png"), help="the PNG (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="how much of the past (%(default)s)")
+    parser.add_argument("--end", type=datetime.fromisoformat, help="local time, as 2026-11-28T03:20 (now)")
     parser.add_argument("--instance", default=".*", help="a pattern of instances (all)")
     parser.add_argument("--board", action="append", default=[], help="one of dashboards/, repeatable (all)")
     options = parser.parse_args(arguments)
     try:
         prometheus = Prometheus(options.prometheus)
         boards = read_boards(options.board)
-        span = span_of(options.minutes, prometheus.scrape_s())
+        end_s = options.end.timestamp() if options.end else time.time()
+        span = span_of(options.minutes, prometheus.scrape_s(end_s), end_s)
         picture, empty = draw(prometheus, boards, span, options.instance)
         options.out.write_bytes(picture)
     except (DrawError, ImportError, OSError) as error:

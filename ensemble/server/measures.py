@@ -37,6 +37,10 @@ class Reported(Protocol):
         """Counts the Python processes that each served model lacks."""
         ...
 
+    def num_repairs(self) -> int:
+        """Counts the times that a model's processes were replaced."""
+        ...
+
     def route(self) -> Route:
         """Gives what is served."""
         ...
@@ -85,6 +89,9 @@ class Measures:
         )
         yield CounterMetricFamily(
             "peregrine_restarts", "times that tritonserver was started again", value=max(0, server.starts - 1)
+        )
+        yield CounterMetricFamily(
+            "peregrine_repairs", "times that a model's processes were replaced", value=server.num_repairs()
         )
         runtime = server.launch.runtime
         has_plans = bool(runtime.plans) or runtime.engine in FLAVORS

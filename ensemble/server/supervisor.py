@@ -149,6 +149,11 @@ class Server:
         repairs = self._repairs
         return repairs.missing() if repairs else {}
 
+    def num_repairs(self) -> int:
+        """Counts the times that a model's processes were replaced since `serve` began."""
+        repairs = self._repairs
+        return self._num_repairs + (repairs.count if repairs else 0)
+
     def route(self) -> Route:
         """Gives what is served."""
         return self._mount.route()
@@ -360,7 +365,7 @@ class Server:
             {
                 "restarts": restarts.count,
                 "last_restart": restarts.last,
-                "repairs": self._num_repairs + (repairs.count if repairs else 0),
+                "repairs": self.num_repairs(),
                 "models": repairs.report() if repairs else {},
                 "last_minute": self._last_minute.report(),
                 "runtime": self.launch.runtime.title,

@@ -82,9 +82,9 @@ def test_a_board_is_drawn_and_what_is_empty_is_said(
 
 def test_a_query_is_asked_as_grafana_asks(prometheus: Prometheus, draw: ModuleType) -> None:
     asked = draw.Prometheus(prometheus.url.removeprefix("http://"))
-    assert asked.scrape_s() == 0.5
+    assert asked.scrape_s(time.time()) == 0.5
     target = {"expr": 'max by (instance) (peregrine_probe_seconds{instance=~"$instance"})'}
-    [line] = asked.lines({**target, "legendFormat": "{{instance}}!"}, draw.span_of(1, 0.5), ".*")
+    [line] = asked.lines({**target, "legendFormat": "{{instance}}!"}, draw.span_of(1, 0.5, time.time()), ".*")
     assert line.legend.startswith("127.0.0.1:")
     assert line.legend.endswith("!")
     assert {value for value in line.values if math.isfinite(value)} == {0.003}

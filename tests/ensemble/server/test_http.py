@@ -74,6 +74,7 @@ def test_metrics_are_tritons_and_our_own_in_one_answer(server: Server) -> None:
     assert found["peregrine_triton_metrics",] == 1
     assert found["peregrine_route_share", "r1"] == 1
     assert found["peregrine_restarts_total",] == 0
+    assert found["peregrine_repairs_total",] == 0
     assert found["peregrine_stubs_dead", "r1_recommend"] == 0
     assert found["nv_inference_request_success_total", "recommend", "1"] > 0
     assert found["nv_inference_request_summary_us", "recommend", "1", "0.99"] > 0

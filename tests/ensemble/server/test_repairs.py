@@ -104,6 +104,7 @@ def test_what_is_killed_or_stopped_is_replaced_while_the_server_answers(reposito
             # Triton takes a second to say that a process is dead
             assert all(sent - began < RECOVERS_S for sent in load.failed), (harm, count)
             assert server.pid == first, "tritonserver was started again"
+        assert server.num_repairs() == 3
     assert sum("is whole again after" in line for line in said) == 3, said
 
 
