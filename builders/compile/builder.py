@@ -69,7 +69,10 @@ def build_plan(request: Request, flavor: str = TENSORRT) -> bytes:
     if plan is None:
         raise ReleaseError(f"{TITLES[flavor]} {trt.__version__} built no plan: {log.last_line()}")
     if flavor == TENSORRT:  # RTX cards time nothing while they build: there may be none
-        _save_timing_cache(config, request.timing_cache)
+        try:
+            _save_timing_cache(config, request.timing_cache)
+        except OSError as error:  # the plan is as good without it
+            request.hear(f"what was timed is not kept: {error}")
     return bytes(plan)
 
 
@@ -181,21 +184,36 @@ def _profile(builder: Any, wanted: tuple[Range, ...]) -> Any:
 def _load_timing_cache(config: Any, path: Path) -> None:
     """Loads what earlier builds measured; a cache that TensorRT does not take is started anew.
 
-    It may be another version's, or damaged.
+    It may be another GPU's or version's, or damaged.
     """
-    known = path.read_bytes() if path.exists() else b""
-    cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
-    config.set_timing_cache(cache, False)
+    cache = _kept_timings(config, path)
+    if cache is None or not config.set_timing_cache(cache, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _kept_timings(config: Any, path: Path) -> Any:
+    """Reads a file of timings; None where there is none, or TensorRT takes it for none."""
+    return config.create_timing_cache(path.read_bytes()) if path.exists() else None
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
+    """Adds what was measured to what the file holds by now: pods of one volume write it at the same time.
+
+    It is written aside and renamed, so readers find one whole file; of two that rename within the same
+    moment the first one's additions are lost, and measured again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    own, kept = config.get_timing_cache(), _kept_timings(config, path)
+    if kept is not None:
+        own.combine(kept, False)
+    # Process ids are no names here: in each container they begin at 1
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-        partial.rename(path)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(bytes(own.serialize()))
+        Path(partial).rename(path)
     finally:
-        partial.unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
 
 
 def _old_network_flags(trt: Any) -> int:

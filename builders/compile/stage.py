@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -295,8 +296,9 @@ def _precision_notes(key: EngineKey) -> list[str]:
 
 
 def timing_cache(repository: Path, node: Node) -> Path:
-    """Names the file of what TensorRT measured while it built here; useless to another version or SM."""
-    return repository / ".build" / "tensorrt" / f"timing-{node.tensorrt}-sm{node.sm}.cache"
+    """Names the file of what TensorRT measured while it built; useless to another version or kind of GPU."""
+    gpu = re.sub(r"\W+", "-", node.gpu)
+    return repository / ".build" / "tensorrt" / f"timing-{node.tensorrt}-{gpu}-sm{node.sm}.cache"
 
 
 def _check_plan(

@@ -11,6 +11,8 @@ import pytest
 from shops import ROOT
 
 import peregrine
+from builders.compile.stage import timing_cache
+from ensemble.engines.plans import Node
 
 yaml = pytest.importorskip("yaml")
 FOLDER = ROOT / "docker" / "kubernetes"
@@ -51,7 +53,7 @@ def test_the_base_is_valid_by_kubernetes_own_schemas(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    [FOLDER / "base", FOLDER / "monitoring", FOLDER / "redis", *OVERLAYS],
+    [FOLDER / "base", FOLDER / "monitoring", FOLDER / "redis", FOLDER / "timing", *OVERLAYS],
     ids=lambda path: path.name,
 )
 def test_a_kustomization_names_files_that_are_there(folder: Path) -> None:
@@ -146,6 +148,26 @@ def test_redis_is_a_secrets_file_that_serve_reads() -> None:
     command = (FOLDER / "redis" / "kustomization.yaml").read_text()
     assert f"create secret generic {secret} " in command
     assert f"--from-literal={key}=" in command
+
+
+def test_timings_lie_where_compile_keeps_them_on_a_volume_of_all_pods() -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    (claim,) = documents(FOLDER / "timing" / "claim.yaml")
+    validate.validate(claim, "1.30", strict=True)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "each pod compiles on its own node"
+    (patch,) = documents(FOLDER / "timing" / "serve.yaml")
+    (volume,) = patch["spec"]["template"]["spec"]["volumes"]
+    assert volume == {
+        "name": "timing",
+        "emptyDir": None,
+        "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]},
+    }
+    (gpu,) = [pod for name, pod in pods() if name == "gpu"]
+    assert gpu["volumes"] == [{"name": volume["name"], "emptyDir": {}}], "what the patch replaces"
+    (compile_,) = [one for one in containers(gpu) if one["name"] == "compile"]
+    mounted = {mount["name"]: Path(mount["mountPath"]) for mount in compile_["volumeMounts"]}
+    node = Node("NVIDIA L4", "8.9", "11.4.0", "13.1")
+    assert timing_cache(mounted["releases"], node).is_relative_to(mounted[volume["name"]])
 
 
 def test_pods_are_added_when_requests_wait_and_when_the_cpu_is_busy() -> None:

@@ -136,7 +136,7 @@ def test_the_builder_is_told_the_contracts_shapes_and_feeds_are_real(repository)
         t.name: tuple((batch, *t.dims) for batch in (1, 8, sizes.max_batch))
         for t in release.model("ranker").inputs
     }
-    assert asked[0].timing_cache == repository / ".build" / "tensorrt" / "timing-11.4.0-sm9.0.cache"
+    assert asked[0].timing_cache == repository / ".build" / "tensorrt" / "timing-11.4.0-Pretend-9-sm9.0.cache"
     feeds = real_feeds(release, [release.model("user_encoder")], users=5)["user_encoder"]
     assert feeds["history_mask"].any(1).all(), "known users have a past"
     assert all(len(array) == 5 for array in feeds.values())
@@ -516,10 +516,51 @@ def test_the_whole_command_on_a_pretended_gpu(repository, tmp_path, version, opt
         "flavor": "tensorrt",
     }
     assert [one["relative_error"] < 1e-5 for one in answer["plans"]] == [True] * 3
-    cache = repository / ".build" / "tensorrt" / f"timing-{answer['node']['tensorrt']}-sm9.0.cache"
-    assert cache.read_text() == "3", "three builds, one cache"
+    cache = repository / ".build" / "tensorrt" / f"timing-{answer['node']['tensorrt']}-Pretend-9-sm9.0.cache"
+    assert len(cache.read_text().split()) == 3, "three builds, one cache"
+    assert list(cache.parent.iterdir()) == [cache]
     again = pretend.peregrine(env, "compile", "-r", repository, "--json", *options)
     assert [one["reused"] for one in json.loads(again.stdout)["plans"]] == [True] * 3
+
+
+SAVES = """
+import sys
+from pathlib import Path
+import tensorrt as trt
+from builders.compile.builder import _load_timing_cache, _save_timing_cache
+
+def build(entry):  # what happens between: another build begins
+    config = trt.Config(None)
+    _load_timing_cache(config, path)
+    config.cache.entries.add(entry)
+    return config
+
+path = Path(sys.argv[1])
+one, two = build("one"), build("two")
+_save_timing_cache(one, path)
+_save_timing_cache(two, path)
+print(path.read_text())
+for text in ("damaged", "another-gpu"):
+    path.write_text(text)
+    _save_timing_cache(build("three"), path)
+    print(path.read_text())
+print(*path.parent.iterdir())
+"""
+
+
+def test_builds_of_two_pods_add_to_one_file_of_timings(tmp_path):
+    path = tmp_path / "cache" / "timing"
+    done = pretend.run(pretend.environment(tmp_path), "-c", SAVES, str(path))
+    assert done.stdout.splitlines() == ["one two", "three", "three", str(path)], done.stderr
+
+
+def test_a_volume_of_timings_that_cannot_be_written_costs_no_plan(repository, tmp_path):
+    (repository / ".build").mkdir(exist_ok=True)
+    (repository / ".build" / "tensorrt").write_text("a file where the folder should be")
+    done = pretend.peregrine(pretend.environment(tmp_path), "compile", "-r", repository, "--json")
+    assert done.returncode == 0, done.stderr
+    notes = [note for one in json.loads(done.stdout)["plans"] for note in one["notes"]]
+    assert sum(note.startswith("what was timed is not kept: ") for note in notes) == 3
 
 
 def test_tensorrt_8_5_makes_no_portable_plan(repository, tmp_path):

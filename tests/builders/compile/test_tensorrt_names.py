@@ -38,6 +38,7 @@ CLASSES = {
     "builder": "Builder",
     "network": "INetworkDefinition",
     "config": "IBuilderConfig",
+    "own": "ITimingCache",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
     "error": "ParserError",
@@ -85,6 +86,7 @@ def test_the_names_are_found_at_all():
         "BuilderFlag.VERSION_COMPATIBLE",
         "HardwareCompatibilityLevel.AMPERE_PLUS",
         "IBuilderConfig.create_timing_cache",
+        "ITimingCache.combine",
     } <= names
     assert not {name for name in names if "FP16" in name or "EXPLICIT_BATCH" in name}, (
         "removed in TensorRT 11"

@@ -42,7 +42,7 @@ class Builder(_Builder):
         return Config(super().create_builder_config())
 
     def build_serialized_network(self, network, config):
-        config.cache.entries += 1
+        config.cache.entries.add(f"build-{os.getpid()}-{len(config.cache.entries)}")
         more = {"flags": [int(f) for f in config.flags], "level": int(config.hardware_compatibility_level)}
         return self.built(network, config.config, more)
 
@@ -62,9 +62,12 @@ class Config:
         assert _OLD, "TensorRT 11 has no such tactic sources"
 
     def create_timing_cache(self, serialized):
-        return TimingCache(int(bytes(serialized) or b"0"))
+        words = set(bytes(serialized).decode().split())
+        return None if "damaged" in words else TimingCache(words)
 
     def set_timing_cache(self, cache, ignore_mismatch):
+        if "another-gpu" in cache.entries and not ignore_mismatch:
+            return False
         self.cache = cache
         return True
 
@@ -76,5 +79,11 @@ class TimingCache:
     def __init__(self, entries):
         self.entries = entries
 
+    def combine(self, other, ignore_mismatch):
+        if "another-gpu" in other.entries and not ignore_mismatch:
+            return False
+        self.entries |= other.entries
+        return True
+
     def serialize(self):
-        return memoryview(str(self.entries).encode())
+        return memoryview(" ".join(sorted(self.entries)).encode())
