@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.data.dataset import Dataset, history_windows, past_windows, some_contexts
+from builders.data.dataset import Dataset, past_windows, some_contexts
 from builders.index.offline import OfflineRecall
 from builders.ranker.checkpoint import RankerCheckpoint
 from ensemble.activity import activity, recencies, touches
 from ensemble.arrays import Array
 from ensemble.context import context_state
+from ensemble.release.events import event_cells
 
 _CHECKED = 64  # users and items whose feeds the exported engines are checked on
 
@@ -25,9 +26,9 @@ def engine_feeds(
     user_rows = np.arange(1, 1 + min(_CHECKED, dataset.num_users))
     ends = dataset.histories.offsets[user_rows + 1]
     schema = dataset.schema
-    windows = history_windows(dataset.histories, user_rows, ends, schema.sizes.history)
     candidates, scores = recall.candidates(user_rows, ends)
     past = past_windows(dataset.histories, user_rows, ends, schema.sizes.seen)
+    windows, times, kinds = (of[:, -schema.sizes.history :] for of in (past.rows, past.times, past.kinds))
     newest = np.maximum(past.times[:, -1], 0).astype(np.float64)
     near = recencies(schema, past.times, past.kinds, newest)
     context = context_state(schema, some_contexts(dataset, user_rows))
@@ -40,7 +41,8 @@ def engine_feeds(
     items = slice(1, 1 + _CHECKED)
     return {
         "history_embeddings": item_embeddings[history] * there,
-        "history_features": trained.item_features[history] * there,
+        "history_features": trained.item_features[history] * there
+        + trained.events.table()[event_cells(schema, times, kinds)],
         "history_mask": windows > 0,
         "user_codes": np.asarray(dataset.user_codes[user_rows]),
         "user_values": np.asarray(dataset.user_values[user_rows]),

@@ -20,6 +20,7 @@ from builders.ranker.positions import POSITIONS
 from builders.search.files import write_search_files
 from ensemble import contract
 from ensemble.arrays import Array
+from ensemble.release.events import HISTORY_EVENTS
 from ensemble.release.ids import write_ids
 from ensemble.steps.blend import BLEND
 
@@ -94,6 +95,8 @@ def _write_rows(
     """Writes the snapshot's rows of items and users, their ids and titles, and a new item's id row."""
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
     write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
+    if (events := trained.ranker.events.table()).any():
+        np.save(folder / HISTORY_EVENTS, events)
     write_older(dataset, folder)
     write_search_files(dataset, folder, progress)
     write_ids(folder / "user_ids.npy", dataset.user_ids)

@@ -103,9 +103,9 @@ class Verifier:
         times: Array | None = None,
         contexts: Array | None = None,
     ) -> Tensors:
-        """Gives the features step's tensors, as they were at `history_ends`; user_state is that of `times`
-        [L], by default of each user's next event (data/dataset.py: moments), and of contexts [L, X], by
-        default none."""
+        """Gives the features step's tensors and the history's cells, as they were at `history_ends`;
+        user_state is that of `times` [L], by default of each user's next event (data/dataset.py: moments),
+        and of contexts [L, X], by default none."""
         histories = self.dataset.histories
         past = past_windows(histories, user_rows, history_ends, self.sizes.seen)
         times = moments(histories, user_rows, history_ends) if times is None else times
@@ -116,7 +116,8 @@ class Verifier:
         }
         return {
             **self.features.past_tensors(past, np.asarray(times, np.float64), rows["rates"], contexts),
-            **self.features.history_from_seen(past.rows),
+            **self.features.history_of(past),
+            "history_cells": self.features.cells(past),
             **own,
             "user_status": np.zeros((len(user_rows), 1), np.int64),
         }

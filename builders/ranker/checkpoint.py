@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from builders.own_model import OwnModel, open_own, read_own, write_own
+from builders.ranker.events import EventRows
 from builders.ranker.model import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, RankerConfig
 from builders.ranker.positions import Positions, read_positions, save_positions
 from builders.weights import read_state, save_state
@@ -29,6 +30,7 @@ class RankerCheckpoint:
     ranker: CalibratedRanker  # calibrated, in eval mode
     # item_id_features, item_codes, item_values, item_embedding -> item_features; in eval mode
     item_head: ItemFeatures
+    events: EventRows  # what the events of a history add to its items
     # [I + 1, F] float32, the id rows that the head reads, with the items' rates; row 0 is that of a new item
     item_id_features: Array
     item_features: Array  # [I + 1, F] float32, the head's output for every item: the snapshot's `features`
@@ -42,11 +44,12 @@ class RankerCheckpoint:
 def save_ranker(
     checkpoint: RankerCheckpoint, folder: Path, config: RankerConfig, own: OwnModel | None = None
 ) -> None:
-    """Writes both modules' weights, their sizes, the tables of rows and report.json."""
+    """Writes the modules' weights, their sizes, the tables of rows and report.json."""
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     write_own(own, folder)
     save_state(checkpoint.ranker.state_dict(), folder / "ranker.npz")
     save_state(checkpoint.item_head.state_dict(), folder / "item_head.npz")
+    save_state(checkpoint.events.state_dict(), folder / "events.npz")
     for name in _TABLES:
         np.save(folder / f"{name}.npy", getattr(checkpoint, name), allow_pickle=False)
     (folder / BLEND).write_text(checkpoint.blend.to_json())
@@ -59,13 +62,14 @@ def read_ranker(
 ) -> RankerCheckpoint:
     """Reads what save_ranker wrote, given the same sizes (and the user's own module, if it was one)."""
     model = Ranker(schema, config) if own is None else OwnRanker(schema, own)
-    head = ItemFeatures(schema, config)
+    head, events = ItemFeatures(schema, config), EventRows(schema)
     model.load_state_dict(read_state(folder / "ranker.npz"))
     head.load_state_dict(read_state(folder / "item_head.npz"))
+    events.load_state_dict(read_state(folder / "events.npz"))
     tables = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _TABLES}
     report = json.loads((folder / "report.json").read_text())
     rest = {"blend": read_blend(folder), "positions": read_positions(folder), "report": report}
-    return RankerCheckpoint(model.eval(), head.eval(), **tables, **rest)
+    return RankerCheckpoint(model.eval(), head.eval(), events, **tables, **rest)
 
 
 def open_ranker(folder: Path, schema: Schema) -> RankerCheckpoint:

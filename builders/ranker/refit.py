@@ -47,7 +47,7 @@ def refit_ranker(
         trainer = RankerTrainer(
             dataset, item_embeddings, verified.ranker, config, np.random.default_rng(seed), progress
         )
-        trainer.start_from(verified.item_head, verified.item_id_features, verified.user_features)
+        trainer.start_from(verified)
         if verified.positions is not None:
             learned = torch.from_numpy(verified.positions.learned)
             trainer.positions.table.data.copy_(learned.flatten(1))

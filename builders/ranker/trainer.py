@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from builders.data.dataset import Dataset, history_windows
+from builders.data.dataset import Dataset, past_windows
 from builders.data.rates import rates_of
 from builders.layers import narrow_products
 from builders.progress import Progress, Watch, unwatched
+from builders.ranker.checkpoint import RankerCheckpoint
 from builders.ranker.config import RankerTraining, num_batches_of
+from builders.ranker.events import EventRows
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
 from builders.ranker.model import CalibratedRanker, ItemFeatures, Ranker
 from builders.ranker.positions import PositionBias, place_facts
 from ensemble.activity import context_columns
 from ensemble.arrays import Array
+from ensemble.release.events import event_cells
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
 
@@ -50,14 +53,16 @@ class RankerTrainer:
             for of in (dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values)
         )
         self.positions = PositionBias(len(dataset.schema.tasks))
-        self.trained = nn.ModuleList([self.model, self.head, self.item_rows, self.user_rows, self.positions])
+        self.events = EventRows(dataset.schema)
+        learned = (self.model, self.head, self.positions, self.events)
+        self.trained = nn.ModuleList([*learned, self.item_rows, self.user_rows])
         # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
         trusted = dataset.train_impressions is None
         self.head.embedding_scale.fill_(
             max(float((self.embeddings[1:] ** 2).mean()), 1e-12) ** -0.5 if trusted else 0.0
         )
         self.head.direct.requires_grad_(not trusted)  # it stays 0 where the embeddings say what codes would
-        dense = (weight for part in (self.model, self.head, self.positions) for weight in part.parameters())
+        dense = (weight for part in learned for weight in part.parameters())
         self.dense = [weight for weight in dense if weight.requires_grad]
         self.restart(config)
 
@@ -108,11 +113,9 @@ class RankerTrainer:
     def tensors(self, lists: Lists) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gives the ranker's tensors for some lists, and the mean square of the id rows that they read."""
         c, training = self.config, self.trained.training
-        windows = torch.from_numpy(
-            history_windows(
-                self.dataset.histories, lists.user_rows, lists.history_ends, self.dataset.schema.sizes.history
-            )
-        )
+        schema = self.dataset.schema
+        past = past_windows(self.dataset.histories, lists.user_rows, lists.history_ends, schema.sizes.history)
+        windows = torch.from_numpy(past.rows)
         users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
         if training:
             self.read_users[users] = True
@@ -120,6 +123,7 @@ class RankerTrainer:
         if training and c.history_dropout:
             mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
         (history, candidates), square = self._item_features(windows.clamp(min=0), items)
+        history = history + self.events(torch.from_numpy(event_cells(schema, past.times, past.kinds)))
         known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
         user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)
         scores = torch.from_numpy(lists.scores)
@@ -128,8 +132,8 @@ class RankerTrainer:
         user_state, candidate_state = (
             torch.from_numpy(one.astype(np.float32)) for one in (lists.user_state, lists.candidate_state)
         )
-        if training and c.context_dropout and self.dataset.schema.context:
-            told = context_columns(self.dataset.schema)
+        if training and c.context_dropout and schema.context:
+            told = context_columns(schema)
             user_state[..., told] *= torch.rand(*user_state.shape[:-1], 1) >= c.context_dropout
         if lists.item_rates is not None:
             rates = torch.from_numpy(lists.item_rates.astype(np.float32))
@@ -315,15 +319,16 @@ class RankerTrainer:
             kept, curve = again, shorter
         return kept, curve, longer
 
-    def start_from(self, head: ItemFeatures, item_rows: Array, user_rows: Array) -> None:
-        """Takes over the trained head and rows [I + 1, F], [U + 1, U'] of the model that it was given; rates
-        stay those of the dataset at hand."""
+    def start_from(self, verified: RankerCheckpoint) -> None:
+        """Takes over what was trained beside the model that it was given; rates stay those of the dataset at
+        hand."""
         code_rates = self.head.code_rates.clone()
-        self.head.load_state_dict(head.state_dict())
+        self.head.load_state_dict(verified.item_head.state_dict())
         self.head.code_rates.copy_(code_rates)
+        self.events.load_state_dict(verified.events.state_dict())
         for table, rows, read in (
-            (self.item_rows, item_rows[:, : self.head.width], self.read_items),
-            (self.user_rows, user_rows, self.read_users),
+            (self.item_rows, verified.item_id_features[:, : self.head.width], self.read_items),
+            (self.user_rows, verified.user_features, self.read_users),
         ):
             table.weight.data.copy_(torch.from_numpy(np.ascontiguousarray(rows)))
             read |= table.weight.data.ne(0).any(1)

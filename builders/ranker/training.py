@@ -138,6 +138,7 @@ def checkpoint_of(
     return RankerCheckpoint(
         trainer.model,
         trainer.head,
+        trainer.events,
         trainer.item_id_features(),
         trainer.item_features(),
         trainer.user_features(),

@@ -14,6 +14,7 @@ from ensemble.contract import Degraded
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
 from ensemble.options import Options
+from ensemble.release.events import HistoryEvents, event_cells
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
 
@@ -45,7 +46,7 @@ class FeatureLookup:
     def __init__(self, model: ModelSpec, release: ServedRelease) -> None:
         release.verify_data("user_ids.npy", "users.npy", "item_ids.npy", "items.npy")
         self.user_ids, self.users = release.user_ids, release.users
-        self.live = release.live
+        self.live, self.events = release.live, HistoryEvents(release)
         self.user_reader, self.item_reader = release.readers.users, release.readers.items
         self.schema, self.history = release.schema, release.schema.sizes.history
 
@@ -68,7 +69,7 @@ class FeatureLookup:
         past = self._with_session(_without_later(stored, view, status), options, now, status, view)
         return {
             **self.past_tensors(past, now, users.field("rates"), contexts),
-            **self.history_from_seen(past.rows, view, status),
+            **self.history_of(past, view, status),
             "user_codes": users.field("codes"),
             "user_values": users.field("values"),
             "user_features": users.field("features"),
@@ -89,20 +90,22 @@ class FeatureLookup:
             "user_state": np.concatenate([state, context_state(self.schema, contexts), rates], axis=1),
         }
 
-    def history_from_seen(
-        self, seen_rows: Array, view: LiveView | None = None, status: Array | None = None
-    ) -> Tensors:
-        """Gives of the last H of seen_rows [B, W] the mask [B, H], embeddings [B, H, D] and features [B, H,
-        F]; notes in `status` [B] what is stale."""
-        history = seen_rows[:, -self.history :]
+    def history_of(self, past: Past, view: LiveView | None = None, status: Array | None = None) -> Tensors:
+        """Gives of the last H events of pasts the mask [B, H], embeddings [B, H, D] and features [B, H, F] of
+        their items, with what the events add; notes in `status` [B] what is stale."""
+        history = past.rows[:, -self.history :]
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
             status |= items.status_of_users()
         return {
             "history_mask": history >= 0,
             "history_embeddings": items.field("embedding"),
-            "history_features": items.field("features"),
+            "history_features": self.events.added(items.field("features"), self.cells(past)),
         }
+
+    def cells(self, past: Past) -> Array:
+        """Gives the cells of the last H events of pasts [B, H] int64 (ensemble/release/events.py)."""
+        return event_cells(self.schema, past.times[:, -self.history :], past.kinds[:, -self.history :])
 
     def _with_session(self, past: Past, options: Options, now: Array, status: Array, view: LiveView) -> Past:
         """Puts the session's items behind the stored past, as events of the first kind at `now` [B]; drops

@@ -43,11 +43,13 @@ from ensemble.engines import CHUNK, EngineStep
 from ensemble.engines.onnx import OnnxEngine
 from ensemble.errors import InvalidInput
 from ensemble.options import default_options
+from ensemble.release.events import HistoryEvents
 from ensemble.release.snapshot import gather
 
 JUDGED = 4000  # users that judge a variant: seconds for a ranker; the gate asks all
 CALIBRATION_SHARE = 4  # one user of so many calibrates and never judges
 # Tensors gathered out of the item rows: where, and what. They are 95% of the bytes, so they are not kept.
+# What the events add to history_features comes back by their cells.
 _FROM_ITEMS = {
     "history_embeddings": ("history_rows", "embedding"),
     "history_features": ("history_rows", "features"),
@@ -68,6 +70,7 @@ class _Held:
     tensors: Tensors  # [Q, …] by name, without those that are gathered out of `items`
     items: Array  # [R] packed rows (snapshot.item_dtype); row 0 is the unknown item
     rows: Array  # [R] int64: their rows in the catalogue, ascending
+    events: HistoryEvents
 
     def pieces(self, size: int) -> list[slice]:
         return [slice(start, start + size) for start in range(0, len(self.true), size)]
@@ -79,6 +82,9 @@ class _Held:
             name: gather(self.tensors[rows][piece], self.items, field)
             for name, (rows, field) in gathered.items()
         }
+        if "history_features" in found:
+            cells = self.tensors["history_cells"][piece]
+            found["history_features"] = self.events.added(found["history_features"], cells)
         return found | {name: self.tensors[name][piece] for name in names if name not in gathered}
 
 
@@ -221,6 +227,7 @@ class Evaluation:
             tensors,
             self.verifier.features.item_reader.table[rows],
             rows,
+            self.verifier.features.events,
         )
 
     def _catalogue(self) -> Array:

@@ -49,7 +49,7 @@ def _clicks(trained, device):
     trainer = RankerTrainer(
         dataset, toy_embeddings(), checkpoint.ranker, CONFIG, np.random.default_rng(0), lambda *_: None
     )
-    trainer.start_from(checkpoint.item_head, checkpoint.item_id_features, checkpoint.user_features)
+    trainer.start_from(checkpoint)
     states = states_of(dataset, asked, checkpoint.user_rates[asked.user_rows])
     lists, places = lists_from_impressions(asked, zero_scores, states)
     logits = torch.from_numpy(trainer.logits(lists).reshape(-1, len(TASKS))[places])

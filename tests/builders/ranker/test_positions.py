@@ -54,7 +54,7 @@ def _served(shop, checkpoint, impressions):
     trainer = RankerTrainer(
         shop, toy_embeddings(), checkpoint.ranker, CONFIG, np.random.default_rng(0), lambda done, text: None
     )
-    trainer.start_from(checkpoint.item_head, checkpoint.item_id_features, checkpoint.user_features)
+    trainer.start_from(checkpoint)
     states = states_of(shop, impressions, checkpoint.user_rates[impressions.user_rows])
     lists, places = lists_from_impressions(impressions, zero_scores, states)
     logits = trainer.logits(lists).reshape(-1, len(TASKS))[places]
