@@ -31,6 +31,7 @@ def report(
     compression, gate, latency. Says in a sentence what the release's lists are worth."""
     from builders.report.html import page, release_figures, write_figures
     from builders.verify.markdown import headline
+    from builders.verify.newcomers import newcomer_table
     from ensemble.errors import InvalidInput, ReleaseError
     from ensemble.release.release import active_release, open_release
 
@@ -57,6 +58,8 @@ def report(
         raise InvalidInput(f"cannot write {error.filename or png}: {error.strerror}") from None
     if text := headline(manifest["report"]):
         print(text)
+    if groups := manifest["report"].get("newcomers"):
+        print("\n".join(newcomer_table(groups)))
     print(f"{target}" + (f" and {len(pictures)} PNG in {png}" if png else ""))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from builders.report.html import document
 from builders.report.markup import escaped, number, table_of
 from builders.report.thumbnails import Thumbnails, thumbnails
-from builders.verify.newcomers import GROUPS
+from builders.verify.newcomers import GROUPS, cell
 from ensemble.arrays import Array
 from ensemble.local import LocalPipeline
 from ensemble.release.held_out import HELD_OUT, Comparison, read_held_out
@@ -102,7 +102,7 @@ def _for_whom(names: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> lis
                 *(
                     number(value)
                     for one in groups
-                    for value in (one[group]["targets"], one[group].get(figure))
+                    for value in (one[group]["targets"], cell(one[group], figure) or None)
                 ),
             ]
             for group in GROUPS

@@ -136,8 +136,9 @@ def test_a_page_says_all_that_the_release_knows_of_itself(manifest):
     report = manifest["report"]
     text = page(manifest, {})
     assert all(html.escape(f"{line}.") in text for line in report["shortfalls"])
-    worth = report["newcomers"]["users"]["1 to 5"]["worth"]
-    assert f"<td>{worth:.4f}</td>" in text[text.index("events of the user") :]
+    of = report["newcomers"]["users"]["1 to 5"]
+    low, high = of["intervals"]["worth"].values()
+    assert f"<td>{of['worth']:.4f} [{low:.4f}, {high:.4f}]</td>" in text[text.index("events of the user") :]
     way = report["baselines"]["ranking"]["ndcg@10"]["ways"]["chain"]
     assert f"{way['value']:.4f} [{way['low']:.4f}, {way['high']:.4f}]" in text
     minus = report["worth"]["chain_minus"]["popularity"]
@@ -326,8 +327,10 @@ def test_the_command_writes_the_active_release(tiny_repository, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "png" / "ranking.png").read_bytes().startswith(PNG)
-    sentence, files = done.stdout.splitlines()
+    sentence, *groups, files = done.stdout.splitlines()
     assert sentence.startswith("A list of 10 that this release shows is worth ")
+    assert [line.split()[:2] for line in groups[1:3]] == [["0", "0"], ["1", "to"]]
+    assert len(groups) == 10
     assert files == f"{tmp_path}/page.html and 4 PNG in {tmp_path}/png"
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from builders.data.dataset import Histories, Targets
-from builders.verify.newcomers import GROUPS, newcomer_lines, newcomers
+from builders.verify.newcomers import GROUPS, newcomer_lines, newcomer_table, newcomers
 from builders.verify.values import Worth
 
 ITEMS, USERS = 50, 150
@@ -93,6 +93,53 @@ def test_worth_is_told_by_what_was_known_at_the_time(rng):
         assert found["users"][group]["worth_rows"] == len(mine) > 0
         np.testing.assert_allclose(found["users"][group]["worth"], np.mean(mine))
         assert "worth" not in found["items"][group], "a moment of the log has no next item"
+
+
+def test_intervals_are_those_of_users_drawn_again(rng):
+    """Against a loop; rows of one user are drawn together."""
+    dataset, targets, ranks = shop(rng)
+    targets = Targets(rng.integers(1, 40, 200), targets.history_ends, targets.item_rows)  # five rows a user
+    targets = Targets(targets.user_rows, dataset.train_ends[targets.user_rows], targets.item_rows)
+    ranks["chain"] = np.where(targets.user_rows % 2, 0, np.inf)  # a user hits always or never
+    found = newcomers(dataset, shown_to(targets), targets, ranks, "no truth")
+    known = targets.history_ends - dataset.histories.offsets[targets.user_rows]
+    mine = np.array([group_of(count) == "6 to 30" for count in known])
+    users, hits = targets.user_rows[mine], (ranks["chain"] < 10)[mine]
+    means = []
+    for _ in range(1000):
+        drawn = np.concatenate(
+            [np.flatnonzero(users == user) for user in rng.choice(np.unique(users), len(set(users)))]
+        )
+        means.append(hits[drawn].mean())
+    interval = found["users"]["6 to 30"]["intervals"]["hr@10"]
+    np.testing.assert_allclose(
+        [interval["low"], interval["high"]], np.quantile(means, [0.025, 0.975]), atol=0.03
+    )
+    of_rows = 2 * 1.96 * hits.std() / np.sqrt(len(hits))  # as if each row were a user
+    assert interval["high"] - interval["low"] > 1.3 * of_rows
+
+
+def test_a_group_that_chance_cannot_tell_of_has_no_interval(rng):
+    dataset, targets, ranks = shop(rng)
+    ranks["chain"] = np.full(200, np.inf)
+    of = newcomers(dataset, shown_to(targets), targets, ranks, "no truth")["users"]
+    assert all("hr@10" not in one["intervals"] for one in of.values())
+    assert "recall@24" in of["6 to 30"]["intervals"]
+
+
+def test_a_terminal_of_80_columns_shows_groups_with_intervals(rng):
+    dataset, targets, ranks = shop(rng)
+    found = newcomers(dataset, shown_to(targets), targets, ranks, "no truth")
+    lines = newcomer_table(found)
+    assert len(lines) == 10
+    assert max(map(len, lines)) <= 80
+    low, high = found["users"]["6 to 30"]["intervals"]["ndcg@10"].values()
+    assert lines[8].startswith("6 to 30 ")
+    assert lines[8].endswith(f" {found['users']['6 to 30']['ndcg@10']:.4f} [{low:.4f}, {high:.4f}]")
+    earlier = {what: {name: {**of, "intervals": {}} for name, of in by.items()} for what, by in found.items()}
+    for of in earlier["users"].values():
+        del of["intervals"]  # as in a release of an earlier Peregrine
+    assert newcomer_table(earlier)[8].endswith(f" {found['users']['6 to 30']['ndcg@10']:.4f}")
 
 
 def test_the_page_has_a_row_for_each_group(rng):
