@@ -137,10 +137,11 @@ class RecallSource:
 
     name: str
     quota: float | None
+    is_set: bool = False  # by the shop: a build does not fit it
 
 
 # Every source there is: the class that offers, "module:Class", and the quota that it gets unless a shop says
-# otherwise.
+# otherwise, or a build finds a better one (builders/index/quotas.py).
 SOURCE_KINDS: dict[str, tuple[str, float | None]] = {
     "user_embeddings": ("ensemble.steps.sources:Nearest", None),
     "transitions": ("ensemble.steps.sources:Transitions", 3 / 8),

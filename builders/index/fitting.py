@@ -1,9 +1,11 @@
-"""Fits how recall's sources weigh, and says what each adds: on held-out next items, as it will be served.
+"""Fits how recall's sources weigh and how many places each has, and says what each adds: on held-out next
+items, as it will be served.
 
 A source beside the usual three is kept only where it gains. Weights are fitted on every second held-out
 user, the gain is judged on the others: the share of next items among the N candidates, or NDCG@10 in recall's
 order, must be surely better (95%, paired bootstrap over users), and neither surely worse. What is kept is
-then fitted on all.
+then fitted on all. Quotas (quotas.py) are chosen on either half and judged on the other, both together: the
+share of next items among the candidates must be surely better, and NDCG@10 not surely worse.
 
 Axes: Q held-out targets, N candidates, S sources.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ from builders import metrics
 from builders.data.dataset import Dataset
 from builders.data.splits import MANY_AGAIN, share_again
 from builders.index.offline import EncodeUsers, OfflineRecall
+from builders.index.quotas import SHARES, QuotaChoice, free_quotas
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 from ensemble.options import Options, UserOptions
 from ensemble.schema import DEFAULT_SOURCES
-from ensemble.steps.recall import fused
+from ensemble.steps.recall import Recall, fused
 from ensemble.steps.recall_settings import RecallSettings
 
 _MOST, _MOST_LEFT_OUT = 4000, 2000  # held-out targets that weights are fitted on, and sources left out for
@@ -62,6 +65,10 @@ class _Lists:
             metrics.ranks_from_scores(fused(self.rows, self.scores, weights), self.column), 10
         )
 
+    def figures(self, weights: tuple[float, ...]) -> dict[str, Array]:
+        """Says of each target [Q] whether it is found, and its NDCG@10."""
+        return {f"recall@{self.rows.shape[1]}": self.column >= 0, "ndcg@10": self.gains(weights)}
+
     def best(self, names: Sequence[str], off: Sequence[str]) -> tuple[float, ...]:
         """Finds the weights of the sources `names` with the best NDCG@10; those that are `off` weigh 0."""
         grid = list(itertools.product(*((0.0,) if name in off else _WEIGHTS[name] for name in names)))
@@ -80,9 +87,10 @@ class Fitting:
         self.chosen = np.sort(np.random.default_rng(0).permutation(len(targets.user_rows))[:_MOST])
         self.embeddings = user_embeddings[self.chosen]
         self.tried: list[dict[str, Any]] = []
+        self.tried_quotas: dict[str, Any] = {}
 
     def settings(self, settings: RecallSettings) -> RecallSettings:
-        """Fits the weights, and switches off what does not gain."""
+        """Fits the weights and the quotas, and switches off what does not gain."""
         off = tuple(self.extra)
         settings = dataclasses.replace(settings, off=off, source_weights=_plain(self.names))
         if not len(self.chosen):
@@ -90,6 +98,7 @@ class Fitting:
         lists = self._lists(settings)
         for name in self.extra:
             settings, lists = self._with(name, settings, lists)
+        settings, lists = self._with_quotas(settings, lists)
         return dataclasses.replace(settings, source_weights=lists.best(self.names, settings.off))
 
     def again(self, settings: RecallSettings, encode_users: EncodeUsers) -> RecallSettings:
@@ -139,6 +148,45 @@ class Fitting:
         self.tried.append({"source": name, "kept": kept, "users": len(users) // 2, "gain": gain})
         return (ways[place], found[place]) if kept else (before, lists)
 
+    def _with_quotas(self, before: RecallSettings, lists: _Lists) -> tuple[RecallSettings, _Lists]:
+        """Tries other quotas of the sources that are on, but for those that the shop sets; gives what is
+        better, settings and lists."""
+        free = free_quotas(self.dataset.schema, before.off)
+        users, owner = np.unique(lists.users, return_inverse=True)
+        self.tried_quotas = {"kept": False, "before": {name: before.quotas[name] for name in free}}
+        if len(users) < _FEWEST or not free:
+            self.tried_quotas["why"] = "too few held-out users to tell" if free else "the shop sets them"
+            return before, lists
+        choice = QuotaChoice(*self._offers(before, free), self.dataset.validation.item_rows[self.chosen])
+        half, other = (np.flatnonzero(owner % 2 == of) for of in (0, 1))
+        plain, changed = list[dict[str, Array]](), list[dict[str, Array]]()
+        for fitted, judged in ((half, other), (other, half)):
+            quotas = choice.best(before.quotas, free, fitted)
+            weights = lists.take(fitted).best(self.names, before.off)
+            plain.append(lists.take(judged).figures(weights))
+            after = dataclasses.replace(before, quotas=quotas)
+            changed.append(plain[-1] if after == before else self._lists(after, judged).figures(weights))
+        order = np.argsort(np.concatenate([other, half]))
+        gain = _differences(_joined(plain, order), _joined(changed, order), lists.users)
+        quotas = choice.best(before.quotas, free)
+        found, order_of_list = gain.values()
+        kept = quotas != before.quotas and found["low"] > 0 and order_of_list["high"] >= 0
+        self.tried_quotas |= {"kept": kept, "users": len(users), "gain": gain}
+        self.tried_quotas["best"] = {name: quotas[name] for name in free}
+        if not kept:
+            return before, lists
+        after = dataclasses.replace(before, quotas=quotas)
+        return after, self._lists(after)
+
+    def _offers(self, settings: RecallSettings, free: Sequence[str]) -> tuple[Recall, list[Array]]:
+        """Opens recall, and asks each source about the chosen users, the `free` ones as deep as any quota
+        wants."""
+        deepest = {name: int(max(SHARES) * self.dataset.schema.sizes.candidates) for name in free}
+        offline = self._asked(dataclasses.replace(settings, quotas={**settings.quotas, **deepest}))
+        targets = self.dataset.validation
+        asked = targets.user_rows[self.chosen], targets.history_ends[self.chosen]
+        return offline.recall, offline.offers_for(self.embeddings, *asked)
+
     def left_out(self, settings: RecallSettings) -> list[dict[str, Any]]:
         """Says what each source that is on adds: what lists lose without it, the others weighing the same."""
         if not len(self.chosen):
@@ -155,8 +203,8 @@ class Fitting:
             rows.append({"source": name, **facts, "users": len(np.unique(every.users)), "adds": adds})
         return rows
 
-    def _lists(self, settings: RecallSettings, most: slice = slice(None)) -> _Lists:
-        """Asks recall under these settings about the chosen users."""
+    def _lists(self, settings: RecallSettings, most: slice | Array = slice(None)) -> _Lists:
+        """Asks recall under these settings about the chosen users, or `most` of them."""
         targets, chosen = self.dataset.validation, self.chosen[most]
         offline = self._asked(settings)
         users = targets.user_rows[chosen]
@@ -184,12 +232,20 @@ def _gains(
     first: _Lists, first_weights: tuple[float, ...], second: _Lists, weights: tuple[float, ...]
 ) -> dict[str, dict[str, float]]:
     """Says what the second lists have more than the first: share of next items found, and NDCG@10."""
-    pairs = {
-        f"recall@{second.rows.shape[1]}": (first.column >= 0, second.column >= 0),
-        "ndcg@10": (first.gains(first_weights), second.gains(weights)),
-    }
-    found = {name: paired_difference(*pair, second.users) for name, pair in pairs.items()}
+    return _differences(first.figures(first_weights), second.figures(weights), second.users)
+
+
+def _differences(
+    first: Mapping[str, Array], second: Mapping[str, Array], users: Array
+) -> dict[str, dict[str, float]]:
+    """Says what the second figures [Q] of users [Q] have more than the first, by name."""
+    found = {name: paired_difference(first[name], second[name], users) for name in first}
     return {name: {"mean": of.mean, "low": of.low, "high": of.high} for name, of in found.items()}
+
+
+def _joined(parts: Sequence[Mapping[str, Array]], order: Array) -> dict[str, Array]:
+    """Puts the figures of parts of the targets together, in the given order [Q]."""
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
 
 def _plain(names: Sequence[str]) -> tuple[float, ...]:

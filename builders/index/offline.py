@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,14 +61,30 @@ class OfflineRecall:
             np.zeros((len(user_rows), sizes.candidates, len(self.recall.sources)), np.float32),
         )
         for piece in _pieces(len(user_rows)):
-            seen = history_windows(self.dataset.histories, user_rows[piece], history_ends[piece], sizes.seen)
-            queries = self.queries(
-                user_rows[piece], {"seen_rows": seen, "user_embeddings": user_embeddings[piece]}
-            )
-            older = older_pasts(self.dataset, user_rows[piece], history_ends[piece])
-            found = self.recall.run(options(len(seen)), seen_rows=seen, older=older, **queries)
+            asked = self._asked(user_embeddings[piece], user_rows[piece], history_ends[piece])
+            found = self.recall.run(options(len(user_rows[piece])), **asked)
             rows[piece], scores[piece] = found["candidate_rows"], found["candidate_scores"]
         return rows, scores
+
+    def offers_for(self, user_embeddings: Array, user_rows: Array, history_ends: Array) -> list[Array]:
+        """Gives each source's first N items that users [L] could be shown: rows [L, N], best first, padded
+        with -1; Recall.merged makes candidates of them, under any quotas."""
+        shape = len(user_rows), self.recall.sizes.candidates
+        offers = [np.full(shape, -1, np.int64) for _ in self.recall.sources]
+        for piece in _pieces(len(user_rows)):
+            asked = self._asked(user_embeddings[piece], user_rows[piece], history_ends[piece])
+            found = self.recall.offers(default_options(len(user_rows[piece])), **asked)
+            for all_rows, rows in zip(offers, found, strict=True):
+                all_rows[piece, : rows.shape[1]] = rows
+        return offers
+
+    def _asked(self, user_embeddings: Array, user_rows: Array, history_ends: Array) -> dict[str, Any]:
+        """Gives what recall is asked for users [L] with their embeddings [L, M, D]: its tensors, and what
+        they had before."""
+        seen = history_windows(self.dataset.histories, user_rows, history_ends, self.recall.sizes.seen)
+        queries = self.queries(user_rows, {"seen_rows": seen, "user_embeddings": user_embeddings})
+        older = older_pasts(self.dataset, user_rows, history_ends)
+        return {"seen_rows": seen, "older": older, **queries}
 
     def scores(self, user_rows: Array, history_ends: Array, item_rows: Array) -> Array:
         """Gives every source's score [L, N, S] float32 of item_rows [L, N] (-1 padded) at [L], [L]."""

@@ -77,24 +77,29 @@ def write_recall(
     more = write_sources(dataset, folder, seed)
     settings = RecallSettings(**dataclasses.asdict(tuned.query), **more, quotas=_quotas(dataset.schema))
     if verified is not None:
-        same = {name: getattr(verified, name) for name in ("source_weights", "off", "content_items", "again")}
+        same = {
+            name: getattr(verified, name)
+            for name in ("source_weights", "off", "content_items", "again", "quotas")
+        }
         settings = dataclasses.replace(settings, **same)
         (folder / "recall.json").write_text(settings.to_json())
-        return RecallFacts(tuned.tried, [], [])
+        return RecallFacts(tuned.tried, [], {}, [])
     fitting = Fitting(dataset, user_embeddings, folder)  # Recall itself helps to fit its weights
     settings = fitting.settings(settings)
     adds = fitting.left_out(settings)
     settings = fitting.again(settings, encode_users) if encode_users else settings
     (folder / "recall.json").write_text(settings.to_json())
-    return RecallFacts(tuned.tried, fitting.tried, adds)
+    return RecallFacts(tuned.tried, fitting.tried, fitting.tried_quotas, adds)
 
 
 @dataclass(frozen=True)
 class RecallFacts:
-    """Holds what the report says of recall: rows of settings, of sources that were tried, of sources."""
+    """Holds what the report says of recall: rows of settings, of sources that were tried, quotas that were,
+    rows of sources."""
 
     tried: list[dict[str, Any]]
     tried_sources: list[dict[str, Any]]
+    tried_quotas: dict[str, Any]
     sources: list[dict[str, Any]]
 
 

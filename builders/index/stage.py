@@ -80,10 +80,11 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         settings,
         encode_users,
     )
-    tried = facts.tried
+    tried, quotas = facts.tried, _settings(folder).quotas
+    progress(0.95, "places of their own: " + ", ".join(f"{name} {of}" for name, of in quotas.items()))
     (folder / "tried.json").write_text(json.dumps(tried))
     if verified is None:
-        told = {"tried_sources": facts.tried_sources, "sources": facts.sources}
+        told = {name: getattr(facts, name) for name in ("tried_sources", "tried_quotas", "sources")}
         (folder / SOURCES_FILE).write_text(json.dumps(told))
     else:
         link(verified / SOURCES_FILE, folder / SOURCES_FILE)

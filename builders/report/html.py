@@ -251,7 +251,11 @@ def _data(report: Mapping[str, Any]) -> list[str]:
 
 
 def _recall(report: Mapping[str, Any]) -> list[str]:
-    settings = {name: of for name, of in report.get("recall", {}).items() if "sources" not in name}
+    settings = {
+        name: of
+        for name, of in report.get("recall", {}).items()
+        if not name.startswith("tried_") and name != "sources"
+    }
     tried = settings.pop("tried", [])
     quotas = settings.pop("quotas", {})
     settings |= {f"quota of {source}": places for source, places in quotas.items()}

@@ -28,7 +28,7 @@ kind = "binary"
 label = {column = "clicked"}
 [recall]                             # may be left out; "content", "walks": kept only where they gain
 sources = ["user_embeddings", "transitions", "popular", "content"]
-quotas = {content = 0.2}             # share of the candidates that is kept for a source
+quotas = {content = 0.2}             # share of the candidates that is kept for a source; else a build fits it
 new_items = "median"                 # what nobody has taken counts as popular as the middle of what somebody
                                      # took; default "last": as the least popular
 """
@@ -295,7 +295,8 @@ class Recall(_Entry):
     def listed(self) -> tuple[RecallSource, ...]:
         """Gives the sources with their quotas, as the schema holds them."""
         return tuple(
-            RecallSource(name, self.quotas.get(name, SOURCE_KINDS[name][1])) for name in self.sources
+            RecallSource(name, self.quotas.get(name, SOURCE_KINDS[name][1]), name in self.quotas)
+            for name in self.sources
         )
 
 

@@ -206,9 +206,10 @@ def _next_items(ranking: dict[str, Any]) -> list[str]:
 
 
 def source_lines(recall: Mapping[str, Any]) -> list[str]:
-    """Writes the part on recall's sources: what each adds, and which were tried and left out."""
+    """Writes the part on recall's sources: what each adds, which were tried and left out, how many places
+    each has and why."""
     rows = recall.get("sources") or []
-    lines = []
+    lines = _quota_lines(recall.get("tried_quotas"))
     for tried in recall.get("tried_sources") or []:
         if not tried["kept"]:
             told = tried.get("why") or ", ".join(f"{name} {_sure(of)}" for name, of in tried["gain"].items())
@@ -226,6 +227,24 @@ def source_lines(recall: Mapping[str, Any]) -> list[str]:
         "weights were fitted on (95% intervals; the other sources weigh the same)."
     )
     return ["", "## What each source of recall adds", "", why, "", *_table(head, table), *lines]
+
+
+def _quota_lines(tried: Mapping[str, Any] | None) -> list[str]:
+    """Says which places of sources' own were chosen, and why; nothing of a release of before."""
+    if not tried:
+        return []
+    if "why" in tried:
+        return ["", f"No other places of sources' own were tried: {tried['why']}."]
+    gain = ", ".join(f"{name} {_sure(of)}" for name, of in tried["gain"].items())
+    ways = [
+        f"{name} {places} of its own instead of {before}"
+        for (name, places), before in zip(tried["best"].items(), tried["before"].values(), strict=True)
+        if places != before
+    ]
+    if not ways:
+        return ["", "Other places of sources' own were tried: none reach more of the held-out items."]
+    became = "was taken" if tried["kept"] else "was tried and left out"
+    return ["", f"Places among the candidates: {', '.join(ways)} {became}: {gain}."]
 
 
 def _sure(of: Mapping[str, float]) -> str:

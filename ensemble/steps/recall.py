@@ -102,13 +102,11 @@ class Recall:
             return self._popular(options, seen_rows, excluded, view)
         if late.any():
             return self._without_late(options, late, seen_rows, seen_kinds, seen_recencies, older, queries)
-        depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
-        masks = self.filters.masks([user.filter for user in options.users], view)
-        batch = Batch(query, seen_rows, view, masks, depths)
-        own, offers = self._own(options, seen_rows), self._offers(batch, excluded)
+        batch = self._batch(options, query, seen_rows, excluded, view)
+        own, offers = self._own(options, seen_rows), self._in_line(self._offers(batch, excluded), self.quotas)
         if own is not None:
             most = best_first(*own)[0][:, : self.sizes.candidates // 2]
-            offers = np.concatenate([self._eligible(most, excluded, masks, view), offers], axis=1)
+            offers = np.concatenate([self._eligible(most, excluded, batch.masks, view), offers], axis=1)
         found = self._scored(batch, self._merge(offers), own)
         state = self._touches(options, seen_rows, seen_recencies, seen_kinds, found["candidate_rows"])
         found["candidate_status"] |= self._status(options, view)
@@ -149,12 +147,9 @@ class Recall:
 
     def _popular(self, options: Options, seen_rows: Array, excluded: Array, view: LiveView) -> Tensors:
         """Gives the most popular items that may be shown, and says that nobody looked for anything else."""
-        num_users, source = len(options), self.source(Popular)
-        depths = self._depths(np.bincount(excluded // STRIDE, minlength=num_users), view)
-        masks = self.filters.masks([user.filter for user in options.users], view)
-        nobody = np.zeros((num_users, 1, self.sizes.embedding), np.float32)
-        batch = Batch(nobody, seen_rows, view, masks, depths)
-        rows = self._merge(self._eligible(source.offer(batch), excluded, masks, view))
+        source, nobody = self.source(Popular), np.zeros((len(options), 1, self.sizes.embedding), np.float32)
+        batch = self._batch(options, nobody, seen_rows, excluded, view)
+        rows = self._merge(self._eligible(source.offer(batch), excluded, batch.masks, view))
         shape, s = rows.shape, self.sources.index(source)
         scores = np.zeros((*shape, len(self.sources)), np.float32)
         scores[..., s] = np.where(rows > 0, source.score(batch, rows, scores), 0)
@@ -172,6 +167,14 @@ class Recall:
     def _status(self, options: Options, view: LiveView) -> Array:
         """Says whose filter names a value that no item has [B, 1] int64."""
         return self.filters.status([user.filter for user in options.users], view)
+
+    def _batch(
+        self, options: Options, query: Array, seen_rows: Array, excluded: Array, view: LiveView
+    ) -> Batch:
+        """Gives what these users ask of the sources, query [B, *, D], and how deep each has to go."""
+        depths = self._depths(np.bincount(excluded // STRIDE, minlength=len(query)), view)
+        masks = self.filters.masks([user.filter for user in options.users], view)
+        return Batch(query, seen_rows, view, masks, depths)
 
     def _depths(self, num_excluded: Array, view: LiveView) -> Array:
         """Gives how deep a source must go for each user [B] int64: N and what may be excluded, `num_excluded`
@@ -211,7 +214,11 @@ class Recall:
     def quotas(self) -> list[int]:
         """Gives the places kept for each source [S]; one without a quota has what the others leave, one that
         is off leaves its own."""
-        own = [0 if isinstance(s, Silent) else self.settings.quotas.get(s.name) for s in self.sources]
+        return self._places(self.settings.quotas)
+
+    def _places(self, quotas: Mapping[str, int]) -> list[int]:
+        """Gives the places that `quotas`, by source, come to, as `quotas` above does."""
+        own = [0 if isinstance(s, Silent) else quotas.get(s.name) for s in self.sources]
         left = self.sizes.candidates - sum(quota or 0 for quota in own)
         return [left if quota is None else quota for quota in own]
 
@@ -246,12 +253,26 @@ class Recall:
 
     # --- one list
 
-    def _offers(self, batch: Batch, excluded: Array) -> Array:
-        """Gives all sources' eligible offers [B, X], padded with -1, in line: those within their source's
-        quota first, then the rest.
+    def offers(self, options: Options, *, seen_rows: Array, older: Older, **queries: Array) -> list[Array]:
+        """Gives, for who chooses quotas, each source's first N eligible items [B, at most N] int64, best
+        first, padded with -1; `merged` makes candidates of them."""
+        query = np.concatenate([queries[name] for name in QUERY_TENSORS], axis=1)
+        view = self.live.refresh()
+        excluded = self._excluded(options, seen_rows, older, view)
+        batch = self._batch(options, query, seen_rows, excluded, view)
+        return self._offers(batch, excluded, is_whole=True)
 
-        A source's offers are counted after filtering, so that a quota is filled by items that can be shown.
-        Beyond its first N none of a source is needed, and where another has N for everybody, nobody fills up.
+    def merged(self, offers: list[Array], quotas: Mapping[str, int]) -> Array:
+        """Gives the candidates [B, N], in any order and padded with -1, that offers [B, *] of each source
+        come to under quotas, by source."""
+        return self._merge(self._in_line(offers, self._places(quotas)))
+
+    def _offers(self, batch: Batch, excluded: Array, *, is_whole: bool = False) -> list[Array]:
+        """Gives each source's eligible offers [B, at most N], padded with -1.
+
+        They are counted after filtering, so that a quota is filled by items that can be shown. Beyond its
+        first N none of a source is needed, and where another has N for everybody, nobody fills up: then, but
+        for the whole of what there is, no more than its quota.
         """
         parts = [source.offer(batch) for source in self.sources]
         rows = self._eligible(np.concatenate(parts, axis=1), excluded, batch.masks, batch.view)
@@ -261,21 +282,20 @@ class Recall:
             None if source.fills_up else first_kept(piece, wanted)
             for source, piece in zip(self.sources, pieces, strict=True)
         ]
-        is_full = any(part is not None and _is_full(part, wanted) for part in own)
-        parts = [
+        is_full = not is_whole and any(part is not None and _is_full(part, wanted) for part in own)
+        return [
             first_kept(piece, min(quota, wanted) if is_full else wanted) if part is None else part
             for part, piece, quota in zip(own, pieces, self.quotas, strict=True)
         ]
-        return np.concatenate(parts, axis=1)[:, self._line([part.shape[1] for part in parts])]
 
-    def _line(self, widths: list[int]) -> Array:
-        """Gives the order [X] in which the columns of offers are in line: sources by turns within their
-        quotas, then beyond them, and last of all what only fills up."""
+    def _in_line(self, offers: list[Array], quotas: list[int]) -> Array:
+        """Gives offers [B, *] of each source as they are in line [B, X]: sources by turns within their quotas
+        [S], then beyond them, and last of all what only fills up."""
         places = []
-        for s, (source, quota, width) in enumerate(zip(self.sources, self.quotas, widths, strict=True)):
-            rank, later = np.arange(width), _LATER * (2 if source.fills_up else 1)
-            places.append(rank * len(widths) + s + (rank >= quota) * later)
-        return np.argsort(np.concatenate(places))
+        for s, (source, quota, of) in enumerate(zip(self.sources, quotas, offers, strict=True)):
+            rank, later = np.arange(of.shape[1]), _LATER * (2 if source.fills_up else 1)
+            places.append(rank * len(offers) + s + (rank >= quota) * later)
+        return np.concatenate(offers, axis=1)[:, np.argsort(np.concatenate(places))]
 
     def _merge(self, rows: Array) -> Array:
         """Gives the first N distinct rows [B, N] of rows [B, X] in line, padded with -1."""

@@ -45,9 +45,14 @@ def dataset_of(folder: Path, more: str = MORE, *, shuffled: bool = False) -> Dat
             place = items.column_names.index(name)
             items = items.set_column(place, name, items[name].take(order))
         pq.write_table(items, shop / "items.parquet")
+    return built_data(folder)
+
+
+def built_data(folder: Path) -> Dataset:
+    """The data of folder/shop as a build makes them."""
     (folder / "none.jsonl").write_text("")
     (folder / "data").mkdir()
-    inputs = {"shop": shop, "catalogue": folder / "none.jsonl"}
+    inputs = {"shop": folder / "shop", "catalogue": folder / "none.jsonl"}
     data.run(inputs, preset("tiny").sizes, folder / "data", lambda *told: None)
     return open_dataset(folder / "data")
 
@@ -57,8 +62,10 @@ def written(
     dataset: Dataset,
     verified: RecallSettings | None = None,
     encode: EncodeUsers | None = None,
+    knows: float = 0,
 ) -> RecallFacts:
-    """Writes all that recall opens into folder/index, beside encoders that know nothing."""
+    """Writes all that recall opens into folder/index, beside encoders that know nothing, or that much of the
+    item that comes next."""
     index = folder / "index"
     index.mkdir()
     for name, source in _FROM_DATA.items():
@@ -67,6 +74,7 @@ def written(
     rng = np.random.default_rng(0)
     items = rng.standard_normal((dataset.num_items + 1, 32), dtype=np.float32)
     users = rng.standard_normal((len(dataset.validation.user_rows), 1, 32), dtype=np.float32)
+    users += knows * items[dataset.validation.item_rows][:, None]
     return write_recall(dataset, items, users, index, verified=verified, encode_users=encode)
 
 
@@ -81,13 +89,13 @@ def test_content_is_kept_where_it_gains(tmp_path):
     assert tried["kept"]
     assert tried["gain"]["recall@64"]["low"] > 0
     assert settings.off == ()
-    assert settings.quotas == {"transitions": 24, "popular": 4, "content": 8}
+    assert settings.quotas.keys() == {"transitions", "popular", "content"}
     assert settings.source_weights[3] > 0
     assert [of["source"] for of in facts.sources] == list(dataset.schema.source_names)
     assert facts.sources[3]["adds"]["ndcg@10"]["low"] > 0
     page = "\n".join(source_lines(dataclasses.asdict(facts)))
     assert "## What each source of recall adds" in page
-    assert "| content | 8 |" in page
+    assert f"| content | {settings.quotas['content']} |" in page
 
 
 def test_a_user_tunes_the_index_once_however_often_he_validates(tmp_path, monkeypatch):
@@ -116,6 +124,35 @@ def test_content_is_left_out_where_it_says_nothing_and_recall_is_what_it_was(tmp
     without = tmp_path / "without"
     written(without, dataset_of(without, "", shuffled=True))
     assert (*settings_in(without).source_weights, 0.0) == settings.source_weights
+
+
+def dataset_at_random(folder: Path, more: str = "") -> Dataset:
+    """A shop whose users take anything: nothing follows from what came before."""
+    shop, rng = folder / "shop", np.random.default_rng(2)
+    shop.mkdir(parents=True)
+    taken = [rng.choice(300, 6, replace=False) for _ in range(1000)]
+    rows = [f"u{user},i{item},{at + 1}" for user, of in enumerate(taken) for at, item in enumerate(of)]
+    (shop / "log.csv").write_text("user_id,item_id,time\n" + "\n".join(rows))
+    (shop / "shop.toml").write_text(f'name = "random"\n[interactions]\nfile = "log.csv"\n{more}')
+    return built_data(folder)
+
+
+def test_fewer_places_are_taken_where_they_surely_reach_more_and_a_shops_own_stay(tmp_path):
+    facts = written(tmp_path, dataset_at_random(tmp_path), knows=0.2)
+    settings, tried = settings_in(tmp_path), facts.tried_quotas
+    assert tried["kept"]
+    assert tried["before"] == {"transitions": 24}, "popular's are for users without a past"
+    assert tried["gain"]["recall@64"]["low"] > 0
+    fewer = settings.quotas["transitions"]
+    assert fewer == tried["best"]["transitions"] == facts.sources[1]["quota"] < 24
+    assert settings.quotas["popular"] == 4
+    page = "\n".join(source_lines(dataclasses.asdict(facts)))
+    assert f"transitions {fewer} of its own instead of 24 was taken: recall@64 +" in page
+    own = tmp_path / "own"
+    facts = written(own, dataset_at_random(own, "[recall]\nquotas = {transitions = 0.375}\n"), knows=0.2)
+    assert settings_in(own).quotas == {"transitions": 24, "popular": 4}
+    told = "No other places of sources' own were tried: the shop sets them."
+    assert told in source_lines(dataclasses.asdict(facts))
 
 
 def test_walks_lead_to_the_ends_that_a_plain_product_finds(rng, monkeypatch):
@@ -162,7 +199,8 @@ def test_walks_are_tried_and_offer_what_no_transition_does(tmp_path):
 
 
 def test_a_refit_keeps_what_the_verified_model_kept(tmp_path):
-    verified = RecallSettings(source_weights=(1.0, 2.0, 0.1, 4.0), content_items=50)
+    quotas = {"transitions": 6, "popular": 4, "content": 19}
+    verified = RecallSettings(source_weights=(1.0, 2.0, 0.1, 4.0), content_items=50, quotas=quotas)
     facts = written(tmp_path, dataset_of(tmp_path), verified)
     settings = settings_in(tmp_path)
     assert (settings.source_weights, settings.content_items, settings.off) == (
@@ -170,6 +208,7 @@ def test_a_refit_keeps_what_the_verified_model_kept(tmp_path):
         50,
         (),
     )
+    assert settings.quotas == quotas
     assert not facts.tried_sources
 
 
@@ -252,11 +291,7 @@ def test_what_is_taken_again_counts_where_it_is_and_nobody_says_what_was_shown(t
     (shop / "log.csv").write_text("user_id,item_id,time,clicked\n" + "\n".join(rows))
     labels = '[[tasks]]\nname = "ctr"\nlabel = {column = "clicked"}\n' * (kind == "labelled")
     (shop / "shop.toml").write_text(f'name = "again"\n[interactions]\nfile = "log.csv"\n{labels}')
-    (tmp_path / "none.jsonl").write_text("")
-    (tmp_path / "data").mkdir()
-    inputs = {"shop": shop, "catalogue": tmp_path / "none.jsonl"}
-    data.run(inputs, preset("tiny").sizes, tmp_path / "data", lambda *told: None)
-    dataset = open_dataset(tmp_path / "data")
+    dataset = built_data(tmp_path)
 
     def encode(users: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return rng.standard_normal((len(users), 1, 32), np.float32)

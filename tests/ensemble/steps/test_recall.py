@@ -8,10 +8,11 @@ import json
 
 import numpy as np
 import pytest
-from random_release import BRANDS, SETTINGS, RandomRelease, make_release, open_recall, schema_of
+from random_release import BRANDS, SETTINGS, RandomRelease, make_release, open_again, open_recall, schema_of
 
 from ensemble.errors import ReleaseError
-from ensemble.options import Options, UserOptions, parse_options
+from ensemble.options import Options, UserOptions, default_options, parse_options
+from ensemble.release.pasts import Older
 from ensemble.steps.recall import Recall
 from ensemble.steps.sources import Popular, Transitions
 
@@ -118,6 +119,24 @@ def fused(release: RandomRelease, recall: Recall, query: np.ndarray, seen: np.nd
     popularity = np.load(release.path / "popular.npy")
     scores = ((query @ release.items["embedding"][row]).max(), np.log1p(moves.get(row, 0)), popularity[row])
     return float(np.dot(recall.settings.source_weights, scores))
+
+
+def test_offers_merged_under_any_quotas_are_what_those_quotas_would_find(tmp_path, rng):
+    """Who chooses quotas asks once; each choice is then what recall with it says, for every user."""
+    release = make_release(tmp_path, rng, num_items=500)
+    asking, users = open_recall(release), rng.integers(1, len(release.users), 30)
+    seen, query = seen_rows_of(release, users), rng.standard_normal((30, 1, 8), dtype=np.float32)
+    older = Older(np.repeat(np.arange(30), 4), rng.integers(1, 500, 120))
+    asked = {"seen_rows": seen, "older": older, "user_embeddings": query}
+    offers = asking.offers(default_options(30), **asked)
+    found = []
+    for quotas in ({"transitions": 8, "popular": 3}, {"transitions": 0, "popular": 12}, {"transitions": 20}):
+        settings = dataclasses.replace(SETTINGS, quotas=quotas)
+        (release.path / "recall.json").write_text(settings.to_json())
+        recall = open_recall(open_again(release))
+        found.append(np.sort(recall.run(default_options(30), **asked)["candidate_rows"], axis=1))
+        np.testing.assert_array_equal(np.sort(asking.merged(offers, quotas), axis=1), found[-1])
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True], ids=["distinct scores", "many ties"])
