@@ -7,10 +7,10 @@ DIR gets the stages data, encoders and index of SHOP's build, anew but with --ke
 the source `walks`. Weights are fitted on (a sample of) the validation targets, figures are of the test's. A
 graph network's best 32 items take the places of the candidates that are last in recall's order, as walks have
 32 places of their own, and its score is one more among the sources'; beside it stands what 32 more of the
-user encoder's best would do there, and what recall finds where transitions keep a twelfth of their places.
-(What comes last there is said by all sources weighing 1.) Printed, as JSON: recall@N and NDCG@10
-in the order of all scores, and differences by a paired bootstrap over users, for all targets and for those
-that cross categories: items that share no attribute with the last item taken, or with none of the past.
+user encoder's best would do there. (What comes last there is said by all sources weighing 1.) Printed, as
+JSON: recall@N and NDCG@10 in the order of all scores, and differences by a paired bootstrap over users, for
+all targets and for those that cross categories: items that share no attribute with the last item taken, or
+with none of the past.
 Attributes that more than a fifth of all items have tell nothing and are left out.
 
 Axes: Q targets, N candidates, S sources, I items, C code columns.
@@ -45,7 +45,6 @@ from ensemble.steps.recall import fused
 
 _MOST_FITTED, _MOST, _BATCH, _PLACES, _COMMON = 2000, 4000, 256, 32, 0.2
 _FEWEST = 30  # targets of a figure
-_FEWER = "fewer transitions"
 _WEIGHTS: dict[str, tuple[float, ...]] = {
     "user_embeddings": (1.0,),
     "transitions": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
@@ -84,18 +83,15 @@ class Asking:
     def __init__(self, dataset: Dataset, folders: Mapping[str, Path]) -> None:
         self.dataset, self.folders = dataset, folders
         self.names = dataset.schema.source_names
-        self.kept: dict[tuple[int, tuple[str, ...], float], tuple[OfflineRecall, tuple[Array, Array]]] = {}
+        self.kept: dict[tuple[int, tuple[str, ...]], tuple[OfflineRecall, tuple[Array, Array]]] = {}
 
-    def recall(self, off: tuple[str, ...], share: float) -> OfflineRecall:
-        """Opens the built recall without the sources that are `off`, and with a share of transitions' places;
-        all sources that are on weigh 1."""
+    def recall(self, off: tuple[str, ...]) -> OfflineRecall:
+        """Opens the built recall without the sources that are `off`; all that are on weigh 1."""
         weights = tuple(0.0 if name in off else 1.0 for name in self.names)
         path = self.folders["index"] / "recall.json"
         before = path.read_text()
         offline, _ = open_recall(self.folders, self.dataset)
-        quotas = dict(offline.recall.settings.quotas)
-        quotas["transitions"] = int(share * quotas["transitions"])
-        changed: dict[str, Any] = {"off": off, "source_weights": weights, "quotas": quotas}
+        changed: dict[str, Any] = {"off": off, "source_weights": weights}
         settings = dataclasses.replace(offline.recall.settings, **changed)
         try:
             path.write_text(settings.to_json())
@@ -103,13 +99,11 @@ class Asking:
         finally:
             path.write_text(before)
 
-    def found(
-        self, targets: Targets, off: tuple[str, ...], graph: Scores | None = None, share: float = 1.0
-    ) -> Found:
+    def found(self, targets: Targets, off: tuple[str, ...], graph: Scores | None = None) -> Found:
         """Gives what recall finds about the targets, with the graph network's items and scores at the end."""
-        key = (id(targets), off, share)
+        key = (id(targets), off)
         if key not in self.kept:
-            offline = self.recall(off, share)
+            offline = self.recall(off)
             self.kept[key] = offline, offline.candidates(targets.user_rows, targets.history_ends)
         offline, (rows, scores) = self.kept[key]
         if graph is not None:
@@ -183,7 +177,6 @@ def compare(folders: Mapping[str, Path], starts: Sequence[str], seed: int, updat
     more |= {f"network, {start} start": _by_past(graph) for start, graph in graphs.items()}
     ways: dict[str, tuple[tuple[str, ...], Scores | None]] = {
         "today": (("walks",), None),
-        _FEWER: (("walks",), None),
         "walks": ((), None),
         **{way: (("walks",), of) for way, of in more.items()},
         **{f"walks and {way}": ((), of) for way, of in more.items() if way.startswith("network")},
@@ -192,8 +185,7 @@ def compare(folders: Mapping[str, Path], starts: Sequence[str], seed: int, updat
     found: dict[str, tuple[Array, Array]] = {}
     for way, (off, graph) in ways.items():
         names = tuple(name for name in asking.names if name not in off)
-        share = 1 / 12 if way == _FEWER else 1.0
-        fitted, of = (_on(asking.found(part, off, graph, share), asking.names, off) for part in (fits, test))
+        fitted, of = (_on(asking.found(part, off, graph), asking.names, off) for part in (fits, test))
         weights = fitted.best((*names, *(("graph network",) if graph is not None else ())))
         told["ways"][way] = {
             "weights": weights,

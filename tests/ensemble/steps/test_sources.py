@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from random_release import SETTINGS, make_release, open_recall, schema_of
 from ensemble.arrays import without_repeats
 from ensemble.errors import ReleaseError
 from ensemble.options import default_options
-from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource
+from ensemble.schema import DEFAULT_SOURCES, SOURCE_KINDS, RecallSource, schema_from_json
 from ensemble.steps.sources import Batch, Nearest, Popular, Transitions
 
 
@@ -105,3 +106,10 @@ def test_offline_scores_are_those_of_the_answer(tmp_path, rng):
     rows = answer["candidate_rows"]
     scores = recall.source_scores(query, seen, rows, release.items["embedding"][rows])
     np.testing.assert_array_equal(scores, answer["candidate_scores"])
+
+
+def test_a_release_of_before_quotas_were_fitted_is_read():
+    raw = json.loads(schema_of().to_json())
+    for source in raw["sources"]:
+        del source["is_set"]
+    assert schema_from_json(json.dumps(raw)) == schema_of()
