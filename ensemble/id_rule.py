@@ -15,6 +15,7 @@ from ensemble.errors import InvalidArgument
 
 MAX_ID_BYTES = 128
 MISSING_WORDS = ("", "nan", "null", "none", "<na>", "n/a")  # in any case, what says that there is none
+MISSING_AS_WRITTEN = ("NA",)  # R's word; na and Na may be names
 _SHOWN = 40  # characters of a wrong value in an error
 
 
@@ -37,7 +38,8 @@ def recorded_id(field: str, value: Any) -> bytes:
         value = int(value) if float(value).is_integer() and abs(float(value)) <= 2**53 else value
     value = value.strip() if isinstance(value, (str, bytes)) else value
     word = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    if word and value is not None and word.lower() in MISSING_WORDS:
+    is_missing = word.lower() in MISSING_WORDS or word in MISSING_AS_WRITTEN
+    if word and value is not None and is_missing:
         raise InvalidArgument(f"{field}: the id is missing, got {_shown(value)}")
     return encode_id(field, value)
 

@@ -9,7 +9,7 @@ Axes: Q held-out targets, K places of a list.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,7 @@ def _add_worth(figures: list[dict[str, Any]], worth: Worth, group_of_row: Array 
             _add_means(one, {"worth": worth.values["chain"][chosen, 0]}, worth.users[chosen])
 
 
+_SHARES = ("of_items", "of_places")  # of the catalogue and of what lists show: no figures of held-out rows
 _HEADS = {"items": "events of the item", "users": "events of the user"}
 
 
@@ -123,11 +124,16 @@ def newcomer_lines(found: Mapping[str, Any]) -> list[str]:
         "In brackets: 95% intervals, by resampling the group's users.",
     ]
     for what, head in _HEADS.items():
-        names = [name for name in _names(found[what]) if name != "intervals"]
-        rows = [[group, *(cell(of, name) for name in names)] for group, of in found[what].items()]
-        table = [[head, *(name.replace("_", " ") for name in names)], ["---"] * (1 + len(names)), *rows]
-        lines += ["", *("| " + " | ".join(row) + " |" for row in table)]
-    return lines
+        names = [name for name in _names(found[what]) if name not in ("intervals", *_SHARES)]
+        lines += _table(head, found[what], names)
+    return [*lines, *_table(_HEADS["items"], found["items"], list(_SHARES))]
+
+
+def _table(head: str, by_group: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Writes some figures of each group as a table of Markdown, few enough for a terminal's 80 columns."""
+    rows = [[group, *(cell(of, name) for name in names)] for group, of in by_group.items()]
+    table = [[head, *(name.replace("_", " ") for name in names)], ["---"] * (1 + len(names)), *rows]
+    return ["", *("| " + " | ".join(row) + " |" for row in table)]
 
 
 def newcomer_table(found: Mapping[str, Any]) -> list[str]:

@@ -194,6 +194,7 @@ def test_items_are_updated_and_late_updates_lose(server, release, open_readers, 
             "user_id: an id must not be empty",
         ),
         (Event("NULL", "i", "click", 1.0), "user_id: the id is missing, got 'NULL'"),
+        (Event("u", "NA", "click", 1.0), "item_id: the id is missing, got 'NA'"),
         (Event("u", None, "click", 1.0), "item_id: an id must be a string or an integer, got None"),
         (Event(b"\xff", "i", "click", 1.0), "user_id: an id must be valid UTF-8, got b'\\xff'"),
         (

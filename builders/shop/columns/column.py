@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ensemble.arrays import Array
 from ensemble.errors import InvalidInput
-from ensemble.id_rule import MISSING_WORDS
+from ensemble.id_rule import MISSING_AS_WRITTEN, MISSING_WORDS
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,10 @@ def each_text(column: Column, change: Callable[[pa.Array], pa.Array]) -> pa.Chun
 
 
 def are_missing(texts: pa.Array) -> pa.Array:
-    """Says which texts [K] only say that a value is missing: empty, nan, NULL, None, … [K] bool."""
-    lower = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
-    return pc.is_in(lower, value_set=pa.array(MISSING_WORDS, lower.type))
+    """Says which texts [K] only say that a value is missing: empty, nan, NULL, None, NA, … [K] bool."""
+    trimmed = pc.utf8_trim_whitespace(texts)
+    in_any_case = pc.is_in(pc.utf8_lower(trimmed), value_set=pa.array(MISSING_WORDS, trimmed.type))
+    return pc.or_(in_any_case, pc.is_in(trimmed, value_set=pa.array(MISSING_AS_WRITTEN, trimmed.type)))
 
 
 def shown(texts: list[Any], most: int = 3) -> str:

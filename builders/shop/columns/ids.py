@@ -36,7 +36,7 @@ def ids_from_column(column: Column) -> tuple[Array, Array]:
 
 def known_ids(column: Column) -> tuple[Array, Array]:
     """Gives the distinct ids [K] S in byte order, and the index of each row's id [n] int64, -1 where it is
-    missing: an empty cell, or a word for one (nan, NULL, None), which is counted."""
+    missing: an empty cell, or a word for one (nan, NULL, None, NA), which is counted."""
     if pa.types.is_nested(column.values.type):
         raise column.wrong_type(_WANTED)
     values, index = distinct_of(column.values)

@@ -36,7 +36,7 @@ _WAYS = {".": "thousands by commas", ",": "decimal commas"}
 
 
 def numbers_from_column(column: Column) -> Array:
-    """Reads numbers [n] float64, NaN where the cell is empty or says so (nan, NULL, None); infinities are
+    """Reads numbers [n] float64, NaN where the cell is empty or says so (nan, NULL, None, NA); infinities are
     refused."""
     kind = column.values.type
     if pa.types.is_null(kind):

@@ -136,6 +136,14 @@ def test_words_for_nothing_are_counted_as_missing_and_named():
         ids_from_column(column(["a", "NULL"]))
 
 
+def test_what_r_writes_for_nothing_is_no_user_and_its_like_in_other_letters_are():
+    read = column(["N1", "NA", "na", "Na", " NA"])
+    ids, index = known_ids(read)
+    assert ids.tolist() == [b"N1", b"Na", b"na"]
+    assert index.tolist() == [0, -1, 2, 1, -1]
+    assert any("'NA'" in note and "2 rows" in note for note in read.said.notes)
+
+
 @pytest.mark.parametrize("cells", [[1.5], [2.0**60], [b"\xff"], [True], [{"a": 1}], [decimal.Decimal("1.5")]])
 def test_what_is_no_id_is_refused(cells):
     with pytest.raises(InvalidInput, match=r"a\.csv: column 'c'"):
@@ -158,7 +166,7 @@ NUMBERS = {
     "thousands": (["1,100.50", "1,100", "3"], [1100.5, 1100, 3]),
     "decimal commas": (["1.100,50", "1.100", "0,5"], [1100.5, 1100, 0.5]),
     "groups of blanks": (["1 100 200", "1\u00a0000"], [1_100_200, 1000]),
-    "missing": (["1", "nan", "NULL", "", None], [1, None, None, None, None]),
+    "missing": (["1", "nan", "NULL", "", None, "NA"], [1, None, None, None, None, None]),
     "exponents": (["1e3", "-.5", "2."], [1000, -0.5, 2]),
     "truth": (["true", "False"], [1, 0]),
     "booleans": ([True, None], [1, None]),

@@ -145,6 +145,22 @@ def test_a_terminal_of_80_columns_shows_groups_with_intervals(rng):
 def test_the_page_has_a_row_for_each_group(rng):
     dataset, targets, ranks = shop(rng)
     lines = newcomer_lines(newcomers(dataset, shown_to(targets), targets, ranks, "no truth"))
-    assert sum(line.startswith("| 1 to 5 |") for line in lines) == 2
-    head = next(line for line in lines if line.startswith("| events of the item |"))
-    assert head.endswith("| of items | of places |")
+    assert sum(line.startswith("| 1 to 5 |") for line in lines) == 3
+    assert "| events of the item | of items | of places |" in lines
+
+
+def test_no_figure_of_a_group_is_cut_in_a_terminal_of_80_columns(rng):
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    dataset, targets, ranks = shop(rng)
+    users = targets.user_rows
+    truth = Worth(
+        "truth", "", users, targets.item_rows, np.zeros(len(users)), {"chain": rng.random((200, 2))}
+    )
+    lines = newcomer_lines(newcomers(dataset, shown_to(targets), targets, ranks, truth))
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(Markdown("\n".join(lines)))
+    assert "…" not in shown.get()
+    assert shown.get().count("[0.") >= 8
