@@ -26,14 +26,13 @@ def num_cells(schema: Schema) -> int:
 
 
 def event_cells(schema: Schema, times: Array, kinds: Array) -> Array:
-    """Gives the cell of each event of pasts: times [B, H] Unix seconds, newest last, kinds [B, H] (0 where
-    padded) -> [B, H] int64. Without a clock, where times are no times, all are of age 0."""
-    cells = np.asarray(kinds, np.int64) * AGES
+    """Gives the cell of each event of pasts: times [B, H] int64 Unix seconds, newest last, kinds [B, H] (0
+    where padded) -> [B, H] int64. Without a clock, where times are no times, all are of age 0."""
+    cells = kinds.astype(np.int64) * AGES
     if not schema.has_clock:
         return cells
     gaps = np.maximum(times[:, -1:] - times, 0)
-    ages = np.minimum(np.log2(1 + gaps), AGES - 1).astype(np.int64)
-    return cells + np.where(kinds > 0, ages, 0)
+    return cells + np.minimum(np.log2(1 + gaps), AGES - 1).astype(np.int64)
 
 
 class HistoryEvents:
@@ -45,6 +44,11 @@ class HistoryEvents:
         if path.exists():
             release.verify_data(HISTORY_EVENTS)
             self._table = np.load(path, allow_pickle=False)
+
+    @property
+    def known(self) -> bool:
+        """Says whether events add anything."""
+        return self._table is not None
 
     def added(self, features: Array, cells: Array) -> Array:
         """Gives features [B, H, F] float32 of a history's items with what the events in cells [B, H] add."""

@@ -97,10 +97,13 @@ class FeatureLookup:
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
             status |= items.status_of_users()
+        features = items.field("features")
         return {
             "history_mask": history >= 0,
             "history_embeddings": items.field("embedding"),
-            "history_features": self.events.added(items.field("features"), self.cells(past)),
+            "history_features": self.events.added(features, self.cells(past))
+            if self.events.known
+            else features,
         }
 
     def cells(self, past: Past) -> Array:

@@ -15,9 +15,13 @@ TIMES = np.array([[0, 0, 1_000], [1_000, 1_000 + DAY_S - 1, 1_000 + DAY_S], [0, 
 KINDS = np.array([[0, 0, 2], [2, 1, 1], [1, 2, 1]])
 
 
-def test_a_cell_is_the_kind_and_the_age_against_the_newest_event_and_padding_is_in_the_first():
-    day, last = int(np.log2(1 + DAY_S)), AGES - 1
-    wanted = [[0, 0, 2 * AGES], [2 * AGES + day, AGES + 1, AGES], [AGES + last, 2 * AGES + last, AGES]]
+def test_a_cell_is_the_kind_and_the_age_against_the_newest_event_and_padding_is_of_kind_0():
+    day, last, before = int(np.log2(1 + DAY_S)), AGES - 1, int(np.log2(1_001))
+    wanted = [
+        [before, before, 2 * AGES],
+        [2 * AGES + day, AGES + 1, AGES],
+        [AGES + last, 2 * AGES + last, AGES],
+    ]
     assert event_cells(SCHEMA, TIMES, KINDS).tolist() == wanted
     assert event_cells(SCHEMA, TIMES, KINDS).max() < num_cells(SCHEMA)
 
@@ -31,6 +35,7 @@ def test_a_release_adds_what_its_table_says_and_nothing_without_one(tmp_path, rn
     release = make_release(tmp_path, rng, schema=SCHEMA)
     features = rng.standard_normal((3, 3, SCHEMA.sizes.item_features)).astype(np.float32)
     cells = event_cells(SCHEMA, TIMES, KINDS)
+    assert not HistoryEvents(release).known
     assert HistoryEvents(release).added(features, cells) is features
     table = rng.standard_normal((num_cells(SCHEMA), features.shape[-1])).astype(np.float32)
     np.save(release.path / HISTORY_EVENTS, table)
