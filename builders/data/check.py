@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from builders.content.sources import sources_of
 from builders.data.columns import columns_said, joins
@@ -16,7 +18,7 @@ from builders.data.dataset import Dataset, Impressions, Targets
 from builders.data.splits import MANY_AGAIN, share_again
 from builders.data.stage import dataset_from_tables
 from builders.shop.columns.categories import lists_from_column
-from builders.shop.columns.column import Column, is_list
+from builders.shop.columns.column import Column, is_list, is_textual
 from builders.shop.interactions import known_at_once
 from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
@@ -171,7 +173,7 @@ def _features(
     packed: dict[str, Feature] = {f.name: f for f in table.features}
     for entry in entries:
         column = columns[entry.source]
-        filled = 1 - column.values.null_count / max(len(column.values), 1)
+        filled = _share_filled(column, entry.kind)
         section[entry.name] = f"{entry.kind}, {filled:.1%} filled"
         feature = packed.get(entry.name)
         if feature is not None and feature.kind == "category":
@@ -192,12 +194,23 @@ def _features(
     report.sections[f"{what}' features"] = section
 
 
+def _share_filled(column: Column, kind: str) -> float:
+    """Gives the share of cells that say something: words for nothing are none where a number is read."""
+    missing = column.values.null_count
+    if kind == "number":
+        missing = max(missing, column.said.missing)
+    elif is_textual(column.values.type):
+        missing += int(
+            pc.sum(pc.equal(pc.utf8_trim_whitespace(column.values.cast(pa.large_string())), "")).as_py() or 0
+        )
+    return 1 - missing / max(len(column.values), 1)
+
+
 def _context(report: Report, tables: ShopTables, dataset: Dataset) -> None:
     """Says of each context feature how often the log tells it; warns where it never does."""
     section: dict[str, Any] = {}
     for entry, feature in zip(tables.shop.context_columns, dataset.schema.context, strict=True):
-        values = tables.interactions.contexts[entry.source].values
-        filled = 1 - values.null_count / max(len(values), 1)
+        filled = _share_filled(tables.interactions.contexts[entry.source], entry.kind)
         told = f", {len(feature.values)} values" if feature.kind == "category" else ""
         section[entry.name] = f"{entry.kind}, {filled:.1%} filled{told}"
         if not filled:

@@ -220,7 +220,13 @@ class Catalogue:
     """Reads titles and histories of a release on this machine; knows nothing where there is none."""
 
     def __init__(self, repository: Path, name: str) -> None:
+        self.repository, self.name = repository, name
         self._release = self._open(repository, name)
+
+    @property
+    def is_there(self) -> bool:
+        """Says whether this machine has the release."""
+        return self._release is not None
 
     @staticmethod
     def _open(repository: Path, name: str) -> Release | None:
@@ -326,3 +332,6 @@ def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:
             values += [", ".join(item["finders"])] if found else []
             table.add_row(str(place), Text(item["item_id"]), Text(item["title"]), *values)
         console.print(table)
+    if not catalogue.is_there:
+        where = f"{catalogue.repository} has no release {catalogue.name}"
+        console.print(Text(f"no titles: {where}; --repository names one that has it", style="dim"))

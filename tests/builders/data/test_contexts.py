@@ -46,6 +46,20 @@ def _write(folder, rng, toml=TOML, amounts=None):
     return told
 
 
+def test_the_check_says_what_share_of_cells_a_feature_has(rng, tmp_path):
+    """Also where a word or blanks stand for nothing: R's NA, an empty text in quotes."""
+    _write(tmp_path, rng)
+    items = [f"i{at},{'NA' if at % 2 else at},{'' if at % 3 else 'x'}" for at in range(6)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,size,brand", *items]))
+    features = '[{name = "size", kind = "number"}, {name = "brand", kind = "category"}]'
+    table = f'[items]\nfile = "items.csv"\nid = "item_id"\nfeatures = {features}\n'
+    (tmp_path / "shop.toml").write_text(TOML + table)
+    assert check_shop(tmp_path).sections["items' features"] == {
+        "size": "number, 50.0% filled",
+        "brand": "category, 33.3% filled, 1 values",
+    }
+
+
 def test_each_exposure_has_what_its_row_says(rng, tmp_path):
     told = _write(tmp_path, rng)
     dataset = load_dataset(tmp_path)

@@ -49,6 +49,7 @@ def test_the_table_shows_items_scores_and_tasks(triton: FakeTriton, tmp_path: Pa
     text = run("u1", "--url", triton.url, "--repository", tmp_path)
     assert "u1 · release r1 · " in text
     assert all(word in text for word in ("item-2", "2.0000", "click", "buy", "0.5000"))
+    assert "has no release r1; --repository names one" in " ".join(text.split()), "why no title is shown"
 
 
 def long_list(score: float) -> list[Recommendations]:
