@@ -20,6 +20,8 @@ from ensemble.steps.recall import Recall
 SHARES = (0.03, 0.1, 0.2, 3 / 8, 1 / 2)  # of the candidates, tried for each source beside what it has
 # Its places are for users without a past, and who is held out has one
 _NOT_FITTED = "popular"
+# It finds what nobody has taken, and held-out items were taken, most of them before: it may only gain places
+_ONLY_MORE = "content"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class QuotaChoice:
         best, wanted = dict(quotas), self.recall.sizes.candidates
         for name in free:
             tried = dict.fromkeys((best[name], *(int(share * wanted) for share in SHARES)))
-            ways = [best | {name: places} for places in tried]
+            least = best[name] if name == _ONLY_MORE else 0
+            ways = [best | {name: places} for places in tried if places >= least]
             ways = [way for way in ways if sum(way.values()) < wanted]  # some are the user encoder's
             best = ways[int(np.argmax([self._reach(way, chosen) for way in ways]))]
         return best

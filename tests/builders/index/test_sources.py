@@ -18,6 +18,7 @@ from builders.folders import link
 from builders.index import recall_files
 from builders.index.content import COMPONENTS, content_table
 from builders.index.offline import EncodeUsers, OfflineRecall
+from builders.index.quotas import QuotaChoice
 from builders.index.recall_files import RecallFacts, write_recall
 from builders.index.stage import _FROM_DATA
 from builders.index.walks import item_walks
@@ -96,6 +97,19 @@ def test_content_is_kept_where_it_gains(tmp_path):
     page = "\n".join(source_lines(dataclasses.asdict(facts)))
     assert "## What each source of recall adds" in page
     assert f"| content | {settings.quotas['content']} |" in page
+
+
+def test_contents_places_are_never_fewer_for_held_out_items_that_were_taken_before(tmp_path):
+    """Transitions lose theirs to what reaches more, content does not: it alone finds what nobody took."""
+    dataset = dataset_of(tmp_path)
+    written(tmp_path, dataset)
+    recall = OfflineRecall(dataset, tmp_path / "index", lambda users, ends: np.zeros(0)).recall
+    rows = np.arange(1, 1 + 4 * 64).reshape(4, 1, 64)  # of each source other ones
+    before = {"transitions": 24, "popular": 4, "content": 8}
+    assert recall.settings.off == ()
+    choice = QuotaChoice(recall, list(rows), np.array([32]))  # beyond the 28 that are left for it
+    assert choice.best(before, ["transitions", "content"])["transitions"] < 24
+    assert choice.best(before, ["content"])["content"] == 8
 
 
 def test_a_user_tunes_the_index_once_however_often_he_validates(tmp_path, monkeypatch):
