@@ -55,7 +55,7 @@ label = {event = "buy", within = "7d"} counts what comes within a time of the sh
 not over when its part of the split ends is left out.
 position = "<column>" is where an item stood in its list (1 = first), if that was logged;
 propensity = "<column>" is the chance with which it was shown.
-history = "ctr" | ["click", "buy"] | "all" make a history. All keys: builders/shop/shop_toml.py.
+history = "ctr" | ["click", "buy"] | "all" (of ratings) make a history. All keys: builders/shop/shop_toml.py.
 """,
 )
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]

@@ -19,7 +19,7 @@ from builders.data.splits import MANY_AGAIN, share_again
 from builders.data.stage import dataset_from_tables
 from builders.shop.columns.categories import lists_from_column
 from builders.shop.columns.column import Column, is_list, is_textual
-from builders.shop.interactions import known_at_once
+from builders.shop.interactions import known_at_once, shown_in_vain
 from builders.shop.parts import said_of
 from builders.shop.read import ShopTables, read_shop
 from builders.shop.shop_toml import PICTURED, FeatureColumn
@@ -71,6 +71,8 @@ def check_shop(
     _tasks(report, dataset)
     if dataset.schema.has_clock and (line := known_at_once(tables.shop)):
         report.sections["labels"] = {"known at once": line}
+    if line := shown_in_vain(tables.shop):
+        report.warnings.append(line)
     progress("looking for ids that do not join")
     joins(tables, report.sections, report.warnings)
     report.columns = columns_said(tables, report.warnings)

@@ -36,6 +36,7 @@ from builders.shop.interactions import (
     exposures_from_interactions,
     known_at_once,
     refuse_all_censored,
+    shown_in_vain,
 )
 from builders.shop.parts import NEVER, cuts_of, in_order, places_in_order, said_of
 from builders.shop.read import Rows, ShopTables, read_shop
@@ -228,9 +229,10 @@ def _split_lines(tables: ShopTables) -> list[str]:
 
 
 def _label_lines(shop: Shop, schema: Schema) -> list[str]:
-    """Says, for whoever builds, which labels count as known at once, where times are times."""
-    line = known_at_once(shop) if schema.has_clock else ""
-    return [f"labels: {line}"] if line else []
+    """Says, for whoever builds, which labels count as known at once, where times are times, and which rows as
+    shown in vain."""
+    lines = (known_at_once(shop) if schema.has_clock else "", shown_in_vain(shop))
+    return [f"labels: {line}" for line in lines if line]
 
 
 def _cuts(tables: ShopTables) -> tuple[Array, Array] | None:

@@ -195,6 +195,19 @@ def _occurring(ids: Array, index: Array) -> tuple[Array, Array]:
     return ids[used], places.astype(np.int64)
 
 
+def shown_in_vain(shop: Shop) -> str:
+    """Says that rows below a threshold count as shown in vain, with the cure for a shop of ratings; "" where
+    shop.toml says what a past is made of."""
+    entry, first = shop.interactions, next((task for task in shop.tasks if task.kind == "binary"), None)
+    if entry.history or entry.event or not first or not first.label or first.label.threshold is None:
+        return ""
+    low = f"a row whose {first.label.column!r} is below {first.label.threshold:g}"
+    return (
+        f"{first.name}: {low} counts as shown in vain and is in no past; where users rate what they had, "
+        'write history = "all" in [interactions]'
+    )
+
+
 def known_at_once(shop: Shop) -> str:
     """Says which tasks' labels count as known when their rows happened, with the cure; "" where none does.
 

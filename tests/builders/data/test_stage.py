@@ -444,6 +444,27 @@ def test_a_past_of_all_that_was_rated_tells_what_was_liked(tmp_path: Path) -> No
     assert dataset.histories.kinds.tolist() == [2, 1, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("interactions", "label", "is_told"),
+    [
+        ("", "{column = 'stars', threshold = 4}", True),
+        ('history = "all"', "{column = 'stars', threshold = 4}", False),
+        ('history = "like"', "{column = 'stars', threshold = 4}", False),  # so it is wanted
+        ("", "{column = 'clicked'}", False),
+    ],
+)
+def test_ratings_that_count_as_shown_in_vain_are_told(
+    tmp_path: Path, interactions: str, label: str, is_told: bool
+) -> None:
+    rows = "user_id,item_id,time,stars,clicked\nu,7,1,4.5,1\nu,8,2,3,0\nv,9,3,4,1\nv,7,4,,0\n"
+    load(tmp_path, rows, interactions=interactions, tasks=f"[[tasks]]\nname = 'like'\nlabel = {label}\n")
+    told = [line for line in check_shop(tmp_path, now_s=NOW_S).warnings if 'history = "all"' in line]
+    assert len(told) == is_told
+    assert all(
+        line.startswith("like: a row whose 'stars' is below 4 counts as shown in vain") for line in told
+    )
+
+
 def test_positions_follow_their_impressions_into_each_part(tmp_path: Path) -> None:
     rows = [(f"u{place % 3}", 7 + place % 4, place, (place * 7) % 5) for place in range(1, 41)]
     text = "user_id,item_id,time,clicked,place,chance\n" + "".join(
