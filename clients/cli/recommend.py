@@ -309,6 +309,11 @@ def json_from_result(result: Recommendations, catalogue: Catalogue) -> dict[str,
     }
 
 
+def _number(value: float) -> str:
+    """Writes a score or a probability with four decimals, a small one so that it is none of many zeros."""
+    return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+
+
 def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:
     """Prints for each user a line, the items had last, and the list as a table."""
     from rich.console import Console
@@ -328,7 +333,7 @@ def _print_tables(results: list[Recommendations], catalogue: Catalogue) -> None:
         found = ["found by"] if any("finders" in item for item in plain["items"]) else []
         table = folded_table("#", "item", "title", "score", *tasks, *found)
         for place, item in enumerate(plain["items"], 1):
-            values = [f"{value:.4f}" for value in (item["score"], *item["probabilities"].values())]
+            values = [_number(value) for value in (item["score"], *item["probabilities"].values())]
             values += [", ".join(item["finders"])] if found else []
             table.add_row(str(place), Text(item["item_id"]), Text(item["title"]), *values)
         console.print(table)

@@ -22,7 +22,9 @@ from ensemble.arrays import Array
 from ensemble.errors import ReleaseError
 
 BLEND = "blend.json"
-_LEAST = 1e-9  # a relevance's logarithm stays finite
+# A factor stays above 0, and what is divided by it finite. It is far below any relevance that a stranger's
+# candidates have: where all are floored, a list is in the order of rows
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Blend:
         """
         if not powers.any() and uses_tasks.all():
             return values
-        relevance = np.maximum(self.relevance(candidate_scores), _LEAST)
-        factor = relevance ** powers[:, None]
+        relevance = self.relevance(candidate_scores)
+        factor = np.maximum(relevance ** powers[:, None], _LEAST)
         joined = np.where(values >= 0, values * factor, values / factor)
         return np.where(uses_tasks[:, None], joined, relevance).astype(np.float32)
 

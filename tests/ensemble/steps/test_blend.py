@@ -31,6 +31,15 @@ def test_a_negative_value_falls_behind_the_less_relevant_it_is():
     assert _order(blend, values=np.full((1, 3), -0.5, np.float32)) == [0, 1, 2]
 
 
+def test_what_is_hardly_relevant_is_ranked_all_the_same():
+    """As all is of which a stranger is asked, in a shop whose users take little: here 3e-11 to 1e-12."""
+    blend = Blend(True, 1.0, (1.0, 0.5, 0.0), 1.76, -27.8)
+    assert _order(blend, uses_tasks=False) == [0, 1, 2]
+    assert _order(blend, power=2.0, values=np.full((1, 3), 0.5, np.float32)) == [0, 1, 2]
+    far = blend.score(np.full((1, 3), -1e4, np.float32), SCORES - 40, np.full(1, 16.0), np.ones(1, bool))
+    assert np.isfinite(far).all()
+
+
 def test_without_a_blend_the_tasks_alone_decide(tmp_path):
     blend = read_blend(tmp_path)
     assert _order(blend) == [2, 1, 0]
