@@ -1,4 +1,4 @@
-"""Says how lists do for a new user after the first clicks: the first, the second, ... the fifth.
+"""Says how lists do for a new user before the first click, and after the first, the second, ... the fifth.
 
 Asked are users of whom nothing was learned and nothing chosen by: all that is known of them are these clicks
 and what the shop says of them, as in a session of somebody unknown. Splits by time, by a column, by files and
@@ -21,7 +21,9 @@ from builders.export.verifier import Verifier
 from ensemble.arrays import Array
 from ensemble.bootstrap import paired_difference
 
-FIRST_CLICKS = "New users, of whom nothing was learned, after their first clicks: HR@10 of the next new item."
+FIRST_CLICKS = (
+    "New users, of whom nothing was learned, before and after their first clicks: HR@10 of the next new item."
+)
 CLICKS = (1, 2, 3, 4, 5)
 _MOST, _FEWEST = 500, 30  # users that are asked about a number of clicks; with fewer a figure says nothing
 
@@ -57,22 +59,45 @@ def next_new(dataset: Dataset, users: Array, clicks: int, ends: Array | None = N
 
 
 def first_clicks(dataset: Dataset, verifier: Verifier) -> dict[str, Any]:
-    """Gives HR@10 of the chain, recall and popularity after each number of clicks, and the chain's gain over
-    popularity by a bootstrap; nothing for numbers that too few new users reached."""
+    """Gives HR@10 of the chain, recall and popularity after each number of clicks, from none on, and its
+    gain over popularity by a bootstrap, of NDCG@10 too; nothing where there are too few new users."""
     found = {}
-    for clicks in CLICKS:
+    for clicks in (0, *CLICKS):
         targets = targets_after(dataset, clicks)
         if len(targets.user_rows) < _FEWEST:
             continue
         users, ranks = verifier.ranks(targets)
         hits = {way: metrics.hits(ranks[way], 10) for way in ("chain", "recall", "popularity")}
         gain = paired_difference(hits["popularity"], hits["chain"], users)
+        placed = {way: metrics.gains(ranks[way], 10) for way in ("chain", "popularity")}
         found[str(clicks)] = {
             "users": len(users),
             **{way: float(of.mean()) for way, of in hits.items()},
             "chain_minus_popularity": vars(gain),
+            "ndcg@10": {
+                **{way: float(of.mean()) for way, of in placed.items()},
+                "chain_minus_popularity": vars(
+                    paired_difference(placed["popularity"], placed["chain"], users)
+                ),
+            },
         }
     return found
+
+
+def first_click_shortfalls(found: Mapping[str, Any]) -> list[str]:
+    """Says in a line each after how many clicks the served list is surely below popularity."""
+    lines = []
+    for clicks, of in found.items():
+        placed = of["ndcg@10"]
+        if placed["chain_minus_popularity"]["high"] < 0:
+            when = (
+                f"after {clicks} click{'s' * (clicks != '1')}"
+                if clicks != "0"
+                else "before their first click"
+            )
+            figures = f"{placed['chain']:.4f} is below that of popularity, {placed['popularity']:.4f}"
+            lines.append(f"new users {when}: the served list's NDCG@10 {figures}")
+    return lines
 
 
 def first_click_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

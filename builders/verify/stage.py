@@ -27,7 +27,7 @@ from builders.verify.by_truth import knowable_figures
 from builders.verify.calibration import calibration
 from builders.verify.canary import canary_of
 from builders.verify.data_facts import data_facts
-from builders.verify.first_clicks import first_clicks
+from builders.verify.first_clicks import first_click_shortfalls, first_clicks
 from builders.verify.markdown import markdown, worth_shortfalls
 from builders.verify.newcomers import newcomers
 from builders.verify.shown import asked_lists, variety
@@ -88,6 +88,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress) -> N
         *blend_lines(report["ranker"]),
         *worth_shortfalls(report["worth"]),
         *shortfalls(report["baselines"]),
+        *first_click_shortfalls(report["first_clicks"]),
     ]
     report["data"] = data_facts(dataset)
     report |= served_facts(inputs, staged, verifier)

@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from builders.data.dataset import Histories, Targets
-from builders.verify.first_clicks import CLICKS, first_click_lines, first_clicks, targets_after
+from builders.verify.first_clicks import (
+    CLICKS,
+    first_click_lines,
+    first_click_shortfalls,
+    first_clicks,
+    targets_after,
+)
 
 ITEMS, USERS = 6, 400
 
@@ -37,7 +43,7 @@ class Ranks:
 def test_only_new_users_are_asked_and_only_about_what_is_new_to_them(rng):
     dataset = shop(rng)
     offsets, rows = dataset.histories.offsets, dataset.histories.item_rows
-    for clicks in CLICKS:
+    for clicks in (0, *CLICKS):
         expected = []
         for user in range(1, USERS + 1):
             own = rows[offsets[user] : offsets[user + 1]].tolist()
@@ -52,7 +58,7 @@ def test_only_new_users_are_asked_and_only_about_what_is_new_to_them(rng):
 def test_each_number_of_clicks_has_its_figures_and_its_line(rng):
     dataset = shop(rng)
     found = first_clicks(dataset, Ranks())
-    assert "1" in found
+    assert list(found)[:2] == ["0", "1"]
     for clicks, of in found.items():
         items = targets_after(dataset, int(clicks)).item_rows
         assert of["users"] == len(items) >= 30
@@ -61,6 +67,25 @@ def test_each_number_of_clicks_has_its_figures_and_its_line(rng):
     first, page = found["1"], "\n".join(first_click_lines(found))
     assert f"| 1 | {first['users']} | {first['chain']:.4f} | 0.0000 | 0.0000 | +" in page
     assert first_click_lines({}) == []
+
+
+def test_who_is_better_served_with_what_is_popular_is_said(rng):
+    class Worse(Ranks):
+        """Here popularity has the odd items last in ten, the chain nothing else."""
+
+        def ranks(self, targets):
+            users, ranks = super().ranks(targets)
+            return users, {**ranks, "popularity": np.minimum(ranks["chain"], 9.0)}
+
+    dataset = shop(rng)
+    assert first_click_shortfalls(first_clicks(dataset, Ranks())) == []
+    found = first_clicks(dataset, Worse())
+    lines = first_click_shortfalls(found)
+    assert len(lines) == len(found)
+    own, other = (found["0"]["ndcg@10"][way] for way in ("chain", "popularity"))
+    what = f"NDCG@10 {own:.4f} is below that of popularity, {other:.4f}"
+    assert lines[0] == f"new users before their first click: the served list's {what}"
+    assert lines[1].startswith("new users after 1 click: ")
 
 
 def test_where_all_users_were_learned_from_there_is_nothing_to_say(rng):
