@@ -284,7 +284,9 @@ def _print(report: Report) -> None:
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(
-        "[green]nothing wrong[/green]" if not warnings else f"{len(warnings)} warnings; a build works"
+        "[green]nothing wrong[/green]"
+        if not warnings
+        else f"{len(warnings)} warning{'s' * (len(warnings) > 1)}; a build works"
     )
 
 
