@@ -29,7 +29,10 @@ _DERIVED = {
     "base",
     "changes",
     *(f"sizes.{name}" for name in ("item_rates", "user_rates")),
-    *(f"encoders.{name}" for name in ("num_item_codes", "item_code_slices", "item_content_slices", "dim")),
+    *(
+        f"encoders.{name}"
+        for name in ("num_kinds", "num_item_codes", "item_code_slices", "item_content_slices", "dim")
+    ),
     *(f"encoders.{name}" for name in ("num_user_codes", "user_code_slices", "max_history", "interests")),
     "encoders.ordered",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.release.events import event_cells
 from ensemble.schema import Schema, schema_from_json
 from ensemble.steps.features import Past
 
@@ -206,6 +207,13 @@ def history_windows(histories: Histories, user_rows: Array, history_ends: Array,
     if not len(histories.item_rows):
         return np.full(place.shape, -1, np.int64)
     return np.where(inside, histories.item_rows[place], -1)
+
+
+def cell_windows(dataset: Dataset, user_rows: Array, history_ends: Array, length: int) -> Array:
+    """Gives the cells of the last `length` events before each end: [L, H] int64, as in history_windows; those
+    of padding add nothing (ensemble/release/events.py)."""
+    past = past_windows(dataset.histories, user_rows, history_ends, length + 1)
+    return event_cells(dataset.schema, past.times, past.kinds)[:, 1:]
 
 
 def moments(histories: Histories, user_rows: Array, history_ends: Array) -> Array:

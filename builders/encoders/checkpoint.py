@@ -17,13 +17,14 @@ from ensemble.schema import Schema
 
 
 def save_encoders(checkpoint: EncoderCheckpoint, folder: Path, own: OwnModel | None = None) -> None:
-    """Writes config.json, log.json, own.json, item_id_embeddings.npy and the two modules' weights."""
+    """Writes config.json, log.json, own.json, item_id_embeddings.npy and the modules' weights."""
     write_own(own, folder)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(checkpoint.config), indent=1))
     (folder / "log.json").write_text(json.dumps(checkpoint.log, indent=1))
     np.save(folder / "item_id_embeddings.npy", checkpoint.item_ids)
     save_state(checkpoint.item_state, folder / "item_encoder.npz")
     save_state(checkpoint.user_state, folder / "user_encoder.npz")
+    save_state(checkpoint.event_state, folder / "events.npz")
 
 
 def read_encoders(folder: Path, own: nn.Module | None = None) -> EncoderCheckpoint:
@@ -40,6 +41,7 @@ def read_encoders(folder: Path, own: nn.Module | None = None) -> EncoderCheckpoi
         ids,
         read_state(folder / "item_encoder.npz"),
         read_state(folder / "user_encoder.npz"),
+        read_state(folder / "events.npz"),
         log,
         own,
     )

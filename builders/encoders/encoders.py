@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from builders.encoders.models import ItemEncoder, UserEncoder
-from builders.encoders.sequences import Sequences, windows
+from builders.encoders.sequences import Sequences, cell_windows, windows
+from builders.events import EventRows
 from builders.layers import code_slices, content_slices
 from builders.metrics import hit_rate, ndcg, ranks_from_scores
 from ensemble.arrays import Array
@@ -33,6 +34,7 @@ class EncoderConfig:
     item_content_slices: Slices = ()  # (start, stop) of values: what an encoder made of texts and pictures
     num_user_codes: int = 1
     user_code_slices: Slices = ()
+    num_kinds: int = 1  # of events
     dim: int = 128
     max_history: int = 50
     ordered: bool = True  # False: histories without an order, whose last items are no newer than the others
@@ -80,6 +82,7 @@ def fitted(config: EncoderConfig, schema: Schema) -> EncoderConfig:
         item_code_slices=code_slices(schema.items),
         item_content_slices=content_slices(schema.items),
         num_user_codes=schema.users.num_codes,
+        num_kinds=len(schema.events),
         user_code_slices=code_slices(schema.users),
         dim=schema.sizes.embedding,
         max_history=schema.sizes.history,
@@ -104,6 +107,7 @@ class EncoderCheckpoint:
     item_ids: Array  # [I + 1, D] float32
     item_state: dict[str, Tensor]
     user_state: dict[str, Tensor]
+    event_state: dict[str, Tensor]  # of what events add to the embeddings of their items (builders/events.py)
     # one entry an epoch: epoch, loss, seconds, ndcg_at_10
     log: list[dict[str, float]] = field(default_factory=list)
     own: nn.Module | None = None  # the user's own user encoder, whose weights user_state then holds
@@ -112,6 +116,11 @@ class EncoderCheckpoint:
         encoder = new_item_encoder(self.config, self.item_state["values.weight"].shape[1])
         encoder.load_state_dict(self.item_state)
         return encoder.eval()
+
+    def event_rows(self) -> EventRows:
+        rows = EventRows(self.config.num_kinds, self.config.dim)
+        rows.load_state_dict(self.event_state)
+        return rows.eval()
 
     def user_encoder(self) -> nn.Module:
         encoder = (
@@ -168,14 +177,14 @@ def encode_users(
 ) -> Array:
     """Encodes users by `items` [I + 1, D] and features by the rows of `histories`: [U, M, D] float32."""
     encoder, lengths = checkpoint.user_encoder(), np.diff(histories.offsets)
+    events = checkpoint.event_rows().table()
     out = np.empty((len(lengths), checkpoint.config.interests, checkpoint.config.dim), np.float32)
     order = np.argsort(lengths, kind="stable")  # short windows together: their common padding is cut off
     for start in range(0, len(order), 1024):
         users = order[start : start + 1024]
-        rows = windows(
-            histories, users, min(max(int(lengths[users].max()), 1), checkpoint.config.max_history)
-        )
-        feeds = items[rows], rows > 0, user_codes[users], user_values[users]
+        length = min(max(int(lengths[users].max()), 1), checkpoint.config.max_history)
+        rows, cells = windows(histories, users, length), cell_windows(histories, users, length)
+        feeds = items[rows] + events[cells], rows > 0, user_codes[users], user_values[users]
         out[users] = encoder(*map(torch.from_numpy, feeds)).numpy()
     return out
 

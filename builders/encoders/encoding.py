@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.data.dataset import Dataset, history_windows
+from builders.data.dataset import Dataset, cell_windows, history_windows, training_histories
 from builders.encoders.encoders import EncoderCheckpoint, encode_users
 from builders.encoders.sequences import Sequences
 from ensemble.arrays import Array
+
+_PIECE = 1 << 20  # events at once
 
 
 class UserEncoding:
@@ -29,5 +31,17 @@ class UserEncoding:
 
 def known_histories(dataset: Dataset, user_rows: Array, history_ends: Array) -> Sequences:
     """Gives the last H items of each history before its end, as sequences."""
-    windows = history_windows(dataset.histories, user_rows, history_ends, dataset.schema.sizes.history)
-    return Sequences(np.concatenate([[0], np.cumsum((windows > 0).sum(axis=1))]), windows[windows > 0])
+    length = dataset.schema.sizes.history
+    windows = history_windows(dataset.histories, user_rows, history_ends, length)
+    cells, there = cell_windows(dataset, user_rows, history_ends, length), windows > 0
+    return Sequences(np.concatenate([[0], np.cumsum(there.sum(axis=1))]), windows[there], cells[there])
+
+
+def training_sequences(dataset: Dataset) -> Sequences:
+    """Gives the part of each history that may be trained on, as sequences."""
+    offsets, rows = training_histories(dataset)
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    ends = dataset.histories.offsets[users] + np.arange(len(rows)) - offsets[users] + 1
+    pieces = range(0, len(rows), _PIECE)
+    cells = [cell_windows(dataset, users[at : at + _PIECE], ends[at : at + _PIECE], 1) for at in pieces]
+    return Sequences(offsets, rows, np.concatenate([np.zeros((0, 1), np.int64), *cells])[:, 0])

@@ -3,7 +3,7 @@
 Axes: U users, R packed rows, H history.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -16,6 +16,8 @@ class Sequences:
 
     offsets: Array
     rows: Array
+    # [len(rows)] int64, the cell of each event (ensemble/release/events.py); None: nothing is known of them
+    cells: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class PackedRows:
     targets: Array  # [R, H] int64
     segments: Array  # [R, H] int64: places see earlier places of their own segment
     users: Array  # [R, H] int64
+    cells: Array  # [R, H] int64, of the events of `items`; 0 adds nothing
 
     def take(self, rows: Array) -> "PackedRows":
         """Gives some of the rows: rows [n] int64."""
-        return PackedRows(self.items[rows], self.targets[rows], self.segments[rows], self.users[rows])
+        return PackedRows(*(getattr(self, entry.name)[rows] for entry in fields(self)))
 
     def windows(self) -> tuple[Array, Array, Array]:
         """Gives each filled place's left-padded window: row [P], places [P, H] int64, inside [P, H] bool."""
@@ -64,22 +67,35 @@ def pack_sequences(sequences: Sequences, order: Array, length: int) -> PackedRow
         used += size
     inside = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     to, source = np.repeat(places, sizes) + inside, np.repeat(begins, sizes) + inside
-    out = np.zeros((4, -(-used // length) * length), np.int64)
+    out = np.zeros((5, -(-used // length) * length), np.int64)
     out[:, to] = (
         sequences.rows[source],
         sequences.rows[source + 1],
         np.repeat(np.arange(len(sizes)) + 1, sizes),
         np.repeat(order[owner], sizes),
+        np.zeros_like(source) if sequences.cells is None else sequences.cells[source],
     )
-    return PackedRows(*out.reshape(4, -1, length))
+    return PackedRows(*out.reshape(5, -1, length))
 
 
 def windows(sequences: Sequences, users: Array, length: int) -> Array:
     """Gives the newest `length` items of users [n] int64, left padded with 0: [n, length] int64."""
-    places = sequences.offsets[users + 1][:, None] - length + np.arange(length)
-    known = places >= sequences.offsets[users][:, None]
+    return _windows(sequences.rows, sequences.offsets, users, length)
+
+
+def cell_windows(sequences: Sequences, users: Array, length: int) -> Array:
+    """Gives the cells of the newest `length` events of users [n] int64, left padded with 0, which adds
+    nothing: [n, length] int64."""
+    if sequences.cells is None:
+        return np.zeros((len(users), length), np.int64)
+    return _windows(sequences.cells, sequences.offsets, users, length)
+
+
+def _windows(values: Array, offsets: Array, users: Array, length: int) -> Array:
+    places = offsets[users + 1][:, None] - length + np.arange(length)
+    known = places >= offsets[users][:, None]
     return (
-        np.where(known, sequences.rows[np.where(known, places, 0)], 0)
-        if len(sequences.rows)
+        np.where(known, values[np.where(known, places, 0)], 0)
+        if len(values)
         else np.zeros(known.shape, np.int64)
     )

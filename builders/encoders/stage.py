@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from builders.data.dataset import Dataset, open_dataset, training_histories
+from builders.data.dataset import Dataset, open_dataset
 from builders.data.refit import refit_epochs
 from builders.data.spans import save_span, training_span
 from builders.encoders.checkpoint import open_encoders, save_encoders
 from builders.encoders.encoders import EncoderCheckpoint, EncoderConfig, Validation, fitted
-from builders.encoders.encoding import known_histories
-from builders.encoders.sequences import Sequences
+from builders.encoders.encoding import known_histories, training_sequences
 from builders.encoders.training import Start, train_encoders
 from builders.folders import Inputs
 from builders.learning import learning_report
@@ -57,7 +56,7 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress, watc
             watch(int(log["epoch"]), log["ndcg_at_10"])
 
     checkpoint = train_encoders(
-        Sequences(*training_histories(dataset)),
+        training_sequences(dataset),
         dataset.item_codes,
         dataset.item_values,
         dataset.user_codes,
@@ -69,7 +68,8 @@ def run(inputs: Inputs, options: Options, folder: Path, progress: Progress, watc
         start=start,
         progress=tell,
     )
-    for weights in ({"ids": checkpoint.item_ids}, checkpoint.item_state, checkpoint.user_state):
+    states = checkpoint.item_state, checkpoint.user_state, checkpoint.event_state
+    for weights in ({"ids": checkpoint.item_ids}, *states):
         require_finite("encoders", weights)
     save_encoders(checkpoint, folder, options.own)
     (folder / "report.json").write_text(json.dumps(_learning(checkpoint), indent=1))

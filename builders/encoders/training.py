@@ -33,6 +33,7 @@ from builders.encoders.encoders import (
 )
 from builders.encoders.sampled_softmax import RowAdam, SampledSoftmax
 from builders.encoders.sequences import PackedRows, Sequences, pack_sequences
+from builders.events import EventRows
 from builders.layers import narrow_products, training_dtype
 from ensemble.arrays import Array
 
@@ -74,11 +75,13 @@ class _Trainer:
         self.items = new_item_encoder(config, features[1].shape[1])
         self.own = own
         self.users: Any = own or new_user_encoder(config, features[3].shape[1])
+        self.events = EventRows(config.num_kinds, config.dim)
         self.begin = 0.0 if start is None else start.begin
         if start is not None:
             self._take_weights(start.checkpoint)
         self.dense = torch.optim.Adam(
-            [*self.items.parameters(), *self.users.parameters()], lr=config.learning_rate
+            [*self.items.parameters(), *self.users.parameters(), *self.events.parameters()],
+            lr=config.learning_rate,
         )
         self.rows = RowAdam(self.table)
         # item rows [n] and embeddings [n, D] that hard items come from
@@ -90,6 +93,7 @@ class _Trainer:
         self.table[:] = torch.from_numpy(checkpoint.item_ids)
         self.items.load_state_dict(checkpoint.item_state)
         self.users.load_state_dict(checkpoint.user_state)
+        self.events.load_state_dict(checkpoint.event_state)
 
     @property
     def done(self) -> float:
@@ -156,6 +160,7 @@ class _Trainer:
 
     def user_states(self, batch: PackedRows, history: Tensor) -> Tensor:
         """Encodes every filled place of history [R, H, D] -> user embeddings [P, M, D]."""
+        history = history + self.events(torch.from_numpy(batch.cells))
         if self.own is not None:
             return self.own_states(batch, history)
         segments = torch.from_numpy(batch.segments)
@@ -205,8 +210,9 @@ class _Trainer:
         self.steps += 1
 
     def checkpoint(self, log: list[dict[str, float]]) -> EncoderCheckpoint:
-        items, users = copy.deepcopy(self.items.state_dict()), copy.deepcopy(self.users.state_dict())
-        return EncoderCheckpoint(self.config, self.table.numpy().copy(), items, users, log, self.own)
+        parts = self.items, self.users, self.events
+        items, users, events = (copy.deepcopy(part.state_dict()) for part in parts)
+        return EncoderCheckpoint(self.config, self.table.numpy().copy(), items, users, events, log, self.own)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from builders.ranker.positions import POSITIONS
 from builders.search.files import write_search_files
 from ensemble import contract
 from ensemble.arrays import Array
-from ensemble.release.events import HISTORY_EVENTS
+from ensemble.release.events import events_file
 from ensemble.release.ids import write_ids
 from ensemble.steps.blend import BLEND
 
@@ -30,7 +30,7 @@ def run(inputs: Inputs, options: None, folder: Path, progress: Progress) -> None
     dataset, trained = open_dataset(inputs["data"]), open_trained(inputs)
     _link_files(inputs, folder)
     recall, item_embeddings = open_recall(inputs, dataset)
-    feeds = engine_feeds(dataset, item_embeddings, trained.ranker, trained.item_id_embeddings, recall)
+    feeds = engine_feeds(dataset, item_embeddings, trained, recall)
     errors = _export_engines(dataset, trained, feeds, folder, progress, inputs)
     progress(0.75, "rows of items and users")
     _write_rows(dataset, trained, item_embeddings, folder, part_of(progress, 0.8, 1.0))
@@ -95,8 +95,9 @@ def _write_rows(
     """Writes the snapshot's rows of items and users, their ids and titles, and a new item's id row."""
     write_items(dataset, item_embeddings, trained.ranker.item_features, folder)
     write_users(dataset, trained.ranker.user_features, trained.ranker.user_rates, folder)
-    if (events := trained.ranker.events.table()).any():
-        np.save(folder / HISTORY_EVENTS, events)
+    for field, events in trained.events.items():
+        if (table := events.table()).any():
+            np.save(events_file(folder, field), table)
     write_older(dataset, folder)
     write_search_files(dataset, folder, progress)
     write_ids(folder / "user_ids.npy", dataset.user_ids)

@@ -10,6 +10,7 @@ from torch import nn
 from builders.data.dataset import open_schema
 from builders.encoders.checkpoint import open_encoders
 from builders.encoders.models import ItemRows
+from builders.events import EventRows
 from builders.folders import Inputs
 from builders.ranker.checkpoint import RankerCheckpoint, open_ranker
 from ensemble.arrays import Array
@@ -22,6 +23,7 @@ class Trained:
     modules: dict[str, nn.Module]  # by model: item_encoder, user_encoder, ranker
     item_id_embeddings: Array  # [I + 1, E] float32: what item_encoder reads of each item
     ranker: RankerCheckpoint
+    events: dict[str, EventRows]  # what events add to their items' rows in a history, by field of these
 
 
 def open_trained(inputs: Inputs, which: str = "") -> Trained:
@@ -35,4 +37,5 @@ def open_trained(inputs: Inputs, which: str = "") -> Trained:
         "ranker": ranker.ranker,
     }
     id_rows = np.concatenate([encoders.item_ids, ranker.item_id_features], axis=1)
-    return Trained(modules, id_rows, ranker)
+    events = {"embedding": encoders.event_rows(), "features": ranker.events}
+    return Trained(modules, id_rows, ranker, events)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from builders.events import EventRows
 from builders.own_model import OwnModel, open_own, read_own, write_own
-from builders.ranker.events import EventRows
 from builders.ranker.model import CalibratedRanker, ItemFeatures, OwnRanker, Ranker, RankerConfig
 from builders.ranker.positions import Positions, read_positions, save_positions
 from builders.weights import read_state, save_state
@@ -62,7 +62,7 @@ def read_ranker(
 ) -> RankerCheckpoint:
     """Reads what save_ranker wrote, given the same sizes (and the user's own module, if it was one)."""
     model = Ranker(schema, config) if own is None else OwnRanker(schema, own)
-    head, events = ItemFeatures(schema, config), EventRows(schema)
+    head, events = ItemFeatures(schema, config), EventRows(len(schema.events), schema.sizes.item_features)
     model.load_state_dict(read_state(folder / "ranker.npz"))
     head.load_state_dict(read_state(folder / "item_head.npz"))
     events.load_state_dict(read_state(folder / "events.npz"))

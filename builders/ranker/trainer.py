@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from builders.data.dataset import Dataset, past_windows
+from builders.data.dataset import Dataset, cell_windows, history_windows
 from builders.data.rates import rates_of
+from builders.events import EventRows
 from builders.layers import narrow_products
 from builders.progress import Progress, Watch, unwatched
 from builders.ranker.checkpoint import RankerCheckpoint
 from builders.ranker.config import RankerTraining, num_batches_of
-from builders.ranker.events import EventRows
 from builders.ranker.lists import Lists
 from builders.ranker.loss import Loss
 from builders.ranker.model import CalibratedRanker, ItemFeatures, Ranker
 from builders.ranker.positions import PositionBias, place_facts
 from ensemble.activity import context_columns
 from ensemble.arrays import Array
-from ensemble.release.events import event_cells
 
 _HEAD_CHUNK = 65_536  # items the head computes at once
 
@@ -53,7 +52,7 @@ class RankerTrainer:
             for of in (dataset.item_codes, dataset.item_values, dataset.user_codes, dataset.user_values)
         )
         self.positions = PositionBias(len(dataset.schema.tasks))
-        self.events = EventRows(dataset.schema)
+        self.events = EventRows(len(dataset.schema.events), dataset.schema.sizes.item_features)
         learned = (self.model, self.head, self.positions, self.events)
         self.trained = nn.ModuleList([*learned, self.item_rows, self.user_rows])
         # encoders were trained on the clicks that label impressions: pairs of embeddings tell them
@@ -114,8 +113,8 @@ class RankerTrainer:
         """Gives the ranker's tensors for some lists, and the mean square of the id rows that they read."""
         c, training = self.config, self.trained.training
         schema = self.dataset.schema
-        past = past_windows(self.dataset.histories, lists.user_rows, lists.history_ends, schema.sizes.history)
-        windows = torch.from_numpy(past.rows)
+        asked = self.dataset, lists.user_rows, lists.history_ends, schema.sizes.history
+        windows = torch.from_numpy(history_windows(self.dataset.histories, *asked[1:]))
         users, items = torch.from_numpy(lists.user_rows), torch.from_numpy(lists.item_rows).clamp(min=0)
         if training:
             self.read_users[users] = True
@@ -123,7 +122,7 @@ class RankerTrainer:
         if training and c.history_dropout:
             mask[:, :-1] &= torch.rand(mask[:, :-1].shape) >= c.history_dropout
         (history, candidates), square = self._item_features(windows.clamp(min=0), items)
-        history = history + self.events(torch.from_numpy(event_cells(schema, past.times, past.kinds)))
+        history = history + self.events(torch.from_numpy(cell_windows(*asked)))
         known = users if not training else users * (torch.rand(users.shape) >= c.id_dropout)
         user_features = self.user_rows(known) * (known > 0).unsqueeze(-1)
         scores = torch.from_numpy(lists.scores)

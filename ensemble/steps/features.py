@@ -14,7 +14,7 @@ from ensemble.contract import Degraded
 from ensemble.live.rows import read_items
 from ensemble.live.state import LiveView
 from ensemble.options import Options
-from ensemble.release.events import HistoryEvents, event_cells
+from ensemble.release.events import FIELDS, HistoryEvents, event_cells
 from ensemble.spec import ModelSpec
 from ensemble.steps.served import ServedRelease
 
@@ -97,18 +97,20 @@ class FeatureLookup:
         items = read_items(self.item_reader, view or self.live.view, history)
         if status is not None:
             status |= items.status_of_users()
-        features = items.field("features")
+        seen = {field: items.field(field) for field in FIELDS}
+        if self.events.known:
+            cells = self.cells(past)
+            seen = {field: self.events.added(field, rows, cells) for field, rows in seen.items()}
         return {
             "history_mask": history >= 0,
-            "history_embeddings": items.field("embedding"),
-            "history_features": self.events.added(features, self.cells(past))
-            if self.events.known
-            else features,
+            "history_embeddings": seen["embedding"],
+            "history_features": seen["features"],
         }
 
     def cells(self, past: Past) -> Array:
         """Gives the cells of the last H events of pasts [B, H] int64 (ensemble/release/events.py)."""
-        return event_cells(self.schema, past.times[:, -self.history :], past.kinds[:, -self.history :])
+        known = slice(-self.history - 1, None)  # and the one before, from which the first of them is told
+        return event_cells(self.schema, past.times[:, known], past.kinds[:, known])[:, -self.history :]
 
     def _with_session(self, past: Past, options: Options, now: Array, status: Array, view: LiveView) -> Past:
         """Puts the session's items behind the stored past, as events of the first kind at `now` [B]; drops

@@ -49,7 +49,7 @@ from ensemble.release.snapshot import gather
 JUDGED = 4000  # users that judge a variant: seconds for a ranker; the gate asks all
 CALIBRATION_SHARE = 4  # one user of so many calibrates and never judges
 # Tensors gathered out of the item rows: where, and what. They are 95% of the bytes, so they are not kept.
-# What the events add to history_features comes back by their cells.
+# What the events add to those of the history comes back by their cells.
 _FROM_ITEMS = {
     "history_embeddings": ("history_rows", "embedding"),
     "history_features": ("history_rows", "features"),
@@ -82,9 +82,11 @@ class _Held:
             name: gather(self.tensors[rows][piece], self.items, field)
             for name, (rows, field) in gathered.items()
         }
-        if "history_features" in found:
-            cells = self.tensors["history_cells"][piece]
-            found["history_features"] = self.events.added(found["history_features"], cells)
+        cells = self.tensors["history_cells"][piece]
+        for name in found:
+            rows, field = gathered[name]
+            if rows == "history_rows":
+                found[name] = self.events.added(field, found[name], cells)
         return found | {name: self.tensors[name][piece] for name in names if name not in gathered}
 
 

@@ -128,6 +128,9 @@ def test_packing_keeps_every_transition_once_and_windows_keep_the_newest(rng):
     wanted = np.setdiff1d(sequences.rows, sequences.rows[sequences.offsets[1:][lengths > 0] - 1])
     np.testing.assert_array_equal(np.sort(packed.items[filled]), wanted)
     assert filled.mean() > 0.7
+    assert not packed.cells.any()
+    told = pack_sequences(dataclasses.replace(sequences, cells=2 * sequences.rows), rng.permutation(50), 12)
+    np.testing.assert_array_equal(told.cells, 2 * told.items)
     newest = windows(sequences, np.arange(50), 12)
     assert all(
         (row[row > 0] == sequences.rows[a:b][-12:]).all()

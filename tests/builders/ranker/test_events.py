@@ -18,7 +18,7 @@ from toy_dataset import (
     zero_scores,
 )
 
-from builders.data.dataset import Dataset, Histories, Impressions, Targets, past_windows
+from builders.data.dataset import Dataset, Histories, Impressions, Targets, cell_windows, history_windows
 from builders.data.rates import with_rates
 from builders.ranker.checkpoint import open_ranker, save_ranker
 from builders.ranker.config import TINY_TRAINING
@@ -26,7 +26,7 @@ from builders.ranker.lists import lists_from_impressions, states_of
 from builders.ranker.model import TINY
 from builders.ranker.trainer import RankerTrainer
 from builders.ranker.training import train_ranker
-from ensemble.release.events import AGES, event_cells
+from ensemble.release.events import GAPS
 from ensemble.schema import Schema
 
 SCHEMA = with_rates(Schema("toy", ITEMS, USERS, TASKS[:1], UNRATED, events=("view", "buy")))
@@ -83,8 +83,8 @@ def test_whether_the_newest_event_was_a_purchase_is_known_by_what_it_adds(traine
 def test_what_events_add_is_kept_and_served_as_it_was_trained(trained, tmp_path):
     dataset, checkpoint = trained
     table = checkpoint.events.table()
-    assert table[AGES:].any()
-    assert not table[:AGES].any(), "padding adds nothing"
+    assert table[GAPS:].any()
+    assert not table[:GAPS].any(), "padding adds nothing"
     save_ranker(checkpoint, tmp_path, TINY)
     read = open_ranker(tmp_path, SCHEMA)
     np.testing.assert_array_equal(read.events.table(), table)
@@ -97,9 +97,9 @@ def test_what_events_add_is_kept_and_served_as_it_was_trained(trained, tmp_path)
     shown = dataset.test_impressions
     states = states_of(dataset, shown, read.user_rates[shown.user_rows])
     lists = lists_from_impressions(shown, zero_scores, states)[0].take(np.arange(50))
-    past = past_windows(dataset.histories, lists.user_rows, lists.history_ends, SCHEMA.sizes.history)
-    served = read.item_features[np.maximum(past.rows, 0)]
-    served = served + table[event_cells(SCHEMA, past.times, past.kinds)]
+    asked = lists.user_rows, lists.history_ends, SCHEMA.sizes.history
+    served = read.item_features[np.maximum(history_windows(dataset.histories, *asked), 0)]
+    served = served + table[cell_windows(dataset, *asked)]
     with torch.no_grad():
         seen, mask = trainer.tensors(lists)[0][:2]
     np.testing.assert_allclose(seen.numpy(), served * mask.numpy()[..., None], atol=1e-5)

@@ -12,7 +12,7 @@ from random_release import RandomRelease, make_release, schema_of
 from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
 from ensemble.options import parse_options
-from ensemble.release.events import AGES, HISTORY_EVENTS, num_cells
+from ensemble.release.events import FIELDS, GAPS, events_file, num_cells
 from ensemble.steps.features import FeatureLookup
 
 
@@ -57,25 +57,23 @@ def test_the_session_comes_behind_the_past_and_the_oldest_fall_out(release, feat
     assert not out["user_status"].any()
 
 
-def test_what_events_add_is_in_the_history_the_ranker_sees_and_padding_stays_0(tmp_path, rng):
+def test_what_events_add_is_in_the_history_and_padding_stays_0(tmp_path, rng):
     schema = replace(schema_of(), events=("view", "buy"))
     release = make_release(tmp_path, rng, schema=schema)
-    table = rng.standard_normal((num_cells(schema), schema.sizes.item_features)).astype(np.float32)
-    table[:AGES] = 0
-    plain = run(
-        FeatureLookup(release.model("features"), release), release, ["u00001", "nobody"], [["i00004"], []]
-    )
-    np.save(release.path / HISTORY_EVENTS, table)
-    out = run(
-        FeatureLookup(release.model("features"), release), release, ["u00001", "nobody"], [["i00004"], []]
-    )
-    added = out["history_features"] - plain["history_features"]
-    np.testing.assert_allclose(added[0, -1], table[AGES], atol=1e-6)  # the session's: of the first kind, now
-    assert not added[1].any()
+    asked = release, ["u00001", "nobody"], [["i00004", "i00005"], []]
+    plain = run(FeatureLookup(release.model("features"), release), *asked)
     there = plain["history_mask"][0]
-    assert added[0][there].any(1).all()
-    assert not added[0][~there].any()
-    np.testing.assert_array_equal(out["history_embeddings"], plain["history_embeddings"])
+    for field in FIELDS:
+        name = {"embedding": "history_embeddings", "features": "history_features"}[field]
+        table = rng.standard_normal((num_cells(schema), release.items[field].shape[1])).astype(np.float32)
+        table[:GAPS] = 0
+        np.save(events_file(release.path, field), table)
+        added = run(FeatureLookup(release.model("features"), release), *asked)[name] - plain[name]
+        # the session's last item: of the first kind, in the second of the one before
+        np.testing.assert_allclose(added[0, -1], table[GAPS], atol=1e-6)
+        assert not added[1].any()
+        assert added[0][there].any(1).all()
+        assert not added[0][~there].any()
 
 
 def test_unknown_items_of_a_session_are_dropped_and_flagged(release, features):
