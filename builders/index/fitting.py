@@ -4,8 +4,8 @@ items, as it will be served.
 A source beside the usual three is kept only where it gains. Weights are fitted on every second held-out
 user, the gain is judged on the others: the share of next items among the N candidates, or NDCG@10 in recall's
 order, must be surely better (95%, paired bootstrap over users), and neither surely worse. What is kept is
-then fitted on all. Quotas (quotas.py) are chosen on either half and judged on the other, both together: the
-share of next items among the candidates must be surely better, and NDCG@10 not surely worse.
+then fitted on all. Other quotas (quotas.py) are tried only where the best of either half surely reach more of
+the other, both together, and NDCG@10 is not surely worse; the same must hold of those that are then chosen.
 
 Axes: Q held-out targets, N candidates, S sources.
 """
@@ -157,26 +157,37 @@ class Fitting:
         if len(users) < _FEWEST or not free:
             self.tried_quotas["why"] = "too few held-out users to tell" if free else "the shop sets them"
             return before, lists
-        choice = QuotaChoice(*self._offers(before, free), self.dataset.validation.item_rows[self.chosen])
-        half, other = (np.flatnonzero(owner % 2 == of) for of in (0, 1))
+        items = self.dataset.validation.item_rows[self.chosen]
+        items = self.dataset.validation.item_rows[self.chosen]
+        choice = QuotaChoice(*self._offers(before, free), lists.users, items)
+        halves = [np.flatnonzero(owner % 2 == of) for of in (0, 1)]
+        judged = self._judged(choice, before, lists, free, halves)
+        quotas = choice.nearest(before.quotas, free)
+        after = dataclasses.replace(before, quotas=quotas)
+        found = lists if after == before else self._lists(after)
+        gain = _gains(lists, lists.best(self.names, before.off), found, found.best(self.names, before.off))
+        kept = all(_reaches_more(of) for of in (judged, gain))
+        self.tried_quotas |= {"kept": kept, "users": len(users), "gain": gain, "judged": judged}
+        self.tried_quotas["best"] = {name: quotas[name] for name in free}
+        return (after, found) if kept else (before, lists)
+
+    def _judged(
+        self,
+        choice: QuotaChoice,
+        before: RecallSettings,
+        lists: _Lists,
+        free: Sequence[str],
+        halves: Sequence[Array],
+    ) -> dict[str, dict[str, float]]:
+        """Says what the best quotas of either half of the targets gain on the other, both together."""
         plain, changed = list[dict[str, Array]](), list[dict[str, Array]]()
-        for fitted, judged in ((half, other), (other, half)):
-            quotas = choice.best(before.quotas, free, fitted)
+        for fitted, judged in (halves, halves[::-1]):
+            after = dataclasses.replace(before, quotas=choice.best(before.quotas, free, fitted))
             weights = lists.take(fitted).best(self.names, before.off)
             plain.append(lists.take(judged).figures(weights))
-            after = dataclasses.replace(before, quotas=quotas)
             changed.append(plain[-1] if after == before else self._lists(after, judged).figures(weights))
-        order = np.argsort(np.concatenate([other, half]))
-        gain = _differences(_joined(plain, order), _joined(changed, order), lists.users)
-        quotas = choice.best(before.quotas, free)
-        found, order_of_list = gain.values()
-        kept = quotas != before.quotas and found["low"] > 0 and order_of_list["high"] >= 0
-        self.tried_quotas |= {"kept": kept, "users": len(users), "gain": gain}
-        self.tried_quotas["best"] = {name: quotas[name] for name in free}
-        if not kept:
-            return before, lists
-        after = dataclasses.replace(before, quotas=quotas)
-        return after, self._lists(after)
+        users = lists.users[np.concatenate(halves[::-1])]
+        return _differences(_joined(plain), _joined(changed), users)
 
     def _offers(self, settings: RecallSettings, free: Sequence[str]) -> tuple[Recall, list[Array]]:
         """Opens recall, and asks each source about the chosen users, the `free` ones as deep as any quota
@@ -243,9 +254,15 @@ def _differences(
     return {name: {"mean": of.mean, "low": of.low, "high": of.high} for name, of in found.items()}
 
 
-def _joined(parts: Sequence[Mapping[str, Array]], order: Array) -> dict[str, Array]:
-    """Puts the figures of parts of the targets together, in the given order [Q]."""
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+def _joined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Puts the figures of parts of the targets together."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _reaches_more(gain: Mapping[str, Mapping[str, float]]) -> bool:
+    """Says whether recall@N, the first figure, surely rises, and NDCG@10 does not surely fall."""
+    found, order = gain.values()
+    return found["low"] > 0 and order["high"] >= 0
 
 
 def _plain(names: Sequence[str]) -> tuple[float, ...]:

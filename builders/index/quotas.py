@@ -1,7 +1,9 @@
 """Chooses how many of the N candidates are a source's own: by the share of held-out next items among them.
 
 All sources are asked once, as deep as any quota wants, and what they offer is merged under one choice after
-another by the code that will be served.
+another by the code that will be served. Of the choices that do not surely reach less than the best (95%,
+paired bootstrap over users), the one nearest to what there was is taken: what lies between comes from items
+that many take, and is paid by those that few have taken, which transitions find.
 
 Axes: Q held-out targets, N candidates.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemble.arrays import Array
+from ensemble.bootstrap import paired_difference
 from ensemble.schema import Schema
 from ensemble.steps.recall import Recall
 
@@ -26,30 +29,48 @@ _ONLY_MORE = "content"
 
 @dataclass(frozen=True)
 class QuotaChoice:
-    """Holds what each source offers to held-out users, and the item that they took next."""
+    """Holds what each source offers to held-out users, who they are, and the item that they took next."""
 
     recall: Recall
     offers: Sequence[Array]  # [Q, N] int64 of each source, best first, -1 padded
+    users: Array  # [Q] int64
     items: Array  # [Q] int64
 
-    def best(
-        self, quotas: Mapping[str, int], free: Sequence[str], chosen: Array | slice = slice(None)
-    ) -> dict[str, int]:
+    def best(self, quotas: Mapping[str, int], free: Sequence[str], chosen: Array) -> dict[str, int]:
         """Finds the quotas of the sources `free` that reach most of the chosen targets, one source after the
         other; equals leave what there was."""
-        best, wanted = dict(quotas), self.recall.sizes.candidates
+        best = dict(quotas)
         for name in free:
-            tried = dict.fromkeys((best[name], *(int(share * wanted) for share in SHARES)))
-            least = best[name] if name == _ONLY_MORE else 0
-            ways = [best | {name: places} for places in tried if places >= least]
-            ways = [way for way in ways if sum(way.values()) < wanted]  # some are the user encoder's
-            best = ways[int(np.argmax([self._reach(way, chosen) for way in ways]))]
+            ways = self._ways(best, name)
+            best = ways[int(np.argmax([self._reached(way, chosen).mean() for way in ways]))]
         return best
 
-    def _reach(self, quotas: Mapping[str, int], chosen: Array | slice) -> float:
-        """Gives the share of the chosen targets that are among the candidates."""
+    def nearest(self, quotas: Mapping[str, int], free: Sequence[str]) -> dict[str, int]:
+        """Finds, of the quotas of the sources `free` that do not surely reach less of all targets than the
+        best, those nearest to what there was, one source after the other."""
+        nearest = dict(quotas)
+        for name in free:
+            ways = self._ways(nearest, name)
+            reached = [self._reached(way) for way in ways]
+            best = reached[int(np.argmax([of.mean() for of in reached]))]
+            is_good = [paired_difference(of, best, self.users).low <= 0 for of in reached]
+            good = [way for way, is_one in zip(ways, is_good, strict=True) if is_one]
+            nearest = min(good, key=lambda way: abs(way[name] - ways[0][name]))
+        return nearest
+
+    def _ways(self, quotas: dict[str, int], name: str) -> list[dict[str, int]]:
+        """Gives the quotas that are tried for one source: those that there are, and others after them."""
+        wanted, before = self.recall.sizes.candidates, quotas[name]
+        tried = dict.fromkeys((before, *(int(share * wanted) for share in SHARES)))
+        least = before if name == _ONLY_MORE else 0
+        ways = [quotas | {name: places} for places in tried if places >= least]
+        return [way for way in ways if sum(way.values()) < wanted]  # some are the user encoder's
+
+    def _reached(self, quotas: Mapping[str, int], chosen: Array | slice = slice(None)) -> Array:
+        """Says which of the chosen targets are among the candidates: [Q] bool."""
         rows = self.recall.merged([of[chosen] for of in self.offers], quotas)
-        return float((rows == self.items[chosen, None]).any(axis=1).mean())
+        found: Array = (rows == self.items[chosen, None]).any(axis=1)
+        return found
 
 
 def free_quotas(schema: Schema, off: Sequence[str]) -> list[str]:

@@ -236,6 +236,7 @@ def _quota_lines(tried: Mapping[str, Any] | None) -> list[str]:
     if "why" in tried:
         return ["", f"No other places of sources' own were tried: {tried['why']}."]
     gain = ", ".join(f"{name} {_sure(of)}" for name, of in tried["gain"].items())
+    judged = ", ".join(f"{name} {_sure(of)}" for name, of in tried["judged"].items())
     ways = [
         f"{name} {places} of its own instead of {before}"
         for (name, places), before in zip(tried["best"].items(), tried["before"].values(), strict=True)
@@ -244,7 +245,11 @@ def _quota_lines(tried: Mapping[str, Any] | None) -> list[str]:
     if not ways:
         return ["", "Other places of sources' own were tried: none reach more of the held-out items."]
     became = "was taken" if tried["kept"] else "was tried and left out"
-    return ["", f"Places among the candidates: {', '.join(ways)} {became}: {gain}."]
+    return [
+        "",
+        f"Places among the candidates: {', '.join(ways)} {became}: {gain}. The best of one half of these "
+        f"{tried['users']:,} held-out users gain on the other half: {judged}.",
+    ]
 
 
 def _sure(of: Mapping[str, float]) -> str:

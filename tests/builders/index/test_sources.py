@@ -99,17 +99,20 @@ def test_content_is_kept_where_it_gains(tmp_path):
     assert f"| content | {settings.quotas['content']} |" in page
 
 
-def test_contents_places_are_never_fewer_for_held_out_items_that_were_taken_before(tmp_path):
-    """Transitions lose theirs to what reaches more, content does not: it alone finds what nobody took."""
+def test_places_are_the_nearest_to_before_of_those_that_reach_most(tmp_path):
+    """Transitions lose no more than it takes. Content loses none: it alone finds what nobody took."""
     dataset = dataset_of(tmp_path)
     written(tmp_path, dataset)
     recall = OfflineRecall(dataset, tmp_path / "index", lambda users, ends: np.zeros(0)).recall
-    rows = np.arange(1, 1 + 4 * 64).reshape(4, 1, 64)  # of each source other ones
-    before = {"transitions": 24, "popular": 4, "content": 8}
     assert recall.settings.off == ()
-    choice = QuotaChoice(recall, list(rows), np.array([32]))  # beyond the 28 that are left for it
-    assert choice.best(before, ["transitions", "content"])["transitions"] < 24
-    assert choice.best(before, ["content"])["content"] == 8
+    before, users = {"transitions": 24, "popular": 4, "content": 8}, np.arange(80)
+    # each source offers others; the user encoder's 32nd is beyond the 28 that are left for it
+    offers = [np.tile(np.arange(1, 65) + 64 * source, (80, 1)) for source in range(4)]
+    choice = QuotaChoice(recall, offers, users, np.full(80, 32))
+    assert choice.nearest(before, ["transitions", "content"]) == {**before, "transitions": 12}
+    assert choice.nearest(before, ["content"]) == choice.best(before, ["content"], users) == before
+    hardly = QuotaChoice(recall, offers, users, np.where(users == 0, 32, 1))  # one user is no proof
+    assert hardly.nearest(before, ["transitions"]) == before
 
 
 def test_a_user_tunes_the_index_once_however_often_he_validates(tmp_path, monkeypatch):
