@@ -43,6 +43,7 @@ _WEIGHTS: dict[str, tuple[float, ...]] = {
     "walks": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
 }
 _AGAIN = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_ALIKE = 1e-9  # NDCG@10
 _LAST_ITEMS = 5  # whose content is asked for; else all that the snapshot holds of a past
 
 
@@ -70,9 +71,16 @@ class _Lists:
         return {f"recall@{self.rows.shape[1]}": self.column >= 0, "ndcg@10": self.gains(weights)}
 
     def best(self, names: Sequence[str], off: Sequence[str]) -> tuple[float, ...]:
-        """Finds the weights of the sources `names` with the best NDCG@10; those that are `off` weigh 0."""
+        """Finds the weights of the sources `names` with the best NDCG@10; those that are `off` weigh 0.
+
+        Of equally good ones popularity weighs most: these users have pasts, others have nothing else.
+        """
         grid = list(itertools.product(*((0.0,) if name in off else _WEIGHTS[name] for name in names)))
-        return grid[int(np.argmax([float(self.gains(weights).mean()) for weights in grid]))]
+        values = np.array([float(self.gains(weights).mean()) for weights in grid])
+        tied = [grid[at] for at in np.flatnonzero(values >= values.max() - _ALIKE)]
+        return (
+            max(tied, key=lambda weights: weights[names.index("popular")]) if "popular" in names else tied[0]
+        )
 
 
 class Fitting:

@@ -17,6 +17,7 @@ from builders.data.dataset import Dataset, Targets, open_dataset, training_histo
 from builders.folders import link
 from builders.index import recall_files
 from builders.index.content import COMPONENTS, content_table
+from builders.index.fitting import _Lists
 from builders.index.offline import EncodeUsers, OfflineRecall
 from builders.index.quotas import QuotaChoice
 from builders.index.recall_files import RecallFacts, write_recall
@@ -81,6 +82,21 @@ def written(
 
 def settings_in(folder: Path) -> RecallSettings:
     return settings_from_json((folder / "index" / "recall.json").read_text())
+
+
+def test_where_users_with_pasts_do_not_tell_popularity_weighs_what_serves_strangers():
+    """One candidate is far above the others for all users, so that its popularity changes nothing."""
+    rows = np.tile([3, 5, 7], (40, 1))
+    scores = np.zeros((40, 3, 3), np.float32)
+    scores[:, 0] = (9.0, 1.0, 0.0)
+    scores[:, 1:, 2] = (0.5, 1.0)  # popular
+    lists = _Lists(np.arange(40), rows, scores, np.zeros(40, np.int64))
+    user, transitions, popular = lists.best(["user_embeddings", "transitions", "popular"], [])
+    assert (user, transitions, popular) == (1.0, 0.0, 0.4)
+    scores[:, 1:, 2] = 1000.0  # now it would bury what they take
+    assert lists.best(["user_embeddings", "transitions", "popular"], [])[2] == 0.0
+    alone = _Lists(lists.users, rows, scores[..., :2], lists.column)
+    assert alone.best(["user_embeddings", "transitions"], []) == (1.0, 0.0)
 
 
 def test_content_is_kept_where_it_gains(tmp_path):
