@@ -166,7 +166,6 @@ class Fitting:
             self.tried_quotas["why"] = "too few held-out users to tell" if free else "the shop sets them"
             return before, lists
         items = self.dataset.validation.item_rows[self.chosen]
-        items = self.dataset.validation.item_rows[self.chosen]
         choice = QuotaChoice(*self._offers(before, free), lists.users, items)
         halves = [np.flatnonzero(owner % 2 == of) for of in (0, 1)]
         judged = self._judged(choice, before, lists, free, halves)
