@@ -24,11 +24,6 @@ FIRST = 27  # the gap of an event before which none is known
 GAPS = FIRST + 1  # gap g: at least 2^g - 1 seconds; the longest are more than two years
 
 
-def num_cells(schema: Schema) -> int:
-    """Counts the cells of a shop, those of padding first."""
-    return (len(schema.events) + 1) * GAPS
-
-
 def event_cells(schema: Schema, times: Array, kinds: Array) -> Array:
     """Gives the cell of each event of pasts, in order of time: times [B, W] int64 Unix seconds, kinds [B, W]
     (0 where padded) -> [B, W] int64. Without a clock, where times are no times, only the first is told from

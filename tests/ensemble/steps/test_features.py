@@ -12,7 +12,7 @@ from random_release import RandomRelease, make_release, schema_of
 from ensemble.arrays import ranks_within
 from ensemble.contract import Degraded
 from ensemble.options import parse_options
-from ensemble.release.events import FIELDS, GAPS, events_file, num_cells
+from ensemble.release.events import FIELDS, GAPS, events_file
 from ensemble.steps.features import FeatureLookup
 
 
@@ -65,7 +65,9 @@ def test_what_events_add_is_in_the_history_and_padding_stays_0(tmp_path, rng):
     there = plain["history_mask"][0]
     for field in FIELDS:
         name = {"embedding": "history_embeddings", "features": "history_features"}[field]
-        table = rng.standard_normal((num_cells(schema), release.items[field].shape[1])).astype(np.float32)
+        table = rng.standard_normal(((len(schema.events) + 1) * GAPS, release.items[field].shape[1])).astype(
+            np.float32
+        )
         table[:GAPS] = 0
         np.save(events_file(release.path, field), table)
         added = run(FeatureLookup(release.model("features"), release), *asked)[name] - plain[name]

@@ -17,6 +17,8 @@ from builders.compress.quantize.quantize import choices, quantize
 from builders.compress.recipe import Gate
 from builders.compress.session import open_onnx
 from builders.data.dataset import Targets, open_dataset
+from builders.encoders.checkpoint import open_encoders
+from builders.encoders.encoding import UserEncoding
 from builders.export.verifier import Verifier
 from ensemble.errors import InvalidInput
 
@@ -52,6 +54,21 @@ def labelled(release_cache):
     return Evaluation(
         open_dataset(_stage(release_cache, "tiny", "data")), _stage(release_cache, "tiny", "export")
     )
+
+
+def test_what_is_served_and_judged_of_histories_is_what_training_encoded(labelled, release_cache):
+    dataset, verifier = labelled.dataset, labelled.verifier
+    assert verifier.features.events.known, "the shop has kinds of events, and they add something"
+    encoders = open_encoders(_stage(release_cache, "tiny", "encoders"), dataset.schema)
+    users = np.arange(1, 65)
+    ends = np.asarray(dataset.known_ends[users])
+    encoded = UserEncoding(encoders, dataset, verifier.embeddings)(users, ends)
+    np.testing.assert_allclose(verifier.encode_users(users, ends), encoded, atol=1e-3)
+    held, targets = labelled._users(32), labelled._sample(32)
+    served = verifier.user_tensors(targets.user_rows, targets.history_ends)
+    names = ("history_embeddings", "history_features")
+    for name, judged in held.feeds(names, slice(None)).items():
+        np.testing.assert_array_equal(judged, served[name])
 
 
 def _engine(evaluation, model):
